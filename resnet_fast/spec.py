@@ -1,0 +1,308 @@
+"""Problem descriptions: the one immutable value that every decision, error, cache and benchmark row is made from.
+
+A module call becomes a :class:`ConvSpec` (one convolution with what is fused around it), a :class:`PointwiseSpec`
+(BatchNorm, add and ReLU without a convolution) or a :class:`BlockSpec` (several convolutions in one call). They are
+frozen, hashable and print on one line. This file imports nothing but the standard library, so that a table of shapes,
+a roofline and a kernel test can all use it without torch.
+
+GEMM letters follow the implicit-GEMM view of a convolution: ``gemm_m = N*Ho*Wo`` output pixels, ``gemm_n = Co/groups``
+output channels, ``gemm_k = Ci/groups*R*S`` products per output; there are ``groups`` such GEMMs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
+"""Bytes per element, by the name torch prints after ``torch.``."""
+
+Pair = tuple[int, int]
+
+
+def conv_out(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Length of a convolution's (or pooling's) output along one axis; below 1 means the window does not fit."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _touched(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many of ``size`` input positions along one axis any output reads: a 1x1 stride 2 conv skips every other."""
+    out = conv_out(size, kernel, stride, padding, dilation)
+    if dilation == 1 and stride <= kernel:  # windows overlap or touch: one run of positions
+        return max(0, min(size, (out - 1) * stride + kernel - padding) - max(0, -padding))
+    return len({p for o in range(out) for k in range(kernel) if 0 <= (p := o * stride - padding + k * dilation) < size})
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a convolution's output before it is stored: ``pool(act(bn(conv) + residual))``."""
+
+    relu: bool = False
+    add: bool = False
+    norm: bool = True
+    pool: tuple[int, int, int] | None = None  # max-pool kernel, stride, padding: the stem
+
+    def __str__(self) -> str:
+        parts = [
+            "bn" if self.norm else "",
+            "add" if self.add else "",
+            "relu" if self.relu else "",
+            "maxpool{}/{}".format(*self.pool[:2]) if self.pool else "",
+        ]
+        return "+".join(p for p in parts if p) or "none"
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """One 2-d convolution and its epilogue. Sizes in elements, ``dtype`` as torch names it, ``layout`` of x and y."""
+
+    n: int
+    h: int
+    w: int
+    ci: int
+    co: int
+    r: int
+    s: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    dtype: str = "float32"
+    layout: str = "nhwc"
+    epilogue: Epilogue = Epilogue()
+    batch_stats: bool = False  # BN uses this batch's statistics (training) instead of running ones
+    grad: bool = False  # autograd needs the graph of this call
+
+    @property
+    def op(self) -> str:
+        return "stem" if self.epilogue.pool else "conv_bn_act"
+
+    @cached_property
+    def ho(self) -> int:
+        return conv_out(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+
+    @cached_property
+    def wo(self) -> int:
+        return conv_out(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def gemm_m(self) -> int:
+        return self.n * self.ho * self.wo
+
+    @property
+    def gemm_n(self) -> int:
+        return self.co // self.groups
+
+    @property
+    def gemm_k(self) -> int:
+        return self.ci // self.groups * self.r * self.s
+
+    def out_hw(self) -> Pair:
+        """Height and width of what is stored, after the pooling if there is one."""
+        if self.epilogue.pool is None:
+            return self.ho, self.wo
+        k, st, p = self.epilogue.pool
+        return conv_out(self.ho, k, st, p, 1), conv_out(self.wo, k, st, p, 1)
+
+    def macs(self) -> int:
+        """Multiply-adds of the convolution, the unit of the paper's Table 1 (what it calls FLOPs)."""
+        return self.gemm_m * self.co * self.gemm_k
+
+    def flops(self) -> int:
+        """Floating-point operations of the convolution: two per multiply-add."""
+        return 2 * self.macs()
+
+    def params(self) -> int:
+        """Filter weights, and gamma and beta of the norm."""
+        return self.co * self.gemm_k + (2 * self.co if self.epilogue.norm else 0)
+
+    def min_bytes(self) -> int:
+        """Bytes that any implementation must move: touched inputs, weights, residual and output, once each."""
+        touched = _touched(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0]) * _touched(
+            self.w, self.s, self.stride[1], self.padding[1], self.dilation[1]
+        )
+        ho, wo = self.out_hw()
+        y = self.n * ho * wo * self.co
+        elements = self.n * touched * self.ci + self.co * self.gemm_k + y * (2 if self.epilogue.add else 1)
+        return elements * ITEMSIZE[self.dtype] + (2 * self.co * 4 if self.epilogue.norm else 0)
+
+    def with_(self, **changes: Any) -> ConvSpec:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        text = (
+            f"N{self.n} {self.h}x{self.w} {self.ci}->{self.co} {self.r}x{self.s}"
+            f"/{self.stride[0]}{'' if self.stride[0] == self.stride[1] else f'x{self.stride[1]}'}"
+            f" p{self.padding[0]}{'' if self.padding[0] == self.padding[1] else f'x{self.padding[1]}'}"
+        )
+        if self.dilation != (1, 1):
+            text += f" d{self.dilation[0]}{'' if self.dilation[0] == self.dilation[1] else f'x{self.dilation[1]}'}"
+        if self.groups != 1:
+            text += f" g{self.groups}"
+        return text + f" {self.epilogue} {_mode(self)}"
+
+
+@dataclass(frozen=True)
+class PointwiseSpec:
+    """BatchNorm + residual add + ReLU on an (N, C, H, W) tensor, without a convolution."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    dtype: str = "float32"
+    layout: str = "nhwc"
+    epilogue: Epilogue = Epilogue()
+    batch_stats: bool = False
+    grad: bool = False
+
+    op = "bn_act"
+
+    def macs(self) -> int:
+        return 0
+
+    def flops(self) -> int:
+        """One multiply and one add per element for BN, one more for the residual."""
+        return self.n * self.h * self.w * self.c * (3 if self.epilogue.add else 2)
+
+    def params(self) -> int:
+        return 2 * self.c
+
+    def min_bytes(self) -> int:
+        elements = self.n * self.h * self.w * self.c * (3 if self.epilogue.add else 2)
+        return elements * ITEMSIZE[self.dtype] + 2 * self.c * 4
+
+    def with_(self, **changes: Any) -> PointwiseSpec:
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        return f"N{self.n} {self.h}x{self.w} {self.c} {self.epilogue} {_mode(self)}"
+
+
+SHORTCUTS = ("identity", "projection", "given")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A residual block: its convolutions in order of execution, the projection (if ``shortcut`` says so) last.
+
+    ``shortcut``: ``identity`` adds the block's input, ``projection`` a 1x1 convolution of it, ``given`` a tensor that
+    the caller computed (option A's zero-padded channels, an average-pooled projection).
+    """
+
+    op: str
+    convs: tuple[ConvSpec, ...]
+    shortcut: str = "identity"
+
+    @property
+    def main(self) -> tuple[ConvSpec, ...]:
+        """The convolutions of the residual branch, without the projection."""
+        return self.convs[:-1] if self.shortcut == "projection" else self.convs
+
+    @property
+    def n(self) -> int:
+        return self.convs[0].n
+
+    @property
+    def h(self) -> int:
+        return self.convs[0].h
+
+    @property
+    def w(self) -> int:
+        return self.convs[0].w
+
+    @property
+    def dtype(self) -> str:
+        return self.convs[0].dtype
+
+    @property
+    def layout(self) -> str:
+        return self.convs[0].layout
+
+    @property
+    def batch_stats(self) -> bool:
+        return any(c.batch_stats for c in self.convs)
+
+    @property
+    def grad(self) -> bool:
+        return any(c.grad for c in self.convs)
+
+    def macs(self) -> int:
+        return sum(c.macs() for c in self.convs)
+
+    def flops(self) -> int:
+        return sum(c.flops() for c in self.convs)
+
+    def params(self) -> int:
+        return sum(c.params() for c in self.convs)
+
+    def min_bytes(self) -> int:
+        """Bytes of the block as one kernel: its input, weights and output once, nothing in between.
+
+        The input counts once even where two convolutions and the add read it; a given shortcut is read besides.
+        """
+        first, last = self.main[0], self.main[-1]
+        size = ITEMSIZE[self.dtype]
+        x = first.n * first.h * first.w * first.ci
+        y = last.n * last.ho * last.wo * last.co
+        weights = sum(c.co * c.gemm_k * size + 2 * c.co * 4 for c in self.convs)
+        return (x + y * (2 if self.shortcut == "given" else 1)) * size + weights
+
+    def with_(self, **changes: Any) -> BlockSpec:
+        """A copy with some fields of every convolution changed (dtype, layout, grad …)."""
+        return replace(self, convs=tuple(c.with_(**changes) for c in self.convs))
+
+    def __str__(self) -> str:
+        chain = " -> ".join(f"{c.r}x{c.s}/{c.stride[0]} {c.co}" for c in self.main)
+        first = self.main[0]
+        extra = "".join(sorted({f" g{c.groups}" for c in self.convs if c.groups != 1}))
+        extra += "".join(sorted({f" d{c.dilation[0]}" for c in self.convs if c.dilation != (1, 1)}))
+        return f"N{self.n} {self.h}x{self.w} {first.ci} -> {chain}{extra} + {self.shortcut} {_mode(first)}"
+
+
+Spec = ConvSpec | PointwiseSpec | BlockSpec
+
+
+def _mode(spec: ConvSpec | PointwiseSpec) -> str:
+    flags = (" batch-stats" if spec.batch_stats else "") + (" grad" if spec.grad else "")
+    return f"{spec.dtype} {spec.layout}{flags}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Yes, or no with one sentence: what was expected, what came, what to do. True when it is a yes."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @staticmethod
+    def yes(reason: str = "") -> Verdict:
+        return Verdict(True, reason)
+
+    @staticmethod
+    def no(expected: str, got: str, todo: str) -> Verdict:
+        """A refusal. The same sentence goes to ``explain()``, the log and the exception."""
+        return Verdict(False, f"expected {expected}, got {got}; {todo}")
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One backend's implementation of one op.
+
+    ``supports(spec, device_type)`` gives a :class:`Verdict`; ``run(call)`` executes a call record of
+    :mod:`resnet_fast.calls` and returns the output tensor. An Impl that accepts a spec with ``grad`` must return a
+    result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
+    """
+
+    op: str
+    backend: str
+    rank: int
+    supports: Callable[[Spec, str], Verdict]
+    run: Callable[[Any], Any]
+    note: str = ""
