@@ -1,0 +1,107 @@
+"""The build. What is compiled is defined in CMakeLists.txt; this file decides whether anything is.
+
+Switches, all environment variables (default first):
+
+``RESNET_FAST_BUILD_NATIVE=auto|0|1``  the native library ``resnet_fast._C``. auto builds it where torch and a C++
+                                       compiler are present in the building environment, 1 fails where they are not
+``RESNET_FAST_BUILD_CUDA=auto|0|1``    its CUDA half. auto builds it where nvcc and libtorch_cuda are found
+``RESNET_FAST_CUDA_ARCHS``             architectures of that half, as CMAKE_CUDA_ARCHITECTURES spells them
+``RESNET_FAST_BUILD_HOST=0|1``         the torch-free module ``resnet_fast._host``, for one version of Python
+
+torch is no build requirement: an isolated build would fetch gigabytes of a torch that is not the user's. So ``pip
+install .`` gives the pure package, and ``pip install --no-build-isolation .`` the one with the native library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import setuptools
+from scikit_build_core.setuptools import wrapper
+
+TORCH_MINIMUM = (2, 11)  # the stable ABI that CMakeLists.txt targets
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def switch(name: str, *choices: str) -> str:
+    """The switch's value; the first of ``choices`` where the variable is not set."""
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise SystemExit(
+            f"expected {name} to be one of {', '.join(choices)}, got {value!r}; unset it for {choices[0]!r}"
+        )
+    return value
+
+
+def torch_folder() -> tuple[Path | None, str]:
+    """Where the torch of the building environment lies, and why not where it cannot be used. torch is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None, "no torch in the building environment (pip install --no-build-isolation uses yours)"
+    version = metadata.version("torch")
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if release < TORCH_MINIMUM:
+        return None, f"torch {version} is older than {'.'.join(map(str, TORCH_MINIMUM))}"
+    return Path(spec.origin).parent, ""
+
+
+def native_folder() -> Path | None:
+    """torch's folder if ``_C`` is to be built, else None. Says on stderr why not."""
+    choice = switch("RESNET_FAST_BUILD_NATIVE", "auto", "0", "1")
+    cuda = switch("RESNET_FAST_BUILD_CUDA", "auto", "0", "1")
+    if choice == "0":
+        if cuda == "1":
+            raise SystemExit(
+                "expected RESNET_FAST_BUILD_NATIVE=1 or auto with RESNET_FAST_BUILD_CUDA=1, got 0; unset one"
+            )
+        return None
+    folder, reason = torch_folder()
+    if folder is not None and not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
+        folder, reason = None, f"no C++ compiler (looked for {', '.join(COMPILERS)}; CXX names another)"
+    if folder is None:
+        if "1" in (choice, cuda):
+            raise SystemExit(
+                f"expected to build the native library, got {reason}; unset RESNET_FAST_BUILD_NATIVE and _CUDA"
+            )
+        print(f"resnet_fast is built without its native library: {reason}", file=sys.stderr)
+    return folder
+
+
+def cmake_arguments(torch: Path | None, host: bool) -> list[str]:
+    arguments = [f"-DRESNET_FAST_NATIVE={'ON' if torch else 'OFF'}", f"-DRESNET_FAST_HOST={'ON' if host else 'OFF'}"]
+    if torch is not None:
+        arguments += [
+            f"-DRESNET_FAST_TORCH_DIR={torch}",
+            f"-DRESNET_FAST_CUDA={os.environ.get('RESNET_FAST_BUILD_CUDA') or 'auto'}",
+        ]
+    if archs := os.environ.get("RESNET_FAST_CUDA_ARCHS"):
+        arguments.append(f"-DRESNET_FAST_CUDA_ARCHS={archs}")
+    return arguments
+
+
+def packages() -> list[str]:
+    """resnet_fast, and the top-level benchmarks/ as its subpackage."""
+    own = setuptools.find_packages(include=["resnet_fast", "resnet_fast.*"])
+    return own + [f"resnet_fast.{name}" for name in setuptools.find_packages(include=["benchmarks", "benchmarks.*"])]
+
+
+def main() -> None:
+    arguments = {"packages": packages(), "package_dir": {"resnet_fast.benchmarks": "benchmarks"}}
+    torch = native_folder()
+    host = switch("RESNET_FAST_BUILD_HOST", "0", "1") == "1"
+    if torch is None and not host:
+        setuptools.setup(**arguments)  # nothing to compile: a py3-none-any wheel
+        return
+    # _C is built against Python's limited API and torch's stable one, so one wheel serves every Python from 3.10;
+    # _host is not (pybind11 needs the full API) and ties the wheel to the Python that built it.
+    options = {} if host else {"options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+    wrapper.setup(cmake_source_dir=".", cmake_args=cmake_arguments(torch, host), **options, **arguments)
+
+
+main()
