@@ -114,7 +114,8 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _blocks(model: nn.Module) -> list[Any]:
+    """The residual blocks of ``model``; Any, because torch types every child as Tensor or Module."""
     return [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck)]
 
 

@@ -1,0 +1,107 @@
+"""``resnet-fast summary``: a net as the paper's Table 1 prints it, or several side by side."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from resnet_fast.summary import Row, Summary
+
+
+def summary(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="One net for its stages, several to compare, none for the paper's own comparison."),
+    ] = None,
+    image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
+    batch: Annotated[int, typer.Option(help="Images per batch (one net only).")] = 1,
+    dtype: Annotated[str, typer.Option(help="Element type that bytes are counted for (one net only).")] = "float32",
+    shortcut: Annotated[str | None, typer.Option(help="Shortcut option of the paper: A, B or C.")] = None,
+    stride_in_1x1: Annotated[
+        bool, typer.Option("--stride-in-1x1", help="The paper's v1: a bottleneck's stride on its first 1x1.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Layers, parameters, multiply-adds and minimal bytes of a net; with no name, the paper's figures recounted."""
+    from resnet_fast.errors import UserError
+    from resnet_fast.summary import compare, summarize
+
+    if names and len(names) == 1:
+        one = summarize(names[0], image, batch, dtype, shortcut, stride_in_1x1)
+        if json:
+            typer.echo(json_module.dumps(one.to_dict(), indent=2))
+        else:
+            _show(_stage_table(one), one.notes)
+        return
+    if batch != 1 or dtype != "float32":
+        raise UserError("one name with --batch or --dtype", f"{len(names or ())} names", "a comparison is per image")
+    rows = compare(names or (), image, shortcut, stride_in_1x1)
+    if json:
+        typer.echo(json_module.dumps([row.to_dict() for row in rows], indent=2))
+    else:
+        _show(*_comparison(rows))
+
+
+def _show(table: Table, notes: tuple[str, ...]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width: let no cell wrap or be cut
+        console = Console(width=10_000)
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=not console.is_terminal, highlight=False, markup=False)
+
+
+def _stage_table(s: Summary) -> Table:
+    from rich.table import Table
+
+    title = f"{s.name} ({s.variant}), batch {s.batch}, {s.image}x{s.image}, {s.dtype}"
+    table = Table("stage", "output", "layers", title=title, title_justify="left")
+    for column in ("params", "multiply-adds", "min bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in s.stages:
+        table.add_row(
+            row.name,
+            f"{row.output[0]}x{row.output[1]}",
+            row.formula.replace("[", r"\["),
+            f"{row.params:,}",
+            f"{row.macs / 1e6:,.1f} M",
+            f"{row.min_bytes / 1e6:,.2f} MB",
+        )
+    table.add_section()
+    table.add_row("total", "", "", f"{s.params:,}", f"{s.macs / 1e9:,.3f} G", f"{s.min_bytes / 1e6:,.2f} MB")
+    return table
+
+
+def _comparison(rows: list[Row]) -> tuple[Table, tuple[str, ...]]:
+    from rich.table import Table
+
+    from resnet_fast.summary import COUNTED
+
+    table = Table("net", "variant", title="per image", title_justify="left")
+    for column in ("image", "params", "multiply-adds", "convolutions alone", "published"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("source")
+    notes = [COUNTED]
+    for row in rows:
+        mark = ""
+        if row.note:
+            mark = f" ({len(notes)})"
+            notes.append(f"({len(notes)}) {row.name}: {row.note}.")
+        table.add_row(
+            row.name,
+            row.variant,
+            str(row.image),
+            f"{row.params / 1e6:,.2f} M",
+            f"{row.macs / 1e9:,.3f} G",
+            f"{row.conv_macs / 1e9:,.3f} G",
+            (row.published or "") + mark,
+            row.source or "",
+        )
+    return table, tuple(notes)
