@@ -104,4 +104,5 @@ def main() -> None:
     wrapper.setup(cmake_source_dir=".", cmake_args=cmake_arguments(torch, host), **options, **arguments)
 
 
-main()
+if __name__ == "__main__":
+    main()

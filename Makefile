@@ -1,0 +1,67 @@
+# Two commands from a bare machine: `make demo` and `make test`. Both create .venv on their first run and install
+# nothing again as long as what they would install is unchanged. PYTHON names the interpreter to build .venv from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The developer's build has the host module too; see setup.py.
+export RESNET_FAST_BUILD_HOST ?= 1
+
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+# What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
+BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"
+
+.PHONY: help demo test test-slow dev lint format clean
+
+help:
+	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
+	@echo "make test       install, then run the tests; make test-slow runs those that take longer"
+	@echo "make dev        install everything that development needs"
+	@echo "make lint       ruff, mypy, clang-format; make format rewrites the files"
+	@echo "make clean      remove what builds and tests left; .venv stays"
+
+# A stamp is written only after its recipe succeeded, so that a failed install is tried again.
+# torch first and by itself: the package is then built against the torch that it will run with.
+$(VENV)/.stamp-torch:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "torch>=2.11" torchvision
+	$(INSTALL) $(BUILD_TOOLS)
+	@touch $@
+
+$(VENV)/.stamp-demo: $(BUILD_INPUTS) | $(VENV)/.stamp-torch
+	$(INSTALL) --no-build-isolation -e ".[bench,peers]"
+	@touch $@
+
+# Includes all that the demo needs, hence both stamps.
+$(VENV)/.stamp-dev: $(BUILD_INPUTS) | $(VENV)/.stamp-torch
+	$(INSTALL) --no-build-isolation -e ".[dev,bench,peers]"
+	@touch $(VENV)/.stamp-demo $@
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/resnet-fast demo
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+
+test-slow: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m slow
+
+dev: $(VENV)/.stamp-dev
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov
+	rm -f resnet_fast/*.so
+	rm -f $(VENV)/.stamp-demo $(VENV)/.stamp-dev

@@ -1,0 +1,243 @@
+"""The environment report: ``python -m resnet_fast.env`` and ``resnet-fast env``.
+
+Every fact is a probe of its own. A probe that fails becomes a line with its reason and takes nothing else down, so the
+report can be asked for on the very machine where something is broken: without torch, with a driver that does not
+answer, with a native library that does not load. It is plain text, to be pasted into a bug report.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import native
+from ._version import __version__
+from .errors import BackendError
+
+ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx_ne_convert")
+"""Instruction sets that decide which CPU kernels can run, as Linux and :mod:`resnet_fast.native` name them."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A probe that did not answer, with its reason."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not available: {self.reason}"
+
+
+Probe = Callable[[], Any]
+
+
+def _distribution(name: str) -> Probe:
+    """Version of an installed distribution by its metadata: no import, so nothing slow and nothing that can break."""
+
+    def probe() -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            raise LookupError(f"{name} is not installed") from None
+
+    return probe
+
+
+def _torch() -> str:
+    import torch
+
+    return str(torch.__version__)
+
+
+def _cuda_runtime() -> str:
+    import torch
+
+    return torch.version.cuda or "none: this torch is built without CUDA"
+
+
+def _cudnn() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "none: this torch is built without CUDA"
+    number = torch.backends.cudnn.version()
+    if number is None:
+        raise LookupError("libcudnn cannot be loaded")
+    # 91900 -> 9.19.0; before version 9 the major had a factor of 1000.
+    major, rest = divmod(number, 10000) if number >= 90000 else divmod(number, 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except FileNotFoundError:
+        raise LookupError("nvidia-smi is not on PATH: no NVIDIA driver") from None
+    return done.stdout.split()[0]
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _isa() -> dict[str, bool]:
+    if native.host_status():
+        return native.host_isa()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
+            flags = line.split()
+            # The kernel does not list avx_ne_convert on every version: absent here says nothing about the CPU.
+            return {name: name in flags for name in ISA if name != "avx_ne_convert"}
+    raise LookupError("/proc/cpuinfo lists no flags and there is no host module")
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _torch_capability() -> str:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _onednn() -> str:
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        raise LookupError("this torch is built without oneDNN")
+    lines = (line.strip(" -") for line in torch.__config__.show().splitlines())
+    return next((line for line in lines if "MKL-DNN" in line or "oneDNN" in line), "present, version unknown")
+
+
+def _native_library() -> dict[str, str]:
+    return native.build_info()
+
+
+def _host_module() -> dict[str, str]:
+    return native.host_build_info()
+
+
+def _devices() -> dict[str, Any]:
+    """Every device torch can use. An accelerator is queried, never initialised for work."""
+    import torch
+
+    found: dict[str, Any] = {"cpu": _cpu_model()}
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        found["cuda"] = Failure("torch is built with CUDA and finds no usable GPU")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = (
+            f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, "
+            f"{p.total_memory / 2**30:.1f} GiB"
+        )
+    return found
+
+
+def _backends() -> dict[str, Any]:
+    """Backend -> why it can run here, or a Failure with the sentence that says why it cannot."""
+    from .dispatch.catalog import availability
+
+    return {
+        name: (verdict.reason or "available") if verdict else Failure(verdict.reason)
+        for name, verdict in availability().items()
+    }
+
+
+SECTIONS: dict[str, dict[str, Probe] | Probe] = {
+    "versions": {
+        "resnet_fast": lambda: __version__,
+        "python": lambda: f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform,
+        "torch": _torch,
+        "torchvision": _distribution("torchvision"),
+        "triton": _distribution("triton"),
+        "numpy": _distribution("numpy"),
+        "cuda runtime": _cuda_runtime,
+        "cudnn": _cudnn,
+        "driver": _driver,
+    },
+    "cpu": {
+        "model": _cpu_model,
+        "isa": _isa,
+        "cpus": _usable_cpus,
+        "torch threads": _torch_threads,
+        "torch capability": _torch_capability,
+        "onednn": _onednn,
+    },
+    "devices": _devices,
+    "native library": _native_library,
+    "host module": _host_module,
+    "backends": _backends,
+}
+"""Section -> its probes by name, or one probe that gives all lines of the section."""
+
+
+def _ask(probe: Probe) -> Any:
+    try:
+        return probe()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if type(error) in (LookupError, BackendError):  # raised here or in native.py, with a sentence of its own
+            return Failure(text)
+        return Failure(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def collect() -> dict[str, Any]:
+    """The report: section -> fact -> value. A :class:`Failure` stands where a fact, or a whole section, is missing."""
+    return {
+        title: {name: _ask(probe) for name, probe in probes.items()} if isinstance(probes, dict) else _ask(probes)
+        for title, probes in SECTIONS.items()
+    }
+
+
+def to_json(value: Any) -> Any:
+    """The report in JSON's types. A failure becomes ``{"available": false, "reason": ...}``."""
+    if isinstance(value, Failure):
+        return {"available": False, "reason": value.reason}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text: one block per section, one line per fact."""
+    blocks = []
+    for title, facts in report.items():
+        if not isinstance(facts, dict):
+            blocks.append(f"{title}\n  {facts}")
+            continue
+        width = max((len(name) for name in facts), default=0)
+        blocks.append("\n".join([title, *(f"  {name:<{width}}  {_text(fact)}" for name, fact in facts.items())]))
+    return "\n\n".join(blocks)
+
+
+def _text(fact: Any) -> str:
+    if isinstance(fact, dict):
+        return " ".join(f"{name}={_text(value)}" for name, value in fact.items())
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    return str(fact)
+
+
+if __name__ == "__main__":
+    print(render(collect()))

@@ -1,0 +1,87 @@
+"""The compiled parts, loaded on first use: ``_C`` (ops over libtorch) and ``_host`` (facts about the CPU, no torch).
+
+The package works without either. Where one is absent or does not load, the cause is kept as a :class:`Verdict`, and
+the same sentence serves :func:`require`, ``explain()`` and the environment report. Nothing is loaded or compiled when
+this module is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from .errors import BackendError
+from .spec import Verdict
+
+LIBRARY = "resnet_fast._C"
+HOST = "resnet_fast._host"
+
+_HOW_TO_BUILD = {
+    LIBRARY: "run `pip install --no-build-isolation .` where torch 2.11 or newer and a C++ compiler are present",
+    HOST: "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` to build it",
+}
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, Verdict]:
+    if importlib.util.find_spec(name) is None:
+        return None, Verdict.no(f"the compiled module {name}", "a package built without it", _HOW_TO_BUILD[name])
+    try:
+        # Its symbols are resolved against the libtorch that is already in the process.
+        if name == LIBRARY:
+            importlib.import_module("torch")
+        return importlib.import_module(name), Verdict.yes()
+    except Exception as error:  # whatever the loader says is the cause that the report must show
+        cause = " ".join(str(error).split())
+        got = f"one that cannot be loaded ({type(error).__name__}: {cause})"
+        return None, Verdict.no(
+            f"the compiled module {name}", got, f"it may belong to another torch: {_HOW_TO_BUILD[name]}"
+        )
+
+
+def status() -> Verdict:
+    """Whether the native library is loaded, or the sentence that says why it is not. Loads it on the first call."""
+    return _load(LIBRARY)[1]
+
+
+def require() -> Any:
+    """The namespace ``torch.ops.resnet_fast_native``. Raises BackendError with the cause where there is no library."""
+    verdict = status()
+    if not verdict:
+        raise BackendError(verdict.reason)
+    import torch
+
+    return torch.ops.resnet_fast_native
+
+
+def build_info() -> dict[str, str]:
+    """With what the library was built: compiler, cxx_standard, torch_headers, torch_target, python_api, cuda_toolkit,
+    cuda_archs; the last two are ``none`` without CUDA code. Raises BackendError where there is no library."""
+    text: str = require().build_info()
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def host_status() -> Verdict:
+    """Whether the host module is loaded, or why it is not."""
+    return _load(HOST)[1]
+
+
+def host_build_info() -> dict[str, str]:
+    """With what the host module was built: compiler and cxx_standard. Raises BackendError where there is none."""
+    return dict(_require_host().build_info())
+
+
+def host_isa() -> dict[str, bool]:
+    """Instruction set -> whether CPU and operating system let a program use it: avx2, avx512f, avx512_bf16, amx_bf16,
+    avx_ne_convert; empty on other architectures than x86-64. Raises BackendError where there is no host module."""
+    return dict(_require_host().isa())
+
+
+def _require_host() -> Any:
+    module, verdict = _load(HOST)
+    if module is None:
+        raise BackendError(verdict.reason)
+    return module

@@ -1,0 +1,109 @@
+"""The environment report: complete, and alive when everything it asks is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_fast import env, native
+
+BLOCK_TORCH = """
+import runpy, sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is blocked")
+
+sys.meta_path.insert(0, Block())
+sys.argv = ["env"]
+runpy.run_module("resnet_fast.env", run_name="__main__")
+"""
+
+
+def boom() -> Any:
+    raise RuntimeError("boom\nand more")
+
+
+def test_report_has_every_section_and_survives_json() -> None:
+    report = env.collect()
+    assert list(report) == list(env.SECTIONS)
+    back = json.loads(json.dumps(env.to_json(report)))
+    assert back["versions"]["resnet_fast"] == env.__version__
+    assert back["versions"]["torch"].split(".")[0].isdigit()
+    assert back["cpu"]["cpus"] >= 1
+
+
+def test_backends_each_come_with_a_reason() -> None:
+    backends = env.to_json(env.collect()["backends"])
+    assert {"reference", "onednn", "triton", "cuda"} <= set(backends)
+    assert all((value["reason"] if isinstance(value, dict) else value) for value in backends.values())
+
+
+@pytest.mark.parametrize("section", list(env.SECTIONS))
+def test_failing_section_leaves_the_others_standing(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = env.collect()
+    probes = env.SECTIONS[section]
+    broken = dict.fromkeys(probes, boom) if isinstance(probes, dict) else boom
+    monkeypatch.setitem(env.SECTIONS, section, broken)
+    report = env.collect()
+    failed = report[section].values() if isinstance(probes, dict) else [report[section]]
+    assert {str(fact) for fact in failed} == {"not available: RuntimeError: boom and more"}
+    assert {k: v for k, v in report.items() if k != section} == {k: v for k, v in whole.items() if k != section}
+    assert "boom and more" in env.render(report)
+    json.dumps(env.to_json(report))
+
+
+def test_without_torch_says_so_and_exits_well() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCK_TORCH], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torch is blocked" in done.stdout
+    for title in env.SECTIONS:
+        assert title in done.stdout.splitlines()
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_driver_that_answers_and_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.65.06\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert env.collect()["versions"]["driver"] == "580.65.06"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "exit status 9" in str(env.collect()["versions"]["driver"])
+    tool.write_text("#!/bin/sh\nexit 0\n")  # no line at all
+    assert "IndexError" in str(env.collect()["versions"]["driver"])
+
+
+@pytest.mark.parametrize(("number", "text"), [(91900, "9.19.0"), (92400, "9.24.0"), (8907, "8.9.7")])
+def test_cudnn_version_is_decoded(number: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert env.collect()["versions"]["cudnn"] == text
+
+
+def test_isa_agrees_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("DEFAULT", "AVX2", "AVX512"):
+        pytest.skip(f"no x86-64 vector unit: {capability}")
+    for host in (True, False):
+        if not host:
+            monkeypatch.setattr(native, "host_status", lambda: native.Verdict(False, "hidden by a test"))
+        isa = env.collect()["cpu"]["isa"]
+        assert isa["avx2"] or capability == "DEFAULT"
+        assert isa["avx512f"] or capability != "AVX512"
+
+
+def test_absent_distribution_is_named() -> None:
+    with pytest.raises(LookupError, match="no-such-thing is not installed"):
+        env._distribution("no-such-thing")()

@@ -1,0 +1,200 @@
+"""The package as pip sees it: its metadata, what the wheel and the sdist hold, and the build's switches."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import resnet_fast
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+BUILD = """
+import json, sys
+from scikit_build_core.setuptools import build_meta as backend
+target, *wanted = sys.argv[1:]  # setuptools rewrites sys.argv
+print("BUILT", json.dumps([getattr(backend, f"build_{what}")(target) for what in wanted]))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources, so that a build leaves nothing in the tree under test."""
+    target = tmp_path / "checkout"
+    skip = shutil.ignore_patterns(".*", "__pycache__", "*.so", "build", "dist", "*.egg-info", "results")
+    shutil.copytree(ROOT, target, ignore=skip)
+    return target
+
+
+def build(checkout: Path, *what: str, ok: bool = True, **switches: str) -> Any:
+    """Build in the copy: the paths of the files, or stdout and stderr of a build that must fail."""
+    pytest.importorskip("scikit_build_core")
+    target = checkout / "dist"
+    target.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(target), *what],
+        cwd=checkout,
+        env={**os.environ, **switches},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) == ok, done.stdout[-4000:] + done.stderr[-4000:]
+    if not ok:
+        return done.stdout + done.stderr
+    names = json.loads(re.findall("^BUILT (.*)$", done.stdout, re.MULTILINE)[-1])
+    return [target / name for name in names]
+
+
+@pytest.fixture
+def setup_file() -> ModuleType:
+    """setup.py as a module: its last line builds only when it is the program."""
+    pytest.importorskip("scikit_build_core")
+    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def requirement_names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
+
+
+def test_no_requirement_is_a_pin() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    for requirement in itertools.chain(PROJECT["project"]["dependencies"], *extras):
+        assert not re.search(r"[^<>!~]==|<(?!=)|~=", requirement.partition(";")[0]), requirement
+    assert "torch>=2.11" in PROJECT["project"]["dependencies"]
+
+
+def test_torch_is_no_build_requirement() -> None:
+    assert not requirement_names(PROJECT["build-system"]["requires"]) & {"torch", "torchvision", "triton"}
+
+
+def test_makefile_installs_what_the_build_requires() -> None:
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("BUILD_TOOLS"))
+    tools = set(line.partition(":=")[2].replace('"', "").split())
+    assert set(PROJECT["build-system"]["requires"]) <= tools
+
+
+def test_version_is_written_once() -> None:
+    attribute = PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attribute == "resnet_fast._version.__version__"
+    assert resnet_fast.__version__ == resnet_fast._version.__version__
+    assert "version" not in PROJECT["project"]
+
+
+def test_benchmarks_is_a_subpackage() -> None:
+    import resnet_fast.benchmarks
+
+    assert Path(resnet_fast.benchmarks.__file__).parent.name == "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["RESNET_FAST_BUILD_NATIVE", "RESNET_FAST_BUILD_CUDA"])
+def test_switch_with_a_wrong_value(name: str, setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(SystemExit, match=f"expected {name} to be one of auto, 0, 1, got 'yes'"):
+        setup_file.native_folder()
+
+
+def test_switches_that_contradict_each_other(setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_FAST_BUILD_NATIVE", "0")
+    assert setup_file.native_folder() is None
+    monkeypatch.setenv("RESNET_FAST_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="RESNET_FAST_BUILD_NATIVE"):
+        setup_file.native_folder()
+
+
+def test_without_torch_auto_builds_the_pure_package_and_1_fails(
+    setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup_file.importlib.util, "find_spec", lambda name: None)
+    assert setup_file.native_folder() is None
+    assert "without its native library: no torch" in capsys.readouterr().err
+    monkeypatch.setenv("RESNET_FAST_BUILD_NATIVE", "1")
+    with pytest.raises(SystemExit, match="no torch in the building environment"):
+        setup_file.native_folder()
+
+
+def test_old_torch_is_not_built_against(setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_file.metadata, "version", lambda name: "2.9.1+cu130")
+    assert setup_file.native_folder() is None
+    monkeypatch.setattr(setup_file.metadata, "version", lambda name: "2.11.0+cpu")
+    assert setup_file.native_folder() == Path(importlib.util.find_spec("torch").origin).parent
+
+
+def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
+    wheel, sdist = build(checkout, "wheel", "sdist", RESNET_FAST_BUILD_NATIVE="0")
+    assert wheel.name == f"resnet_fast-{resnet_fast.__version__}-py3-none-any.whl"
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for folder, prefix in (("resnet_fast", "resnet_fast"), ("benchmarks", "resnet_fast/benchmarks")):
+        files = [*(checkout / folder).rglob("*.py"), *(checkout / folder / "tuning").rglob("*.json")]
+        expected = {f"{prefix}/{path.relative_to(checkout / folder).as_posix()}" for path in files}
+        assert expected and expected <= inside
+    assert "resnet_fast/py.typed" in inside
+    assert not any(name.startswith("tests") for name in inside)
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "resnet_fast", "benchmarks", "tests"):
+        sources = [path for path in (checkout / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")]
+        assert {path.relative_to(checkout).as_posix() for path in sources} <= packed
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "Makefile"} <= packed
+
+
+@pytest.mark.slow
+def test_native_wheel_is_built_and_loads(checkout: Path, tmp_path: Path) -> None:
+    (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="1", RESNET_FAST_BUILD_CUDA="0")
+    assert "-cp310-abi3-" in wheel.name
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "from resnet_fast import native; print(native.__file__, native.build_info())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in done.stdout
+    assert "'cuda_toolkit': 'none'" in done.stdout
+
+
+@pytest.mark.slow
+def test_host_module_ties_the_wheel_to_this_python(checkout: Path) -> None:
+    (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="0", RESNET_FAST_BUILD_HOST="1")
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{tag}-{tag}-" in wheel.name
+    assert any(Path(name).name.startswith("_host.") for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.slow
+def test_cuda_that_was_asked_for_and_is_missing_fails(checkout: Path) -> None:
+    said = build(
+        checkout,
+        "wheel",
+        ok=False,
+        RESNET_FAST_BUILD_CUDA="1",
+        CUDACXX="/nonexistent/nvcc",
+    )
+    assert "expected to build the CUDA half" in " ".join(said.split())
