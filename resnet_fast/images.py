@@ -127,8 +127,8 @@ def _trim(pixels: Tensor) -> Tensor:
 def preprocess(pixels: Tensor, size: int = 224) -> Tensor:
     """ImageNet evaluation preprocessing: uint8 (3, H, W) of any size >= 1 to normalised float32 (3, size, size).
 
-    The short side is scaled to ``size * 256 / 224`` (antialiased bilinear), then the centre is cut out, as torchvision's
-    evaluation reference does.
+    The short side is scaled to ``size * 256 / 224`` (antialiased bilinear), then the centre is cut out: the evaluation
+    of torchvision's references/classification.
     """
     from torchvision.transforms import v2
 

@@ -220,7 +220,8 @@ class BlockSpec:
 
     @property
     def layout(self) -> str:
-        return self.convs[0].layout
+        """Of the output: a convolution returns NHWC if its input or its weight is, so this is the last one's."""
+        return self.main[-1].layout
 
     @property
     def batch_stats(self) -> bool:
@@ -295,8 +296,8 @@ class Verdict:
 class Impl:
     """One backend's implementation of one op.
 
-    ``supports(spec, device_type)`` gives a :class:`Verdict`; ``run(call)`` executes a call record of
-    :mod:`resnet_fast.calls` and returns the output tensor. An Impl that accepts a spec with ``grad`` must return a
+    ``supports(spec, device_type)`` gives a :class:`Verdict`; ``run(call, spec)`` executes a call record of
+    :mod:`resnet_fast.calls` and returns the output tensor, of the shape, dtype and layout that the spec states. An Impl that accepts a spec with ``grad`` must return a
     result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
     """
 
@@ -304,5 +305,5 @@ class Impl:
     backend: str
     rank: int
     supports: Callable[[Spec, str], Verdict]
-    run: Callable[[Any], Any]
+    run: Callable[[Any, Any], Any]
     note: str = ""

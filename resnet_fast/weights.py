@@ -23,6 +23,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel and EMA, torch.compile, and Lightning put before each name."""
 
+OTHER_MODEL = "name the model that the file was made for (--model)"
+
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -115,7 +117,7 @@ def num_classes(state: Mapping[str, Tensor]) -> int:
 
 
 def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """UserError naming the first offenders unless ``state`` fits ``model`` in names, shapes, kinds and finite values."""
+    """UserError naming the first offenders unless ``state`` fits ``model``: names, shapes, kinds, finite values."""
     own = model.state_dict()
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]  # old files lack the counter
     unknown = [n for n in state if n not in own]
@@ -133,7 +135,7 @@ def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise UserError(
             f"{first} of shape {tuple(own[first].shape)}",
             f"{tuple(state[first].shape)}" + (f" (and {_some(shapes[1:])} differ too)" if shapes[1:] else ""),
-            "name the model that the file was made for (--model)",
+            OTHER_MODEL,
         )
     kinds = [n for n in state if state[n].is_floating_point() != own[n].is_floating_point()]
     if kinds:

@@ -1,0 +1,57 @@
+"""oneDNN on the CPU, eval only: one fused primitive per convolution (bias, residual add and ReLU as its post-ops).
+
+BatchNorm is folded into the weight and bias in fp32 (:mod:`resnet_fast.folding`) and the weight is packed into the
+blocked layout that oneDNN wants for the input size at hand; both are derived tensors, kept until a parameter changes
+(:mod:`resnet_fast.derived`). Activations are NHWC. The primitives are reached through ATen
+(``torch.ops.mkldnn._convolution_pointwise``, what Inductor's freezing emits as well).
+
+16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only the
+op's input and output are 16-bit: faster by an order of magnitude than ATen's fallback there, and more accurate.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...spec import BlockSpec, Impl, PointwiseSpec, Spec, Verdict
+from .basic_block import basic_block
+from .bn_act import bn_act
+from .bottleneck import bottleneck
+from .conv_bn_act import DTYPES, conv_bn_act
+from .stem import stem
+
+
+def available() -> Verdict:
+    """Is oneDNN built into this torch and switched on?"""
+    if not torch.backends.mkldnn.is_available():
+        return Verdict.no("a torch built with oneDNN", "one without", "install an x86-64 or AArch64 build of torch")
+    if not torch._C._get_mkldnn_enabled():
+        return Verdict.no("oneDNN switched on", "torch.backends.mkldnn.enabled = False", "set it to True")
+    return Verdict.yes()
+
+
+def _supports(spec: Spec, device: str) -> Verdict:
+    if device != "cpu":
+        return Verdict.no("a CPU tensor", f"one on {device}", "oneDNN runs on the CPU only")
+    if spec.grad:
+        return Verdict.no("a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()")
+    if spec.batch_stats:
+        return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
+    if spec.dtype not in DTYPES:
+        return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
+    convs = spec.convs if isinstance(spec, BlockSpec) else () if isinstance(spec, PointwiseSpec) else (spec,)
+    if spec.n * spec.h * spec.w == 0 or any(c.ci * c.co == 0 for c in convs):
+        return Verdict.no("at least one element", "an empty tensor", "nothing to do: the reference returns the empty result")
+    return Verdict.yes()
+
+
+IMPLS = tuple(
+    Impl(name, "onednn", 10, _supports, run, "BN folded, fused post-ops, packed weights")
+    for name, run in (
+        ("conv_bn_act", conv_bn_act),
+        ("bn_act", bn_act),
+        ("stem", stem),
+        ("bottleneck", bottleneck),
+        ("basic_block", basic_block),
+    )
+)

@@ -1,0 +1,34 @@
+"""The reference: eager PyTorch on any device. It is the meaning of each op, the oracle of its tests and the fallback.
+
+The same ATen operations in the same order as torchvision's modules, so results and gradients are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from ...spec import Impl, Spec, Verdict
+from .basic_block import basic_block
+from .bn_act import bn_act
+from .bottleneck import bottleneck
+from .conv_bn_act import conv_bn_act
+from .stem import stem
+
+
+def available() -> Verdict:
+    """Always."""
+    return Verdict.yes()
+
+
+def _supports(spec: Spec, device: str) -> Verdict:
+    return Verdict.yes()
+
+
+IMPLS = tuple(
+    Impl(name, "reference", 0, _supports, run, "eager PyTorch")
+    for name, run in (
+        ("conv_bn_act", conv_bn_act),
+        ("bn_act", bn_act),
+        ("stem", stem),
+        ("bottleneck", bottleneck),
+        ("basic_block", basic_block),
+    )
+)

@@ -1,0 +1,34 @@
+"""``bottleneck`` as three or four oneDNN primitives; the shortcut is a post-op of the last one.
+
+    y1 = relu(conv1'(x))   y2 = relu(conv2'(y1))   y = relu(conv3'(y2) + shortcut)       (' : BatchNorm folded)
+
+Where the shortcut is this function's own tensor (a projection, a converted copy), the sum is written over it and the
+block allocates one output less. Bytes per pixel of a 256-64-64-256 block: 6 tensors of width 64 to 256 are read or
+written as before, but the five passes of BatchNorm, ReLU and add over them are gone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...calls import BlockCall
+from ...spec import BlockSpec
+from .conv_bn_act import compute_dtype, conv, conv_add, like_reference, nhwc, pack
+
+
+def bottleneck(call: BlockCall, spec: BlockSpec) -> Tensor:
+    """relu(bn(conv(... relu(bn(conv(x))))) + shortcut)."""
+    dtype = compute_dtype(call.x.dtype)
+    x = nhwc(call.x, dtype)
+    packed = pack(x, call.convs, call.norms, len(spec.main))
+    *inner, last = packed[: len(spec.main)]
+    y = x
+    for p in inner:
+        y = conv(y, p, relu=True)
+    if call.projection:
+        shortcut, owned = conv(x, packed[-1], relu=False), True
+    else:
+        given = call.x if call.shortcut is None else call.shortcut
+        shortcut = x if call.shortcut is None else nhwc(given, dtype)
+        owned = shortcut is not given
+    return like_reference(conv_add(y, last, shortcut, relu=True, overwrite=owned), call.x.dtype, spec.layout)

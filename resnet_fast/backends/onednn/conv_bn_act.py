@@ -1,0 +1,131 @@
+"""``conv_bn_act`` as one oneDNN primitive, and the pieces that the other ops of this backend are made of.
+
+    y = relu(conv(x, scale * w) + (shift + scale * b) + residual)
+
+ATen's ``mkldnn::_convolution_pointwise`` takes the packed weight and applies ReLU to the accumulator; its ``.binary``
+form adds a second tensor before it, and the in-place form writes the sum over that tensor. All arithmetic accumulates in
+fp32; a 16-bit output is rounded once, after bias, add and ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import derived, folding
+from ...calls import Conv, ConvBnActCall, Norm
+from ...spec import ConvSpec, conv_out
+
+DTYPES = ("float32", "bfloat16", "float16")
+_fused = torch.ops.mkldnn
+
+
+class Packed(NamedTuple):
+    """A folded convolution ready to run: ``weight`` in oneDNN's own layout, ``tail`` as ATen's argument order has it."""
+
+    weight: Tensor
+    bias: Tensor
+    tail: tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
+
+
+@cache
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the primitives run in: ``dtype`` itself where this CPU's oneDNN has it, otherwise fp32."""
+    native = {
+        torch.bfloat16: _fused._is_mkldnn_bf16_supported,
+        torch.float16: _fused._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype == torch.float32 or native[dtype]() else torch.float32
+
+
+def nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as a dense NHWC tensor of ``dtype``; itself if it is one."""
+    return x.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
+    """Fold and pack one convolution for an input of ``shape``.
+
+    A derived tensor outlives the call that made it, so it is made outside inference mode.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        weight, bias = folding.fold(conv, norm)
+        tail = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        packed = _fused._reorder_convolution_weight(weight.to(dtype).contiguous(), *tail, list(shape))
+        return Packed(packed, bias.to(dtype), tail)
+
+
+def pack(x: Tensor, convs: tuple[Conv, ...], norms: tuple[Norm, ...], main: int) -> list[Packed]:
+    """The packed form of a chain's convolutions for an input like ``x`` (N, C, H, W, in its compute dtype).
+
+    The first ``main`` convolutions feed one another, a further one reads ``x``. oneDNN chooses the blocked layout by
+    input size, and running in another layout means a reorder of the weight at every call (4x slower for ResNet-50 at
+    batch 2), so sizes are kept apart; sizes whose layouts agree share one copy.
+    """
+    sources: list[Tensor | None] = []
+    for conv, norm in zip(convs, norms, strict=True):
+        sources += (conv.weight, conv.bias, *norm.tensors())
+    numbers = tuple([(c.stride, c.padding, c.dilation, c.groups, n.eps) for c, n in zip(convs, norms, strict=True)])
+
+    def make(kept: dict[Hashable, Any]) -> list[Packed]:
+        shape, made = tuple(x.shape), []
+        for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+            source = shape if i < main else tuple(x.shape)
+            packed = pack_one(conv, norm, source, x.dtype)
+            made.append(_share(packed, [values[i] for key, values in kept.items() if key[1:] == (x.dtype, numbers)]))
+            co, _, r, s = conv.weight.shape
+            shape = (
+                source[0],
+                co,
+                conv_out(source[2], r, conv.stride[0], conv.padding[0], conv.dilation[0]),
+                conv_out(source[3], s, conv.stride[1], conv.padding[1], conv.dilation[1]),
+            )
+        return made
+
+    return derived.get(tuple(sources), (tuple(x.shape), x.dtype, numbers), make)
+
+
+def _share(packed: Packed, kept: list[Packed]) -> Packed:
+    """``packed``, or an earlier one of the same layout, so that many input sizes do not hold as many copies."""
+    layout = _layout(packed.weight)
+    return next((k for k in kept if _layout(k.weight) == layout), packed)
+
+
+def _layout(weight: Tensor) -> bytes:
+    """oneDNN's serialized memory descriptor: equal for equal layouts."""
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
+
+
+def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
+    """relu(conv(x) + bias), a new NHWC tensor."""
+    return _fused._convolution_pointwise(x, p.weight, p.bias, *p.tail, "relu" if relu else "none", [], "")
+
+
+def conv_add(x: Tensor, p: Packed, other: Tensor, relu: bool, overwrite: bool) -> Tensor:
+    """relu(conv(x) + bias + other). ``overwrite``: ``other`` is this backend's own, and becomes the result."""
+    after = "relu" if relu else None
+    if overwrite:
+        return _fused._convolution_pointwise_.binary(other, x, p.weight, p.bias, *p.tail, "add", 1, after, [], None)
+    return _fused._convolution_pointwise.binary(x, other, p.weight, p.bias, *p.tail, "add", 1, after, [], None)
+
+
+def like_reference(y: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
+    """``y`` with the dtype and strides that the reference would return."""
+    return y.to(dtype=dtype, memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+
+
+def conv_bn_act(call: ConvBnActCall, spec: ConvSpec) -> Tensor:
+    """act(bn(conv(x)) + residual)."""
+    dtype = compute_dtype(call.x.dtype)
+    x = nhwc(call.x, dtype)
+    (p,) = pack(x, (call.conv,), (call.norm,), 1)
+    if call.residual is None:
+        y = conv(x, p, call.relu)
+    else:
+        other = nhwc(call.residual, dtype)
+        y = conv_add(x, p, other, call.relu, overwrite=other is not call.residual)
+    return like_reference(y, call.x.dtype, spec.layout)

@@ -1,0 +1,20 @@
+"""``stem``: the 7x7 convolution with bias and ReLU as one oneDNN primitive, then ATen's max-pool on what is still in cache.
+
+ReLU and max commute, so pooling could come first only if the primitive pooled too; oneDNN has no such post-op.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...calls import StemCall
+from ...spec import ConvSpec
+from .conv_bn_act import compute_dtype, conv, like_reference, nhwc, pack
+
+
+def stem(call: StemCall, spec: ConvSpec) -> Tensor:
+    """maxpool(relu(bn(conv(x))))."""
+    x = nhwc(call.x, compute_dtype(call.x.dtype))
+    (p,) = pack(x, (call.conv,), (call.norm,), 1)
+    return like_reference(F.max_pool2d(conv(x, p, relu=True), *call.pool), call.x.dtype, spec.layout)

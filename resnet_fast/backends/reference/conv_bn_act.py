@@ -1,0 +1,32 @@
+"""``conv_bn_act`` in eager PyTorch, and the two steps that the other reference ops are made of."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...calls import Conv, ConvBnActCall, Norm
+from ...spec import Spec
+
+
+def conv2d(x: Tensor, c: Conv) -> Tensor:
+    """(N, Ci, H, W) -> (N, Co, Ho, Wo). A float32 weight under a 16-bit input is rounded here, as autocast does it."""
+    bias = None if c.bias is None else c.bias.to(x.dtype)
+    return F.conv2d(x, c.weight.to(x.dtype), bias, c.stride, c.padding, c.dilation, c.groups)
+
+
+def batch_norm(y: Tensor, n: Norm) -> Tensor:
+    """BatchNorm over (N, H, W); the affine part alone where there are no statistics; ``y`` itself for an absent norm."""
+    if n.batch_stats or n.mean is not None:
+        return F.batch_norm(y, n.mean, n.var, n.weight, n.bias, n.batch_stats, n.momentum, n.eps)
+    if n.weight is not None:
+        y = y * n.weight.to(y.dtype)[:, None, None]
+    return y if n.bias is None else y + n.bias.to(y.dtype)[:, None, None]
+
+
+def conv_bn_act(call: ConvBnActCall, spec: Spec | None = None) -> Tensor:
+    """act(bn(conv(x)) + residual). In place where the tensor is this function's own, as torchvision's blocks do."""
+    y = batch_norm(conv2d(call.x, call.conv), call.norm)
+    if call.residual is not None:
+        y += call.residual
+    return F.relu_(y) if call.relu else y

@@ -1,0 +1,89 @@
+"""``resnet-fast predict``: classify pictures with the user's weights."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+from .output import show
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def class_names(classes: int, path: Path | None) -> list[str]:
+    """One name per class: from a text file, from ImageNet's list for a net of 1000 classes, or the class numbers."""
+    if path is not None:
+        try:
+            names = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("a text file of class names", f"{path} ({error})", "correct --names") from error
+        if len(names) != classes:
+            raise UserError(
+                f"{classes} class names, one per line", f"{len(names)} in {path}", "give one line per row of fc.weight"
+            )
+        return names
+    if classes == 1000:
+        from torchvision.models import ResNet50_Weights
+
+        return list(ResNet50_Weights.DEFAULT.meta["categories"])
+    return [f"class {i}" for i in range(classes)]
+
+
+def top_classes(logits: Tensor, names: list[str], top: int) -> list[dict[str, object]]:
+    """The ``top`` most likely classes of one picture, from its logits (classes,)."""
+    best = logits.double().softmax(0).topk(min(top, len(names)))
+    return [
+        {"class": int(i), "name": names[int(i)], "probability": float(p)}
+        for p, i in zip(best.values, best.indices, strict=True)
+    ]
+
+
+def predict(
+    image: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    weights: Annotated[Path, typer.Option(help="Weights of the net, .safetensors or .pth.")],
+    model: Annotated[str, typer.Option(help="The net that the weights were made for.")] = "resnet50",
+    top: Annotated[int, typer.Option(help="Classes to print per picture.")] = 5,
+    backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
+    names: Annotated[Path | None, typer.Option(help="Text file of class names, one per line.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """The most likely classes of each picture."""
+    import torch
+
+    from .. import accelerate, images
+    from .. import weights as weight_files
+    from ..models import registry
+
+    if top < 1:
+        raise UserError("--top >= 1", str(top), "correct --top")
+    size = registry.image_size(model)
+    files = images.find(image)
+    state = weight_files.read(weights)
+    classes = weight_files.num_classes(state)
+    labels = class_names(classes, names)
+    net = weight_files.apply(registry.build(model, num_classes=classes), state).eval()
+    net = accelerate(net.to(memory_format=torch.channels_last), backend=backend)
+    results = []
+    for file in files:  # one by one: a folder may hold more pictures than memory does
+        x = images.preprocess(images.read(file).pixels, size)[None].contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            logits = net(x)[0]
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError("finite outputs", f"NaN or infinity for {file}", "check the weights")
+        results.append({"image": str(file), "top": top_classes(logits, labels, top)})
+    if json:
+        typer.echo(json_module.dumps(results, indent=2))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    for result in results:
+        table = Table("class", "name", "probability", title=Text(str(result["image"])), title_justify="left")
+        for entry in result["top"]:  # type: ignore[attr-defined]
+            table.add_row(str(entry["class"]), Text(entry["name"]), f"{entry['probability']:.4f}")
+        show(table)

@@ -1,0 +1,124 @@
+"""Derived tensors (folded, packed weights): computed once, kept until a parameter that they came from changes.
+
+Nothing is stored on a module, so ``state_dict``, ``deepcopy`` and pickling never see a derived tensor; an entry dies
+with the parameter it hangs on. Before each use the sources are compared with a *stamp* taken when the entry was made:
+
+* identity, storage address and autograd version counter: every in-place operation that PyTorch tracks, ``load_state_dict``,
+  optimizers, ``.to()``, ``p.data = …``;
+* on the CPU also the memory itself, since writes through ``.data`` and BatchNorm's own update of its running statistics
+  move no version counter: vectors in full, filters at up to 128 evenly spaced elements and the last one. A write through
+  ``.data`` to single elements between those is not seen: bump the version (``p.add_(0)`` under ``no_grad``) or call
+  :func:`clear`.
+
+Tensors made under ``inference_mode`` have no version counter, so all of their memory is summed up instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAMPLES = 128
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class _Stamp:
+    """What one source looked like. Holds a view of its memory, so that the address cannot be given to another tensor."""
+
+    __slots__ = ("address", "bits", "seen", "tracked", "version", "views")
+
+    def __init__(self, t: Tensor):
+        self.address = t.data_ptr()
+        self.tracked = not t.is_inference()
+        self.version = t._version if self.tracked else -1
+        self.views: tuple[np.ndarray, ...] = ()
+        self.bits: Tensor | None = None
+        if t.device.type == "cpu" and t.numel():
+            flat = torch.as_strided(t.detach(), (t.numel(),), (1,)) if _is_dense(t) else t.detach().reshape(-1)
+            words = flat.view(_BITS[t.element_size()])
+            if not self.tracked:
+                self.bits = words
+            elif t.dim() == 1:
+                self.views = (words.numpy(),)
+            else:
+                self.views = (words[:: max(1, t.numel() // _SAMPLES)].numpy(), words[-1:].numpy())
+        self.seen = self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        if self.bits is not None:
+            return (int(self.bits.sum(dtype=torch.int64)),)
+        return tuple([v.tobytes() for v in self.views])
+
+    def holds(self, t: Tensor) -> bool:
+        """Is ``t`` still as it was when the stamp was taken?"""
+        return (
+            t.data_ptr() == self.address
+            and (t._version == self.version if self.tracked else t.is_inference())
+            and self._look() == self.seen
+        )
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Does the tensor fill one run of memory, in whatever order of its dimensions?"""
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+
+class _Entry:
+    """The stamps of one set of sources and everything derived from them, by key, least recently used first."""
+
+    def __init__(self, sources: tuple[Tensor | None, ...]):
+        self.refs = [None if t is None else id(t) for t in sources]
+        self.stamps = [None if t is None else _Stamp(t) for t in sources]
+        self.values: dict[Hashable, Any] = {}
+
+    def holds(self, sources: tuple[Tensor | None, ...]) -> bool:
+        if len(sources) != len(self.stamps):
+            return False
+        for t, ref, stamp in zip(sources, self.refs, self.stamps, strict=True):
+            if t is None:
+                if stamp is not None:
+                    return False
+            elif stamp is None or id(t) != ref or not stamp.holds(t):
+                return False
+        return True
+
+
+def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[Hashable, Any]], T], keep: int = 8) -> T:
+    """``make(values)``, computed when a source changed or ``key`` is new, otherwise the kept result.
+
+    Args:
+        sources: the parameters and buffers that the result is computed from; the first must be a tensor.
+        key: whatever else it depends on (input size, dtype).
+        make: computes it; receives what is kept for the same sources under other keys, so that equal parts can be shared.
+        keep: how many keys to keep per set of sources; the least recently used goes first.
+    """
+    anchor = sources[0]
+    if anchor is None:
+        raise ValueError("expected the first source to be a tensor, got None; anchor the entry on the conv weight")
+    entry = _cache.get(anchor)
+    if entry is None or not entry.holds(sources):
+        entry = _Entry(sources)
+        _cache[anchor] = entry
+    values: dict[Hashable, Any] = entry.values
+    if key in values:
+        if next(reversed(values)) != key:
+            values[key] = values.pop(key)
+        return values[key]
+    made = make(values)
+    values[key] = made
+    if len(values) > keep:
+        del values[next(iter(values))]
+    return made
+
+
+def clear() -> None:
+    """Forget every derived tensor; the next call computes them again."""
+    _cache.clear()

@@ -1,0 +1,57 @@
+"""Which backends exist, loaded when first needed. Adding a backend adds one folder and one line here.
+
+A backend is a package ``resnet_fast.backends.NAME`` that exports
+
+* ``IMPLS``: a tuple of :class:`~resnet_fast.spec.Impl`;
+* ``available()``: a :class:`~resnet_fast.spec.Verdict` on this machine and process, cheap enough to ask at each call.
+
+Backends never import dispatch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+from ..spec import Impl, Verdict
+
+_PACKAGES = {
+    "reference": "resnet_fast.backends.reference",
+    "onednn": "resnet_fast.backends.onednn",
+}
+
+_ABSENT = {
+    "triton": "a Triton backend",
+    "cuda": "compiled CUDA kernels",
+}
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(_PACKAGES[name])
+
+
+@cache
+def loaded() -> tuple[ModuleType, ...]:
+    """Every backend package, in the order of the table above."""
+    return tuple(_load(name) for name in _PACKAGES)
+
+
+@cache
+def impls(op: str) -> tuple[Impl, ...]:
+    """The implementations of one op, one per backend at the most."""
+    return tuple(i for backend in loaded() for i in backend.IMPLS if i.op == op)
+
+
+def fingerprint() -> tuple[bool, ...]:
+    """Changes when a backend becomes available or goes (a user switches oneDNN off): part of every decision's key."""
+    return tuple([bool(b.available()) for b in loaded()])
+
+
+def availability() -> dict[str, Verdict]:
+    """Every backend name and whether it can be used here, with the reason where not."""
+    verdicts = {name: _load(name).available() for name in _PACKAGES}
+    for name, what in _ABSENT.items():
+        verdicts[name] = Verdict.no(what, "a release without them", f"use one of {', '.join(_PACKAGES)}")
+    return verdicts

@@ -1,0 +1,105 @@
+"""What ran: counters, the log of fallbacks, strict mode, and the tape that ``explain`` plays back."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .. import flags
+from ..calls import Call
+from ..errors import BackendError
+from ..spec import Spec
+
+if TYPE_CHECKING:
+    from .select import Choice
+
+log = logging.getLogger("resnet_fast")
+
+_calls: Counter[tuple[str, str]] = Counter()
+_fallbacks: Counter[str] = Counter()
+_logged: set[str] = set()
+_strict = False
+_tape: list[Ran | Stock] | None = None
+
+
+class Ran(NamedTuple):
+    """An op call that dispatch served."""
+
+    call: Call
+    spec: Spec
+    choice: Choice
+
+
+class Stock(NamedTuple):
+    """A module that ran its stock PyTorch forward, and why."""
+
+    module: Any
+    reason: str
+
+
+def ran(call: Call, spec: Spec, choice: Choice) -> None:
+    """Count a call; a fallback from a faster backend is logged once per reason, or raises in strict mode."""
+    _calls[(spec.op, choice.impl.backend)] += 1
+    if choice.fell_back:
+        # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
+        _fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
+    if _tape is not None:
+        _tape.append(Ran(call, spec, choice))
+
+
+def stock(module: Any, op: str, reason: str) -> None:
+    """Count a module that runs its stock forward. Silent while a compiler traces (it would count traces, not calls)."""
+    if torch.compiler.is_compiling():
+        return
+    _calls[(op, "stock")] += 1
+    _fall_back(f"{op} runs its stock layers: {reason}", quiet=False)
+    if _tape is not None:
+        _tape.append(Stock(module, reason))
+
+
+def _fall_back(text: str, quiet: bool) -> None:
+    if _strict or flags.STRICT.enabled():
+        raise BackendError(f"strict mode: {text}")
+    _fallbacks[text] += 1
+    if text not in _logged:
+        _logged.add(text)
+        log.log(logging.INFO if quiet else logging.WARNING, text)
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Inside the ``with``, a fallback to slower or stock code raises BackendError instead of being counted."""
+    global _strict
+    before, _strict = _strict, True
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """Since the start or the last :func:`reset_stats`: ``calls`` by ``op/backend``, ``fallbacks`` by reason."""
+    return {"calls": {f"{op}/{backend}": n for (op, backend), n in sorted(_calls.items())}, "fallbacks": dict(_fallbacks)}
+
+
+def reset_stats() -> None:
+    """Set every counter to zero, and let each fallback be logged again."""
+    _calls.clear()
+    _fallbacks.clear()
+    _logged.clear()
+
+
+@contextmanager
+def tape() -> Iterator[list[Ran | Stock]]:
+    """Record what runs inside the ``with``, in order."""
+    global _tape
+    before, _tape = _tape, []
+    try:
+        yield _tape
+    finally:
+        _tape = before

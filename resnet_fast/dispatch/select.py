@@ -1,0 +1,144 @@
+"""The only decision: which implementation runs a Spec, and why not the others.
+
+Order of a request: ``use_backend(...)`` around the call, then the op's ``backend`` argument (what ``accelerate(model,
+backend=...)`` sets), then ``RESNET_FAST_BACKEND``, then ``auto``. A request by name succeeds or raises; ``auto`` takes
+the highest rank among those that accept, and a fallback from a faster backend is counted, logged once per reason, and
+an error in strict mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import flags
+from ..calls import Call
+from ..errors import BackendError
+from ..spec import ITEMSIZE, Impl, Spec, Verdict
+from . import catalog, record
+
+OPS_BY_CALL = {"ConvBnActCall": "conv_bn_act", "BnActCall": "bn_act", "StemCall": "stem"}
+
+_override: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen implementation and the verdict on every other backend, by name."""
+
+    impl: Impl
+    refused: tuple[tuple[str, str], ...]
+    fell_back: str = ""  # why a faster backend that works on this machine did not take this spec
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside the ``with``, every op runs on backend ``name`` or raises; ``auto`` restores dispatch's own choice.
+
+    Process-wide, like ``torch.backends`` switches: not for use from several threads at once.
+    """
+    global _override
+    before, _override = _override, flags.check_backend(name)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def requested(argument: str) -> str:
+    """The backend asked for: by context, by the op's argument, by the environment, else ``auto``."""
+    if _override is not None:
+        return _override
+    if argument != "auto":
+        return argument
+    return flags.BACKEND.read()
+
+
+def choose(spec: Spec, device: str, backend: str = "auto") -> Choice:
+    """The implementation for ``spec`` on ``device`` ("cpu", "cuda"). Raises BackendError where a named backend cannot."""
+    return _choose(spec, device, requested(backend), catalog.fingerprint())
+
+
+@lru_cache(maxsize=8192)
+def _choose(spec: Spec, device: str, wanted: str, fingerprint: tuple[bool, ...]) -> Choice:
+    availability = catalog.availability()
+    if wanted != "auto" and not availability[flags.check_backend(wanted)]:
+        raise BackendError(f"backend {wanted!r} is not available: {availability[wanted].reason}")
+    verdicts = {name: verdict for name, verdict in availability.items() if not verdict}
+    accepted = []
+    for impl in catalog.impls(spec.op):
+        if impl.backend in verdicts:
+            continue
+        verdict = impl.supports(spec, device)
+        if verdict:
+            accepted.append(impl)
+        else:
+            verdicts[impl.backend] = verdict
+    if wanted != "auto":
+        for impl in accepted:
+            if impl.backend == wanted:
+                others = {i.backend: Verdict(False, f"backend {wanted!r} was asked for") for i in accepted if i is not impl}
+                return Choice(impl, _reasons(verdicts | others))
+        refusal = verdicts.get(wanted, Verdict(False, f"it has no {spec.op}"))
+        raise BackendError(f"backend {wanted!r} cannot run {spec.op} {spec} on {device}: {refusal.reason}")
+    best = max(accepted, key=lambda impl: impl.rank)
+    refused_faster = [
+        f"{i.backend}: {verdicts[i.backend].reason}"
+        for i in catalog.impls(spec.op)
+        if i.rank > best.rank and i.backend in verdicts and availability[i.backend]
+    ]
+    others = {i.backend: Verdict(False, f"{best.backend} ranks higher") for i in accepted if i is not best}
+    return Choice(best, _reasons(verdicts | others), "; ".join(refused_faster))
+
+
+def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, v.reason) for name, v in verdicts.items())
+
+
+def run(call: Call, spec: Spec, backend: str) -> Tensor:
+    """Choose and run."""
+    choice = choose(spec, call.x.device.type, backend)
+    record.ran(call, spec, choice)
+    return choice.impl.run(call, spec)
+
+
+def trace(call: Call) -> Tensor:
+    """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
+    name = OPS_BY_CALL.get(type(call).__name__) or ("bottleneck" if len(call.main()) == 3 else "basic_block")  # type: ignore[union-attr]
+    return next(i for i in catalog.impls(name) if i.backend == "reference").run(call, None)
+
+
+def prefers_nhwc(device: str, backend: str) -> bool:
+    """Should a net convert its input to channels_last once? Yes where a fused NHWC backend would run it in eval."""
+    wanted = requested(backend)
+    return wanted == "onednn" or (wanted == "auto" and device == "cpu" and bool(catalog.availability()["onednn"]))
+
+
+def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
+    """How many images of a batch of ``n`` to send through a whole eval net at a time.
+
+    On a CPU the activations of a large batch fall out of the last-level cache, and blocks above 32 MiB are returned to
+    the system after each use, so that every layer pays page faults again (docs/notes/batch-tiling.md). A tile whose
+    largest activation fits twice (input and output of a layer) avoids both. ``largest``: elements per image of it.
+    """
+    if device != "cpu" or not prefers_nhwc(device, backend) or not flags.BATCH_TILE.enabled():
+        return n
+    size = max(ITEMSIZE.get(str(dtype).removeprefix("torch."), 4), 4)
+    tile = max(1, last_level_cache() // (2 * largest * size))
+    return n if tile >= n else 1 << (tile.bit_length() - 1)
+
+
+@cache
+def last_level_cache() -> int:
+    """Bytes of the CPU's last-level cache as Linux reports it; 32 MiB where it does not."""
+    try:
+        sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max(int(s[:-1]) * {"K": 1 << 10, "M": 1 << 20}[s[-1]] for s in sizes)
+    except (OSError, ValueError, KeyError):
+        return 32 << 20

@@ -1,0 +1,59 @@
+"""Every environment switch: name, type, default, meaning. A value that cannot be read is an error, never a default.
+
+Read at the time of use, so that a test (or a notebook) may change ``os.environ`` after the import.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .errors import UserError
+
+BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
+"""The names that a backend can be asked for by; ``auto`` lets dispatch choose."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One environment switch. ``choices`` are the accepted values, in lower case."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    meaning: str
+
+    def read(self) -> str:
+        """The current value. Raises UserError where the variable holds anything but one of ``choices``."""
+        raw = os.environ.get(self.name)
+        if raw is None or raw == "":
+            return self.default
+        value = raw.strip().lower()
+        if value not in self.choices:
+            raise UserError(
+                f"{self.name} to be one of {', '.join(self.choices)}", repr(raw), f"unset it for {self.default!r}"
+            )
+        return value
+
+    def enabled(self) -> bool:
+        """For the on/off switches: is it ``1``?"""
+        return self.read() == "1"
+
+
+BACKEND = Flag(
+    "RESNET_FAST_BACKEND", "auto", BACKENDS, "backend of every op; a name other than auto succeeds or fails, never degrades"
+)
+STRICT = Flag("RESNET_FAST_STRICT", "0", ("0", "1"), "1: an automatic fallback to stock PyTorch raises instead of being logged")
+BATCH_TILE = Flag(
+    "RESNET_FAST_BATCH_TILE", "1", ("0", "1"), "1: on the CPU, large eval batches run in tiles that stay in the last-level cache"
+)
+DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
+
+ALL = (BACKEND, STRICT, BATCH_TILE, DEBUG)
+
+
+def check_backend(name: str) -> str:
+    """``name`` itself if it is a backend's name. Raises UserError otherwise."""
+    if name not in BACKENDS:
+        raise UserError(f"a backend among {', '.join(BACKENDS)}", repr(name), "use 'auto' to let dispatch choose")
+    return name

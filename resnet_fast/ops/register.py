@@ -1,0 +1,139 @@
+"""How an op becomes a ``torch.library`` op: one mechanism for all of them.
+
+    torch.ops.resnet_fast.NAME(...)
+      Autocast   x to the autocast dtype; weights and BatchNorm stay as they are (folding rounds them once)
+      Autograd   a graph or batch statistics are needed -> the chosen backend runs right here, and autograd sees
+                 what it does; otherwise one level down
+      backend    check -> Spec -> dispatch
+      Fake       the reference on fake tensors: real shapes, dtypes and strides
+
+While a compiler traces a call that needs a graph, the reference's ATen operations go into its graph.
+The running statistics are updated in place without an alias annotation, as ``aten::batch_norm`` does it: a call with
+batch statistics is decomposed above functionalization, where ATen's own annotations take over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd, _after_autograd_keyset
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, Norm
+from ..dispatch import select
+from .check import spec_of
+
+LIBRARY = torch.library.Library("resnet_fast", "DEF")
+
+NORM_SCHEMA = (
+    "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, bool batch_stats, float momentum, float eps"
+)
+CONV_SCHEMA = "Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+
+def bind_conv(args: tuple[Any, ...]) -> Conv:
+    """The six arguments of CONV_SCHEMA as a record."""
+    weight, bias, stride, padding, dilation, groups = args
+    return Conv(weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[..., int]) -> None:
+    """Define ``resnet_fast::name`` with every rule it needs.
+
+    Args:
+        schema: the arguments, without the trailing ``str backend`` that every op has.
+        bind: turns the flat arguments (without ``backend``) into a call record.
+        flops: FLOPs of the op from the *shapes* of its arguments, as ``torch.utils.flop_counter`` wants it.
+    """
+    LIBRARY.define(f'{name}({schema}, str backend="auto") -> Tensor')
+    packet = getattr(torch.ops.resnet_fast, name)
+    op = packet.default
+    count = len(op._schema.arguments)
+    defaults = tuple(a.default_value for a in op._schema.arguments)
+
+    def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """PyTorch drops trailing arguments that equal their default before it calls a Python kernel."""
+        return args if len(args) == count else args + defaults[len(args) :]
+
+    def on_backend(*args: Any) -> Tensor:
+        *given, backend = complete(args)
+        call = bind(*given)
+        return select.run(call, spec_of(call, grad=False), backend)
+
+    def on_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+        args = complete(args)
+        call = bind(*args[:-1])
+        if _needs_graph(call):
+            if _is_traced(call.x):
+                return select.trace(call)
+            return select.run(call, spec_of(call, grad=torch.is_grad_enabled()), args[-1])
+        with _AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _after_autograd_keyset, *args)
+
+    def on_fake(*args: Any) -> Tensor:
+        return select.trace(bind(*complete(args)[:-1]))
+
+    LIBRARY.impl(name, on_backend, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(name, _autocast_rule(op, complete, device), key)
+    torch.library.register_fake(f"resnet_fast::{name}", on_fake, lib=LIBRARY)
+    register_flop_formula(packet)(flops)
+
+
+def _autocast_rule(op: Any, complete: Callable[[tuple[Any, ...]], tuple[Any, ...]], device: str) -> Callable[..., Tensor]:
+    def rule(*args: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(t: Any) -> Any:
+            return t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t
+
+        # Activations are x, first, and a residual or shortcut, which the schemas pass last, before ``backend``.
+        x, *rest, last, backend = complete(args)
+        with torch.autocast(device, enabled=False):
+            return op(cast(x), *rest, cast(last), backend)
+
+    return rule
+
+
+def tensors_of(call: Call) -> list[Tensor]:
+    """Every tensor of a call, for the question whether one of them asks for a gradient."""
+    if isinstance(call, BlockCall):
+        found: list[Tensor | None] = [call.x, call.shortcut]
+        convs, norms = call.convs, call.norms
+    elif isinstance(call, BnActCall):
+        found, convs, norms = [call.x, call.residual], (), (call.norm,)
+    else:
+        found = [call.x, call.residual if isinstance(call, ConvBnActCall) else None]
+        convs, norms = (call.conv,), (call.norm,)
+    for conv in convs:
+        found += [conv.weight, conv.bias]
+    for norm in norms:
+        found += norm.tensors()
+    return [t for t in found if t is not None]
+
+
+def batch_stats_of(call: Call) -> bool:
+    """Does any BatchNorm of the call use this batch's statistics?"""
+    norms: tuple[Norm, ...] = call.norms if isinstance(call, BlockCall) else (call.norm,)
+    return any(n.batch_stats for n in norms)
+
+
+def _needs_graph(call: Call) -> bool:
+    if batch_stats_of(call):
+        return True
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(call)):
+        return True
+    # forward-mode AD: a dual tensor need not require a gradient, and would lose its tangent below autograd
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors_of(call)
+    )
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Is this a tracer's tensor (fake, functional, symbolic) rather than one with memory of its own?"""
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
