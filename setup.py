@@ -21,6 +21,7 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from scikit_build_core.setuptools import wrapper
@@ -92,7 +93,7 @@ def packages() -> list[str]:
 
 
 def main() -> None:
-    arguments = {"packages": packages(), "package_dir": {"resnet_fast.benchmarks": "benchmarks"}}
+    arguments: dict[str, Any] = {"packages": packages(), "package_dir": {"resnet_fast.benchmarks": "benchmarks"}}
     torch = native_folder()
     host = switch("RESNET_FAST_BUILD_HOST", "0", "1") == "1"
     if torch is None and not host:
@@ -100,7 +101,7 @@ def main() -> None:
         return
     # _C is built against Python's limited API and torch's stable one, so one wheel serves every Python from 3.10;
     # _host is not (pybind11 needs the full API) and ties the wheel to the Python that built it.
-    options = {} if host else {"options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+    options: dict[str, Any] = {} if host else {"options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
     wrapper.setup(cmake_source_dir=".", cmake_args=cmake_arguments(torch, host), **options, **arguments)
 
 

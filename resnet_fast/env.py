@@ -95,7 +95,8 @@ def _cpu_model() -> str:
 
 def _isa() -> dict[str, bool]:
     if native.host_status():
-        return native.host_isa()
+        found = native.host_isa()
+        return {name: found[name] for name in ISA if name in found}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("flags"):
             flags = line.split()
