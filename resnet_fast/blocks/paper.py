@@ -1,0 +1,60 @@
+"""The paper's plain block and CIFAR net (:mod:`resnet_fast.models.paper`), fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models import paper as stock
+from .fused import Arguments, Fused
+from .stem import Net
+
+
+class PlainBlock(Fused, stock.PlainBlock):
+    """Two 3x3 convolutions without a shortcut, each one op ``conv_bn_act``."""
+
+    stock_class = stock.PlainBlock
+    op = "conv_bn_act"
+    layers = (("conv1", "bn1"), ("conv2", "bn2"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.fused_forward(x)
+
+    @torch.jit.unused
+    def fused_forward(self, x: Tensor) -> Tensor:
+        """The two ops, or the stock forward with the reason counted."""
+        reason = self.obstacle(x)
+        if reason:
+            self.stock(reason)
+            return stock.PlainBlock.forward(self, x)
+        for conv, norm in self.layers:
+            arguments = Arguments()
+            arguments.add(getattr(self, conv), getattr(self, norm))
+            x = torch.ops.resnet_fast.conv_bn_act(x, *arguments.of_one(), True, None, self.backend)
+        return x
+
+
+class CifarResNet(Net, stock.CifarResNet):
+    """The CIFAR net around fused blocks; its first convolution is followed by no pooling."""
+
+    stock_class = stock.CifarResNet
+    op = "conv_bn_act"
+    stages = ("layer1", "layer2", "layer3")
+    pooled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
+            return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.net_forward(x, self.layers_forward)
+
+    @torch.jit.unused
+    def layers_forward(self, x: Tensor) -> Tensor:
+        """conv1, layer1 … layer3, global average pooling, fc."""
+        if isinstance(x, torch.fx.Proxy):
+            return stock.CifarResNet.forward(self, x)
+        x = self.stem_forward(x)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))

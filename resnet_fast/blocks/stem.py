@@ -1,0 +1,119 @@
+"""The first layers of a net as one op, and how a whole net runs around its fused blocks.
+
+An ImageNet ResNet starts with conv 7x7/2, BN, ReLU and max-pool 3x3/2 (He et al. 2015, Table 1): the op ``stem``. A
+CIFAR net has no pooling there: the op ``conv_bn_act``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet as stock
+
+from ..dispatch import select
+from .fused import Arguments, Fused, is_altered, untraceable
+
+
+class Net(Fused):
+    """A stock ResNet: fused stem, NHWC kept from end to end in eval, large CPU batches in cache-sized tiles."""
+
+    op = "stem"
+    layers = (("conv1", "bn1"),)
+    stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
+    pooled = True
+
+    def stem_forward(self, x: Tensor) -> Tensor:
+        """maxpool(relu(bn1(conv1(x)))) as one op call, or layer by layer with the reason counted."""
+        reason = self.obstacle(x)
+        if reason:
+            self.stock(reason)
+            for name in ("conv1", "bn1", *self.acts, *(("maxpool",) if self.pooled else ())):
+                x = getattr(self, name)(x)
+            return x
+        arguments = Arguments()
+        arguments.add(self.conv1, self.bn1)
+        if not self.pooled:
+            return torch.ops.resnet_fast.conv_bn_act(x, *arguments.of_one(), True, None, self.backend)
+        pool: Any = self.maxpool
+        sizes = [_int(pool.kernel_size), _int(pool.stride), _int(pool.padding)]
+        return torch.ops.resnet_fast.stem(x, *arguments.of_one(), sizes, self.backend)
+
+    def unfusable(self) -> str:
+        reason = super().unfusable()
+        if reason or not self.pooled:
+            return reason
+        pool: Any = self.maxpool
+        plain = type(pool) is nn.MaxPool2d and not is_altered(pool) and _int(pool.dilation) == 1
+        if not plain or pool.ceil_mode or pool.return_indices or min(map(_int, (pool.kernel_size, pool.stride))) < 1:
+            return f"expected maxpool to be a plain square MaxPool2d, got {pool}; the stem runs unfused"
+        return ""
+
+    def net_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """``forward(x)``, in eval without autograd with ``x`` converted to NHWC once and in tiles of the batch."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or untraceable(x) or x.dim() != 4:
+            return forward(x)
+        if self.training or not select.prefers_nhwc(x.device.type, self.backend):
+            return forward(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        n, _, h, w = x.shape
+        if n > 1 and type(x) is Tensor:
+            tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
+            if tile < n and self.images_are_independent():
+                return torch.cat([forward(part) for part in x.split(tile)])
+        return forward(x)
+
+    def largest_activation(self, h: int, w: int) -> int:
+        """Elements per image of the largest tensor between two layers: after the stem's convolution or in stage 1."""
+        conv: Any = self.conv1
+        ho, wo = -(-h // conv.stride[0]), -(-w // conv.stride[1])
+        shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1  # type: ignore[union-attr,arg-type]
+        first = next(iter(getattr(self, self.stages[0])), None)
+        widest = max((m.weight.shape[0] for m in first.modules() if isinstance(m, nn.Conv2d)), default=0) if first else 0
+        return ho * wo * max(conv.out_channels, widest // shrink)
+
+    def images_are_independent(self) -> bool:
+        """Is the net nothing but fused modules with constant statistics, so that a batch may be split unseen?
+
+        A hook anywhere would see parts of the batch, a replaced stage might mix images.
+        """
+        for m in self.modules():
+            if m is not self and (is_altered(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and _batch_stats(m))):
+                return False
+        stages = [getattr(self, s) for s in self.stages]
+        return all(type(s) is nn.Sequential and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages)
+
+
+def _batch_stats(m: Any) -> bool:
+    return m.training or m.running_mean is None
+
+
+def _int(value: int | tuple[int, ...]) -> int:
+    """A square window's side; -1 for a window that is not square."""
+    if isinstance(value, int):
+        return value
+    return value[0] if len(set(value)) == 1 else -1
+
+
+class ResNet(Net, stock.ResNet):
+    """torchvision's ResNet around fused blocks."""
+
+    stock_class = stock.ResNet
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.net_forward(x, self.layers_forward)
+
+    @torch.jit.unused
+    def layers_forward(self, x: Tensor) -> Tensor:
+        """conv1 … layer4, global average pooling, fc."""
+        if isinstance(x, torch.fx.Proxy):
+            return stock.ResNet._forward_impl(self, x)
+        x = self.stem_forward(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))

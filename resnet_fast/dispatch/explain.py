@@ -1,0 +1,150 @@
+"""``explain(model, x)``: run once, and tell per layer which kernel was chosen, why not the others, and the floor time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import roofline
+from ..calls import BlockCall, BnActCall, Call
+from . import record
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op call, or one module that ran its stock layers (``backend`` is then ``stock`` and ``spec`` empty)."""
+
+    layer: str
+    op: str
+    spec: str
+    backend: str
+    why_not: dict[str, str]
+    gflop: float | None = None
+    megabytes: float | None = None
+    floor_ms: float | None = None
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ran where. ``str()`` is a table, ``to_dict()`` goes into JSON."""
+
+    rows: tuple[Row, ...]
+    device: str
+    ceilings: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"device": self.device, "ceilings": self.ceilings, "rows": [asdict(r) for r in self.rows], "notes": self.notes}
+
+    def __str__(self) -> str:
+        head = ("layer", "op", "spec", "backend", "GFLOP", "MB", "floor ms", "bound")
+        body = [
+            (r.layer, r.op, r.spec or "-", r.backend, _number(r.gflop), _number(r.megabytes), _number(r.floor_ms), r.bound or "-")
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        reasons: dict[str, list[str]] = {}
+        for r in self.rows:
+            for name, why in r.why_not.items():
+                reasons.setdefault(f"not {name}: {why}" if r.backend != "stock" else f"stock layers: {why}", []).append(r.layer)
+        lines += ["", f"floors: {self.ceilings}", *self.notes]
+        for reason, layers in reasons.items():
+            where = "every layer" if len(layers) == len(self.rows) else ", ".join(dict.fromkeys(layers))
+            lines.append(f"{reason}  [{where}]")
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def explain(model: nn.Module, x: Tensor) -> Explanation:
+    """Run ``model(x)`` once without autograd, in the mode it is in, and report every block of an accelerated net.
+
+    Buffers (running statistics) and random state are put back, so a model in training may be explained too.
+
+    Args:
+        model: a module that :func:`resnet_fast.accelerate` has been called on.
+        x: an input of the shape, dtype, layout and device in question.
+    """
+    names = {id(p): name.rsplit(".", 1)[0] for name, p in model.named_parameters()}
+    modules = {id(m): name or type(model).__name__ for name, m in model.named_modules()}
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with record.tape() as tape, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            model(x)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    device, ceilings = _device(x.device)
+    rows, seen = [], set()
+    for event in tape:
+        if isinstance(event, record.Stock):
+            layer = modules.get(id(event.module), "?")
+            row = Row(layer, getattr(event.module, "op", "-"), "", "stock", {"fused": event.reason})
+        else:
+            layer = _name(event.call, names)
+            row = _row(layer, event, device)
+        if layer not in seen:  # a batch that ran in tiles passes each layer several times
+            rows.append(row)
+        seen.add(layer)
+    runs = len(tape) // max(1, len(rows))
+    notes = (f"the batch of {x.shape[0]} ran in {runs} tiles; rows show one",) if runs > 1 else ()
+    return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape, names)))
+
+
+def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
+    spec, choice = event.spec, event.choice
+    floor = roofline.floor_seconds(spec, device, "conv") if device else None
+    return Row(
+        layer,
+        spec.op,
+        str(spec),
+        choice.impl.backend,
+        dict(choice.refused),
+        spec.flops() / 1e9,
+        floor.nbytes / 1e6 if floor else spec.min_bytes() / 1e6,
+        floor.seconds * 1e3 if floor else None,
+        floor.bound if floor else "",
+    )
+
+
+def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
+    """The ceilings to bound with: this CPU's, measured once per process."""
+    if device.type != "cpu":
+        return None, f"none known for {device}"
+    cpu = roofline.calibrate_cpu()
+    rates = ", ".join(f"{name} {c.value / 1e9:.0f} GFLOP/s ({c.origin})" for name, c in cpu.rates[:2])
+    return cpu, f"modelled, from {cpu.name}: copy {cpu.bandwidth.value / 1e9:.1f} GB/s ({cpu.bandwidth.origin}), {rates}"
+
+
+def _name(call: Call, names: dict[int, str]) -> str:
+    """The layer's name in the model, found by a parameter that the call carries."""
+    if isinstance(call, BlockCall):
+        return names.get(id(call.convs[0].weight), "?").rsplit(".", 1)[0]
+    if isinstance(call, BnActCall):
+        return next((names[id(t)] for t in call.norm.tensors() if id(t) in names), "?")
+    return names.get(id(call.conv.weight), "?")
+
+
+def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock], names: dict[int, str]) -> tuple[str, ...]:
+    """Convolutions that no op call carried and no stock block contains: their parents are not of a known kind."""
+    covered: set[int] = set()
+    for event in tape:
+        if isinstance(event, record.Stock):
+            covered |= {id(p) for p in event.module.parameters()}
+        elif isinstance(event.call, BlockCall):
+            covered |= {id(c.weight) for c in event.call.convs}
+        elif not isinstance(event.call, BnActCall):
+            covered.add(id(event.call.conv.weight))
+    left = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and id(m.weight) not in covered]
+    if not left:
+        return ()
+    shown = ", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "")
+    return (f"stock convolutions outside fused blocks: {shown}",)
