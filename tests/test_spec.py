@@ -1,0 +1,148 @@
+"""Problem descriptions against torch itself: sizes, operations, and which input pixels a convolution touches."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, PointwiseSpec, Verdict, conv_out
+
+
+def _random_specs(count: int) -> list[ConvSpec]:
+    rng = random.Random(0)
+    specs: list[ConvSpec] = []
+    while len(specs) < count:
+        groups = rng.choice((1, 1, 2))
+        spec = ConvSpec(
+            *(rng.choice((1, 2)), rng.randint(1, 12), rng.randint(1, 12)),
+            *(2 * groups, 3 * groups, rng.randint(1, 4), rng.randint(1, 4)),
+            stride=(rng.randint(1, 5), rng.randint(1, 5)),
+            padding=(rng.randint(0, 3), rng.randint(0, 3)),
+            dilation=(rng.randint(1, 3), rng.randint(1, 3)),
+            groups=groups,
+        )
+        if spec.ho >= 1 and spec.wo >= 1:
+            specs.append(spec)
+    return specs
+
+
+@pytest.mark.parametrize("spec", _random_specs(40), ids=str)
+def test_conv_sizes_operations_and_touched_bytes_are_torchs(spec: ConvSpec) -> None:
+    x = torch.ones(spec.n, spec.ci, spec.h, spec.w, requires_grad=True)
+    weight = torch.ones(spec.co, spec.ci // spec.groups, spec.r, spec.s)
+    args = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    with FlopCounterMode(display=False) as counter:
+        y = F.conv2d(x, weight, None, *args)
+    assert y.shape == (spec.n, spec.co, spec.ho, spec.wo)
+    assert counter.get_total_flops() == spec.flops() == 2 * spec.macs()
+    assert spec.gemm_m * spec.gemm_n * spec.gemm_k * spec.groups == spec.macs()
+
+    y.sum().backward()  # with ones everywhere, an input's gradient counts the windows that read it
+    assert x.grad is not None
+    elements = int(x.grad.count_nonzero()) + weight.numel() + y.numel()
+    assert spec.with_(epilogue=Epilogue(norm=False)).min_bytes() == 4 * elements
+    added = spec.with_(epilogue=Epilogue(norm=True, add=True))
+    assert added.min_bytes() == 4 * (elements + y.numel()) + 2 * spec.co * 4
+
+
+def test_stem_stores_the_pooled_output() -> None:
+    stem = ConvSpec(2, 31, 45, 3, 8, 7, 7, (2, 2), (3, 3), epilogue=Epilogue(relu=True, pool=(3, 2, 1)))
+    x = F.max_pool2d(F.conv2d(torch.zeros(2, 3, 31, 45), torch.zeros(8, 3, 7, 7), None, 2, 3), 3, 2, 1)
+    assert stem.op == "stem"
+    assert stem.out_hw() == tuple(x.shape[2:])
+    unpooled = stem.with_(epilogue=Epilogue(relu=True))
+    assert unpooled.op == "conv_bn_act"
+    stored = 2 * 8 * (unpooled.ho * unpooled.wo) - x.numel()
+    assert unpooled.min_bytes() - stem.min_bytes() == 4 * stored
+
+
+def test_window_that_does_not_fit_has_no_output() -> None:
+    assert conv_out(2, 3, 1, 0, 1) < 1
+    assert conv_out(3, 3, 1, 0, 1) == 1
+
+
+def test_params_count_filter_and_norm() -> None:
+    bare = ConvSpec(1, 8, 8, 4, 6, 3, 3, groups=2, epilogue=Epilogue(norm=False))
+    assert bare.params() == torch.nn.Conv2d(4, 6, 3, groups=2, bias=False).weight.numel()
+    assert bare.with_(epilogue=Epilogue()).params() == bare.params() + 2 * 6
+
+
+def test_half_precision_halves_activation_and_weight_bytes_only() -> None:
+    full = ConvSpec(1, 8, 8, 4, 6, 3, 3, padding=(1, 1))
+    norm = 2 * 6 * 4  # scale and shift stay float32
+    assert (full.min_bytes() - norm) == 2 * (full.with_(dtype="bfloat16").min_bytes() - norm)
+
+
+def test_specs_are_values() -> None:
+    a, b = ConvSpec(1, 8, 8, 4, 6, 3, 3), ConvSpec(1, 8, 8, 4, 6, 3, 3)
+    _ = a.ho  # a cached property must not enter equality, hash or pickle's result
+    assert a == b and hash(a) == hash(b) and pickle.loads(pickle.dumps(a)) == b
+    assert a != a.with_(grad=True) and a.with_(grad=True).ho == a.ho
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.n = 2  # type: ignore[misc]
+
+
+def test_with_recomputes_sizes() -> None:
+    spec = ConvSpec(1, 8, 8, 4, 6, 3, 3)
+    assert (spec.ho, spec.with_(stride=(2, 2)).ho) == (6, 3)
+
+
+def test_prints_on_one_line_what_distinguishes_it() -> None:
+    spec = ConvSpec(2, 8, 9, 4, 6, 3, 3, (2, 1), (1, 2), (1, 3), 2, "bfloat16", "nchw", Epilogue(relu=True, add=True))
+    assert str(spec) == "N2 8x9 4->6 3x3/2x1 p1x2 d1x3 g2 bn+add+relu bfloat16 nchw"
+    assert str(spec.with_(batch_stats=True, grad=True)).endswith("nchw batch-stats grad")
+    assert str(Epilogue(norm=False)) == "none"
+    assert str(PointwiseSpec(1, 8, 9, 4, epilogue=Epilogue(relu=True))) == "N1 8x9 4 bn+relu float32 nhwc"
+
+
+def test_pointwise_reads_x_and_residual_and_writes_y() -> None:
+    spec = PointwiseSpec(2, 5, 7, 3, epilogue=Epilogue(relu=True, add=True))
+    assert spec.min_bytes() == 3 * (2 * 5 * 7 * 3) * 4 + 2 * 3 * 4
+    assert (spec.macs(), spec.flops()) == (0, 3 * 2 * 5 * 7 * 3)
+    without = spec.with_(epilogue=Epilogue(relu=True))
+    assert spec.min_bytes() - without.min_bytes() == 2 * 5 * 7 * 3 * 4
+
+
+def _block(shortcut: str) -> BlockSpec:
+    c1 = ConvSpec(1, 8, 8, 4, 8, 3, 3, (2, 2), (1, 1), epilogue=Epilogue(relu=True))
+    c2 = ConvSpec(1, 4, 4, 8, 8, 3, 3, padding=(1, 1), epilogue=Epilogue(relu=True, add=True))
+    down = ConvSpec(1, 8, 8, 4, 8, 1, 1, (2, 2))
+    return BlockSpec("basic_block", (c1, c2, down) if shortcut == "projection" else (c1, c2), shortcut)
+
+
+def test_block_sums_its_convolutions_and_moves_nothing_in_between() -> None:
+    block = _block("projection")
+    c1, c2, down = block.convs
+    assert block.main == (c1, c2)
+    assert block.macs() == c1.macs() + c2.macs() + down.macs()
+    assert block.params() == c1.params() + c2.params() + down.params()
+    weights = sum(c.co * c.gemm_k * 4 + 2 * c.co * 4 for c in block.convs)
+    assert block.min_bytes() == 4 * (8 * 8 * 4 + 4 * 4 * 8) + weights
+    assert block.min_bytes() < sum(c.min_bytes() for c in block.convs)
+
+
+def test_block_reads_a_given_shortcut_besides() -> None:
+    given = _block("given")
+    assert given.main == given.convs
+    identity = BlockSpec(given.op, given.convs, "identity")
+    assert given.min_bytes() - identity.min_bytes() == 4 * 4 * 4 * 8
+
+
+def test_block_changes_every_convolution() -> None:
+    block = _block("projection").with_(dtype="bfloat16", grad=True)
+    assert {c.dtype for c in block.convs} == {"bfloat16"}
+    assert block.grad and not block.batch_stats
+    assert str(block) == "N1 8x8 4 -> 3x3/2 8 -> 3x3/1 8 + projection bfloat16 nhwc grad"
+
+
+def test_verdict_is_its_answer_and_carries_the_sentence() -> None:
+    assert Verdict.yes()
+    no = Verdict.no("float32", "int8", "call .float()")
+    assert not no
+    assert no.reason == "expected float32, got int8; call .float()"
