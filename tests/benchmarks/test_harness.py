@@ -1,0 +1,67 @@
+"""benchmarks/harness.py: who runs when, what is kept, what a failure does."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from resnet_fast.benchmarks.harness import Plan, Samples, first_line, measure
+
+QUICK = Plan(rounds=4, calls=2, warmup=3, turn_ms=0)
+
+
+def test_every_competitor_gets_the_same_turns() -> None:
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    result = measure(calls, QUICK)
+    assert all(len(s.ns) == 8 and not s.error and min(s.ns) > 0 for s in result.values())
+    assert seen[:9] == list("aaabbbccc")  # warm-up
+    rounds = [seen[9 + 9 * r : 18 + 9 * r] for r in range(4)]
+    assert all(sorted(r) == list("aaabbbccc") and r[0::3] == r[1::3] == r[2::3] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1  # the order is drawn anew
+
+
+def test_order_depends_on_the_seed_alone() -> None:
+    def order(seed: int) -> list[tuple[str, int]]:
+        turns: list[tuple[str, int]] = []
+        names = {name: lambda: None for name in "abcdef"}
+        measure(names, Plan(rounds=3, calls=1, turn_ms=0, seed=seed), on_turn=lambda n, r: turns.append((n, r)))
+        return turns
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_deadline_ends_after_a_whole_round_but_not_before_the_first() -> None:
+    result = measure({"a": lambda: None, "b": lambda: None}, QUICK, deadline=time.monotonic() - 1)
+    assert [len(s.ns) for s in result.values()] == [2, 2]
+
+
+def test_short_calls_are_repeated_until_the_turn_has_lasted() -> None:
+    result = measure({"a": lambda: None, "b": lambda: time.sleep(0.004)}, Plan(rounds=1, calls=2, turn_ms=3))
+    assert len(result["a"].ns) > 20
+    assert len(result["b"].ns) == 2
+    assert min(result["b"].ns) >= 4e6
+
+
+@pytest.mark.parametrize("lives", [0, 2, 6])
+def test_failure_takes_one_competitor_out(lives: int) -> None:
+    left = [lives]
+
+    def fails() -> None:
+        if not left[0]:
+            raise RuntimeError("\n  broke here\nand more")
+        left[0] -= 1
+
+    result = measure({"bad": fails, "good": lambda: None}, QUICK)
+    assert result["bad"].error == "RuntimeError: broke here" and result["bad"].ns == []
+    assert len(result["good"].ns) == 8
+
+
+def test_quartiles() -> None:
+    assert Samples([1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000]).quartiles_ms() == (2, 3, 4)
+    assert Samples([7_000_000]).quartiles_ms() == (7, 7, 7)
+
+
+def test_first_line_of_an_empty_message() -> None:
+    assert first_line(KeyError()) == "KeyError"

@@ -1,0 +1,87 @@
+"""``resnet-fast bench``: files, tables and JSON of a small run, and the options that are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from resnet_fast.benchmarks import compare
+from resnet_fast.cli.bench import bench
+from resnet_fast.errors import UserError
+from resnet_fast.models import registry
+
+SMALL = ("--model", "cifar_resnet20", "--batch", "1,2", "--rounds", 1, "--dtype", "float32")
+
+
+def _run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(bench)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.effect_noise((60, 50), 80).save(tmp_path / "noise.png")
+    return tmp_path / "noise.png"
+
+
+def test_json_is_all_of_stdout_and_files_are_written(tmp_path: Path, picture: Path) -> None:
+    result = _run(*SMALL, "--providers", "eager-nchw,resnet_fast", "--images", picture, "--threads", 1,
+                  "--out", tmp_path / "o", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [(r["provider"], r["batch"]) for r in found["rows"]] == [
+        ("eager-nchw", 1), ("resnet_fast", 1), ("eager-nchw", 2), ("resnet_fast", 2)
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["median_ms"] > 0 and row["error_l2"] < 1e-5, row
+    assert found["provenance"]["images"] == ["noise.png"] and found["provenance"]["threads"] == 1
+    assert sorted(os.listdir(tmp_path / "o")) == ["bench.csv", "bench.json", "bench.md", "bench.png"]
+    assert json.loads((tmp_path / "o" / "bench.json").read_text()) == found
+
+
+def test_table_of_a_suite_and_own_weights(tmp_path: Path, picture: Path) -> None:
+    torch.save(registry.build("cifar_resnet20").state_dict(), tmp_path / "w.pth")
+    result = _run(*SMALL, "--providers", "eager-nhwc", "--images", picture, "--suite", "blocks",
+                  "--weights", tmp_path / "w.pth", "--out", tmp_path / "o")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "cifar_resnet20.layer2.0, float32, batch 2, cpu" in result.stdout
+    assert "eager-nhwc" in result.stdout and "bench.png" in result.stdout
+    assert str(tmp_path / "w.pth") in (tmp_path / "o" / "bench.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "1,x"), "expected batch sizes such as 1,16, got '1,x'"),
+        (("--batch", ""), "expected batch sizes >= 1, got none"),
+        (("--dtype", "int8"), "expected dtypes among"),
+        (("--providers", "tvm"), "expected providers among"),
+        (("--device", "cuda:77"), "got 'cuda:77'"),
+        (("--suite", "x"), "expected a suite among"),
+        (("--images", "no-such-folder"), "does not exist"),
+        (("--model", "resnet5"), "resnet5"),
+    ],
+)
+def test_unusable_options_write_nothing(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    result = _run("--dtype", "float32", "--out", tmp_path / "o", *arguments)
+    assert isinstance(result.exception, UserError)
+    with pytest.raises(UserError, match=message):
+        raise result.exception
+    assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
+
+
+def test_out_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("measured"))
+    result = _run(*SMALL, "--out", tmp_path / "file")
+    assert isinstance(result.exception, UserError) and "a folder to write to" in str(result.exception)
