@@ -62,6 +62,10 @@ class ConvBnActCall(NamedTuple):
     residual: Tensor | None
     relu: bool
 
+    @property
+    def op(self) -> str:
+        return "conv_bn_act"
+
 
 class BnActCall(NamedTuple):
     """``act(bn(x) + residual)``."""
@@ -71,6 +75,10 @@ class BnActCall(NamedTuple):
     residual: Tensor | None
     relu: bool
 
+    @property
+    def op(self) -> str:
+        return "bn_act"
+
 
 class StemCall(NamedTuple):
     """``maxpool(relu(bn(conv(x))))``."""
@@ -79,6 +87,10 @@ class StemCall(NamedTuple):
     conv: Conv
     norm: Norm
     pool: Pool
+
+    @property
+    def op(self) -> str:
+        return "stem"
 
 
 class BlockCall(NamedTuple):
@@ -98,6 +110,11 @@ class BlockCall(NamedTuple):
         """The (conv, norm) pairs of the residual branch."""
         pairs = list(zip(self.convs, self.norms, strict=True))
         return pairs[:-1] if self.projection else pairs
+
+    @property
+    def op(self) -> str:
+        """The op's name, by the number of convolutions on the residual branch."""
+        return "bottleneck" if len(self.convs) - self.projection == 3 else "basic_block"
 
 
 Call = ConvBnActCall | BnActCall | StemCall | BlockCall

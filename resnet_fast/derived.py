@@ -33,36 +33,41 @@ _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 class _Stamp:
     """What one source looked like. Holds a view of its memory, so that the address cannot be given to another tensor."""
 
-    __slots__ = ("address", "bits", "seen", "tracked", "version", "views")
+    __slots__ = ("address", "data", "identity", "sample", "seen", "seen_sample", "storage", "summed", "version")
 
     def __init__(self, t: Tensor):
+        self.identity = id(t)
         self.address = t.data_ptr()
-        self.tracked = not t.is_inference()
-        self.version = t._version if self.tracked else -1
-        self.views: tuple[np.ndarray, ...] = ()
-        self.bits: Tensor | None = None
-        if t.device.type == "cpu" and t.numel():
-            flat = torch.as_strided(t.detach(), (t.numel(),), (1,)) if _is_dense(t) else t.detach().reshape(-1)
-            words = flat.view(_BITS[t.element_size()])
-            if not self.tracked:
-                self.bits = words
+        self.storage = t.untyped_storage()
+        self.version = None if t.is_inference() else t._version
+        self.data: np.ndarray | None = None  # compared in full
+        self.sample: np.ndarray | None = None  # every so many elements; ``data`` then holds the last one
+        self.summed: Tensor | None = None
+        if t.device.type == "cpu" and t.numel() and _is_dense(t):
+            words = torch.as_strided(t.detach(), (t.numel(),), (1,)).view(_BITS[t.element_size()])
+            if self.version is None:
+                self.summed = words
             elif t.dim() == 1:
-                self.views = (words.numpy(),)
+                self.data = words.numpy()
             else:
-                self.views = (words[:: max(1, t.numel() // _SAMPLES)].numpy(), words[-1:].numpy())
+                self.data = words[-1:].numpy()
+                self.sample = words[:: max(1, t.numel() // _SAMPLES)].numpy()
         self.seen = self._look()
+        self.seen_sample = None if self.sample is None else self.sample.tobytes()
 
-    def _look(self) -> tuple[object, ...]:
-        if self.bits is not None:
-            return (int(self.bits.sum(dtype=torch.int64)),)
-        return tuple([v.tobytes() for v in self.views])
+    def _look(self) -> object:
+        if self.summed is not None:
+            return int(self.summed.sum(dtype=torch.int64))
+        return None if self.data is None else self.data.tobytes()
 
     def holds(self, t: Tensor) -> bool:
-        """Is ``t`` still as it was when the stamp was taken?"""
+        """Is ``t`` still as it was when the stamp was taken? Runs for every parameter at every call: one expression."""
         return (
-            t.data_ptr() == self.address
-            and (t._version == self.version if self.tracked else t.is_inference())
-            and self._look() == self.seen
+            id(t) == self.identity
+            and t.data_ptr() == self.address
+            and (t._version == self.version if self.version is not None else t.is_inference())
+            and (self._look() if self.data is None else self.data.tobytes()) == self.seen
+            and (self.sample is None or self.sample.tobytes() == self.seen_sample)
         )
 
 
@@ -74,24 +79,28 @@ def _is_dense(t: Tensor) -> bool:
 class _Entry:
     """The stamps of one set of sources and everything derived from them, by key, least recently used first."""
 
+    __slots__ = ("stamps", "values")
+
     def __init__(self, sources: tuple[Tensor | None, ...]):
-        self.refs = [None if t is None else id(t) for t in sources]
         self.stamps = [None if t is None else _Stamp(t) for t in sources]
         self.values: dict[Hashable, Any] = {}
 
     def holds(self, sources: tuple[Tensor | None, ...]) -> bool:
-        if len(sources) != len(self.stamps):
+        stamps = self.stamps
+        if len(sources) != len(stamps):
             return False
-        for t, ref, stamp in zip(sources, self.refs, self.stamps, strict=True):
-            if t is None:
-                if stamp is not None:
+        for t, stamp in zip(sources, stamps):
+            if stamp is None:
+                if t is not None:
                     return False
-            elif stamp is None or id(t) != ref or not stamp.holds(t):
+            elif t is None or not stamp.holds(t):
                 return False
         return True
 
 
-def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[Hashable, Any]], T], keep: int = 8) -> T:
+def get(
+    sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[Hashable, Any]], T], keep: int = 8
+) -> T:
     """``make(values)``, computed when a source changed or ``key`` is new, otherwise the kept result.
 
     Args:

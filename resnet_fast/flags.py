@@ -41,11 +41,19 @@ class Flag:
 
 
 BACKEND = Flag(
-    "RESNET_FAST_BACKEND", "auto", BACKENDS, "backend of every op; a name other than auto succeeds or fails, never degrades"
+    "RESNET_FAST_BACKEND",
+    "auto",
+    BACKENDS,
+    "backend of every op; a name other than auto succeeds or fails, never degrades",
 )
-STRICT = Flag("RESNET_FAST_STRICT", "0", ("0", "1"), "1: an automatic fallback to stock PyTorch raises instead of being logged")
+STRICT = Flag(
+    "RESNET_FAST_STRICT", "0", ("0", "1"), "1: an automatic fallback to stock PyTorch raises instead of being logged"
+)
 BATCH_TILE = Flag(
-    "RESNET_FAST_BATCH_TILE", "1", ("0", "1"), "1: on the CPU, large eval batches run in tiles that stay in the last-level cache"
+    "RESNET_FAST_BATCH_TILE",
+    "1",
+    ("0", "1"),
+    "1: on the CPU, large eval batches run in tiles that stay in the last-level cache",
 )
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 

@@ -12,7 +12,7 @@ output channels, ``gemm_k = Ci/groups*R*S`` products per output; there are ``gro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,17 @@ def _touched(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     return len({p for o in range(out) for k in range(kernel) if 0 <= (p := o * stride - padding + k * dilation) < size})
 
 
+class _HashedOnce:
+    """Specs key every decision and cache, at every call: the hash of their many fields is computed once."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What happens to a convolution's output before it is stored: ``pool(act(bn(conv) + residual))``."""
@@ -55,8 +66,10 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
-class ConvSpec:
+class ConvSpec(_HashedOnce):
     """One 2-d convolution and its epilogue. Sizes in elements, ``dtype`` as torch names it, ``layout`` of x and y."""
+
+    __hash__ = _HashedOnce.__hash__
 
     n: int
     h: int
@@ -146,8 +159,10 @@ class ConvSpec:
 
 
 @dataclass(frozen=True)
-class PointwiseSpec:
+class PointwiseSpec(_HashedOnce):
     """BatchNorm + residual add + ReLU on an (N, C, H, W) tensor, without a convolution."""
+
+    __hash__ = _HashedOnce.__hash__
 
     n: int
     h: int
@@ -186,12 +201,14 @@ SHORTCUTS = ("identity", "projection", "given")
 
 
 @dataclass(frozen=True)
-class BlockSpec:
+class BlockSpec(_HashedOnce):
     """A residual block: its convolutions in order of execution, the projection (if ``shortcut`` says so) last.
 
     ``shortcut``: ``identity`` adds the block's input, ``projection`` a 1x1 convolution of it, ``given`` a tensor that
     the caller computed (option A's zero-padded channels, an average-pooled projection).
     """
+
+    __hash__ = _HashedOnce.__hash__
 
     op: str
     convs: tuple[ConvSpec, ...]

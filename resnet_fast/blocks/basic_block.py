@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import List, Optional  # noqa: UP035 (TorchScript reads these)
 
 import torch
 from torch import Tensor
@@ -27,16 +27,24 @@ class BasicBlock(ResidualBlock, stock.BasicBlock):
             y += x if self.downsample is None else self.downsample(x)
             return self.relu(y)
         shortcut: Optional[Tensor] = None if self.downsample is None else self.downsample(x)  # noqa: UP045
-        b1, b2, c1, c2 = self.bn1, self.bn2, self.conv1, self.conv2
+        biases: List[Optional[Tensor]] = [self.conv1.bias, self.conv2.bias]  # noqa: UP006, UP045
+        norms: List[Optional[Tensor]] = [  # noqa: UP006, UP045
+            self.bn1.weight, self.bn1.bias, self.bn1.running_mean, self.bn1.running_var,
+            self.bn2.weight, self.bn2.bias, self.bn2.running_mean, self.bn2.running_var,
+        ]  # fmt: skip
         return torch.ops.resnet_fast.basic_block(
             x,
-            [c1.weight, c2.weight],
-            [c1.bias, c2.bias],
-            [b1.weight, b1.bias, b1.running_mean, b1.running_var, b2.weight, b2.bias, b2.running_mean, b2.running_var],
-            [c1.stride[0], c1.stride[1], c1.padding[0], c1.padding[1], c1.dilation[0], c1.dilation[1], c1.groups,
-             c2.stride[0], c2.stride[1], c2.padding[0], c2.padding[1], c2.dilation[0], c2.dilation[1], c2.groups],
+            [self.conv1.weight, self.conv2.weight],
+            biases,
+            norms,
+            [
+                self.conv1.stride[0], self.conv1.stride[1], self.conv1.padding[0], self.conv1.padding[1],
+                self.conv1.dilation[0], self.conv1.dilation[1], self.conv1.groups,
+                self.conv2.stride[0], self.conv2.stride[1], self.conv2.padding[0], self.conv2.padding[1],
+                self.conv2.dilation[0], self.conv2.dilation[1], self.conv2.groups,
+            ],
             [False, False],
             [0.0, 0.0],
-            [b1.eps, b2.eps],
+            [self.bn1.eps, self.bn2.eps],
             shortcut,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import List, Optional  # noqa: UP035 (TorchScript reads these)
 
 import torch
 from torch import Tensor
@@ -28,19 +28,27 @@ class Bottleneck(ResidualBlock, stock.Bottleneck):
             y += x if self.downsample is None else self.downsample(x)
             return self.relu(y)
         shortcut: Optional[Tensor] = None if self.downsample is None else self.downsample(x)  # noqa: UP045
-        b1, b2, b3 = self.bn1, self.bn2, self.bn3
-        c1, c2, c3 = self.conv1, self.conv2, self.conv3
+        biases: List[Optional[Tensor]] = [self.conv1.bias, self.conv2.bias, self.conv3.bias]  # noqa: UP006, UP045
+        norms: List[Optional[Tensor]] = [  # noqa: UP006, UP045
+            self.bn1.weight, self.bn1.bias, self.bn1.running_mean, self.bn1.running_var,
+            self.bn2.weight, self.bn2.bias, self.bn2.running_mean, self.bn2.running_var,
+            self.bn3.weight, self.bn3.bias, self.bn3.running_mean, self.bn3.running_var,
+        ]  # fmt: skip
         return torch.ops.resnet_fast.bottleneck(
             x,
-            [c1.weight, c2.weight, c3.weight],
-            [c1.bias, c2.bias, c3.bias],
-            [b1.weight, b1.bias, b1.running_mean, b1.running_var, b2.weight, b2.bias, b2.running_mean, b2.running_var,
-             b3.weight, b3.bias, b3.running_mean, b3.running_var],
-            [c1.stride[0], c1.stride[1], c1.padding[0], c1.padding[1], c1.dilation[0], c1.dilation[1], c1.groups,
-             c2.stride[0], c2.stride[1], c2.padding[0], c2.padding[1], c2.dilation[0], c2.dilation[1], c2.groups,
-             c3.stride[0], c3.stride[1], c3.padding[0], c3.padding[1], c3.dilation[0], c3.dilation[1], c3.groups],
+            [self.conv1.weight, self.conv2.weight, self.conv3.weight],
+            biases,
+            norms,
+            [
+                self.conv1.stride[0], self.conv1.stride[1], self.conv1.padding[0], self.conv1.padding[1],
+                self.conv1.dilation[0], self.conv1.dilation[1], self.conv1.groups,
+                self.conv2.stride[0], self.conv2.stride[1], self.conv2.padding[0], self.conv2.padding[1],
+                self.conv2.dilation[0], self.conv2.dilation[1], self.conv2.groups,
+                self.conv3.stride[0], self.conv3.stride[1], self.conv3.padding[0], self.conv3.padding[1],
+                self.conv3.dilation[0], self.conv3.dilation[1], self.conv3.groups,
+            ],
             [False, False, False],
             [0.0, 0.0, 0.0],
-            [b1.eps, b2.eps, b3.eps],
+            [self.bn1.eps, self.bn2.eps, self.bn3.eps],
             shortcut,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from ..calls import Conv, Norm
 from ..dispatch import record
 
 NORMS = "BatchNorm2d, FrozenBatchNorm2d, Identity or (in eval) SyncBatchNorm"
@@ -26,30 +27,40 @@ class Fused(nn.Module):
     layers: ClassVar[tuple[tuple[str, str], ...]]
     acts: ClassVar[tuple[str, ...]] = ("relu",)
     absent: ClassVar[tuple[str, ...]] = ()
+    part: ClassVar[str] = (
+        ""  # the child that stands for the op's layers in reports, where the op is not the whole module
+    )
+    __jit_unused_properties__: ClassVar[list[str]] = ["backend"]
 
-    def obstacle(self, x: Tensor) -> str:
-        """Why this call must run the stock layers; empty if nothing stands in the way."""
-        return untraceable(x) or self.unfusable()
+    def runs_stock(self, x: Tensor) -> bool:
+        """Must this call run the stock layers? If so, the reason is counted (and raised in strict mode).
+
+        A tracer or transform that cannot read our ops is no fallback: it is shown the layers it asks for.
+        """
+        reason = untraceable(x)
+        if reason:
+            return True
+        reason = self.unfusable()
+        if reason:
+            record.stock(self, self.op, reason)
+        return bool(reason)
 
     def unfusable(self) -> str:
         """The part of :meth:`obstacle` that depends on the module alone."""
+        children = self._modules
         for conv, norm in self.layers:
-            reason = conv_obstacle(conv, getattr(self, conv)) or norm_obstacle(norm, getattr(self, norm))
+            reason = conv_obstacle(conv, children[conv]) or norm_obstacle(norm, children[norm])
             if reason:
                 return reason
         for name in self.acts:
-            act = getattr(self, name)
+            act = children[name]
             if type(act) is not nn.ReLU or is_altered(act):
                 return _no(f"{name} to be a plain ReLU", act)
         for name in self.absent:
-            child = getattr(self, name, None)
+            child = children.get(name)
             if child is not None and type(child) is not nn.Identity:
                 return _no(f"{name} to be absent", child)
         return ""
-
-    def stock(self, reason: str) -> None:
-        """Count one stock forward of this module."""
-        record.stock(self, self.op, reason)
 
     @property
     def backend(self) -> str:
@@ -74,8 +85,13 @@ def untraceable(x: Any) -> str:
 
 def is_altered(m: nn.Module) -> bool:
     """Has somebody attached to this layer what a fused call would pass by: a hook, or a forward of its own?"""
+    d = m.__dict__
     return bool(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
     )
 
 
@@ -88,10 +104,12 @@ def conv_obstacle(name: str, conv: nn.Module) -> str:
     """Why this convolution cannot be part of a fused call; empty if it can."""
     if type(conv) is not nn.Conv2d or is_altered(conv):
         return _no(f"{name} to be a plain Conv2d", conv)
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return f"expected {name} with zero padding given in pixels, got {conv.padding_mode} {conv.padding}; it runs unfused"
-    if type(conv.weight) is not nn.Parameter and type(conv.weight) is not Tensor:
-        return f"expected {name}'s weight to be a plain tensor, got {type(conv.weight).__name__}; it runs unfused"
+    if conv.padding_mode != "zeros" or type(conv.padding) is str:
+        got = f"{conv.padding_mode} {conv.padding}"
+        return f"expected {name} with zero padding given in pixels, got {got}; it runs unfused"
+    weight = conv._parameters.get("weight")
+    if type(weight) is not nn.Parameter and not torch.compiler.is_compiling():  # export swaps in fake tensors
+        return f"expected {name}'s weight to be a plain parameter, got {type(weight).__name__}; it runs unfused"
     return ""
 
 
@@ -106,59 +124,35 @@ def norm_obstacle(name: str, norm: nn.Module) -> str:
     return ""
 
 
-class Arguments:
-    """The op arguments of a chain of (convolution, norm) pairs, gathered afresh at each call."""
-
-    __slots__ = ("batch_stats", "biases", "eps", "geometry", "momentum", "norms", "weights")
-
-    def __init__(self) -> None:
-        self.weights: list[Tensor] = []
-        self.biases: list[Tensor | None] = []
-        self.norms: list[Tensor | None] = []
-        self.geometry: list[int] = []
-        self.batch_stats: list[bool] = []
-        self.momentum: list[float] = []
-        self.eps: list[float] = []
-
-    def add(self, conv: Any, norm: Any) -> None:
-        self.weights.append(conv.weight)
-        self.biases.append(conv.bias)
-        self.geometry += (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
-        tensors, batch_stats, momentum, eps = norm_arguments(norm)
-        self.norms += tensors
-        self.batch_stats.append(batch_stats)
-        self.momentum.append(momentum)
-        self.eps.append(eps)
-
-    def of_one(self) -> tuple[Any, ...]:
-        """CONV_SCHEMA and NORM_SCHEMA of the first pair, in the ops' order."""
-        g = self.geometry
-        return (
-            self.weights[0], self.biases[0], g[0:2], g[2:4], g[4:6], g[6],
-            *self.norms[:4], self.batch_stats[0], self.momentum[0], self.eps[0],
-        )  # fmt: skip
-
-    def of_block(self) -> tuple[Any, ...]:
-        """BLOCK_SCHEMA after ``x``, without the shortcut."""
-        return self.weights, self.biases, self.norms, self.geometry, self.batch_stats, self.momentum, self.eps
+def conv_record(conv: Any) -> Conv:
+    """The convolution's parameters as they are now. From the dictionaries: ``nn.Module.__getattr__`` is slow."""
+    d = conv.__dict__
+    parameters = d["_parameters"]
+    return Conv(parameters["weight"], parameters["bias"], d["stride"], d["padding"], d["dilation"], d["groups"])
 
 
-def norm_arguments(norm: Any) -> tuple[tuple[Tensor | None, ...], bool, float, float]:
-    """(weight, bias, mean, var), batch_stats, momentum, eps: what the norm's own forward hands to ``batch_norm``.
+def norm_record(norm: Any) -> Norm:
+    """What the norm's own forward would hand to ``batch_norm``.
 
     In training this counts the batch, as ``nn.BatchNorm2d.forward`` does (source: torch/nn/modules/batchnorm.py).
     """
     kind = type(norm)
     if kind is nn.Identity:
-        return (None, None, None, None), False, 0.0, 0.0
+        return Norm()
+    fields = norm.__dict__
+    parameters, buffers = fields["_parameters"], fields["_buffers"]
     if kind is FrozenBatchNorm2d:
-        return (norm.weight, norm.bias, norm.running_mean, norm.running_var), False, 0.0, norm.eps
-    mean, var, momentum = norm.running_mean, norm.running_var, norm.momentum
-    batch_stats = norm.training or (mean is None and var is None)
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    if norm.training and not norm.track_running_stats:
+        return Norm(buffers["weight"], buffers["bias"], buffers["running_mean"], buffers["running_var"], eps=norm.eps)
+    weight, bias = parameters["weight"], parameters["bias"]
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if not fields["training"]:
+        return Norm(weight, bias, mean, var, mean is None and var is None, norm.momentum or 0.0, norm.eps)
+    momentum = norm.momentum
+    if norm.track_running_stats:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / float(norm.num_batches_tracked)
+    else:
         mean = var = None
-    return (norm.weight, norm.bias, mean, var), batch_stats, 0.0 if momentum is None else momentum, norm.eps
+    return Norm(weight, bias, mean, var, True, momentum or 0.0, norm.eps)

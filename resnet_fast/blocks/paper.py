@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
+from ..calls import ConvBnActCall
 from ..models import paper as stock
-from .fused import Arguments, Fused
+from .fused import Fused, conv_record, norm_record
 from .stem import Net
 
 
@@ -25,14 +27,11 @@ class PlainBlock(Fused, stock.PlainBlock):
     @torch.jit.unused
     def fused_forward(self, x: Tensor) -> Tensor:
         """The two ops, or the stock forward with the reason counted."""
-        reason = self.obstacle(x)
-        if reason:
-            self.stock(reason)
+        if self.runs_stock(x):
             return stock.PlainBlock.forward(self, x)
         for conv, norm in self.layers:
-            arguments = Arguments()
-            arguments.add(getattr(self, conv), getattr(self, norm))
-            x = torch.ops.resnet_fast.conv_bn_act(x, *arguments.of_one(), True, None, self.backend)
+            call = ConvBnActCall(x, conv_record(getattr(self, conv)), norm_record(getattr(self, norm)), None, True)
+            x = ops.run(call, self.backend)
         return x
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .fused import Arguments, Fused, conv_obstacle, is_altered, norm_obstacle
+from .. import ops
+from ..calls import BlockCall
+from .fused import Fused, conv_obstacle, conv_record, is_altered, norm_obstacle, norm_record
 
 
 class ResidualBlock(Fused):
@@ -17,26 +17,23 @@ class ResidualBlock(Fused):
     channels, timm's average-pooled projection) is computed by its own module and added by the op.
     """
 
-    downsample: Any
-
     @torch.jit.unused
     def fused_forward(self, x: Tensor) -> Tensor:
         """relu(residual branch + shortcut) as one op call, or the stock forward with the reason counted."""
-        reason = self.obstacle(x)
-        if reason:
-            self.stock(reason)
+        if self.runs_stock(x):
             return self.stock_class.forward(self, x)
-        arguments = Arguments()
-        for conv, norm in self.layers:
-            arguments.add(getattr(self, conv), getattr(self, norm))
-        shortcut = None
-        if self.downsample is not None:
-            if is_projection(self.downsample):
-                arguments.add(self.downsample[0], self.downsample[1])
+        children = self._modules
+        pairs = [(children[conv], children[norm]) for conv, norm in self.layers]
+        downsample, shortcut, projection = children.get("downsample"), None, False
+        if downsample is not None:
+            projection = is_projection(downsample)
+            if projection:
+                pairs.append((downsample[0], downsample[1]))  # type: ignore[index]
             else:
-                shortcut = self.downsample(x)
-        op = torch.ops.resnet_fast.bottleneck if self.op == "bottleneck" else torch.ops.resnet_fast.basic_block
-        return op(x, *arguments.of_block(), shortcut, self.backend)
+                shortcut = downsample(x)
+        convs = tuple([conv_record(conv) for conv, _ in pairs])
+        norms = tuple([norm_record(norm) for _, norm in pairs])
+        return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend)
 
 
 def is_projection(shortcut: nn.Module) -> bool:

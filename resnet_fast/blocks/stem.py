@@ -13,33 +13,33 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet as stock
 
+from .. import ops
+from ..calls import ConvBnActCall, Pool, StemCall
 from ..dispatch import select
-from .fused import Arguments, Fused, is_altered, untraceable
+from .fused import Fused, conv_record, is_altered, norm_record, untraceable
 
 
 class Net(Fused):
     """A stock ResNet: fused stem, NHWC kept from end to end in eval, large CPU batches in cache-sized tiles."""
 
     op = "stem"
+    part = "conv1"
     layers = (("conv1", "bn1"),)
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
     pooled = True
 
     def stem_forward(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x)))) as one op call, or layer by layer with the reason counted."""
-        reason = self.obstacle(x)
-        if reason:
-            self.stock(reason)
+        if self.runs_stock(x):
             for name in ("conv1", "bn1", *self.acts, *(("maxpool",) if self.pooled else ())):
                 x = getattr(self, name)(x)
             return x
-        arguments = Arguments()
-        arguments.add(self.conv1, self.bn1)
+        conv, norm = conv_record(self.conv1), norm_record(self.bn1)
         if not self.pooled:
-            return torch.ops.resnet_fast.conv_bn_act(x, *arguments.of_one(), True, None, self.backend)
+            return ops.run(ConvBnActCall(x, conv, norm, None, True), self.backend)
         pool: Any = self.maxpool
-        sizes = [_int(pool.kernel_size), _int(pool.stride), _int(pool.padding)]
-        return torch.ops.resnet_fast.stem(x, *arguments.of_one(), sizes, self.backend)
+        sizes = Pool(_int(pool.kernel_size), _int(pool.stride), _int(pool.padding))
+        return ops.run(StemCall(x, conv, norm, sizes), self.backend)
 
     def unfusable(self) -> str:
         reason = super().unfusable()
@@ -71,7 +71,9 @@ class Net(Fused):
         ho, wo = -(-h // conv.stride[0]), -(-w // conv.stride[1])
         shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1  # type: ignore[union-attr,arg-type]
         first = next(iter(getattr(self, self.stages[0])), None)
-        widest = max((m.weight.shape[0] for m in first.modules() if isinstance(m, nn.Conv2d)), default=0) if first else 0
+        widest = (
+            max((m.weight.shape[0] for m in first.modules() if isinstance(m, nn.Conv2d)), default=0) if first else 0
+        )
         return ho * wo * max(conv.out_channels, widest // shrink)
 
     def images_are_independent(self) -> bool:
@@ -80,10 +82,14 @@ class Net(Fused):
         A hook anywhere would see parts of the batch, a replaced stage might mix images.
         """
         for m in self.modules():
-            if m is not self and (is_altered(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and _batch_stats(m))):
+            if m is not self and (
+                is_altered(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and _batch_stats(m))
+            ):
                 return False
         stages = [getattr(self, s) for s in self.stages]
-        return all(type(s) is nn.Sequential and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages)
+        return all(
+            type(s) is nn.Sequential and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages
+        )
 
 
 def _batch_stats(m: Any) -> bool:

@@ -38,21 +38,39 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"device": self.device, "ceilings": self.ceilings, "rows": [asdict(r) for r in self.rows], "notes": self.notes}
+        return {
+            "device": self.device,
+            "ceilings": self.ceilings,
+            "rows": [asdict(r) for r in self.rows],
+            "notes": self.notes,
+        }
 
     def __str__(self) -> str:
         head = ("layer", "op", "spec", "backend", "GFLOP", "MB", "floor ms", "bound")
         body = [
-            (r.layer, r.op, r.spec or "-", r.backend, _number(r.gflop), _number(r.megabytes), _number(r.floor_ms), r.bound or "-")
+            (
+                r.layer,
+                r.op,
+                r.spec or "-",
+                r.backend,
+                _number(r.gflop),
+                _number(r.megabytes),
+                _number(r.floor_ms),
+                r.bound or "-",
+            )
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)
+        ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         reasons: dict[str, list[str]] = {}
         for r in self.rows:
             for name, why in r.why_not.items():
-                reasons.setdefault(f"not {name}: {why}" if r.backend != "stock" else f"stock layers: {why}", []).append(r.layer)
+                reasons.setdefault(f"not {name}: {why}" if r.backend != "stock" else f"stock layers: {why}", []).append(
+                    r.layer
+                )
         lines += ["", f"floors: {self.ceilings}", *self.notes]
         for reason, layers in reasons.items():
             where = "every layer" if len(layers) == len(self.rows) else ", ".join(dict.fromkeys(layers))
@@ -74,7 +92,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         x: an input of the shape, dtype, layout and device in question.
     """
     names = {id(p): name.rsplit(".", 1)[0] for name, p in model.named_parameters()}
-    modules = {id(m): name or type(model).__name__ for name, m in model.named_modules()}
+    modules = {id(m): name for name, m in model.named_modules()}
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     with record.tape() as tape, torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -86,7 +104,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     rows, seen = [], set()
     for event in tape:
         if isinstance(event, record.Stock):
-            layer = modules.get(id(event.module), "?")
+            layer = ".".join(filter(None, (modules.get(id(event.module), "?"), getattr(event.module, "part", ""))))
             row = Row(layer, getattr(event.module, "op", "-"), "", "stock", {"fused": event.reason})
         else:
             layer = _name(event.call, names)
@@ -96,7 +114,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         seen.add(layer)
     runs = len(tape) // max(1, len(rows))
     notes = (f"the batch of {x.shape[0]} ran in {runs} tiles; rows show one",) if runs > 1 else ()
-    return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape, names)))
+    return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape)))
 
 
 def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
@@ -121,7 +139,10 @@ def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
         return None, f"none known for {device}"
     cpu = roofline.calibrate_cpu()
     rates = ", ".join(f"{name} {c.value / 1e9:.0f} GFLOP/s ({c.origin})" for name, c in cpu.rates[:2])
-    return cpu, f"modelled, from {cpu.name}: copy {cpu.bandwidth.value / 1e9:.1f} GB/s ({cpu.bandwidth.origin}), {rates}"
+    return (
+        cpu,
+        f"modelled, from {cpu.name}: copy {cpu.bandwidth.value / 1e9:.1f} GB/s ({cpu.bandwidth.origin}), {rates}",
+    )
 
 
 def _name(call: Call, names: dict[int, str]) -> str:
@@ -133,12 +154,13 @@ def _name(call: Call, names: dict[int, str]) -> str:
     return names.get(id(call.conv.weight), "?")
 
 
-def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock], names: dict[int, str]) -> tuple[str, ...]:
+def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple[str, ...]:
     """Convolutions that no op call carried and no stock block contains: their parents are not of a known kind."""
     covered: set[int] = set()
     for event in tape:
         if isinstance(event, record.Stock):
-            covered |= {id(p) for p in event.module.parameters()}
+            layers = getattr(event.module, event.module.part) if event.module.part else event.module
+            covered |= {id(p) for p in layers.parameters()}
         elif isinstance(event.call, BlockCall):
             covered |= {id(c.weight) for c in event.call.convs}
         elif not isinstance(event.call, BnActCall):

@@ -84,7 +84,10 @@ def strict() -> Iterator[None]:
 
 def stats() -> dict[str, dict[str, int]]:
     """Since the start or the last :func:`reset_stats`: ``calls`` by ``op/backend``, ``fallbacks`` by reason."""
-    return {"calls": {f"{op}/{backend}": n for (op, backend), n in sorted(_calls.items())}, "fallbacks": dict(_fallbacks)}
+    return {
+        "calls": {f"{op}/{backend}": n for (op, backend), n in sorted(_calls.items())},
+        "fallbacks": dict(_fallbacks),
+    }
 
 
 def reset_stats() -> None:

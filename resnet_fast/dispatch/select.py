@@ -23,8 +23,6 @@ from ..errors import BackendError
 from ..spec import ITEMSIZE, Impl, Spec, Verdict
 from . import catalog, record
 
-OPS_BY_CALL = {"ConvBnActCall": "conv_bn_act", "BnActCall": "bn_act", "StemCall": "stem"}
-
 _override: str | None = None
 
 
@@ -83,7 +81,9 @@ def _choose(spec: Spec, device: str, wanted: str, fingerprint: tuple[bool, ...])
     if wanted != "auto":
         for impl in accepted:
             if impl.backend == wanted:
-                others = {i.backend: Verdict(False, f"backend {wanted!r} was asked for") for i in accepted if i is not impl}
+                others = {
+                    i.backend: Verdict(False, f"backend {wanted!r} was asked for") for i in accepted if i is not impl
+                }
                 return Choice(impl, _reasons(verdicts | others))
         refusal = verdicts.get(wanted, Verdict(False, f"it has no {spec.op}"))
         raise BackendError(f"backend {wanted!r} cannot run {spec.op} {spec} on {device}: {refusal.reason}")
@@ -110,8 +110,7 @@ def run(call: Call, spec: Spec, backend: str) -> Tensor:
 
 def trace(call: Call) -> Tensor:
     """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
-    name = OPS_BY_CALL.get(type(call).__name__) or ("bottleneck" if len(call.main()) == 3 else "basic_block")  # type: ignore[union-attr]
-    return next(i for i in catalog.impls(name) if i.backend == "reference").run(call, None)
+    return next(i for i in catalog.impls(call.op) if i.backend == "reference").run(call, None)
 
 
 def prefers_nhwc(device: str, backend: str) -> bool:

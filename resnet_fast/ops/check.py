@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, Norm, StemCall
 from ..errors import UserError
-from ..spec import BlockSpec, ConvSpec, Epilogue, PointwiseSpec, Spec, conv_out
+from ..spec import BlockSpec, ConvSpec, Epilogue, PointwiseSpec, Spec
 
 _KEEP = 4096
 _specs: dict[Any, Spec] = {}
@@ -33,22 +33,43 @@ def spec_of(call: Call, grad: bool) -> Spec:
 
 def _key(call: Call) -> tuple[Any, ...]:
     """All that :func:`check` looks at: shapes, strides, dtypes, devices and the numbers of the call."""
-    parts: list[Any] = [type(call)]
-    for value in call:
-        _describe(value, parts)
+    x = call.x
+    parts: list[Any] = [type(call), x.shape, x.dtype, x.device, x.stride()]
+    if isinstance(call, BlockCall):
+        for conv in call.convs:
+            _add_conv(conv, parts)
+        for norm in call.norms:
+            _add_norm(norm, parts)
+        parts.append(call.projection)
+        _add(call.shortcut, parts)
+    elif isinstance(call, StemCall):
+        _add_conv(call.conv, parts)
+        _add_norm(call.norm, parts)
+        parts.append(call.pool)
+    else:
+        if isinstance(call, ConvBnActCall):
+            _add_conv(call.conv, parts)
+        _add_norm(call.norm, parts)
+        _add(call.residual, parts)
+        parts.append(call.relu)
     return tuple(parts)
 
 
-def _describe(value: Any, parts: list[Any]) -> None:
-    if isinstance(value, Tensor):
-        parts.append((value.shape, value.dtype, value.device))
-        if value.dim() == 4:
-            parts.append(value.stride())
-    elif isinstance(value, tuple):
-        for v in value:
-            _describe(v, parts)
-    else:
-        parts.append(value)
+def _add(t: Tensor | None, parts: list[Any]) -> None:
+    parts.append(None if t is None else (t.shape, t.dtype, t.device))
+
+
+def _add_conv(conv: Conv, parts: list[Any]) -> None:
+    w, bias = conv.weight, conv.bias
+    parts += (w.shape, w.stride(), w.dtype, w.device, conv[2:])
+    if bias is not None:
+        _add(bias, parts)
+
+
+def _add_norm(norm: Norm, parts: list[Any]) -> None:
+    parts.append(norm[4:])
+    for t in norm[:4]:
+        parts.append(None if t is None else (t.shape, t.device))
 
 
 def check(call: Call, grad: bool = False) -> Spec:
@@ -78,7 +99,9 @@ def _check_x(x: Tensor, where: str) -> None:
     if x.dim() != 4:
         raise UserError(f"{where}: x with 4 dimensions (N, C, H, W)", _shape(x), "add the missing ones with unsqueeze")
     if not x.dtype.is_floating_point:
-        raise UserError(f"{where}: a floating-point x", _shape(x), "convert and normalise it first, for example x.float() / 255")
+        raise UserError(
+            f"{where}: a floating-point x", _shape(x), "convert and normalise it first, for example x.float() / 255"
+        )
 
 
 def _check_norm(norm: Norm, channels: int, x: Tensor, where: str) -> None:
@@ -88,7 +111,9 @@ def _check_norm(norm: Norm, channels: int, x: Tensor, where: str) -> None:
         if t.shape != (channels,):
             raise UserError(f"{where}: BatchNorm {name} of shape ({channels},)", _shape(t), "match it to the channels")
         if t.device != x.device:
-            raise UserError(f"{where}: BatchNorm {name} on {x.device}, where x is", _shape(t), f"call model.to({str(x.device)!r})")
+            raise UserError(
+                f"{where}: BatchNorm {name} on {x.device}, where x is", _shape(t), f"call model.to({str(x.device)!r})"
+            )
     if (norm.mean is None) != (norm.var is None):
         raise UserError(f"{where}: running_mean and running_var, both or neither", "one of them", "give both")
     if norm.eps < 0:
@@ -102,14 +127,23 @@ def _check_conv(x: Tensor, conv: Conv, norm: Norm, epilogue: Epilogue, grad: boo
 
 
 def _check_conv_at(
-    shape: tuple[int, ...], layout: str, like: Tensor, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, where: str
+    shape: tuple[int, ...],
+    layout: str,
+    like: Tensor,
+    conv: Conv,
+    norm: Norm,
+    epilogue: Epilogue,
+    grad: bool,
+    where: str,
 ) -> ConvSpec:
     """As :func:`_check_conv` for an input known by its shape and layout (inside a block nothing exists yet)."""
     w = conv.weight
     if w.dim() != 4:
         raise UserError(f"{where}: a weight of 4 dimensions (Co, Ci/groups, R, S)", _shape(w), "use a Conv2d's weight")
     if w.device != like.device:
-        raise UserError(f"{where}: weight on {like.device}, where x is", _shape(w), f"call model.to({str(like.device)!r})")
+        raise UserError(
+            f"{where}: weight on {like.device}, where x is", _shape(w), f"call model.to({str(like.device)!r})"
+        )
     if w.dtype != like.dtype and not (w.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)):
         raise UserError(
             f"{where}: x and weight of one dtype (or a float32 weight under a 16-bit x)",
@@ -118,11 +152,17 @@ def _check_conv_at(
         )
     for name, value, low in (("stride", conv.stride, 1), ("padding", conv.padding, 0), ("dilation", conv.dilation, 1)):
         if any(v < low for v in value):
-            raise UserError(f"{where}: {name} of at least {low}", repr(tuple(value)), "check the convolution's attributes")
+            raise UserError(
+                f"{where}: {name} of at least {low}", repr(tuple(value)), "check the convolution's attributes"
+            )
     n, c, h, width = shape
     co, cig, r, s = w.shape
     if conv.groups < 1 or c != cig * conv.groups or co % conv.groups:
-        hint = "x looks like NHWC: permute it to (N, C, H, W)" if width == cig * conv.groups else "match x to the first convolution"
+        hint = (
+            "x looks like NHWC: permute it to (N, C, H, W)"
+            if width == cig * conv.groups
+            else "match x to the first convolution"
+        )
         raise UserError(
             f"{where}: x with {cig * conv.groups} channels in dimension 1 (groups={conv.groups}, Co={co})",
             f"x of shape {tuple(shape)}",
@@ -156,7 +196,9 @@ def _check_conv_at(
 def _same(t: Tensor, shape: tuple[int, ...], x: Tensor, what: str) -> None:
     if tuple(t.shape) != shape or t.dtype != x.dtype or t.device != x.device:
         raise UserError(
-            f"{what} of shape {shape} {str(x.dtype).removeprefix('torch.')} on {x.device}", _shape(t), "the shortcut must match the output"
+            f"{what} of shape {shape} {str(x.dtype).removeprefix('torch.')} on {x.device}",
+            _shape(t),
+            "the shortcut must match the output",
         )
 
 
@@ -177,11 +219,15 @@ def _check_bn_act(call: BnActCall, grad: bool) -> PointwiseSpec:
 def _check_stem(call: StemCall, grad: bool) -> ConvSpec:
     pool = call.pool
     if pool.kernel < 1 or pool.stride < 1 or pool.padding < 0 or 2 * pool.padding > pool.kernel:
-        raise UserError("stem: a pooling kernel and stride >= 1 and padding <= kernel/2", repr(tuple(pool)), "ResNet's is (3, 2, 1)")
+        raise UserError(
+            "stem: a pooling kernel and stride >= 1 and padding <= kernel/2", repr(tuple(pool)), "ResNet's is (3, 2, 1)"
+        )
     epilogue = Epilogue(relu=True, norm=_has_norm(call.norm), pool=tuple(pool))
     spec = _check_conv(call.x, call.conv, call.norm, epilogue, grad, "stem")
     if min(spec.out_hw()) < 1:
-        raise UserError(f"stem: an image that {pool.kernel}x{pool.kernel} pooling fits", f"{spec.h}x{spec.w}", "use a larger image")
+        raise UserError(
+            f"stem: an image that {pool.kernel}x{pool.kernel} pooling fits", f"{spec.h}x{spec.w}", "use a larger image"
+        )
     return spec
 
 
@@ -205,12 +251,18 @@ def _check_block(call: BlockCall, grad: bool) -> BlockSpec:
         convs.append(_check_conv_at(tuple(x.shape), layout_of(x), x, conv, norm, epilogue, grad, f"{op}: projection"))
         got, kind = (convs[-1].n, convs[-1].co, convs[-1].ho, convs[-1].wo), "projection"
         if got != shape:
-            raise UserError(f"{op}: a projection of shape {shape}", str(got), "its stride and channels must match the block's")
+            raise UserError(
+                f"{op}: a projection of shape {shape}", str(got), "its stride and channels must match the block's"
+            )
     elif call.shortcut is not None:
         _same(call.shortcut, shape, x, f"{op}: shortcut")
         kind = "given"
     elif tuple(x.shape) != shape:
-        raise UserError(f"{op}: an output of the input's shape {tuple(x.shape)} to add it to", str(shape), "give the block a projection")
+        raise UserError(
+            f"{op}: an output of the input's shape {tuple(x.shape)} to add it to",
+            str(shape),
+            "give the block a projection",
+        )
     return BlockSpec(op, tuple(convs), kind)
 
 

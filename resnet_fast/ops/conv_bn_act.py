@@ -1,6 +1,6 @@
 """``conv_bn_act``: y = act(bn(conv(x, weight) + bias) + residual).
 
-    x (N, Ci, H, W)   weight (Co, Ci/groups, R, S)   residual, y (N, Co, Ho, Wo)
+x (N, Ci, H, W)   weight (Co, Ci/groups, R, S)   residual, y (N, Co, Ho, Wo)
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _after_autograd_keyset
+from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -29,9 +29,7 @@ from .check import spec_of
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 
-NORM_SCHEMA = (
-    "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, bool batch_stats, float momentum, float eps"
-)
+NORM_SCHEMA = "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, bool batch_stats, float momentum, float eps"
 CONV_SCHEMA = "Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 
@@ -85,7 +83,9 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
     register_flop_formula(packet)(flops)
 
 
-def _autocast_rule(op: Any, complete: Callable[[tuple[Any, ...]], tuple[Any, ...]], device: str) -> Callable[..., Tensor]:
+def _autocast_rule(
+    op: Any, complete: Callable[[tuple[Any, ...]], tuple[Any, ...]], device: str
+) -> Callable[..., Tensor]:
     def rule(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
 

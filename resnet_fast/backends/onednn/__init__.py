@@ -23,7 +23,7 @@ from .stem import stem
 
 def available() -> Verdict:
     """Is oneDNN built into this torch and switched on?"""
-    if not torch.backends.mkldnn.is_available():
+    if not torch._C._has_mkldnn:
         return Verdict.no("a torch built with oneDNN", "one without", "install an x86-64 or AArch64 build of torch")
     if not torch._C._get_mkldnn_enabled():
         return Verdict.no("oneDNN switched on", "torch.backends.mkldnn.enabled = False", "set it to True")
@@ -34,14 +34,18 @@ def _supports(spec: Spec, device: str) -> Verdict:
     if device != "cpu":
         return Verdict.no("a CPU tensor", f"one on {device}", "oneDNN runs on the CPU only")
     if spec.grad:
-        return Verdict.no("a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()")
+        return Verdict.no(
+            "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
+        )
     if spec.batch_stats:
         return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
     if spec.dtype not in DTYPES:
         return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
     convs = spec.convs if isinstance(spec, BlockSpec) else () if isinstance(spec, PointwiseSpec) else (spec,)
     if spec.n * spec.h * spec.w == 0 or any(c.ci * c.co == 0 for c in convs):
-        return Verdict.no("at least one element", "an empty tensor", "nothing to do: the reference returns the empty result")
+        return Verdict.no(
+            "at least one element", "an empty tensor", "nothing to do: the reference returns the empty result"
+        )
     return Verdict.yes()
 
 
