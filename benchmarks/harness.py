@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+Clock = Callable[[Callable[[], object]], int]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,7 +89,7 @@ def measure(
     order = list(calls)
     rng = random.Random(plan.seed)
     for name in order:
-        _guarded(lambda call=calls[name]: [call() for _ in range(plan.warmup)], result[name])
+        _guarded(result[name], _warm_up, calls[name], plan.warmup)
     for number in range(plan.rounds):
         if number and deadline is not None and time.monotonic() >= deadline:
             break
@@ -98,22 +100,26 @@ def measure(
                 continue
             if on_turn is not None:
                 on_turn(name, number)
-            _guarded(lambda call=calls[name], ns=samples.ns: ns.extend(_turn(call, clock, plan)), samples)
+            _guarded(samples, _turn, calls[name], clock, plan, samples.ns)
     return result
 
 
-def _turn(call: Callable[[], object], clock: Callable[[Callable[[], object]], int], plan: Plan) -> list[int]:
-    """One untimed call, then the timed ones of a turn."""
+def _warm_up(call: Callable[[], object], n: int) -> None:
+    for _ in range(n):
+        call()
+
+
+def _turn(call: Callable[[], object], clock: Clock, plan: Plan, ns: list[int]) -> None:
+    """One untimed call, then the timed ones of a turn, appended to ``ns``."""
     call()
-    ns: list[int] = []
-    while len(ns) < plan.calls or sum(ns) < plan.turn_ms * 1e6:
+    enough, end = len(ns) + plan.calls, time.perf_counter_ns() + plan.turn_ms * 1e6
+    while len(ns) < enough or time.perf_counter_ns() < end:
         ns.append(clock(call))
-    return ns
 
 
-def _guarded(work: Callable[[], object], samples: Samples) -> None:
+def _guarded(samples: Samples, work: Callable[..., None], *arguments: object) -> None:
     try:
-        work()
+        work(*arguments)
     except Exception as error:  # a competitor's failure of any kind is a row of the report
         samples.error = first_line(error)
         samples.ns.clear()

@@ -74,7 +74,7 @@ def _inference(module: nn.Module | Callable[..., Any], x: Tensor) -> Callable[[]
 
 
 def _nhwc(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    copied = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
     return copied, x.contiguous(memory_format=torch.channels_last)
 
 
@@ -116,7 +116,8 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
 
     module, x = _nhwc(model, x)
     # A single op of the suites is no model that accelerate() knows; it brings its fused form along.
-    module = module.accelerated() if hasattr(module, "accelerated") else accelerate(module)
+    own_form: Callable[[], nn.Module] | None = getattr(module, "accelerated", None)
+    module = own_form() if own_form else accelerate(module)
     with torch.inference_mode():
         chosen = Counter(row.backend for row in explain(module, x).rows)
     note = ", ".join(f"{backend} x {n}" for backend, n in chosen.most_common())

@@ -121,7 +121,7 @@ def demo(
         progress(0, 1, "building the net")
         stock = compare.network(model, photos, weights, size, options.seed)
         x = pictures.batch(photos, len(photos), size).contiguous(memory_format=torch.channels_last)
-        plain = copy.deepcopy(stock).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        plain = copy.deepcopy(stock).to(memory_format=torch.channels_last)
         fused = accelerate(copy.deepcopy(plain))
         progress(0, 1, "comparing the answers")
         answers = side_by_side.answers(plain, fused, x, [p.name for p in photos])
@@ -134,7 +134,7 @@ def demo(
         found = {"answers": [asdict(a) | {"agree": a.agree, "within": a.within} for a in answers], "kernels": chosen}
         typer.echo(json_module.dumps(found | {"speed": speed.to_dict()}, indent=2))
         return
-    names = None if weights is None else class_names(stock.fc.out_features, None)  # type: ignore[union-attr,arg-type]
+    names = None if weights is None else class_names(stock.fc.out_features, None)
     show(
         RANDOM if weights is None else f"Weights: {weights}",
         answer_table(answers, names),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,7 +34,7 @@ def class_names(classes: int, path: Path | None) -> list[str]:
     return [f"class {i}" for i in range(classes)]
 
 
-def top_classes(logits: Tensor, names: list[str], top: int) -> list[dict[str, object]]:
+def top_classes(logits: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:
     """The ``top`` most likely classes of one picture, from its logits (classes,)."""
     best = logits.double().softmax(0).topk(min(top, len(names)))
     return [
@@ -68,7 +68,7 @@ def predict(
     labels = class_names(classes, names)
     net = weight_files.apply(registry.build(model, num_classes=classes), state).eval()
     net = accelerate(net.to(memory_format=torch.channels_last), backend=backend)
-    results = []
+    results: list[dict[str, Any]] = []
     for file in files:  # one by one: a folder may hold more pictures than memory does
         x = images.preprocess(images.read(file).pixels, size)[None].contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
@@ -83,7 +83,7 @@ def predict(
     from rich.text import Text
 
     for result in results:
-        table = Table("class", "name", "probability", title=Text(str(result["image"])), title_justify="left")
-        for entry in result["top"]:  # type: ignore[attr-defined]
+        table = Table("class", "name", "probability", title=Text(result["image"]), title_justify="left")
+        for entry in result["top"]:
             table.add_row(str(entry["class"]), Text(entry["name"]), f"{entry['probability']:.4f}")
         show(table)

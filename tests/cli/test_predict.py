@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def net(tmp_path: Path) -> nn.Module:
     for name, colour in (("red", (200, 30, 20)), ("blue", (10, 40, 220))):
         Image.new("RGB", (40, 50), colour).save(tmp_path / f"{name}.png")
     return net
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny nets on several threads wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _run(*arguments: object) -> Result:
