@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..calls import BlockCall
+from ..calls import BlockCall, ConvBnActCall
 from .fused import Fused, conv_obstacle, conv_record, is_altered, norm_obstacle, norm_record
 
 
 class ResidualBlock(Fused):
     """A stock residual block whose forward is the op ``op``.
 
-    A shortcut made of one plain 1x1 convolution and norm goes into the op. Any other shortcut (option A's padded
-    channels, timm's average-pooled projection) is computed by its own module and added by the op.
+    A shortcut made of one plain 1x1 convolution and norm goes into the op. timm's pooled projection is an op of its own
+    behind its pooling; any other shortcut (option A's padded channels) is computed by its module and added by the op.
     """
 
     @torch.jit.unused
@@ -26,18 +26,30 @@ class ResidualBlock(Fused):
         pairs = [(children[conv], children[norm]) for conv, norm in self.layers]
         downsample, shortcut, projection = children.get("downsample"), None, False
         if downsample is not None:
-            projection = is_projection(downsample)
-            if projection:
-                pairs.append((downsample[0], downsample[1]))  # type: ignore[index]
-            else:
+            parts = projection_parts(downsample)
+            if parts is None:
                 shortcut = downsample(x)
+            elif parts[0] is None:
+                projection = True
+                pairs.append(parts[1:])
+            else:
+                conv, norm = conv_record(parts[1]), norm_record(parts[2])
+                shortcut = ops.run(ConvBnActCall(parts[0](x), conv, norm, None, False), self.backend)
         convs = tuple([conv_record(conv) for conv, _ in pairs])
         norms = tuple([norm_record(norm) for _, norm in pairs])
         return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend)
 
 
-def is_projection(shortcut: nn.Module) -> bool:
-    """Is this shortcut a Sequential of exactly a convolution and a norm that the op can take in?"""
-    if type(shortcut) is not nn.Sequential or len(shortcut) != 2 or is_altered(shortcut):
-        return False
-    return not conv_obstacle("downsample", shortcut[0]) and not norm_obstacle("downsample", shortcut[1])
+def projection_parts(shortcut: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
+    """(what comes before, convolution, norm) of a shortcut that the ops can compute, or None.
+
+    torchvision's is a Sequential of a convolution and a norm; timm may put an average pool or an Identity before them.
+    """
+    if type(shortcut) is not nn.Sequential or not 2 <= len(shortcut) <= 3 or is_altered(shortcut):
+        return None
+    *before, conv, norm = shortcut._modules.values()
+    if conv_obstacle("downsample", conv) or norm_obstacle("downsample", norm):
+        return None
+    if not before or (type(before[0]) is nn.Identity and not is_altered(before[0])):
+        return None, conv, norm
+    return before[0], conv, norm
