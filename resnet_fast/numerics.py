@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_fast.errors import UserError
+from .errors import UserError
 
 FACTOR = 2.0
 """How many times eager's own error is granted."""

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
-from resnet_fast.errors import UserError
-from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec, PointwiseSpec, Spec
+from .errors import UserError
+from .spec import ITEMSIZE, BlockSpec, ConvSpec, PointwiseSpec, Spec
 
 ORIGINS = ("measured", "published", "modelled")
 

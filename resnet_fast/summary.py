@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast.errors import UserError
-from resnet_fast.models import registry
-from resnet_fast.spec import ITEMSIZE, ConvSpec, Epilogue, conv_out
-from resnet_fast.tuning.shapes import ARCHS, unknown_name
+from .errors import UserError
+from .models import registry
+from .spec import ITEMSIZE, ConvSpec, Epilogue, conv_out
+from .tuning.shapes import ARCHS, unknown_name
 
 COUNTED = (
     "Multiply-adds are those of convolutions and fully connected layers (what the paper calls FLOPs); "

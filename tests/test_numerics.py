@@ -82,6 +82,14 @@ def test_exact_eager_still_grants_the_floor_and_no_more(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_rounding_of_the_largest_element_is_always_granted(dtype: torch.dtype) -> None:
+    ref = torch.zeros(1000, dtype=torch.float64)
+    ref[7] = 1.75
+    allowed = budget(compare(ref.to(dtype), ref, ref.to(dtype)), dtype, K)
+    assert 1 <= allowed.max_abs / (torch.finfo(dtype).eps / 2 * 1.75) < 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "plant",
     ["scaled", "shifted", "one element", "one channel zero", "swapped rows", "sign of one", "missing tap", "noise"],

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from resnet_fast.summary import Row, Summary
+    from ..summary import Row, Summary
 
 
 def summary(
@@ -28,15 +28,16 @@ def summary(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Layers, parameters, multiply-adds and minimal bytes of a net; with no name, the paper's figures recounted."""
-    from resnet_fast.errors import UserError
-    from resnet_fast.summary import compare, summarize
+    from ..errors import UserError
+    from ..summary import compare, summarize
+    from .output import show
 
     if names and len(names) == 1:
         one = summarize(names[0], image, batch, dtype, shortcut, stride_in_1x1)
         if json:
             typer.echo(json_module.dumps(one.to_dict(), indent=2))
         else:
-            _show(_stage_table(one), one.notes)
+            show(_stage_table(one), *one.notes)
         return
     if batch != 1 or dtype != "float32":
         raise UserError("one name with --batch or --dtype", f"{len(names or ())} names", "a comparison is per image")
@@ -44,18 +45,7 @@ def summary(
     if json:
         typer.echo(json_module.dumps([row.to_dict() for row in rows], indent=2))
     else:
-        _show(*_comparison(rows))
-
-
-def _show(table: Table, notes: tuple[str, ...]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width: let no cell wrap or be cut
-        console = Console(width=10_000)
-    console.print(table)
-    for note in notes:
-        console.print(note, soft_wrap=not console.is_terminal, highlight=False, markup=False)
+        show(*_comparison(rows))
 
 
 def _stage_table(s: Summary) -> Table:
@@ -69,7 +59,7 @@ def _stage_table(s: Summary) -> Table:
         table.add_row(
             row.name,
             f"{row.output[0]}x{row.output[1]}",
-            row.formula.replace("[", r"\["),
+            row.formula,
             f"{row.params:,}",
             f"{row.macs / 1e6:,.1f} M",
             f"{row.min_bytes / 1e6:,.2f} MB",
@@ -79,10 +69,11 @@ def _stage_table(s: Summary) -> Table:
     return table
 
 
-def _comparison(rows: list[Row]) -> tuple[Table, tuple[str, ...]]:
+def _comparison(rows: list[Row]) -> tuple[Table | str, ...]:
+    """The table and its notes, numbered where a figure needs one."""
     from rich.table import Table
 
-    from resnet_fast.summary import COUNTED
+    from ..summary import COUNTED
 
     table = Table("net", "variant", title="per image", title_justify="left")
     for column in ("image", "params", "multiply-adds", "convolutions alone", "published"):
@@ -104,4 +95,4 @@ def _comparison(rows: list[Row]) -> tuple[Table, tuple[str, ...]]:
             (row.published or "") + mark,
             row.source or "",
         )
-    return table, tuple(notes)
+    return (table, *notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast.tuning.shapes import ARCHS, Arch, check_variant, unknown_name
+from ..tuning.shapes import ARCHS, Arch, check_variant, unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ def build(name: str, *, shortcut: str | None = None, stride_in_1x1: bool = False
     if name not in ARCHS or (_in_torchvision(ARCHS[name]) and shortcut is None and not stride_in_1x1):
         return getattr(models, name)(**kwargs)
 
-    from resnet_fast.models import paper
+    from . import paper
 
     if _in_torchvision(ARCHS[name]):
         return paper.imagenet_resnet(name, shortcut=shortcut or "B", stride_in_1x1=stride_in_1x1, **kwargs)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from resnet_fast.errors import UserError
-from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue
+from ..errors import UserError
+from ..spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue
 
 SHORTCUT_OPTIONS = ("A", "B", "C")
 """Section 3.3 of He et al.: zero-padded identity; projection where the size changes; projection everywhere."""
