@@ -3,12 +3,12 @@
 Nothing is stored on a module, so ``state_dict``, ``deepcopy`` and pickling never see a derived tensor; an entry dies
 with the parameter it hangs on. Before each use the sources are compared with a *stamp* taken when the entry was made:
 
-* identity, storage address and autograd version counter: every in-place operation that PyTorch tracks, ``load_state_dict``,
-  optimizers, ``.to()``, ``p.data = …``;
+* identity, storage address and autograd version counter: every in-place operation that PyTorch tracks,
+  ``load_state_dict``, optimizers, ``.to()``, ``p.data = …``;
 * on the CPU also the memory itself, since writes through ``.data`` and BatchNorm's own update of its running statistics
-  move no version counter: vectors in full, filters at up to 128 evenly spaced elements and the last one. A write through
-  ``.data`` to single elements between those is not seen: bump the version (``p.add_(0)`` under ``no_grad``) or call
-  :func:`clear`.
+  move no version counter: vectors in full, filters at about 128 evenly spaced elements and the last one. A write
+  through ``.data`` to single elements between those is not seen: bump the version (``p.add_(0)`` under ``no_grad``) or
+  call :func:`clear`.
 
 Tensors made under ``inference_mode`` have no version counter, so all of their memory is summed up instead.
 """
@@ -31,7 +31,7 @@ _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class _Stamp:
-    """What one source looked like. Holds a view of its memory, so that the address cannot be given to another tensor."""
+    """What one source looked like. Holds on to its memory, so that the address cannot be given to another tensor."""
 
     __slots__ = ("address", "data", "identity", "sample", "seen", "seen_sample", "storage", "summed", "version")
 
@@ -89,7 +89,7 @@ class _Entry:
         stamps = self.stamps
         if len(sources) != len(stamps):
             return False
-        for t, stamp in zip(sources, stamps):
+        for t, stamp in zip(sources, stamps, strict=True):
             if stamp is None:
                 if t is not None:
                     return False
@@ -98,15 +98,13 @@ class _Entry:
         return True
 
 
-def get(
-    sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[Hashable, Any]], T], keep: int = 8
-) -> T:
+def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[Any, Any]], T], keep: int = 8) -> T:
     """``make(values)``, computed when a source changed or ``key`` is new, otherwise the kept result.
 
     Args:
         sources: the parameters and buffers that the result is computed from; the first must be a tensor.
         key: whatever else it depends on (input size, dtype).
-        make: computes it; receives what is kept for the same sources under other keys, so that equal parts can be shared.
+        make: computes it; receives what is kept for the same sources under other keys, so that it can share parts.
         keep: how many keys to keep per set of sources; the least recently used goes first.
     """
     anchor = sources[0]

@@ -314,8 +314,9 @@ class Impl:
     """One backend's implementation of one op.
 
     ``supports(spec, device_type)`` gives a :class:`Verdict`; ``run(call, spec)`` executes a call record of
-    :mod:`resnet_fast.calls` and returns the output tensor, of the shape, dtype and layout that the spec states. An Impl that accepts a spec with ``grad`` must return a
-    result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
+    :mod:`resnet_fast.calls` and returns the output tensor, of the shape, dtype and layout that the spec states. An Impl
+    that accepts a spec with ``grad`` must return a result that autograd can differentiate. ``rank``: among several that
+    accept, the highest wins.
     """
 
     op: str

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="list-item, arg-type, operator, misc, union-attr, index, call-arg"
 """torchvision's Bottleneck with the op ``bottleneck`` as its forward."""
 
 from __future__ import annotations

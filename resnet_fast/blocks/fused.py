@@ -18,8 +18,8 @@ NORMS = "BatchNorm2d, FrozenBatchNorm2d, Identity or (in eval) SyncBatchNorm"
 class Fused(nn.Module):
     """Mixin in front of a stock class. ``stock_class`` is what ``restore`` puts back, ``op`` the name in the counters.
 
-    ``layers``: the (convolution, norm) children in order of execution; ``acts``: the ReLU children; ``absent``: children
-    that must do nothing (timm's drop_block, anti-aliasing, attention, drop_path).
+    ``layers``: the (convolution, norm) children in order of execution; ``acts``: the ReLU children; ``absent``:
+    children that must do nothing (timm's drop_block, anti-aliasing, attention, drop_path).
     """
 
     stock_class: ClassVar[type[nn.Module]]
@@ -95,12 +95,13 @@ def is_altered(m: nn.Module) -> bool:
     )
 
 
-def _no(expected: str, got: nn.Module) -> str:
-    what = type(got).__name__ + (" with a hook or a replaced forward" if is_altered(got) else "")
+def _no(expected: str, got: nn.Module | None) -> str:
+    altered = got is not None and is_altered(got)
+    what = type(got).__name__ + (" with a hook or a replaced forward" if altered else "")
     return f"expected {expected}, got {what}; it runs unfused"
 
 
-def conv_obstacle(name: str, conv: nn.Module) -> str:
+def conv_obstacle(name: str, conv: Any) -> str:
     """Why this convolution cannot be part of a fused call; empty if it can."""
     if type(conv) is not nn.Conv2d or is_altered(conv):
         return _no(f"{name} to be a plain Conv2d", conv)
@@ -113,14 +114,15 @@ def conv_obstacle(name: str, conv: nn.Module) -> str:
     return ""
 
 
-def norm_obstacle(name: str, norm: nn.Module) -> str:
+def norm_obstacle(name: str, norm: Any) -> str:
     """Why this norm cannot be part of a fused call; empty if it can."""
     kind = type(norm)
     fits = kind is nn.BatchNorm2d or kind is FrozenBatchNorm2d or kind is nn.Identity or kind is nn.SyncBatchNorm
     if not fits or is_altered(norm):
         return _no(f"{name} to be {NORMS}", norm)
     if kind is nn.SyncBatchNorm and norm.training:
-        return f"expected {name} in eval mode, got SyncBatchNorm in training, whose collectives the op lacks; it runs unfused"
+        got = "SyncBatchNorm in training, whose collectives the op lacks"
+        return f"expected {name} in eval mode, got {got}; it runs unfused"
     return ""
 
 
@@ -128,7 +130,14 @@ def conv_record(conv: Any) -> Conv:
     """The convolution's parameters as they are now. From the dictionaries: ``nn.Module.__getattr__`` is slow."""
     d = conv.__dict__
     parameters = d["_parameters"]
-    return Conv(parameters["weight"], parameters["bias"], d["stride"], d["padding"], d["dilation"], d["groups"])
+    stride, padding, dilation = d["stride"], d["padding"], d["dilation"]
+    if not type(stride) is type(padding) is type(dilation) is tuple:  # libraries that dilate nets assign ints and lists
+        stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    return Conv(parameters["weight"], parameters["bias"], stride, padding, dilation, d["groups"])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
 
 
 def norm_record(norm: Any) -> Norm:

@@ -69,7 +69,7 @@ class Net(Fused):
         """Elements per image of the largest tensor between two layers: after the stem's convolution or in stage 1."""
         conv: Any = self.conv1
         ho, wo = -(-h // conv.stride[0]), -(-w // conv.stride[1])
-        shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1  # type: ignore[union-attr,arg-type]
+        shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1  # type: ignore[arg-type]
         first = next(iter(getattr(self, self.stages[0])), None)
         widest = (
             max((m.weight.shape[0] for m in first.modules() if isinstance(m, nn.Conv2d)), default=0) if first else 0

@@ -1,4 +1,4 @@
-"""``explain(model, x)``: run once, and tell per layer which kernel was chosen, why not the others, and the floor time."""
+"""``explain(model, x)``: run once, and tell per layer which kernel ran, why not the others, and the floor time."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def requested(argument: str) -> str:
 
 
 def choose(spec: Spec, device: str, backend: str = "auto") -> Choice:
-    """The implementation for ``spec`` on ``device`` ("cpu", "cuda"). Raises BackendError where a named backend cannot."""
+    """The implementation for ``spec`` on ``device`` ("cpu", "cuda"). BackendError where a named backend cannot."""
     return _choose(spec, device, requested(backend), catalog.fingerprint())
 
 

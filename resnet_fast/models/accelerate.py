@@ -80,5 +80,5 @@ def restore(model: M) -> M:
     for module in model.modules():
         if isinstance(module, Fused):
             module.__dict__.pop("_resnet_fast_backend", None)
-            module.__class__ = module.stock_class
+            module.__class__ = module.stock_class  # type: ignore[assignment]
     return model

@@ -1,4 +1,4 @@
-"""``bottleneck``: y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut), He et al. 2015, figure 5 right.
+"""``bottleneck``: y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut), He et al. 2015, figure 5.
 
 The residual branch's convolutions come first in each list, the projection (if there is a fourth) last. ``norms`` holds
 weight, bias, running mean and running variance of each norm, ``geometry`` stride, padding, dilation (two numbers each)
@@ -40,7 +40,8 @@ def block_binder(op: str, main: int) -> Callable[..., BlockCall]:
             Conv(w, b, (g[0], g[1]), (g[2], g[3]), (g[4], g[5]), g[6])
             for w, b, g in zip(weights, biases, geometries, strict=True)
         )
-        bns = tuple(Norm(*norms[4 * i : 4 * i + 4], batch_stats[i], momentum[i], eps[i]) for i in range(count))
+        numbers = zip(batch_stats, momentum, eps, strict=True)
+        bns = tuple(Norm(*norms[4 * i : 4 * i + 4], *each) for i, each in enumerate(numbers))
         return BlockCall(x, convs, bns, count == main + 1, shortcut)
 
     return bind

@@ -172,7 +172,7 @@ def _check_conv_at(
         raise UserError(f"{where}: a bias of shape ({co},)", _shape(conv.bias), "match it to the weight")
     _check_norm(norm, co, like, where)
     spec = ConvSpec(
-        n, h, width, c, co, r, s, tuple(conv.stride), tuple(conv.padding), tuple(conv.dilation), conv.groups,
+        n, h, width, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
         str(like.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (layout, layout_of(w)) else "nchw",
         epilogue, norm.batch_stats, grad,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def _check_stem(call: StemCall, grad: bool) -> ConvSpec:
         raise UserError(
             "stem: a pooling kernel and stride >= 1 and padding <= kernel/2", repr(tuple(pool)), "ResNet's is (3, 2, 1)"
         )
-    epilogue = Epilogue(relu=True, norm=_has_norm(call.norm), pool=tuple(pool))
+    epilogue = Epilogue(relu=True, norm=_has_norm(call.norm), pool=(pool.kernel, pool.stride, pool.padding))
     spec = _check_conv(call.x, call.conv, call.norm, epilogue, grad, "stem")
     if min(spec.out_hw()) < 1:
         raise UserError(

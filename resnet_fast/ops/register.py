@@ -29,7 +29,10 @@ from .check import spec_of
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 
-NORM_SCHEMA = "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, bool batch_stats, float momentum, float eps"
+NORM_SCHEMA = (
+    "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
+    "bool batch_stats, float momentum, float eps"
+)
 CONV_SCHEMA = "Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 

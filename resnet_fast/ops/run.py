@@ -1,7 +1,7 @@
 """From a call record to its result: what the blocks call.
 
-Plain eager inference goes straight to dispatch: PyTorch's dispatcher would unpack the lists of a block into boxed values
-and back twice, which costs a ResNet-50 about 2 % of a batch of one on a CPU. Whatever else is going on (autograd, a
+Plain eager inference goes straight to dispatch: PyTorch's dispatcher would unpack the lists of a block into boxed
+values and back twice, for nothing. Whatever else is going on (autograd, a
 compiler, autocast, a dispatch mode) takes the ``torch.library`` op, which has a rule for it.
 """
 

@@ -1,4 +1,4 @@
-"""``stem``: y = maxpool(relu(bn(conv(x)))), the first layers of an ImageNet ResNet (He et al. 2015, Table 1, conv1 and pool)."""
+"""``stem``: y = maxpool(relu(bn(conv(x)))), the first layers of an ImageNet ResNet (He et al. 2015, Table 1)."""
 
 from __future__ import annotations
 

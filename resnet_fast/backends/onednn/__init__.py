@@ -5,8 +5,8 @@ blocked layout that oneDNN wants for the input size at hand; both are derived te
 (:mod:`resnet_fast.derived`). Activations are NHWC. The primitives are reached through ATen
 (``torch.ops.mkldnn._convolution_pointwise``, what Inductor's freezing emits as well).
 
-16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only the
-op's input and output are 16-bit: faster by an order of magnitude than ATen's fallback there, and more accurate.
+16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only
+the op's input and output are 16-bit: faster by an order of magnitude than ATen's fallback there, and more accurate.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
     y = relu(conv(x, scale * w) + (shift + scale * b) + residual)
 
 ATen's ``mkldnn::_convolution_pointwise`` takes the packed weight and applies ReLU to the accumulator; its ``.binary``
-form adds a second tensor before it, and the in-place form writes the sum over that tensor. All arithmetic accumulates in
-fp32; a 16-bit output is rounded once, after bias, add and ReLU.
+form adds a second tensor before it, and the in-place form writes the sum over that tensor. All arithmetic accumulates
+in fp32; a 16-bit output is rounded once, after bias, add and ReLU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ _fused = torch.ops.mkldnn
 
 
 class Packed(NamedTuple):
-    """A folded convolution ready to run: ``weight`` in oneDNN's own layout, ``tail`` as ATen's argument order has it."""
+    """A folded convolution ready to run: ``weight`` in oneDNN's own layout, ``tail`` in ATen's argument order."""
 
     weight: Tensor
     bias: Tensor
@@ -71,7 +70,7 @@ def pack(x: Tensor, convs: tuple[Conv, ...], norms: tuple[Norm, ...], main: int)
         sources += (conv.weight, conv.bias, *norm.tensors())
     numbers = tuple([(c.stride, c.padding, c.dilation, c.groups, n.eps) for c, n in zip(convs, norms, strict=True)])
 
-    def make(kept: dict[Hashable, Any]) -> list[Packed]:
+    def make(kept: dict[Any, Any]) -> list[Packed]:
         shape, made = tuple(x.shape), []
         for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
             source = shape if i < main else tuple(x.shape)

@@ -1,4 +1,4 @@
-"""``stem``: the 7x7 convolution with bias and ReLU as one oneDNN primitive, then ATen's max-pool on what is still in cache.
+"""``stem``: the 7x7 convolution with bias and ReLU as one oneDNN primitive, then ATen's max-pool on a warm cache.
 
 ReLU and max commute, so pooling could come first only if the primitive pooled too; oneDNN has no such post-op.
 """

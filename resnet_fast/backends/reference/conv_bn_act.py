@@ -16,7 +16,7 @@ def conv2d(x: Tensor, c: Conv) -> Tensor:
 
 
 def batch_norm(y: Tensor, n: Norm) -> Tensor:
-    """BatchNorm over (N, H, W); the affine part alone where there are no statistics; ``y`` itself for an absent norm."""
+    """BatchNorm over (N, H, W); only the affine part where there are no statistics; ``y`` itself for an absent norm."""
     if n.batch_stats or n.mean is not None:
         return F.batch_norm(y, n.mean, n.var, n.weight, n.bias, n.batch_stats, n.momentum, n.eps)
     if n.weight is not None:
