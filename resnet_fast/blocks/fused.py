@@ -137,7 +137,7 @@ def conv_record(conv: Any) -> Conv:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def norm_record(norm: Any) -> Norm:

@@ -41,7 +41,7 @@ def block_binder(op: str, main: int) -> Callable[..., BlockCall]:
             for w, b, g in zip(weights, biases, geometries, strict=True)
         )
         numbers = zip(batch_stats, momentum, eps, strict=True)
-        bns = tuple(Norm(*norms[4 * i : 4 * i + 4], *each) for i, each in enumerate(numbers))
+        bns = tuple(Norm(*norms[4 * i : 4 * i + 4], *each) for i, each in enumerate(numbers))  # type: ignore[call-arg]
         return BlockCall(x, convs, bns, count == main + 1, shortcut)
 
     return bind
