@@ -78,23 +78,27 @@ def _best_rate(work: float, run: Callable[[], Any], budget_s: float) -> float:
 def calibrate_cpu() -> Device:
     """This machine's copy bandwidth and matrix-product rates with torch's current threads; about 0.2 s, once.
 
-    Copy: 32 MiB to another 32 MiB, beyond the usual caches, bytes read plus written. Rates: square products, 512 wide
-    in float32 and 256 wide in bfloat16. Where bfloat16 is emulated and slower, its ceiling is float32's, because a
-    kernel may convert. float16 and float64 are modelled from those two.
+    Copy: 32 MiB to another 32 MiB, beyond the usual caches, bytes read plus written. Rates: the better of a small and
+    a large square product, because a large one fills many cores, and only a small one finds a quiet moment on a busy
+    machine. Where bfloat16 is emulated and slower, its ceiling is float32's, because a kernel may convert; float16 and
+    float64 are modelled from those two. Other load makes the ceilings too low, and so the floors too high.
     """
     import torch
+
+    def product(dtype: torch.dtype, size: int) -> float:
+        a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
+        return _best_rate(2 * size**3, partial(torch.mm, a, a, out=out), 0.03)
 
     with torch.inference_mode():
         source = torch.ones(8 * 2**20)
         target = torch.empty_like(source)
         bandwidth = _best_rate(2 * source.numel() * 4, lambda: target.copy_(source), 0.04)
-        rates = {}
-        for dtype, size in ((torch.float32, 512), (torch.bfloat16, 256)):
-            a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
-            rates[dtype] = _best_rate(2 * size**3, partial(torch.mm, a, a, out=out), 0.03)
-    f32, bf16 = Ceiling(rates[torch.float32], "measured"), Ceiling(rates[torch.bfloat16], "measured")
-    if bf16.value < f32.value:
-        bf16 = Ceiling(f32.value, "modelled")
+        small, half = product(torch.float32, 256), product(torch.bfloat16, 256)
+        full = max(small, product(torch.float32, 768))
+        if half > small:  # not emulated: the large product will not take long
+            half = max(half, product(torch.bfloat16, 768))
+    f32 = Ceiling(full, "measured")
+    bf16 = Ceiling(half, "measured") if half > full else Ceiling(full, "modelled")
     return Device(
         f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
         bandwidth=Ceiling(bandwidth, "measured"),
