@@ -81,17 +81,17 @@ def measure(
     """Time every callable of ``calls``; returns its samples under the same name.
 
     ``deadline`` (a ``time.monotonic()`` value) ends the run after a whole round, so that all competitors had the same
-    number of turns; the first round always runs. ``on_turn(name, round)`` is called before each turn. A callable that
-    raises keeps the first line of its error and leaves the run; the others go on.
+    number of turns; it also cuts the warm-up, but the first round always runs. ``on_turn(name, round)`` is called
+    before each turn. A callable that raises keeps the first line of its error and leaves the run; the others go on.
     """
     clock = _time_cuda if torch.device(device).type == "cuda" else _time_cpu
     result = {name: Samples() for name in calls}
     order = list(calls)
     rng = random.Random(plan.seed)
     for name in order:
-        _guarded(result[name], _warm_up, calls[name], plan.warmup)
+        _guarded(result[name], _warm_up, calls[name], plan.warmup, deadline)
     for number in range(plan.rounds):
-        if number and deadline is not None and time.monotonic() >= deadline:
+        if number and _over(deadline):
             break
         rng.shuffle(order)
         for name in order:
@@ -104,9 +104,15 @@ def measure(
     return result
 
 
-def _warm_up(call: Callable[[], object], n: int) -> None:
+def _warm_up(call: Callable[[], object], n: int, deadline: float | None) -> None:
     for _ in range(n):
+        if _over(deadline):
+            return
         call()
+
+
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
 
 
 def _turn(call: Callable[[], object], clock: Clock, plan: Plan, ns: list[int]) -> None:

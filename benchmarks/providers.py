@@ -113,6 +113,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Prepared:
 
 def _ours(model: nn.Module, x: Tensor) -> Prepared:
     from resnet_fast import accelerate, explain
+    from resnet_fast.backends.onednn.conv_bn_act import compute_dtype
 
     module, x = _nhwc(model, x)
     # A single op of the suites is no model that accelerate() knows; it brings its fused form along.
@@ -121,7 +122,10 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
     with torch.inference_mode():
         chosen = Counter(row.backend for row in explain(module, x).rows)
     note = ", ".join(f"{backend} x {n}" for backend, n in chosen.most_common())
-    return Prepared(_inference(module, x), dtype_name(x.dtype), note)
+    precision = compute_dtype(x.dtype) if "onednn" in chosen else x.dtype
+    if precision != x.dtype:
+        note += f"; ran in {dtype_name(precision)}: this CPU has no native {dtype_name(x.dtype)}"
+    return Prepared(_inference(module, x), dtype_name(precision), note)
 
 
 def _installed(packages: tuple[str, ...]) -> Verdict:
@@ -212,7 +216,7 @@ PROVIDERS = (
     Provider("eager-nhwc", True, _torch_verdict, _eager_nhwc),
     Provider("folded-nhwc", True, _torch_verdict, _folded),
     Provider("compile", True, _torch_verdict, _compiled),
-    Provider(OURS, False, _torch_verdict, _ours),
+    Provider(OURS, False, lambda *_: Verdict.yes(), _ours),
     Provider("onnxruntime", False, _onnxruntime_verdict, _onnxruntime),
     Provider("openvino", False, _openvino_verdict, _openvino),
 )

@@ -110,7 +110,7 @@ def to_png(report: Report) -> bytes:
         f"{what.get('gpu', what.get('cpu'))}, threads: {what.get('threads')}, {what.get('date')}", fontsize=8
     )
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
+    figure.savefig(out, format="png", dpi=min(130.0, 60_000 / figure.get_figheight()))  # Agg ends at 2**16 pixels
     return out.getvalue()
 
 

@@ -32,9 +32,12 @@ def test_order_depends_on_the_seed_alone() -> None:
     assert order(1) == order(1) != order(2)
 
 
-def test_deadline_ends_after_a_whole_round_but_not_before_the_first() -> None:
-    result = measure({"a": lambda: None, "b": lambda: None}, QUICK, deadline=time.monotonic() - 1)
-    assert [len(s.ns) for s in result.values()] == [2, 2]
+def test_deadline_leaves_one_whole_round_and_no_warm_up() -> None:
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    result = measure(calls, QUICK, deadline=time.monotonic() - 1)
+    assert [len(s.ns) for s in result.values()] == [2, 2] and len(seen) == 6
+    assert [len(s.ns) for s in measure(calls, QUICK, deadline=time.monotonic() + 60).values()] == [8, 8]
 
 
 def test_short_calls_are_repeated_until_the_turn_has_lasted() -> None:

@@ -102,6 +102,16 @@ def test_select_keeps_the_table_order_and_refuses_unknown_names() -> None:
         providers.select(("eager-nchw", "tvm"))
 
 
+def test_ours_reports_the_precision_that_it_ran_in(net: nn.Module) -> None:
+    x = torch.randn(1, 3, 9, 9, dtype=torch.bfloat16)
+    prepared = BY_NAME["resnet_fast"].prepare(net.bfloat16(), x)
+    assert prepared.call().dtype == torch.bfloat16
+    if "onednn" in prepared.note and not providers.cpu_has_bf16():
+        assert prepared.precision == "float32" and "ran in float32" in prepared.note
+    else:
+        assert prepared.precision == "bfloat16" and "ran in" not in prepared.note
+
+
 def test_ours_says_which_backend_ran(net: nn.Module) -> None:
     prepared = BY_NAME["resnet_fast"].prepare(net, torch.randn(1, 3, 9, 9))
     assert prepared.note.endswith(" x 1") and prepared.note.split()[0] in ("onednn", "reference")
