@@ -2,11 +2,11 @@
 
 Switches, all environment variables (default first):
 
-``RESNET_FAST_BUILD_NATIVE=auto|0|1``  the native library ``resnet_fast._C``. auto builds it where torch and a C++
-                                       compiler are present in the building environment, 1 fails where they are not
+``RESNET_FAST_BUILD_NATIVE=auto|0|1``  the native library ``resnet_fast._C``. auto builds it where torch, a C++
+                                       compiler and Python's headers are present, 1 fails where they are not
 ``RESNET_FAST_BUILD_CUDA=auto|0|1``    its CUDA half. auto builds it where nvcc and libtorch_cuda are found
 ``RESNET_FAST_CUDA_ARCHS``             architectures of that half, as CMAKE_CUDA_ARCHITECTURES spells them
-``RESNET_FAST_BUILD_HOST=0|1``         the torch-free module ``resnet_fast._host``, for one version of Python
+``RESNET_FAST_BUILD_HOST=0|auto|1``    the torch-free module ``resnet_fast._host``, for one version of Python
 
 torch is no build requirement: an isolated build would fetch gigabytes of a torch that is not the user's. So ``pip
 install .`` gives the pure package, and ``pip install --no-build-isolation .`` the one with the native library.
@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ def torch_folder() -> tuple[Path | None, str]:
     return Path(spec.origin).parent, ""
 
 
+def no_toolchain() -> str:
+    """Why C++ extension modules cannot be compiled here; empty where they can."""
+    if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
+        return f"no C++ compiler (looked for {', '.join(COMPILERS)}; CXX names another)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return f"no Python.h in {sysconfig.get_path('include')} (Debian: apt-get install python3-dev)"
+    return ""
+
+
+def refuse_or_say(what: str, reason: str, demanded: bool) -> None:
+    if demanded:
+        raise SystemExit(
+            f"expected to build {what}, got {reason}; unset the RESNET_FAST_BUILD_* switch that asks for it"
+        )
+    print(f"resnet_fast is built without {what}: {reason}", file=sys.stderr)
+
+
 def native_folder() -> Path | None:
     """torch's folder if ``_C`` is to be built, else None. Says on stderr why not."""
     choice = switch("RESNET_FAST_BUILD_NATIVE", "auto", "0", "1")
@@ -63,15 +81,20 @@ def native_folder() -> Path | None:
             )
         return None
     folder, reason = torch_folder()
-    if folder is not None and not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
-        folder, reason = None, f"no C++ compiler (looked for {', '.join(COMPILERS)}; CXX names another)"
-    if folder is None:
-        if "1" in (choice, cuda):
-            raise SystemExit(
-                f"expected to build the native library, got {reason}; unset RESNET_FAST_BUILD_NATIVE and _CUDA"
-            )
-        print(f"resnet_fast is built without its native library: {reason}", file=sys.stderr)
+    if reason := reason or no_toolchain():
+        refuse_or_say("its native library", reason, "1" in (choice, cuda))
+        return None
     return folder
+
+
+def host_wanted() -> bool:
+    """Whether ``_host`` is to be built. Says on stderr why not where it was asked for."""
+    choice = switch("RESNET_FAST_BUILD_HOST", "0", "auto", "1")
+    if choice == "0":
+        return False
+    if reason := no_toolchain():
+        refuse_or_say("its host module", reason, choice == "1")
+    return not reason
 
 
 def cmake_arguments(torch: Path | None, host: bool) -> list[str]:
@@ -95,7 +118,7 @@ def packages() -> list[str]:
 def main() -> None:
     arguments: dict[str, Any] = {"packages": packages(), "package_dir": {"resnet_fast.benchmarks": "benchmarks"}}
     torch = native_folder()
-    host = switch("RESNET_FAST_BUILD_HOST", "0", "1") == "1"
+    host = host_wanted()
     if torch is None and not host:
         setuptools.setup(**arguments)  # nothing to compile: a py3-none-any wheel
         return

@@ -136,6 +136,28 @@ def test_without_torch_auto_builds_the_pure_package_and_1_fails(
         setup_file.native_folder()
 
 
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_without_a_toolchain_auto_builds_the_pure_package_and_1_fails(
+    missing: str, setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    if missing == "compiler":
+        monkeypatch.setattr(setup_file.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(setup_file.sysconfig, "get_path", lambda name: "/nonexistent")
+    monkeypatch.setenv("RESNET_FAST_BUILD_HOST", "auto")
+    assert setup_file.native_folder() is None
+    assert not setup_file.host_wanted()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all({"compiler": "no C++ compiler", "headers": "no Python.h"}[missing] in s for s in said)
+    monkeypatch.setenv("RESNET_FAST_BUILD_HOST", "1")
+    with pytest.raises(SystemExit, match="expected to build its host module"):
+        setup_file.host_wanted()
+    monkeypatch.setenv("RESNET_FAST_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="expected to build its native library"):
+        setup_file.native_folder()
+
+
 def test_old_torch_is_not_built_against(setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_file.metadata, "version", lambda name: "2.9.1+cu130")
     assert setup_file.native_folder() is None
