@@ -8,6 +8,7 @@ activations look like a trained net's, so that error figures measured on it mean
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,20 +43,31 @@ def _load_file(path: Path) -> Any:
                 "a complete safetensors file", f"{path} ({_first_line(error)})", "copy or download the file again"
             ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch asks for a bug report about some foreign pickles
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):  # a whole archive, so it was not cut: it holds more than tensors
+        # torch's own text advises to load with weights_only=False, which is what must not be done.
+        if zipfile.is_zipfile(path):  # a whole archive, so it was not cut
             raise UserError(
                 "a file of tensors only",
                 f"{path}, which holds other Python objects and could run code when read",
                 "save model.state_dict() alone, best as .safetensors",
             ) from error
         raise UserError(
-            "a complete PyTorch weights file", f"{path} ({_first_line(error)})", "copy or download the file again"
+            "a PyTorch weights file",
+            f"{path}, which is of another kind or holds other objects than tensors",
+            "save model.state_dict() with torch.save, best as .safetensors",
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         raise UserError(
             "a complete PyTorch weights file", f"{path} ({_first_line(error)})", "copy or download the file again"
+        ) from error
+    except Exception as error:  # torch's unpickler meets arbitrary bytes with any exception of Python's
+        raise UserError(
+            "a PyTorch weights file",
+            f"{path} ({type(error).__name__} while reading)",
+            "copy or download the file again",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_truncated_file(tmp_path: Path, name: str, keep: float) -> None:
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=rf"expected a complete .* file, got .*{name}") as caught:
+    with pytest.raises(UserError, match=rf"expected .*file, got .*{name}") as caught:
         weights.read(path)
     assert "\n" not in str(caught.value)
 
@@ -86,6 +87,22 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could run code"):
         weights.read(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_bare_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(_Evil(tmp_path / "ran")))
+    with pytest.raises(UserError, match="other objects than tensors") as caught:
+        weights.read(tmp_path / "evil.pth")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"hello world", b"\x80\x02.", bytes(range(256))])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_bytes_of_another_kind(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"expected .*file, got .*{name}") as caught:
+        weights.read(tmp_path / name)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ BUDGET = (
 def answer_table(answers: list[Answer], names: list[str] | None) -> Table:
     """One row per picture; classes by name where the weights give them a meaning, else by number."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Same answer?", title_justify="left")
     for heading in ("picture", "top-1 stock", "top-1 accelerated", "same"):
@@ -40,12 +41,12 @@ def answer_table(answers: list[Answer], names: list[str] | None) -> Table:
     for heading in ("largest difference", "error stock", "error accelerated", "budget", "within"):
         table.add_column(heading, justify="right")
 
-    def label(top1: int) -> str:
-        return f"#{top1}" if names is None else names[top1]
+    def label(top1: int) -> Text:
+        return Text(f"#{top1}" if names is None else names[top1])
 
     for a in answers:
         table.add_row(
-            a.image,
+            Text(a.image),
             label(a.stock_top1),
             label(a.accelerated_top1),
             "yes" if a.agree else "NO",

@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from resnet_fast.benchmarks import providers
@@ -80,7 +81,7 @@ def test_disagreement_shows() -> None:
     assert good.agree and good.within and not bad.agree and not bad.within
     table = module.answer_table([good, bad], None)
     assert list(table.columns[3].cells) == ["yes", "NO"] and list(table.columns[8].cells) == ["yes", "NO"]
-    assert list(module.answer_table([bad], ["x", "cat", "dog"]).columns[2].cells) == ["dog"]
+    assert list(module.answer_table([bad], ["x", "cat", "[dog]"]).columns[2].cells) == [Text("[dog]")]
 
 
 def test_kernels_are_counted_by_reason() -> None:
