@@ -69,7 +69,7 @@ def _add_conv(conv: Conv, parts: list[Any]) -> None:
 def _add_norm(norm: Norm, parts: list[Any]) -> None:
     parts.append(norm[4:])
     for t in norm[:4]:
-        parts.append(None if t is None else (t.shape, t.device))
+        parts.append(None if t is None else (t.shape, t.dtype, t.device))
 
 
 def check(call: Call, grad: bool = False) -> Spec:
@@ -114,9 +114,17 @@ def _check_norm(norm: Norm, channels: int, x: Tensor, where: str) -> None:
             raise UserError(
                 f"{where}: BatchNorm {name} on {x.device}, where x is", _shape(t), f"call model.to({str(x.device)!r})"
             )
+    dtypes = {t.dtype for t in norm.tensors() if t is not None}
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    if len(dtypes) > 1 or not dtypes <= ({x.dtype, torch.float32} if narrow else {x.dtype}):
+        raise UserError(
+            f"{where}: BatchNorm tensors of one dtype, x's (or float32 under a 16-bit x)",
+            f"{', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))} under x {_shape(x)}",
+            f"call model.to({x.dtype})",
+        )
     if (norm.mean is None) != (norm.var is None):
         raise UserError(f"{where}: running_mean and running_var, both or neither", "one of them", "give both")
-    if norm.eps < 0:
+    if not norm.eps >= 0:  # NaN too
         raise UserError(f"{where}: eps >= 0", repr(norm.eps), "BatchNorm's usual value is 1e-5")
 
 
@@ -157,7 +165,15 @@ def _check_conv_at(
             )
     n, c, h, width = shape
     co, cig, r, s = w.shape
-    if conv.groups < 1 or c != cig * conv.groups or co % conv.groups:
+    if w.numel() == 0:
+        raise UserError(f"{where}: a weight with elements", _shape(w), "use a Conv2d's weight")
+    if conv.groups < 1 or co % conv.groups:
+        raise UserError(
+            f"{where}: groups of at least 1 that divide the {co} output channels",
+            f"groups={conv.groups}",
+            "check the convolution's attributes",
+        )
+    if c != cig * conv.groups:
         hint = (
             "x looks like NHWC: permute it to (N, C, H, W)"
             if width == cig * conv.groups
@@ -168,8 +184,12 @@ def _check_conv_at(
             f"x of shape {tuple(shape)}",
             hint,
         )
-    if conv.bias is not None and conv.bias.shape != (co,):
-        raise UserError(f"{where}: a bias of shape ({co},)", _shape(conv.bias), "match it to the weight")
+    if conv.bias is not None and (conv.bias.shape != (co,) or conv.bias.device != like.device):
+        raise UserError(
+            f"{where}: a bias of shape ({co},) on {like.device}",
+            _shape(conv.bias),
+            f"match it to the weight, or call model.to({str(like.device)!r})",
+        )
     _check_norm(norm, co, like, where)
     spec = ConvSpec(
         n, h, width, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,

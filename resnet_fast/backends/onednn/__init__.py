@@ -7,11 +7,18 @@ blocked layout that oneDNN wants for the input size at hand; both are derived te
 
 16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only
 the op's input and output are 16-bit: faster by an order of magnitude than ATen's fallback there, and more accurate.
+
+oneDNN's ReLU turns NaN into 0 (ATen's keeps it). A NaN that comes from the weights or statistics is an error when they
+are packed; one that comes with the input is lost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ...spec import BlockSpec, Impl, PointwiseSpec, Spec, Verdict
 from .basic_block import basic_block
@@ -42,15 +49,27 @@ def _supports(spec: Spec, device: str) -> Verdict:
     if spec.dtype not in DTYPES:
         return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
     convs = spec.convs if isinstance(spec, BlockSpec) else () if isinstance(spec, PointwiseSpec) else (spec,)
-    if spec.n * spec.h * spec.w == 0 or any(c.ci * c.co == 0 for c in convs):
-        return Verdict.no(
-            "at least one element", "an empty tensor", "nothing to do: the reference returns the empty result"
-        )
+    if any(c.h * c.w == 0 for c in convs):
+        return Verdict.no("an image with pixels", f"{spec.h}x{spec.w}", "use a larger image")
     return Verdict.yes()
 
 
+def _or_empty(run: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """``run``, except for an output without elements (an empty batch), which oneDNN has no primitive for."""
+
+    def served(call: Any, spec: Any) -> Tensor:
+        if isinstance(spec, PointwiseSpec):
+            shape = (spec.n, spec.c, spec.h, spec.w)
+        else:
+            last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
+            shape = (last.n, last.co, *last.out_hw())
+        return run(call, spec) if all(shape) else call.x.new_empty(shape)
+
+    return served
+
+
 IMPLS = tuple(
-    Impl(name, "onednn", 10, _supports, run, "BN folded, fused post-ops, packed weights")
+    Impl(name, "onednn", 10, _supports, _or_empty(run), "BN folded, fused post-ops, packed weights")
     for name, run in (
         ("conv_bn_act", conv_bn_act),
         ("bn_act", bn_act),

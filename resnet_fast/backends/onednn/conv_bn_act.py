@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ... import derived, folding
 from ...calls import Conv, ConvBnActCall, Norm
+from ...errors import UserError
 from ...spec import ConvSpec, conv_out
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +54,13 @@ def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype)
     """
     with torch.inference_mode(False), torch.no_grad():
         weight, bias = folding.fold(conv, norm)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            # the primitive's ReLU would turn NaN into 0 and a broken net into a plausible one
+            raise UserError(
+                f"finite weights and statistics in the convolution of shape {tuple(weight.shape)} and its BatchNorm",
+                "NaN or infinity",
+                "check the checkpoint, or use backend 'reference', which lets NaN through to the output",
+            )
         tail = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         packed = _fused._reorder_convolution_weight(weight.to(dtype).contiguous(), *tail, list(shape))
         return Packed(packed, bias.to(dtype), tail)
