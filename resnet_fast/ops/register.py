@@ -25,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, Norm
 from ..dispatch import select
+from ..errors import UserError
 from .check import spec_of
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
@@ -68,15 +69,18 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
     def on_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
         args = complete(args)
         call = bind(*args[:-1])
-        if _needs_graph(call):
+        graph = _needs_graph(call)
+        if graph or batch_stats_of(call):
             if _is_traced(call.x):
                 return select.trace(call)
-            return select.run(call, spec_of(call, grad=torch.is_grad_enabled()), args[-1])
+            return select.run(call, spec_of(call, grad=graph), args[-1])
         with _AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     def on_fake(*args: Any) -> Tensor:
-        return select.trace(bind(*complete(args)[:-1]))
+        call = bind(*complete(args)[:-1])
+        _check_one_device(call)
+        return select.trace(call)
 
     LIBRARY.impl(name, on_backend, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
@@ -126,9 +130,19 @@ def batch_stats_of(call: Call) -> bool:
     return any(n.batch_stats for n in norms)
 
 
+def _check_one_device(call: Call) -> None:
+    """A real tensor among meta tensors is served as a fake: without this, as a result that holds no numbers."""
+    for t in tensors_of(call):
+        if t.device != call.x.device:
+            raise UserError(
+                f"{call.op}: every tensor on {call.x.device}, where x is",
+                f"one of shape {tuple(t.shape)} on {t.device}",
+                f"call model.to({str(call.x.device)!r})",
+            )
+
+
 def _needs_graph(call: Call) -> bool:
-    if batch_stats_of(call):
-        return True
+    """Does autograd, backward or forward, need to see what the call does?"""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(call)):
         return True
     # forward-mode AD: a dual tensor need not require a gradient, and would lose its tangent below autograd

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..calls import BlockCall, BnActCall, Call, ConvBnActCall
 from ..dispatch import select
@@ -34,6 +35,7 @@ def _is_plain_inference(x: Tensor) -> bool:
         or torch.is_autocast_enabled(x.device.type)
         or torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
     )
 
 
