@@ -10,11 +10,13 @@ with the parameter it hangs on. Before each use the sources are compared with a 
   through ``.data`` to single elements between those is not seen: bump the version (``p.add_(0)`` under ``no_grad``) or
   call :func:`clear`.
 
-Tensors made under ``inference_mode`` have no version counter, so all of their memory is summed up instead.
+Tensors made under ``inference_mode`` have no version counter, and a view with gaps has no evenly spaced elements: of
+these a copy is kept, and compared in full.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -28,37 +30,40 @@ T = TypeVar("T")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES = 128
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_lock = threading.RLock()  # a server calls one net from several threads
 
 
 class _Stamp:
     """What one source looked like. Holds on to its memory, so that the address cannot be given to another tensor."""
 
-    __slots__ = ("address", "data", "identity", "sample", "seen", "seen_sample", "storage", "summed", "version")
+    __slots__ = (
+        "address", "copy", "data", "dtype", "identity", "sample", "seen", "seen_sample", "shape", "storage", "stride",
+        "version", "whole",
+    )  # fmt: skip
 
     def __init__(self, t: Tensor):
         self.identity = id(t)
         self.address = t.data_ptr()
         self.storage = t.untyped_storage()
+        # ``p.data = p.data[:32]`` or ``.permute(…)`` keep address and version
+        self.shape, self.stride, self.dtype = t.shape, t.stride(), t.dtype
         self.version = None if t.is_inference() else t._version
         self.data: np.ndarray | None = None  # compared in full
         self.sample: np.ndarray | None = None  # every so many elements; ``data`` then holds the last one
-        self.summed: Tensor | None = None
-        if t.device.type == "cpu" and t.numel() and _is_dense(t):
-            words = torch.as_strided(t.detach(), (t.numel(),), (1,)).view(_BITS[t.element_size()])
-            if self.version is None:
-                self.summed = words
+        self.whole: Tensor | None = None  # compared in full with ``copy``
+        if t.device.type == "cpu" and t.numel():
+            dense = _is_dense(t)
+            words = torch.as_strided(t.detach(), (t.numel(),), (1,)) if dense else t.detach()
+            words = words.view(_BITS[t.element_size()])  # as integers: NaN equals itself, -0 is not 0
+            if self.version is None or not dense:
+                self.whole, self.copy = words, words.clone()
             elif t.dim() == 1:
                 self.data = words.numpy()
             else:
                 self.data = words[-1:].numpy()
                 self.sample = words[:: max(1, t.numel() // _SAMPLES)].numpy()
-        self.seen = self._look()
+        self.seen = None if self.data is None else self.data.tobytes()
         self.seen_sample = None if self.sample is None else self.sample.tobytes()
-
-    def _look(self) -> object:
-        if self.summed is not None:
-            return int(self.summed.sum(dtype=torch.int64))
-        return None if self.data is None else self.data.tobytes()
 
     def holds(self, t: Tensor) -> bool:
         """Is ``t`` still as it was when the stamp was taken? Runs for every parameter at every call: one expression."""
@@ -66,8 +71,12 @@ class _Stamp:
             id(t) == self.identity
             and t.data_ptr() == self.address
             and (t._version == self.version if self.version is not None else t.is_inference())
-            and (self._look() if self.data is None else self.data.tobytes()) == self.seen
+            and (self.data is None or self.data.tobytes() == self.seen)
             and (self.sample is None or self.sample.tobytes() == self.seen_sample)
+            and t.stride() == self.stride
+            and t.shape == self.shape
+            and t.dtype == self.dtype
+            and (self.whole is None or torch.equal(self.whole, self.copy))
         )
 
 
@@ -110,22 +119,24 @@ def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[
     anchor = sources[0]
     if anchor is None:
         raise ValueError("expected the first source to be a tensor, got None; anchor the entry on the conv weight")
-    entry = _cache.get(anchor)
-    if entry is None or not entry.holds(sources):
-        entry = _Entry(sources)
-        _cache[anchor] = entry
-    values: dict[Hashable, Any] = entry.values
-    if key in values:
-        if next(reversed(values)) != key:
-            values[key] = values.pop(key)
-        return values[key]
-    made = make(values)
-    values[key] = made
-    if len(values) > keep:
-        del values[next(iter(values))]
-    return made
+    with _lock:
+        entry = _cache.get(anchor)
+        if entry is None or not entry.holds(sources):
+            entry = _Entry(sources)
+            _cache[anchor] = entry
+        values: dict[Hashable, Any] = entry.values
+        if key in values:
+            if next(reversed(values)) != key:
+                values[key] = values.pop(key)
+            return values[key]
+        made = make(values)
+        values[key] = made
+        if len(values) > keep:
+            del values[next(iter(values))]
+        return made
 
 
 def clear() -> None:
     """Forget every derived tensor; the next call computes them again."""
-    _cache.clear()
+    with _lock:
+        _cache.clear()
