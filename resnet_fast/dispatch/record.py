@@ -44,10 +44,10 @@ class Stock(NamedTuple):
 
 def ran(call: Call, spec: Spec, choice: Choice) -> None:
     """Count a call; a fallback from a faster backend is logged once per reason, or raises in strict mode."""
-    _calls[(spec.op, choice.impl.backend)] += 1
     if choice.fell_back:
         # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
         _fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
+    _calls[(spec.op, choice.impl.backend)] += 1
     if _tape is not None:
         _tape.append(Ran(call, spec, choice))
 
@@ -56,8 +56,8 @@ def stock(module: Any, op: str, reason: str) -> None:
     """Count a module that runs its stock forward. Silent while a compiler traces (it would count traces, not calls)."""
     if torch.compiler.is_compiling():
         return
-    _calls[(op, "stock")] += 1
     _fall_back(f"{op} runs its stock layers: {reason}", quiet=False)
+    _calls[(op, "stock")] += 1
     if _tape is not None:
         _tape.append(Stock(module, reason))
 
