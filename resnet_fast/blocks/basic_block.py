@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet as stock
 
+from .fused import renamed
 from .residual import ResidualBlock
 
 
@@ -19,14 +20,16 @@ class BasicBlock(ResidualBlock, stock.BasicBlock):
     op = "basic_block"
     layers = (("conv1", "bn1"), ("conv2", "bn2"))
 
+    stock_forward = renamed(stock.BasicBlock.forward, "stock_forward")
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             return self.fused_forward(x)
         # TorchScript compiles the rest only: no helper may take a module, so the lists are spelled out.
+        if not self.scripts_fused:
+            return self.stock_forward(x)
         if self.bn1.training or self.bn2.training:
-            y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-            y += x if self.downsample is None else self.downsample(x)
-            return self.relu(y)
+            return self.stock_forward(x)
         shortcut: Optional[Tensor] = None if self.downsample is None else self.downsample(x)  # noqa: UP045
         biases: List[Optional[Tensor]] = [self.conv1.bias, self.conv2.bias]  # noqa: UP006, UP045
         norms: List[Optional[Tensor]] = [  # noqa: UP006, UP045

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet as stock
 
+from .fused import renamed
 from .residual import ResidualBlock
 
 
@@ -19,15 +20,16 @@ class Bottleneck(ResidualBlock, stock.Bottleneck):
     op = "bottleneck"
     layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
+    stock_forward = renamed(stock.Bottleneck.forward, "stock_forward")
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             return self.fused_forward(x)
         # TorchScript compiles the rest only: no helper may take a module, so the lists are spelled out.
+        if not self.scripts_fused:
+            return self.stock_forward(x)
         if self.bn1.training or self.bn2.training or self.bn3.training:
-            y = self.relu(self.bn1(self.conv1(x)))
-            y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
-            y += x if self.downsample is None else self.downsample(x)
-            return self.relu(y)
+            return self.stock_forward(x)
         shortcut: Optional[Tensor] = None if self.downsample is None else self.downsample(x)  # noqa: UP045
         biases: List[Optional[Tensor]] = [self.conv1.bias, self.conv2.bias, self.conv3.bias]  # noqa: UP006, UP045
         norms: List[Optional[Tensor]] = [  # noqa: UP006, UP045

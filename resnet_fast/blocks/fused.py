@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +32,9 @@ class Fused(nn.Module):
     part: ClassVar[str] = (
         ""  # the child that stands for the op's layers in reports, where the op is not the whole module
     )
-    __jit_unused_properties__: ClassVar[list[str]] = ["backend"]
+    # TorchScript evaluates a property that is listed as a constant once, and compiles one branch of an ``if`` on it.
+    __constants__: ClassVar[list[str]] = ["scripts_fused"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["backend", "scripts_fused"]
 
     def runs_stock(self, x: Tensor) -> bool:
         """Must this call run the stock layers? If so, the reason is counted (and raised in strict mode).
@@ -63,9 +67,22 @@ class Fused(nn.Module):
         return ""
 
     @property
+    def scripts_fused(self) -> bool:
+        """May TorchScript compile the op call of this module, whose norms it takes for plain ones with statistics?"""
+        norms: list[Any] = [self._modules[norm] for _, norm in self.layers]
+        return not self.unfusable() and all(type(n) is not nn.Identity and n.running_mean is not None for n in norms)
+
+    @property
     def backend(self) -> str:
         """The backend that ``accelerate(model, backend=...)`` asked for."""
         return self.__dict__.get("_resnet_fast_backend", "auto")
+
+
+def renamed(function: Callable[..., Any], name: str) -> Any:
+    """A stock method under another name, since TorchScript compiles a method of its class under the name it bears."""
+    return types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
 
 
 def untraceable(x: Any) -> str:

@@ -41,6 +41,7 @@ class CifarResNet(Net, stock.CifarResNet):
     stock_class = stock.CifarResNet
     op = "conv_bn_act"
     stages = ("layer1", "layer2", "layer3")
+    per_image = Net.per_image | {stock.PadShortcut}
     pooled = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ CIFAR net has no pooling there: the op ``conv_bn_act``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet as stock
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import ConvBnActCall, Pool, StemCall
@@ -27,6 +28,10 @@ class Net(Fused):
     layers = (("conv1", "bn1"),)
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
     pooled = True
+    per_image: ClassVar[frozenset[type[nn.Module]]] = frozenset(
+        {nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.Identity, nn.ReLU}
+        | {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten}
+    )
 
     def stem_forward(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x)))) as one op call, or layer by layer with the reason counted."""
@@ -59,7 +64,7 @@ class Net(Fused):
             return forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         n, _, h, w = x.shape
-        if n > 1 and type(x) is Tensor:
+        if n > 1 and type(x) is Tensor and not self.unfusable():
             tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
             if tile < n and self.images_are_independent():
                 return torch.cat([forward(part) for part in x.split(tile)])
@@ -70,30 +75,29 @@ class Net(Fused):
         conv: Any = self.conv1
         ho, wo = -(-h // conv.stride[0]), -(-w // conv.stride[1])
         shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1  # type: ignore[arg-type]
-        first = next(iter(getattr(self, self.stages[0])), None)
+        first = next(getattr(self, self.stages[0]).children(), None)
         widest = (
             max((m.weight.shape[0] for m in first.modules() if isinstance(m, nn.Conv2d)), default=0) if first else 0
         )
         return ho * wo * max(conv.out_channels, widest // shrink)
 
     def images_are_independent(self) -> bool:
-        """Is the net nothing but fused modules with constant statistics, so that a batch may be split unseen?
+        """Is the net nothing but layers that are known to treat every image by itself, so that a batch may be split?
 
-        A hook anywhere would see parts of the batch, a replaced stage might mix images.
+        A hook would see parts of the batch, a replaced layer might mix images, a norm in training does, and random
+        numbers would be drawn in another order.
         """
         for m in self.modules():
             if m is not self and (
-                is_altered(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and _batch_stats(m))
+                m.training or is_altered(m) or not (isinstance(m, Fused) or type(m) in self.per_image)
             ):
+                return False
+            if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None:
                 return False
         stages = [getattr(self, s) for s in self.stages]
         return all(
             type(s) is nn.Sequential and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages
         )
-
-
-def _batch_stats(m: Any) -> bool:
-    return m.training or m.running_mean is None
 
 
 def _int(value: int | tuple[int, ...]) -> int:

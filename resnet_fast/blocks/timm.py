@@ -1,12 +1,18 @@
-"""timm's blocks and net, fused. Imported only when a timm model is accelerated or unpickled."""
+"""timm's blocks and net, fused. Imported only when a timm model is accelerated or unpickled.
+
+TorchScript compiles timm's own forward: its optional children differ from instance to instance.
+"""
 
 from __future__ import annotations
 
 import torch
+from timm.layers import DropPath, SelectAdaptivePool2d
+from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from timm.models import resnet as stock
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from .fused import renamed
 from .residual import ResidualBlock
 from .stem import Net
 
@@ -22,10 +28,6 @@ class _TimmBlock(ResidualBlock):
             return f"expected drop_path to be absent in training, got {type(drop).__name__}; it runs unfused"
         return super().unfusable()
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the stock block: timm's optional children differ from instance to instance."""
-        return _stock_copy(self)
-
 
 class BasicBlock(_TimmBlock, stock.BasicBlock):
     """timm's BasicBlock with the op ``basic_block`` as its forward."""
@@ -35,8 +37,10 @@ class BasicBlock(_TimmBlock, stock.BasicBlock):
     layers = (("conv1", "bn1"), ("conv2", "bn2"))
     acts = ("act1", "act2")
 
+    stock_forward = renamed(stock.BasicBlock.forward, "stock_forward")
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused_forward(x)
+        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
 
 
 class Bottleneck(_TimmBlock, stock.Bottleneck):
@@ -47,8 +51,10 @@ class Bottleneck(_TimmBlock, stock.Bottleneck):
     layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     acts = ("act1", "act2", "act3")
 
+    stock_forward = renamed(stock.Bottleneck.forward, "stock_forward")
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused_forward(x)
+        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
 
 
 class ResNet(Net, stock.ResNet):
@@ -56,11 +62,27 @@ class ResNet(Net, stock.ResNet):
 
     stock_class = stock.ResNet
     acts = ("act1",)
+    per_image = Net.per_image | {SelectAdaptivePool2d, FastAdaptiveAvgPool, DropPath}
+    stock_forward_features = renamed(stock.ResNet.forward_features, "stock_forward_features")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net_forward(x, lambda part: self.forward_head(self.forward_features(part)))
+        if torch.jit.is_scripting():
+            return self.forward_head(self.stock_forward_features(x))
+        return self.net_forward(x, self.layers_forward)
+
+    @torch.jit.unused
+    def layers_forward(self, x: Tensor) -> Tensor:
+        """Everything from the stem to the classifier."""
+        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.stock_forward_features(x)
+        return self.fused_features(x)
+
+    @torch.jit.unused
+    def fused_features(self, x: Tensor) -> Tensor:
+        """The stem and the stages, as one feature map."""
         if isinstance(x, torch.fx.Proxy):
             return stock.ResNet.forward_features(self, x)
         x = self.stem_forward(x)
@@ -70,13 +92,3 @@ class ResNet(Net, stock.ResNet):
         for stage in stages:
             x = stage(x)
         return x
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return _stock_copy(self)
-
-
-def _stock_copy(module: ResidualBlock | Net) -> nn.Module:
-    """A shallow copy of stock class that shares parameters and children."""
-    copy = module.stock_class.__new__(module.stock_class)
-    copy.__dict__.update(module.__dict__)
-    return copy
