@@ -9,19 +9,20 @@ factory or ``accelerate`` call.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import ops
 from ._version import __version__
-from .derived import clear as clear_derived
-from .dispatch.explain import Explanation, explain
-from .dispatch.record import reset_stats, stats, strict
-from .dispatch.select import use_backend
 from .errors import BackendError, UserError
-from .models.accelerate import accelerate, restore
 from .tuning.shapes import ARCHS
 
 if TYPE_CHECKING:
+    from . import ops
+    from .derived import clear as clear_derived
+    from .dispatch.explain import Explanation, explain
+    from .dispatch.record import reset_stats, stats, strict
+    from .dispatch.select import use_backend
+    from .models.accelerate import accelerate, restore
     from .models.resnet import Factory
 
     resnet18: Factory
@@ -52,14 +53,42 @@ __all__ = [
     *ARCHS,
 ]
 
+_LAZY = {
+    "Explanation": "dispatch.explain:Explanation",
+    "accelerate": "models.accelerate:accelerate",
+    "clear_derived": "derived:clear",
+    "explain": "dispatch.explain:explain",
+    "reset_stats": "dispatch.record:reset_stats",
+    "restore": "models.accelerate:restore",
+    "stats": "dispatch.record:stats",
+    "strict": "dispatch.record:strict",
+    "use_backend": "dispatch.select:use_backend",
+}
+"""Public name -> module and attribute that it stands for."""
+
+
+try:
+    importlib.import_module("torch")
+except (ImportError, OSError):
+    # The environment report has to work where torch is missing or broken; every name above then raises torch's error.
+    pass
+else:
+    importlib.import_module(".ops", __name__)
+
 
 def __getattr__(name: str) -> Any:
-    """The factories, by net name: they import torchvision, which costs more than the rest of the package."""
+    """The public names, imported when they are first used and kept."""
     if name in ARCHS:
         from .models.resnet import FACTORIES
 
-        return FACTORIES[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: Any = FACTORIES[name]
+    elif name in _LAZY:
+        module, _, attribute = _LAZY[name].partition(":")
+        value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
