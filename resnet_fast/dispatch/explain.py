@@ -94,12 +94,13 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     names = {id(p): name.rsplit(".", 1)[0] for name, p in model.named_parameters()}
     modules = {id(m): name for name, m in model.named_modules()}
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with record.tape() as tape, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    random_devices = [x.device] if x.device.type == "cuda" else []
+    with record.tape() as tape, torch.no_grad(), torch.random.fork_rng(devices=random_devices):
         try:
             model(x)
         finally:
             for buffer, before in buffers:
-                buffer.copy_(before)
+                _put_back(buffer, before)
     device, ceilings = _device(x.device)
     rows, seen = [], set()
     for event in tape:
@@ -115,6 +116,13 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     runs = len(tape) // max(1, len(rows))
     notes = (f"the batch of {x.shape[0]} ran in {runs} tiles; rows show one",) if runs > 1 else ()
     return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape)))
+
+
+def _put_back(buffer: Tensor, before: Tensor) -> None:
+    """Write only where something changed: a write would make every weight derived from the buffer stale."""
+    if buffer.device.type != "meta" and not torch.equal(buffer, before):
+        with torch.inference_mode(buffer.is_inference()):
+            buffer.copy_(before)
 
 
 def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
