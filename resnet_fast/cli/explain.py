@@ -1,0 +1,60 @@
+"""``resnet-fast explain``: which kernel runs each layer of a net here, why not another, and the floor time."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="A net's name; with --timm, the name of one of timm's ResNets.")],
+    image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "float32",
+    backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
+    timm: Annotated[bool, typer.Option("--timm", help="Take the net from timm.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Per layer of a net in eval mode: the problem, the backend chosen, why not the others, and the floor time."""
+    for name, value in (("--image", image), ("--batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} >= 1", str(value), f"correct {name}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype among {', '.join(DTYPES)}", repr(dtype), "correct --dtype")
+    import torch
+
+    from .. import accelerate
+    from .. import explain as run
+
+    if timm:
+        net, side = _timm_net(model), image or 224
+    else:
+        from ..models import registry
+
+        side = image or registry.image_size(model)
+        net = registry.build(model)
+    element = getattr(torch, dtype)
+    net = net.eval().to(element).to(memory_format=torch.channels_last)
+    accelerate(net, backend=backend)
+    x = torch.randn(batch, 3, side, side).to(dtype=element, memory_format=torch.channels_last)
+    explanation = run(net, x)
+    typer.echo(json_module.dumps(explanation.to_dict(), indent=2) if json else str(explanation))
+
+
+def _timm_net(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError("timm to be installed", f"no module of that name ({error})", "pip install timm") from error
+    if not timm.is_model(name):
+        raise UserError("the name of a timm model", repr(name), "timm.list_models('*resnet*') lists them")
+    return timm.create_model(name, pretrained=False)
