@@ -1,0 +1,45 @@
+"""Environment switches: read when used, an unreadable value is an error."""
+
+from __future__ import annotations
+
+import pytest
+
+from resnet_fast import flags
+from resnet_fast.errors import UserError
+
+
+@pytest.mark.parametrize("flag", flags.ALL, ids=lambda f: f.name)
+def test_default_choices_and_whitespace(flag: flags.Flag, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flag.read() == flag.default and flag.default in flag.choices and flag.meaning
+    monkeypatch.setenv(flag.name, "")
+    assert flag.read() == flag.default
+    for value in flag.choices:
+        monkeypatch.setenv(flag.name, f" {value.upper()} ")
+        assert flag.read() == value
+
+
+@pytest.mark.parametrize("flag", flags.ALL, ids=lambda f: f.name)
+@pytest.mark.parametrize("value", ["yes", "tensorrt", "2", " ", "0,1"])
+def test_a_bad_value_is_an_error(flag: flags.Flag, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(flag.name, value)
+    with pytest.raises(UserError, match=f"expected {flag.name} to be one of .*, got .*; unset it") as caught:
+        flag.read()
+    assert repr(value) in str(caught.value)
+
+
+def test_zero_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not flags.STRICT.enabled() and flags.BATCH_TILE.enabled()
+    monkeypatch.setenv("RESNET_FAST_STRICT", "1")
+    monkeypatch.setenv("RESNET_FAST_BATCH_TILE", "0")
+    assert flags.STRICT.enabled() and not flags.BATCH_TILE.enabled()
+
+
+def test_names_are_distinct_and_carry_the_prefix() -> None:
+    names = [flag.name for flag in flags.ALL]
+    assert len(set(names)) == len(names) and all(name.startswith("RESNET_FAST_") for name in names)
+
+
+def test_check_backend() -> None:
+    assert all(flags.check_backend(name) == name for name in flags.BACKENDS)
+    with pytest.raises(UserError, match="expected a backend among auto, .*, got 'tpu'; use 'auto'"):
+        flags.check_backend("tpu")
