@@ -201,9 +201,7 @@ def make(
         p = replace(p, norms=(norm(ci, **norm_options),))
     elif op in ("conv_bn_act", "stem"):
         pad = dilation * (k // 2) if padding is None else padding
-        p = replace(
-            p, convs=(conv(ci, co, k, stride, pad, dilation, groups),), norms=(norm(co, **norm_options),)
-        )
+        p = replace(p, convs=(conv(ci, co, k, stride, pad, dilation, groups),), norms=(norm(co, **norm_options),))
     else:
         mid = conv(co, co, 3, stride, dilation, dilation, groups)
         if op == "bottleneck":

@@ -20,7 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no_affine": {**SAME, "affine": False},
     "no_norm": {**SAME, "present": False, "bias": True},
     "groups": {**SAME, "groups": 4},
-    "depthwise_stride2": {"groups": 8, "stride": 2},}
+    "depthwise_stride2": {"groups": 8, "stride": 2},
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -29,8 +29,7 @@ def default(op: str) -> Any:
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("backend", ["reference", "onednn"])
+@pytest.mark.parametrize("layout,backend", [("nchw", "reference"), ("nhwc", "onednn")])
 def test_opcheck_eval(op: str, layout: str, backend: str) -> None:
     torch.library.opcheck(default(op), (*small(op, layout=layout).args(), backend))
 

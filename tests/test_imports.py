@@ -1,0 +1,73 @@
+"""Importing the package is free: no torchvision, no backend, no device query, no warning, little time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+PROBE = """
+import sys, time, warnings
+import torch
+warnings.simplefilter("error")
+asked = []
+for module, names in ((torch.cuda, ("is_available", "device_count", "get_device_capability", "_lazy_init")),
+                      (torch._C, ("_get_mkldnn_enabled", "_cuda_getDeviceCount"))):
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, lambda *a, name=name, **k: asked.append(name))
+before = set(sys.modules)
+start = time.perf_counter()
+import resnet_fast
+spent = time.perf_counter() - start
+new = set(sys.modules) - before
+print(sorted(m for m in new if m.split(".")[0] in ("torchvision", "timm", "matplotlib", "typer", "rich")))
+print(sorted(m for m in new if m.startswith("resnet_fast.backends.")))
+print(asked)
+print(spent)
+"""
+
+
+def run(code: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_import_loads_no_backend_and_asks_no_device() -> None:
+    foreign, backends, asked, spent = run(PROBE)
+    assert foreign == "[]" and backends == "[]" and asked == "[]"
+    assert float(spent) < 2.0  # generous for a busy machine; about a tenth of it on an idle one
+
+
+def test_imports_point_down() -> None:
+    """models > blocks > ops > dispatch > backends; the leaves import none of them."""
+    ranks = {"models": 5, "blocks": 4, "ops": 3, "dispatch": 2, "backends": 1}
+    wrong = []
+    for path in (ROOT / "resnet_fast").rglob("*.py"):
+        parts = path.relative_to(ROOT / "resnet_fast").parts
+        if parts[0] not in ranks:
+            continue
+        for line in path.read_text().splitlines():
+            if not line.startswith(("from .", "import resnet_fast", "from resnet_fast")):
+                continue
+            words = line.split()[1].removeprefix("resnet_fast").strip(".").split(".")
+            level = len(line.split()[1]) - len(line.split()[1].lstrip("."))
+            if line.startswith("from resnet_fast") or level == len(parts):
+                target = words[0] or line.split()[3].strip("(,")
+                stock = parts == ("blocks", "paper.py") and target == "models"  # the modules that it replaces
+                if ranks.get(target, 0) > ranks[parts[0]] and not stock:
+                    wrong.append(f"{path.name}: {line}")
+    assert not wrong
+
+
+def test_the_leaves_import_no_layer() -> None:
+    for leaf in ("spec", "folding", "flags", "errors", "calls", "derived"):
+        layers = [name for name in ("models", "blocks", "ops", "dispatch", "backends")]
+        text = (ROOT / "resnet_fast" / f"{leaf}.py").read_text()
+        assert not [n for n in layers if f"from .{n}" in text or f"from resnet_fast.{n}" in text], leaf
