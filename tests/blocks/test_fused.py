@@ -1,0 +1,190 @@
+"""What keeps a layer out of a fused call, sentence by sentence, and what is read from a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from torchvision.ops import FrozenBatchNorm2d
+
+from resnet_fast.blocks import fused
+
+
+def conv(**kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, **kwargs)
+
+
+def hooked(m: nn.Module) -> nn.Module:
+    m.register_forward_hook(lambda *args: None)
+    return m
+
+
+def replaced(m: nn.Module) -> nn.Module:
+    m.forward = lambda x: x  # type: ignore[assignment]
+    return m
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+class Half(nn.Module):
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return w / 2
+
+
+def parametrized() -> nn.Module:
+    m = conv()
+    parametrize.register_parametrization(m, "weight", Half())
+    return m
+
+
+def buffered() -> nn.Module:
+    m = conv()
+    weight = m.weight.detach()
+    del m.weight
+    m.weight = weight
+    return m
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [conv(), conv(padding=1, bias=False), conv(groups=4, dilation=2, stride=3), conv().bfloat16(), conv().to("meta")],
+)
+def test_plain_convolutions_fuse(layer: nn.Module) -> None:
+    assert fused.conv_obstacle("conv1", layer) == ""
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: Own(8, 8, 3), "got Own; it runs unfused"),
+        (lambda: nn.Conv1d(8, 8, 3), "got Conv1d"),
+        (lambda: nn.Sequential(conv()), "got Sequential"),
+        (lambda: hooked(conv()), "got Conv2d with a hook or a replaced forward"),
+        (lambda: replaced(conv()), "got Conv2d with a hook or a replaced forward"),
+        (parametrized, "got ParametrizedConv2d"),
+        (lambda: conv(padding=1, padding_mode="circular"), "got circular (1, 1)"),
+        (lambda: conv(padding="same"), "got zeros same"),
+        (buffered, "weight to be a plain parameter"),
+    ],
+)
+def test_other_convolutions_say_why_not(make: Callable[[], nn.Module], got: str) -> None:
+    reason = fused.conv_obstacle("conv1", make())
+    assert reason.startswith("expected conv1")
+    assert got in reason
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm2d(4).eval(),
+        FrozenBatchNorm2d(4),
+        nn.Identity(),
+        nn.SyncBatchNorm(4).eval(),
+    ],
+)
+def test_norms_that_fuse(layer: nn.Module) -> None:
+    assert fused.norm_obstacle("bn1", layer) == ""
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: nn.GroupNorm(2, 4), "got GroupNorm"),
+        (lambda: nn.InstanceNorm2d(4), "got InstanceNorm2d"),
+        (lambda: hooked(nn.BatchNorm2d(4)), "got BatchNorm2d with a hook"),
+        (lambda: nn.SyncBatchNorm(4).train(), "SyncBatchNorm in training"),
+        (lambda: type("Own", (nn.BatchNorm2d,), {})(4), "got Own"),
+    ],
+)
+def test_other_norms_say_why_not(make: Callable[[], nn.Module], got: str) -> None:
+    reason = fused.norm_obstacle("bn1", make())
+    assert reason.startswith("expected bn1")
+    assert got in reason
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_every_kind_of_hook_alters_a_layer(register: str) -> None:
+    layer = conv()
+    handle = getattr(layer, register)(lambda *args: None)
+    assert fused.is_altered(layer)
+    handle.remove()
+    assert not fused.is_altered(layer)
+
+
+def test_a_state_dict_hook_does_not_alter_a_layer() -> None:
+    layer = conv()
+    layer.register_state_dict_post_hook(lambda *args: None)
+    layer.register_load_state_dict_pre_hook(lambda *args: None)
+    assert not fused.is_altered(layer)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.BatchNorm2d(4),
+    "momentum": lambda: nn.BatchNorm2d(4, momentum=0.3, eps=1e-2),
+    "zero momentum": lambda: nn.BatchNorm2d(4, momentum=0.0),
+    "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "no affine": lambda: nn.BatchNorm2d(4, affine=False),
+    "no tracking": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "nothing": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False, momentum=None),
+}
+
+
+@pytest.mark.parametrize("untrack", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_record_computes_what_the_norm_does(name: str, untrack: bool) -> None:
+    """Through three training batches and an eval batch, outputs, statistics and counters agree bit for bit."""
+    want, read = NORMS[name](), NORMS[name]()
+    if untrack:
+        want.track_running_stats = read.track_running_stats = False
+    for mode in (True, True, True, False):
+        x = torch.randn(3, 4, 5, 5) * 2 + 1
+        y = want.train(mode)(x)
+        n = fused.norm_record(read.train(mode))
+        got = F.batch_norm(x, n.mean, n.var, n.weight, n.bias, n.batch_stats, n.momentum, n.eps)
+        torch.testing.assert_close(got, y, rtol=0, atol=0)
+        torch.testing.assert_close(dict(read.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
+
+
+def test_identity_and_frozen_records() -> None:
+    assert fused.norm_record(nn.Identity()) == fused.Norm()
+    layer = FrozenBatchNorm2d(4, eps=1e-3).train()
+    record = fused.norm_record(layer)
+    assert (record.batch_stats, record.eps) == (False, 1e-3)
+    assert record.tensors() == (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+
+
+def test_records_are_read_afresh() -> None:
+    layer = conv()
+    before = fused.conv_record(layer)
+    layer.stride, layer.dilation, layer.padding, layer.groups = (2, 2), (3, 3), (1, 1), 1
+    layer.weight = nn.Parameter(layer.weight + 1)
+    after = fused.conv_record(layer)
+    assert (after.stride, after.dilation, after.padding) == ((2, 2), (3, 3), (1, 1))
+    assert after.weight is layer.weight
+    assert before.weight is not after.weight
+
+
+def test_renamed_is_the_same_code_under_another_name() -> None:
+    def double(x: int, factor: int = 2) -> int:
+        return factor * x
+
+    twice = fused.renamed(double, "twice")
+    assert (twice.__name__, twice(4), twice(4, 3), double.__name__) == ("twice", 8, 12, "double")

@@ -1,0 +1,98 @@
+"""The stem's limits, and when a batch may be cut into tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import resnet_fast
+from resnet_fast.models import paper
+
+
+def net(block: type[BasicBlock | Bottleneck] = BasicBlock) -> nn.Module:
+    return resnet_fast.accelerate(ResNet(block, [1, 1, 1, 1], num_classes=10).eval())
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d((3, 2), 2, 1),
+        nn.MaxPool2d(3, (2, 1), 1),
+        nn.MaxPool2d(3, 2, 1, dilation=2),
+        nn.MaxPool2d(3, 2, 1, return_indices=True),
+        nn.AvgPool2d(3, 2, 1),
+        nn.Identity(),
+        nn.Sequential(),
+    ],
+)
+def test_poolings_that_the_op_does_not_compute(pool: nn.Module) -> None:
+    model = net()
+    model.maxpool = pool
+    assert model.unfusable().startswith("expected maxpool to be a plain square MaxPool2d, got ")
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d((2, 2), (2, 2)), nn.MaxPool2d(1)]
+)
+def test_poolings_that_it_does(pool: nn.Module) -> None:
+    model = net()
+    model.maxpool = pool
+    assert model.unfusable() == ""
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        got = model(x)
+        torch.testing.assert_close(got, resnet_fast.restore(model)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_largest_activation_is_the_largest_tensor_between_layers(block: type[BasicBlock | Bottleneck]) -> None:
+    model = net(block)
+    sizes: list[int] = []
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda m, args, out: sizes.append(out[0].numel()))
+    with torch.no_grad():
+        for h, w in ((64, 64), (33, 47), (224, 224)):
+            sizes.clear()
+            model(torch.randn(1, 3, h, w))
+            assert model.largest_activation(h, w) == pytest.approx(max(sizes), rel=0.1)
+
+
+def drop_statistics(m: nn.Module) -> None:
+    m.layer2[0].bn1 = nn.BatchNorm2d(128, track_running_stats=False).eval()
+
+
+EDITS: dict[str, Callable[[nn.Module], object]] = {
+    "norm in training": lambda m: m.layer2[0].bn1.train(),
+    "norm without statistics": drop_statistics,
+    "hook": lambda m: m.layer3[0].conv1.register_forward_hook(lambda *args: None),
+    "dropout in training": lambda m: m.set_submodule("fc", nn.Sequential(nn.Dropout(), m.fc)),
+    "unknown classifier": lambda m: m.set_submodule("fc", nn.Softmax(dim=0)),
+    "unknown stage": lambda m: m.set_submodule("layer3", nn.Conv2d(128, 256, 1).eval()),
+    "stock block": lambda m: m.layer1.append(BasicBlock(64, 64).eval()),
+    "unfused block": lambda m: m.set_submodule("layer1.0.relu", nn.SiLU().eval()),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_when_images_may_depend_on_one_another(name: str) -> None:
+    model = net()
+    assert model.images_are_independent()
+    EDITS[name](model)
+    assert not model.images_are_independent()
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20", "plain18"])
+def test_the_papers_nets_may_be_tiled(name: str) -> None:
+    assert resnet_fast.accelerate(getattr(paper, name)().eval()).images_are_independent()
+
+
+def test_a_hook_on_the_net_itself_does_not_matter() -> None:
+    model = net()
+    model.register_forward_hook(lambda *args: None)
+    assert model.images_are_independent()

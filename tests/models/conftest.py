@@ -1,0 +1,101 @@
+"""What the tests of whole nets share: small stock nets with untidy statistics, and comparisons bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import resnet_fast
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """BatchNorm parameters and statistics as after training: a fresh norm (1, 0, 0, 1) would hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if t.dim() == 1 and t.is_floating_point() and not name.startswith("fc"):
+                centre = 1.0 if name.endswith(("weight", "var")) else 0.0
+                t.copy_(centre + 0.6 * (torch.rand(t.shape, generator=generator) - 0.5))
+    return model
+
+
+def basic(**kwargs: Any) -> nn.Module:
+    """torchvision's ResNet of basic blocks, one per stage and an identity block in the first. 10 classes."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    return randomize(ResNet(BasicBlock, [2, 1, 1, 1], **({"num_classes": 10} | kwargs)))
+
+
+def bottleneck(**kwargs: Any) -> nn.Module:
+    """The same of bottlenecks."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    return randomize(ResNet(Bottleneck, [2, 1, 1, 1], **({"num_classes": 10} | kwargs)))
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    """Bit for bit, through any nesting; NaN equals NaN."""
+    assert type(got) is type(want)
+    if isinstance(want, Tensor):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(want, dict):
+        assert list(got) == list(want)
+        for key in want:
+            assert_equal(got[key], want[key])
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            assert_equal(one, other)
+    else:
+        assert got == want
+
+
+def train_step(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """One forward and backward in the mode that the model is in: output, all gradients, all buffers afterwards."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (out.float().square().mean() + out.float().sum() * 0.1).backward()
+    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    return {"out": out.detach(), "x": x.grad, "grads": grads, "buffers": buffers}
+
+
+def assert_close_to_eager(fused: nn.Module, stock: nn.Module, x: Tensor, gemm_k: int = 4608) -> None:
+    """Eval outputs within twice eager's own error to float64."""
+    from resnet_fast import numerics
+
+    with torch.no_grad():
+        ref = copy.deepcopy(stock).double()(x.double())
+        numerics.assert_close(fused(x), ref, stock(x), gemm_k)
+
+
+@pytest.fixture
+def nets() -> SimpleNamespace:
+    """The builders and comparisons above: test files cannot import one another."""
+    return SimpleNamespace(
+        basic=basic,
+        bottleneck=bottleneck,
+        randomize=randomize,
+        assert_equal=assert_equal,
+        train_step=train_step,
+        assert_close_to_eager=assert_close_to_eager,
+    )
+
+
+@pytest.fixture
+def twin(nets: SimpleNamespace) -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """``twin(model=None)``: a stock net in eval mode and an accelerated copy of it."""
+
+    def make(model: nn.Module | None = None, backend: str = "auto") -> tuple[nn.Module, nn.Module]:
+        stock = (basic() if model is None else model).eval()
+        return stock, resnet_fast.accelerate(copy.deepcopy(stock), backend)
+
+    return make

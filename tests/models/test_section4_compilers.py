@@ -1,0 +1,327 @@
+"""What compiles, exports, scripts or traces a net, and what it then finds in its graph."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fast
+
+Twin = Callable[..., tuple[nn.Module, nn.Module]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def targets(graph: torch.fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes if n.op == "call_function"]
+
+
+class Recorder:
+    """A dynamo backend that runs the graph as it is and keeps it."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        return gm.forward
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_compiled_eval_is_one_graph_of_our_ops(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin(getattr(nets, kind)())
+    recorder = Recorder()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(fused, fullgraph=True, backend=recorder)
+    with torch.no_grad():
+        nets.assert_close_to_eager(compiled, stock, x)
+        nets.assert_equal(compiled(x), fused(x))
+    (graph,) = recorder.graphs
+    found = [t for t in targets(graph.graph) if t.startswith("resnet_fast.")]
+    op = "basic_block" if kind == "basic" else kind
+    assert sorted({t.split(".")[1] for t in found}) == sorted({op, "stem"})
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_compiled_training_equals_stock_compiled(kind: str, nets: SimpleNamespace) -> None:
+    stock = getattr(nets, kind)().train()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 32, 32)
+    for model in (stock, fused):
+        model.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        want, got = nets.train_step(stock, x), nets.train_step(fused, x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        nets.assert_equal(got["buffers"], want["buffers"])
+
+
+def test_compiled_eval_with_gradients(twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(nets.train_step(fused, x)["x"], nets.train_step(stock, x)["x"])
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled(leaf).sum().backward()
+    stock(other).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_with_dynamic_shapes(twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin()
+    recorder = Recorder()
+    compiled = torch.compile(fused, fullgraph=True, backend=recorder, dynamic=True)
+    for shape in ((2, 3, 64, 64), (3, 3, 48, 40), (5, 3, 67, 35)):
+        nets.assert_close_to_eager(compiled, stock, torch.randn(shape))
+    assert len(recorder.graphs) == 1
+
+
+def test_compiled_follows_weight_updates_and_mode_flips(twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        compiled(x)
+        for model in (stock, fused):
+            model.layer2[0].conv1.weight.mul_(1.5)
+            model.bn1.running_mean.add_(0.5)
+    nets.assert_close_to_eager(compiled, stock, x)
+    with torch.no_grad():
+        stock.train()(x)
+        fused.train()
+        compiled(x)
+        stock.eval()
+        fused.eval()
+    torch.testing.assert_close(fused.bn1.running_mean, stock.bn1.running_mean)
+    nets.assert_close_to_eager(compiled, stock, x)
+
+
+def test_compiled_under_autocast(twin: Twin) -> None:
+    _, fused = twin()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(x), fused(x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+
+
+def test_compiled_with_an_unfused_block(twin: Twin, nets: SimpleNamespace) -> None:
+    """Its stock layers go into the same graph."""
+    _, fused = twin()
+    fused.layer2[0].relu = nn.SiLU()
+    stock = resnet_fast.restore(copy.deepcopy(fused))
+    recorder = Recorder()
+    with torch.no_grad():
+        compiled = torch.compile(fused, fullgraph=True, backend=recorder)
+        nets.assert_close_to_eager(compiled, stock, torch.randn(2, 3, 32, 32))
+    assert sum(t.startswith("resnet_fast.basic_block") for t in targets(recorder.graphs[0].graph)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
+def test_inductor(train: bool, nets: SimpleNamespace) -> None:
+    stock = nets.bottleneck().train(train)
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(fused, fullgraph=True)
+    if train:
+        compiled(x).square().mean().backward()
+        stock(x).square().mean().backward()
+        torch.testing.assert_close(fused.conv1.weight.grad, stock.conv1.weight.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(dict(fused.named_buffers()), dict(stock.named_buffers()), rtol=1e-4, atol=1e-5)
+    else:
+        nets.assert_close_to_eager(compiled, stock, x)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_holds_our_ops_and_runs_for_any_batch(
+    kind: str, strict: bool, twin: Twin, nets: SimpleNamespace
+) -> None:
+    stock, fused = twin(getattr(nets, kind)())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(
+            fused, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},), strict=strict
+        )
+    found = [t for t in targets(program.graph) if t.startswith("resnet_fast.")]
+    assert len(found) == 6, targets(program.graph)
+    for n in (1, 2, 5):
+        nets.assert_close_to_eager(program.module(), stock, torch.randn(n, 3, 32, 32))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    nets.assert_close_to_eager(torch.export.load(file).module(), stock, x)
+    assert sorted(program.state_dict) == sorted(stock.state_dict())
+
+
+def test_export_of_a_training_net(nets: SimpleNamespace) -> None:
+    stock = nets.basic().train()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 32, 32)
+    module = torch.export.export(fused, (x,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), stock(x))
+    torch.testing.assert_close(dict(module.named_buffers())["bn1.running_mean"], stock.bn1.running_mean)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_script_holds_our_ops_and_keeps_the_model(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin(getattr(nets, kind)())
+    classes = [type(m) for m in fused.modules()]
+    scripted = torch.jit.script(fused)
+    assert [type(m) for m in fused.modules()] == classes
+    op = "basic_block" if kind == "basic" else kind
+    assert str(scripted.inlined_graph).count(f"resnet_fast::{op}") == 5
+    x = torch.randn(2, 3, 32, 32)
+    nets.assert_close_to_eager(scripted, stock, x)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    nets.assert_close_to_eager(torch.jit.load(file), stock, x)
+    got, want = nets.train_step(scripted.train(), x), nets.train_step(stock.train(), x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def swap_relu(model: nn.Module) -> None:
+    model.layer1[0].relu = nn.SiLU()
+
+
+def circular(model: nn.Module) -> None:
+    model.layer1[0].conv2.padding_mode = "circular"
+    model.layer1[0].conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def no_statistics(model: nn.Module) -> None:
+    model.layer1[0].bn1 = nn.BatchNorm2d(64, track_running_stats=False)
+
+
+def no_affine(model: nn.Module) -> None:
+    model.layer1[0].bn1 = nn.BatchNorm2d(64, affine=False)
+
+
+def group_norm(model: nn.Module) -> None:
+    model.layer1[0].bn1 = nn.GroupNorm(4, 64)
+
+
+def frozen_norm(model: nn.Module) -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    model.layer1[0].bn1 = FrozenBatchNorm2d(64)
+
+
+def identity_norm(model: nn.Module) -> None:
+    model.layer1[0].conv1 = nn.Conv2d(64, 64, 3, padding=1)
+    model.layer1[0].bn1 = nn.Identity()
+
+
+def own_pool(model: nn.Module) -> None:
+    model.maxpool = nn.AvgPool2d(2)
+
+
+def padded_shortcut(model: nn.Module) -> None:
+    from resnet_fast.models.paper import PadShortcut
+
+    model.layer2[0].downsample = PadShortcut(2, 64, 128)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [swap_relu, circular, no_statistics, no_affine, group_norm, frozen_norm, identity_norm, own_pool, padded_shortcut],
+)
+def test_script_of_an_edited_net(edit: Callable[[nn.Module], None], twin: Twin, nets: SimpleNamespace) -> None:
+    """The same edits that make eager blocks run unfused must not be lost in TorchScript."""
+    model = nets.basic()
+    edit(model)
+    stock, fused = twin(model)
+    x = torch.randn(2, 3, 32, 32)
+    nets.assert_close_to_eager(torch.jit.script(fused), stock, x)
+    got, want = nets.train_step(torch.jit.script(fused.train()), x), nets.train_step(stock.train(), x)
+    torch.testing.assert_close(got["out"], want["out"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20"])
+def test_script_of_the_papers_nets(name: str, twin: Twin, nets: SimpleNamespace) -> None:
+    from resnet_fast.models import paper
+
+    stock, fused = twin(nets.randomize(getattr(paper, name)()))
+    x = torch.randn(2, 3, 32, 32)
+    nets.assert_close_to_eager(torch.jit.script(fused), stock, x)
+
+
+def test_trace_sees_stock_layers(twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin()
+    x = torch.randn(2, 3, 32, 32)
+    traced = torch.jit.trace(fused, x)
+    graph = str(traced.inlined_graph)
+    assert "resnet_fast::" not in graph
+    assert graph.count("aten::_convolution") == 14
+    with torch.no_grad():
+        nets.assert_equal(traced(x), stock(x))
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_symbolic_trace_has_torchvisions_node_names(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin(getattr(nets, kind)())
+    want, got = torch.fx.symbolic_trace(stock), torch.fx.symbolic_trace(fused)
+    assert [(n.op, n.name, str(n.target)) for n in got.graph.nodes] == [
+        (n.op, n.name, str(n.target)) for n in want.graph.nodes
+    ]
+    x = torch.randn(2, 3, 32, 32)
+    nets.assert_equal(got(x), stock(x))
+
+
+@pytest.mark.parametrize("node", ["layer2.0.relu_1", "layer1.0.conv1", "layer3", "layer3.0.add", "relu", "flatten"])
+def test_feature_extractor_is_bit_equal(node: str, twin: Twin, nets: SimpleNamespace) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    stock, fused = twin()
+    assert get_graph_node_names(fused) == get_graph_node_names(stock)
+    x = torch.randn(2, 3, 32, 32)
+    for mode in (False, True):
+        want = create_feature_extractor(stock.train(mode), [node])(x)
+        nets.assert_equal(create_feature_extractor(fused.train(mode), [node])(x), want)
+
+
+def test_intermediate_layer_getter(twin: Twin, nets: SimpleNamespace) -> None:
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    stock, fused = twin()
+    layers = {"layer2": "a", "layer4": "b"}
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = IntermediateLayerGetter(stock, layers)(x)
+        got = IntermediateLayerGetter(fused, layers)(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        with resnet_fast.use_backend("reference"):
+            nets.assert_equal(IntermediateLayerGetter(fused, layers)(x), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_holds_standard_operators_only(dynamo: bool, twin: Twin) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    _, fused = twin()
+    file = io.BytesIO()
+    x = torch.randn(1, 3, 32, 32)
+    if dynamo:
+        program = torch.onnx.export(fused, (x,), dynamo=True, verbose=False)
+        assert program is not None
+        model = program.model_proto
+    else:
+        torch.onnx.export(fused, (x,), file, dynamo=False)
+        model = onnx.load_from_string(file.getvalue())
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert sum(node.op_type == "Conv" for node in model.graph.node) == 14

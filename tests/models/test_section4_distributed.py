@@ -1,0 +1,117 @@
+"""Data parallel training and activation checkpointing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import resnet_fast
+
+Twin = Callable[..., tuple[nn.Module, nn.Module]]
+
+
+@pytest.fixture
+def gloo(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, over a file."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_distributed_data_parallel(static_graph: bool, nets: SimpleNamespace) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    stock = nets.basic().train()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 32, 32)
+    wrapped = [DistributedDataParallel(m, static_graph=static_graph) for m in (stock, fused)]
+    for _ in range(2):
+        with resnet_fast.use_backend("reference"):
+            want, got = (nets.train_step(m, x) for m in wrapped)
+        nets.assert_equal(got, want)
+    for m in wrapped:
+        m.eval()
+    nets.assert_close_to_eager(wrapped[1], stock, x)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_fully_sharded(nets: SimpleNamespace) -> None:
+    """FSDP2 swaps classes and parameters: the blocks must still be right, fused or not."""
+    from torch.distributed.fsdp import fully_shard
+
+    stock = nets.basic().train()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 32, 32)
+    for model in (stock, fused):
+        for stage in (model.layer1, model.layer2[0], model):
+            fully_shard(stage)
+    outs = []
+    for model in (stock, fused):
+        out = model(x)
+        out.square().mean().backward()
+        grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+        outs.append((out.detach(), grads, model.eval()(x).detach()))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes every stage in backward."""
+
+    def __init__(self, net: nn.Module, reentrant: bool):
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.net
+        x = n.maxpool(n.relu(n.bn1(n.conv1(x))))
+        for stage in (n.layer1, n.layer2, n.layer3, n.layer4):
+            x = checkpoint(stage, x, use_reentrant=self.reentrant)
+        return n.fc(torch.flatten(n.avgpool(x), 1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool, train: bool, nets: SimpleNamespace) -> None:
+    stock = nets.bottleneck().train(train)
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 32, 32)
+    with resnet_fast.use_backend(
+        "reference"
+    ):  # the reentrant kind runs forward without autograd, where oneDNN would serve
+        want, got = (nets.train_step(Checkpointed(m, reentrant), x) for m in (stock, fused))
+    nets.assert_equal(got, want)
+
+
+def test_checkpoint_sequential(nets: SimpleNamespace) -> None:
+    stock = nets.basic().train()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    x = torch.randn(2, 64, 8, 8, requires_grad=True)
+    grads = []
+    for model in (stock, fused):
+        blocks = nn.Sequential(*model.layer1, *model.layer2)
+        checkpoint_sequential(blocks, 2, x, use_reentrant=False).square().mean().backward()
+        grads.append(x.grad.clone())
+        x.grad = None
+    nets.assert_equal(grads[1], grads[0])
+
+
+def test_gradient_accumulation_and_clipping(twin: Twin, nets: SimpleNamespace) -> None:
+    norms = []
+    for model in twin():
+        for seed in (1, 2):
+            x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+            model.train()(x).square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    nets.assert_equal(norms[1], norms[0])
