@@ -74,9 +74,15 @@ def new_parameter(net: Net) -> None:
 
 
 def fewer_outputs(net: Net) -> None:
-    for owner, name in ((net.conv, "weight"), (net.conv, "bias"), (net.bn, "weight"), (net.bn, "bias")):
+    for owner, name in (
+        (net.conv, "weight"),
+        (net.conv, "bias"),
+        (net.bn, "weight"),
+        (net.bn, "bias"),
+        (net.bn, "running_mean"),
+        (net.bn, "running_var"),
+    ):
         getattr(owner, name).data = getattr(owner, name).data[:4]
-    net.bn.running_mean, net.bn.running_var = net.bn.running_mean[:4], net.bn.running_var[:4]
 
 
 def transposed_filters(net: Net) -> None:

@@ -41,5 +41,5 @@ def test_names_are_distinct_and_carry_the_prefix() -> None:
 
 def test_check_backend() -> None:
     assert all(flags.check_backend(name) == name for name in flags.BACKENDS)
-    with pytest.raises(UserError, match="expected a backend among auto, .*, got 'tpu'; use 'auto'"):
+    with pytest.raises(UserError, match=r"expected a backend among auto, .*, got 'tpu'; use 'auto'"):
         flags.check_backend("tpu")

@@ -50,19 +50,19 @@ def test_precedence_context_argument_environment(monkeypatch: pytest.MonkeyPatch
 
 def test_use_backend_is_undone_by_an_exception_and_refuses_a_bad_name() -> None:
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
-        1 / 0
+        raise ZeroDivisionError
     assert select.requested("auto") == "auto"
-    with pytest.raises(UserError, match="expected a backend among .*, got 'tpu'"), use_backend("tpu"):
+    with pytest.raises(UserError, match=r"expected a backend among .*, got 'tpu'"), use_backend("tpu"):
         pass
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_bad_name_in_argument_or_environment_is_an_error(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = make(op)
-    with pytest.raises(UserError, match="expected a backend among auto, .*, got 'tpu'; "):
+    with pytest.raises(UserError, match=r"expected a backend among auto, .*, got 'tpu'; "):
         p.run("tpu")
     monkeypatch.setenv("RESNET_FAST_BACKEND", "tpu")
-    with pytest.raises(UserError, match="expected RESNET_FAST_BACKEND to be one of .*, got 'tpu'; unset it"):
+    with pytest.raises(UserError, match=r"expected RESNET_FAST_BACKEND to be one of .*, got 'tpu'; unset it"):
         p.run()
     assert p.run("reference").shape == p.run("onednn").shape
 
@@ -78,7 +78,7 @@ def test_an_absent_backend_is_an_error_with_its_reason(name: str) -> None:
 def test_an_explicit_request_never_degrades(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p = make("conv_bn_act").copy(grad=True)
     before = stats()
-    with pytest.raises(BackendError, match="'onednn' cannot run conv_bn_act N2 9x7.*: expected .*, got .*; wrap"):
+    with pytest.raises(BackendError, match=r"'onednn' cannot run conv_bn_act N2 9x7.*: expected .*, got .*; wrap"):
         if how == "argument":
             p.run("onednn")
         elif how == "context":

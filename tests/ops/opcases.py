@@ -86,7 +86,9 @@ class Problem:
 
         convs = tuple(Conv(*(change(f"{k}{i}", v) for k, v in c._asdict().items())) for i, c in enumerate(self.convs))
         names = ("gamma", "beta", "mean", "var", "batch_stats", "momentum", "eps")
-        norms = tuple(Norm(*(change(f"{k}{i}", v) for k, v in zip(names, n))) for i, n in enumerate(self.norms))
+        norms = tuple(
+            Norm(*(change(f"{k}{i}", v) for k, v in zip(names, n, strict=True))) for i, n in enumerate(self.norms)
+        )
         return replace(
             self, x=change("x", self.x), convs=convs, norms=norms, residual=change("residual", self.residual)
         )
@@ -219,7 +221,7 @@ def make(
         )
     if residual:
         with torch.no_grad():
-            shape = p.copy().map(lambda k, t: t if k != "residual" else t).x.shape if op == "bn_act" else _out_shape(p)
+            shape = x.shape if op == "bn_act" else _out_shape(p)
         p = replace(p, residual=torch.randn(shape))
 
     def finish(name: str, t: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_fake_shape_and_strides_are_the_real_ones(
     with FakeTensorMode() as mode:
         fake = p.map(lambda k, t: mode.from_tensor(t)).run(backend)
     assert fake.shape == real.shape and fake.dtype == real.dtype
-    same, _ = check_significant_strides(fake, real)
+    same, _ = check_significant_strides(fake, real, only_cuda=False)
     assert same, (fake.stride(), real.stride())
 
 
