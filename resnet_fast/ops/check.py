@@ -286,14 +286,6 @@ def _check_block(call: BlockCall, grad: bool) -> BlockSpec:
     return BlockSpec(op, tuple(convs), kind)
 
 
-def output_shape(spec: Spec) -> tuple[int, int, int, int]:
-    """(N, C, H, W) of the op's result."""
-    if isinstance(spec, PointwiseSpec):
-        return spec.n, spec.c, spec.h, spec.w
-    last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
-    return last.n, last.co, *last.out_hw()
-
-
 def layout_of(t: Tensor) -> str:
     """``nhwc`` or ``nchw``, as ATen's ``suggest_memory_format`` reads a 4-d tensor's strides.
 
