@@ -21,7 +21,7 @@ TEN = [
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 ]  # fmt: skip
-LARGE = {"resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
+LARGE = {"resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
 PAPER = [name for name in ARCHS if name not in TEN]
 Twin = Callable[..., tuple[nn.Module, nn.Module]]
 
@@ -100,14 +100,26 @@ def test_outputs_and_gradients_are_torchvisions_bit_for_bit(name: str, nets: Sim
     nets.assert_equal(results(), want)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+F32, BF16 = torch.float32, torch.bfloat16
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "layout"),
+    [
+        ("resnet18", F32, NCHW),
+        ("resnet18", F32, NHWC),
+        ("resnet18", BF16, NHWC),
+        ("resnet50", F32, NHWC),
+        pytest.param("resnet50", F32, NCHW, marks=pytest.mark.slow),
+        pytest.param("resnet50", BF16, NCHW, marks=pytest.mark.slow),
+        ("resnext50_32x4d", F32, NHWC),
+        pytest.param("wide_resnet50_2", F32, NHWC, marks=pytest.mark.slow),
+    ],
+)
 def test_onednn_stays_within_twice_eagers_error(
     name: str, dtype: torch.dtype, layout: torch.memory_format, nets: SimpleNamespace
 ) -> None:
-    if dtype == torch.bfloat16 and (name not in ("resnet18", "resnet50") or layout == torch.channels_last):
-        pytest.skip("eager bfloat16 takes seconds on a CPU without it; two nets in one layout are enough")
     model = build(name, nets.randomize).eval().to(dtype=dtype, memory_format=layout)
     stock = build(name, nets.randomize).eval().to(dtype=dtype, memory_format=layout)
     stock.load_state_dict(model.state_dict())
@@ -118,7 +130,7 @@ def test_onednn_stays_within_twice_eagers_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet34", "resnet101", *sorted(LARGE)])
+@pytest.mark.parametrize("name", ["resnet34", *sorted(LARGE)])
 def test_onednn_stays_within_twice_eagers_error_in_large_nets(name: str, nets: SimpleNamespace) -> None:
     model = build(name, nets.randomize).eval()
     stock = build(name, nets.randomize).eval()
@@ -235,12 +247,9 @@ def test_an_unknown_net_is_no_attribute() -> None:
         _ = resnet_fast.resnet19
 
 
-@pytest.mark.parametrize("stride_in_1x1", [False, True])
 @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("name", "stride_in_1x1"), [("resnet18", False), ("resnet50", False), ("resnet50", True)])
 def test_the_papers_variants(name: str, shortcut: str, stride_in_1x1: bool, nets: SimpleNamespace) -> None:
-    if name == "resnet18" and stride_in_1x1:
-        pytest.skip("a basic block has no 1x1 convolution on its residual branch")
     model = nets.randomize(registry.build(name, num_classes=10, shortcut=shortcut, stride_in_1x1=stride_in_1x1))
     check_paper_net(model, torch.randn(2, 3, 40, 40), nets)
 

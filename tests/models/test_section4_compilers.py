@@ -53,7 +53,7 @@ def test_compiled_eval_is_one_graph_of_our_ops(kind: str, twin: Twin, nets: Simp
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 def test_compiled_training_equals_stock_compiled(kind: str, nets: SimpleNamespace) -> None:
     stock = getattr(nets, kind)().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -81,7 +81,7 @@ def test_compiled_with_dynamic_shapes(twin: Twin, nets: SimpleNamespace) -> None
     stock, fused = twin()
     recorder = Recorder()
     compiled = torch.compile(fused, fullgraph=True, backend=recorder, dynamic=True)
-    for shape in ((2, 3, 64, 64), (3, 3, 48, 40), (5, 3, 67, 35)):
+    for shape in ((2, 3, 64, 56), (3, 3, 48, 40), (5, 3, 67, 35)):
         nets.assert_close_to_eager(compiled, stock, torch.randn(shape))
     assert len(recorder.graphs) == 1
 
@@ -144,7 +144,7 @@ def test_inductor(train: bool, nets: SimpleNamespace) -> None:
         nets.assert_close_to_eager(compiled, stock, x)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_holds_our_ops_and_runs_for_any_batch(
     kind: str, strict: bool, twin: Twin, nets: SimpleNamespace

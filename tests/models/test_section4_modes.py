@@ -247,7 +247,7 @@ def group(c: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm_layer", [no_affine, no_tracking, nothing, group, instance, nn.Identity])
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 def test_norm_kinds(kind: str, norm_layer: Callable[[int], nn.Module], nets: SimpleNamespace) -> None:
     """Put in after the build: torchvision initialises norms with a weight only."""
     x = torch.randn(2, 3, 48, 48) * (0.1 if norm_layer is nn.Identity else 1)
