@@ -2,11 +2,14 @@
 
 The ops' dispatcher schemas are flat lists (that is all a schema can say); ``ops/`` turns them into these named tuples
 once, and nothing below it counts positions. A record holds no decision: what runs it is chosen from its Spec.
+
+``parameters()`` of a call are the tensors that outlive it (None where absent), ``numbers()`` what else of it, besides
+``x``, can decide how it runs; :mod:`resnet_fast.ops.infer` keeps what was prepared for a call by the two.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +25,9 @@ class Conv(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
+
+    def numbers(self) -> tuple[Pair, Pair, Pair, int]:
+        return self[2:]
 
 
 class Norm(NamedTuple):
@@ -42,7 +48,14 @@ class Norm(NamedTuple):
     eps: float = 0.0
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias, self.mean, self.var
+        return self[:4]
+
+    def numbers(self) -> tuple[bool, float, float]:
+        return self[4:]
+
+
+def _kind(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.dtype, t.device)
 
 
 class Pool(NamedTuple):
@@ -66,6 +79,16 @@ class ConvBnActCall(NamedTuple):
     def op(self) -> str:
         return "conv_bn_act"
 
+    @property
+    def batch_stats(self) -> bool:
+        return self.norm.batch_stats
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.conv[:2] + self.norm[:4]
+
+    def numbers(self) -> tuple[Any, ...]:
+        return self.conv.numbers(), self.norm.numbers(), self.relu, _kind(self.residual)
+
 
 class BnActCall(NamedTuple):
     """``act(bn(x) + residual)``."""
@@ -79,6 +102,16 @@ class BnActCall(NamedTuple):
     def op(self) -> str:
         return "bn_act"
 
+    @property
+    def batch_stats(self) -> bool:
+        return self.norm.batch_stats
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.norm.tensors()
+
+    def numbers(self) -> tuple[Any, ...]:
+        return self.norm.numbers(), self.relu, _kind(self.residual)
+
 
 class StemCall(NamedTuple):
     """``maxpool(relu(bn(conv(x))))``."""
@@ -91,6 +124,16 @@ class StemCall(NamedTuple):
     @property
     def op(self) -> str:
         return "stem"
+
+    @property
+    def batch_stats(self) -> bool:
+        return self.norm.batch_stats
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.conv[:2] + self.norm[:4]
+
+    def numbers(self) -> tuple[Any, ...]:
+        return self.conv.numbers(), self.norm.numbers(), self.pool
 
 
 class BlockCall(NamedTuple):
@@ -115,6 +158,21 @@ class BlockCall(NamedTuple):
     def op(self) -> str:
         """The op's name, by the number of convolutions on the residual branch."""
         return "bottleneck" if len(self.convs) - self.projection == 3 else "basic_block"
+
+    @property
+    def batch_stats(self) -> bool:
+        return any([n.batch_stats for n in self.norms])
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            found += conv[:2]
+            found += norm[:4]
+        return tuple(found)
+
+    def numbers(self) -> tuple[Any, ...]:
+        convs = tuple([c[2:] for c in self.convs])
+        return convs, tuple([n[4:] for n in self.norms]), self.projection, _kind(self.shortcut)
 
 
 Call = ConvBnActCall | BnActCall | StemCall | BlockCall

@@ -71,10 +71,10 @@ class _Stamp:
             id(t) == self.identity
             and t.data_ptr() == self.address
             and (t._version == self.version if self.version is not None else t.is_inference())
+            and t.shape == self.shape
             and (self.data is None or self.data.tobytes() == self.seen)
             and (self.sample is None or self.sample.tobytes() == self.seen_sample)
             and t.stride() == self.stride
-            and t.shape == self.shape
             and t.dtype == self.dtype
             and (self.whole is None or torch.equal(self.whole, self.copy))
         )
@@ -111,14 +111,14 @@ def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[
     """``make(values)``, computed when a source changed or ``key`` is new, otherwise the kept result.
 
     Args:
-        sources: the parameters and buffers that the result is computed from; the first must be a tensor.
+        sources: the parameters and buffers that the result is computed from, None where absent; at least one tensor.
         key: whatever else it depends on (input size, dtype).
         make: computes it; receives what is kept for the same sources under other keys, so that it can share parts.
         keep: how many keys to keep per set of sources; the least recently used goes first.
     """
-    anchor = sources[0]
+    anchor = next((t for t in sources if t is not None), None)
     if anchor is None:
-        raise ValueError("expected the first source to be a tensor, got None; anchor the entry on the conv weight")
+        raise ValueError("expected a tensor among the sources, got none; compute what depends on nothing directly")
     with _lock:
         entry = _cache.get(anchor)
         if entry is None or not entry.holds(sources):
@@ -126,7 +126,7 @@ def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[
             _cache[anchor] = entry
         values: dict[Hashable, Any] = entry.values
         if key in values:
-            if next(reversed(values)) != key:
+            if len(values) > 1 and next(reversed(values)) != key:
                 values[key] = values.pop(key)
             return values[key]
         made = make(values)

@@ -309,19 +309,27 @@ class Verdict:
         return Verdict(False, f"expected {expected}, got {got}; {todo}")
 
 
+YES = Verdict(True)
+
+
 @dataclass(frozen=True)
 class Impl:
     """One backend's implementation of one op.
 
-    ``supports(spec, device_type)`` gives a :class:`Verdict`; ``run(call, spec)`` executes a call record of
-    :mod:`resnet_fast.calls` and returns the output tensor, of the shape, dtype and layout that the spec states. An Impl
-    that accepts a spec with ``grad`` must return a result that autograd can differentiate. ``rank``: among several that
-    accept, the highest wins.
+    ``devices`` names the device types that it runs on, empty for all, and ``supports(spec)`` gives a :class:`Verdict`
+    on a problem there. ``run(call, spec, state)`` executes a call record of :mod:`resnet_fast.calls` and returns the
+    output tensor, of the shape, dtype and layout that the spec states. ``state`` is what ``prepare(call, spec,
+    earlier)`` computed from the call's parameters (folded, packed weights), kept until one of them changes; ``earlier``
+    are the states of the same parameters for inputs of other sizes, to share parts with. An Impl that accepts a spec
+    with ``grad`` must return a result that autograd can differentiate. ``rank``: among several that accept, the highest
+    wins.
     """
 
     op: str
     backend: str
     rank: int
-    supports: Callable[[Spec, str], Verdict]
-    run: Callable[[Any, Any], Any]
+    supports: Callable[[Spec], Verdict]
+    run: Callable[[Any, Any, Any], Any]
+    prepare: Callable[[Any, Any, list[Any]], Any] | None = None
+    devices: tuple[str, ...] = ()
     note: str = ""

@@ -16,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import ConvBnActCall, Pool, StemCall
-from ..dispatch import select
+from ..dispatch import record, select
 from .fused import Fused, conv_record, is_altered, norm_record, untraceable
 
 
@@ -62,6 +62,12 @@ class Net(Fused):
             return forward(x)
         if self.training or not select.prefers_nhwc(x.device.type, self.backend):
             return forward(x)
+        if not x.sum(dtype=torch.float32).isfinite() and select.requested(self.backend) == "auto":
+            record.fall_back(
+                "the net runs on reference: its input holds NaN or infinity, which oneDNN's ReLU would hide"
+            )
+            with select.use_backend("reference"):
+                return forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         n, _, h, w = x.shape
         if n > 1 and type(x) is Tensor and not self.unfusable():

@@ -44,6 +44,12 @@ def impls(op: str) -> tuple[Impl, ...]:
     return tuple(i for backend in loaded() for i in backend.IMPLS if i.op == op)
 
 
+@cache
+def prepares(device: str) -> bool:
+    """Is there an implementation for this device type that derives something from the parameters?"""
+    return any(i.prepare and (not i.devices or device in i.devices) for b in loaded() for i in b.IMPLS)
+
+
 def fingerprint() -> tuple[bool, ...]:
     """Changes when a backend becomes available or goes (a user switches oneDNN off): part of every decision's key."""
     return tuple([bool(b.available()) for b in loaded()])

@@ -46,7 +46,7 @@ def ran(call: Call, spec: Spec, choice: Choice) -> None:
     """Count a call; a fallback from a faster backend is logged once per reason, or raises in strict mode."""
     if choice.fell_back:
         # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
-        _fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
+        fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
     _calls[(spec.op, choice.impl.backend)] += 1
     if _tape is not None:
         _tape.append(Ran(call, spec, choice))
@@ -56,13 +56,14 @@ def stock(module: Any, op: str, reason: str) -> None:
     """Count a module that runs its stock forward. Silent while a compiler traces (it would count traces, not calls)."""
     if torch.compiler.is_compiling():
         return
-    _fall_back(f"{op} runs its stock layers: {reason}", quiet=False)
+    fall_back(f"{op} runs its stock layers: {reason}", quiet=False)
     _calls[(op, "stock")] += 1
     if _tape is not None:
         _tape.append(Stock(module, reason))
 
 
-def _fall_back(text: str, quiet: bool) -> None:
+def fall_back(text: str, quiet: bool = False) -> None:
+    """Count a fallback; log it once (``quiet``: as information only), or raise in strict mode."""
     if _strict or flags.STRICT.enabled():
         raise BackendError(f"strict mode: {text}")
     _fallbacks[text] += 1

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _choose(spec: Spec, device: str, wanted: str, fingerprint: tuple[bool, ...])
     for impl in catalog.impls(spec.op):
         if impl.backend in verdicts:
             continue
-        verdict = impl.supports(spec, device)
+        verdict = impl.supports(spec) if _runs_on(impl, device) else _other_device(impl, device)
         if verdict:
             accepted.append(impl)
         else:
@@ -91,26 +92,44 @@ def _choose(spec: Spec, device: str, wanted: str, fingerprint: tuple[bool, ...])
     refused_faster = [
         f"{i.backend}: {verdicts[i.backend].reason}"
         for i in catalog.impls(spec.op)
-        if i.rank > best.rank and i.backend in verdicts and availability[i.backend]
+        if i.rank > best.rank and i.backend in verdicts and availability[i.backend] and _runs_on(i, device)
     ]
     others = {i.backend: Verdict(False, f"{best.backend} ranks higher") for i in accepted if i is not best}
     return Choice(best, _reasons(verdicts | others), "; ".join(refused_faster))
+
+
+def _runs_on(impl: Impl, device: str) -> bool:
+    return not impl.devices or device in impl.devices
+
+
+def _other_device(impl: Impl, device: str) -> Verdict:
+    return Verdict.no(f"a tensor on {' or '.join(impl.devices)}", f"one on {device}", "move the model and its input")
 
 
 def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
     return tuple((name, v.reason) for name, v in verdicts.items())
 
 
-def run(call: Call, spec: Spec, backend: str) -> Tensor:
-    """Choose and run."""
-    choice = choose(spec, call.x.device.type, backend)
+def prepare(call: Call, spec: Spec, choice: Choice, earlier: list[Any]) -> Any:
+    """The state that the chosen implementation derives from the call's parameters; None if it needs none."""
+    return None if choice.impl.prepare is None else choice.impl.prepare(call, spec, earlier)
+
+
+def execute(call: Call, spec: Spec, choice: Choice, state: Any) -> Tensor:
+    """Count the call and run it."""
     record.ran(call, spec, choice)
-    return choice.impl.run(call, spec)
+    return choice.impl.run(call, spec, state)
+
+
+def run(call: Call, spec: Spec, backend: str) -> Tensor:
+    """Choose, prepare and run once, keeping nothing."""
+    choice = choose(spec, call.x.device.type, backend)
+    return execute(call, spec, choice, prepare(call, spec, choice, []))
 
 
 def trace(call: Call) -> Tensor:
     """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
-    return next(i for i in catalog.impls(call.op) if i.backend == "reference").run(call, None)
+    return next(i for i in catalog.impls(call.op) if i.backend == "reference").run(call, None, None)
 
 
 def prefers_nhwc(device: str, backend: str) -> bool:

@@ -14,6 +14,7 @@ batch statistics is decomposed above functionalization, where ATen's own annotat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,18 @@ import torch
 from torch import Tensor
 from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
-from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, Norm
+from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall
 from ..dispatch import select
 from ..errors import UserError
 from .check import spec_of
+from .infer import infer
+
+_log = logging.getLogger("torch.utils.flop_counter")
+_log.disabled, _before = True, _log.disabled  # where triton is absent, its import says so; importing us is silent
+from torch.utils.flop_counter import register_flop_formula  # noqa: E402
+
+_log.disabled = _before
 
 LIBRARY = torch.library.Library("resnet_fast", "DEF")
 
@@ -64,13 +71,13 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
     def on_backend(*args: Any) -> Tensor:
         *given, backend = complete(args)
         call = bind(*given)
-        return select.run(call, spec_of(call, grad=False), backend)
+        return infer(call, backend)
 
     def on_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
         args = complete(args)
         call = bind(*args[:-1])
         graph = _needs_graph(call)
-        if graph or batch_stats_of(call):
+        if graph or call.batch_stats:
             if _is_traced(call.x):
                 return select.trace(call)
             return select.run(call, spec_of(call, grad=graph), args[-1])
@@ -122,12 +129,6 @@ def tensors_of(call: Call) -> list[Tensor]:
     for norm in norms:
         found += norm.tensors()
     return [t for t in found if t is not None]
-
-
-def batch_stats_of(call: Call) -> bool:
-    """Does any BatchNorm of the call use this batch's statistics?"""
-    norms: tuple[Norm, ...] = call.norms if isinstance(call, BlockCall) else (call.norm,)
-    return any(n.batch_stats for n in norms)
 
 
 def _check_one_device(call: Call) -> None:

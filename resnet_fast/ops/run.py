@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..calls import BlockCall, BnActCall, Call, ConvBnActCall
-from ..dispatch import select
-from .check import spec_of
+from .infer import infer
 
 
 def run(call: Call, backend: str) -> Tensor:
     """The result of ``call`` on ``backend`` (a name of :data:`resnet_fast.flags.BACKENDS`)."""
     if _is_plain_inference(call.x):
-        return select.run(call, spec_of(call, grad=False), backend)
+        return infer(call, backend)
     return getattr(torch.ops.resnet_fast, call.op)(*flatten(call), backend)
 
 

@@ -96,3 +96,19 @@ def test_a_hook_on_the_net_itself_does_not_matter() -> None:
     model = net()
     model.register_forward_hook(lambda *args: None)
     assert model.images_are_independent()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_image_breaks_its_logits_as_on_the_stock_net(value: float) -> None:
+    torch.manual_seed(0)
+    stock = ResNet(BasicBlock, [1, 1, 1, 1]).eval()
+    x = torch.randn(2, 3, 64, 64)
+    x[1, 0, 30, 30] = value
+    with torch.inference_mode():
+        expected = stock(x)
+        out = resnet_fast.accelerate(stock)(x)
+        assert (
+            torch.equal(out.isfinite(), expected.isfinite()) and not out[1].isfinite().any() and out[0].isfinite().all()
+        )
+        with resnet_fast.strict(), pytest.raises(resnet_fast.BackendError, match="NaN or infinity"):
+            stock(x)

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import BlockSpec, Impl, PointwiseSpec, Spec, Verdict
+from ...spec import YES, BlockSpec, Impl, PointwiseSpec, Spec, Verdict
 from .basic_block import basic_block
 from .bn_act import bn_act
+from .bn_act import prepare as prepare_norm
 from .bottleneck import bottleneck
-from .conv_bn_act import DTYPES, conv_bn_act
+from .conv_bn_act import DTYPES, conv_bn_act, prepare
 from .stem import stem
 
 
@@ -34,12 +35,10 @@ def available() -> Verdict:
         return Verdict.no("a torch built with oneDNN", "one without", "install an x86-64 or AArch64 build of torch")
     if not torch._C._get_mkldnn_enabled():
         return Verdict.no("oneDNN switched on", "torch.backends.mkldnn.enabled = False", "set it to True")
-    return Verdict.yes()
+    return YES
 
 
-def _supports(spec: Spec, device: str) -> Verdict:
-    if device != "cpu":
-        return Verdict.no("a CPU tensor", f"one on {device}", "oneDNN runs on the CPU only")
+def _supports(spec: Spec) -> Verdict:
     if spec.grad:
         return Verdict.no(
             "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
@@ -54,27 +53,30 @@ def _supports(spec: Spec, device: str) -> Verdict:
     return Verdict.yes()
 
 
-def _or_empty(run: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    """``run``, except for an output without elements (an empty batch), which oneDNN has no primitive for."""
-
-    def served(call: Any, spec: Any) -> Tensor:
-        if isinstance(spec, PointwiseSpec):
-            shape = (spec.n, spec.c, spec.h, spec.w)
-        else:
-            last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
-            shape = (last.n, last.co, *last.out_hw())
-        return run(call, spec) if all(shape) else call.x.new_empty(shape)
-
-    return served
+def _shape(spec: Spec) -> tuple[int, int, int, int]:
+    if isinstance(spec, PointwiseSpec):
+        return spec.n, spec.c, spec.h, spec.w
+    last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
+    return last.n, last.co, *last.out_hw()
 
 
-IMPLS = tuple(
-    Impl(name, "onednn", 10, _supports, _or_empty(run), "BN folded, fused post-ops, packed weights")
-    for name, run in (
-        ("conv_bn_act", conv_bn_act),
-        ("bn_act", bn_act),
-        ("stem", stem),
-        ("bottleneck", bottleneck),
-        ("basic_block", basic_block),
-    )
+def _impl(name: str, run: Callable[[Any, Any, Any], Tensor], prepare: Callable[[Any, Any, list[Any]], Any]) -> Impl:
+    """An output without elements (an empty batch) has no primitive: there is nothing to prepare and nothing to run."""
+
+    def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
+        shape = _shape(spec)
+        return prepare(call, spec, [e for e in earlier if e is not None]) if all(shape) else None
+
+    def run_some(call: Any, spec: Any, state: Any) -> Tensor:
+        return call.x.new_empty(_shape(spec)) if state is None else run(call, spec, state)
+
+    return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), "BN folded, fused, packed weights")
+
+
+IMPLS = (
+    _impl("conv_bn_act", conv_bn_act, prepare),
+    _impl("bn_act", bn_act, prepare_norm),
+    _impl("stem", stem, prepare),
+    _impl("bottleneck", bottleneck, prepare),
+    _impl("basic_block", basic_block, prepare),
 )

@@ -13,20 +13,19 @@ from torch import Tensor
 
 from ...calls import BlockCall
 from ...spec import BlockSpec
-from .conv_bn_act import compute_dtype, conv, conv_add, like_reference, nhwc, pack
+from .conv_bn_act import Packed, compute_dtype, conv, conv_add, like_reference, nhwc
 
 
-def bottleneck(call: BlockCall, spec: BlockSpec) -> Tensor:
+def bottleneck(call: BlockCall, spec: BlockSpec, state: list[Packed]) -> Tensor:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    packed = pack(x, call.convs, call.norms, len(spec.main))
-    *inner, last = packed[: len(spec.main)]
+    *inner, last = state[: len(spec.main)]
     y = x
     for p in inner:
         y = conv(y, p, relu=True)
     if call.projection:
-        shortcut, owned = conv(x, packed[-1], relu=False), True
+        shortcut, owned = conv(x, state[-1], relu=False), True
     else:
         given = call.x if call.shortcut is None else call.shortcut
         shortcut = x if call.shortcut is None else nhwc(given, dtype)

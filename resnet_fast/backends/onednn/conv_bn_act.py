@@ -10,15 +10,15 @@ in fp32; a 16-bit output is rounded once, after bias, add and ReLU.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import derived, folding
-from ...calls import Conv, ConvBnActCall, Norm
+from ... import folding
+from ...calls import BlockCall, BnActCall, Conv, ConvBnActCall, Norm, StemCall
 from ...errors import UserError
-from ...spec import ConvSpec, conv_out
+from ...spec import BlockSpec, ConvSpec, PointwiseSpec, Spec
 
 DTYPES = ("float32", "bfloat16", "float16")
 _fused = torch.ops.mkldnn
@@ -66,34 +66,21 @@ def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype)
         return Packed(packed, bias.to(dtype), tail)
 
 
-def pack(x: Tensor, convs: tuple[Conv, ...], norms: tuple[Norm, ...], main: int) -> list[Packed]:
-    """The packed form of a chain's convolutions for an input like ``x`` (N, C, H, W, in its compute dtype).
+def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[list[Packed]]) -> list[Packed]:
+    """Every convolution of the call folded and packed, each for the size that reaches it.
 
-    The first ``main`` convolutions feed one another, a further one reads ``x``. oneDNN chooses the blocked layout by
-    input size, and running in another layout means a reorder of the weight at every call (4x slower for ResNet-50 at
-    batch 2), so sizes are kept apart; sizes whose layouts agree share one copy.
+    oneDNN chooses the blocked layout by input size, and running in another layout means a reorder of the weight at
+    every call (docs/notes/weight-layouts.md), so sizes are kept apart; sizes whose layouts agree share one copy.
     """
-    sources: list[Tensor | None] = []
-    for conv, norm in zip(convs, norms, strict=True):
-        sources += (conv.weight, conv.bias, *norm.tensors())
-    numbers = tuple([(c.stride, c.padding, c.dilation, c.groups, n.eps) for c, n in zip(convs, norms, strict=True)])
-
-    def make(kept: dict[Any, Any]) -> list[Packed]:
-        shape, made = tuple(x.shape), []
-        for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
-            source = shape if i < main else tuple(x.shape)
-            packed = pack_one(conv, norm, source, x.dtype)
-            made.append(_share(packed, [values[i] for key, values in kept.items() if key[1:] == (x.dtype, numbers)]))
-            co, _, r, s = conv.weight.shape
-            shape = (
-                source[0],
-                co,
-                conv_out(source[2], r, conv.stride[0], conv.padding[0], conv.dilation[0]),
-                conv_out(source[3], s, conv.stride[1], conv.padding[1], conv.dilation[1]),
-            )
-        return made
-
-    return derived.get(tuple(sources), (tuple(x.shape), x.dtype, numbers), make)
+    blocks = isinstance(call, BlockCall)
+    convs, norms = (call.convs, call.norms) if blocks else ((call.conv,), (call.norm,))  # type: ignore[union-attr]
+    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    dtype = compute_dtype(call.x.dtype)
+    packed = [
+        pack_one(conv, norm, (s.n, s.ci, s.h, s.w), dtype)  # type: ignore[union-attr]
+        for conv, norm, s in zip(convs, norms, specs, strict=True)
+    ]
+    return [_share(p, [state[i] for state in earlier]) for i, p in enumerate(packed)]
 
 
 def _share(packed: Packed, kept: list[Packed]) -> Packed:
@@ -125,14 +112,13 @@ def like_reference(y: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
     return y.to(dtype=dtype, memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
-def conv_bn_act(call: ConvBnActCall, spec: ConvSpec) -> Tensor:
+def conv_bn_act(call: ConvBnActCall | BnActCall, spec: ConvSpec | PointwiseSpec, state: list[Packed]) -> Tensor:
     """act(bn(conv(x)) + residual)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    (p,) = pack(x, (call.conv,), (call.norm,), 1)
     if call.residual is None:
-        y = conv(x, p, call.relu)
+        y = conv(x, state[0], call.relu)
     else:
         other = nhwc(call.residual, dtype)
-        y = conv_add(x, p, other, call.relu, overwrite=other is not call.residual)
+        y = conv_add(x, state[0], other, call.relu, overwrite=other is not call.residual)
     return like_reference(y, call.x.dtype, spec.layout)

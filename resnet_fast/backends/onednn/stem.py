@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ...calls import StemCall
 from ...spec import ConvSpec
-from .conv_bn_act import compute_dtype, conv, like_reference, nhwc, pack
+from .conv_bn_act import Packed, compute_dtype, conv, like_reference, nhwc
 
 
-def stem(call: StemCall, spec: ConvSpec) -> Tensor:
+def stem(call: StemCall, spec: ConvSpec, state: list[Packed]) -> Tensor:
     """maxpool(relu(bn(conv(x))))."""
     x = nhwc(call.x, compute_dtype(call.x.dtype))
-    (p,) = pack(x, (call.conv,), (call.norm,), 1)
-    return like_reference(F.max_pool2d(conv(x, p, relu=True), *call.pool), call.x.dtype, spec.layout)
+    return like_reference(F.max_pool2d(conv(x, state[0], relu=True), *call.pool), call.x.dtype, spec.layout)

@@ -5,7 +5,7 @@ The same ATen operations in the same order as torchvision's modules, so results 
 
 from __future__ import annotations
 
-from ...spec import Impl, Spec, Verdict
+from ...spec import YES, Impl, Spec, Verdict
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bottleneck import bottleneck
@@ -15,15 +15,15 @@ from .stem import stem
 
 def available() -> Verdict:
     """Always."""
-    return Verdict.yes()
+    return YES
 
 
-def _supports(spec: Spec, device: str) -> Verdict:
-    return Verdict.yes()
+def _supports(spec: Spec) -> Verdict:
+    return YES
 
 
 IMPLS = tuple(
-    Impl(name, "reference", 0, _supports, run, "eager PyTorch")
+    Impl(name, "reference", 0, _supports, run, note="eager PyTorch")
     for name, run in (
         ("conv_bn_act", conv_bn_act),
         ("bn_act", bn_act),

@@ -10,7 +10,7 @@ from ...spec import Spec
 from .conv_bn_act import batch_norm
 
 
-def bn_act(call: BnActCall, spec: Spec | None = None) -> Tensor:
+def bn_act(call: BnActCall, spec: Spec | None = None, state: None = None) -> Tensor:
     """act(bn(x) + residual). Out of place where the norm is absent: x belongs to the caller."""
     y = batch_norm(call.x, call.norm)
     if call.residual is not None:

@@ -10,7 +10,7 @@ from ...spec import Spec
 from .conv_bn_act import batch_norm, conv2d
 
 
-def bottleneck(call: BlockCall, spec: Spec | None = None) -> Tensor:
+def bottleneck(call: BlockCall, spec: Spec | None = None, state: None = None) -> Tensor:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut), convolution by convolution."""
     out = call.x
     *inner, last = call.main()

@@ -24,7 +24,7 @@ def batch_norm(y: Tensor, n: Norm) -> Tensor:
     return y if n.bias is None else y + n.bias.to(y.dtype)[:, None, None]
 
 
-def conv_bn_act(call: ConvBnActCall, spec: Spec | None = None) -> Tensor:
+def conv_bn_act(call: ConvBnActCall, spec: Spec | None = None, state: None = None) -> Tensor:
     """act(bn(conv(x)) + residual). In place where the tensor is this function's own, as torchvision's blocks do."""
     y = batch_norm(conv2d(call.x, call.conv), call.norm)
     if call.residual is not None:

@@ -1,0 +1,46 @@
+"""Inference: check, Spec, choice and derived weights of a call, computed once and kept until something changes.
+
+What is kept hangs on the call's parameters (:mod:`resnet_fast.derived`, which sees every change of them) under all else
+that decides: the input's shape, strides, dtype and device, the numbers of the call, the backend asked for and the
+backends that work. A call like an earlier one costs one look-up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import derived
+from ..calls import Call
+from ..dispatch import catalog, select
+from ..spec import Spec
+from .check import spec_of
+
+
+class Plan(NamedTuple):
+    """All that :func:`infer` needs to run a call."""
+
+    spec: Spec
+    choice: select.Choice
+    state: Any
+
+
+def infer(call: Call, backend: str) -> Tensor:
+    """The result of a call without autograd."""
+    x = call.x
+    parameters = call.parameters()
+    numbers = call.numbers()
+    anchored = any(p is not None for p in parameters)
+    if not anchored or not catalog.prepares(x.device.type) or call.batch_stats:
+        return select.run(call, spec_of(call, grad=False), backend)
+    fixed = (type(call), numbers, x.dtype, x.device, select.requested(backend), catalog.fingerprint())
+
+    def make(kept: dict[Any, Plan]) -> Plan:
+        spec = spec_of(call, grad=False)
+        choice = select.choose(spec, x.device.type, backend)
+        earlier = [plan.state for key, plan in kept.items() if key[0] == fixed]
+        return Plan(spec, choice, select.prepare(call, spec, choice, earlier))
+
+    plan = derived.get(parameters, (fixed, x.shape, x.stride()), make)
+    return select.execute(call, plan.spec, plan.choice, plan.state)
