@@ -176,3 +176,28 @@ class BlockCall(NamedTuple):
 
 
 Call = ConvBnActCall | BnActCall | StemCall | BlockCall
+"""The calls that have a ``torch.library`` op."""
+
+
+class NetCall(NamedTuple):
+    """The convolutional part of a net in one call: ``parts`` one after another, from the stem to the last block.
+
+    A part's own ``x`` is not used: each gets what the part before it returned, the first gets ``x``.
+    """
+
+    x: Tensor
+    parts: tuple[ConvBnActCall | StemCall | BlockCall, ...]
+
+    @property
+    def op(self) -> str:
+        return "net"
+
+    @property
+    def batch_stats(self) -> bool:
+        return any([p.batch_stats for p in self.parts])
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return tuple([t for p in self.parts for t in p.parameters()])
+
+    def numbers(self) -> tuple[Any, ...]:
+        return tuple([(type(p), p.numbers()) for p in self.parts])

@@ -281,6 +281,62 @@ class BlockSpec(_HashedOnce):
         return f"N{self.n} {self.h}x{self.w} {first.ci} -> {chain}{extra} + {self.shortcut} {_mode(first)}"
 
 
+@dataclass(frozen=True)
+class NetSpec(_HashedOnce):
+    """The convolutional part of a net, from the stem to the last block, as one problem."""
+
+    __hash__ = _HashedOnce.__hash__
+
+    parts: tuple[ConvSpec | BlockSpec, ...]
+
+    op = "net"
+
+    @property
+    def n(self) -> int:
+        return self.parts[0].n
+
+    @property
+    def h(self) -> int:
+        return self.parts[0].h
+
+    @property
+    def w(self) -> int:
+        return self.parts[0].w
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def layout(self) -> str:
+        """Of the output."""
+        return self.parts[-1].layout
+
+    @property
+    def batch_stats(self) -> bool:
+        return any(p.batch_stats for p in self.parts)
+
+    @property
+    def grad(self) -> bool:
+        return any(p.grad for p in self.parts)
+
+    def macs(self) -> int:
+        return sum(p.macs() for p in self.parts)
+
+    def flops(self) -> int:
+        return sum(p.flops() for p in self.parts)
+
+    def params(self) -> int:
+        return sum(p.params() for p in self.parts)
+
+    def min_bytes(self) -> int:
+        """Bytes with every part one kernel, one after another."""
+        return sum(p.min_bytes() for p in self.parts)
+
+    def __str__(self) -> str:
+        return f"N{self.n} {self.h}x{self.w} net of {len(self.parts)} parts {self.dtype} {self.layout}"
+
+
 Spec = ConvSpec | PointwiseSpec | BlockSpec
 
 
@@ -328,7 +384,7 @@ class Impl:
     op: str
     backend: str
     rank: int
-    supports: Callable[[Spec], Verdict]
+    supports: Callable[[Any], Verdict]
     run: Callable[[Any, Any, Any], Any]
     prepare: Callable[[Any, Any, list[Any]], Any] | None = None
     devices: tuple[str, ...] = ()

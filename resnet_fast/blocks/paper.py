@@ -29,10 +29,14 @@ class PlainBlock(Fused, stock.PlainBlock):
         """The two ops, or the stock forward with the reason counted."""
         if self.runs_stock(x):
             return stock.PlainBlock.forward(self, x)
-        for conv, norm in self.layers:
-            call = ConvBnActCall(x, conv_record(getattr(self, conv)), norm_record(getattr(self, norm)), None, True)
-            x = ops.run(call, self.backend)
+        for call in self.parts(x):
+            x = ops.run(call._replace(x=x), self.backend)
         return x
+
+    def parts(self, x: Tensor) -> tuple[ConvBnActCall, ...]:
+        """The two calls, as parts of a :class:`~resnet_fast.calls.NetCall`."""
+        pairs = [(conv_record(getattr(self, conv)), norm_record(getattr(self, norm))) for conv, norm in self.layers]
+        return tuple([ConvBnActCall(x, conv, norm, None, True) for conv, norm in pairs])
 
 
 class CifarResNet(Net, stock.CifarResNet):
@@ -48,7 +52,7 @@ class CifarResNet(Net, stock.CifarResNet):
         if torch.jit.is_scripting():
             x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
             return self.fc(torch.flatten(self.avgpool(x), 1))
-        return self.net_forward(x, self.layers_forward)
+        return self.net_forward(x, self.layers_forward, self.head_forward)
 
     @torch.jit.unused
     def layers_forward(self, x: Tensor) -> Tensor:
@@ -56,5 +60,9 @@ class CifarResNet(Net, stock.CifarResNet):
         if isinstance(x, torch.fx.Proxy):
             return stock.CifarResNet.forward(self, x)
         x = self.stem_forward(x)
-        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.head_forward(self.layer3(self.layer2(self.layer1(x))))
+
+    @torch.jit.unused
+    def head_forward(self, x: Tensor) -> Tensor:
+        """Global average pooling and fc."""
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -39,6 +39,20 @@ class ResidualBlock(Fused):
         norms = tuple([norm_record(norm) for _, norm in pairs])
         return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend)
 
+    def parts(self, x: Tensor) -> tuple[BlockCall, ...] | None:
+        """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own."""
+        children = self._modules
+        pairs = [(children[conv], children[norm]) for conv, norm in self.layers]
+        downsample = children.get("downsample")
+        if downsample is not None:
+            shortcut = projection_parts(downsample)
+            if shortcut is None or shortcut[0] is not None:
+                return None
+            pairs.append(shortcut[1:])
+        convs = tuple([conv_record(conv) for conv, _ in pairs])
+        norms = tuple([norm_record(norm) for _, norm in pairs])
+        return (BlockCall(x, convs, norms, downsample is not None, None),)
+
 
 def projection_parts(shortcut: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
     """(what comes before, convolution, norm) of a shortcut that the ops can compute, or None.

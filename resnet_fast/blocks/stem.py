@@ -15,7 +15,7 @@ from torchvision.models import resnet as stock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
-from ..calls import ConvBnActCall, Pool, StemCall
+from ..calls import ConvBnActCall, NetCall, Pool, StemCall
 from ..dispatch import record, select
 from .fused import Fused, conv_record, is_altered, norm_record, untraceable
 
@@ -39,12 +39,15 @@ class Net(Fused):
             for name in ("conv1", "bn1", *self.acts, *(("maxpool",) if self.pooled else ())):
                 x = getattr(self, name)(x)
             return x
+        return ops.run(self.stem_call(x), self.backend)
+
+    def stem_call(self, x: Tensor) -> StemCall | ConvBnActCall:
+        """The first layers as a call."""
         conv, norm = conv_record(self.conv1), norm_record(self.bn1)
         if not self.pooled:
-            return ops.run(ConvBnActCall(x, conv, norm, None, True), self.backend)
+            return ConvBnActCall(x, conv, norm, None, True)
         pool: Any = self.maxpool
-        sizes = Pool(_int(pool.kernel_size), _int(pool.stride), _int(pool.padding))
-        return ops.run(StemCall(x, conv, norm, sizes), self.backend)
+        return StemCall(x, conv, norm, Pool(_int(pool.kernel_size), _int(pool.stride), _int(pool.padding)))
 
     def unfusable(self) -> str:
         reason = super().unfusable()
@@ -56,8 +59,11 @@ class Net(Fused):
             return f"expected maxpool to be a plain square MaxPool2d, got {pool}; the stem runs unfused"
         return ""
 
-    def net_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """``forward(x)``, in eval without autograd with ``x`` converted to NHWC once and in tiles of the batch."""
+    def net_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
+        """``forward(x)``; in plain eval with ``x`` in NHWC, in tiles of the batch, and all up to ``head`` in one call.
+
+        ``head``: what follows the last stage.
+        """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or untraceable(x) or x.dim() != 4:
             return forward(x)
         if self.training or not select.prefers_nhwc(x.device.type, self.backend):
@@ -69,12 +75,27 @@ class Net(Fused):
             with select.use_backend("reference"):
                 return forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
+        if not ops.is_plain_inference(x) or self.unfusable() or not self.images_are_independent():
+            return forward(x)
+        parts = self.parts(x)
         n, _, h, w = x.shape
-        if n > 1 and type(x) is Tensor and not self.unfusable():
-            tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
-            if tile < n and self.images_are_independent():
-                return torch.cat([forward(part) for part in x.split(tile)])
-        return forward(x)
+        tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
+        outputs = [
+            forward(part) if parts is None else head(ops.infer(NetCall(part, parts), self.backend))
+            for part in (x.split(tile) if tile < n else (x,))
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def parts(self, x: Tensor) -> tuple[Any, ...] | None:
+        """Stem and blocks as the parts of one call; None if a block cannot be one."""
+        found: list[Any] = [self.stem_call(x)]
+        for stage in self.stages:
+            for block in self._modules[stage].children():
+                parts = block.parts(x)
+                if parts is None:
+                    return None
+                found += parts
+        return tuple(found)
 
     def largest_activation(self, h: int, w: int) -> int:
         """Elements per image of the largest tensor between two layers: after the stem's convolution or in stage 1."""
@@ -123,7 +144,7 @@ class ResNet(Net, stock.ResNet):
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
             return self.fc(torch.flatten(self.avgpool(x), 1))
-        return self.net_forward(x, self.layers_forward)
+        return self.net_forward(x, self.layers_forward, self.head_forward)
 
     @torch.jit.unused
     def layers_forward(self, x: Tensor) -> Tensor:
@@ -131,5 +152,9 @@ class ResNet(Net, stock.ResNet):
         if isinstance(x, torch.fx.Proxy):
             return stock.ResNet._forward_impl(self, x)
         x = self.stem_forward(x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.head_forward(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+    @torch.jit.unused
+    def head_forward(self, x: Tensor) -> Tensor:
+        """Global average pooling and fc."""
         return self.fc(torch.flatten(self.avgpool(x), 1))

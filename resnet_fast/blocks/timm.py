@@ -68,7 +68,7 @@ class ResNet(Net, stock.ResNet):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.forward_head(self.stock_forward_features(x))
-        return self.net_forward(x, self.layers_forward)
+        return self.net_forward(x, self.layers_forward, self.forward_head)
 
     @torch.jit.unused
     def layers_forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from .. import flags
 from ..calls import Call
 from ..errors import BackendError
-from ..spec import Spec
+from ..spec import NetSpec, Spec
 
 if TYPE_CHECKING:
     from .select import Choice
@@ -42,14 +42,19 @@ class Stock(NamedTuple):
     reason: str
 
 
-def ran(call: Call, spec: Spec, choice: Choice) -> None:
+def ran(call: Any, spec: Spec | NetSpec, choice: Choice) -> None:
     """Count a call; a fallback from a faster backend is logged once per reason, or raises in strict mode."""
     if choice.fell_back:
         # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
         fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
-    _calls[(spec.op, choice.impl.backend)] += 1
-    if _tape is not None:
-        _tape.append(Ran(call, spec, choice))
+    if isinstance(spec, NetSpec):  # its parts are what a reader of counters and explanations knows
+        pairs: list[tuple[Any, Any]] = list(zip(call.parts, spec.parts, strict=True))
+    else:
+        pairs = [(call, spec)]
+    for part, part_spec in pairs:
+        _calls[(part_spec.op, choice.impl.backend)] += 1
+        if _tape is not None:
+            _tape.append(Ran(part, part_spec, choice))
 
 
 def stock(module: Any, op: str, reason: str) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .. import flags
-from ..calls import Call
+from ..calls import Call, NetCall
 from ..errors import BackendError
-from ..spec import ITEMSIZE, Impl, Spec, Verdict
+from ..spec import ITEMSIZE, Impl, NetSpec, Spec, Verdict
 from . import catalog, record
 
 _override: str | None = None
@@ -59,13 +59,13 @@ def requested(argument: str) -> str:
     return flags.BACKEND.read()
 
 
-def choose(spec: Spec, device: str, backend: str = "auto") -> Choice:
+def choose(spec: Spec | NetSpec, device: str, backend: str = "auto") -> Choice:
     """The implementation for ``spec`` on ``device`` ("cpu", "cuda"). BackendError where a named backend cannot."""
     return _choose(spec, device, requested(backend), catalog.fingerprint())
 
 
 @lru_cache(maxsize=8192)
-def _choose(spec: Spec, device: str, wanted: str, fingerprint: tuple[bool, ...]) -> Choice:
+def _choose(spec: Spec | NetSpec, device: str, wanted: str, fingerprint: tuple[bool, ...]) -> Choice:
     availability = catalog.availability()
     if wanted != "auto" and not availability[flags.check_backend(wanted)]:
         raise BackendError(f"backend {wanted!r} is not available: {availability[wanted].reason}")
@@ -110,18 +110,18 @@ def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
     return tuple((name, v.reason) for name, v in verdicts.items())
 
 
-def prepare(call: Call, spec: Spec, choice: Choice, earlier: list[Any]) -> Any:
+def prepare(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, earlier: list[Any]) -> Any:
     """The state that the chosen implementation derives from the call's parameters; None if it needs none."""
     return None if choice.impl.prepare is None else choice.impl.prepare(call, spec, earlier)
 
 
-def execute(call: Call, spec: Spec, choice: Choice, state: Any) -> Tensor:
+def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> Tensor:
     """Count the call and run it."""
     record.ran(call, spec, choice)
     return choice.impl.run(call, spec, state)
 
 
-def run(call: Call, spec: Spec, backend: str) -> Tensor:
+def run(call: Call | NetCall, spec: Spec | NetSpec, backend: str) -> Tensor:
     """Choose, prepare and run once, keeping nothing."""
     choice = choose(spec, call.x.device.type, backend)
     return execute(call, spec, choice, prepare(call, spec, choice, []))

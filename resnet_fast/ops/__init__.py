@@ -1,6 +1,7 @@
 """The ops ``torch.ops.resnet_fast.{conv_bn_act, bn_act, bottleneck, basic_block, stem}``, defined by this import."""
 
 from . import basic_block, bn_act, bottleneck, conv_bn_act, stem
-from .run import run
+from .infer import infer
+from .run import is_plain_inference, run
 
-__all__ = ["basic_block", "bn_act", "bottleneck", "conv_bn_act", "run", "stem"]
+__all__ = ["basic_block", "bn_act", "bottleneck", "conv_bn_act", "infer", "is_plain_inference", "run", "stem"]

@@ -6,20 +6,20 @@ Everything below (``dispatch/``, backends, kernels) trusts what passes here. A r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, Norm, StemCall
+from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, NetCall, Norm, StemCall
 from ..errors import UserError
-from ..spec import BlockSpec, ConvSpec, Epilogue, PointwiseSpec, Spec
+from ..spec import BlockSpec, ConvSpec, Epilogue, NetSpec, PointwiseSpec, Spec
 
 _KEEP = 4096
-_specs: dict[Any, Spec] = {}
+_specs: dict[Any, Spec | NetSpec] = {}
 
 
-def spec_of(call: Call, grad: bool) -> Spec:
+def spec_of(call: Call | NetCall, grad: bool) -> Spec | NetSpec:
     """Check a call and give its Spec. Calls of a shape that was seen before cost one dictionary look-up."""
     key = (_key(call), grad)
     spec = _specs.get(key)
@@ -31,72 +31,68 @@ def spec_of(call: Call, grad: bool) -> Spec:
     return spec
 
 
-def _key(call: Call) -> tuple[Any, ...]:
+def _key(call: Call | NetCall) -> tuple[Any, ...]:
     """All that :func:`check` looks at: shapes, strides, dtypes, devices and the numbers of the call."""
     x = call.x
-    parts: list[Any] = [type(call), x.shape, x.dtype, x.device, x.stride()]
-    if isinstance(call, BlockCall):
-        for conv in call.convs:
-            _add_conv(conv, parts)
-        for norm in call.norms:
-            _add_norm(norm, parts)
-        parts.append(call.projection)
-        _add(call.shortcut, parts)
-    elif isinstance(call, StemCall):
-        _add_conv(call.conv, parts)
-        _add_norm(call.norm, parts)
-        parts.append(call.pool)
-    else:
-        if isinstance(call, ConvBnActCall):
-            _add_conv(call.conv, parts)
-        _add_norm(call.norm, parts)
-        _add(call.residual, parts)
-        parts.append(call.relu)
+    parts: list[Any] = [type(call), x.shape, x.dtype, x.device, x.stride(), call.numbers()]
+    for t in call.parameters():
+        parts.append(None if t is None else (t.shape, t.dtype, t.device, t.stride() if t.dim() == 4 else None))
     return tuple(parts)
 
 
-def _add(t: Tensor | None, parts: list[Any]) -> None:
-    parts.append(None if t is None else (t.shape, t.dtype, t.device))
+class At(NamedTuple):
+    """Where a layer stands: what is known of its input. Inside a block or a net there is no tensor yet."""
+
+    shape: tuple[int, ...]
+    layout: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> At:
+        return At(tuple(x.shape), layout_of(x) if x.dim() == 4 else "", x.dtype, x.device)
+
+    def after(self, spec: ConvSpec | BlockSpec) -> At:
+        """Behind a layer of that spec."""
+        last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
+        return At((last.n, last.co, *last.out_hw()), spec.layout, self.dtype, self.device)
 
 
-def _add_conv(conv: Conv, parts: list[Any]) -> None:
-    w, bias = conv.weight, conv.bias
-    parts += (w.shape, w.stride(), w.dtype, w.device, conv[2:])
-    if bias is not None:
-        _add(bias, parts)
-
-
-def _add_norm(norm: Norm, parts: list[Any]) -> None:
-    parts.append(norm[4:])
-    for t in norm[:4]:
-        parts.append(None if t is None else (t.shape, t.dtype, t.device))
-
-
-def check(call: Call, grad: bool = False) -> Spec:
+def check(call: Call | NetCall, grad: bool = False) -> Spec | NetSpec:
     """Raise UserError where the call makes no sense, else describe it."""
-    if isinstance(call, BnActCall):
-        return _check_bn_act(call, grad)
-    if isinstance(call, ConvBnActCall):
-        epilogue = Epilogue(call.relu, call.residual is not None, _has_norm(call.norm))
-        spec = _check_conv(call.x, call.conv, call.norm, epilogue, grad, "conv_bn_act")
-        if call.residual is not None:
-            _same(call.residual, (spec.n, spec.co, spec.ho, spec.wo), call.x, "conv_bn_act: residual")
-        return spec
+    at = At.of(call.x)
+    _check_x(at, call.op)
+    if isinstance(call, NetCall):
+        specs: list[ConvSpec | BlockSpec] = []
+        for part in call.parts:
+            specs.append(_check_part(part, at, grad))
+            at = at.after(specs[-1])
+        return NetSpec(tuple(specs))
+    return _check_bn_act(call, at, grad) if isinstance(call, BnActCall) else _check_part(call, at, grad)
+
+
+def _check_part(call: ConvBnActCall | StemCall | BlockCall, at: At, grad: bool) -> ConvSpec | BlockSpec:
+    if isinstance(call, BlockCall):
+        return _check_block(call, at, grad)
     if isinstance(call, StemCall):
-        return _check_stem(call, grad)
-    return _check_block(call, grad)
+        return _check_stem(call, at, grad)
+    epilogue = Epilogue(call.relu, call.residual is not None, _has_norm(call.norm))
+    spec = _check_conv(at, call.conv, call.norm, epilogue, grad, "conv_bn_act")
+    if call.residual is not None:
+        _same(call.residual, (spec.n, spec.co, spec.ho, spec.wo), at, "conv_bn_act: residual")
+    return spec
 
 
 def _has_norm(norm: Norm) -> bool:
     return norm.batch_stats or any(t is not None for t in norm.tensors())
 
 
-def _shape(t: Tensor) -> str:
+def _shape(t: Tensor | At) -> str:
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 
 
-def _check_x(x: Tensor, where: str) -> None:
-    if x.dim() != 4:
+def _check_x(x: At, where: str) -> None:
+    if len(x.shape) != 4:
         raise UserError(f"{where}: x with 4 dimensions (N, C, H, W)", _shape(x), "add the missing ones with unsqueeze")
     if not x.dtype.is_floating_point:
         raise UserError(
@@ -104,7 +100,7 @@ def _check_x(x: Tensor, where: str) -> None:
         )
 
 
-def _check_norm(norm: Norm, channels: int, x: Tensor, where: str) -> None:
+def _check_norm(norm: Norm, channels: int, x: At, where: str) -> None:
     for name, t in zip(("weight", "bias", "running_mean", "running_var"), norm.tensors(), strict=True):
         if t is None:
             continue
@@ -128,42 +124,25 @@ def _check_norm(norm: Norm, channels: int, x: Tensor, where: str) -> None:
         raise UserError(f"{where}: eps >= 0", repr(norm.eps), "BatchNorm's usual value is 1e-5")
 
 
-def _check_conv(x: Tensor, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, where: str) -> ConvSpec:
-    """Check one convolution and its norm on input ``x``; the spec's layout is what the reference would return."""
-    _check_x(x, where)
-    return _check_conv_at(tuple(x.shape), layout_of(x), x, conv, norm, epilogue, grad, where)
-
-
-def _check_conv_at(
-    shape: tuple[int, ...],
-    layout: str,
-    like: Tensor,
-    conv: Conv,
-    norm: Norm,
-    epilogue: Epilogue,
-    grad: bool,
-    where: str,
-) -> ConvSpec:
-    """As :func:`_check_conv` for an input known by its shape and layout (inside a block nothing exists yet)."""
+def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, where: str) -> ConvSpec:
+    """Check one convolution and its norm; the spec's layout is what the reference would return."""
     w = conv.weight
     if w.dim() != 4:
         raise UserError(f"{where}: a weight of 4 dimensions (Co, Ci/groups, R, S)", _shape(w), "use a Conv2d's weight")
-    if w.device != like.device:
-        raise UserError(
-            f"{where}: weight on {like.device}, where x is", _shape(w), f"call model.to({str(like.device)!r})"
-        )
-    if w.dtype != like.dtype and not (w.dtype == torch.float32 and like.dtype in (torch.float16, torch.bfloat16)):
+    if w.device != at.device:
+        raise UserError(f"{where}: weight on {at.device}, where x is", _shape(w), f"call model.to({str(at.device)!r})")
+    if w.dtype != at.dtype and not (w.dtype == torch.float32 and at.dtype in (torch.float16, torch.bfloat16)):
         raise UserError(
             f"{where}: x and weight of one dtype (or a float32 weight under a 16-bit x)",
-            f"x {_shape(like)} and weight {_shape(w)}",
-            f"call x.to({w.dtype}) or model.to({like.dtype})",
+            f"x {_shape(at)} and weight {_shape(w)}",
+            f"call x.to({w.dtype}) or model.to({at.dtype})",
         )
     for name, value, low in (("stride", conv.stride, 1), ("padding", conv.padding, 0), ("dilation", conv.dilation, 1)):
         if any(v < low for v in value):
             raise UserError(
                 f"{where}: {name} of at least {low}", repr(tuple(value)), "check the convolution's attributes"
             )
-    n, c, h, width = shape
+    n, c, h, width = at.shape
     co, cig, r, s = w.shape
     if w.numel() == 0:
         raise UserError(f"{where}: a weight with elements", _shape(w), "use a Conv2d's weight")
@@ -181,19 +160,19 @@ def _check_conv_at(
         )
         raise UserError(
             f"{where}: x with {cig * conv.groups} channels in dimension 1 (groups={conv.groups}, Co={co})",
-            f"x of shape {tuple(shape)}",
+            f"x of shape {at.shape}",
             hint,
         )
-    if conv.bias is not None and (conv.bias.shape != (co,) or conv.bias.device != like.device):
+    if conv.bias is not None and (conv.bias.shape != (co,) or conv.bias.device != at.device):
         raise UserError(
-            f"{where}: a bias of shape ({co},) on {like.device}",
+            f"{where}: a bias of shape ({co},) on {at.device}",
             _shape(conv.bias),
-            f"match it to the weight, or call model.to({str(like.device)!r})",
+            f"match it to the weight, or call model.to({str(at.device)!r})",
         )
-    _check_norm(norm, co, like, where)
+    _check_norm(norm, co, at, where)
     spec = ConvSpec(
         n, h, width, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
-        str(like.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (layout, layout_of(w)) else "nchw",
+        str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(w)) else "nchw",
         epilogue, norm.batch_stats, grad,
     )  # fmt: skip
     if spec.ho < 1 or spec.wo < 1:
@@ -213,7 +192,7 @@ def _check_conv_at(
     return spec
 
 
-def _same(t: Tensor, shape: tuple[int, ...], x: Tensor, what: str) -> None:
+def _same(t: Tensor, shape: tuple[int, ...], x: At, what: str) -> None:
     if tuple(t.shape) != shape or t.dtype != x.dtype or t.device != x.device:
         raise UserError(
             f"{what} of shape {shape} {str(x.dtype).removeprefix('torch.')} on {x.device}",
@@ -222,9 +201,7 @@ def _same(t: Tensor, shape: tuple[int, ...], x: Tensor, what: str) -> None:
         )
 
 
-def _check_bn_act(call: BnActCall, grad: bool) -> PointwiseSpec:
-    x = call.x
-    _check_x(x, "bn_act")
+def _check_bn_act(call: BnActCall, x: At, grad: bool) -> PointwiseSpec:
     n, c, h, w = x.shape
     _check_norm(call.norm, c, x, "bn_act")
     if call.residual is not None:
@@ -233,17 +210,17 @@ def _check_bn_act(call: BnActCall, grad: bool) -> PointwiseSpec:
         raise UserError("bn_act: more than one value per channel", _shape(x), "use a larger batch, or model.eval()")
     epilogue = Epilogue(call.relu, call.residual is not None, _has_norm(call.norm))
     dtype = str(x.dtype).removeprefix("torch.")
-    return PointwiseSpec(n, h, w, c, dtype, layout_of(x), epilogue, call.norm.batch_stats, grad)
+    return PointwiseSpec(n, h, w, c, dtype, x.layout, epilogue, call.norm.batch_stats, grad)
 
 
-def _check_stem(call: StemCall, grad: bool) -> ConvSpec:
+def _check_stem(call: StemCall, at: At, grad: bool) -> ConvSpec:
     pool = call.pool
     if pool.kernel < 1 or pool.stride < 1 or pool.padding < 0 or 2 * pool.padding > pool.kernel:
         raise UserError(
             "stem: a pooling kernel and stride >= 1 and padding <= kernel/2", repr(tuple(pool)), "ResNet's is (3, 2, 1)"
         )
     epilogue = Epilogue(relu=True, norm=_has_norm(call.norm), pool=(pool.kernel, pool.stride, pool.padding))
-    spec = _check_conv(call.x, call.conv, call.norm, epilogue, grad, "stem")
+    spec = _check_conv(at, call.conv, call.norm, epilogue, grad, "stem")
     if min(spec.out_hw()) < 1:
         raise UserError(
             f"stem: an image that {pool.kernel}x{pool.kernel} pooling fits", f"{spec.h}x{spec.w}", "use a larger image"
@@ -251,36 +228,33 @@ def _check_stem(call: StemCall, grad: bool) -> ConvSpec:
     return spec
 
 
-def _check_block(call: BlockCall, grad: bool) -> BlockSpec:
-    x, main = call.x, call.main()
-    op = {2: "basic_block", 3: "bottleneck"}[len(main)]
+def _check_block(call: BlockCall, at: At, grad: bool) -> BlockSpec:
+    op, main, behind = call.op, call.main(), at
     if call.projection and call.shortcut is not None:
         raise UserError(f"{op}: a projection or a given shortcut", "both", "drop one")
-    _check_x(x, op)
-    shape, layout = tuple(x.shape), layout_of(x)
     convs = []
     for i, (conv, norm) in enumerate(main):
         epilogue = Epilogue(True, i == len(main) - 1, _has_norm(norm))
-        spec = _check_conv_at(shape, layout, x, conv, norm, epilogue, grad, f"{op}: conv{i + 1}")
-        shape, layout = (spec.n, spec.co, spec.ho, spec.wo), spec.layout
-        convs.append(spec)
+        convs.append(_check_conv(behind, conv, norm, epilogue, grad, f"{op}: conv{i + 1}"))
+        behind = behind.after(convs[-1])
     kind = "identity"
     if call.projection:
         conv, norm = call.convs[-1], call.norms[-1]
-        epilogue = Epilogue(norm=_has_norm(norm))
-        convs.append(_check_conv_at(tuple(x.shape), layout_of(x), x, conv, norm, epilogue, grad, f"{op}: projection"))
-        got, kind = (convs[-1].n, convs[-1].co, convs[-1].ho, convs[-1].wo), "projection"
-        if got != shape:
+        convs.append(_check_conv(at, conv, norm, Epilogue(norm=_has_norm(norm)), grad, f"{op}: projection"))
+        got, kind = at.after(convs[-1]).shape, "projection"
+        if got != behind.shape:
             raise UserError(
-                f"{op}: a projection of shape {shape}", str(got), "its stride and channels must match the block's"
+                f"{op}: a projection of shape {behind.shape}",
+                str(got),
+                "its stride and channels must match the block's",
             )
     elif call.shortcut is not None:
-        _same(call.shortcut, shape, x, f"{op}: shortcut")
+        _same(call.shortcut, behind.shape, at, f"{op}: shortcut")
         kind = "given"
-    elif tuple(x.shape) != shape:
+    elif at.shape != behind.shape:
         raise UserError(
-            f"{op}: an output of the input's shape {tuple(x.shape)} to add it to",
-            str(shape),
+            f"{op}: an output of the input's shape {at.shape} to add it to",
+            str(behind.shape),
             "give the block a projection",
         )
     return BlockSpec(op, tuple(convs), kind)

@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import derived
-from ..calls import Call
+from ..calls import Call, NetCall
 from ..dispatch import catalog, select
-from ..spec import Spec
+from ..spec import NetSpec, Spec
 from .check import spec_of
+
+BLOCK_SIZES, NET_SIZES = 8, 3
+"""Input sizes kept at a time: a detector's blocks see many, a classifier's whole net a batch and a remainder."""
 
 
 class Plan(NamedTuple):
     """All that :func:`infer` needs to run a call."""
 
-    spec: Spec
+    spec: Spec | NetSpec
     choice: select.Choice
     state: Any
 
 
-def infer(call: Call, backend: str) -> Tensor:
+def infer(call: Call | NetCall, backend: str) -> Tensor:
     """The result of a call without autograd."""
     x = call.x
     parameters = call.parameters()
@@ -42,5 +45,6 @@ def infer(call: Call, backend: str) -> Tensor:
         earlier = [plan.state for key, plan in kept.items() if key[0] == fixed]
         return Plan(spec, choice, select.prepare(call, spec, choice, earlier))
 
-    plan = derived.get(parameters, (fixed, x.shape, x.stride()), make)
+    keep = NET_SIZES if isinstance(call, NetCall) else BLOCK_SIZES
+    plan = derived.get(parameters, (fixed, x.shape, x.stride()), make, keep)
     return select.execute(call, plan.spec, plan.choice, plan.state)

@@ -19,18 +19,20 @@ from .infer import infer
 
 def run(call: Call, backend: str) -> Tensor:
     """The result of ``call`` on ``backend`` (a name of :data:`resnet_fast.flags.BACKENDS`)."""
-    if _is_plain_inference(call.x):
+    if is_plain_inference(call.x):
         return infer(call, backend)
     return getattr(torch.ops.resnet_fast, call.op)(*flatten(call), backend)
 
 
-def _is_plain_inference(x: Tensor) -> bool:
+def is_plain_inference(x: Tensor) -> bool:
+    """No autograd, compiler, tracer, transform, autocast or dispatch mode wants to know of a call with this input."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
+        or x.is_meta  # which autocast does not know
         or torch.is_autocast_enabled(x.device.type)
         or torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None

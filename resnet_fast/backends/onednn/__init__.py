@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import YES, BlockSpec, Impl, PointwiseSpec, Spec, Verdict
+from ...spec import YES, BlockSpec, Impl, NetSpec, PointwiseSpec, Spec, Verdict
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bn_act import prepare as prepare_norm
 from .bottleneck import bottleneck
 from .conv_bn_act import DTYPES, conv_bn_act, prepare
+from .net import net
+from .net import prepare as prepare_net
 from .stem import stem
 
 
@@ -38,7 +40,7 @@ def available() -> Verdict:
     return YES
 
 
-def _supports(spec: Spec) -> Verdict:
+def _supports(spec: Spec | NetSpec) -> Verdict:
     if spec.grad:
         return Verdict.no(
             "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
@@ -47,15 +49,16 @@ def _supports(spec: Spec) -> Verdict:
         return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
     if spec.dtype not in DTYPES:
         return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
-    convs = spec.convs if isinstance(spec, BlockSpec) else () if isinstance(spec, PointwiseSpec) else (spec,)
-    if any(c.h * c.w == 0 for c in convs):
+    if not isinstance(spec, PointwiseSpec) and spec.h * spec.w == 0:
         return Verdict.no("an image with pixels", f"{spec.h}x{spec.w}", "use a larger image")
     return Verdict.yes()
 
 
-def _shape(spec: Spec) -> tuple[int, int, int, int]:
+def _shape(spec: Spec | NetSpec) -> tuple[int, int, int, int]:
     if isinstance(spec, PointwiseSpec):
         return spec.n, spec.c, spec.h, spec.w
+    if isinstance(spec, NetSpec):
+        spec = spec.parts[-1]
     last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
     return last.n, last.co, *last.out_hw()
 
@@ -79,4 +82,5 @@ IMPLS = (
     _impl("stem", stem, prepare),
     _impl("bottleneck", bottleneck, prepare),
     _impl("basic_block", basic_block, prepare),
+    _impl("net", net, prepare_net),
 )

@@ -5,11 +5,12 @@ The same ATen operations in the same order as torchvision's modules, so results 
 
 from __future__ import annotations
 
-from ...spec import YES, Impl, Spec, Verdict
+from ...spec import YES, Impl, NetSpec, Spec, Verdict
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bottleneck import bottleneck
 from .conv_bn_act import conv_bn_act
+from .net import net
 from .stem import stem
 
 
@@ -18,7 +19,7 @@ def available() -> Verdict:
     return YES
 
 
-def _supports(spec: Spec) -> Verdict:
+def _supports(spec: Spec | NetSpec) -> Verdict:
     return YES
 
 
@@ -30,5 +31,6 @@ IMPLS = tuple(
         ("stem", stem),
         ("bottleneck", bottleneck),
         ("basic_block", basic_block),
+        ("net", net),
     )
 )
