@@ -6,7 +6,7 @@ with the parameter it hangs on. Before each use the sources are compared with a 
 * identity, storage address and autograd version counter: every in-place operation that PyTorch tracks,
   ``load_state_dict``, optimizers, ``.to()``, ``p.data = …``;
 * on the CPU also the memory itself, since writes through ``.data`` and BatchNorm's own update of its running statistics
-  move no version counter: vectors in full, filters at about 128 evenly spaced elements and the last one. A write
+  move no version counter: vectors in full, filters at 64 evenly spaced elements. A write
   through ``.data`` to single elements between those is not seen: bump the version (``p.add_(0)`` under ``no_grad``) or
   call :func:`clear`.
 
@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 T = TypeVar("T")
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAMPLES = 128
+_SAMPLES = 64  # each is a cache and a TLB miss at every call, after a net's worth of activations went by
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _lock = threading.RLock()  # a server calls one net from several threads
 
@@ -37,8 +37,7 @@ class _Stamp:
     """What one source looked like. Holds on to its memory, so that the address cannot be given to another tensor."""
 
     __slots__ = (
-        "address", "copy", "data", "dtype", "identity", "sample", "seen", "seen_sample", "shape", "storage", "stride",
-        "version", "whole",
+        "address", "copy", "data", "dtype", "identity", "seen", "shape", "storage", "stride", "version", "whole",
     )  # fmt: skip
 
     def __init__(self, t: Tensor):
@@ -48,8 +47,7 @@ class _Stamp:
         # ``p.data = p.data[:32]`` or ``.permute(…)`` keep address and version
         self.shape, self.stride, self.dtype = t.shape, t.stride(), t.dtype
         self.version = None if t.is_inference() else t._version
-        self.data: np.ndarray | None = None  # compared in full
-        self.sample: np.ndarray | None = None  # every so many elements; ``data`` then holds the last one
+        self.data: np.ndarray | None = None  # a vector, or every so many elements of a filter
         self.whole: Tensor | None = None  # compared in full with ``copy``
         if t.device.type == "cpu" and t.numel():
             dense = _is_dense(t)
@@ -60,10 +58,8 @@ class _Stamp:
             elif t.dim() == 1:
                 self.data = words.numpy()
             else:
-                self.data = words[-1:].numpy()
-                self.sample = words[:: max(1, t.numel() // _SAMPLES)].numpy()
+                self.data = words[:: max(1, t.numel() // _SAMPLES)].numpy()
         self.seen = None if self.data is None else self.data.tobytes()
-        self.seen_sample = None if self.sample is None else self.sample.tobytes()
 
     def holds(self, t: Tensor) -> bool:
         """Is ``t`` still as it was when the stamp was taken? Runs for every parameter at every call: one expression."""
@@ -73,7 +69,6 @@ class _Stamp:
             and (t._version == self.version if self.version is not None else t.is_inference())
             and t.shape == self.shape
             and (self.data is None or self.data.tobytes() == self.seen)
-            and (self.sample is None or self.sample.tobytes() == self.seen_sample)
             and t.stride() == self.stride
             and t.dtype == self.dtype
             and (self.whole is None or torch.equal(self.whole, self.copy))

@@ -111,7 +111,7 @@ CHANGES: dict[str, Callable[[Net], None]] = {
     "in_place_gamma": edit("bn.weight", lambda t: t.mul_(2)),
     "data_all": edit("conv.weight", lambda t: t.data.mul_(2)),
     "data_first": edit("conv.weight", lambda t: t.data.view(-1)[:1].fill_(50)),
-    "data_last": edit("conv.weight", lambda t: t.data.view(-1)[-1:].fill_(50)),
+    "data_one_filter": edit("conv.weight", lambda t: t.data[1].fill_(50)),
     "data_one_of_a_vector": edit("bn.bias", lambda t: t.data[7:8].fill_(50)),
     "data_of_the_variance": edit("bn.running_var", lambda t: t.data[3:4].fill_(50)),
     "numpy": edit("bn.running_mean", lambda t: t.numpy().__setitem__(5, 9.0)),
@@ -250,9 +250,9 @@ def test_clear_forgets() -> None:
     assert counted((w,))[1]
 
 
-def test_the_first_source_must_be_a_tensor() -> None:
-    with pytest.raises(ValueError, match="expected the first source to be a tensor, got None; "):
-        derived.get((None, torch.ones(1)), 0, lambda kept: 0)
+def test_a_source_must_be_a_tensor() -> None:
+    with pytest.raises(ValueError, match="expected a tensor among the sources, got none; "):
+        derived.get((None, None), 0, lambda kept: 0)
 
 
 def test_a_failed_computation_leaves_nothing_behind() -> None:

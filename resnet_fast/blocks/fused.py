@@ -72,6 +72,10 @@ class Fused(nn.Module):
         norms: list[Any] = [self._modules[norm] for _, norm in self.layers]
         return not self.unfusable() and all(type(n) is not nn.Identity and n.running_mean is not None for n in norms)
 
+    def parts(self, x: Tensor) -> tuple[Any, ...] | None:
+        """This module as parts of a :class:`~resnet_fast.calls.NetCall`; None if it cannot be."""
+        raise NotImplementedError
+
     @property
     def backend(self) -> str:
         """The backend that ``accelerate(model, backend=...)`` asked for."""

@@ -75,26 +75,43 @@ class Net(Fused):
             with select.use_backend("reference"):
                 return forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        if not ops.is_plain_inference(x) or self.unfusable() or not self.images_are_independent():
+        if not ops.is_plain_inference(x):
             return forward(x)
         parts = self.parts(x)
         n, _, h, w = x.shape
-        tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
-        outputs = [
-            forward(part) if parts is None else head(ops.infer(NetCall(part, parts), self.backend))
-            for part in (x.split(tile) if tile < n else (x,))
-        ]
+        tile = n
+        if n > 1 and (parts is not None or (not self.unfusable() and self.images_are_independent())):
+            tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
+        if parts is None:
+            return forward(x) if tile == n else torch.cat([forward(part) for part in x.split(tile)])
+        outputs = [head(y) for y in ops.infer_tiles(NetCall(x, parts), tile, self.backend)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def parts(self, x: Tensor) -> tuple[Any, ...] | None:
-        """Stem and blocks as the parts of one call; None if a block cannot be one."""
+        """Stem and blocks as the parts of one call; None unless all are plain, unwatched and treat images apart."""
+        if self.unfusable():
+            return None
+        children = self._modules
         found: list[Any] = [self.stem_call(x)]
-        for stage in self.stages:
-            for block in self._modules[stage].children():
+        for name in self.stages:
+            stage = children[name]
+            if type(stage) is not nn.Sequential or is_altered(stage):
+                return None
+            for block in stage._modules.values():
+                if not isinstance(block, Fused) or is_altered(block) or block.unfusable():
+                    return None
                 parts = block.parts(x)
                 if parts is None:
                     return None
                 found += parts
+        if any([part.batch_stats for part in found]):
+            return None
+        inner = {"conv1", "bn1", *self.acts, "maxpool", *self.stages}
+        head = [
+            m for name, child in children.items() if name not in inner and child is not None for m in child.modules()
+        ]
+        if not all([type(m) in self.per_image and not m.training and not is_altered(m) for m in head]):
+            return None
         return tuple(found)
 
     def largest_activation(self, h: int, w: int) -> int:

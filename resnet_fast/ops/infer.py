@@ -7,6 +7,7 @@ backends that work. A call like an earlier one costs one look-up.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,21 +23,38 @@ BLOCK_SIZES, NET_SIZES = 8, 3
 
 
 class Plan(NamedTuple):
-    """All that :func:`infer` needs to run a call."""
+    """All that is needed to run a call."""
 
     spec: Spec | NetSpec
     choice: select.Choice
     state: Any
 
 
-def infer(call: Call | NetCall, backend: str) -> Tensor:
+def infer(call: Call, backend: str) -> Tensor:
     """The result of a call without autograd."""
+    plan = _plan(call, backend)
+    return select.execute(call, plan.spec, plan.choice, plan.state)
+
+
+def infer_tiles(call: NetCall, tile: int, backend: str) -> Iterator[Tensor]:
+    """The results of ``call`` for ``tile`` images of its batch at a time; parameters are looked at once per size."""
+    plan: Plan | None = None
+    for x in call.x.split(tile) if tile < call.x.shape[0] else (call.x,):
+        part = call._replace(x=x)
+        if plan is None or plan.spec.n != x.shape[0]:
+            plan = _plan(part, backend)
+        yield select.execute(part, plan.spec, plan.choice, plan.state)
+
+
+def _plan(call: Call | NetCall, backend: str) -> Plan:
     x = call.x
     parameters = call.parameters()
     numbers = call.numbers()
     anchored = any(p is not None for p in parameters)
     if not anchored or not catalog.prepares(x.device.type) or call.batch_stats:
-        return select.run(call, spec_of(call, grad=False), backend)
+        spec = spec_of(call, grad=False)
+        choice = select.choose(spec, x.device.type, backend)
+        return Plan(spec, choice, select.prepare(call, spec, choice, []))
     fixed = (type(call), numbers, x.dtype, x.device, select.requested(backend), catalog.fingerprint())
 
     def make(kept: dict[Any, Plan]) -> Plan:
@@ -46,5 +64,4 @@ def infer(call: Call | NetCall, backend: str) -> Tensor:
         return Plan(spec, choice, select.prepare(call, spec, choice, earlier))
 
     keep = NET_SIZES if isinstance(call, NetCall) else BLOCK_SIZES
-    plan = derived.get(parameters, (fixed, x.shape, x.stride()), make, keep)
-    return select.execute(call, plan.spec, plan.choice, plan.state)
+    return derived.get(parameters, (fixed, x.shape, x.stride()), make, keep)

@@ -3,9 +3,9 @@
     x -> stem -> block -> … -> block, BatchNorm folded, each convolution with its bias, add and ReLU one primitive
 
 A call of ``mkldnn::_convolution_pointwise`` takes about 50 us besides the arithmetic (it looks its primitive up anew;
-measured on an AVX2 machine), 53 times per ResNet-50, and as much Python lies between the calls. oneDNN's graph API, which
-ATen exposes through TorchScript, keeps the compiled primitives instead: 46.8 ms against 50.1 for ResNet-50 at batch 1,
-44.4 against 46.2 ms per image at batch 16 in tiles of four (measured; docs/notes/one-graph.md).
+measured on an AVX2 machine), 53 times per ResNet-50, and as much Python lies between the calls. oneDNN's graph API,
+which ATen exposes through TorchScript, keeps the compiled primitives instead: 46.8 ms against 50.1 for ResNet-50 at
+batch 1, 44.4 against 46.2 ms per image at batch 16 in tiles of four (measured; docs/notes/one-graph.md).
 
 Compiling takes about a second and is good for one input size, so a size runs its parts one by one, with weights packed
 as for any other call, until it comes for the fifth time. Sizes that keep changing never compile. The graph is traced
