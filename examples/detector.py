@@ -1,6 +1,6 @@
 """A torchvision detector with an accelerated backbone: same boxes, and a table of what ran where.
 
-    python examples/detector.py
+python examples/detector.py
 """
 
 from __future__ import annotations

@@ -1,0 +1,139 @@
+"""A whole net in one call: the compiled graph gives what its parts give, and notices every edit."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import resnet_fast
+from resnet_fast import derived, numerics
+from resnet_fast.models import paper
+
+module = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's own name is the function
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "bottleneck": lambda: ResNet(Bottleneck, [1, 2, 1, 1], num_classes=10),
+    "basic": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10),
+    "grouped": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10, groups=4, width_per_group=16),
+    "dilated": lambda: ResNet(
+        Bottleneck, [1, 1, 2, 2], num_classes=10, replace_stride_with_dilation=[False, True, True]
+    ),
+    "plain": paper.plain18,
+    "cifar plain": paper.cifar_plain20,
+    "cifar": lambda: paper.cifar_resnet20(shortcut="B"),
+}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Compiles at the first call; the list collects the input shapes that were compiled for."""
+    shapes: list[torch.Size] = []
+    compile_graph = module._compile
+
+    def spy(call: object, x: torch.Tensor) -> object:
+        shapes.append(x.shape)
+        return compile_graph(call, x)
+
+    monkeypatch.setattr(module, "CALLS_BEFORE_COMPILING", 0)
+    monkeypatch.setattr(module, "_compile", spy)
+    return shapes
+
+
+def randomized(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = NETS[name]()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, std=0.2)
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graph_is_as_accurate_as_eager(name: str, dtype: torch.dtype, compiled: list[torch.Size]) -> None:
+    stock = randomized(name).to(dtype)
+    x = torch.randn(2, 3, 48, 48).to(dtype)
+    reference, eager = copy.deepcopy(stock).double()(x.double()), stock(x)
+    out = resnet_fast.accelerate(stock)(x)
+    if module.compute_dtype(dtype) == torch.float32:
+        assert compiled == [x.shape]
+    numerics.assert_close(out, reference, eager, gemm_k=512 * 9)
+
+
+@torch.inference_mode()
+def test_graph_equals_its_parts_and_comes_at_the_fifth_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    compile_graph = module._compile
+    monkeypatch.setattr(module, "_compile", lambda call, x: calls.append(len(outputs)) or compile_graph(call, x))
+    net, x = resnet_fast.accelerate(randomized("bottleneck")), torch.randn(1, 3, 64, 64)
+    outputs: list[torch.Tensor] = []
+    for _ in range(6):
+        outputs.append(net(x))
+    assert calls == [4]
+    for out in outputs[1:]:
+        torch.testing.assert_close(out, outputs[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_sizes_that_change_never_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_compile", lambda call, x: pytest.fail("compiled"))
+    net = resnet_fast.accelerate(randomized("basic"))
+    for size in (32, 40, 48, 56, 64, 32, 40, 48):
+        net(torch.randn(1, 3, size, size))
+
+
+@torch.no_grad()
+def test_an_edit_reaches_the_graph(compiled: list[torch.Size]) -> None:
+    stock = randomized("basic")
+    x = torch.randn(2, 3, 48, 48)
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    fused(x)
+    for edit in (
+        lambda n: n.layer3[0].conv2.weight.mul_(0.5),
+        lambda n: n.layer1[0].bn2.bias.data.add_(1),
+        lambda n: n.layer4[0].downsample[1].running_mean.fill_(0.3),
+        lambda n: setattr(n.bn1, "eps", 0.1),
+    ):
+        for net in (stock, fused):
+            edit(net)
+        torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)
+    assert len(compiled) == 5
+
+
+@torch.no_grad()
+def test_without_the_switch_the_parts_run(monkeypatch: pytest.MonkeyPatch, compiled: list[torch.Size]) -> None:
+    monkeypatch.setattr(module, "can_compile", lambda: False)
+    stock = randomized("basic")
+    x = torch.randn(1, 3, 48, 48)
+    expected = stock(x)
+    torch.testing.assert_close(resnet_fast.accelerate(stock)(x), expected, rtol=1e-4, atol=1e-4)
+    assert not compiled
+
+
+@torch.no_grad()
+def test_compiling_leaves_the_process_wide_switch_alone(compiled: list[torch.Size]) -> None:
+    before = torch._C._jit_llga_enabled()
+    resnet_fast.accelerate(randomized("basic"))(torch.randn(1, 3, 32, 32))
+    assert compiled and torch._C._jit_llga_enabled() == before
+
+
+@torch.no_grad()
+def test_other_sizes_live_side_by_side_and_the_oldest_goes(compiled: list[torch.Size]) -> None:
+    derived.clear()
+    stock = randomized("basic")
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    for size in (32, 40, 48, 56, 32):
+        x = torch.randn(1, 3, size, size)
+        torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)
+    assert len(compiled) == 5  # three sizes are kept, so the first was compiled again
+    assert len(derived._cache[fused.conv1.weight].values) == 3
