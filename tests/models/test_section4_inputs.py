@@ -93,14 +93,32 @@ def test_input_that_no_resnet_takes_is_refused_with_reasons(x: Tensor, message: 
             fused(x)
 
 
-def test_nan_and_infinity_pass_through(twin: Twin) -> None:
-    stock, fused = twin()
-    x = torch.randn(3, 3, 32, 32)
-    x[0, 0, 3, 3], x[1, 1, 5, 5] = float("nan"), float("inf")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_nan_and_infinity_break_the_logits_as_in_the_stock_net(
+    kind: str, bad: float, dtype: torch.dtype, twin: Twin, nets: SimpleNamespace
+) -> None:
+    """oneDNN's ReLU turns NaN into 0: a broken image would get confident logits. The whole batch runs on reference."""
+    stock, fused = twin(getattr(nets, kind)().to(dtype))
+    x = torch.randn(3, 3, 32, 32).to(dtype)
     with torch.no_grad():
+        fused(x)  # packed weights and plans are there and must not be taken
+        x[1, 1, 5, 5] = bad
+        resnet_fast.reset_stats()
         want, got = stock(x), fused(x)
-    assert torch.equal(got.isnan(), want.isnan())
-    torch.testing.assert_close(got[2], want[2], rtol=1e-4, atol=1e-4)
+        assert want[1].isnan().all() and want[[0, 2]].isfinite().all()
+        nets.assert_equal(got, want)
+        stats = resnet_fast.stats()
+        assert {call.split("/")[1] for call in stats["calls"]} == {"reference"}
+        ((reason, count),) = stats["fallbacks"].items()
+        assert count == 1 and "its input holds NaN or infinity" in reason
+        with resnet_fast.strict(), pytest.raises(resnet_fast.BackendError, match="input holds NaN or infinity"):
+            fused(x)
+        x[1, 1, 5, 5] = 0
+        resnet_fast.reset_stats()
+        fused(x)
+        assert not resnet_fast.stats()["fallbacks"]
 
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, nbytes: int = 1) -> list[int]:
