@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,18 +26,31 @@ def randomize(model: nn.Module) -> nn.Module:
     return model
 
 
+@functools.lru_cache
+def _template(kind: str) -> nn.Module:
+    """Initialising a net takes longer than most tests of it: the net without options is built once and copied."""
+    from torchvision.models import resnet
+
+    with torch.inference_mode(False):
+        return randomize(resnet.ResNet(getattr(resnet, kind), [2, 1, 1, 1], num_classes=10))
+
+
+def _build(kind: str, **kwargs: Any) -> nn.Module:
+    from torchvision.models import resnet
+
+    if not kwargs:
+        return copy.deepcopy(_template(kind))
+    return randomize(resnet.ResNet(getattr(resnet, kind), [2, 1, 1, 1], **({"num_classes": 10} | kwargs)))
+
+
 def basic(**kwargs: Any) -> nn.Module:
     """torchvision's ResNet of basic blocks, one per stage and an identity block in the first. 10 classes."""
-    from torchvision.models.resnet import BasicBlock, ResNet
-
-    return randomize(ResNet(BasicBlock, [2, 1, 1, 1], **({"num_classes": 10} | kwargs)))
+    return _build("BasicBlock", **kwargs)
 
 
 def bottleneck(**kwargs: Any) -> nn.Module:
     """The same of bottlenecks."""
-    from torchvision.models.resnet import Bottleneck, ResNet
-
-    return randomize(ResNet(Bottleneck, [2, 1, 1, 1], **({"num_classes": 10} | kwargs)))
+    return _build("Bottleneck", **kwargs)
 
 
 def assert_equal(got: Any, want: Any) -> None:

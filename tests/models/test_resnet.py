@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +30,7 @@ def build(name: str, randomize: Callable[[nn.Module], nn.Module], **kwargs: Any)
     with torch.device("meta"):
         model = registry.build(name, num_classes=10, **kwargs)
     model = model.to_empty(device="cpu")
-    noise = itertools.cycle(torch.randn(997))
-    block = torch.tensor([next(noise) for _ in range(997)])
+    block = torch.randn(997)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -165,8 +163,9 @@ def test_each_torchvision_argument(name: str, kwargs: dict[str, Any], nets: Simp
     import torchvision
 
     ours = resnet_fast.models.resnet.FACTORIES[name](**kwargs).eval()
-    stock = getattr(torchvision.models, name)(**kwargs).eval()
-    stock.load_state_dict(ours.state_dict(), strict=True)
+    with torch.device("meta"):
+        stock = getattr(torchvision.models, name)(**kwargs).eval()
+    stock.to_empty(device="cpu").load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 3, 40, 40)
     with resnet_fast.use_backend("reference"):
         nets.assert_equal(ours(x), stock(x))
@@ -250,7 +249,7 @@ def test_an_unknown_net_is_no_attribute() -> None:
 @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
 @pytest.mark.parametrize(("name", "stride_in_1x1"), [("resnet18", False), ("resnet50", False), ("resnet50", True)])
 def test_the_papers_variants(name: str, shortcut: str, stride_in_1x1: bool, nets: SimpleNamespace) -> None:
-    model = nets.randomize(registry.build(name, num_classes=10, shortcut=shortcut, stride_in_1x1=stride_in_1x1))
+    model = build(name, nets.randomize, shortcut=shortcut, stride_in_1x1=stride_in_1x1)
     check_paper_net(model, torch.randn(2, 3, 40, 40), nets)
 
 
