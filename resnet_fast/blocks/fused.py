@@ -93,10 +93,10 @@ def untraceable(x: Any) -> str:
     """Why a call with this input must see the stock layers: what traces or transforms it cannot read our ops."""
     if isinstance(x, torch.fx.Proxy):
         return "symbolic tracing by torch.fx takes the stock layers, whose node names are torchvision's"
-    if torch.compiler.is_compiling():
-        return ""
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "torch.jit.trace and ONNX export take the stock layers, which other runtimes know"
+    if torch.compiler.is_compiling():
+        return ""
     if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func transforms take the stock layers, which have their rules"
     if _has_any_global_hook():

@@ -131,17 +131,16 @@ def test_compiled_with_an_unfused_block(twin: Twin, nets: SimpleNamespace) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_inductor(train: bool, nets: SimpleNamespace) -> None:
+    """In training against the stock net compiled alike: Inductor's own convolutions and sums are not eager's."""
     stock = nets.bottleneck().train(train)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
-    x = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(fused, fullgraph=True)
+    x = torch.randn(4, 3, 64, 64)  # a last stage with few values per channel would have gradients of noise
     if train:
-        compiled(x).square().mean().backward()
-        stock(x).square().mean().backward()
-        torch.testing.assert_close(fused.conv1.weight.grad, stock.conv1.weight.grad, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(dict(fused.named_buffers()), dict(stock.named_buffers()), rtol=1e-4, atol=1e-5)
+        for model in (stock, fused):
+            model.compile(fullgraph=True)
+        torch.testing.assert_close(nets.train_step(fused, x), nets.train_step(stock, x), rtol=1e-4, atol=1e-5)
     else:
-        nets.assert_close_to_eager(compiled, stock, x)
+        nets.assert_close_to_eager(torch.compile(fused, fullgraph=True), stock, x)
 
 
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
