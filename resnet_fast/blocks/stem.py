@@ -6,6 +6,7 @@ CIFAR net has no pooling there: the op ``conv_bn_act``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -68,7 +69,7 @@ class Net(Fused):
             return forward(x)
         if self.training or not select.prefers_nhwc(x.device.type, self.backend):
             return forward(x)
-        if not x.sum(dtype=torch.float32).isfinite() and select.requested(self.backend) == "auto":
+        if not math.isfinite(x.sum(dtype=torch.float32).item()) and select.requested(self.backend) == "auto":
             record.fall_back(
                 "the net runs on reference: its input holds NaN or infinity, which oneDNN's ReLU would hide"
             )

@@ -50,6 +50,11 @@ def prepares(device: str) -> bool:
     return any(i.prepare and (not i.devices or device in i.devices) for b in loaded() for i in b.IMPLS)
 
 
+def works(name: str) -> bool:
+    """Can this backend be used here and now? Asked at each call of a net."""
+    return bool(_load(name).available())
+
+
 def fingerprint() -> tuple[bool, ...]:
     """Changes when a backend becomes available or goes (a user switches oneDNN off): part of every decision's key."""
     return tuple([bool(b.available()) for b in loaded()])

@@ -135,7 +135,7 @@ def trace(call: Call) -> Tensor:
 def prefers_nhwc(device: str, backend: str) -> bool:
     """Should a net convert its input to channels_last once? Yes where a fused NHWC backend would run it in eval."""
     wanted = requested(backend)
-    return wanted == "onednn" or (wanted == "auto" and device == "cpu" and bool(catalog.availability()["onednn"]))
+    return wanted == "onednn" or (wanted == "auto" and device == "cpu" and catalog.works("onednn"))
 
 
 def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
