@@ -18,7 +18,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from .. import ops
 from ..calls import ConvBnActCall, NetCall, Pool, StemCall
 from ..dispatch import record, select
+from . import stage as fused_stage
 from .fused import Fused, conv_record, is_altered, norm_record, untraceable
+
+STAGES = (nn.Sequential, fused_stage.Sequential)
 
 
 class Net(Fused):
@@ -30,7 +33,7 @@ class Net(Fused):
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
     pooled = True
     per_image: ClassVar[frozenset[type[nn.Module]]] = frozenset(
-        {nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.Identity, nn.ReLU}
+        {*STAGES, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.Identity, nn.ReLU}
         | {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten}
     )
 
@@ -96,7 +99,7 @@ class Net(Fused):
         found: list[Any] = [self.stem_call(x)]
         for name in self.stages:
             stage = children[name]
-            if type(stage) is not nn.Sequential or is_altered(stage):
+            if stage is None or type(stage) not in STAGES or is_altered(stage):
                 return None
             for block in stage._modules.values():
                 if not isinstance(block, Fused) or is_altered(block) or block.unfusable():
@@ -140,9 +143,7 @@ class Net(Fused):
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None:
                 return False
         stages = [getattr(self, s) for s in self.stages]
-        return all(
-            type(s) is nn.Sequential and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages
-        )
+        return all(type(s) in STAGES and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages)
 
 
 def _int(value: int | tuple[int, ...]) -> int:

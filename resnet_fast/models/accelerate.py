@@ -1,4 +1,4 @@
-"""``accelerate(model)``: exchange the class of every residual block and net for its fused counterpart, and back."""
+"""``accelerate(model)``: exchange the class of every residual block, stage and net for its fused one, and back."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def accelerate(model: M, backend: str = "auto") -> M:
     """
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
+    from ..blocks import stage
+
     flags.check_backend(backend)
     classes = fused_classes()
     fused = set(classes.values())
@@ -63,6 +65,9 @@ def accelerate(model: M, backend: str = "auto") -> M:
             module.__dict__.pop("_resnet_fast_backend", None)
         else:
             module.__dict__["_resnet_fast_backend"] = backend
+    for module in model.modules():
+        if type(module) is nn.Sequential and module and {type(block) for block in module} <= fused:
+            module.__class__ = stage.Sequential
     if not found:
         names = sorted({f"{c.__module__}.{c.__qualname__}" for c in classes})
         raise UserError(
@@ -75,10 +80,11 @@ def accelerate(model: M, backend: str = "auto") -> M:
 
 def restore(model: M) -> M:
     """Undo :func:`accelerate` exactly, in place: every module gets its stock class back. Returns ``model``."""
+    from ..blocks import stage
     from ..blocks.fused import Fused
 
     for module in model.modules():
-        if isinstance(module, Fused):
+        if isinstance(module, (Fused, stage.Sequential)):
             module.__dict__.pop("_resnet_fast_backend", None)
             module.__class__ = module.stock_class  # type: ignore[assignment]
     return model

@@ -1,0 +1,49 @@
+"""A stage of a net (layer1 … layer4): NHWC between its blocks, the user's layout at both ends.
+
+    x NCHW -> [NHWC] block -> block -> … -> block -> [NCHW] y
+
+A fused block gives back the layout that it was given. On a CPU its kernels work in NHWC, so a net in NCHW that is built
+around such blocks and not run as a whole (a detector, a segmentation net) would convert twice per block; this way it is
+twice per stage.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..dispatch import select
+from .fused import Fused
+
+
+class Sequential(nn.Sequential):
+    """A Sequential of fused blocks."""
+
+    stock_class: ClassVar[type[nn.Module]] = nn.Sequential
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return self.eager_forward(x)
+        for block in self:
+            x = block(x)
+        return x
+
+    @torch.jit.unused
+    def eager_forward(self, x: Tensor) -> Tensor:
+        """The blocks one after another."""
+        if self.converts(x):
+            return nn.Sequential.forward(self, x.contiguous(memory_format=torch.channels_last)).contiguous()
+        return nn.Sequential.forward(self, x)
+
+    @torch.jit.unused
+    def converts(self, x: Tensor) -> bool:
+        """Is ``x`` a plain NCHW tensor in inference, and will one of the blocks run on a backend that works in NHWC?"""
+        if not ops.is_plain_inference(x) or self.training or x.dim() != 4:
+            return False
+        if not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            return False
+        fused = [block for block in self if isinstance(block, Fused) and not block.unfusable()]
+        return bool(fused) and select.prefers_nhwc(x.device.type, fused[0].backend)
