@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES = 64  # each is a cache and a TLB miss at every call, after a net's worth of activations went by
-_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> number of sources -> entry
 _lock = threading.RLock()  # a server calls one net from several threads
 
 
@@ -115,10 +115,12 @@ def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[
     if anchor is None:
         raise ValueError("expected a tensor among the sources, got none; compute what depends on nothing directly")
     with _lock:
-        entry = _cache.get(anchor)
+        # By number, since one parameter can lead several calls (a block, and the rest of a net from there on), which
+        # must not push each other out.
+        entries = _cache.setdefault(anchor, {})
+        entry = entries.get(len(sources))
         if entry is None or not entry.holds(sources):
-            entry = _Entry(sources)
-            _cache[anchor] = entry
+            entry = entries[len(sources)] = _Entry(sources)
         values: dict[Hashable, Any] = entry.values
         if key in values:
             if len(values) > 1 and next(reversed(values)) != key:

@@ -16,7 +16,7 @@ from torchvision.models import resnet as stock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
-from ..calls import ConvBnActCall, NetCall, Pool, StemCall
+from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
 from ..dispatch import record, select
 from . import stage as fused_stage
 from .fused import Fused, conv_record, is_altered, norm_record, untraceable
@@ -83,13 +83,42 @@ class Net(Fused):
             return forward(x)
         parts = self.parts(x)
         n, _, h, w = x.shape
-        tile = n
-        if n > 1 and (parts is not None or (not self.unfusable() and self.images_are_independent())):
-            tile = select.batch_tile(n, self.largest_activation(h, w), x.dtype, x.device.type, self.backend)
         if parts is None:
+            tile = n
+            if n > 1 and not self.unfusable() and self.images_are_independent():
+                tile = self.tile(n, self.largest_activation(h, w), x)
             return forward(x) if tile == n else torch.cat([forward(part) for part in x.split(tile)])
-        outputs = [head(y) for y in ops.infer_tiles(NetCall(x, parts), tile, self.backend)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        for segment, tile in self.segments(parts, x) if n > 1 else [(parts, 1)]:
+            tiles = list(ops.infer_tiles(NetCall(x, segment), tile, self.backend))
+            x = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        return head(x)
+
+    def tile(self, n: int, elements: int, x: Tensor) -> int:
+        return select.batch_tile(n, elements, x.dtype, x.device.type, self.backend)
+
+    def segments(self, parts: tuple[Any, ...], x: Tensor) -> list[tuple[tuple[Any, ...], int]]:
+        """Runs of parts, each with the number of images to send through it at a time.
+
+        Later parts have smaller activations and larger weights: more images at a time read the weights less often.
+        """
+        n, c, h, w = x.shape
+        tiles = []
+        for part in parts:
+            largest = c * h * w
+            convs = part.convs[: len(part.convs) - part.projection] if isinstance(part, BlockCall) else (part.conv,)
+            for conv in convs:
+                c, h, w = conv.weight.shape[0], -(-h // conv.stride[0]), -(-w // conv.stride[1])
+                largest = max(largest, c * h * w)
+            if isinstance(part, StemCall):
+                h, w = -(-h // part.pool.stride), -(-w // part.pool.stride)
+            tiles.append(self.tile(n, largest, x))
+        found: list[tuple[tuple[Any, ...], int]] = []
+        start = 0
+        for i in range(1, len(parts) + 1):
+            if i == len(parts) or min(tiles[i:]) > min(tiles[start:]):
+                found.append((parts[start:i], min(tiles[start:])))
+                start = i
+        return found
 
     def parts(self, x: Tensor) -> tuple[Any, ...] | None:
         """Stem and blocks as the parts of one call; None unless all are plain, unwatched and treat images apart."""
