@@ -102,6 +102,9 @@ def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
 def conv_add(x: Tensor, p: Packed, other: Tensor, relu: bool, overwrite: bool) -> Tensor:
     """relu(conv(x) + bias + other). ``overwrite``: ``other`` is this backend's own, and becomes the result."""
     after = "relu" if relu else None
+    if 1 in (other.shape[1], other.shape[2] * other.shape[3]) and not overwrite:
+        # NHWC and NCHW at once, for which torch 2.11 makes no separate output: "could not create a memory"
+        other, overwrite = other.clone(), True
     if overwrite:
         return _fused._convolution_pointwise_.binary(other, x, p.weight, p.bias, *p.tail, "add", 1, after, [], None)
     return _fused._convolution_pointwise.binary(x, other, p.weight, p.bias, *p.tail, "add", 1, after, [], None)
