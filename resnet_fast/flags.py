@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import UserError
 
@@ -55,9 +56,26 @@ BATCH_TILE = Flag(
     ("0", "1"),
     "1: on the CPU, large eval batches run in tiles that stay in the last-level cache",
 )
+TF32 = Flag(
+    "RESNET_FAST_TF32",
+    "0",
+    ("0", "1"),
+    "1: Triton's float32 convolutions round their operands to TF32 (10 mantissa bits) for the tensor cores",
+)
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, TF32, DEBUG)
+
+CACHE = "RESNET_FAST_CACHE"
+"""Folder of what tuning measured; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
+
+
+def cache_folder() -> Path:
+    """The folder that :data:`CACHE` names, or the default. It need not exist."""
+    named = os.environ.get(CACHE)
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
 
 
 def check_backend(name: str) -> str:

@@ -87,6 +87,7 @@ class ConvSpec(_HashedOnce):
     epilogue: Epilogue = Epilogue()
     batch_stats: bool = False  # BN uses this batch's statistics (training) instead of running ones
     grad: bool = False  # autograd needs the graph of this call
+    tf32: bool = False  # float32 products may round their operands to TF32 (10 mantissa bits)
 
     @property
     def op(self) -> str:
@@ -112,12 +113,20 @@ class ConvSpec(_HashedOnce):
     def gemm_k(self) -> int:
         return self.ci // self.groups * self.r * self.s
 
+    def geometry(self) -> tuple[Pair, Pair, Pair, int]:
+        """Stride, padding, dilation and groups, in the order of ``torch.nn.functional.conv2d``."""
+        return self.stride, self.padding, self.dilation, self.groups
+
     def out_hw(self) -> Pair:
         """Height and width of what is stored, after the pooling if there is one."""
         if self.epilogue.pool is None:
             return self.ho, self.wo
         k, st, p = self.epilogue.pool
         return conv_out(self.ho, k, st, p, 1), conv_out(self.wo, k, st, p, 1)
+
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of what is stored."""
+        return self.n, self.co, *self.out_hw()
 
     def macs(self) -> int:
         """Multiply-adds of the convolution, the unit of the paper's Table 1 (what it calls FLOPs)."""
@@ -131,14 +140,16 @@ class ConvSpec(_HashedOnce):
         """Filter weights, and gamma and beta of the norm."""
         return self.co * self.gemm_k + (2 * self.co if self.epilogue.norm else 0)
 
+    def touched(self) -> int:
+        """Elements of the input that some output reads."""
+        rows = _touched(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
+        return self.n * self.ci * rows * _touched(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
+
     def min_bytes(self) -> int:
         """Bytes that any implementation must move: touched inputs, weights, residual and output, once each."""
-        touched = _touched(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0]) * _touched(
-            self.w, self.s, self.stride[1], self.padding[1], self.dilation[1]
-        )
         ho, wo = self.out_hw()
         y = self.n * ho * wo * self.co
-        elements = self.n * touched * self.ci + self.co * self.gemm_k + y * (2 if self.epilogue.add else 1)
+        elements = self.touched() + self.co * self.gemm_k + y * (2 if self.epilogue.add else 1)
         return elements * ITEMSIZE[self.dtype] + (2 * self.co * 4 if self.epilogue.norm else 0)
 
     def with_(self, **changes: Any) -> ConvSpec:
@@ -175,6 +186,10 @@ class PointwiseSpec(_HashedOnce):
     grad: bool = False
 
     op = "bn_act"
+
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W), as the input's."""
+        return self.n, self.c, self.h, self.w
 
     def macs(self) -> int:
         return 0
@@ -248,6 +263,10 @@ class BlockSpec(_HashedOnce):
     def grad(self) -> bool:
         return any(c.grad for c in self.convs)
 
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of the block's output."""
+        return self.main[-1].out_shape()
+
     def macs(self) -> int:
         return sum(c.macs() for c in self.convs)
 
@@ -279,6 +298,68 @@ class BlockSpec(_HashedOnce):
         extra = "".join(sorted({f" g{c.groups}" for c in self.convs if c.groups != 1}))
         extra += "".join(sorted({f" d{c.dilation[0]}" for c in self.convs if c.dilation != (1, 1)}))
         return f"N{self.n} {self.h}x{self.w} {first.ci} -> {chain}{extra} + {self.shortcut} {_mode(first)}"
+
+
+@dataclass(frozen=True)
+class LaunchSpec(_HashedOnce):
+    """What one kernel launch computes: a chain of convolutions, each reading what the one before it left on chip.
+
+    ``projection``: a 1x1 convolution of another input (the block's), accumulated into the last one's tile before its
+    epilogue, in place of a residual that is read. ``kernel`` is the name of the kernel file.
+    """
+
+    __hash__ = _HashedOnce.__hash__
+
+    kernel: str
+    convs: tuple[ConvSpec, ...]
+    projection: ConvSpec | None = None
+
+    @property
+    def first(self) -> ConvSpec:
+        return self.convs[0]
+
+    @property
+    def last(self) -> ConvSpec:
+        return self.convs[-1]
+
+    @property
+    def n(self) -> int:
+        return self.first.n
+
+    @property
+    def dtype(self) -> str:
+        return self.first.dtype
+
+    @property
+    def residual(self) -> bool:
+        """Does the epilogue read a tensor of the output's shape?"""
+        return self.last.epilogue.add and self.projection is None
+
+    def all_convs(self) -> tuple[ConvSpec, ...]:
+        """The chain, then the projection if there is one."""
+        return self.convs if self.projection is None else (*self.convs, self.projection)
+
+    def macs(self) -> int:
+        return sum(c.macs() for c in self.all_convs())
+
+    def flops(self) -> int:
+        return 2 * self.macs()
+
+    def min_bytes(self) -> int:
+        """Touched inputs, weights, fp32 biases, residual and output, once each; nothing between the chain's members."""
+        size, total = ITEMSIZE[self.dtype], 0
+        for c in self.all_convs():
+            total += c.co * c.gemm_k * size
+            if c is self.first or c is self.projection:
+                total += c.touched() * size
+        ho, wo = self.last.out_hw()
+        total += self.n * ho * wo * self.last.co * size * (2 if self.residual else 1)
+        # BatchNorm is folded: one bias per output channel of each member, the projection's is added to the last one's
+        return total + sum(4 * c.co for c in self.convs)
+
+    def __str__(self) -> str:
+        chain = " -> ".join(str(c) for c in self.convs)
+        return f"{self.kernel}: {chain}" + (f" + projection {self.projection}" if self.projection else "")
 
 
 @dataclass(frozen=True)
@@ -320,6 +401,10 @@ class NetSpec(_HashedOnce):
     def grad(self) -> bool:
         return any(p.grad for p in self.parts)
 
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of the last part's output."""
+        return self.parts[-1].out_shape()
+
     def macs(self) -> int:
         return sum(p.macs() for p in self.parts)
 
@@ -342,6 +427,7 @@ Spec = ConvSpec | PointwiseSpec | BlockSpec
 
 def _mode(spec: ConvSpec | PointwiseSpec) -> str:
     flags = (" batch-stats" if spec.batch_stats else "") + (" grad" if spec.grad else "")
+    flags += " tf32" if getattr(spec, "tf32", False) else ""
     return f"{spec.dtype} {spec.layout}{flags}"
 
 

@@ -14,15 +14,16 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+from .. import flags
 from ..spec import Impl, Verdict
 
 _PACKAGES = {
     "reference": "resnet_fast.backends.reference",
     "onednn": "resnet_fast.backends.onednn",
+    "triton": "resnet_fast.backends.triton",
 }
 
 _ABSENT = {
-    "triton": "a Triton backend",
     "cuda": "compiled CUDA kernels",
 }
 
@@ -56,8 +57,9 @@ def works(name: str) -> bool:
 
 
 def fingerprint() -> tuple[bool, ...]:
-    """Changes when a backend becomes available or goes (a user switches oneDNN off): part of every decision's key."""
-    return tuple([bool(b.available()) for b in loaded()])
+    """Changes when a backend becomes available or goes (a user switches oneDNN off), and with the switches that change
+    how one computes: part of every decision's key."""
+    return (*[bool(b.available()) for b in loaded()], flags.TF32.enabled())
 
 
 def availability() -> dict[str, Verdict]:

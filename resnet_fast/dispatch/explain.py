@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from . import record
 
 @dataclass(frozen=True)
 class Row:
-    """One op call, or one module that ran its stock layers (``backend`` is then ``stock`` and ``spec`` empty)."""
+    """One op call, or one module that ran its stock layers (``backend`` is then ``stock`` and ``spec`` empty).
+
+    ``detail``: the kernels and configs that the backend chose, where it has a choice.
+    """
 
     layer: str
     op: str
@@ -26,6 +29,7 @@ class Row:
     megabytes: float | None = None
     floor_ms: float | None = None
     bound: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Explanation:
                 reasons.setdefault(f"not {name}: {why}" if r.backend != "stock" else f"stock layers: {why}", []).append(
                     r.layer
                 )
-        lines += ["", f"floors: {self.ceilings}", *self.notes]
+        lines += ["", *(f"{r.layer}: {r.detail}" for r in self.rows if r.detail)]
+        lines += [f"floors: {self.ceilings}", *self.notes]
         for reason, layers in reasons.items():
             where = "every layer" if len(layers) == len(self.rows) else ", ".join(dict.fromkeys(layers))
             lines.append(f"{reason}  [{where}]")
@@ -118,6 +123,13 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape)))
 
 
+@runtime_checkable
+class Described(Protocol):
+    """A state that tells what was chosen."""
+
+    chosen: Any
+
+
 def _put_back(buffer: Tensor, before: Tensor) -> None:
     """Write only where something changed: a write would make every weight derived from the buffer stale."""
     if buffer.device.type != "meta" and not torch.equal(buffer, before):
@@ -138,6 +150,7 @@ def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
         floor.nbytes / 1e6 if floor else spec.min_bytes() / 1e6,
         floor.seconds * 1e3 if floor else None,
         floor.bound if floor else "",
+        str(event.state) if isinstance(event.state, Described) else "",
     )
 
 

@@ -33,6 +33,7 @@ class Ran(NamedTuple):
     call: Call
     spec: Spec
     choice: Choice
+    state: Any
 
 
 class Stock(NamedTuple):
@@ -42,19 +43,20 @@ class Stock(NamedTuple):
     reason: str
 
 
-def ran(call: Any, spec: Spec | NetSpec, choice: Choice) -> None:
+def ran(call: Any, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
     """Count a call; a fallback from a faster backend is logged once per reason, or raises in strict mode."""
     if choice.fell_back:
         # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
         fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
     if isinstance(spec, NetSpec):  # its parts are what a reader of counters and explanations knows
-        pairs: list[tuple[Any, Any]] = list(zip(call.parts, spec.parts, strict=True))
+        states = state if isinstance(state, list) else [None] * len(spec.parts)
+        parts: list[tuple[Any, Any, Any]] = list(zip(call.parts, spec.parts, states, strict=True))
     else:
-        pairs = [(call, spec)]
-    for part, part_spec in pairs:
+        parts = [(call, spec, state)]
+    for part, part_spec, part_state in parts:
         _calls[(part_spec.op, choice.impl.backend)] += 1
         if _tape is not None:
-            _tape.append(Ran(part, part_spec, choice))
+            _tape.append(Ran(part, part_spec, choice, part_state))
 
 
 def stock(module: Any, op: str, reason: str) -> None:

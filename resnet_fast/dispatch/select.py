@@ -117,7 +117,7 @@ def prepare(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, earlier:
 
 def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> Tensor:
     """Count the call and run it."""
-    record.ran(call, spec, choice)
+    record.ran(call, spec, choice, state)
     return choice.impl.run(call, spec, state)
 
 
@@ -135,7 +135,8 @@ def trace(call: Call) -> Tensor:
 def prefers_nhwc(device: str, backend: str) -> bool:
     """Should a net convert its input to channels_last once? Yes where a fused NHWC backend would run it in eval."""
     wanted = requested(backend)
-    return wanted == "onednn" or (wanted == "auto" and device == "cpu" and catalog.works("onednn"))
+    fastest = {"cpu": "onednn", "cuda": "triton"}.get(device)
+    return wanted in ("onednn", "triton") or (wanted == "auto" and fastest is not None and catalog.works(fastest))
 
 
 def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
@@ -145,7 +146,8 @@ def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: s
     the system after each use, so that every layer pays page faults again (docs/notes/batch-tiling.md). A tile whose
     largest activation fits twice (input and output of a layer) avoids both. ``largest``: elements per image of it.
     """
-    if device != "cpu" or not prefers_nhwc(device, backend) or not flags.BATCH_TILE.enabled():
+    on_onednn = device == "cpu" and requested(backend) != "triton" and prefers_nhwc(device, backend)
+    if not on_onednn or not flags.BATCH_TILE.enabled():
         return n
     size = max(ITEMSIZE.get(str(dtype).removeprefix("torch."), 4), 4)
     tile = max(1, last_level_cache() // (2 * largest * size))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import flags
 from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, NetCall, Norm, StemCall
 from ..errors import UserError
 from ..spec import BlockSpec, ConvSpec, Epilogue, NetSpec, PointwiseSpec, Spec
@@ -21,7 +22,7 @@ _specs: dict[Any, Spec | NetSpec] = {}
 
 def spec_of(call: Call | NetCall, grad: bool) -> Spec | NetSpec:
     """Check a call and give its Spec. Calls of a shape that was seen before cost one dictionary look-up."""
-    key = (_key(call), grad)
+    key = (_key(call), grad, flags.TF32.enabled())
     spec = _specs.get(key)
     if spec is None:
         spec = check(call, grad)
@@ -173,7 +174,7 @@ def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, 
     spec = ConvSpec(
         n, h, width, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
         str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(w)) else "nchw",
-        epilogue, norm.batch_stats, grad,
+        epilogue, norm.batch_stats, grad, at.dtype == torch.float32 and flags.TF32.enabled(),
     )  # fmt: skip
     if spec.ho < 1 or spec.wo < 1:
         raise UserError(

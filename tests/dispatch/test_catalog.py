@@ -17,8 +17,8 @@ from resnet_fast.dispatch import catalog
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_one_implementation_per_backend(op: str) -> None:
     impls = catalog.impls(op)
-    assert [i.backend for i in impls] == ["reference", "onednn"] and all(i.op == op for i in impls)
-    assert impls[0].rank < impls[1].rank
+    assert [i.backend for i in impls] == ["reference", "onednn", "triton"] and all(i.op == op for i in impls)
+    assert impls[0].rank < impls[1].rank < impls[2].rank
 
 
 def test_names_are_those_of_the_flag() -> None:
@@ -36,6 +36,33 @@ def test_fingerprint_follows_the_switches() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert catalog.fingerprint() != before
     assert catalog.fingerprint() == before
+
+
+def test_fingerprint_follows_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = catalog.fingerprint()
+    monkeypatch.setenv("RESNET_FAST_TF32", "1")
+    assert catalog.fingerprint() != before
+
+
+def test_without_triton_there_is_a_reason_and_no_import_error() -> None:
+    code = (
+        "import sys, torch\n"
+        "sys.modules['triton'] = None\n"  # import triton raises ImportError, as on Windows
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else found(name, *a)\n"
+        "import resnet_fast\n"
+        "net = resnet_fast.resnet18().eval()\n"
+        "print(resnet_fast.explain(net, torch.ones(1, 3, 32, 32)))\n"
+        "try:\n"
+        "    resnet_fast.accelerate(net, backend='triton')(torch.ones(1, 3, 32, 32))\n"
+        "except resnet_fast.BackendError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sentence = "expected Triton, got none installed; pip install triton (Linux only), or use another backend"
+    assert f"not triton: {sentence}" in done.stdout and f"is not available: {sentence}" in done.stdout
 
 
 def test_the_first_call_loads_the_backends() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import YES, BlockSpec, Impl, NetSpec, PointwiseSpec, Spec, Verdict
+from ...spec import YES, Impl, NetSpec, PointwiseSpec, Spec, Verdict
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bn_act import prepare as prepare_norm
@@ -54,24 +54,14 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
     return Verdict.yes()
 
 
-def _shape(spec: Spec | NetSpec) -> tuple[int, int, int, int]:
-    if isinstance(spec, PointwiseSpec):
-        return spec.n, spec.c, spec.h, spec.w
-    if isinstance(spec, NetSpec):
-        spec = spec.parts[-1]
-    last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
-    return last.n, last.co, *last.out_hw()
-
-
 def _impl(name: str, run: Callable[[Any, Any, Any], Tensor], prepare: Callable[[Any, Any, list[Any]], Any]) -> Impl:
     """An output without elements (an empty batch) has no primitive: there is nothing to prepare and nothing to run."""
 
     def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
-        shape = _shape(spec)
-        return prepare(call, spec, [e for e in earlier if e is not None]) if all(shape) else None
+        return prepare(call, spec, [e for e in earlier if e is not None]) if all(spec.out_shape()) else None
 
     def run_some(call: Any, spec: Any, state: Any) -> Tensor:
-        return call.x.new_empty(_shape(spec)) if state is None else run(call, spec, state)
+        return call.x.new_empty(spec.out_shape()) if state is None else run(call, spec, state)
 
     return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), "BN folded, fused, packed weights")
 

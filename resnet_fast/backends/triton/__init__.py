@@ -1,0 +1,132 @@
+"""Triton kernels, eval only: one launch per convolution or less, with bias, residual or projection, and ReLU inside.
+
+    conv_bn_act_1x1.py   matrix product                       conv_bn_act.py   any other convolution, groups
+    conv_bn_act_3x3.py   implicit GEMM over nine taps         stem.py          7x7 + max-pool in one launch
+    bottleneck.py        conv2 -> conv3, conv2's output on chip
+    bn_act.py            BatchNorm + add + ReLU alone         tiles.py         what they share
+
+A bottleneck is conv_bn_act_1x1 and then the tail, or three launches; a basic block is two launches of
+conv_bn_act_3x3, the shortcut in the second one's epilogue. Which, is chosen per problem (tuning/routes.py, choice.py);
+plan.py runs it. BatchNorm is folded in fp32, activations are NHWC.
+
+On a machine without a GPU the kernels run in Triton's interpreter: start the process with ``TRITON_INTERPRET=1``. They
+then accept CPU tensors when they are asked for by name; ``auto`` never chooses the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Verdict
+
+DTYPES = ("float32", "bfloat16", "float16")
+INDEX_LIMIT = 2**31
+"""Rows of a GEMM, and elements of one image, are counted in 32 bits; elements of a whole tensor in 64."""
+
+
+@cache
+def _triton() -> Verdict:
+    if importlib.util.find_spec("triton") is None:
+        return Verdict.no("Triton", "none installed", "pip install triton (Linux only), or use another backend")
+    return Verdict.yes()
+
+
+@cache
+def _interpreted() -> bool:
+    """As Triton itself decides it, from the environment at the start of the process."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _gpu() -> Verdict:
+    if not torch.cuda.is_available():
+        return Verdict.no(
+            "a CUDA device, or TRITON_INTERPRET=1 for Triton's interpreter", "neither", "use another backend"
+        )
+    if torch.version.hip is not None:
+        return Verdict.no("an NVIDIA GPU", "an AMD one", "use another backend")
+    old = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()) if _capability(i) < (8, 0)]
+    if old:
+        return Verdict.no("GPUs of compute capability 8.0 or later", ", ".join(old), "hide it by CUDA_VISIBLE_DEVICES")
+    return Verdict.yes()
+
+
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def available() -> Verdict:
+    """Is Triton installed, and is there a GPU that it compiles for, or its interpreter?"""
+    found = _triton()
+    if not found:
+        return found
+    return Verdict.yes("in Triton's interpreter, on CPU tensors") if _interpreted() else _gpu()
+
+
+def _supports(spec: Spec | NetSpec) -> Verdict:
+    if spec.grad:
+        return Verdict.no(
+            "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
+        )
+    if spec.batch_stats:
+        return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
+    if spec.dtype not in DTYPES:
+        return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
+    if isinstance(spec, NetSpec):
+        return next((v for v in map(_supports, spec.parts) if not v), Verdict.yes())
+    for conv in _convs(spec):
+        pixels = max(conv.gemm_m, conv.h * conv.w * conv.ci)
+        if pixels >= INDEX_LIMIT:
+            return Verdict.no("fewer than 2^31 output pixels, and elements per image", str(conv), "split the batch")
+    return Verdict.yes()
+
+
+def _convs(spec: Spec) -> tuple[ConvSpec, ...]:
+    if isinstance(spec, BlockSpec):
+        return spec.convs
+    return () if isinstance(spec, PointwiseSpec) else (spec,)
+
+
+def _impl(name: str, module: str, run: str) -> Impl:
+    """The module is imported at the first call. An output without elements needs no launch."""
+
+    def load() -> Any:
+        return importlib.import_module(f"{__name__}.{module}")
+
+    def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
+        if not all(spec.out_shape()):
+            return None
+        return load().prepare(call, spec, [e for e in earlier if e is not None])
+
+    def run_some(call: Any, spec: Any, state: Any) -> Tensor:
+        if state is None:
+            return _in_layout(call.x.new_empty(spec.out_shape()), spec.layout)
+        runner: Callable[..., Tensor] = getattr(load(), run)
+        return _in_layout(runner(call, spec, state), spec.layout)
+
+    # In the interpreter below the reference: slower than anything, and only for those who ask for it by name.
+    rank, devices = (-1, ("cuda", "cpu")) if _interpreted() else (20, ("cuda",))
+    return Impl(name, "triton", rank, _supports, run_some, prepare_some, devices, "BN folded, fused Triton kernels")
+
+
+def _in_layout(y: Tensor, layout: str) -> Tensor:
+    """``y`` with the strides that the reference would return."""
+    return y.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+
+
+IMPLS = (
+    _impl("conv_bn_act", "plan", "run"),
+    _impl("bn_act", "bn_act", "bn_act"),
+    _impl("stem", "plan", "run"),
+    _impl("bottleneck", "plan", "run"),
+    _impl("basic_block", "plan", "run"),
+    _impl("net", "net", "net"),
+)

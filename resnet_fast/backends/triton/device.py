@@ -1,0 +1,40 @@
+"""Which GPU a plan is made for, and what was measured on it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ... import roofline
+from ...roofline import Device
+from ...tuning import tables
+from .launch import INTERPRETED
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The ceilings of ``device``: a known GPU's, or an H100's scaled to an unknown one's multiprocessors.
+
+    The interpreter has no GPU: its plans are those of an H100, so that tests run what an H100 would run.
+    """
+    if INTERPRETED:
+        return roofline.gpu("h100")
+    properties = torch.cuda.get_device_properties(device)
+    known = roofline.detect(properties.name)
+    return known or roofline.unknown_gpu(
+        properties.name,
+        arch=10 * properties.major + properties.minor,
+        sms=properties.multi_processor_count,
+        shared_per_sm=properties.shared_memory_per_multiprocessor,
+        shared_per_block=properties.shared_memory_per_block_optin,
+        l2_bytes=properties.L2_cache_size,
+    )
+
+
+@cache
+def table_of(device: torch.device) -> tables.Table:
+    """What was measured on ``device``; nothing in the interpreter."""
+    if INTERPRETED:
+        return tables.Table("Triton interpreter")
+    return tables.load(torch.cuda.get_device_name(device))

@@ -1,0 +1,77 @@
+"""What every launcher of this backend needs: packed parameters, the grid, the arguments that all kernels share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...spec import ConvSpec, LaunchSpec
+from ...tuning.configs import Config
+from ...tuning.routes import merged_groups
+from . import interpreter
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Does this process run kernels in Triton's interpreter? Triton decides it when a kernel is defined."""
+
+if INTERPRETED:
+    interpreter.repair()
+
+
+class Packed(NamedTuple):
+    """A launch's parameters with BatchNorm folded: weights (Co, R, S, Ci/groups) dense, biases (Co) fp32.
+
+    ``inner``: the chain's first convolution where there are two; ``projection``: its weight (Co, Cp), whose bias is
+    part of ``bias``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    inner: Tensor | None = None
+    inner_bias: Tensor | None = None
+    projection: Tensor | None = None
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n`` and 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
+    """Tiles of one group, groups."""
+    groups = merged_groups(conv)
+    return (-(-conv.gemm_m // config.block_m)) * (-(-(conv.co // groups) // config.block_n)), groups
+
+
+def new_output(conv: ConvSpec, x: Tensor) -> Tensor:
+    """An uninitialised (N, Co, Ho, Wo) in dense NHWC."""
+    return x.new_empty((conv.n, conv.ho, conv.wo, conv.co)).permute(0, 3, 1, 2)
+
+
+def upcasts(dtype: torch.dtype) -> bool:
+    """Does this process need the kernels' detour around the interpreter's bfloat16?"""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def common(spec: LaunchSpec, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments that every convolution kernel takes."""
+    arguments: dict[str, Any] = {
+        "RES": spec.residual,
+        "RELU": spec.last.epilogue.relu,
+        "PRECISION": "tf32" if spec.last.tf32 else "ieee",
+        "UPCAST": upcasts(dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+    }
+    if not INTERPRETED:
+        arguments |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return arguments
+
+
+def described(t: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Any:
+    """A tensor descriptor over ``t`` seen as a dense matrix of ``shape``."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(t, list(shape), [shape[1], 1], list(block))

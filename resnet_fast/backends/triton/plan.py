@@ -1,0 +1,157 @@
+"""From a call to its launches: the chosen route, every launch's packed parameters, and the loop that runs them.
+
+``prepare`` runs once per set of parameters and input size; ``run`` is all that lies between dispatch and a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import folding
+from ...calls import BlockCall, Conv, ConvBnActCall, StemCall
+from ...spec import BlockSpec, ConvSpec, LaunchSpec
+from ...tuning import choice
+from ...tuning.configs import Config
+from ...tuning.routes import merged_groups, stem_step
+from . import bottleneck, conv_bn_act, conv_bn_act_1x1, conv_bn_act_3x3, stem, stock
+from .device import device_of, table_of
+from .launch import Packed
+
+Launcher = Callable[[LaunchSpec, Config, Packed, Tensor, Tensor | None, Tensor | None], Tensor]
+
+LAUNCHERS: dict[str, Launcher] = {
+    "conv_bn_act_1x1": conv_bn_act_1x1.conv_bn_act_1x1,
+    "conv_bn_act_3x3": conv_bn_act_3x3.conv_bn_act_3x3,
+    "conv_bn_act": conv_bn_act.conv_bn_act,
+    "stem": stem.stem,
+    "bottleneck": bottleneck.bottleneck,
+    "cudnn": stock.stock,
+    "cudnn_fused": stock.stock,
+}
+
+
+class Step(NamedTuple):
+    """One launch. ``makes_shortcut``: it computes the block's shortcut, not the next link of its main branch."""
+
+    launch: LaunchSpec
+    config: Config
+    packed: Packed
+    launcher: Launcher
+    makes_shortcut: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a call, the choice that they come from, and the folded convolutions that they are packed from."""
+
+    chosen: choice.Chosen
+    steps: tuple[Step, ...]
+    folded: dict[ConvSpec | int, tuple[Tensor, Tensor]]
+    pool: tuple[int, int, int] | None = None
+
+    def __str__(self) -> str:
+        return str(self.chosen)
+
+
+def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, earlier: list[Plan]) -> Plan:
+    """Choose, fold and pack. Plans of the same parameters for other sizes (``earlier``) share the packed weights.
+
+    A derived tensor outlives the call that made it, so it is made outside inference mode.
+    """
+    chosen = choice.choose(spec, device_of(call.x.device), table_of(call.x.device))
+    blocks = isinstance(call, BlockCall)
+    convs, norms = (call.convs, call.norms) if blocks else ((call.conv,), (call.norm,))  # type: ignore[union-attr]
+    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    folded: dict[Any, tuple[Tensor, Tensor]] = dict(earlier[0].folded) if earlier else {}
+    with torch.inference_mode(False), torch.no_grad():
+        for i, (conv, norm, conv_spec) in enumerate(zip(convs, norms, specs, strict=True)):
+            if i not in folded:
+                folded[i] = pack(conv, *folding.fold(conv, norm), merged_groups(conv_spec), call.x.dtype)
+        steps = _steps(spec, specs, chosen, folded)
+    launch = chosen.route.launches[0]
+    unpooled = isinstance(call, StemCall) and launch.last.epilogue.pool is None
+    return Plan(chosen, steps, folded, tuple(call.pool) if unpooled else None)  # type: ignore[union-attr, arg-type]
+
+
+def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: choice.Chosen, folded: dict[Any, Any]) -> tuple[Step, ...]:
+    """Parameters for each launch, found by its convolutions' places in the call: main branch first, projection last."""
+    projects = isinstance(spec, BlockSpec) and spec.shortcut == "projection"
+    first, steps = 0, []
+    for at, (launch, config) in enumerate(zip(chosen.route.launches, chosen.configs, strict=True)):
+        makes_shortcut = projects and chosen.route.plan == "conv" and at == 0
+        if makes_shortcut:
+            members = [folded[len(specs) - 1]]
+        else:
+            members = [folded[first + k] for k in range(len(launch.convs))]
+            first += len(launch.convs)
+        packed = parameters(launch, config, members, None if launch.projection is None else folded[len(specs) - 1])
+        steps.append(Step(launch, config, packed, LAUNCHERS[config.kernel], makes_shortcut))
+    return tuple(steps)
+
+
+def parameters(
+    launch: LaunchSpec, config: Config, members: list[tuple[Tensor, Tensor]], projection: tuple[Tensor, Tensor] | None
+) -> Packed:
+    """A launch's parameters from the packed (weight, bias) of its convolutions and of its projection."""
+    weight, bias = members[-1]
+    if launch.kernel == "stem" and not config.stock:
+        weight = _padded_rows(weight, stem_step(launch.last))
+    inner, inner_bias = members[0] if len(members) > 1 else (None, None)
+    if projection is None:
+        return Packed(weight, bias, inner, inner_bias)
+    return Packed(weight, bias + projection[1], inner, inner_bias, projection[0])
+
+
+def pack(conv: Conv, weight: Tensor, bias: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(Co, R, S, Ci/groups) dense in ``dtype``, bias fp32. ``groups``: after merging, with zeros between members."""
+    merge = conv.groups // groups
+    if merge > 1:
+        co, cig, r, s = weight.shape
+        wide = weight.new_zeros(groups, merge, co // conv.groups, merge, cig, r, s)
+        parts = weight.reshape(groups, merge, co // conv.groups, cig, r, s)
+        for member in range(merge):
+            wide[:, member, :, member] = parts[:, member]
+        weight = wide.reshape(co, merge * cig, r, s)
+    return weight.permute(0, 2, 3, 1).to(dtype).contiguous(), bias.contiguous()
+
+
+def _padded_rows(weight: Tensor, step: int) -> Tensor:
+    """(Co, R, S, Ci) -> (Co, R, step): filter rows padded with zeros."""
+    rows = weight.flatten(2)
+    return F.pad(rows, (0, step - rows.shape[2])).contiguous()
+
+
+def dense_images(x: Tensor) -> Tensor:
+    """``x`` with each image in dense NHWC (images may lie apart); itself if it is so."""
+    return x if x[:1].is_contiguous(memory_format=torch.channels_last) else _nhwc(x)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, plan: Plan) -> Tensor:
+    """The launches one after another; returns NHWC."""
+    if isinstance(call, StemCall):
+        y = call.x if plan.pool is None and not plan.steps[0].config.stock else dense_images(call.x)
+        y = plan.steps[0].launcher(*plan.steps[0][:3], y, None, None)
+        return y if plan.pool is None else F.max_pool2d(y, *plan.pool)
+    x = dense_images(call.x)
+    given = call.residual if isinstance(call, ConvBnActCall) else call.shortcut
+    shortcut = None if given is None else _nhwc(given)
+    y = x
+    for launch, config, packed, launcher, makes_shortcut in plan.steps:
+        if makes_shortcut:
+            shortcut = launcher(launch, config, packed, x, None, None)
+            continue
+        res = None
+        if launch.residual:
+            res = _nhwc(x) if shortcut is None else shortcut
+        y = launcher(launch, config, packed, y, res, x if launch.projection is not None else None)
+    return y

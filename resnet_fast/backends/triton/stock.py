@@ -1,0 +1,38 @@
+"""PyTorch's own kernels as candidates: where the tuner measured them faster, a launch of ours runs on them.
+
+``cudnn``: convolution, then bias, add and ReLU as separate kernels. ``cudnn_fused``: cuDNN's convolution with bias,
+add and ReLU as its epilogue, which ATen offers as ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``.
+A stem's max-pool follows as PyTorch's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...spec import LaunchSpec
+from ...tuning.configs import Config
+from ...tuning.routes import merged_groups
+from .launch import Packed
+
+
+def stock(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None) -> Tensor:
+    """Run it. x, res (N, C, H, W), best in NHWC; returns y in NHWC."""
+    conv = spec.last
+    weight = packed.weight.permute(0, 3, 1, 2)  # (Co, R, S, C) dense is channels_last
+    geometry = (conv.stride, conv.padding, conv.dilation, merged_groups(conv))
+    bias = packed.bias.to(x.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if config.kernel == "cudnn_fused":
+        if res is None:
+            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        else:
+            y = torch.cudnn_convolution_add_relu(x, weight, res, 1.0, bias, *geometry)
+    else:
+        y = F.conv2d(x, weight, bias, *geometry)
+        if res is not None:
+            y += res
+        if conv.epilogue.relu:
+            y = F.relu_(y)
+    return y if conv.epilogue.pool is None else F.max_pool2d(y, *conv.epilogue.pool)

@@ -1,0 +1,97 @@
+"""What the convolution kernels share: which tile a program computes, where its pixels lie, and how a tile ends.
+
+    program -> (tile of gemm_m, tile of gemm_n)     tile_of_program
+    gemm_m  -> (n, ho, wo) -> element offset        pixel_of_row
+    tile   += A @ B.T                               multiply, accumulate_1x1
+    y       = relu(tile + bias + residual)          finish_tile
+
+Offsets of rows are 64-bit (a batch of 4,096 images at stage 1 has more than 2^31 elements) and are computed once per
+program; inside a main loop only 32-bit distances from a row's start are added to them.
+
+Rounding: products of 16-bit operands are exact in fp32, sums are fp32, and a tile is rounded to the tensor's dtype
+once, after bias, residual and ReLU. fp32 operands keep their 24 bits (PRECISION "ieee") unless TF32 is asked for.
+
+Triton's interpreter holds bfloat16 as raw 16-bit integers, multiplies those, and rounds towards zero (Triton 3.6 and
+3.8). UPCAST, set for bfloat16 under the interpreter only, widens operands to fp32 first, which is exact, and rounds to
+nearest as a GPU does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Walk GROUP_M rows of tiles column by column: programs that run together share x and the weight in L2."""
+    per_group = GROUP_M * tiles_n
+    first_m = (pid // per_group) * GROUP_M
+    rows = min(tiles_m - first_m, GROUP_M)
+    within = pid % per_group
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def pixel_of_row(m, Ho, Wo):
+    """Output pixel (n, ho, wo) of row m of the GEMM."""
+    return m // (Ho * Wo), (m // Wo) % Ho, m % Wo
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a @ b.T, with a (BLOCK_M, BLOCK_K) and b (BLOCK_N, BLOCK_K) as they lie in memory: K runs fastest."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0) that keeps NaN, as ATen's does: a broken checkpoint must not look like a plausible one."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """fp32 ``x`` rounded to nearest, ties to even, as ``dtype``."""
+    if UPCAST:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def accumulate_1x1(
+    acc, rows, row_mask, w_rows, w_mask, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + x[rows, :K] @ w[:, :K].T, where ``rows`` and ``w_rows`` point at the first of K channels in memory."""
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            a = tl.load(rows[:, None] + k[None, :], mask=row_mask[:, None], other=0.0)
+            b = tl.load(w_rows[:, None] + k[None, :], mask=w_mask[:, None], other=0.0)
+        else:
+            a = tl.load(rows[:, None] + k[None, :], mask=row_mask[:, None] & (k < K)[None, :], other=0.0)
+            b = tl.load(w_rows[:, None] + k[None, :], mask=w_mask[:, None] & (k < K)[None, :], other=0.0)
+        acc = multiply(a, b, acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def finish_tile(
+    acc, bias_ptr, res_ptr, y_ptr, m, co, row_mask, co_mask, Co,
+    RES: tl.constexpr, RELU: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """y[m, co] = relu(acc + bias + residual), rounded once. y and the residual are dense NHWC with Co channels."""
+    acc += tl.load(bias_ptr + co, mask=co_mask, other=0.0)[None, :]
+    at = m.to(tl.int64)[:, None] * Co + co[None, :]
+    mask = row_mask[:, None] & co_mask[None, :]
+    if RES:
+        acc += tl.load(res_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    tl.store(y_ptr + at, round_to(acc, y_ptr.dtype.element_ty, UPCAST), mask=mask)

@@ -1,0 +1,275 @@
+"""What devices can do: bandwidths, tensor-core rates and launch costs, each with its origin and its source in words.
+
+Every figure is a :class:`Ceiling` and carries its origin: ``measured`` on such a device, ``published`` by its maker, or
+``modelled`` from other figures. The H100's copy bandwidth and bfloat16 rate were measured. Everything else that a data
+sheet gives is scaled by what the H100 reached of its own published figure, so that devices and dtypes compare on one
+footing, and the published peak is kept beside it in ``Ceiling.published``::
+
+    modelled = published * measured(H100) / published(H100)      copy: 3.02 / 3.35 = 0.90,  bfloat16: 792 / 989.4 = 0.80
+
+Rates are dense (no 2:4 sparsity), two operations per multiply-add, sums in fp32 (int32 for int8). ``float32`` means
+TF32 products; ``float64`` the tensor cores' where there are any. Torch-free, except for :func:`calibrate_cpu`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+from .errors import UserError
+
+ORIGINS = ("measured", "published", "modelled")
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """One bound of a device: bytes/s, FLOP/s, or seconds (a launch). ``origin``: one of :data:`ORIGINS`.
+
+    ``source``: where the figure comes from, in words. ``published``: the maker's peak, where ``value`` is not that.
+    """
+
+    value: float
+    origin: str
+    source: str = ""
+    published: float | None = None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The resources of a CUDA device that the shape of a kernel is chosen by.
+
+    ``arch``: compute capability times ten; ``sms``: streaming multiprocessors; ``shared_per_sm`` and
+    ``shared_per_block`` (opt-in) in bytes; ``registers_per_sm``: of 32 bits; ``l2_bandwidth``: bytes/s that all
+    multiprocessors together read from L2; ``launch_s``: seconds from the end of one kernel to the start of a dependent
+    one in a CUDA graph. Limits by architecture: CUDA C++ Programming Guide, technical specifications per compute
+    capability.
+    """
+
+    arch: int
+    sms: int
+    shared_per_sm: int
+    shared_per_block: int
+    registers_per_sm: int
+    max_threads_per_sm: int
+    l2_bytes: int
+    l2_bandwidth: Ceiling
+    launch_s: Ceiling
+
+
+@dataclass(frozen=True)
+class Device:
+    """``bandwidth`` in bytes/s (read plus written); ``rates`` in FLOP/s (two per multiply-add) by dtype name."""
+
+    name: str
+    bandwidth: Ceiling
+    rates: tuple[tuple[str, Ceiling], ...]
+    gpu: Gpu | None = None
+
+    def rate(self, dtype: str) -> Ceiling:
+        """The rate for ``dtype``; :class:`UserError` where none is known."""
+        for name, ceiling in self.rates:
+            if name == dtype:
+                return ceiling
+        known = ", ".join(name for name, _ in self.rates)
+        raise UserError(f"a dtype that {self.name} has a known rate for", dtype, f"use one of {known}")
+
+
+_ON_H100 = "on an H100 SXM 80 GB, torch 2.11, CUDA 13.0"
+_COPY = Ceiling(3.02e12, "measured", f"copy of a large tensor {_ON_H100}; published: NVIDIA H100 data sheet", 3.35e12)
+_PRODUCT = Ceiling(792e12, "measured", f"8192^3 product {_ON_H100}; published: NVIDIA H100 white paper", 989.4e12)
+
+COPY_REACHED = 3.02 / 3.35
+"""What the H100's copy reaches of its published memory bandwidth."""
+
+RATE_REACHED = 792 / 989.4
+"""What the H100's large bfloat16 product reaches of its published dense rate."""
+
+L2_REACHED = 0.6
+"""What all multiprocessors together are assumed to read of the L2's width times its clock; not measured yet."""
+
+LAUNCH = Ceiling(
+    2e-6, "modelled", "an assumption: about a third of the time per launch that roofline.calibration() fits on an H100"
+)
+
+
+def _copy(peak: float, source: str) -> Ceiling:
+    """A copy's bandwidth from the published peak in bytes/s."""
+    return Ceiling(peak * COPY_REACHED, "modelled", f"{source}, times {COPY_REACHED:.2f} as on the H100", peak)
+
+
+def _rates(
+    source: str, bf16: float, tf32: float, fp64: float, fp8: float | None, int8: float
+) -> tuple[tuple[str, Ceiling], ...]:
+    """Rates by dtype from published dense peaks in TFLOP/s; None where the tensor cores lack the dtype."""
+    peaks = {"bfloat16": bf16, "float16": bf16, "float32": tf32, "float64": fp64, "float8_e4m3fn": fp8, "int8": int8}
+    why = f"{source}, times {RATE_REACHED:.2f} as on the H100"
+    return tuple(
+        (dtype, Ceiling(peak * 1e12 * RATE_REACHED, "modelled", why, peak * 1e12))
+        for dtype, peak in peaks.items()
+        if peak is not None
+    )
+
+
+def _l2(bytes_per_clock: int, clock: float, source: str) -> Ceiling:
+    """The L2's read bandwidth: width times boost clock in Hz, times :data:`L2_REACHED`."""
+    peak = bytes_per_clock * clock
+    why = f"{source}, times the boost clock of {clock / 1e9:.4g} GHz, times {L2_REACHED} (assumed)"
+    return Ceiling(peak * L2_REACHED, "modelled", why)
+
+
+def _gpu(arch: int, sms: int, l2_mib: int, l2: Ceiling) -> Gpu:
+    """What the architecture decides, and what the product does."""
+    shared_kib, threads = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048)}[arch]
+    # one KiB of each block's shared memory is the system's
+    return Gpu(arch, sms, shared_kib * KIB, (shared_kib - 1) * KIB, 65536, threads, l2_mib * MIB, l2, LAUNCH)
+
+
+_A100_WIDTH = "5,120 bytes a clock (NVIDIA A100 white paper)"
+
+H100 = Device(
+    "NVIDIA H100 SXM",
+    bandwidth=_COPY,
+    rates=(
+        ("bfloat16", _PRODUCT),
+        *_rates("NVIDIA H100 white paper, SXM5 column, dense", 989.4, 494.7, 66.9, 1978.9, 1978.9)[1:],
+    ),
+    gpu=_gpu(90, 132, 50, _l2(5120, 1.755e9, f"the A100's width, {_A100_WIDTH}")),
+)
+
+H200 = Device(
+    "NVIDIA H200",
+    bandwidth=_copy(4.8e12, "NVIDIA H200 data sheet, SXM column"),
+    rates=_rates("NVIDIA H200 data sheet, SXM column, dense", 989.4, 494.7, 66.9, 1978.9, 1978.9),
+    gpu=H100.gpu,  # the same chip beside another memory
+)
+
+A100 = Device(
+    "NVIDIA A100 SXM 80 GB",
+    bandwidth=_copy(2.039e12, "NVIDIA A100 data sheet, 80GB SXM column"),
+    rates=_rates("NVIDIA A100 data sheet, dense", 312, 156, 19.5, None, 624),
+    gpu=_gpu(80, 108, 40, _l2(5120, 1.41e9, _A100_WIDTH)),
+)
+
+B200 = Device(
+    "NVIDIA B200",
+    bandwidth=_copy(7.7e12, "NVIDIA HGX B200 data sheet, one GPU of eight"),
+    rates=_rates("NVIDIA HGX B200 data sheet, half of the figures with sparsity", 2250, 1100, 37, 4500, 4500),
+    gpu=_gpu(100, 148, 126, _l2(2 * 5120, 1.86e9, f"two dies of the A100's width, {_A100_WIDTH}")),
+)
+
+RTX_4090 = Device(
+    "NVIDIA GeForce RTX 4090",
+    bandwidth=_copy(1.008e12, "NVIDIA Ada architecture white paper"),
+    rates=_rates("NVIDIA Ada architecture white paper, RTX 4090, dense", 165.2, 82.6, 1.29, 330.3, 660.6),
+    gpu=_gpu(89, 128, 72, _l2(36 * 64, 2.52e9, "36 slices of 2 MB, 64 bytes a clock each (assumed)")),
+)
+
+_GPUS = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "rtx4090": RTX_4090}
+
+_OTHER_MODELS = {"pcie", "nvl", "mig", "laptop", "d", "40gb"}
+"""Words in torch's name of a device that make it another than the one here: fewer multiprocessors, other memory."""
+
+
+def gpus() -> dict[str, Device]:
+    """Every GPU with known ceilings, by the name that :func:`gpu` and the command line take."""
+    return dict(_GPUS)
+
+
+def gpu(name: str) -> Device:
+    """The GPU called ``name``; :class:`UserError` with the close matches when there is none."""
+    key = re.sub(r"[\s_-]+", "", name.lower())
+    if key in _GPUS:
+        return _GPUS[key]
+    close = difflib.get_close_matches(key, _GPUS, n=5, cutoff=0.5)
+    todo = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(_GPUS)}"
+    raise UserError("the name of a GPU", repr(name), todo)
+
+
+def detect(torch_device_name: str) -> Device | None:
+    """The GPU that ``torch.cuda.get_device_name()`` calls so; None where its ceilings are unknown."""
+    words = set(re.split(r"[\s_-]+", torch_device_name.lower()))
+    if words & _OTHER_MODELS:
+        return None
+    model = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "4090": RTX_4090}
+    return next((device for word, device in model.items() if word in words), None)
+
+
+def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_block: int, l2_bytes: int) -> Device:
+    """An estimate for a GPU without known figures: the H100's bandwidths and rates by the share of multiprocessors."""
+    known = H100.gpu
+    assert known is not None
+    share = sms / known.sms
+
+    def scaled(ceiling: Ceiling) -> Ceiling:
+        return Ceiling(ceiling.value * share, "modelled", f"an H100's, times {sms} / {known.sms} multiprocessors")
+
+    resources = replace(
+        known,
+        arch=arch,
+        sms=sms,
+        shared_per_sm=shared_per_sm,
+        shared_per_block=shared_per_block,
+        max_threads_per_sm=2048 if arch in (80, 90, 100, 103) else 1536,
+        l2_bytes=l2_bytes,
+        l2_bandwidth=scaled(known.l2_bandwidth),
+    )
+    rates = tuple((dtype, scaled(c)) for dtype, c in H100.rates if arch >= 89 or not dtype.startswith("float8"))
+    return Device(name, scaled(H100.bandwidth), rates, resources)
+
+
+def _best_rate(work: float, run: Callable[[], Any], budget_s: float) -> float:
+    """Highest ``work``/s over runs that together take about ``budget_s``: the best run is the least disturbed one."""
+    run()  # the first touches pages and builds oneDNN's primitive
+    best, end = float("inf"), time.perf_counter() + budget_s
+    while True:
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return work / best
+
+
+@cache
+def calibrate_cpu() -> Device:
+    """This machine's copy bandwidth and matrix-product rates with torch's current threads; about 0.2 s, once.
+
+    Copy: 32 MiB to another 32 MiB, beyond the usual caches, bytes read plus written. Rates: the better of a small and
+    a large square product, because a large one fills many cores, and only a small one finds a quiet moment on a busy
+    machine. Where bfloat16 is emulated and slower, its ceiling is float32's, because a kernel may convert; float16 and
+    float64 are modelled from those two. Other load makes the ceilings too low, and so the floors too high.
+    """
+    import torch
+
+    def product(dtype: torch.dtype, size: int) -> float:
+        a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
+        return _best_rate(2 * size**3, partial(torch.mm, a, a, out=out), 0.03)
+
+    with torch.inference_mode():
+        source = torch.ones(8 * 2**20)
+        target = torch.empty_like(source)
+        bandwidth = _best_rate(2 * source.numel() * 4, lambda: target.copy_(source), 0.04)
+        small, half = product(torch.float32, 256), product(torch.bfloat16, 256)
+        full = max(small, product(torch.float32, 768))
+        if half > small:  # not emulated: the large product will not take long
+            half = max(half, product(torch.bfloat16, 768))
+    f32 = Ceiling(full, "measured")
+    bf16 = Ceiling(half, "measured") if half > full else Ceiling(full, "modelled")
+    return Device(
+        f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+        bandwidth=Ceiling(bandwidth, "measured"),
+        rates=(
+            ("float32", f32),
+            ("bfloat16", bf16),
+            ("float16", Ceiling(bf16.value, "modelled")),
+            ("float64", Ceiling(f32.value / 2, "modelled")),
+        ),
+    )

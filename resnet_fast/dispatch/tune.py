@@ -1,0 +1,353 @@
+"""``tune(model, x)``: measure every way to run the model's launches on this GPU, PyTorch's own among them.
+
+    model(x) -> specs -> routes -> launches           each launch once, the most expensive first
+    launch   -> candidates + stock                    compiled side by side, proved on a small batch, timed one by one
+    times    -> the user's table                      written after every launch: a cut loses one launch
+
+A candidate is timed only after its output matched fp64 within the error budget (numerics.py). What failed, to compile,
+to match or to run at full size, is kept as refused, with the reason in the report. The fastest, ours or PyTorch's, runs
+from the next call on: tuned, a launch is never slower than stock beyond noise.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import derived
+from ..errors import BackendError, UserError
+from ..roofline import Device
+from ..spec import BlockSpec, ConvSpec, LaunchSpec
+from ..tuning import choice, configs, heuristic, tables
+from ..tuning.configs import Config
+from ..tuning.routes import routes
+from ..tuning.shapes import unknown_name
+from . import catalog, record
+
+PROOF_BATCH = 2
+"""Images that a candidate is proved on: tile edges do not depend on the batch, fp64 on a large one would take long."""
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with launches done, launches in all, and what is being measured."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of a report: the fastest candidate and PyTorch's fastest, in microseconds; None where not measured."""
+
+    launch: str
+    best: str | None
+    us: float | None
+    stock_us: float | None
+    refused: int
+
+    @property
+    def speedup(self) -> float | None:
+        """Stock time over best time: 1.0 where stock is the best."""
+        return self.stock_us / self.us if self.us and self.stock_us else None
+
+
+@dataclass
+class Tuned:
+    """What a tuning run did.
+
+    ``measured`` launches now, ``kept`` from earlier runs, ``left`` that the budget did not reach. ``refused``: launch,
+    candidate and reason. ``net_us`` and ``net_stock_us``: the sum over the model's fused layers, as tuned and on
+    PyTorch's kernels alone, once every launch of every layer is measured.
+    """
+
+    table: tables.Table
+    path: Path
+    launches: tuple[LaunchSpec, ...] = ()
+    measured: int = 0
+    kept: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    net_us: float | None = None
+    net_stock_us: float | None = None
+
+    def rows(self) -> tuple[Row, ...]:
+        """The launches with what is known of each."""
+        return tuple(self._row(launch) for launch in self.launches)
+
+    def _row(self, launch: LaunchSpec) -> Row:
+        known = self.table.times(launch)
+        times = {name: us for name, us in known.items() if us is not None}
+        best = min(times, key=times.__getitem__, default=None)
+        stock = min((times[name] for name in configs.STOCK if name in times), default=None)
+        return Row(str(launch), best, None if best is None else times[best], stock, len(known) - len(times))
+
+    def __str__(self) -> str:
+        text = f"{self.measured} launches measured, {self.kept} known before, in {self.seconds:.0f} s; {self.path}"
+        if self.left:
+            text += f"; {self.left} left for the next run: the time budget was used up"
+        return text
+
+
+def default_device() -> torch.device:
+    """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter. BackendError where they do not."""
+    _check_triton()
+    return torch.device("cpu" if "cpu" in _triton_devices() else "cuda")
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return next(i.devices for i in catalog.impls("conv_bn_act") if i.backend == "triton")
+
+
+def _check_triton() -> None:
+    available = catalog.availability()["triton"]
+    if not available:
+        raise BackendError(f"tuning needs the Triton backend: {available.reason}")
+
+
+def check_kernel(name: str) -> None:
+    """UserError with the close matches where no kernel is called ``name``."""
+    if name not in configs.SHIPPED:
+        raise unknown_name("kernel", name, configs.SHIPPED)
+
+
+def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
+    """The problem of every convolution and block of ``model(x)`` that runs on Triton, in order, repeats included."""
+    if model.training:
+        raise UserError("a model in eval mode", "one in training mode", "call model.eval() before tuning")
+    if x.numel() == 0:
+        raise UserError("an input with elements", f"shape {tuple(x.shape)}", "tune with the batch that will run")
+    if x.device.type not in _triton_devices():
+        where = " or ".join(_triton_devices())
+        raise UserError(f"a model and an input on {where}", f"an input on {x.device}", "move both there")
+    with record.tape() as tape, torch.inference_mode():
+        model(x)
+    ran = [e.spec for e in tape if isinstance(e, record.Ran) and e.choice.impl.backend == "triton"]
+    found = [spec for spec in ran if isinstance(spec, (ConvSpec, BlockSpec))]
+    if not found:
+        raise UserError(
+            "an accelerated model whose convolutions run on Triton",
+            "none that did",
+            "call resnet_fast.accelerate(model) first; resnet_fast.explain(model, x) says what ran and why",
+        )
+    return found
+
+
+def launches_of(specs: Iterable[ConvSpec | BlockSpec], device: torch.device) -> tuple[LaunchSpec, ...]:
+    """Every launch of every route of ``specs`` that ``device`` has a candidate for, each once."""
+    from ..backends.triton import device as gpus
+
+    model = gpus.device_of(device)
+    found = dict.fromkeys(launch for spec in specs for route in routes(spec) for launch in route.launches)
+    return tuple(launch for launch in found if _candidates(launch, model))
+
+
+def table_file(device: torch.device) -> Path:
+    """The user's table for ``device``: what calls on it look into, besides the shipped one."""
+    from ..backends.triton.device import table_of
+
+    return tables.user_file(table_of(device).gpu)
+
+
+def tune(
+    model: nn.Module,
+    x: Tensor,
+    budget_s: float = 170.0,
+    on_progress: OnProgress | None = None,
+    path: Path | None = None,
+    only: str | None = None,
+) -> Tuned:
+    """Measure the launches of ``model(x)`` and let the next calls use the fastest.
+
+    ::
+
+        resnet_fast.accelerate(model.eval().cuda())
+        print(resnet_fast.tune(model, x))
+
+    Args:
+        model: an accelerated model in eval mode, on the GPU.
+        x: an input of the shape, dtype and layout to tune for.
+        budget_s: seconds to spend; what is left comes first in the next run.
+        on_progress: called before each launch with launches done, launches in all, and the launch.
+        path: the table to read and write; by default the user's own for this GPU, the only one that calls look into.
+        only: the one kernel whose launches are measured, ``conv_bn_act_3x3`` for instance; by default every one.
+
+    Returns:
+        A :class:`Tuned`; ``print`` it for a summary, ``rows()`` has a row per launch.
+
+    Raises:
+        UserError: a model in training, or without convolutions on Triton; an empty input; a kernel that does not exist
+            or that the model does not launch; a table that cannot be written. BackendError: no Triton here.
+    """
+    _check_triton()
+    if only is not None:
+        check_kernel(only)
+    specs = specs_of(model, x)
+    launches = launches_of(specs, x.device)
+    if only is not None:
+        there = ", ".join(sorted({launch.kernel for launch in launches}))
+        launches = tuple(launch for launch in launches if launch.kernel == only)
+        if not launches:
+            raise UserError(f"a model that launches {only}", f"one that launches {there}", "name one of those")
+    result = tune_launches(launches, x.device, budget_s, on_progress, path)
+    result.net_us, result.net_stock_us = _net_us(specs, x.device, result.table)
+    return result
+
+
+def _net_us(
+    specs: list[ConvSpec | BlockSpec], device: torch.device, table: tables.Table
+) -> tuple[float | None, float | None]:
+    """Microseconds of all ``specs`` as tuned and on stock kernels; None where a launch of theirs was not measured."""
+    from ..backends.triton import device as gpus
+
+    model = gpus.device_of(device)
+    tuned = [choice.choose(spec, model, table) for spec in specs]
+    stock = [s for s in (choice.stock(spec, model, table) for spec in specs) if s is not None]
+    known = all(c.measured for c in tuned)
+    return (
+        sum(c.seconds for c in tuned) * 1e6 if known else None,
+        sum(stock) * 1e6 if known and len(stock) == len(specs) else None,
+    )
+
+
+def tune_launches(
+    launches: Iterable[LaunchSpec],
+    device: torch.device,
+    budget_s: float = 170.0,
+    on_progress: OnProgress | None = None,
+    path: Path | None = None,
+) -> Tuned:
+    """Measure ``launches`` on ``device``; see :func:`tune`."""
+    from ..backends.triton import device as gpus
+
+    start = time.monotonic()
+    name, model = gpus.table_of(device).gpu, gpus.device_of(device)
+    path = path or tables.user_file(name)
+    _check_writable(path)
+    result = Tuned(tables.read(path, name), path, tuple(dict.fromkeys(launches)))
+    result.table.versions |= {"torch": torch.__version__, "triton": _triton_version()}
+    todo = []
+    for launch in result.launches:
+        known = result.table.times(launch).keys()
+        missing = [c for c in _candidates(launch, model) if str(c) not in known]
+        if missing:
+            todo.append((launch, missing))
+        else:
+            result.kept += 1
+    todo.sort(key=lambda item: -_expected(item[0], model))
+    try:
+        for done, (launch, missing) in enumerate(todo):
+            if time.monotonic() - start > budget_s:
+                result.left = len(todo) - done
+                break
+            if on_progress is not None:
+                on_progress(done, len(todo), str(launch))
+            times = _measure(launch, missing, device, result)
+            result.table.entries[str(launch)] = result.table.times(launch) | times
+            result.table.save(path)
+            result.measured += 1
+    finally:  # also after Ctrl-C: what was measured until then is used
+        gpus.table_of.cache_clear()
+        derived.clear()
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before an hour of measuring, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(path.parent, os.W_OK) else "not writable"
+        problem = "a folder" if path.is_dir() else problem
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise UserError(
+            "a table that can be written", f"{path} ({problem})", "name another, or set RESNET_FAST_CACHE to a folder"
+        )
+
+
+def _expected(launch: LaunchSpec, device: Device) -> float:
+    """Seconds under the model: what takes longest is measured first."""
+    found = heuristic.choose(launch, device)
+    return 0.0 if found is None else found[1]
+
+
+def _candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
+    assert device.gpu is not None
+    return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, and every thread has its own idea of which that is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _measure(
+    launch: LaunchSpec, candidates: list[Config], device: torch.device, result: Tuned
+) -> dict[str, float | None]:
+    """Microseconds of each candidate that compiles, matches and runs at full size; None for the others."""
+    from ..backends.triton.problem import problem
+
+    few = replace(
+        launch,
+        convs=tuple(c.with_(n=min(c.n, PROOF_BATCH)) for c in launch.convs),
+        projection=launch.projection and launch.projection.with_(n=min(launch.n, PROOF_BATCH)),
+    )
+    proof = problem(few, device)
+
+    def failure(attempt: Callable[[], Any]) -> str:
+        """Why it failed; empty if it did not. Memory that others hold says nothing about a candidate."""
+        try:
+            with _current(device):
+                attempt()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler's, a launch's or a mismatch: all of them make a candidate unusable
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return ""
+
+    # the compilers leave Python's lock; the interpreter is Python itself
+    with ThreadPoolExecutor(1 if device.type == "cpu" else 16) as pool:
+        reasons = list(pool.map(lambda config: failure(lambda: proof.check(config)), candidates))
+    times: dict[str, float | None] = {}
+    full = problem(launch, device) if "" in reasons else proof
+
+    def take_time(config: Config) -> None:
+        times[str(config)] = round(_time(full.prepared(config), device) * 1e6, 3)
+
+    for config, found in zip(candidates, reasons, strict=True):
+        times[str(config)] = None
+        reason = found or failure(lambda config=config: take_time(config))  # type: ignore[misc]
+        if reason:
+            result.refused.append((str(launch), str(config), reason))
+    if None in times.values() and device.type == "cuda":
+        torch.cuda.synchronize(device)  # raises where a failure broke the context: then nothing here was a fair trial
+    return times
+
+
+def _time(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Median seconds of a call; on a GPU with a cold L2, as between a net's layers."""
+    with torch.inference_mode():
+        if device.type == "cuda":
+            from triton.testing import do_bench
+
+            return do_bench(call, warmup=5, rep=25, return_mode="median") * 1e-3
+        samples = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - begin)
+        return statistics.median(samples)
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__

@@ -1,0 +1,258 @@
+"""How a launch is cut into tiles: the shipped configs of every kernel, and the hardware rules that admit or drop them.
+
+Each rule is one function from (launch, config, GPU) to a :class:`~resnet_fast.spec.Verdict`; the heuristic, the tuner
+and the tests ask the same ones. Sizes are in elements, memory in bytes. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..roofline import Gpu
+from ..spec import ITEMSIZE, YES, LaunchSpec, Verdict
+from .routes import MIN_CHANNELS, merged_groups
+
+SPACE = 1
+"""Version of the config space. Part of every key of the tuning cache: raise it when a kernel or a rule changes."""
+
+NARROW = 32
+"""A tile side or K step of this length is admitted for anything: every kernel has one, so none is left without."""
+
+STOCK = ("cudnn", "cudnn_fused")
+"""Candidates that are PyTorch's own: convolution and separate pointwise kernels; cuDNN's conv-bias-(add)-ReLU."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a launch. ``kernel``: a kernel of ours, or one of :data:`STOCK`, which has no tile sizes.
+
+    ``block_m`` x ``block_n`` outputs per program, ``block_k`` products per step; ``num_stages`` steps in flight;
+    ``group_m``: rows of tiles that share the L2 cache; ``descriptors``: loads by the bulk copy engine; ``rows``: pooled
+    rows per program of the stem.
+    """
+
+    kernel: str
+    block_m: int = 0
+    block_n: int = 0
+    block_k: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+    group_m: int = 8
+    descriptors: bool = False
+    rows: int = 1
+
+    @property
+    def stock(self) -> bool:
+        return self.kernel in STOCK
+
+    def __str__(self) -> str:
+        if self.stock:
+            return self.kernel
+        text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        return text + (" descriptors" if self.descriptors else "") + (f" rows{self.rows}" if self.rows != 1 else "")
+
+
+def _tiles(kernel: str, *sizes: tuple[int, ...], **more: int | bool) -> tuple[Config, ...]:
+    return tuple(Config(kernel, *size, **more) for size in sizes)  # type: ignore[arg-type]
+
+
+# (block_m, block_n, block_k, num_warps, num_stages) for 16-bit operands; for fp32 block_k is halved (``for_dtype``).
+# 128x128 and 128x256 tiles feed a warp group's 64xNx16 tensor-core instruction for large problems, 64 pixels and fewer
+# give a batch of one enough programs, narrow tiles serve narrow layers (16 to 64 channels).
+_1X1 = (
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 4, 3),
+    (128, 64, 64, 4, 4),
+    (64, 256, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 32, 32, 4, 4),
+    (64, 16, 32, 4, 4),
+    (32, 64, 128, 4, 3),
+)
+_DESCRIBED_1X1 = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4))
+_3X3 = (
+    (128, 256, 64, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 4, 3),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+    (64, 32, 32, 4, 4),
+    (64, 16, 16, 4, 4),
+    (32, 64, 64, 4, 4),
+)
+_GENERAL = ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (64, 16, 32, 4, 3))
+_STEM = ((64, 64, 32, 4, 1), (64, 32, 32, 4, 1))
+_TAIL = (
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (64, 128, 64, 8, 3),
+    (64, 64, 64, 4, 3),
+    (64, 32, 32, 4, 3),
+    (32, 64, 64, 4, 3),
+)
+
+SHIPPED: dict[str, tuple[Config, ...]] = {
+    "conv_bn_act_1x1": (
+        *_tiles("conv_bn_act_1x1", *_1X1),
+        *_tiles("conv_bn_act_1x1", *_DESCRIBED_1X1, descriptors=True),
+    ),
+    "conv_bn_act_3x3": _tiles("conv_bn_act_3x3", *_3X3),
+    "conv_bn_act": _tiles("conv_bn_act", *_GENERAL),
+    "stem": tuple(config for rows in (4, 14) for config in _tiles("stem", *_STEM, rows=rows)),
+    "bottleneck": _tiles("bottleneck", *_TAIL),
+}
+"""Every config that can ever be chosen, by kernel. Tests run each, static budgets compile each."""
+
+
+def for_dtype(config: Config, dtype: str) -> Config:
+    """``config`` with the K step that holds as many bytes in ``dtype`` as the shipped one does in 16 bit."""
+    if ITEMSIZE[dtype] <= 2 or config.stock:
+        return config
+    return replace(config, block_k=max(16, config.block_k * 2 // ITEMSIZE[dtype]))
+
+
+def chain_width(launch: LaunchSpec) -> int:
+    """Channels of the tile that stays on chip between a chain's convolutions, as a power of two; 0 without a chain."""
+    return 0 if len(launch.convs) == 1 else max(MIN_CHANNELS, 1 << (launch.first.co - 1).bit_length())
+
+
+def shared_bytes(launch: LaunchSpec, config: Config) -> int:
+    """Shared memory that the pipelined operand tiles take, and the chain's tile as the second product's operand."""
+    size, width = ITEMSIZE[launch.dtype], chain_width(launch)
+    step = (config.block_m + (width or config.block_n)) * config.block_k
+    if width:
+        step = max(step, config.block_n * width)  # conv3's weight tile is pipelined in the second loop
+        if launch.projection is not None:
+            step = max(
+                step, config.block_n * width // config.num_stages + (config.block_m + config.block_n) * config.block_k
+            )
+    return (config.num_stages * step + config.block_m * width) * size
+
+
+def on_tensor_cores(launch: LaunchSpec) -> bool:
+    """Do the products run there? fp32 does only when its operands may be rounded to TF32."""
+    return launch.dtype != "float32" or launch.last.tf32
+
+
+def accumulators(launch: LaunchSpec, config: Config) -> int:
+    """fp32 registers per thread that the tiles being summed take."""
+    tiles = config.block_n * (3 if launch.kernel == "stem" else 1)  # a row's sum, its maximum, the carried maximum
+    return config.block_m * max(tiles, chain_width(launch)) // (32 * config.num_warps)
+
+
+def _fits_shared(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    need = shared_bytes(launch, config)
+    if need <= gpu.shared_per_block:
+        return YES
+    return Verdict.no(f"at most {gpu.shared_per_block} bytes of shared memory", str(need), "use fewer stages")
+
+
+def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """128 sums per thread leave room for little else: compiled for sm_80 they spill, and with a residual everywhere.
+
+    Without tensor cores (fp32 that is not rounded to TF32) the operands lie in registers too. Counted in machine code
+    (docs/tables/static-budgets.md).
+    """
+    need, limit = accumulators(launch, config), 64
+    if not on_tensor_cores(launch):
+        limit = 48
+    elif gpu.arch >= 90 and not launch.residual and launch.kernel != "stem":
+        limit = 128
+    elif launch.kernel == "stem":
+        limit = 96
+    if need <= limit:
+        return YES
+    return Verdict.no(f"at most {limit} sums per thread", str(need), "use more warps or less tile")
+
+
+def _chain_on_tensor_cores(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """Between two products in fp32 registers there is no room for the tile in between: 2 to 6 KB spill per thread."""
+    if not chain_width(launch) or on_tensor_cores(launch):
+        return YES
+    return Verdict.no("16-bit tensors or TF32 for a fused tail", "float32", "set RESNET_FAST_TF32=1, or run it apart")
+
+
+def _not_wider_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """A tile of which more than half is masked off works for nothing; a narrower one is among the candidates."""
+    groups = merged_groups(launch.last)
+    size = launch.last.co // groups
+    if config.block_n > max(NARROW, 2 * size - 1):
+        return Verdict.no(f"block_n below twice the {size} output channels", str(config.block_n), "use a narrower tile")
+    return YES
+
+
+def _step_not_longer_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    conv = launch.first
+    size = conv.ci // merged_groups(conv)
+    if launch.kernel in ("conv_bn_act", "stem"):
+        size *= conv.r * conv.s
+    if config.block_k > max(NARROW, 2 * size - 1):
+        return Verdict.no(f"block_k below twice the {size} products", str(config.block_k), "use a shorter step")
+    return YES
+
+
+def _descriptors_apply(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    if not config.descriptors:
+        return YES
+    conv = launch.last
+    if gpu.arch < 90:
+        return Verdict.no("sm_90 or later for tensor descriptors", f"sm_{gpu.arch}", "use pointer loads")
+    if conv.ci * ITEMSIZE[conv.dtype] % 16:
+        return Verdict.no("channel runs of a multiple of 16 bytes", f"{conv.ci} {conv.dtype}", "use pointer loads")
+    if conv.stride != (1, 1) or launch.projection is not None:
+        return Verdict.no("stride 1 and no projection for tensor descriptors", str(launch), "use pointer loads")
+    return YES
+
+
+RULES: tuple[Callable[[LaunchSpec, Config, Gpu], Verdict], ...] = (
+    _fits_shared,
+    _fits_registers,
+    _chain_on_tensor_cores,
+    _not_wider_than_needed,
+    _step_not_longer_than_needed,
+    _descriptors_apply,
+)
+
+
+def verdict(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """May ``config`` run ``launch`` on ``gpu``? The first rule that says no gives the reason."""
+    for rule in RULES:
+        answer = rule(launch, config, gpu)
+        if not answer:
+            return answer
+    return YES
+
+
+def needs_proof(launch: LaunchSpec, config: Config) -> bool:
+    """The eight-warp trap: such convolutions with filters beyond 1x1 have been miscompiled (pytorch#173068).
+
+    The heuristic does not choose them unmeasured, and the tuner admits one only after its output matched.
+    """
+    return config.num_warps == 8 and any(c.r * c.s > 1 for c in launch.convs)
+
+
+def candidates(launch: LaunchSpec, gpu: Gpu) -> tuple[Config, ...]:
+    """The shipped configs that the rules admit.
+
+    Never empty for one convolution, whose narrowest tile fits anything; a chain may be too wide for every config.
+    """
+    return tuple(c for c, answer in judged(launch, gpu) if answer)
+
+
+def judged(launch: LaunchSpec, gpu: Gpu) -> tuple[tuple[Config, Verdict], ...]:
+    """Every shipped config of the launch's kernel with the verdict on it."""
+    sized = dict.fromkeys(for_dtype(c, launch.dtype) for c in SHIPPED[launch.kernel])
+    return tuple((c, verdict(launch, c, gpu)) for c in sized)
+
+
+def stock_candidates(launch: LaunchSpec) -> tuple[Config, ...]:
+    """PyTorch's own ways to run the launch (a stem's with its max-pool); none for a chain or a fused projection, whose
+    parts are launches of other routes."""
+    if len(launch.convs) > 1 or launch.projection is not None:
+        return ()
+    epilogue = launch.last.epilogue
+    return (Config("cudnn"), Config("cudnn_fused")) if epilogue.relu else (Config("cudnn"),)

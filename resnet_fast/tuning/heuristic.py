@@ -1,0 +1,130 @@
+"""Which config without a measurement: the least time by a model of tiles, bytes and tensor-core cycles.
+
+For a launch cut into ``tiles`` programs::
+
+    compute   = ceil(tiles / multiprocessors) * block_m * block_n * gemm_k / (multiply-adds per second of one * fill)
+    L2        = tiles * (block_m + block_n) * gemm_k * itemsize / L2 bandwidth        (every program reads its operands)
+    DRAM      = min_bytes / copy bandwidth
+    time      = launch cost + ramp + max(compute, L2 / busy, DRAM / busy)
+
+Programs that share a multiprocessor share its rate, so the fullest multiprocessor decides, however many of them are
+resident at a time; ``busy`` is the part of the multiprocessors that have a program at all. ``fill`` is the part of the
+tensor cores' rate that a tile shape reaches: a 64-row instruction per warp group needs block_n of 128 to be fed from
+shared memory at full rate, and a tile narrower than that spends its cycles on operands. ``ramp``: the latency of the
+first loads and of the last store, about 2 us, and the pipeline's fill. The model ranks candidates; its absolute times
+are the roofline's, not measurements. Torch-free.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..roofline import Device
+from ..spec import ITEMSIZE, LaunchSpec
+from . import configs
+from .configs import Config
+from .routes import merged_groups
+
+RAMP_S = 2e-6
+STEP_S = 0.4e-6  # one K step's load latency, paid once per stage while the pipeline fills
+
+
+def tiles(launch: LaunchSpec, config: Config) -> int:
+    """Programs of the launch."""
+    conv = launch.last
+    if launch.kernel == "stem":
+        hp, wp = conv.out_hw()
+        return -(-conv.n * wp // config.block_m) * -(-hp // config.rows) * -(-conv.co // config.block_n)
+    across = -(-conv.gemm_m // config.block_m)
+    if len(launch.convs) > 1:
+        return across
+    groups = merged_groups(conv)
+    return across * -(-(conv.co // groups) // config.block_n) * groups
+
+
+def _macs_per_tile(launch: LaunchSpec, config: Config) -> float:
+    """Multiply-adds of one program, masked ones included."""
+    total = 0.0
+    last = launch.last
+    groups = merged_groups(last)
+    k = last.ci // groups * last.r * last.s
+    if launch.kernel == "stem":
+        rows = (2 * config.rows + 1) * 3  # conv rows of the strip, each column of a window by itself
+        return config.block_m * config.block_n * _padded(k, config.block_k) * rows
+    if len(launch.convs) > 1:
+        width, first = configs.chain_width(launch), launch.first
+        total += config.block_m * width * first.r * first.s * _padded(first.ci, config.block_k)
+        across = _padded(last.co, config.block_n)
+        total += config.block_m * across * width
+    else:
+        across = config.block_n
+        taps = last.r * last.s if launch.kernel == "conv_bn_act_3x3" else 1
+        total += config.block_m * across * taps * _padded(k // taps, config.block_k)
+    if launch.projection is not None:
+        total += config.block_m * across * _padded(launch.projection.ci, config.block_k)
+    return total
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _operand_bytes_per_tile(launch: LaunchSpec, config: Config) -> float:
+    """Bytes that one program loads, from L2 or beyond."""
+    size, last = ITEMSIZE[launch.dtype], launch.last
+    k = last.ci // merged_groups(last) * last.r * last.s
+    if launch.kernel == "stem":
+        return (2 * config.rows + 1) * 3 * (config.block_m * 12 + config.block_n * k) * size / 2
+    width = configs.chain_width(launch)
+    total = 0.0
+    if width:
+        first = launch.first
+        total += (config.block_m + width) * first.r * first.s * first.ci + last.co * width
+        passes = -(-last.co // config.block_n)
+    else:
+        total += (config.block_m + config.block_n) * k
+        passes = 1
+    if launch.projection is not None:
+        total += (config.block_m + config.block_n) * launch.projection.ci * passes
+    return total * size
+
+
+def fill(launch: LaunchSpec, config: Config) -> float:
+    """The part of the tensor cores' rate that the tile's shape can reach."""
+    narrow = min(1.0, config.block_n / 128) if not configs.chain_width(launch) else 1.0
+    short = min(1.0, config.block_m / (64 * max(1, config.num_warps // 4)))
+    return (0.35 + 0.65 * narrow) * short * (0.5 if launch.kernel in ("stem", "conv_bn_act") else 1.0)
+
+
+def predict(launch: LaunchSpec, config: Config, device: Device) -> float:
+    """Seconds of the launch under the model at the top of this file."""
+    gpu = device.gpu
+    assert gpu is not None
+    count = tiles(launch, config)
+    rate = device.rate(launch.dtype).value / 2 / gpu.sms  # multiply-adds per second of one multiprocessor
+    compute = -(-count // gpu.sms) * _macs_per_tile(launch, config) / (rate * fill(launch, config))
+    operands = count * _operand_bytes_per_tile(launch, config) / gpu.l2_bandwidth.value
+    # a few programs cannot draw the whole bandwidth: each multiprocessor has a share
+    busy = min(1.0, count / gpu.sms)
+    memory = launch.min_bytes() / device.bandwidth.value / max(busy, 0.05)
+    copies = 0.95 if config.descriptors else 1.0  # the copy engine spares address arithmetic in the main loop
+    return (
+        gpu.launch_s.value
+        + RAMP_S
+        + STEP_S * config.num_stages
+        + max(compute * copies, operands / max(busy, 0.05), memory)
+    )
+
+
+@lru_cache(maxsize=4096)
+def ranked(launch: LaunchSpec, device: Device) -> tuple[tuple[Config, float], ...]:
+    """The candidates with their predicted seconds, fastest first; one that needs proof is not taken unmeasured."""
+    gpu = device.gpu
+    assert gpu is not None
+    legal = [c for c in configs.candidates(launch, gpu) if not configs.needs_proof(launch, c)]
+    return tuple(sorted(((c, predict(launch, c, device)) for c in legal), key=lambda pair: pair[1]))
+
+
+def choose(launch: LaunchSpec, device: Device) -> tuple[Config, float] | None:
+    """The candidate with the least predicted time, and that time; None where there is no candidate."""
+    return next(iter(ranked(launch, device)), None)

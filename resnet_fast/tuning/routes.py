@@ -1,0 +1,101 @@
+"""The ways to run a problem as kernel launches: which convolutions share one, by fusion plan.
+
+    bottleneck   conv   1x1 | 3x3 | 1x1 + add             one kernel per convolution; a projection is one more
+                 proj   1x1 | 3x3 | 1x1 + projection      the projection accumulates into conv3's tile
+                 tail   1x1 | 3x3 -> 1x1 + add or projection      conv2's output stays on chip
+    basic_block  conv   3x3 | 3x3 + add;   proj   3x3 | 3x3 + projection
+    stem         conv   7x7 (pooling by PyTorch);   stem   7x7 -> max-pool in one kernel
+
+A route is a tuple of :class:`~resnet_fast.spec.LaunchSpec`; the tuner measures launches and adds them up, the roofline
+and the traffic tests count their bytes, and the backend runs the one that was chosen. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..spec import BlockSpec, ConvSpec, LaunchSpec
+
+MIN_CHANNELS = 16
+"""Channels that a tensor-core tile is filled with: ``tl.dot`` takes no side shorter than this."""
+
+TAIL_CHANNELS = 256
+"""Widest conv2 whose output tile stays on chip: 64 pixels x 256 channels x 4 bytes are 64 KiB of registers."""
+
+FUSED_POOL = (3, 2, 1)
+"""Kernel, stride and padding of the max-pool that the stem kernel takes in; any other runs behind its convolution."""
+
+STEM_STEP = 64
+"""Longest filter row of the stem kernel: filter width times input channels, as a power of two."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to run a problem. ``plan``: conv, proj, tail or stem, the rows of the table above."""
+
+    plan: str
+    launches: tuple[LaunchSpec, ...]
+
+    def min_bytes(self) -> int:
+        return sum(launch.min_bytes() for launch in self.launches)
+
+
+def merged_groups(conv: ConvSpec) -> int:
+    """Groups after neighbours were merged until each has MIN_CHANNELS in and out, or one group is left.
+
+    A merged group's filter is block-diagonal, with zeros between its members: tensor cores multiply some zeros, and the
+    convolution of 4 channels per group stays one kernel that reads its input once. An infinity or NaN in x spreads to
+    the other members of its merged group (0 * inf is NaN).
+    """
+    groups = conv.groups
+    for merge in range(1, groups + 1):
+        if groups % merge == 0 and min(conv.ci, conv.co) // groups * merge >= MIN_CHANNELS:
+            return groups // merge
+    return 1
+
+
+def stem_step(conv: ConvSpec) -> int:
+    """Products of one filter row, padded to a power of two: the stem's K step."""
+    return max(MIN_CHANNELS, 1 << (conv.s * conv.ci - 1).bit_length())
+
+
+def kernel_for(conv: ConvSpec) -> str:
+    """The kernel file for one convolution by itself."""
+    if conv.epilogue.pool:
+        return "stem"
+    plain = conv.groups == 1 and conv.padding == (0, 0)
+    if (conv.r, conv.s) == (1, 1) and plain:
+        return "conv_bn_act_1x1"
+    if (conv.r, conv.s) == (3, 3) and conv.ci // merged_groups(conv) >= MIN_CHANNELS:
+        return "conv_bn_act_3x3"
+    return "conv_bn_act"
+
+
+def launch(conv: ConvSpec) -> LaunchSpec:
+    """One convolution as a launch of its own."""
+    return LaunchSpec(kernel_for(conv), (conv,))
+
+
+def routes(spec: ConvSpec | BlockSpec) -> tuple[Route, ...]:
+    """Every route of a problem, the plain one first. Whether a kernel can run a launch is for configs to say."""
+    if isinstance(spec, ConvSpec):
+        if spec.epilogue.pool is None:
+            return (Route("conv", (launch(spec),)),)
+        unpooled = spec.with_(epilogue=replace(spec.epilogue, pool=None))
+        apart = Route("conv", (launch(unpooled),))
+        fits = spec.epilogue.pool == FUSED_POOL and spec.groups == 1 and stem_step(spec) <= STEM_STEP
+        return (apart, Route("stem", (launch(spec),))) if fits else (apart,)
+    *inner, last = (launch(c) for c in spec.main)
+    projection = spec.convs[-1] if spec.shortcut == "projection" else None
+    first: tuple[LaunchSpec, ...] = () if projection is None else (launch(projection),)
+    found = [Route("conv", (*first, *inner, last))]
+    merges = last.kernel in ("conv_bn_act_1x1", "conv_bn_act_3x3") and last.first.groups == 1
+    if projection is not None and first[0].kernel == "conv_bn_act_1x1" and merges:
+        found.append(Route("proj", (*inner, replace(last, projection=projection))))
+    if spec.op == "bottleneck" and last.kernel == "conv_bn_act_1x1" and inner[-1].kernel == "conv_bn_act_3x3":
+        conv2 = inner[-1].first
+        fits = conv2.groups == 1 and conv2.co <= TAIL_CHANNELS and last.first.stride == (1, 1)
+        if fits and (projection is None or first[0].kernel == "conv_bn_act_1x1"):
+            tail = LaunchSpec("bottleneck", (conv2, last.first), projection)
+            found.append(Route("tail", (*inner[:-1], tail)))
+    return tuple(found)

@@ -1,0 +1,118 @@
+"""Measured times, by GPU: the table that comes with the package, and the user's own in the cache folder.
+
+    resnet_fast/tuning/tables/<gpu>.json          written by ``make gpu-tune``, read-only for a user
+    ~/.cache/resnet_fast/tuning/<gpu>.json        written by ``tune()``; RESNET_FAST_CACHE or XDG_CACHE_HOME move it
+
+One entry per launch (its whole spec, as printed) holds the time of every candidate in microseconds, so that a diff
+reads like a report. A file for another GPU or another config space, or one that cannot be read, is ignored with a
+warning and replaced when something new is measured. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import flags
+from ..spec import LaunchSpec
+from .configs import SPACE
+
+SHIPPED = Path(__file__).with_name("tables")
+
+
+def slug(gpu_name: str) -> str:
+    """A GPU's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
+
+
+def user_file(gpu_name: str) -> Path:
+    """Where this user's measurements of ``gpu_name`` are kept."""
+    folder = flags.cache_folder() / "tuning"
+    return folder / f"{slug(gpu_name)}.json"
+
+
+@dataclass
+class Table:
+    """Times of launches on one GPU: launch, as printed -> candidate, as printed -> microseconds (None: refused)."""
+
+    gpu: str
+    entries: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def times(self, launch: LaunchSpec) -> dict[str, float | None]:
+        """What was measured of ``launch``; empty if nothing was."""
+        return self.entries.get(str(launch), {})
+
+    def merged(self, other: Table) -> Table:
+        """This table with ``other``'s launches in place of its own."""
+        return Table(self.gpu, self.entries | other.entries, self.versions | other.versions)
+
+    def save(self, path: Path) -> None:
+        """Write the whole table: beside the file first, then in its place, so that a cut loses nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "space": SPACE,
+            "gpu": self.gpu,
+            "unit": "microseconds",
+            "versions": self.versions,
+            "launches": {name: dict(sorted(times.items(), key=_refused_last)) for name, times in self.entries.items()},
+        }
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with temporary.open("w") as file:
+                json.dump(content, file, indent=1)
+                file.write("\n")
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _refused_last(item: tuple[str, float | None]) -> float:
+    return math.inf if item[1] is None else item[1]
+
+
+def read(path: Path, gpu_name: str) -> Table:
+    """The table in ``path``; an empty one where there is no file, and with a warning where the file cannot be used."""
+    try:
+        content = json.loads(path.read_text())
+        problem = _problem(content, gpu_name)
+    except FileNotFoundError:
+        return Table(gpu_name)
+    except (OSError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(f"{path} is ignored ({problem}); the next tuning run replaces it", RuntimeWarning, stacklevel=2)
+        return Table(gpu_name)
+    return Table(gpu_name, content["launches"], content.get("versions", {}))
+
+
+def _problem(content: Any, gpu_name: str) -> str:
+    if not isinstance(content, dict) or not {"space", "gpu", "launches"} <= content.keys():
+        return "not a tuning table"
+    if content["space"] != SPACE:
+        return f"expected config space {SPACE}, got {content['space']!r}"
+    if content["gpu"] != gpu_name:
+        return f"expected measurements of {gpu_name}, got {content['gpu']!r}"
+    launches = content["launches"]
+    sound = isinstance(launches, dict) and all(
+        isinstance(times, dict) and all(t is None or _is_time(t) for t in times.values()) for times in launches.values()
+    )
+    if not sound:
+        return "launches are not candidate -> microseconds"
+    return "" if isinstance(content.get("versions", {}), dict) else "versions are not name -> version"
+
+
+def _is_time(t: Any) -> bool:
+    return isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf
+
+
+def load(gpu_name: str) -> Table:
+    """What is known of a GPU: the shipped table, overruled by the user's own measurements."""
+    return read(SHIPPED / f"{slug(gpu_name)}.json", gpu_name).merged(read(user_file(gpu_name), gpu_name))

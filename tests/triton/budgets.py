@@ -1,0 +1,113 @@
+"""Which launches the static budgets cover, and the command that writes their table.
+
+    python tests/triton/budgets.py        compile every shipped config, write docs/tables/static-budgets.{json,md}
+
+Every shipped config of every kernel on sm_80, sm_90 and sm_100 in bfloat16, on the layers of ResNet-50 that stress it:
+with a residual (the epilogue that holds most in registers) and with a fused projection; and one config per kernel in
+TF32 and in fp32.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from capture import capture
+from static_budget import Job, compile_many, write_table
+
+from resnet_fast import roofline
+from resnet_fast.backends.triton import plan
+from resnet_fast.backends.triton.launch import Packed
+from resnet_fast.spec import ConvSpec, LaunchSpec
+from resnet_fast.tuning import configs, shapes
+from resnet_fast.tuning.configs import Config
+from resnet_fast.tuning.routes import merged_groups, routes, stem_step
+
+TABLES = Path(__file__).parents[2] / "docs" / "tables"
+JSON, PAGE = TABLES / "static-budgets.json", TABLES / "static-budgets.md"
+GPUS = {80: "a100", 90: "h100", 100: "b200"}
+
+
+def launches() -> dict[str, LaunchSpec]:
+    """Name -> launch, from ResNet-50 and ResNet-34 at batch 256 and ResNeXt-50."""
+    found = {}
+    r50 = shapes.blocks("resnet50", 256, dtype="bfloat16")
+    r34 = shapes.blocks("resnet34", 256, dtype="bfloat16")
+    stem = shapes.problems("resnet50", 256, dtype="bfloat16")["r50.conv1"]
+    x50 = shapes.problems("resnext50_32x4d", 256, dtype="bfloat16")["x50_32x4d.layer1.0.conv2"]
+    plans = {name: {r.plan: r.launches for r in routes(block)} for name, block in (r50 | r34).items()}
+    found["1x1 residual"] = plans["r50.layer2.1"]["conv"][-1]
+    found["1x1 projection"] = plans["r50.layer2.0"]["proj"][-1]
+    found["1x1"] = plans["r50.layer3.1"]["conv"][0]
+    found["3x3"] = plans["r50.layer3.1"]["conv"][1]
+    found["3x3 residual"] = plans["r34.layer3.1"]["conv"][-1]
+    found["3x3 projection"] = plans["r34.layer3.0"]["proj"][-1]
+    found["tail 64"] = plans["r50.layer1.1"]["tail"][-1]
+    found["tail 64 projection"] = plans["r50.layer1.0"]["tail"][-1]
+    found["tail 128"] = plans["r50.layer2.1"]["tail"][-1]
+    found["tail 256"] = plans["r50.layer3.1"]["tail"][-1]
+    found["stem"] = LaunchSpec("stem", (stem,))
+    found["general 5x5 groups"] = LaunchSpec("conv_bn_act", (x50.with_(r=5, s=5, padding=(2, 2)),))
+    return found
+
+
+def meta(launch: LaunchSpec, config: Config) -> tuple[Packed, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A launch's tensors without memory, as plan.py would pack them."""
+    dtype = getattr(torch, launch.dtype)
+
+    def image(shape: tuple[int, int, int, int]) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+
+    def weight(c: ConvSpec) -> torch.Tensor:
+        if launch.kernel == "stem":
+            return torch.empty(c.co, c.r, stem_step(c), dtype=dtype, device="meta")
+        return torch.empty(c.co, c.r, c.s, c.ci // merged_groups(c), dtype=dtype, device="meta")
+
+    def bias(c: ConvSpec) -> torch.Tensor:
+        return torch.empty(c.co, device="meta")
+
+    first, last, p = launch.first, launch.last, launch.projection
+    chain = len(launch.convs) > 1
+    packed = Packed(
+        weight(last), bias(last), weight(first) if chain else None, bias(first) if chain else None, p and weight(p)
+    )
+    x = image((first.n, first.ci, first.h, first.w))
+    xp = None if p is None else image((p.n, p.ci, p.h, p.w))
+    return packed, x, image(last.out_shape()) if launch.residual else None, xp
+
+
+def jobs(every: bool = True) -> Iterator[Job]:
+    """The compile jobs; ``every=False``: the first config of each launch, on sm_90 only."""
+    for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False)):
+        for name, launch in launches().items():
+            cast = LaunchSpec(
+                launch.kernel,
+                tuple(c.with_(dtype=dtype, tf32=tf32) for c in launch.convs),
+                launch.projection and launch.projection.with_(dtype=dtype, tf32=tf32),
+            )
+            for arch, gpu in GPUS.items():
+                legal = configs.candidates(cast, roofline.gpu(gpu).gpu)
+                if not every and (arch != 90 or dtype != "bfloat16"):
+                    continue
+                chosen = legal if every and dtype == "bfloat16" else legal[:1]
+                for config in chosen:
+                    label = f"{name}, {config}" + {"bfloat16": ""}.get(dtype, ", tf32" if tf32 else ", fp32")
+                    yield _job(cast, config, arch, label)
+
+
+def _job(launch: LaunchSpec, config: Config, arch: int, label: str) -> Job:
+    with capture() as found:
+        plan.LAUNCHERS[config.kernel](launch, config, *meta(launch, config))
+    return found[0].job(arch, label)
+
+
+def main() -> None:
+    TABLES.mkdir(parents=True, exist_ok=True)
+    write_table(JSON, PAGE, compile_many(jobs()))
+    print(f"wrote {JSON} and {PAGE}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
