@@ -2,10 +2,18 @@
 # nothing again as long as what they would install is unchanged. PYTHON names the interpreter to build .venv from.
 
 PYTHON ?= python3
+# Of the gpu-* commands, which need no .venv: seconds to spend, cuda or cpu (Triton's interpreter), more options.
+BUDGET ?= 500
+DEVICE ?= cuda
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The developer's build has the host module too; see setup.py.
 export RESNET_FAST_BUILD_HOST ?= auto
+
+# Triton decides at import whether it compiles or interprets, so kernels run in the interpreter in processes of their own.
+# NumPy's threads would fight over the cores that the processes are on.
+INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -13,13 +21,16 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
 BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"
 
-.PHONY: help demo test test-slow dev lint format clean
+.PHONY: help demo test test-slow dev lint format clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
 	@echo "make test       install, then run the tests; make test-slow runs those that take longer"
 	@echo "make dev        install everything that development needs"
 	@echo "make lint       ruff, mypy, clang-format; make format rewrites the files"
+	@echo "make gpu-check  on a GPU: build, every gpu test, every config of every kernel, whole nets; BUDGET=500 seconds"
+	@echo "make gpu-tune   on a GPU: fill its table of measured kernels, resnet_fast/tuning/tables/<gpu>.json"
+	@echo "make gpu-bench  on a GPU: the card's ceilings, convolutions, nets and training against stock PyTorch"
 	@echo "make clean      remove what builds and tests left; .venv stays"
 
 # A stamp is written only after its recipe succeeded, so that a failed install is tried again.
@@ -43,10 +54,12 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/resnet-fast demo
 
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(INTERPRET) -m "interpret and not slow" --cov --cov-append --cov-report=term
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m slow
+	$(INTERPRET) -m "interpret and slow"
 
 dev: $(VENV)/.stamp-dev
 
@@ -60,6 +73,10 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# From a bare checkout, with the machine's own Python; results in benchmarks/results/<gpu>, resumed by the next run.
+gpu-check gpu-tune gpu-bench: gpu-%:
+	$(PYTHON) -m benchmarks.gpu.$* --budget $(BUDGET) --device $(DEVICE) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .dispatch.explain import Explanation, explain
     from .dispatch.record import reset_stats, stats, strict
     from .dispatch.select import use_backend
+    from .dispatch.tune import Tuned, tune
     from .models.accelerate import accelerate, restore
     from .models.resnet import Factory
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendError",
     "Explanation",
+    "Tuned",
     "UserError",
     "__version__",
     "accelerate",
@@ -49,12 +51,14 @@ __all__ = [
     "restore",
     "stats",
     "strict",
+    "tune",
     "use_backend",
     *ARCHS,
 ]
 
 _LAZY = {
     "Explanation": "dispatch.explain:Explanation",
+    "Tuned": "dispatch.tune:Tuned",
     "accelerate": "models.accelerate:accelerate",
     "clear_derived": "derived:clear",
     "explain": "dispatch.explain:explain",
@@ -62,6 +66,7 @@ _LAZY = {
     "restore": "models.accelerate:restore",
     "stats": "dispatch.record:stats",
     "strict": "dispatch.record:strict",
+    "tune": "dispatch.tune:tune",
     "use_backend": "dispatch.select:use_backend",
 }
 """Public name -> module and attribute that it stands for."""

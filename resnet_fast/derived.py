@@ -30,6 +30,7 @@ T = TypeVar("T")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES = 64  # each is a cache and a TLB miss at every call, after a net's worth of activations went by
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> number of sources -> entry
+_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> version of the counter beside it
 _lock = threading.RLock()  # a server calls one net from several threads
 
 
@@ -131,6 +132,27 @@ def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[
         if len(values) > keep:
             del values[next(iter(values))]
         return made
+
+
+def follow(t: Tensor, counter: Tensor | None) -> None:
+    """Make values derived from ``t`` stale where ``counter`` was written since the last call with the two.
+
+    BatchNorm's update of its running statistics moves no version counter, only that of ``num_batches_tracked`` beside
+    them. On the CPU the statistics themselves are compared; elsewhere their version is moved here.
+    """
+    if counter is None or counter.is_inference() or t.is_inference():
+        return
+    seen = _counters.get(t)
+    if seen != counter._version:
+        _counters[t] = counter._version
+        if seen is not None:
+            torch.autograd.graph.increment_version(t)
+
+
+def values_of(t: Tensor) -> list[Any]:
+    """Every value that is kept for sources that begin with ``t``."""
+    with _lock:
+        return [value for entry in _cache.get(t, {}).values() for value in entry.values.values()]
 
 
 def clear() -> None:

@@ -45,6 +45,10 @@ class _HashedOnce:
     def __hash__(self) -> int:
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash, which differs from process to process as strings' hashes do."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
 
 @dataclass(frozen=True)
 class Epilogue:

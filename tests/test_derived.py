@@ -296,3 +296,25 @@ def test_threads_share_one_entry() -> None:
     for t in threads:
         t.join()
     assert not failures
+
+
+def test_a_followed_counter_makes_its_tensor_stale() -> None:
+    """As on a GPU, where BatchNorm's own update of its statistics is seen by the counter beside them alone."""
+    mean, counter, made = torch.zeros(3), torch.tensor(0), []
+
+    def value() -> int:
+        derived.follow(mean, counter)
+        return derived.get((mean,), "key", lambda kept: made.append(1) or len(made))
+
+    assert [value(), value()] == [1, 1]
+    counter.add_(1)
+    assert [value(), value()] == [2, 2]
+    derived.follow(mean, None)
+    assert value() == 2
+
+
+def test_values_of_a_source() -> None:
+    t = torch.zeros(2)
+    derived.get((t,), "a", lambda kept: "one")
+    derived.get((t, torch.ones(1)), "b", lambda kept: "two")
+    assert derived.values_of(t) == ["one", "two"] and derived.values_of(torch.zeros(2)) == []

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, PointwiseSpec, Verdict, conv_out
+from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec, PointwiseSpec, Verdict, conv_out
 
 
 def _random_specs(count: int) -> list[ConvSpec]:
@@ -141,8 +141,66 @@ def test_block_changes_every_convolution() -> None:
     assert str(block) == "N1 8x8 4 -> 3x3/2 8 -> 3x3/1 8 + projection bfloat16 nhwc grad"
 
 
+def _chain() -> tuple[ConvSpec, ConvSpec, ConvSpec]:
+    """A 3x3/2, the 1x1 behind it with an add, and a projection of the block's input to the same shape."""
+    conv2 = ConvSpec(2, 8, 8, 16, 16, 3, 3, (2, 2), (1, 1), dtype="float16", epilogue=Epilogue(relu=True))
+    conv3 = ConvSpec(2, 4, 4, 16, 64, 1, 1, dtype="float16", epilogue=Epilogue(relu=True, add=True))
+    return conv2, conv3, ConvSpec(2, 8, 8, 32, 64, 1, 1, (2, 2), dtype="float16")
+
+
+def test_launch_of_one_convolution_moves_its_bytes_and_a_bias() -> None:
+    _, conv3, _ = _chain()
+    launch = LaunchSpec("conv_bn_act_1x1", (conv3,))
+    assert launch.min_bytes() == conv3.min_bytes() - 4 * 64  # BN's scale is folded into the weights
+    assert (launch.n, launch.dtype, launch.first, launch.last) == (2, "float16", conv3, conv3)
+    assert launch.residual and launch.flops() == conv3.flops()
+
+
+def test_launch_of_a_chain_moves_nothing_in_between() -> None:
+    conv2, conv3, _ = _chain()
+    chain = LaunchSpec("bottleneck", (conv2, conv3))
+    between = 2 * 4 * 4 * 16 * 2  # conv2's output in bytes, which two launches write and read
+    apart = sum(LaunchSpec("conv_bn_act", (c,)).min_bytes() for c in (conv2, conv3))
+    assert apart - chain.min_bytes() == 2 * between
+    assert chain.macs() == conv2.macs() + conv3.macs()
+    assert chain.residual and chain.all_convs() == (conv2, conv3)
+
+
+def test_launch_with_a_projection_reads_the_blocks_input_and_no_residual() -> None:
+    conv2, conv3, down = _chain()
+    without, launch = LaunchSpec("bottleneck", (conv2, conv3)), LaunchSpec("bottleneck", (conv2, conv3), down)
+    residual, touched, weights = 2 * 4 * 4 * 64 * 2, 2 * 4 * 4 * 32 * 2, 64 * 32 * 2
+    assert not launch.residual and launch.all_convs() == (conv2, conv3, down)
+    assert launch.min_bytes() - without.min_bytes() == touched + weights - residual  # its bias joins the last one's
+    assert launch.flops() == sum(c.flops() for c in (conv2, conv3, down))
+
+
+def test_launch_of_a_stem_stores_the_pooled_output() -> None:
+    stem = ConvSpec(2, 32, 32, 3, 8, 7, 7, (2, 2), (3, 3), epilogue=Epilogue(relu=True, pool=(3, 2, 1)))
+    assert LaunchSpec("stem", (stem,)).min_bytes() == 4 * (2 * 32 * 32 * 3 + 8 * 3 * 49 + 2 * 8 * 8 * 8 + 8)
+
+
+def test_launches_are_values_that_print_on_one_line() -> None:
+    conv2, conv3, down = _chain()
+    launch = LaunchSpec("bottleneck", (conv2, conv3), down)
+    again = pickle.loads(pickle.dumps(launch))
+    assert again == launch and {launch: 1}[again] == 1
+    assert launch != dataclasses.replace(launch, projection=None)
+    assert launch != dataclasses.replace(launch, kernel="other")
+    assert str(launch) == f"bottleneck: {conv2} -> {conv3} + projection {down}"
+
+
 def test_verdict_is_its_answer_and_carries_the_sentence() -> None:
     assert Verdict.yes()
     no = Verdict.no("float32", "int8", "call .float()")
     assert not no
     assert no.reason == "expected float32, got int8; call .float()"
+
+
+def test_a_pickled_spec_does_not_carry_its_hash_to_another_process() -> None:
+    import pickle
+
+    spec = ConvSpec(1, 8, 8, 16, 16, 3, 3)
+    hash(spec)
+    loaded = pickle.loads(pickle.dumps(spec))
+    assert loaded == spec and hash(loaded) == hash(spec) and b"_hash" not in pickle.dumps(spec)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from .. import derived
 from ..calls import Conv, Norm
 from ..dispatch import record
 
@@ -176,6 +177,8 @@ def norm_record(norm: Any) -> Norm:
     weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     if not fields["training"]:
+        if mean is not None and mean.device.type != "cpu" and not torch.compiler.is_compiling():
+            derived.follow(mean, buffers["num_batches_tracked"])
         return Norm(weight, bias, mean, var, mean is None and var is None, norm.momentum or 0.0, norm.eps)
     momentum = norm.momentum
     if norm.track_running_stats:

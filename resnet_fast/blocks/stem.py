@@ -18,6 +18,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
 from ..dispatch import record, select
+from . import graph
 from . import stage as fused_stage
 from .fused import Fused, conv_record, is_altered, norm_record, untraceable
 
@@ -64,15 +65,22 @@ class Net(Fused):
         return ""
 
     def net_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
-        """``forward(x)``; in plain eval with ``x`` in NHWC, in tiles of the batch, and all up to ``head`` in one call.
+        """``forward(x)`` the fast way: a replay (:mod:`.graph`) where ``accelerate(…, cuda_graph=True)`` asked for it.
 
         ``head``: what follows the last stage.
         """
+        if not torch.compiler.is_compiling() and self.__dict__.get(graph.FLAG):
+            return graph.run(self, x, lambda x: self.eager_forward(x, forward, head))
+        return self.eager_forward(x, forward, head)
+
+    def eager_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
+        """``forward(x)``; in plain eval with ``x`` in NHWC, in tiles of the batch, all up to ``head`` in one call."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or untraceable(x) or x.dim() != 4:
             return forward(x)
         if self.training or not select.prefers_nhwc(x.device.type, self.backend):
             return forward(x)
-        if not math.isfinite(x.sum(dtype=torch.float32).item()) and select.requested(self.backend) == "auto":
+        on_onednn = x.device.type == "cpu" and select.requested(self.backend) == "auto"
+        if on_onednn and not math.isfinite(x.sum(dtype=torch.float32).item()):  # on a GPU, reading it would wait
             record.fall_back(
                 "the net runs on reference: its input holds NaN or infinity, which oneDNN's ReLU would hide"
             )

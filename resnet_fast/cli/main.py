@@ -26,7 +26,9 @@ COMMANDS = {
     "predict": "resnet_fast.cli.predict:predict",
     "bench": "resnet_fast.cli.bench:bench",
     "explain": "resnet_fast.cli.explain:explain",
+    "tune": "resnet_fast.cli.tune:tune",
     "summary": "resnet_fast.cli.summary:summary",
+    "roofline": "resnet_fast.cli.roofline:roofline",
     "env": "resnet_fast.cli.env:env",
 }
 """Command -> where its function is, in the order of ``--help``."""

@@ -22,17 +22,22 @@ def show(*parts: RenderableType) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(silent: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    """A rich progress bar on stderr as a ``progress(done, total, what)`` function; one that does nothing if silent."""
+def progress_bar(silent: bool = False, eta: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A rich progress bar on stderr as a ``progress(done, total, what)`` function; one that does nothing if silent, or
+    where stderr is no terminal.
+
+    ``eta``: with the time that the rest will take at the speed so far.
+    """
     if silent:
         yield lambda done, total, what: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     text, percent = TextColumn("{task.description}", markup=False), TextColumn("{task.percentage:>3.0f}%")
-    with Progress(
-        BarColumn(), percent, TimeElapsedColumn(), text, console=Console(stderr=True), transient=True
-    ) as progress:
+    times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()) if eta else (TimeElapsedColumn(),)
+    console = Console(stderr=True)
+    bar = Progress(BarColumn(), percent, *times, text, console=console, transient=True, disable=not console.is_terminal)
+    with bar as progress:
         task = progress.add_task("loading", total=None)
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)

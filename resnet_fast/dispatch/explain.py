@@ -139,7 +139,7 @@ def _put_back(buffer: Tensor, before: Tensor) -> None:
 
 def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
     spec, choice = event.spec, event.choice
-    floor = roofline.floor_seconds(spec, device, "conv") if device else None
+    floor = roofline.floor_seconds(spec, device, _plan(event)) if device else None
     return Row(
         layer,
         spec.op,
@@ -154,8 +154,23 @@ def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
     )
 
 
+def _plan(event: record.Ran) -> str:
+    """The fusion plan whose bytes bound this call: what the backend chose, one kernel per convolution where it tells
+    nothing."""
+    if not isinstance(event.state, Described):
+        return "conv"
+    plan = event.state.chosen.route.plan
+    return "tail" if plan == "stem" else plan
+
+
 def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
     """The ceilings to bound with: this CPU's, measured once per process."""
+    if device.type == "cuda" and (known := roofline.detect(torch.cuda.get_device_name(device))):
+        copy, rate = known.bandwidth, known.rate("bfloat16")
+        return known, (
+            f"modelled, from {known.name}: copy {copy.value / 1e12:.2f} TB/s ({copy.origin}), "
+            f"bfloat16 {rate.value / 1e12:.0f} TFLOP/s ({rate.origin})"
+        )
     if device.type != "cpu":
         return None, f"none known for {device}"
     cpu = roofline.calibrate_cpu()

@@ -79,6 +79,16 @@ def fall_back(text: str, quiet: bool = False) -> None:
         log.log(logging.INFO if quiet else logging.WARNING, text)
 
 
+def count(op: str, backend: str) -> None:
+    """Count a call that is no single op's: a replayed graph."""
+    _calls[(op, backend)] += 1
+
+
+def watched() -> bool:
+    """Is a tape being recorded, which wants to see every op?"""
+    return _tape is not None
+
+
 @contextmanager
 def strict() -> Iterator[None]:
     """Inside the ``with``, a fallback to slower or stock code raises BackendError instead of being counted."""

@@ -32,7 +32,7 @@ from ..tuning import choice, configs, heuristic, tables
 from ..tuning.configs import Config
 from ..tuning.routes import routes
 from ..tuning.shapes import unknown_name
-from . import catalog, record
+from . import catalog, record, select
 
 PROOF_BATCH = 2
 """Images that a candidate is proved on: tile edges do not depend on the batch, fp64 on a large one would take long."""
@@ -126,10 +126,13 @@ def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
     if x.device.type not in _triton_devices():
         where = " or ".join(_triton_devices())
         raise UserError(f"a model and an input on {where}", f"an input on {x.device}", "move both there")
-    with record.tape() as tape, torch.inference_mode():
-        model(x)
-    ran = [e.spec for e in tape if isinstance(e, record.Ran) and e.choice.impl.backend == "triton"]
-    found = [spec for spec in ran if isinstance(spec, (ConvSpec, BlockSpec))]
+    try:
+        found = _ran(model, x, "triton")
+    except BackendError:
+        raise
+    except Exception:  # what the model chose may be what fails; the reference runs the same problems
+        with select.use_backend("reference"):
+            found = _ran(model, x.contiguous(memory_format=torch.channels_last), "reference")
     if not found:
         raise UserError(
             "an accelerated model whose convolutions run on Triton",
@@ -137,6 +140,13 @@ def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
             "call resnet_fast.accelerate(model) first; resnet_fast.explain(model, x) says what ran and why",
         )
     return found
+
+
+def _ran(model: nn.Module, x: Tensor, backend: str) -> list[ConvSpec | BlockSpec]:
+    with record.tape() as tape, torch.inference_mode():
+        model(x)
+    specs = [e.spec for e in tape if isinstance(e, record.Ran) and e.choice.impl.backend == backend]
+    return [spec for spec in specs if isinstance(spec, (ConvSpec, BlockSpec))]
 
 
 def launches_of(specs: Iterable[ConvSpec | BlockSpec], device: torch.device) -> tuple[LaunchSpec, ...]:

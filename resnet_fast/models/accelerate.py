@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -29,30 +30,42 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     return {cls.stock_class: cls for cls in fused}
 
 
-def accelerate(model: M, backend: str = "auto") -> M:
+def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False) -> M:
     """Run the residual blocks of a torchvision or timm ResNet (or of a net built around them) as fused ops, in place.
 
     Names, parameters, buffers, hooks and ``state_dict`` stay as they are; only the modules' classes change, each to a
     subclass of what it was. What cannot be fused runs its stock layers, and :func:`resnet_fast.explain` says why.
-    Calling it again changes the backend.
+    Calling it again changes the backend, and switches CUDA graphs on or off.
 
     Args:
         model: any module that contains such blocks.
         backend: ``auto``, or the one backend that must run every block (a call that it cannot serve raises).
+        cuda_graph: replay the inference of every whole net in ``model`` (torchvision's, timm's or ours) as one CUDA
+            graph per input shape. Weights may change and training goes on as without it; an input that is not on a GPU
+            raises BackendError. Which calls are replayed: :mod:`resnet_fast.blocks.graph`.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UserError: not a module, no residual block in it that is known, or an unknown backend.
+        UserError: not a module, no residual block in it that is known, an unknown backend, or ``cuda_graph`` for a
+            model without a whole net.
     """
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
-    from ..blocks import stage
+    from ..blocks import graph, stage, stem
 
     flags.check_backend(backend)
     classes = fused_classes()
     fused = set(classes.values())
+    whole = [cls for cls, fused_class in classes.items() if issubclass(fused_class, stem.Net)]
+    nets = [m for m in model.modules() if type(m) in whole or isinstance(m, stem.Net)]
+    if cuda_graph and not nets:
+        raise UserError(
+            f"a whole net ({_names(whole)}) in the model for cuda_graph=True",
+            f"{type(model).__name__} without any",
+            "call accelerate(model) without it, and torch.cuda.make_graphed_callables on what has fixed shapes",
+        )
     found = 0
     for module in model.modules():
         cls = type(module)
@@ -69,13 +82,28 @@ def accelerate(model: M, backend: str = "auto") -> M:
         if type(module) is nn.Sequential and module and {type(block) for block in module} <= fused:
             module.__class__ = stage.Sequential
     if not found:
-        names = sorted({f"{c.__module__}.{c.__qualname__}" for c in classes})
         raise UserError(
-            f"a model with blocks of {', '.join(names)}",
+            f"a model with blocks of {_names(classes)}",
             f"{type(model).__name__} without any",
             "subclasses with a forward of their own are not touched",
         )
+    for net in nets:
+        if cuda_graph:
+            net.__dict__[graph.FLAG] = True
+        else:
+            _replay_no_more(net)
     return model
+
+
+def _names(classes: Iterable[type[nn.Module]]) -> str:
+    return ", ".join(sorted({f"{c.__module__}.{c.__qualname__}" for c in classes}))
+
+
+def _replay_no_more(net: nn.Module) -> None:
+    from ..blocks import graph
+
+    net.__dict__.pop(graph.FLAG, None)
+    graph.forget(net)
 
 
 def restore(model: M) -> M:
@@ -86,5 +114,6 @@ def restore(model: M) -> M:
     for module in model.modules():
         if isinstance(module, (Fused, stage.Sequential)):
             module.__dict__.pop("_resnet_fast_backend", None)
+            _replay_no_more(module)
             module.__class__ = module.stock_class  # type: ignore[assignment]
     return model

@@ -16,7 +16,7 @@ from ..spec import BlockSpec, ConvSpec, LaunchSpec
 from . import configs, heuristic
 from .configs import Config
 from .routes import Route, routes
-from .tables import Table
+from .tables import Table, user_file
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ def choose(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> Chosen:
         seconds = sum(s for _, s in best) + _pooling(spec, route, device)
         found.append(Chosen(route, tuple(c for c, _ in best), seconds, None not in known))
     if not found:
-        raise BackendError(f"no kernel for {spec} passed its check on {table.gpu}; tune again, or use another backend")
+        raise BackendError(
+            f"no kernel for {spec} passed its check on {table.gpu}; use another backend, or delete "
+            f"{user_file(table.gpu)} and tune again"
+        )
     if any(c.measured for c in found):
         found = [c for c in found if c.measured]
     return min(found, key=lambda c: c.seconds)

@@ -5,28 +5,30 @@ For a launch cut into ``tiles`` programs::
     compute   = ceil(tiles / multiprocessors) * block_m * block_n * gemm_k / (multiply-adds per second of one * fill)
     L2        = tiles * (block_m + block_n) * gemm_k * itemsize / L2 bandwidth        (every program reads its operands)
     DRAM      = min_bytes / copy bandwidth
-    time      = launch cost + ramp + max(compute, L2 / busy, DRAM / busy)
+    waits     = ceil(tiles / resident) * K steps * load latency / steps in flight
+    time      = launch cost + ramp + max(compute, L2 / busy, DRAM / busy, waits)
 
-Programs that share a multiprocessor share its rate, so the fullest multiprocessor decides, however many of them are
-resident at a time; ``busy`` is the part of the multiprocessors that have a program at all. ``fill`` is the part of the
-tensor cores' rate that a tile shape reaches: a 64-row instruction per warp group needs block_n of 128 to be fed from
-shared memory at full rate, and a tile narrower than that spends its cycles on operands. ``ramp``: the latency of the
-first loads and of the last store, about 2 us, and the pipeline's fill. The model ranks candidates; its absolute times
-are the roofline's, not measurements. Torch-free.
+Programs that share a multiprocessor share its rate, so the fullest multiprocessor decides, and wait side by side, as
+many as are ``resident`` by registers, shared memory and threads. ``busy`` is the part of the multiprocessors that have
+a program at all. ``fill`` is the part of the tensor cores' rate that a tile shape reaches: a 64-row instruction per
+warp group needs block_n of 128 to be fed from shared memory at full rate, and a tile narrower than that spends its
+cycles on operands. ``ramp``: the latency of the first loads and of the last store, about 2 us. ``waits`` is what a
+batch of one pays: few programs, each a long chain of steps, of which only the pipeline's are in flight. The model ranks
+candidates; its absolute times are no measurements. Torch-free.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from ..roofline import Device
+from ..roofline import Device, Gpu
 from ..spec import ITEMSIZE, LaunchSpec
 from . import configs
 from .configs import Config
-from .routes import merged_groups
+from .routes import merged_groups, stem_step
 
 RAMP_S = 2e-6
-STEP_S = 0.4e-6  # one K step's load latency, paid once per stage while the pipeline fills
+LATENCY_S = 0.5e-6  # of a load from L2 or memory, shared by the steps that are in flight
 
 
 def tiles(launch: LaunchSpec, config: Config) -> int:
@@ -42,6 +44,19 @@ def tiles(launch: LaunchSpec, config: Config) -> int:
     return across * -(-(conv.co // groups) // config.block_n) * groups
 
 
+REGISTERS_BESIDES_SUMS = 56
+"""Addresses, masks and operands of a thread, as counted in docs/tables/static-budgets.md."""
+
+
+def resident(launch: LaunchSpec, config: Config, gpu: Gpu) -> int:
+    """Programs that fit on a multiprocessor at a time."""
+    threads = 32 * config.num_warps
+    registers = threads * min(255, configs.accumulators(launch, config) + REGISTERS_BESIDES_SUMS)
+    shared = configs.shared_bytes(launch, config) + 1024  # what the driver takes per block
+    fits = gpu.registers_per_sm // registers, gpu.shared_per_sm // shared, gpu.max_threads_per_sm // threads
+    return max(1, min(fits))
+
+
 def _macs_per_tile(launch: LaunchSpec, config: Config) -> float:
     """Multiply-adds of one program, masked ones included."""
     total = 0.0
@@ -50,7 +65,7 @@ def _macs_per_tile(launch: LaunchSpec, config: Config) -> float:
     k = last.ci // groups * last.r * last.s
     if launch.kernel == "stem":
         rows = (2 * config.rows + 1) * 3  # conv rows of the strip, each column of a window by itself
-        return config.block_m * config.block_n * _padded(k, config.block_k) * rows
+        return config.block_m * config.block_n * last.r * stem_step(last) * rows
     if len(launch.convs) > 1:
         width, first = configs.chain_width(launch), launch.first
         total += config.block_m * width * first.r * first.s * _padded(first.ci, config.block_k)
@@ -67,6 +82,25 @@ def _macs_per_tile(launch: LaunchSpec, config: Config) -> float:
 
 def _padded(size: int, block: int) -> int:
     return -(-size // block) * block
+
+
+def _steps(launch: LaunchSpec, config: Config) -> int:
+    """K steps of one program, one after another."""
+    last = launch.last
+    if launch.kernel == "stem":
+        return (2 * config.rows + 1) * 3 * last.r
+    if len(launch.convs) > 1:
+        first = launch.first
+        steps = first.r * first.s * -(-first.ci // config.block_k)
+        passes = -(-last.co // config.block_n)
+    else:
+        taps = last.r * last.s if launch.kernel == "conv_bn_act_3x3" else 1
+        steps = taps * -(-(last.ci // merged_groups(last) * last.r * last.s // taps) // config.block_k)
+        passes = 1
+    per_pass = 0 if len(launch.convs) == 1 else 1
+    if launch.projection is not None:
+        per_pass += -(-launch.projection.ci // config.block_k)
+    return steps + passes * per_pass
 
 
 def _operand_bytes_per_tile(launch: LaunchSpec, config: Config) -> float:
@@ -93,7 +127,21 @@ def fill(launch: LaunchSpec, config: Config) -> float:
     """The part of the tensor cores' rate that the tile's shape can reach."""
     narrow = min(1.0, config.block_n / 128) if not configs.chain_width(launch) else 1.0
     short = min(1.0, config.block_m / (64 * max(1, config.num_warps // 4)))
-    return (0.35 + 0.65 * narrow) * short * (0.5 if launch.kernel in ("stem", "conv_bn_act") else 1.0)
+    return (0.35 + 0.65 * narrow) * short * _issue_rate(launch)
+
+
+def _issue_rate(launch: LaunchSpec) -> float:
+    """The part of the tensor cores' rate that is left where the main loop is bound by issuing instructions.
+
+    Counted in machine code (docs/tables/static-budgets.md): lanes that load 2 bytes each, or find their tap by
+    division.
+    """
+    conv = launch.last
+    if launch.kernel == "stem":
+        return 0.4
+    if launch.kernel != "conv_bn_act":
+        return 1.0
+    return 0.5 if conv.ci // merged_groups(conv) * ITEMSIZE[conv.dtype] % 16 == 0 else 0.2
 
 
 def predict(launch: LaunchSpec, config: Config, device: Device) -> float:
@@ -108,12 +156,9 @@ def predict(launch: LaunchSpec, config: Config, device: Device) -> float:
     busy = min(1.0, count / gpu.sms)
     memory = launch.min_bytes() / device.bandwidth.value / max(busy, 0.05)
     copies = 0.95 if config.descriptors else 1.0  # the copy engine spares address arithmetic in the main loop
-    return (
-        gpu.launch_s.value
-        + RAMP_S
-        + STEP_S * config.num_stages
-        + max(compute * copies, operands / max(busy, 0.05), memory)
-    )
+    waves = -(-count // (gpu.sms * resident(launch, config, gpu)))
+    waits = waves * _steps(launch, config) * LATENCY_S / max(1, config.num_stages - 1)
+    return gpu.launch_s.value + RAMP_S + max(compute * copies, operands / max(busy, 0.05), memory, waits)
 
 
 @lru_cache(maxsize=4096)

@@ -173,6 +173,40 @@ def test_an_unknown_backend_is_refused_before_anything_changes(nets: SimpleNames
     assert snapshot(model) == before
 
 
+def graphed(model: nn.Module) -> list[str]:
+    return [type(m).__module__ for m in model.modules() if "_resnet_fast_cuda_graph" in m.__dict__]
+
+
+def test_cuda_graphs_are_switched_on_and_off(nets: SimpleNamespace) -> None:
+    model = nets.basic()
+    before = snapshot(model)
+    state = list(model.state_dict())
+    assert graphed(resnet_fast.accelerate(model, cuda_graph=True)) == ["resnet_fast.blocks.stem"]
+    assert list(model.state_dict()) == state
+    once = snapshot(model)
+    assert snapshot(resnet_fast.accelerate(model, cuda_graph=True)) == once
+    assert graphed(resnet_fast.accelerate(model)) == []
+    resnet_fast.accelerate(model, cuda_graph=True)
+    assert snapshot(resnet_fast.restore(model)) == before
+
+
+def test_every_net_in_a_model_gets_its_graphs(nets: SimpleNamespace) -> None:
+    model = nn.ModuleDict({"student": nets.basic(), "teacher": nets.bottleneck()})
+    assert len(graphed(resnet_fast.accelerate(model, cuda_graph=True))) == 2
+
+
+def test_cuda_graphs_need_a_whole_net(nets: SimpleNamespace) -> None:
+    model = nn.Sequential(nets.basic().layer1)
+    before = snapshot(model)
+    with pytest.raises(
+        resnet_fast.UserError,
+        match=r"expected a whole net \(.*torchvision.models.resnet.ResNet.*\) in the model for cuda_graph=True, "
+        r"got Sequential without any; call accelerate\(model\) without it",
+    ):
+        resnet_fast.accelerate(model, cuda_graph=True)
+    assert snapshot(model) == before
+
+
 def test_a_backend_that_cannot_serve_raises_and_does_not_degrade(nets: SimpleNamespace) -> None:
     model = resnet_fast.accelerate(nets.basic(), backend="onednn").train()
     with pytest.raises(resnet_fast.BackendError, match="backend 'onednn' cannot run"):

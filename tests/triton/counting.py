@@ -221,11 +221,12 @@ class _Recorder:
     def access(self, kind: str, pointers: Any, mask: np.ndarray | None) -> None:
         """Count one load (``kind`` "read") or store ("written") of a block of pointers."""
         data = pointers.data
-        count = data.size if mask is None else np.count_nonzero(mask)
+        count = data.size if mask is None else int(np.count_nonzero(mask))
         if not count:
             return
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses = data.reshape(-1) if mask is None or count == data.size else data[np.broadcast_to(mask, data.shape)]
+        # a mask that was computed may be an array of integers, which would index instead of select
+        addresses = data.reshape(-1) if mask is None or count == data.size else data[mask.astype(bool)]
         low, high = int(addresses.min()), int(addresses.max())
         at = bisect_right(self.bases, low) - 1
         if at >= 0 and high + width <= self.regions[at].end:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import toy_kernels as toy
 from counting import OutOfBounds, count
+
 from resnet_fast.backends.triton.interpreter import repair
 
 pytestmark = pytest.mark.interpret

@@ -23,7 +23,7 @@ from ... import folding
 from ...calls import BnActCall
 from ...spec import PointwiseSpec
 from .launch import upcasts
-from .tiles import relu, round_to
+from .tiles import relu, round_to, row_offset
 
 BLOCK_M, BLOCK_C = 16, 128
 
@@ -35,7 +35,7 @@ def _bn_act_fwd_kernel(
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    at = m.to(tl.int64)[:, None] * C + c[None, :]
+    at = row_offset(m, C)[:, None] + c[None, :]
     mask = (m < M)[:, None] & (c < C)[None, :]
     # y = relu(x * scale + shift + residual)
     y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)

@@ -37,7 +37,7 @@ from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from .conv_bn_act_3x3 import accumulate_3x3
 from .launch import Packed, common, new_output, power_of_two
-from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, relu, round_to
+from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, relu, round_to, row_offset
 
 
 @triton.jit(do_not_specialize=["gemm_m", "H", "W", "Ho", "Wo"])
@@ -58,7 +58,7 @@ def _bottleneck_tail_fwd_kernel(
     row_mask, c_mask = m < gemm_m, c < CMID
     n, ho, wo = pixel_of_row(m, Ho, Wo)
     h, w = ho * STRIDE_H - PAD_H, wo * STRIDE_W - PAD_W
-    rows = x_ptr + n.to(tl.int64) * x_stride_n + (h * x_stride_h + w * x_stride_w)
+    rows = x_ptr + row_offset(n, x_stride_n) + (h * x_stride_h + w * x_stride_w)
 
     # t = relu(conv2'(x) + b2), rounded; channels beyond CMID come out as relu(0 + 0)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -70,7 +70,7 @@ def _bottleneck_tail_fwd_kernel(
     t = round_to(relu(acc), x_ptr.dtype.element_ty, UPCAST)
 
     if PROJ:
-        prows = xp_ptr + n.to(tl.int64) * xp_stride_n
+        prows = xp_ptr + row_offset(n, xp_stride_n)
         prows += ho * PROJ_STRIDE_H * xp_stride_h + wo * PROJ_STRIDE_W * xp_stride_w
     for start in range(0, Co, BLOCK_N):
         # tile = t @ w3'[co, :].T

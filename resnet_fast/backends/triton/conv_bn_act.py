@@ -32,7 +32,7 @@ from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
 from .launch import Packed, common, grid_of, new_output
-from .tiles import finish_tile, multiply, pixel_of_row, tile_of_program
+from .tiles import finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _conv_bn_act_fwd_kernel(
     # where each pixel's window starts
     n, ho, wo = pixel_of_row(m, Ho, Wo)
     h, w = ho * STRIDE_H - PAD_H, wo * STRIDE_W - PAD_W
-    rows = x_ptr + n.to(tl.int64) * x_stride_n + (h * x_stride_h + w * x_stride_w + g * CI)
+    rows = x_ptr + row_offset(n, x_stride_n) + (h * x_stride_h + w * x_stride_w + g * CI)
 
     # tile = sum over the window
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

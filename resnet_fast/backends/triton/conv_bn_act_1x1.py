@@ -41,7 +41,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from .launch import Packed, common, described, grid_of, new_output
-from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, tile_of_program
+from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
 
 
 @triton.jit(do_not_specialize=["gemm_m", "Ho", "Wo"])
@@ -64,9 +64,9 @@ def _conv_bn_act_1x1_fwd_kernel(
 
     # row(m): pixel (n, ho * stride, wo * stride) of x; the same pixel m where nothing is skipped
     if DENSE:
-        rows = x_ptr + m.to(tl.int64) * Ci
+        rows = x_ptr + row_offset(m, Ci)
     else:
-        rows = x_ptr + n.to(tl.int64) * x_stride_n + (ho * STRIDE_H * x_stride_h + wo * STRIDE_W * x_stride_w)
+        rows = x_ptr + row_offset(n, x_stride_n) + (ho * STRIDE_H * x_stride_h + wo * STRIDE_W * x_stride_w)
 
     # tile = sum over ci of x[row(m), ci] * w'[co, ci]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -74,7 +74,7 @@ def _conv_bn_act_1x1_fwd_kernel(
 
     # tile += sum over cp of xp[prow(m), cp] * wp'[co, cp]
     if PROJ:
-        prows = xp_ptr + n.to(tl.int64) * xp_stride_n
+        prows = xp_ptr + row_offset(n, xp_stride_n)
         prows += ho * PROJ_STRIDE_H * xp_stride_h + wo * PROJ_STRIDE_W * xp_stride_w
         acc = accumulate_1x1(acc, prows, row_mask, wp_ptr + co * Cp, co_mask, Cp, BLOCK_K, EVEN_K, PRECISION, UPCAST)
 

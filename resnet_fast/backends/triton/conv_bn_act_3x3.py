@@ -38,7 +38,7 @@ from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
 from .launch import Packed, common, grid_of, new_output
-from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, tile_of_program
+from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _conv_bn_act_3x3_fwd_kernel(
     # the top left tap of each pixel: (n, ho * stride - pad, wo * stride - pad)
     n, ho, wo = pixel_of_row(m, Ho, Wo)
     h, w = ho * STRIDE_H - PAD_H, wo * STRIDE_W - PAD_W
-    rows = x_ptr + n.to(tl.int64) * x_stride_n + (h * x_stride_h + w * x_stride_w + g * CI)
+    rows = x_ptr + row_offset(n, x_stride_n) + (h * x_stride_h + w * x_stride_w + g * CI)
 
     # tile = sum over taps and channels
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -104,7 +104,7 @@ def _conv_bn_act_3x3_fwd_kernel(
 
     # tile += sum over cp of xp[n, ho * pstride, wo * pstride, cp] * wp'[co, cp]
     if PROJ:
-        prows = xp_ptr + n.to(tl.int64) * xp_stride_n
+        prows = xp_ptr + row_offset(n, xp_stride_n)
         prows += ho * PROJ_STRIDE_H * xp_stride_h + wo * PROJ_STRIDE_W * xp_stride_w
         acc = accumulate_1x1(
             acc, prows, row_mask, wp_ptr + co * Cp, co_mask, Cp, BLOCK_K, PROJ_EVEN_K, PRECISION, UPCAST

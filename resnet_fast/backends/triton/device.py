@@ -27,7 +27,7 @@ def device_of(device: torch.device) -> Device:
         arch=10 * properties.major + properties.minor,
         sms=properties.multi_processor_count,
         shared_per_sm=properties.shared_memory_per_multiprocessor,
-        shared_per_block=properties.shared_memory_per_block_optin,
+        shared_per_block=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         l2_bytes=properties.L2_cache_size,
     )
 

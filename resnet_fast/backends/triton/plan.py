@@ -76,7 +76,7 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSp
         steps = _steps(spec, specs, chosen, folded)
     launch = chosen.route.launches[0]
     unpooled = isinstance(call, StemCall) and launch.last.epilogue.pool is None
-    return Plan(chosen, steps, folded, tuple(call.pool) if unpooled else None)  # type: ignore[union-attr, arg-type]
+    return Plan(chosen, steps, folded, tuple(call.pool) if unpooled else None)  # type: ignore[union-attr]
 
 
 def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: choice.Chosen, folded: dict[Any, Any]) -> tuple[Step, ...]:

@@ -39,6 +39,12 @@ def pixel_of_row(m, Ho, Wo):
 
 
 @triton.jit
+def row_offset(m, stride):
+    """Elements from a tensor's start to row m: 64-bit, since a large batch has more than 2^31."""
+    return m.to(tl.int64) * stride
+
+
+@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a @ b.T, with a (BLOCK_M, BLOCK_K) and b (BLOCK_N, BLOCK_K) as they lie in memory: K runs fastest."""
     if UPCAST:
@@ -88,7 +94,7 @@ def finish_tile(
 ):  # fmt: skip
     """y[m, co] = relu(acc + bias + residual), rounded once. y and the residual are dense NHWC with Co channels."""
     acc += tl.load(bias_ptr + co, mask=co_mask, other=0.0)[None, :]
-    at = m.to(tl.int64)[:, None] * Co + co[None, :]
+    at = row_offset(m, Co)[:, None] + co[None, :]
     mask = row_mask[:, None] & co_mask[None, :]
     if RES:
         acc += tl.load(res_ptr + at, mask=mask, other=0.0).to(tl.float32)

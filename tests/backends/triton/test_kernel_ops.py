@@ -1,4 +1,4 @@
-"""The Triton backend through the ops, in the interpreter: every op, dtype, layout and geometry; what it must not touch."""
+"""The Triton backend through the ops, in the interpreter: every op, dtype, layout and geometry."""
 
 from __future__ import annotations
 
@@ -184,12 +184,12 @@ def test_auto_never_chooses_the_interpreter() -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
-    n=st.integers(1, 3), h=st.integers(1, 11), w=st.integers(1, 11), ci=st.integers(1, 40), co=st.integers(8, 40),  # over a single output, a rounding error is no statistic
-   
+    n=st.integers(1, 3), h=st.integers(1, 11), w=st.integers(1, 11), ci=st.integers(1, 40), co=st.integers(8, 40),
     k=st.sampled_from([1, 2, 3, 5]), stride=st.integers(1, 3), dilation=st.integers(1, 2), residual=st.booleans(),
     relu=st.booleans(), dtype=st.sampled_from(FLOATS), layout=st.sampled_from(LAYOUTS),
 )  # fmt: skip
 def test_any_convolution(**options: Any) -> None:
+    """Eight output channels at least: over a single number, a rounding error is no statistic."""
     reach = options["dilation"] * (options["k"] - 1)
     if min(options["h"], options["w"]) + 2 * options["dilation"] * (options["k"] // 2) <= reach:
         return  # the filter does not fit, which ops/ refuses

@@ -1,0 +1,120 @@
+"""Which launches the commands run: ragged ones that no tile divides, and those of real nets. And the nets themselves.
+
+Ragged launches are small, with channels off the powers of two, unaligned rows, every epilogue, stride, dilation and
+groups; together they admit every shipped config. Real launches are those of every route of a net's blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec
+from resnet_fast.tuning import routes, shapes
+
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+"""In the order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
+
+NONE, RELU, ADD = Epilogue(), Epilogue(relu=True), Epilogue(relu=True, add=True)
+
+
+def in_precision(launch: LaunchSpec, precision: str) -> LaunchSpec:
+    """The launch on tensors of another dtype."""
+    tf32 = precision == "tf32"
+    changes: dict[str, Any] = {"dtype": "float32" if tf32 else precision, "tf32": tf32}
+    projection = launch.projection and launch.projection.with_(**changes)
+    return replace(launch, convs=tuple(c.with_(**changes) for c in launch.convs), projection=projection)
+
+
+def conv(
+    ci: int, co: int, k: int, *, n: int = 2, h: int = 9, w: int = 7, stride: int = 1, dilation: int = 1,
+    groups: int = 1, epilogue: Epilogue = RELU,
+) -> ConvSpec:  # fmt: skip
+    """A square convolution, padded so that stride 1 keeps the image's size."""
+    stride_, padding, dilation_ = ((v, v) for v in (stride, dilation * (k // 2), dilation))
+    return ConvSpec(n, h, w, ci, co, k, k, stride_, padding, dilation_, groups, "bfloat16", "nhwc", epilogue)
+
+
+def _stem(co: int, **size: int) -> LaunchSpec:
+    return LaunchSpec("stem", (conv(3, co, 7, stride=2, epilogue=Epilogue(relu=True, pool=(3, 2, 1)), **size),))
+
+
+def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
+    """By kernel: 126 output pixels (no tile divides them), channels off the powers of two."""
+
+    def one(kernel: str, *convs: ConvSpec, projection: ConvSpec | None = None) -> LaunchSpec:
+        return in_precision(LaunchSpec(kernel, convs, projection), precision)
+
+    project = conv(24, 136, 1, h=18, w=14, stride=2, epilogue=NONE)
+    mid, last = conv(40, 40, 3), conv(40, 88, 1, epilogue=ADD)
+    into = conv(24, 88, 1, h=18, w=14, stride=2, epilogue=NONE)
+    return {
+        "conv_bn_act_1x1": (
+            one("conv_bn_act_1x1", conv(72, 136, 1, epilogue=ADD)),
+            one("conv_bn_act_1x1", conv(75, 131, 1, epilogue=ADD)),
+            one("conv_bn_act_1x1", conv(64, 200, 1)),
+            one("conv_bn_act_1x1", conv(72, 136, 1, epilogue=ADD), projection=project),
+            one("conv_bn_act_1x1", conv(40, 48, 1, stride=2, epilogue=NONE)),
+        ),
+        "conv_bn_act_3x3": (
+            one("conv_bn_act_3x3", conv(72, 136, 3, epilogue=ADD)),
+            one("conv_bn_act_3x3", conv(75, 131, 3, h=18, w=14, stride=2, dilation=2)),
+            one("conv_bn_act_3x3", conv(40, 136, 3, epilogue=ADD), projection=project),
+            one("conv_bn_act_3x3", conv(80, 96, 3, groups=2)),
+            one("conv_bn_act_3x3", conv(64, 64, 3, groups=16, epilogue=NONE)),
+        ),
+        "conv_bn_act": (
+            one("conv_bn_act", conv(5, 72, 5, stride=2, epilogue=ADD)),
+            one("conv_bn_act", conv(24, 40, 3, groups=4, dilation=2)),
+        ),
+        "stem": (in_precision(_stem(72, h=21, w=27), precision), in_precision(_stem(64, n=1, h=64, w=30), precision)),
+        "bottleneck": (
+            one("bottleneck", mid, last),
+            one("bottleneck", conv(40, 40, 3, h=18, w=14, stride=2), last, projection=into),
+        ),
+    }
+
+
+def specs(net: str, batch: int, dtype: str = "bfloat16", image: int | None = None) -> dict[str, ConvSpec | BlockSpec]:
+    """What dispatch decides on in an accelerated net: its stem and its blocks, by name."""
+    name, stem = next(iter(shapes.problems(net, batch, image, dtype).items()))
+    return {name: stem, **shapes.blocks(net, batch, image, dtype)}
+
+
+def launches(net: str, batch: int, dtype: str = "bfloat16", image: int | None = None) -> tuple[LaunchSpec, ...]:
+    """Every launch of every route of ``net``, each once."""
+    found = [r.launches for spec in specs(net, batch, dtype, image).values() for r in routes.routes(spec)]
+    return tuple(dict.fromkeys(launch for group in found for launch in group))
+
+
+def real(precision: str = "bfloat16", batch: int = 2) -> tuple[LaunchSpec, ...]:
+    """Launches of ResNet-50, and what ResNet-18 and ResNeXt-50 add: projections into a 3x3, and groups.
+
+    In bfloat16 all of them; in the others the first and the last per kernel and shape of filter, stride and epilogue.
+    """
+    found = list(launches("resnet50", batch))
+    found += [x for x in launches("resnet18", batch) if x.kernel == "conv_bn_act_3x3" and (x.projection or x.residual)]
+    found += [x for x in launches("resnext50_32x4d", batch) if x.last.groups > 1]
+    if precision != "bfloat16":
+        ends: dict[tuple[Any, ...], list[LaunchSpec]] = {}
+        for x in found:
+            ends.setdefault((x.kernel, x.projection is not None, x.residual, x.last.groups > 1), []).append(x)
+        found = [x for group in ends.values() for x in (group[0], group[-1])]
+    return tuple(dict.fromkeys(in_precision(x, precision) for x in found))
+
+
+def calibrated(name: str, batch: int, image: int, device: str, dtype: str) -> tuple[nn.Module, torch.Tensor]:
+    """A seeded stock net in eval mode whose BatchNorms know their inputs, NHWC, and a batch."""
+    from resnet_fast import weights
+    from resnet_fast.models import registry
+
+    model = weights.seeded(lambda: registry.build(name)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(max(4, batch), 3, image, image, generator=generator, device=device)
+    weights.calibrate(model, x)
+    kind = getattr(torch, dtype)
+    x = x[:batch].to(kind).contiguous(memory_format=torch.channels_last)
+    return model.eval().to(kind).to(memory_format=torch.channels_last), x

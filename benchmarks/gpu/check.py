@@ -1,0 +1,299 @@
+"""``python3 -m benchmarks.gpu.check``: does everything that needs a GPU work on this one?
+
+    build     the native library, out of tree, where the toolkit is there
+    first     one config of every kernel, so that even a cut run has seen them all
+    tests     ``pytest -m gpu``
+    nets      accelerated nets against stock ones and fp64
+    configs   every shipped config of every kernel, on ragged launches and on those of real nets
+
+A kernel's output is compared with fp64 and may lose at most twice what eager loses (numerics.py). Configs that the
+rules do not admit for a launch are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fast.spec import LaunchSpec
+from resnet_fast.tuning import configs
+from resnet_fast.tuning.configs import Config
+
+from . import cases as launches
+from . import common, report
+from .common import ROOT, Case, Row, Session, Settings, Skipped
+from .worker import Pool
+
+BUILD_LIMIT_S = 150.0
+TESTS_SHARE = 0.4
+"""Part of the remaining budget that the tests may take: the configs behind them are the longer list."""
+
+NETS = ("resnet50", "resnet18", "resnext50_32x4d")
+
+
+def cases(settings: Settings) -> list[Case]:
+    """What workers run, in order: one config per kernel, the nets, every other config."""
+    found = list(_configs(settings))
+    first: dict[str, Case] = {}
+    for kernel, case in found:
+        if case.known is None:
+            first.setdefault(kernel, case)
+    names = {case.name for case in first.values()}
+    rest = [case for _, case in found if case.name not in names]
+    return [*first.values(), *_nets(settings), *rest]
+
+
+def _configs(settings: Settings) -> Iterator[tuple[str, Case]]:
+    """(kernel, case) of every launch and shipped config, the most important precision first."""
+    from resnet_fast.backends.triton.device import device_of
+
+    gpu = device_of(torch.device(settings.device)).gpu
+    assert gpu is not None
+    for launch in _quick_launches() if settings.quick else _all_launches():
+        few = (1 if launch.last.tf32 else 2) if settings.quick else None
+        judged = configs.judged(launch, gpu)
+        admitted = [config for config, verdict in judged if verdict]
+        # an eight-warp config is not the one to begin with
+        admitted.sort(key=lambda config: configs.needs_proof(launch, config))
+        for config in admitted[:few]:
+            yield launch.kernel, Case(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
+        for config, verdict in judged:
+            if not verdict:
+                row = _facts(launch, config) | {"status": "refused", "reason": verdict.reason}
+                yield launch.kernel, Case(f"config {launch} :: {config}", dict, known=row)
+
+
+def _all_launches() -> Iterator[LaunchSpec]:
+    for precision in launches.PRECISIONS:
+        for group in launches.ragged(precision).values():
+            yield from group
+        yield from launches.real(precision)
+
+
+def _quick_launches() -> Iterator[LaunchSpec]:
+    for precision in ("float16", "tf32"):
+        for group in launches.ragged(precision).values():
+            yield min(group, key=LaunchSpec.macs)
+
+
+def precision_of(launch: LaunchSpec) -> str:
+    return "tf32" if launch.last.tf32 else launch.dtype
+
+
+def _facts(launch: LaunchSpec, config: Config) -> Row:
+    proof = configs.needs_proof(launch, config)
+    return {
+        "kernel": launch.kernel,
+        "precision": precision_of(launch),
+        "config": str(config),
+        **({"needs_proof": True} if proof else {}),
+    }
+
+
+class _Proof:
+    """One launch with one config against fp64 and eager's own error."""
+
+    def __init__(self, launch: LaunchSpec, config: Config, device: str) -> None:
+        self.launch, self.config, self.device = launch, config, device
+
+    def __call__(self) -> Row:
+        from resnet_fast.backends.triton.problem import problem
+
+        # eager's own error is the budget: TF32's where the kernel may round to TF32, and only there
+        torch.backends.cudnn.allow_tf32 = self.launch.last.tf32
+        with torch.inference_mode():
+            found = problem(self.launch, self.device).check(self.config)
+        return _facts(self.launch, self.config) | error_row(found)
+
+
+def error_row(found: Any) -> Row:
+    """What a row keeps of an error report: errors relative to fp64, and the largest ones."""
+    ratio = found.ratio
+    return {
+        "error": None,
+        "rel": found.rel,
+        "eager_rel": found.eager_rel,
+        "ratio": round(ratio, 3) if ratio is not None and ratio < 1e6 else None,
+        "max_abs": found.max_abs,
+    }
+
+
+def _nets(settings: Settings) -> Iterator[Case]:
+    if settings.quick:
+        net = _Net("cifar_resnet20", "float32", 1, 8, settings.device)
+        yield Case("net cifar_resnet20 float32 batch 1", net, limit_s=120)
+        return
+    for name in NETS:
+        for dtype in ("bfloat16", "float32"):
+            net = _Net(name, dtype, 2, 224, settings.device)
+            yield Case(f"net {name} {dtype} batch 2", net, limit_s=150, needs_s=15)
+
+
+class _Net:
+    """A whole accelerated net in eval mode against the stock one, both compared with fp64."""
+
+    def __init__(self, name: str, dtype: str, batch: int, image: int, device: str) -> None:
+        self.name, self.dtype, self.batch, self.image, self.device = name, dtype, batch, image, device
+
+    def __call__(self) -> Row:
+        import resnet_fast
+        from resnet_fast import numerics
+
+        torch.backends.cudnn.allow_tf32 = False
+        model, x = launches.calibrated(self.name, self.batch, self.image, self.device, self.dtype)
+        double = copy.deepcopy(model).double()
+        with torch.inference_mode():
+            want, eager = double(x.double()), model(x)
+            del double
+            resnet_fast.reset_stats()
+            out = resnet_fast.accelerate(model, backend="triton")(x)
+        ran = resnet_fast.stats()["calls"]
+        stock = sorted(call for call in ran if not call.endswith("/triton"))
+        if stock or not ran:
+            raise AssertionError(f"expected every block on triton, got {', '.join(stock) or 'no fused call'}")
+        k = max(m.weight[0].numel() for m in model.modules() if isinstance(m, nn.Conv2d))
+        return error_row(numerics.assert_close(out, want, eager, k)) | {"launched": ran}
+
+
+def build(session: Session) -> Row:
+    """Compile ``csrc`` out of tree for this GPU, and load what came out. Without a compiler it is skipped."""
+    settings = session.settings
+    sources = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    nvcc = shutil.which("nvcc") or _cuda_home_nvcc()
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not sources:
+        raise Skipped("csrc/kernels has nothing to compile")
+    lacks = [name for name, tool in (("cmake", cmake), ("a C++ compiler", compiler)) if tool is None]
+    if settings.on_gpu and nvcc is None:
+        lacks.append("nvcc")
+    if lacks:
+        raise Skipped(f"no {', no '.join(lacks)}")
+    assert cmake is not None
+    where = importlib.util.find_spec("torch")
+    assert where is not None and where.origin is not None
+    with tempfile.TemporaryDirectory(prefix="resnet_fast_build_") as folder:
+        options = [
+            "-DRESNET_FAST_NATIVE=ON",
+            f"-DRESNET_FAST_TORCH_DIR={Path(where.origin).parent}",
+            f"-DRESNET_FAST_CUDA={int(settings.on_gpu)}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
+        if settings.on_gpu:
+            major, minor = torch.cuda.get_device_capability()
+            options.append(f"-DRESNET_FAST_CUDA_ARCHS={major}{minor}{'a' if major >= 9 else ''}-real")
+        if shutil.which("ninja"):
+            options.append("-GNinja")
+        env = os.environ | {"PATH": os.pathsep.join([os.environ.get("PATH", ""), str(Path(nvcc or cmake).parent)])}
+        load = f"import torch; torch.ops.load_library({folder!r} + '/_C.abi3.so')"
+        steps = {
+            "configuring": [cmake, "-S", str(ROOT), "-B", folder, *options],
+            "compiling": [cmake, "--build", folder, "--parallel"],
+            "loading": [sys.executable, "-c", f"{load}; print(torch.ops.resnet_fast_native.build_info())"],
+        }
+        end = session.clock.left - min(BUILD_LIMIT_S, session.clock.left / 2)
+        output = ""
+        for what, command in steps.items():
+            code, output = common.run_limited(command, session.clock.left - end, env=env)
+            if code != 0:
+                lines = [line for line in output.splitlines() if re.search(r"error|Error", line)] or output.splitlines()
+                reason = "stopped at its time limit" if code is None else f"exit code {code}"
+                raise RuntimeError(f"{what}: {reason}: {lines[0].strip() if lines else ''}")
+    return {"build": dict(line.split("=", 1) for line in output.splitlines() if "=" in line)}
+
+
+def _cuda_home_nvcc() -> str | None:
+    path = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    return str(path) if path.exists() else None
+
+
+def gpu_test_files(root: Path = ROOT / "tests") -> list[Path]:
+    """The test files with a test for a GPU."""
+    mark = re.compile(r"\bmark\.gpu\b")
+    return [path for path in sorted(root.rglob("test_*.py")) if mark.search(path.read_text())]
+
+
+def run_tests(session: Session, files: list[Path]) -> None:
+    """``pytest -m gpu`` over ``files``: a row per test, without those that have passed before."""
+    if not files:
+        session.record("tests", {"status": "skipped", "reason": "no test file has the mark gpu"})
+        return
+    prefix = "test "
+    passed = [
+        row["case"].removeprefix(prefix)
+        for row in session.store.rows.values()
+        if row["case"].startswith(prefix) and row["status"] == "passed" and row["key"] == session.key(row["case"])
+    ]
+    session.counts["kept"] = session.counts.get("kept", 0) + len(passed)
+    limit = session.clock.left * TESTS_SHARE
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", f"{__package__}.pytest_rows"]
+        command += ["-p", "no:cacheprovider", f"--rows={rows}", *(f"--deselect={test}" for test in passed)]
+        code, output = common.run_limited([*command, *map(str, files)], limit)
+        begun = _record_tests(session, rows, prefix)
+    if code is None:
+        session.left += [f"tests after {begun}" if begun else "tests"]
+    elif begun:
+        error = f"pytest ended with exit code {code} in this test"
+        session.record(prefix + begun, {"status": "failed", "error": error})
+    elif code not in (0, 1, 5):  # 5: nothing was left to run
+        lines = [line for line in output.splitlines() if line.strip()]
+        reason = next((line for line in lines if "rror" in line), lines[-1] if lines else "")
+        session.record("tests", {"status": "failed", "error": f"pytest ended with exit code {code}: {reason[:200]}"})
+    else:
+        session.record("tests", {"status": "passed", "note": f"{len(files)} files"})
+
+
+def _record_tests(session: Session, rows: Path, prefix: str) -> str:
+    """Record every finished test; the name of one that was begun only."""
+    begun = ""
+    for line in rows.read_text().splitlines() if rows.exists() else []:
+        row = json.loads(line)
+        if "status" not in row:
+            begun = row["test"]
+            continue
+        name = row.pop("test")
+        begun = "" if name == begun else begun
+        session.record(prefix + name, row)
+    return begun
+
+
+def main() -> int:
+    settings = common.settings_from("check", (__doc__ or "").splitlines()[0])
+    session = common.begin(settings)
+    everything = cases(settings)
+    first = [case for case in everything if case.known is None][: len(configs.SHIPPED)]
+    building = Case("build", lambda: build(session))
+    try:
+        for case in session.todo([building]):
+            session.record(case.name, common.execute(case))
+        size = 1 if settings.quick else (8 if settings.on_gpu else 2)
+        with Pool(f"{__package__}.check", session, min(size, os.cpu_count() or 1)) as pool:
+            pool.run(session.todo(first))
+            if not settings.on_gpu:
+                session.record("tests", {"status": "skipped", "reason": "needs a CUDA device"})
+            elif settings.only in "tests" and session.clock.left > 0:
+                run_tests(session, gpu_test_files())
+            names = {case.name for case in first}
+            pool.run(session.todo(case for case in everything if case.name not in names))
+    finally:
+        report.write(settings)
+    known = [Case(row["case"], dict) for row in session.store.rows.values() if row["case"].startswith("test")]
+    return session.finish([building, *everything, *known])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

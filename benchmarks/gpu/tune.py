@@ -1,0 +1,206 @@
+"""``python3 -m benchmarks.gpu.tune``: measure every way to run the launches of the usual nets; fills the shipped table.
+
+One case per launch, the nets and batches in the order of importance, within each the most expensive launch first. The
+table (``resnet_fast/tuning/tables/<gpu>.json``) is what a run resumes from: a launch with a time or a refusal for every
+candidate is not measured again. A launch whose candidates crash or hang is a failed row, and costs nobody else a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_fast.errors import BackendError
+from resnet_fast.roofline import Device
+from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
+from resnet_fast.tuning import choice, configs, heuristic, tables
+from resnet_fast.tuning.configs import Config
+from resnet_fast.tuning.tables import Table
+
+from . import cases as launches
+from . import common, report
+from .common import Case, Row, Session, Settings
+from .worker import Pool
+
+BATCHES = (256, 1, 32, 128, 8)
+NETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
+LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A net at a batch size: what is tuned together, and summed up at the end."""
+
+    net: str
+    batch: int
+    dtype: str = "bfloat16"
+    image: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.net} {self.dtype} batch {self.batch}"
+
+    def specs(self) -> dict[str, ConvSpec | BlockSpec]:
+        return launches.specs(self.net, self.batch, self.dtype, self.image)
+
+
+def groups(settings: Settings) -> tuple[Group, ...]:
+    """ResNet-50 at every batch, then the other nets, large batches first."""
+    if settings.quick:
+        return (Group("cifar_resnet20", 1, "float32", 8),)
+    first, *others = NETS
+    return (*(Group(first, batch) for batch in BATCHES), *(Group(net, batch) for batch in BATCHES for net in others))
+
+
+def device_of(settings: Settings) -> Device:
+    from resnet_fast.backends.triton import device
+
+    return device.device_of(torch.device(settings.device))
+
+
+def table_path(settings: Settings) -> Path:
+    """The table that comes with the package; in the interpreter one beside the results."""
+    file = f"{tables.slug(common.gpu_name(settings.device))}.json"
+    return (tables.SHIPPED if settings.on_gpu else settings.path) / file
+
+
+def read_table(settings: Settings) -> Table:
+    return tables.read(table_path(settings), common.gpu_name(settings.device))
+
+
+def _todo(settings: Settings) -> Iterator[LaunchSpec]:
+    """Every launch that has a candidate, in order, repeats included."""
+    device = device_of(settings)
+    for group in groups(settings):
+        found = launches.launches(group.net, group.batch, group.dtype, group.image)
+        yield from sorted(filter(lambda x: candidates(x, device), found), key=lambda x: -_expected(x, device))
+
+
+def candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
+    """Ours and PyTorch's: what the table has an answer for, once the launch is tuned."""
+    assert device.gpu is not None
+    return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
+
+
+def _expected(launch: LaunchSpec, device: Device) -> float:
+    """Seconds by the model."""
+    found = heuristic.choose(launch, device)
+    return 0.0 if found is None else found[1]
+
+
+def cases(settings: Settings) -> list[Case]:
+    """One per launch, each once."""
+    return [
+        Case(f"tune {launch}", _Tune(launch, settings), limit_s=LIMIT_S) for launch in dict.fromkeys(_todo(settings))
+    ]
+
+
+class _Tune:
+    """Measure one launch into the table; its row says what won."""
+
+    def __init__(self, launch: LaunchSpec, settings: Settings) -> None:
+        self.launch, self.settings = launch, settings
+
+    def __call__(self) -> Row:
+        from resnet_fast.dispatch import tune
+
+        path, device = table_path(self.settings), torch.device(self.settings.device)
+        tuned = tune.tune_launches([self.launch], device, LIMIT_S, path=path)
+        return self.row(tuned.table) | {"refused": [[config, reason] for _, config, reason in tuned.refused]}
+
+    def row(self, table: Table) -> Row:
+        """Best and stock times in microseconds, and what the model says of the best."""
+        times = {name: us for name, us in table.times(self.launch).items() if us is not None}
+        stock = [times[name] for name in configs.STOCK if name in times]
+        row: Row = {"status": "measured", "kernel": self.launch.kernel, "stock_us": min(stock, default=None)}
+        ours = {name: us for name, us in times.items() if name not in configs.STOCK}
+        if not ours:
+            return row | {"note": "no candidate of ours is usable"}
+        best = min(ours, key=lambda name: ours[name])
+        row |= {"ours": best, "ours_us": ours[best]}
+        device = device_of(self.settings)
+        config = {str(c): c for c in candidates(self.launch, device)}.get(best)
+        if config is not None:
+            modelled = heuristic.predict(self.launch, config, device) * 1e6
+            row |= {"modelled_us": round(modelled, 2), "model_error": round(modelled / ours[best] - 1, 3)}
+        row["note"] = f"{best}, {ours[best]:.1f} us" + (f", stock {min(stock):.1f} us" if stock else ", no stock form")
+        return row
+
+
+def complete(launch: LaunchSpec, table: Table, device: Device) -> bool:
+    """Does the table hold an answer for every candidate?"""
+    return {str(c) for c in candidates(launch, device)} <= table.times(launch).keys()
+
+
+def summary(group: Group, device: Device, table: Table) -> Row | None:
+    """Per stage and in all: what dispatch now chooses against PyTorch's best; None where not all is measured."""
+    stages: dict[str, dict[str, Any]] = {}
+    for name, spec in group.specs().items():
+        try:
+            chosen, stock = choice.choose(spec, device, table), choice.stock(spec, device, table)
+        except BackendError:  # every candidate was refused
+            return None
+        if not chosen.measured or stock is None:
+            return None
+        stage = stages.setdefault(name.split(".")[1], {"best_us": 0.0, "stock_us": 0.0, "plans": {}})
+        stage["best_us"] += chosen.seconds * 1e6
+        stage["stock_us"] += stock * 1e6
+        plan = chosen.route.plan
+        stage["plans"][plan] = stage["plans"].get(plan, 0) + 1
+    best, stock_us = (sum(stage[key] for stage in stages.values()) for key in ("best_us", "stock_us"))
+    return {"group": str(group), "batch": group.batch, "best_us": best, "stock_us": stock_us, "stages": stages}
+
+
+def summaries(settings: Settings) -> list[Row]:
+    """Of every group that is measured throughout."""
+    device, table = device_of(settings), read_table(settings)
+    found = (summary(group, device, table) for group in groups(settings)) if table.entries else ()
+    return [row for row in found if row]
+
+
+def print_summaries(session: Session, found: list[Row]) -> None:
+    for row in found:
+        ratio = row["stock_us"] / row["best_us"]
+        rate = row["batch"] / row["best_us"] * 1e6
+        session.say(f"{row['group']}: measured launches sum to {row['best_us']:.0f} us, {rate:,.0f} img/s;")
+        session.say(f"    stock {row['stock_us']:.0f} us, speedup {ratio:.2f}")
+        for stage, part in row["stages"].items():
+            plans = ", ".join(f"{plan} x {n}" for plan, n in part["plans"].items())
+            text = f"    {stage:8s} {part['best_us']:9.1f} us, stock {part['stock_us']:9.1f} us,"
+            session.say(f"{text} speedup {part['stock_us'] / part['best_us']:.2f} ({plans})")
+
+
+def main() -> int:
+    settings = common.settings_from("tune", (__doc__ or "").splitlines()[0])
+    path = table_path(settings)
+    if settings.fresh:
+        path.unlink(missing_ok=True)
+    session = common.begin(settings)
+    everything, device, table = cases(settings), device_of(settings), read_table(settings)
+    by_name = {f"tune {launch}": launch for launch in _todo(settings)}
+    if common.ROOT not in settings.path.parents:  # results go elsewhere: the table too
+
+        def keep_a_copy() -> None:
+            if path.exists() and path.parent != settings.path:
+                shutil.copyfile(path, settings.path / "tuning.json")
+
+        session.on_row = keep_a_copy
+    try:
+        with Pool(f"{__package__}.tune", session) as pool:
+            pool.run(session.todo(everything, lambda case: complete(by_name[case.name], table, device)))
+        found = summaries(settings)
+        print_summaries(session, found)
+        common.write(settings.path / "tune_summary.json", json.dumps(found, indent=1) + "\n")
+    finally:
+        report.write(settings)
+    return session.finish(everything)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

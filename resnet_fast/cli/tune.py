@@ -1,0 +1,118 @@
+"""``resnet-fast tune``: time the kernels that a net can run on, PyTorch's own among them, and remember the fastest."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .output import progress_bar, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..dispatch.tune import Tuned
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A net's name.")],
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 1,
+    image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "bfloat16",
+    only: Annotated[str | None, typer.Option(help="Measure the launches of this kernel only.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to spend; the next run goes on with what is left.")] = 170.0,
+    table: Annotated[
+        Path | None, typer.Option(help="File to read and write; by default the one that calls on this GPU look into.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, and no progress bar.")] = False,
+) -> None:
+    """Time every kernel that a net can run on here; the fastest, ours or PyTorch's, runs from then on."""
+    for name, value, least in (("--batch", batch, 1), ("--image", image, 1), ("--budget", budget, 0)):
+        if value is not None and not value >= least:
+            raise UserError(f"{name} >= {least}", str(value), f"correct {name}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype among {', '.join(DTYPES)}", repr(dtype), "correct --dtype")
+    import torch
+
+    from .. import accelerate
+    from ..dispatch import tune as tuning
+    from ..models import registry
+
+    side = image or registry.image_size(model)
+    if only is not None:
+        tuning.check_kernel(only)
+    device = tuning.default_device()
+    place: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype), "memory_format": torch.channels_last}
+    net = accelerate(registry.build(model).eval().to(**place), backend="triton")
+    x = torch.randn(batch, 3, side, side).to(**place)
+    path = table or tuning.table_file(device)
+    reached = (0, 0)
+    try:
+        with progress_bar(silent=json, eta=True) as progress:
+
+            def on_progress(done: int, total: int, launch: str) -> None:
+                nonlocal reached
+                reached = done, total
+                progress(done, total, launch)
+
+            tuned = tuning.tune(net, x, budget, on_progress, path, only)
+    except KeyboardInterrupt:
+        done, total = reached
+        known = (
+            f"{done} of {total} launches are in {path}; the next run measures the others" if total else "nothing done"
+        )
+        typer.echo(f"interrupted: {known}", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        typer.echo(json_module.dumps(_to_dict(tuned), indent=2))
+        return
+    show(_table(tuned, f"{model}, batch {batch}, {side}x{side}, {dtype}, {tuned.table.gpu}"), *_notes(tuned))
+
+
+def _to_dict(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "gpu": tuned.table.gpu,
+        "table": str(tuned.path),
+        "measured": tuned.measured,
+        "kept": tuned.kept,
+        "left": tuned.left,
+        "seconds": tuned.seconds,
+        "launches": [asdict(row) | {"speedup": row.speedup} for row in tuned.rows()],
+        "refused": [dict(zip(("launch", "candidate", "reason"), entry, strict=True)) for entry in tuned.refused],
+        "net_us": tuned.net_us,
+        "net_stock_us": tuned.net_stock_us,
+    }
+
+
+def _table(tuned: Tuned, title: str) -> Table:
+    from rich.table import Table
+
+    table = Table("launch", "best", title=title, title_justify="left")
+    for column in ("us", "stock us", "speedup"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in tuned.rows():
+        table.add_row(row.launch, row.best or "-", *_times(row.us, row.stock_us))
+    table.add_section()
+    table.add_row("net: its fused layers, one after another", "", *_times(tuned.net_us, tuned.net_stock_us))
+    return table
+
+
+def _times(us: float | None, stock_us: float | None) -> tuple[str, str, str]:
+    ratio = f"{stock_us / us:.2f}x" if us and stock_us else "-"
+    return "-" if us is None else f"{us:,.1f}", "-" if stock_us is None else f"{stock_us:,.1f}", ratio
+
+
+def _notes(tuned: Tuned) -> list[str]:
+    """What the table does not say: where the numbers are, what was refused, what a dash means."""
+    notes = [str(tuned)]
+    if tuned.refused:
+        notes.append(f"{len(tuned.refused)} candidates refused; --json gives the reasons")
+    if tuned.net_us is None:
+        notes.append("no total: a launch of the net is not measured yet")
+    return notes

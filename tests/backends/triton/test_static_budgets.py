@@ -1,0 +1,64 @@
+"""Machine code of the shipped configs against docs/tables/static-budgets.json: no spills, tensor cores, wide accesses.
+
+Compiled here, without a GPU, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import budgets
+import pytest
+from sass import is_narrow
+from static_budget import Budget, Job, compare, compile_many, read_table
+
+from resnet_fast.tuning import configs
+
+TABLE = read_table(budgets.JSON)
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+def worse(jobs: list[Job]) -> list[str]:
+    """What got worse than the table, a line per finding."""
+    found = []
+    for now in compile_many(jobs):
+        if now.key not in TABLE:
+            found.append(f"{now.key}: not in the table; run python tests/triton/budgets.py")
+            continue
+        found += [f"{now.kernel} {now.config} sm_{now.arch}: {text}" for text in compare(now, TABLE[now.key])]
+    return found
+
+
+def test_one_config_per_launch_keeps_its_budget() -> None:
+    assert not worse(list(budgets.jobs(every=False)))
+
+
+@pytest.mark.slow
+def test_every_shipped_config_keeps_its_budget() -> None:
+    assert not worse(list(budgets.jobs()))
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
+def test_hard_rules(row: Budget) -> None:
+    """What holds for every row, whoever wrote the table."""
+    assert row.local_bytes == 0 and row.local_accesses == 0
+    assert row.blocks_per_sm >= 1
+    if ", fp32" in row.config:
+        return  # no tensor cores: the products are scalar
+    tile = row.config.split(", ")[1]
+    # a warp group's instruction takes 64 rows: tiles of 32 use the one of sm_80 everywhere
+    wanted = "HMMA" if tile.startswith("32x") else TENSOR_CORES[row.arch]
+    assert wanted in {name.split(".")[0] for name in row.tensor}
+    narrow = {a for loop in row.loops for a in loop.accesses if is_narrow(a)}
+    if row.config.startswith("stem"):
+        assert narrow <= {"LDG.2"}, narrow  # three channels of 2 bytes
+    elif row.config.startswith("tail"):
+        assert narrow <= {"LDG.8", "LDGSTS.4"}, narrow  # the fp32 bias of each tile of y, in the loop over them
+    elif "x16x" in tile:
+        assert narrow <= {"LDGSTS.4", "LDGSTS.8"}, narrow  # a weight tile of 16 rows is less than 16 bytes a thread
+    else:
+        assert not narrow, narrow
+
+
+def test_the_table_covers_every_shipped_config() -> None:
+    covered = {key[1].split(", ")[1] for key in TABLE}
+    shipped = {str(c) for kernel in configs.SHIPPED.values() for c in kernel}
+    assert shipped <= covered, shipped - covered

@@ -1,0 +1,444 @@
+"""benchmarks/gpu: the three commands for a GPU in Triton's interpreter; what a crash, a hang or a cut leaves behind."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fast import roofline
+from resnet_fast.benchmarks.gpu import bench, cases, check, common, nets, peers, report, timing, tune, worker
+from resnet_fast.benchmarks.gpu.common import Case, Clock, Session, Settings, Store
+from resnet_fast.tuning import configs, tables
+
+ROOT = Path(__file__).parents[2]
+GPU = ROOT / "benchmarks" / "gpu"
+OURS = {"resnet_fast", "benchmarks"}
+BARE = set(sys.stdlib_module_names) | OURS | {"torch", "triton", "torchvision", "numpy", "pytest"}
+ABSENT = ("typer", "rich", "hypothesis", "timm", "matplotlib", "safetensors", "skimage", "onnx", "openvino")
+
+
+def imported(path: Path, everywhere: bool = True) -> set[str]:
+    """Top-level names of what a file imports; ``everywhere``: inside functions too."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_the_commands_import_what_a_bare_machine_has() -> None:
+    files = sorted(GPU.glob("*.py"))
+    assert {"check.py", "tune.py", "bench.py", "common.py"} <= {path.name for path in files}
+    for path in files:
+        assert imported(path) <= BARE, path.name
+    for name in ("harness", "providers", "provenance"):  # theirs of benchmarks/
+        assert imported(ROOT / "benchmarks" / f"{name}.py", everywhere=False) <= BARE, name
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which what a bare machine lacks cannot be imported."""
+    folder = tmp_path_factory.mktemp("absent")
+    for name in ABSENT:
+        (folder / f"{name}.py").write_text(f"raise ImportError('no {name} on a bare machine')\n")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RESNET_FAST_", "TRITON_"))}
+    return kept | {"PYTHONPATH": str(folder)}
+
+
+def command_line(name: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.gpu.{name}", "--device", "cpu", "--quick", "--out", str(out)]
+
+
+def run(name: str, out: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [*command_line(name, out), *options]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+def rows(out: Path, name: str) -> list[dict[str, Any]]:
+    """Every line, each of which must be whole."""
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+BEGINS = {
+    "check": ["build", "config ", "net "],
+    "tune": ["tune "],
+    "bench": ["ceiling ", "inference ", "conv ", "training ", "compiled "],
+}
+
+
+def expect_results(out: Path, name: str) -> list[dict[str, Any]]:
+    """Every kind of row, good ones only, each under its own key; the environment and the report beside them."""
+    found = rows(out, name)
+    assert {row["status"] for row in found} <= {"passed", "measured", "refused", "skipped"}
+    assert all(row["key"].startswith(f"{row['case']} | Triton interpreter | space {configs.SPACE} | ") for row in found)
+    assert len({row["key"] for row in found}) == len(found)
+    for begin in BEGINS[name]:
+        assert any(row["case"].startswith(begin) for row in found), begin
+    known = json.loads((out / "env.json").read_text())
+    assert {"torch", "triton", "gpu", "driver", "commit"} <= known.keys()
+    assert (name == "bench") == ("ceilings" in known)
+    assert (out / "report.md").read_text().startswith("# Triton interpreter")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["check", "bench"])
+def test_a_quick_run_and_its_resumption(name: str, tmp_path: Path, bare: dict[str, str]) -> None:
+    first = run(name, tmp_path, bare, "--budget", "200")
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = expect_results(tmp_path, name)
+    start = time.monotonic()
+    again = run(name, tmp_path, bare, "--budget", "100")
+    resumed = [row["key"] for row in found if row["case"] != "tests"]  # which are asked for their own rows
+    assert again.returncode == 0 and f"{len(resumed)} kept" in again.stdout, again.stdout
+    assert time.monotonic() - start < 60
+    assert [row["key"] for row in rows(tmp_path, name) if row["case"] != "tests"] == resumed
+
+
+@pytest.mark.slow
+def test_a_cut_tuning_leaves_whole_rows_and_goes_on(tmp_path: Path, bare: dict[str, str]) -> None:
+    cut = subprocess.Popen(
+        command_line("tune", tmp_path), cwd=ROOT, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert cut.stdout is not None
+    said = [line for line, _ in zip(cut.stdout, range(3), strict=False)]
+    cut.kill()
+    rest = cut.communicate(timeout=60)[0]
+    assert ["measured" in line for line in said] == [False, True, True], [*said, rest]
+    before, path, table = rows(tmp_path, "tune"), tmp_path / "tune.jsonl", tmp_path / "triton-interpreter.json"
+    launches = json.loads(table.read_text())["launches"]
+    assert 2 <= len(before) <= len(launches) <= len(before) + 1  # one may be cut between its table and its row
+    more = run("tune", tmp_path, bare, "--budget", "200")
+    assert more.returncode == 0, more.stdout + more.stderr
+    launches = json.loads(table.read_text())["launches"]
+    assert len(launches) == 9 and len(expect_results(tmp_path, "tune")) >= 8 and "speedup" in more.stdout
+    fresh = run("tune", tmp_path, bare, "--budget", "3", "--fresh")
+    assert fresh.returncode == 0 and not table.exists() and not path.exists()
+
+
+def session(folder: Path, command: str = "toy", budget: float = 60.0, **more: Any) -> Session:
+    settings = Settings(command, "cpu", str(folder), budget=budget, **more)
+    return Session(settings, Clock(budget), Store(folder / f"{command}.jsonl", settings.fresh), "here", "abc")
+
+
+TOY = """
+import os, time
+from resnet_fast.benchmarks.gpu.common import Case, Skipped
+
+def boom(): raise ValueError("first line\\nsecond line")
+def skip(): raise Skipped("not here")
+def crash(): os.write(2, b"Fatal: stack smashed\\n"); os.abort()
+def hang(): time.sleep(600)
+
+def cases(settings):
+    ok = [Case(f"ok {i}", lambda: {"answer": 42}) for i in range(3)]
+    print("what libraries print")
+    return [Case("raises", boom), Case("skips", skip), Case("crashes", crash), Case("hangs", hang, limit_s=1),
+            Case("expensive", hang, needs_s=1000), *ok]
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Case]]:
+    """A module of cases that workers can import, and its cases."""
+    (tmp_path / "toy_cases.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    sys.modules.pop("toy_cases", None)
+    return lambda: importlib.import_module("toy_cases").cases(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_case_that_crashes_or_hangs_costs_itself_alone(
+    toy: Callable[[], list[Case]], tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s = session(tmp_path)
+    with worker.Pool("toy_cases", s, size) as pool:
+        pool.run(s.todo(toy()))
+    found = {row["case"]: row for row in rows(tmp_path, "toy")}
+    assert found["raises"]["status"] == "failed" and found["raises"]["error"] == "ValueError: first line"
+    assert found["skips"]["status"] == "skipped" and found["skips"]["reason"] == "not here"
+    assert "exit code -6: Fatal: stack smashed" in found["crashes"]["error"]
+    assert found["hangs"]["error"] == "no answer within 1 s"
+    assert [found[f"ok {i}"]["answer"] for i in range(3)] == [42] * 3
+    assert s.left == ["expensive"]
+    assert s.finish(toy()) == 1
+    assert "FAILED  crashes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_end_of_the_budget_stops_a_running_case(toy: Callable[[], list[Case]], tmp_path: Path) -> None:
+    s = session(tmp_path, budget=8.0)
+    hanging = [replace(case, limit_s=100.0) for case in toy() if case.name == "hangs"]
+    with worker.Pool("toy_cases", s) as pool:
+        pool.run(hanging)
+        assert not [w for w in pool.workers if w.case]
+    assert s.left == ["hangs"] and 8 <= s.clock.elapsed < 12
+    assert not (tmp_path / "toy.jsonl").exists()
+    assert s.finish(hanging) == 0
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path) -> None:
+    s = session(tmp_path)
+    with (
+        worker.Pool("no_such_module", s) as pool,
+        pytest.raises(RuntimeError, match="No module named 'no_such_module'"),
+    ):
+        pool.run([Case("any", dict)])
+
+
+def test_failures_are_tried_again_after_all_that_is_new(tmp_path: Path) -> None:
+    s = session(tmp_path)
+    s.record("a", {"status": "failed", "error": "x"})
+    s.record("b", {"status": "passed"})
+    again = session(tmp_path)
+    listed = [Case("a", dict), Case("b", dict), Case("c", dict), Case("d", dict, known={"status": "refused"})]
+    assert [case.name for case in again.todo(listed)] == ["c", "a"]
+    assert again.counts == {"kept": 1, "refused": 1}
+    again.record("a", {"status": "passed"})
+    assert again.finish(listed) == 0 and session(tmp_path).row("a")["status"] == "passed"  # type: ignore[index]
+    assert [case.name for case in session(tmp_path, only="c").todo(listed)] == ["c"]
+    assert session(tmp_path, fresh=True).row("a") is None
+
+
+def test_a_torn_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    s = session(tmp_path)
+    s.record("a", {"status": "passed"})
+    with (tmp_path / "toy.jsonl").open("a") as file:
+        file.write('{"key": "b | here", "ca')
+    s = session(tmp_path)
+    assert list(s.store.rows) == ["a | here"]
+    s.record("c", {"status": "passed"})
+    assert list(session(tmp_path).store.rows) == ["a | here", "c | here"]
+
+
+@pytest.mark.parametrize(
+    "options,environment,sentence",
+    [
+        (["--budget", "600"], {}, "at most 520"),
+        (["--budget", "0"], {}, "at most 520"),
+        ([], {"TRITON_INTERPRET": "1"}, "unset it"),
+        ([], {}, "expected a CUDA device"),
+    ],
+)
+def test_unusable_options(
+    options: list[str],
+    environment: dict[str, str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        common.settings_from("check", "what", options)
+    assert caught.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_results_of_the_interpreter_stay_out_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    folder = common.settings_from("check", "what", ["--device", "cpu"]).path
+    assert ROOT not in folder.parents
+    folder.rmdir()
+    monkeypatch.setattr(common, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert common._folder(None, "cuda") == ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+    h100 = Settings("tune", "cuda", "elsewhere")
+    assert tune.table_path(h100) == tables.SHIPPED / "nvidia-h100-80gb-hbm3.json"
+
+
+@pytest.mark.parametrize("precision", cases.PRECISIONS)
+def test_every_shipped_config_runs_on_an_h100_or_no_launch_admits_it(precision: str) -> None:
+    gpu = roofline.gpu("h100").gpu
+    assert gpu is not None
+    every = cases.real(precision)
+    for kernel, group in cases.ragged(precision).items():
+        shipped = {configs.for_dtype(c, group[0].dtype) for c in configs.SHIPPED[kernel]}
+        assert all(launch.kernel == kernel and launch.last.tf32 == (precision == "tf32") for launch in group)
+        ragged = {c for launch in group for c in configs.candidates(launch, gpu)}
+        real = {c for launch in every if launch.kernel == kernel for c in configs.candidates(launch, gpu)}
+        assert ragged == real == shipped if precision != "float32" else ragged | real <= shipped
+
+
+def test_a_cut_check_has_seen_every_kernel_and_names_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fast.backends.triton import device
+
+    monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
+    found = check.cases(Settings("check", "cpu"))
+    assert len({case.name for case in found}) == len(found) > 1000
+    first = found[: len(configs.SHIPPED)]
+    assert {case.run.launch.kernel for case in first} == set(configs.SHIPPED)  # type: ignore[attr-defined]
+    assert not any(configs.needs_proof(case.run.launch, case.run.config) for case in first)  # type: ignore[attr-defined]
+    refused = [case.known for case in found if case.known]
+    assert refused and all("expected" in row["reason"] for row in refused)
+    assert any(row.get("needs_proof") for row in refused) or any(
+        configs.needs_proof(case.run.launch, case.run.config) for case in found if isinstance(case.run, check._Proof)
+    )
+
+
+def test_a_wrong_kernel_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fast.backends.triton import problem
+
+    launch = cases.ragged("float32")["conv_bn_act_1x1"][0]
+    proof = check._Proof(launch, configs.SHIPPED["conv_bn_act_1x1"][0], "cpu")
+    monkeypatch.setattr(problem.Problem, "run", lambda self, config: self.eager() * 1.01)
+    row = common.execute(Case("wrong", proof))
+    assert row["status"] == "failed" and "over the budget" in row["error"]
+    monkeypatch.setattr(problem.Problem, "run", lambda self, config: self.eager())
+    row = common.execute(Case("right", proof))
+    assert row["status"] == "passed" and row["ratio"] == 1.0 and row["kernel"] == "conv_bn_act_1x1"
+
+
+@pytest.mark.parametrize("net", ["resnet18", "resnet50"])
+def test_the_problems_by_name_are_those_of_the_accelerated_net(net: str) -> None:
+    import resnet_fast
+    from resnet_fast.dispatch import record
+
+    model, x = cases.calibrated(net, 1, 64, "cpu", "float32")
+    with record.tape() as tape, torch.inference_mode():
+        resnet_fast.accelerate(model)(x)
+    ran = [entry.spec for entry in tape if isinstance(entry, record.Ran)]
+    assert ran == list(cases.specs(net, 1, "float32", 64).values())
+
+
+@pytest.mark.parametrize("net", ["resnet18", "resnet50"])
+def test_the_cudnn_peer_is_the_same_net(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def conv_relu(x: Any, w: Any, b: Any, *geometry: Any) -> Any:
+        return torch.relu(torch.conv2d(x, w, b, *geometry))
+
+    def conv_add_relu(x: Any, w: Any, z: Any, alpha: float, b: Any, *geometry: Any) -> Any:
+        return torch.relu(torch.conv2d(x, w, b, *geometry) + alpha * z)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+    model, x = cases.calibrated(net, 1, 64, "cpu", "float32")
+    with torch.inference_mode():
+        want = model(x)
+        got = peers.CudnnFused(model)(x)
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
+GPU_TESTS = """
+import os, pytest
+pytestmark = pytest.{mark}.gpu
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_away(): pytest.skip("not on this GPU")
+def test_fatal(): os._exit(9)
+def test_after(): pass
+"""
+
+
+@pytest.mark.slow
+def test_tests_for_a_gpu_are_rows_and_those_that_passed_are_not_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "test_on_gpu.py"
+    path.write_text(GPU_TESTS.format(mark="mark"))
+    (tmp_path / "test_elsewhere.py").write_text("def test_it(): pass\n")
+    assert check.gpu_test_files(tmp_path) == [path]
+    s = session(tmp_path)
+    check.run_tests(s, [path])
+    found = {row["case"].rpartition("::")[2]: row for row in rows(tmp_path, "toy")}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "test_good": "passed", "test_bad": "failed", "test_away": "skipped", "test_fatal": "failed",
+    }  # fmt: skip
+    assert "assert 1 == 2" in found["test_bad"]["error"] and "exit code 9" in found["test_fatal"]["error"]
+    path.write_text(GPU_TESTS.format(mark="mark").replace("os._exit(9)", "pass").replace("1 == 2", "1 == 1"))
+    again = session(tmp_path)
+    check.run_tests(again, [path])
+    new = [row["case"].rpartition("::")[2] for row in rows(tmp_path, "toy")][len(found) :]
+    assert set(new) == {"test_bad", "test_away", "test_fatal", "test_after", "tests"}
+    none = session(tmp_path, "none")
+    check.run_tests(none, [])
+    assert rows(tmp_path, "none")[0]["status"] == "skipped"
+
+
+def fabricated(group: tune.Group, ours: float, stock: float) -> tables.Table:
+    """A table in which every launch's first candidate takes ``ours`` and every stock form ``stock`` microseconds."""
+    gpu = roofline.gpu("h100").gpu
+    assert gpu is not None
+    table = tables.Table(common.INTERPRETER)
+    for launch in cases.launches(group.net, group.batch, group.dtype):
+        table.entries[str(launch)] = {str(c): ours for c in configs.candidates(launch, gpu)} | {
+            str(c): stock for c in configs.stock_candidates(launch)
+        }
+    return table
+
+
+def test_the_sums_of_a_net_are_those_of_its_launches() -> None:
+    group, device = tune.Group("resnet18", 4), roofline.gpu("h100")
+    row = tune.summary(group, device, fabricated(group, 10.0, 30.0))
+    assert row is not None
+    # stock: the stem, 16 convolutions, 3 projections; ours: the same with the projections in the second convolution
+    assert row["stock_us"] == pytest.approx(30 * 20) and row["best_us"] == pytest.approx(10 * 17)
+    assert row["stages"]["layer2"]["plans"] == {"proj": 1, "conv": 1}
+    table = fabricated(group, 10.0, 30.0)
+    first = next(iter(cases.launches("resnet18", 4)))
+    assert tune.complete(first, table, device)
+    table.entries.popitem()
+    assert tune.summary(group, device, table) is None
+
+
+def test_the_bench_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fast.backends.triton import device
+
+    monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
+    found = [case.name for case in bench.cases(Settings("bench", "cpu"))]
+    assert len(set(found)) == len(found)
+    kinds = list(dict.fromkeys(name.split()[0] for name in found))
+    assert kinds == ["ceiling", "inference", "conv", "training", "compiled"]
+    assert found.index("inference resnet50 batch 256") < found.index("inference resnet50 batch 1")
+    convs = [name for name in found if name.startswith("conv ") and name.endswith("batch 256")]
+    assert len(convs) == 24  # of 53
+
+
+def test_a_net_of_ours_that_fails_leaves_the_others_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_fast.backends.triton import device
+
+    monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
+    monkeypatch.setattr(device, "table_of", lambda _: tables.Table(common.INTERPRETER))
+
+    def broken(model: Any, x: Any) -> Any:
+        raise ValueError("no such kernel")
+
+    settings = Settings("bench", "cpu", str(tmp_path), quick=True)
+    wanted = (peers.INFERENCE[0], peers.Peer(peers.OURS, broken, None), peers.INFERENCE[5])
+    row = common.execute(Case("net", nets.Net(settings, "cifar_resnet20", 1, wanted, dtype="float32", image=8)))
+    assert row["status"] == "failed" and row["error"] == "resnet_fast: ValueError: no such kernel"
+    assert list(row["peers"]) == ["eager NCHW"] and row["skipped"] == {peers.BEST_STOCK: "CUDA graphs need a GPU"}
+    eager = row["peers"]["eager NCHW"]
+    assert eager["model_error"] == pytest.approx(eager["modelled_ms"] / eager["ms"] - 1, abs=1e-3)
+
+
+def test_cold_timing_gives_every_competitor_the_same_turns() -> None:
+    seen: list[str] = []
+    found = timing.cold({name: lambda name=name: seen.append(name) for name in "ab"}, False, rounds=3)  # type: ignore[misc]
+    assert [len(samples) for samples in found.values()] == [3, 3] and len(seen) == 8
+    assert timing.quartiles([2e-6]) == [2.0, 2.0, 2.0]
+
+
+def test_the_report_names_failures_and_survives_an_empty_folder(tmp_path: Path) -> None:
+    s = session(tmp_path, "check")
+    assert report.to_markdown(s.settings) == "# Results\n"
+    s.record("config conv: a | b", {"status": "failed", "error": "ValueError: wrong"})
+    text = report.to_markdown(s.settings)
+    assert "## Failed: 1" in text and "- config conv: a | b: ValueError: wrong" in text

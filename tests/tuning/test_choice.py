@@ -1,0 +1,178 @@
+"""Measured times decide where there are any; the model decides the rest, and never for what tuning refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from resnet_fast import roofline
+from resnet_fast.errors import BackendError
+from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
+from resnet_fast.tuning import choice, configs, heuristic, shapes
+from resnet_fast.tuning.routes import Route, launch, routes
+from resnet_fast.tuning.tables import Table
+
+H100 = roofline.gpu("h100")
+PROBLEMS = shapes.problems("resnet50", 32, dtype="bfloat16")
+BLOCKS = shapes.blocks("resnet50", 32, dtype="bfloat16")
+CONV = PROBLEMS["r50.layer3.1.conv2"]
+BLOCK = BLOCKS["r50.layer2.0"]  # a projection: routes conv, proj and tail
+ROUTES = {route.plan: route for route in routes(BLOCK)}
+
+
+def names(one: LaunchSpec) -> list[str]:
+    assert H100.gpu is not None
+    return [str(c) for c in (*configs.candidates(one, H100.gpu), *configs.stock_candidates(one))]
+
+
+def table(*entries: tuple[LaunchSpec, dict[str, float | None]]) -> Table:
+    return Table(H100.name, {str(one): times for one, times in entries})
+
+
+def throughout(route: Route, us: float) -> list[tuple[LaunchSpec, dict[str, float | None]]]:
+    """Every launch of ``route`` measured on one candidate of ours."""
+    return [(one, {names(one)[0]: us}) for one in route.launches]
+
+
+def choose(spec: ConvSpec | BlockSpec, *entries: tuple[LaunchSpec, dict[str, float | None]]) -> choice.Chosen:
+    return choice.choose(spec, H100, table(*entries))
+
+
+def test_without_measurements_the_model_decides() -> None:
+    chosen = choose(CONV)
+    assert not chosen.measured
+    assert (chosen.configs[0], chosen.seconds) == heuristic.choose(launch(CONV), H100)
+
+
+def test_a_measured_time_beats_a_modelled_one() -> None:
+    """However slow: it is known."""
+    one = launch(CONV)
+    picked = str(choose(CONV).configs[0])
+    slow, slower = (name for name in names(one)[:3] if name != picked)
+    chosen = choose(CONV, (one, {slower: 9e5, slow: 8e5}))
+    assert chosen.measured and chosen.seconds == pytest.approx(0.8)
+    assert str(chosen.configs[0]) == slow
+
+
+@pytest.mark.parametrize("stock", configs.STOCK)
+def test_stock_wins_where_the_table_says_so(stock: str) -> None:
+    one = launch(CONV)
+    chosen = choose(CONV, (one, {names(one)[0]: 50.0, stock: 49.0}))
+    assert chosen.configs[0].kernel == stock and chosen.configs[0].stock
+    assert choose(CONV, (one, {names(one)[0]: 48.0, stock: 49.0})).configs[0].kernel == one.kernel
+
+
+def test_stock_is_never_chosen_unmeasured() -> None:
+    for spec in (*PROBLEMS.values(), *BLOCKS.values()):
+        assert not [c for c in choose(spec).configs if c.stock]
+
+
+def test_routes_are_compared_by_the_sum_of_their_launches() -> None:
+    assert set(ROUTES) == {"conv", "proj", "tail"}
+    conv, proj, tail = (ROUTES[plan] for plan in ("conv", "proj", "tail"))
+    assert (len(conv.launches), len(proj.launches), len(tail.launches)) == (4, 3, 2)
+    # conv1 is a launch of all three; the last entry of a launch wins, so give it one time throughout
+    shared = conv.launches[1]
+    assert shared == proj.launches[0] == tail.launches[0]
+
+    def best(conv_us: float, proj_us: float, tail_us: float) -> choice.Chosen:
+        entries = [
+            *throughout(conv, conv_us),
+            (proj.launches[-1], {names(proj.launches[-1])[0]: proj_us}),
+            (tail.launches[-1], {names(tail.launches[-1])[0]: tail_us}),
+        ]
+        return choose(BLOCK, *entries)
+
+    assert best(10, 100, 100).route.plan == "conv"
+    assert best(10, 19, 31).route.plan == "proj"  # 10 + 10 + 19 < 4 * 10
+    assert best(10, 21, 29).route.plan == "tail"  # 10 + 29 < 10 + 10 + 21
+    chosen = best(10, 21, 29)
+    assert chosen.seconds == pytest.approx(39e-6) and len(chosen.configs) == 2 and chosen.measured
+
+
+def test_an_unmeasured_launch_excludes_its_route_where_another_is_measured_throughout() -> None:
+    slow = throughout(ROUTES["conv"], 1e5)
+    chosen = choose(BLOCK, *slow)
+    assert chosen.route.plan == "conv" and chosen.measured
+    chosen = choose(BLOCK, *slow, *throughout(ROUTES["proj"], 1e4))
+    assert chosen.route.plan == "proj"
+
+
+def test_with_no_route_measured_throughout_known_and_modelled_times_add_up() -> None:
+    one = ROUTES["conv"].launches[1]  # in all three
+    chosen = choose(BLOCK, (one, {names(one)[0]: 123.0}))
+    assert not chosen.measured
+    rest = [heuristic.choose(other, H100) for other in chosen.route.launches if other != one]
+    assert chosen.seconds == pytest.approx(123e-6 + sum(pick[1] for pick in rest if pick))
+    assert names(one)[0] in map(str, chosen.configs)
+
+
+def test_a_refused_candidate_is_not_chosen_by_the_model() -> None:
+    one = launch(CONV)
+    ranked = heuristic.ranked(one, H100)
+    chosen = choose(CONV, (one, {str(ranked[0][0]): None}))
+    assert (chosen.configs[0], chosen.seconds) == ranked[1] and not chosen.measured
+
+
+def test_a_launch_with_nothing_left_excludes_its_route() -> None:
+    assert choose(BLOCK).route.plan != "conv"
+    refused = [
+        (route.launches[-1], dict.fromkeys(names(route.launches[-1]))) for route in (ROUTES["proj"], ROUTES["tail"])
+    ]
+    assert choose(BLOCK, *refused).route.plan == "conv"
+
+
+def test_nothing_left_at_all_is_an_error_that_says_what_to_do() -> None:
+    one = launch(CONV)
+    with pytest.raises(
+        BackendError,
+        match=r"no kernel for N32 14x14 .* passed its check on NVIDIA H100 SXM; .* delete .*nvidia-h100-sxm.json",
+    ) as caught:
+        choose(CONV, (one, dict.fromkeys(names(one))))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_no_candidates_are_ignored() -> None:
+    """Such as one of a config that is no longer shipped."""
+    chosen = choose(CONV, (launch(CONV), {"1x1x1 w1 s1": 0.001}))
+    assert not chosen.measured and chosen == choose(CONV)
+
+
+def test_the_key_is_the_whole_launch() -> None:
+    one = launch(CONV)
+    entry = (one, {names(one)[0]: 1.0})
+    assert choose(CONV, entry).measured
+    for change in ({"n": 31}, {"dtype": "float16"}, {"layout": "nchw"}, {"h": 15}, {"dilation": (2, 2)}):
+        assert not choose(CONV.with_(**change), entry).measured, change
+
+
+def test_an_unpooled_stem_pays_for_its_pooling() -> None:
+    stem = PROBLEMS["r50.conv1"]
+    apart, fused = routes(stem)
+    assert (apart.plan, fused.plan) == ("conv", "stem")
+    same = [*throughout(apart, 100.0), *throughout(fused, 100.0)]
+    assert choose(stem, *same).route.plan == "stem"
+    only = choose(stem, *throughout(apart, 100.0))
+    elements = 32 * 64 * (112 * 112 + 56 * 56)
+    assert only.seconds == pytest.approx(100e-6 + 2 * elements / H100.bandwidth.value, rel=0.1)
+
+
+def test_stock_time_of_a_block_is_the_sum_of_its_convolutions() -> None:
+    entries = [(one, {"cudnn": 20.0, "cudnn_fused": 10.0, names(one)[0]: 1.0}) for one in ROUTES["conv"].launches]
+    assert choice.stock(BLOCK, H100, table(*entries)) == pytest.approx(40e-6)
+    assert choice.stock(BLOCK, H100, table(*entries[1:])) is None
+    assert choice.stock(BLOCK, H100, table(*throughout(ROUTES["conv"], 1.0))) is None
+
+
+def test_stock_time_of_a_stem_has_the_pooling_in_it() -> None:
+    stem = PROBLEMS["r50.conv1"]
+    apart, fused = routes(stem)
+    assert choice.stock(stem, H100, table((fused.launches[0], {"cudnn": 70.0}))) == pytest.approx(70e-6)
+    without = choice.stock(stem, H100, table((apart.launches[0], {"cudnn": 70.0})))
+    assert without is not None and without > 71e-6
+
+
+def test_str_lists_the_kernels() -> None:
+    text = str(choose(BLOCK, *throughout(ROUTES["tail"], 10.0)))
+    kernels = [f"{one.kernel} {names(one)[0]}" for one in ROUTES["tail"].launches]
+    assert text == f"tail: {kernels[0]} | {kernels[1]} (20.0 us measured)"
+    assert str(choose(CONV)).endswith(" us modelled)") and "\n" not in str(choose(CONV))
