@@ -49,6 +49,9 @@ def launches() -> dict[str, LaunchSpec]:
     found["tail 128"] = plans["r50.layer2.1"]["tail"][-1]
     found["tail 256"] = plans["r50.layer3.1"]["tail"][-1]
     found["stem"] = LaunchSpec("stem", (stem,))
+    found["general 5x5"] = LaunchSpec(
+        "conv_bn_act", (plans["r50.layer1.1"]["conv"][1].first.with_(r=5, s=5, padding=(2, 2)),)
+    )
     found["general 5x5 groups"] = LaunchSpec("conv_bn_act", (x50.with_(r=5, s=5, padding=(2, 2)),))
     return found
 
