@@ -28,6 +28,7 @@ from .configs import Config
 from .routes import merged_groups, stem_step
 
 RAMP_S = 2e-6
+SCALAR_RATE = 1 / 8  # of fp32 products outside the tensor cores against TF32: 19.5 of 156 TFLOP/s on an A100
 LATENCY_S = 0.5e-6  # of a load from L2 or memory, shared by the steps that are in flight
 
 
@@ -150,6 +151,8 @@ def predict(launch: LaunchSpec, config: Config, device: Device) -> float:
     assert gpu is not None
     count = tiles(launch, config)
     rate = device.rate(launch.dtype).value / 2 / gpu.sms  # multiply-adds per second of one multiprocessor
+    if not configs.on_tensor_cores(launch):
+        rate *= SCALAR_RATE
     compute = -(-count // gpu.sms) * _macs_per_tile(launch, config) / (rate * fill(launch, config))
     operands = count * _operand_bytes_per_tile(launch, config) / gpu.l2_bandwidth.value
     # a few programs cannot draw the whole bandwidth: each multiprocessor has a share

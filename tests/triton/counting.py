@@ -226,7 +226,7 @@ class _Recorder:
             return
         width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         # a mask that was computed may be an array of integers, which would index instead of select
-        addresses = data.reshape(-1) if mask is None or count == data.size else data[mask.astype(bool)]
+        addresses = data.reshape(-1) if mask is None or count == data.size else data[np.asarray(mask, dtype=bool)]
         low, high = int(addresses.min()), int(addresses.max())
         at = bisect_right(self.bases, low) - 1
         if at >= 0 and high + width <= self.regions[at].end:

@@ -48,7 +48,7 @@ def _families(dtype: str) -> dict[str, list[LaunchSpec]]:
             LaunchSpec("conv_bn_act", (conv(5, 72, 5, stride=2, epilogue=ADD, dtype=dtype),)),
             LaunchSpec("conv_bn_act", (conv(24, 40, 3, groups=4, dilation=2, dtype=dtype),)),
         ],
-        "stem": [stem(72, dtype, h=21, w=27), stem(64, dtype, n=1, h=64, w=30)],
+        "stem": [stem(72, dtype, h=13, w=11), stem(64, dtype, n=1, h=22, w=9)],
         "bottleneck": [
             LaunchSpec("bottleneck", (mid, out)),
             LaunchSpec(
