@@ -8,7 +8,7 @@ tuning refused: a kernel that gave a wrong answer there never runs. Torch-free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BackendError
 from ..roofline import Device
@@ -21,19 +21,24 @@ from .tables import Table, user_file
 
 @dataclass(frozen=True)
 class Chosen:
-    """A route with one config per launch. ``seconds``: their sum; ``measured``: were all of them measured?"""
+    """A route with one config per launch. ``seconds``: their sum; ``measured``: were all of them measured?
+
+    ``others``: the routes that lost, with their seconds.
+    """
 
     route: Route
     configs: tuple[Config, ...]
     seconds: float
     measured: bool
+    others: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         steps = " | ".join(
             f"{launch.kernel} {config}" for launch, config in zip(self.route.launches, self.configs, strict=True)
         )
         how = "measured" if self.measured else "modelled"
-        return f"{self.route.plan}: {steps} ({self.seconds * 1e6:.1f} us {how})"
+        lost = "".join(f", {plan} {seconds * 1e6:.1f}" for plan, seconds in self.others)
+        return f"{self.route.plan}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost})"
 
 
 def measured(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config, float] | None:
@@ -70,7 +75,8 @@ def choose(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> Chosen:
         )
     if any(c.measured for c in found):
         found = [c for c in found if c.measured]
-    return min(found, key=lambda c: c.seconds)
+    fastest = min(found, key=lambda c: c.seconds)
+    return replace(fastest, others=tuple((c.route.plan, c.seconds) for c in found if c is not fastest))
 
 
 def stock(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> float | None:

@@ -317,7 +317,7 @@ def test_torchs_switches_are_seen(
 ) -> None:
     with torch.no_grad():
         net(image())
-        monkeypatch.setattr(torch.backends.cudnn, switch, True)
+        monkeypatch.setattr(torch.backends.cudnn, switch, not getattr(torch.backends.cudnn, switch))
         net(image())
     assert len(recorder.captures) == 2
 

@@ -26,7 +26,7 @@ def test_the_table_has_a_line_per_block(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[0] for line in lines[2:11]] == [
         "conv1", *(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1))
     ]  # fmt: skip
-    assert "not triton: expected a Triton backend" in out
+    assert "not triton: expected a CUDA device, or TRITON_INTERPRET=1" in out
     assert "floors: " in out
 
 

@@ -52,7 +52,7 @@ class Plan:
 
     chosen: choice.Chosen
     steps: tuple[Step, ...]
-    folded: dict[ConvSpec | int, tuple[Tensor, Tensor]]
+    folded: dict[int, tuple[Tensor, Tensor]]
     pool: tuple[int, int, int] | None = None
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSp
     blocks = isinstance(call, BlockCall)
     convs, norms = (call.convs, call.norms) if blocks else ((call.conv,), (call.norm,))  # type: ignore[union-attr]
     specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    folded: dict[Any, tuple[Tensor, Tensor]] = dict(earlier[0].folded) if earlier else {}
+    folded = dict(earlier[0].folded) if earlier else {}
     with torch.inference_mode(False), torch.no_grad():
         for i, (conv, norm, conv_spec) in enumerate(zip(convs, norms, specs, strict=True)):
             if i not in folded:
@@ -79,7 +79,7 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSp
     return Plan(chosen, steps, folded, tuple(call.pool) if unpooled else None)  # type: ignore[union-attr]
 
 
-def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: choice.Chosen, folded: dict[Any, Any]) -> tuple[Step, ...]:
+def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: choice.Chosen, folded: dict[int, Any]) -> tuple[Step, ...]:
     """Parameters for each launch, found by its convolutions' places in the call: main branch first, projection last."""
     projects = isinstance(spec, BlockSpec) and spec.shortcut == "projection"
     first, steps = 0, []
