@@ -155,16 +155,16 @@ def _fits_shared(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """128 sums per thread leave room for little else: compiled for sm_80 they spill, and with a residual everywhere.
 
-    Without tensor cores (fp32 that is not rounded to TF32) the operands lie in registers too. Counted in machine code
-    (docs/tables/static-budgets.md).
+    Without tensor cores (fp32 that is not rounded to TF32) the operands lie in registers too. Counted in what Triton
+    3.6 and 3.8 compile (docs/tables/static-budgets.md).
     """
     need, limit = accumulators(launch, config), 64
     if not on_tensor_cores(launch):
-        limit = 48
-    elif gpu.arch >= 90 and not launch.residual and launch.kernel != "stem":
-        limit = 128
+        limit = 16 if launch.projection is not None else 32
     elif launch.kernel == "stem":
-        limit = 96
+        limit = 96 if gpu.arch >= 90 else 48
+    elif gpu.arch >= 90 and not launch.residual:
+        limit = 128
     if need <= limit:
         return YES
     return Verdict.no(f"at most {limit} sums per thread", str(need), "use more warps or less tile")
@@ -239,7 +239,8 @@ def needs_proof(launch: LaunchSpec, config: Config) -> bool:
 def candidates(launch: LaunchSpec, gpu: Gpu) -> tuple[Config, ...]:
     """The shipped configs that the rules admit.
 
-    Never empty for one convolution, whose narrowest tile fits anything; a chain may be too wide for every config.
+    Never empty for one convolution, whose narrowest tile fits anything; a chain may be too wide for every config, and
+    a stem in fp32 without TF32 has none: both have another route.
     """
     return tuple(c for c, answer in judged(launch, gpu) if answer)
 
