@@ -28,8 +28,9 @@ from torch import Tensor
 from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Verdict
 
 DTYPES = ("float32", "bfloat16", "float16")
-INDEX_LIMIT = 2**31
-"""Rows of a GEMM, and elements of one image, are counted in 32 bits; elements of a whole tensor in 64."""
+INDEX_LIMIT = 2**31 - 1024
+"""Rows of a GEMM, and elements of one image, are counted in 32 bits, past the last row to the end of its tile; elements
+of a whole tensor in 64."""
 
 
 @cache
@@ -82,17 +83,17 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
         return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
     if isinstance(spec, NetSpec):
         return next((v for v in map(_supports, spec.parts) if not v), Verdict.yes())
-    for conv in _convs(spec):
-        pixels = max(conv.gemm_m, conv.h * conv.w * conv.ci)
-        if pixels >= INDEX_LIMIT:
-            return Verdict.no("fewer than 2^31 output pixels, and elements per image", str(conv), "split the batch")
+    if isinstance(spec, PointwiseSpec):
+        counted = [spec.n * spec.h * spec.w]
+    else:
+        counted = [n for conv in _convs(spec) for n in (conv.gemm_m, conv.h * conv.w * conv.ci)]
+    if max(counted) >= INDEX_LIMIT:
+        return Verdict.no("fewer than 2^31 output pixels, and elements per image", str(spec), "split the batch")
     return Verdict.yes()
 
 
-def _convs(spec: Spec) -> tuple[ConvSpec, ...]:
-    if isinstance(spec, BlockSpec):
-        return spec.convs
-    return () if isinstance(spec, PointwiseSpec) else (spec,)
+def _convs(spec: ConvSpec | BlockSpec) -> tuple[ConvSpec, ...]:
+    return spec.convs if isinstance(spec, BlockSpec) else (spec,)
 
 
 def _impl(name: str, module: str, run: str) -> Impl:

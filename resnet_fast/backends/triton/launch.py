@@ -23,8 +23,8 @@ if INTERPRETED:
 class Packed(NamedTuple):
     """A launch's parameters with BatchNorm folded: weights (Co, R, S, Ci/groups) dense, biases (Co) fp32.
 
-    ``inner``: the chain's first convolution where there are two; ``projection``: its weight (Co, Cp), whose bias is
-    part of ``bias``.
+    For PyTorch's own kernels ``bias`` comes in the weight's dtype. ``inner``: the chain's first convolution where there
+    are two; ``projection``: its weight (Co, Cp), whose bias is part of ``bias``.
     """
 
     weight: Tensor

@@ -100,7 +100,9 @@ def parameters(
 ) -> Packed:
     """A launch's parameters from the packed (weight, bias) of its convolutions and of its projection."""
     weight, bias = members[-1]
-    if launch.kernel == "stem" and not config.stock:
+    if config.stock:
+        return Packed(weight, bias.to(weight.dtype))
+    if launch.kernel == "stem":
         weight = _padded_rows(weight, stem_step(launch.last))
     inner, inner_bias = members[0] if len(members) > 1 else (None, None)
     if projection is None:

@@ -22,15 +22,14 @@ def stock(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tens
     conv = spec.last
     weight = packed.weight.permute(0, 3, 1, 2)  # (Co, R, S, C) dense is channels_last
     geometry = (conv.stride, conv.padding, conv.dilation, merged_groups(conv))
-    bias = packed.bias.to(x.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     if config.kernel == "cudnn_fused":
         if res is None:
-            y = torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+            y = torch.cudnn_convolution_relu(x, weight, packed.bias, *geometry)
         else:
-            y = torch.cudnn_convolution_add_relu(x, weight, res, 1.0, bias, *geometry)
+            y = torch.cudnn_convolution_add_relu(x, weight, res, 1.0, packed.bias, *geometry)
     else:
-        y = F.conv2d(x, weight, bias, *geometry)
+        y = F.conv2d(x, weight, packed.bias, *geometry)
         if res is not None:
             y += res
         if conv.epilogue.relu:

@@ -74,6 +74,19 @@ def test_shipped_config(launch: LaunchSpec, config: configs.Config, poisoned_out
     problem(launch).check(config)
 
 
+@pytest.mark.parametrize("apart", ["images", "base"])
+def test_descriptors_are_for_dense_aligned_tensors_only(apart: str) -> None:
+    """Every other image of a batch, and a tensor that begins between two 16-byte words, run on the pointer kernel."""
+    p = problem(LaunchSpec("conv_bn_act_1x1", (conv(64, 48, 1),)))
+    config = next(c for c in configs.SHIPPED["conv_bn_act_1x1"] if c.descriptors)
+    n, c, h, w = p.x.shape
+    shape, skip = ((2 * n, h, w, c), 0) if apart == "images" else ((n, h, w, c), 1)
+    field = torch.full((skip + n * 2 * h * w * c,), float("nan"), dtype=p.x.dtype)
+    view = field[skip : skip + 2 * n * h * w * c // (1 if apart == "images" else 2)].view(shape).permute(0, 3, 1, 2)
+    view = view[::2] if apart == "images" else view
+    assert torch.equal(replace(p, x=view.copy_(p.x)).run(config), p.run(config))
+
+
 def test_every_shipped_config_has_a_case() -> None:
     assert {p.values[1] for p in CASES} == {
         configs.for_dtype(c, dtype) for dtype in DTYPES for shipped in configs.SHIPPED.values() for c in shipped
