@@ -54,8 +54,8 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/resnet-fast demo
 
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
-	$(INTERPRET) -m "interpret and not slow" --cov --cov-append --cov-report=term
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	$(INTERPRET) -m "interpret and not slow"
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m slow
