@@ -160,7 +160,7 @@ def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """
     need, limit = accumulators(launch, config), 64
     if not on_tensor_cores(launch):
-        limit = 16 if launch.projection is not None else 32
+        limit = 8 if launch.projection is not None else 32
     elif launch.kernel == "stem":
         limit = 96 if gpu.arch >= 90 else 48
     elif gpu.arch >= 90 and not launch.residual:
