@@ -65,7 +65,9 @@ def _torch_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str
     return Verdict.yes()
 
 
-def _inference(module: nn.Module | Callable[..., Any], x: Tensor) -> Callable[[], Tensor]:
+def inference(module: nn.Module | Callable[..., Any], x: Tensor) -> Callable[[], Tensor]:
+    """The module on ``x`` in inference mode."""
+
     def call() -> Tensor:
         with torch.inference_mode():
             return module(x)
@@ -73,24 +75,25 @@ def _inference(module: nn.Module | Callable[..., Any], x: Tensor) -> Callable[[]
     return call
 
 
-def _nhwc(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+def nhwc(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of the model and ``x``, both in channels_last."""
     copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
     return copied, x.contiguous(memory_format=torch.channels_last)
 
 
 def _eager_nchw(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(_inference(copy.deepcopy(model), x.contiguous()), dtype_name(x.dtype))
+    return Prepared(inference(copy.deepcopy(model), x.contiguous()), dtype_name(x.dtype))
 
 
 def _eager_nhwc(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(_inference(*_nhwc(model, x)), dtype_name(x.dtype))
+    return Prepared(inference(*nhwc(model, x)), dtype_name(x.dtype))
 
 
 def _folded(model: nn.Module, x: Tensor) -> Prepared:
     """PyTorch's own conv-BN folding (``fuse_conv_bn_eval`` over an fx trace), channels_last."""
     from torch.fx.experimental.optimization import fuse
 
-    return Prepared(_inference(*_nhwc(fuse(model), x)), dtype_name(x.dtype))
+    return Prepared(inference(*nhwc(fuse(model), x)), dtype_name(x.dtype))
 
 
 def _compiled(model: nn.Module, x: Tensor) -> Prepared:
@@ -99,7 +102,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Prepared:
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()  # cells compile the same code object again and again; the recompile limit is per object
-    module, x = _nhwc(model, x)
+    module, x = nhwc(model, x)
     compiled = torch.compile(module, dynamic=False)
 
     def call() -> Tensor:
@@ -117,7 +120,7 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
 
     net = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's attribute is the function
 
-    module, x = _nhwc(model, x)
+    module, x = nhwc(model, x)
     # A single op of the suites is no model that accelerate() knows; it brings its fused form along.
     own_form: Callable[[], nn.Module] | None = getattr(module, "accelerated", None)
     module = own_form() if own_form else accelerate(module)
@@ -127,7 +130,7 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
     precision = compute_dtype(x.dtype) if "onednn" in chosen else x.dtype
     if precision != x.dtype:
         note += f"; ran in {dtype_name(precision)}: this CPU has no native {dtype_name(x.dtype)}"
-    call = _inference(module, x)
+    call = inference(module, x)
     for _ in range(net.CALLS_BEFORE_COMPILING + 1):  # compiles here, as torch.compile did
         call()
     return Prepared(call, dtype_name(precision), note)

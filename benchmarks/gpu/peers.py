@@ -6,7 +6,6 @@ that the CPU bench has too come from ``providers.py``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import providers
+from ..providers import inference, nhwc
 from .common import Skipped
 from .timing import graphed
 
@@ -67,19 +67,6 @@ def _conv_relu(x: Tensor, conv: Any) -> Tensor:
     return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_geometry(conv))
 
 
-def inference(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return module(x)
-
-    return call
-
-
-def _nhwc(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    return copied, x.contiguous(memory_format=torch.channels_last)
-
-
 def _provider(name: str) -> Maker:
     (provider,) = providers.select((name,))
     return lambda model, x: provider.prepare(model, x).call
@@ -88,7 +75,7 @@ def _provider(name: str) -> Maker:
 def _cudnn_fused(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     if x.device.type != "cuda":
         raise Skipped("cuDNN needs a GPU")
-    module, x = _nhwc(CudnnFused(model), x)
+    module, x = nhwc(CudnnFused(model), x)
     return inference(module, x)
 
 
@@ -125,7 +112,7 @@ def _compiled(mode: str | None) -> Maker:
         if x.device.type != "cuda":
             raise Skipped("measured on a GPU only: resnet-fast bench compares it on the CPU")
         torch._dynamo.reset()
-        module, x = _nhwc(model, x)
+        module, x = nhwc(model, x)
         compiled = torch.compile(module, mode=mode, dynamic=False) if mode else torch.compile(module, dynamic=False)
 
         def call() -> Tensor:
@@ -144,7 +131,7 @@ def _ours(**options: Any) -> Maker:
     def maker(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         import resnet_fast
 
-        module, x = _nhwc(model, x)
+        module, x = nhwc(model, x)
         if options.get("cuda_graph") and x.device.type != "cuda":
             raise Skipped("CUDA graphs need a GPU")
         try:
@@ -190,7 +177,7 @@ def training_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], T
 
 def _trained(wrap: Callable[[nn.Module], Any]) -> Maker:
     def maker(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-        module, x = _nhwc(model, x)
+        module, x = nhwc(model, x)
         labels = torch.arange(x.shape[0], device=x.device) % 10
         return training_step(wrap(module.train()), x, labels)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..roofline import Gpu
 from ..spec import ITEMSIZE, YES, LaunchSpec, Verdict
-from .routes import MIN_CHANNELS, merged_groups
+from .routes import merged_groups, tile_side
 
 SPACE = 1
 """Version of the config space. Part of every key of the tuning cache: raise it when a kernel or a rule changes."""
@@ -117,7 +117,7 @@ def for_dtype(config: Config, dtype: str) -> Config:
 
 def chain_width(launch: LaunchSpec) -> int:
     """Channels of the tile that stays on chip between a chain's convolutions, as a power of two; 0 without a chain."""
-    return 0 if len(launch.convs) == 1 else max(MIN_CHANNELS, 1 << (launch.first.co - 1).bit_length())
+    return 0 if len(launch.convs) == 1 else tile_side(launch.first.co)
 
 
 def shared_bytes(launch: LaunchSpec, config: Config) -> int:

@@ -54,9 +54,14 @@ def merged_groups(conv: ConvSpec) -> int:
     return 1
 
 
+def tile_side(size: int) -> int:
+    """The shortest side of a tile that holds ``size``: a power of two of at least MIN_CHANNELS."""
+    return max(MIN_CHANNELS, 1 << (size - 1).bit_length())
+
+
 def stem_step(conv: ConvSpec) -> int:
     """Products of one filter row, padded to a power of two: the stem's K step."""
-    return max(MIN_CHANNELS, 1 << (conv.s * conv.ci - 1).bit_length())
+    return tile_side(conv.s * conv.ci)
 
 
 def kernel_for(conv: ConvSpec) -> str:

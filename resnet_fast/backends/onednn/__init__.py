@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...spec import YES, Impl, NetSpec, PointwiseSpec, Spec, Verdict
+from ..inference import inference_only
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bn_act import prepare as prepare_norm
@@ -41,14 +42,9 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
-    if spec.grad:
-        return Verdict.no(
-            "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
-        )
-    if spec.batch_stats:
-        return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
-    if spec.dtype not in DTYPES:
-        return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
+    inference = inference_only(spec, DTYPES)
+    if not inference:
+        return inference
     if not isinstance(spec, PointwiseSpec) and spec.h * spec.w == 0:
         return Verdict.no("an image with pixels", f"{spec.h}x{spec.w}", "use a larger image")
     return Verdict.yes()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Verdict
+from ..inference import inference_only
 
 DTYPES = ("float32", "bfloat16", "float16")
 INDEX_LIMIT = 2**31 - 1024
@@ -73,14 +74,9 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
-    if spec.grad:
-        return Verdict.no(
-            "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
-        )
-    if spec.batch_stats:
-        return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
-    if spec.dtype not in DTYPES:
-        return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
+    inference = inference_only(spec, DTYPES)
+    if not inference:
+        return inference
     if isinstance(spec, NetSpec):
         return next((v for v in map(_supports, spec.parts) if not v), Verdict.yes())
     if isinstance(spec, PointwiseSpec):

@@ -34,9 +34,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import LaunchSpec
-from ...tuning.configs import Config
+from ...tuning.configs import Config, chain_width
 from .conv_bn_act_3x3 import accumulate_3x3
-from .launch import Packed, common, new_output, power_of_two
+from .launch import Packed, common, new_output
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, relu, round_to, row_offset
 
 
@@ -104,6 +104,6 @@ def bottleneck(
         DIL_H=conv2.dilation[0], DIL_W=conv2.dilation[1],
         PROJ=proj is not None, PROJ_STRIDE_H=proj.stride[0] if proj else 1, PROJ_STRIDE_W=proj.stride[1] if proj else 1,
         PROJ_EVEN_K=cp % config.block_k == 0,
-        BLOCK_N=config.block_n, BLOCK_C=power_of_two(conv2.co), **common(spec, config, x.dtype),
+        BLOCK_N=config.block_n, BLOCK_C=chain_width(spec), **common(spec, config, x.dtype),
     )  # fmt: skip
     return y

@@ -34,11 +34,6 @@ class Packed(NamedTuple):
     projection: Tensor | None = None
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n`` and 16."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
     """Tiles of one group, groups."""
     groups = merged_groups(conv)
