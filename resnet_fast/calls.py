@@ -36,7 +36,7 @@ class Norm(NamedTuple):
     ``batch_stats``: normalise by this batch's statistics, and update ``mean`` and ``var`` in place (where they are
     given) with factor ``momentum``, as :func:`torch.nn.functional.batch_norm` does. Without ``batch_stats`` and without
     ``mean`` there is nothing to normalise by, and only the affine part (if given) is applied: the form of a folded or
-    an absent norm.
+    an absent norm. ``sync``: the name of the process group whose processes share the batch's statistics, else empty.
     """
 
     weight: Tensor | None = None
@@ -46,11 +46,12 @@ class Norm(NamedTuple):
     batch_stats: bool = False
     momentum: float = 0.0
     eps: float = 0.0
+    sync: str = ""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:4]
 
-    def numbers(self) -> tuple[bool, float, float]:
+    def numbers(self) -> tuple[bool, float, float, str]:
         return self[4:]
 
 
@@ -201,3 +202,78 @@ class NetCall(NamedTuple):
 
     def numbers(self) -> tuple[Any, ...]:
         return tuple([(type(p), p.numbers()) for p in self.parts])
+
+
+def norms_of(call: Call) -> tuple[Norm, ...]:
+    """The norms of a call, in the order of its convolutions."""
+    return call.norms if isinstance(call, BlockCall) else (call.norm,)
+
+
+def convs_of(call: Call) -> tuple[Conv, ...]:
+    """The convolutions of a call: main branch first, then the projection."""
+    if isinstance(call, BlockCall):
+        return call.convs
+    return () if isinstance(call, BnActCall) else (call.conv,)
+
+
+def given_of(call: Call) -> Tensor | None:
+    """The tensor that the caller adds: a residual, or a block's given shortcut."""
+    if isinstance(call, StemCall):
+        return None
+    return call.shortcut if isinstance(call, BlockCall) else call.residual
+
+
+class Leaves(NamedTuple):
+    """The tensors of a call that can have a gradient, and the gradients themselves: x, what is added, and per layer
+    the convolution's weight and bias and the norm's gamma and beta. None where absent."""
+
+    x: Any
+    given: Any
+    weights: tuple[Any, ...]
+    biases: tuple[Any, ...]
+    gammas: tuple[Any, ...]
+    betas: tuple[Any, ...]
+
+    @staticmethod
+    def of(call: Call) -> Leaves:
+        convs, norms = convs_of(call), norms_of(call)
+        return Leaves(
+            call.x,
+            given_of(call),
+            tuple([c.weight for c in convs]),
+            tuple([c.bias for c in convs]),
+            tuple([n.weight for n in norms]),
+            tuple([n.bias for n in norms]),
+        )
+
+    def flat(self) -> tuple[Any, ...]:
+        """One tuple, in the order of the fields."""
+        return (self.x, self.given, *self.weights, *self.biases, *self.gammas, *self.betas)
+
+    def like(self, flat: Any) -> Leaves:
+        """``flat`` in the form of these leaves."""
+        x, given, *rest = flat
+        parts = []
+        for group in self[2:]:
+            parts.append(tuple(rest[: len(group)]))
+            rest = rest[len(group) :]
+        return Leaves(x, given, *parts)
+
+    def put_into(self, call: Call) -> Call:
+        """``call`` with these tensors, and without running statistics, which no gradient needs."""
+        convs = tuple(
+            [c._replace(weight=w, bias=b) for c, w, b in zip(convs_of(call), self.weights, self.biases, strict=True)]
+        )
+        norms = tuple(
+            [
+                n._replace(weight=gamma, bias=beta, mean=None, var=None)
+                for n, gamma, beta in zip(norms_of(call), self.gammas, self.betas, strict=True)
+            ]
+        )
+        if isinstance(call, BlockCall):
+            return call._replace(x=self.x, convs=convs, norms=norms, shortcut=self.given)
+        if isinstance(call, BnActCall):
+            return call._replace(x=self.x, norm=norms[0], residual=self.given)
+        if isinstance(call, ConvBnActCall):
+            return call._replace(x=self.x, conv=convs[0], norm=norms[0], residual=self.given)
+        return call._replace(x=self.x, conv=convs[0], norm=norms[0])

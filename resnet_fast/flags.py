@@ -62,9 +62,15 @@ TF32 = Flag(
     ("0", "1"),
     "1: Triton's float32 convolutions round their operands to TF32 (10 mantissa bits) for the tensor cores",
 )
+PROLOGUE = Flag(
+    "RESNET_FAST_PROLOGUE",
+    "packed",
+    ("packed", "exact"),
+    "how Triton's training kernels apply BatchNorm to 16-bit inputs: in 16-bit pairs, or in fp32 and slower",
+)
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, TF32, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of what tuning measured; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""

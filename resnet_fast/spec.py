@@ -92,6 +92,7 @@ class ConvSpec(_HashedOnce):
     batch_stats: bool = False  # BN uses this batch's statistics (training) instead of running ones
     grad: bool = False  # autograd needs the graph of this call
     tf32: bool = False  # float32 products may round their operands to TF32 (10 mantissa bits)
+    sync: bool = False  # the batch's statistics are those of all processes of a group (SyncBatchNorm)
 
     @property
     def op(self) -> str:
@@ -188,6 +189,7 @@ class PointwiseSpec(_HashedOnce):
     epilogue: Epilogue = Epilogue()
     batch_stats: bool = False
     grad: bool = False
+    sync: bool = False
 
     op = "bn_act"
 
@@ -267,6 +269,10 @@ class BlockSpec(_HashedOnce):
     def grad(self) -> bool:
         return any(c.grad for c in self.convs)
 
+    @property
+    def sync(self) -> bool:
+        return any(c.sync for c in self.convs)
+
     def out_shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W) of the block's output."""
         return self.main[-1].out_shape()
@@ -309,7 +315,8 @@ class LaunchSpec(_HashedOnce):
     """What one kernel launch computes: a chain of convolutions, each reading what the one before it left on chip.
 
     ``projection``: a 1x1 convolution of another input (the block's), accumulated into the last one's tile before its
-    epilogue, in place of a residual that is read. ``kernel`` is the name of the kernel file.
+    epilogue, in place of a residual that is read. ``kernel`` is the name of the kernel file. ``prologue``, in training:
+    the input is a raw convolution output, whose BatchNorm and ReLU are applied as it is read.
     """
 
     __hash__ = _HashedOnce.__hash__
@@ -317,6 +324,7 @@ class LaunchSpec(_HashedOnce):
     kernel: str
     convs: tuple[ConvSpec, ...]
     projection: ConvSpec | None = None
+    prologue: bool = False
 
     @property
     def first(self) -> ConvSpec:
@@ -363,7 +371,8 @@ class LaunchSpec(_HashedOnce):
 
     def __str__(self) -> str:
         chain = " -> ".join(str(c) for c in self.convs)
-        return f"{self.kernel}: {chain}" + (f" + projection {self.projection}" if self.projection else "")
+        text = f"{self.kernel}: {chain}" + (f" + projection {self.projection}" if self.projection else "")
+        return text + (" prologue" if self.prologue else "")
 
 
 @dataclass(frozen=True)
@@ -405,6 +414,10 @@ class NetSpec(_HashedOnce):
     def grad(self) -> bool:
         return any(p.grad for p in self.parts)
 
+    @property
+    def sync(self) -> bool:
+        return any(p.sync for p in self.parts)
+
     def out_shape(self) -> tuple[int, int, int, int]:
         """(N, C, H, W) of the last part's output."""
         return self.parts[-1].out_shape()
@@ -432,6 +445,7 @@ Spec = ConvSpec | PointwiseSpec | BlockSpec
 def _mode(spec: ConvSpec | PointwiseSpec) -> str:
     flags = (" batch-stats" if spec.batch_stats else "") + (" grad" if spec.grad else "")
     flags += " tf32" if getattr(spec, "tf32", False) else ""
+    flags += " sync" if spec.sync else ""
     return f"{spec.dtype} {spec.layout}{flags}"
 
 
@@ -459,6 +473,24 @@ YES = Verdict(True)
 
 
 @dataclass(frozen=True)
+class Training:
+    """An implementation whose gradient is code of its own, in place of a run that autograd records.
+
+    ``forward(call, spec, save)`` returns the output, the tensors that ``backward`` needs besides it, and what was
+    chosen, as a text. Running statistics are not touched: ``statistics(call, saved)`` gives the batch's (mean, unbiased
+    variance) of every norm with batch statistics, None for the others, and the op updates them when all went well.
+    ``backward(call, spec, saved, y, dy, needs)`` returns the gradients as :class:`resnet_fast.calls.Leaves`, where
+    ``needs`` says which are wanted. ``shapes(call, spec, save)``: (shape, dtype, layout) of each tensor in ``saved``,
+    for compilers.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    statistics: Callable[..., Any]
+    shapes: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Impl:
     """One backend's implementation of one op.
 
@@ -467,8 +499,8 @@ class Impl:
     output tensor, of the shape, dtype and layout that the spec states. ``state`` is what ``prepare(call, spec,
     earlier)`` computed from the call's parameters (folded, packed weights), kept until one of them changes; ``earlier``
     are the states of the same parameters for inputs of other sizes, to share parts with. An Impl that accepts a spec
-    with ``grad`` must return a result that autograd can differentiate. ``rank``: among several that accept, the highest
-    wins.
+    with ``grad`` either has ``training``, which then serves every spec with ``grad`` or batch statistics, or returns a
+    result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
     """
 
     op: str
@@ -479,3 +511,4 @@ class Impl:
     prepare: Callable[[Any, Any, list[Any]], Any] | None = None
     devices: tuple[str, ...] = ()
     note: str = ""
+    training: Training | None = None

@@ -13,9 +13,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import derived
 from ..calls import Conv, Norm
-from ..dispatch import record
+from ..dispatch import record, select
 
-NORMS = "BatchNorm2d, FrozenBatchNorm2d, Identity or (in eval) SyncBatchNorm"
+NORMS = "BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity"
 
 
 class Fused(nn.Module):
@@ -35,7 +35,7 @@ class Fused(nn.Module):
     )
     # TorchScript evaluates a property that is listed as a constant once, and compiles one branch of an ``if`` on it.
     __constants__: ClassVar[list[str]] = ["scripts_fused"]
-    __jit_unused_properties__: ClassVar[list[str]] = ["backend", "scripts_fused"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["backend", "save", "scripts_fused"]
 
     def runs_stock(self, x: Tensor) -> bool:
         """Must this call run the stock layers? If so, the reason is counted (and raised in strict mode).
@@ -45,10 +45,22 @@ class Fused(nn.Module):
         reason = untraceable(x)
         if reason:
             return True
-        reason = self.unfusable()
+        reason = self.unfusable() or self.unsynchronized(x)
         if reason:
             record.stock(self, self.op, reason)
         return bool(reason)
+
+    def unsynchronized(self, x: Tensor) -> str:
+        """Why the statistics of this block's SyncBatchNorm layers cannot be gathered by the op; empty if they can."""
+        groups = {sync_group(self._modules[norm]) for _, norm in self.layers} - {""}
+        if not groups:
+            return ""
+        if len(groups) > 1:
+            return "expected the block's SyncBatchNorm layers to share a process group, got several; it runs unfused"
+        if not select.trains(x.device.type, x.dtype, self.backend):
+            got = f"SyncBatchNorm in training on {x.device.type} {x.dtype}, which no available training kernels serve"
+            return f"expected BatchNorm2d, or Triton's training kernels, got {got}; it runs unfused"
+        return ""
 
     def unfusable(self) -> str:
         """The part of :meth:`obstacle` that depends on the module alone."""
@@ -81,6 +93,11 @@ class Fused(nn.Module):
     def backend(self) -> str:
         """The backend that ``accelerate(model, backend=...)`` asked for."""
         return self.__dict__.get("_resnet_fast_backend", "auto")
+
+    @property
+    def save(self) -> str:
+        """What training keeps for the backward pass, as ``accelerate(model, save=...)`` asked for."""
+        return self.__dict__.get("_resnet_fast_save", "raw")
 
 
 def renamed(function: Callable[..., Any], name: str) -> Any:
@@ -142,10 +159,17 @@ def norm_obstacle(name: str, norm: Any) -> str:
     fits = kind is nn.BatchNorm2d or kind is FrozenBatchNorm2d or kind is nn.Identity or kind is nn.SyncBatchNorm
     if not fits or is_altered(norm):
         return _no(f"{name} to be {NORMS}", norm)
-    if kind is nn.SyncBatchNorm and norm.training:
-        got = "SyncBatchNorm in training, whose collectives the op lacks"
-        return f"expected {name} in eval mode, got {got}; it runs unfused"
     return ""
+
+
+def sync_group(norm: Any) -> str:
+    """The process group that this norm shares its batch's statistics with, as SyncBatchNorm decides it; empty if none."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training:
+        return ""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ""
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
 
 
 def conv_record(conv: Any) -> Conv:
@@ -188,4 +212,5 @@ def norm_record(norm: Any) -> Norm:
                 momentum = 1.0 / float(norm.num_batches_tracked)
     else:
         mean = var = None
-    return Norm(weight, bias, mean, var, True, momentum or 0.0, norm.eps)
+    sync = sync_group(norm) if kind is nn.SyncBatchNorm else ""
+    return Norm(weight, bias, mean, var, True, momentum or 0.0, norm.eps, sync)

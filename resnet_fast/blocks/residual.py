@@ -37,7 +37,7 @@ class ResidualBlock(Fused):
                 shortcut = ops.run(ConvBnActCall(parts[0](x), conv, norm, None, False), self.backend)
         convs = tuple([conv_record(conv) for conv, _ in pairs])
         norms = tuple([norm_record(norm) for _, norm in pairs])
-        return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend)
+        return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend, self.save)
 
     def parts(self, x: Tensor) -> tuple[BlockCall, ...] | None:
         """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own."""

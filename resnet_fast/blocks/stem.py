@@ -75,7 +75,11 @@ class Net(Fused):
 
     def eager_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
         """``forward(x)``; in plain eval with ``x`` in NHWC, in tiles of the batch, all up to ``head`` in one call."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or untraceable(x) or x.dim() != 4:
+        if torch.compiler.is_compiling() or untraceable(x) or x.dim() != 4:
+            return forward(x)
+        if (torch.is_grad_enabled() or self.training) and select.trains_nhwc(x.device.type, x.dtype, self.backend):
+            return forward(x.contiguous(memory_format=torch.channels_last))
+        if torch.is_grad_enabled():
             return forward(x)
         if self.training or not select.prefers_nhwc(x.device.type, self.backend):
             return forward(x)

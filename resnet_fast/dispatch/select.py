@@ -132,6 +132,18 @@ def trace(call: Call) -> Tensor:
     return next(i for i in catalog.impls(call.op) if i.backend == "reference").run(call, None, None)
 
 
+def trains(device: str, dtype: torch.dtype, backend: str) -> bool:
+    """Are there training kernels of our own for such an input: is Triton here, and not another backend asked for?"""
+    if requested(backend) not in ("auto", "triton") or not catalog.works("triton") or dtype == torch.float64:
+        return False
+    return any(impl.training is not None and _runs_on(impl, device) for impl in catalog.impls("conv_bn_act"))
+
+
+def trains_nhwc(device: str, dtype: torch.dtype, backend: str) -> bool:
+    """Should a net in training convert its input to channels_last once? Yes where our training kernels will run."""
+    return trains(device, dtype, backend) and (device == "cuda" or requested(backend) == "triton")
+
+
 def prefers_nhwc(device: str, backend: str) -> bool:
     """Should a net convert its input to channels_last once? Yes where a fused NHWC backend would run it in eval."""
     wanted = requested(backend)

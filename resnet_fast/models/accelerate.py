@@ -13,6 +13,8 @@ from ..errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 
+SAVES = ("raw", "recompute")
+
 
 def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Stock class -> fused class, for the libraries that are already imported (a model's classes always are)."""
@@ -30,12 +32,12 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     return {cls.stock_class: cls for cls in fused}
 
 
-def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False) -> M:
+def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: str = "raw") -> M:
     """Run the residual blocks of a torchvision or timm ResNet (or of a net built around them) as fused ops, in place.
 
     Names, parameters, buffers, hooks and ``state_dict`` stay as they are; only the modules' classes change, each to a
     subclass of what it was. What cannot be fused runs its stock layers, and :func:`resnet_fast.explain` says why.
-    Calling it again changes the backend, and switches CUDA graphs on or off.
+    Calling it again changes the backend and what is saved, and switches CUDA graphs on or off.
 
     Args:
         model: any module that contains such blocks.
@@ -43,19 +45,23 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False) -> M:
         cuda_graph: replay the inference of every whole net in ``model`` (torchvision's, timm's or ours) as one CUDA
             graph per input shape. Weights may change and training goes on as without it; an input that is not on a GPU
             raises BackendError. Which calls are replayed: :mod:`resnet_fast.blocks.graph`.
+        save: what fused training keeps of a block for the backward pass: ``raw``, every convolution's raw output, or
+            ``recompute``, all but the last one's, which the backward pass computes again.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UserError: not a module, no residual block in it that is known, an unknown backend, or ``cuda_graph`` for a
-            model without a whole net.
+        UserError: not a module, no residual block in it that is known, an unknown backend or ``save``, or
+            ``cuda_graph`` for a model without a whole net.
     """
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
     from ..blocks import graph, stage, stem
 
     flags.check_backend(backend)
+    if save not in SAVES:
+        raise UserError(f"save as one of {', '.join(SAVES)}", repr(save), "'raw' is the faster, 'recompute' the smaller")
     classes = fused_classes()
     fused = set(classes.values())
     whole = [cls for cls, fused_class in classes.items() if issubclass(fused_class, stem.Net)]
@@ -74,10 +80,11 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False) -> M:
         elif cls not in fused:
             continue
         found += 1
-        if backend == "auto":
-            module.__dict__.pop("_resnet_fast_backend", None)
-        else:
-            module.__dict__["_resnet_fast_backend"] = backend
+        for key, value, default in (("_resnet_fast_backend", backend, "auto"), ("_resnet_fast_save", save, "raw")):
+            if value == default:
+                module.__dict__.pop(key, None)
+            else:
+                module.__dict__[key] = value
     for module in model.modules():
         if type(module) is nn.Sequential and module and {type(block) for block in module} <= fused:
             module.__class__ = stage.Sequential
@@ -114,6 +121,7 @@ def restore(model: M) -> M:
     for module in model.modules():
         if isinstance(module, (Fused, stage.Sequential)):
             module.__dict__.pop("_resnet_fast_backend", None)
+            module.__dict__.pop("_resnet_fast_save", None)
             _replay_no_more(module)
             module.__class__ = module.stock_class  # type: ignore[assignment]
     return model

@@ -174,7 +174,7 @@ def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, 
     spec = ConvSpec(
         n, h, width, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
         str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(w)) else "nchw",
-        epilogue, norm.batch_stats, grad, at.dtype == torch.float32 and flags.TF32.enabled(),
+        epilogue, norm.batch_stats, grad, at.dtype == torch.float32 and flags.TF32.enabled(), bool(norm.sync),
     )  # fmt: skip
     if spec.ho < 1 or spec.wo < 1:
         raise UserError(
@@ -184,7 +184,7 @@ def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, 
             "use a larger image",
         )
     values = n * spec.ho * spec.wo
-    if norm.batch_stats and values == 1:
+    if norm.batch_stats and values == 1 and not norm.sync:
         raise UserError(
             f"{where}: more than one value per channel for batch statistics",
             f"an output of {(n, co, spec.ho, spec.wo)}",
@@ -207,11 +207,11 @@ def _check_bn_act(call: BnActCall, x: At, grad: bool) -> PointwiseSpec:
     _check_norm(call.norm, c, x, "bn_act")
     if call.residual is not None:
         _same(call.residual, (n, c, h, w), x, "bn_act: residual")
-    if call.norm.batch_stats and n * h * w == 1:
+    if call.norm.batch_stats and n * h * w == 1 and not call.norm.sync:
         raise UserError("bn_act: more than one value per channel", _shape(x), "use a larger batch, or model.eval()")
     epilogue = Epilogue(call.relu, call.residual is not None, _has_norm(call.norm))
     dtype = str(x.dtype).removeprefix("torch.")
-    return PointwiseSpec(n, h, w, c, dtype, x.layout, epilogue, call.norm.batch_stats, grad)
+    return PointwiseSpec(n, h, w, c, dtype, x.layout, epilogue, call.norm.batch_stats, grad, bool(call.norm.sync))
 
 
 def _check_stem(call: StemCall, at: At, grad: bool) -> ConvSpec:

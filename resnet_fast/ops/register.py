@@ -2,12 +2,13 @@
 
     torch.ops.resnet_fast.NAME(...)
       Autocast   x to the autocast dtype; weights and BatchNorm stay as they are (folding rounds them once)
-      Autograd   a graph or batch statistics are needed -> the chosen backend runs right here, and autograd sees
-                 what it does; otherwise one level down
+      Autograd   a graph or batch statistics are needed -> the chosen backend's training ops (train.py) where it has
+                 them, else it runs right here, and autograd sees what it does; otherwise one level down
       backend    check -> Spec -> dispatch
       Fake       the reference on fake tensors: real shapes, dtypes and strides
 
-While a compiler traces a call that needs a graph, the reference's ATen operations go into its graph.
+While a compiler traces a call that needs a graph, the training ops go into its graph where the chosen backend has them
+and shapes are known, else the reference's ATen operations.
 The running statistics are updated in place without an alias annotation, as ``aten::batch_norm`` does it: a call with
 batch statistics is decomposed above functionalization, where ATen's own annotations take over.
 """
@@ -26,6 +27,7 @@ from torch.autograd import forward_ad
 from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall
 from ..dispatch import select
 from ..errors import UserError
+from . import train
 from .check import spec_of
 from .infer import infer
 
@@ -54,11 +56,11 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
     """Define ``resnet_fast::name`` with every rule it needs.
 
     Args:
-        schema: the arguments, without the trailing ``str backend`` that every op has.
-        bind: turns the flat arguments (without ``backend``) into a call record.
+        schema: the arguments, without the trailing :class:`~.train.Options` that every op has.
+        bind: turns the flat arguments (without options) into a call record.
         flops: FLOPs of the op from the *shapes* of its arguments, as ``torch.utils.flop_counter`` wants it.
     """
-    LIBRARY.define(f'{name}({schema}, str backend="auto") -> Tensor')
+    LIBRARY.define(f"{name}({schema}, {train.OPTIONS_SCHEMA}) -> Tensor")
     packet = getattr(torch.ops.resnet_fast, name)
     op = packet.default
     count = len(op._schema.arguments)
@@ -68,27 +70,42 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
         """PyTorch drops trailing arguments that equal their default before it calls a Python kernel."""
         return args if len(args) == count else args + defaults[len(args) :]
 
-    def on_backend(*args: Any) -> Tensor:
-        *given, backend = complete(args)
+    def bind_all(*args: Any) -> Call:
+        *given, _, _, sync = args
         call = bind(*given)
-        return infer(call, backend)
+        return with_sync(call, sync) if sync else call
+
+    def on_backend(*args: Any) -> Tensor:
+        args = complete(args)
+        call, options = bind_all(*args), train.Options(*args[-3:])
+        return with_statistics(call, options, False) if call.batch_stats else infer(call, options.backend)
+
+    def with_statistics(call: Call, options: train.Options, graph: bool) -> Tensor:
+        """What autograd has to see, or what updates running statistics."""
+        traced = _is_traced(call.x)
+        if traced and not all(type(size) is int for size in call.x.shape):
+            return select.trace(call)
+        spec = spec_of(call, grad=graph)
+        choice = select.choose(spec, call.x.device.type, options.backend)
+        if choice.impl.training is not None:
+            return train.run(call, choice, options)
+        return select.trace(call) if traced else select.run(call, spec, options.backend)
 
     def on_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
         args = complete(args)
-        call = bind(*args[:-1])
+        call, options = bind_all(*args), train.Options(*args[-3:])
         graph = _needs_graph(call)
         if graph or call.batch_stats:
-            if _is_traced(call.x):
-                return select.trace(call)
-            return select.run(call, spec_of(call, grad=graph), args[-1])
+            return with_statistics(call, options, graph)
         with _AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     def on_fake(*args: Any) -> Tensor:
-        call = bind(*complete(args)[:-1])
+        call = bind_all(*complete(args))
         _check_one_device(call)
         return select.trace(call)
 
+    train.define(LIBRARY, name, schema, bind_all)
     LIBRARY.impl(name, on_backend, "CompositeExplicitAutograd")
     LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -107,11 +124,18 @@ def _autocast_rule(
             return t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t
 
         # Activations are x, first, and a residual or shortcut, which the schemas pass last, before ``backend``.
-        x, *rest, last, backend = complete(args)
+        x, *rest, last, backend, save, sync = complete(args)
         with torch.autocast(device, enabled=False):
-            return op(cast(x), *rest, cast(last), backend)
+            return op(cast(x), *rest, cast(last), backend, save, sync)
 
     return rule
+
+
+def with_sync(call: Call, group: str) -> Call:
+    """``call`` whose norms with batch statistics share them among the processes of ``group``."""
+    if isinstance(call, BlockCall):
+        return call._replace(norms=tuple([n._replace(sync=group) if n.batch_stats else n for n in call.norms]))
+    return call._replace(norm=call.norm._replace(sync=group)) if call.norm.batch_stats else call
 
 
 def tensors_of(call: Call) -> list[Tensor]:

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..calls import BlockCall, BnActCall, Call, ConvBnActCall
+from ..calls import BlockCall, BnActCall, Call, ConvBnActCall, norms_of
 from .infer import infer
 
 
-def run(call: Call, backend: str) -> Tensor:
-    """The result of ``call`` on ``backend`` (a name of :data:`resnet_fast.flags.BACKENDS`)."""
-    if is_plain_inference(call.x):
+def run(call: Call, backend: str, save: str = "raw") -> Tensor:
+    """The result of ``call`` on ``backend`` (a name of :data:`resnet_fast.flags.BACKENDS`).
+
+    ``save``: what training keeps for the backward pass, ``raw`` (all raw outputs) or ``recompute`` (fewer).
+    """
+    if is_plain_inference(call.x) and not call.batch_stats:
         return infer(call, backend)
-    return getattr(torch.ops.resnet_fast, call.op)(*flatten(call), backend)
+    sync = next((n.sync for n in norms_of(call) if n.sync), "")
+    return getattr(torch.ops.resnet_fast, call.op)(*flatten(call), backend, save, sync)
 
 
 def is_plain_inference(x: Tensor) -> bool:
@@ -41,7 +45,7 @@ def is_plain_inference(x: Tensor) -> bool:
 
 
 def flatten(call: Call) -> tuple[Any, ...]:
-    """The call as the flat arguments of its op's schema, without ``backend``."""
+    """The call as the flat arguments of its op's schema, without the options."""
     if isinstance(call, BlockCall):
         geometry = [v for c in call.convs for v in (*c.stride, *c.padding, *c.dilation, c.groups)]
         return (
@@ -56,7 +60,7 @@ def flatten(call: Call) -> tuple[Any, ...]:
             call.shortcut,
         )
     if isinstance(call, BnActCall):
-        return (call.x, *call.norm, call.relu, call.residual)
+        return (call.x, *call.norm[:7], call.relu, call.residual)
     if isinstance(call, ConvBnActCall):
-        return (call.x, *call.conv, *call.norm, call.relu, call.residual)
-    return (call.x, *call.conv, *call.norm, list(call.pool))
+        return (call.x, *call.conv, *call.norm[:7], call.relu, call.residual)
+    return (call.x, *call.conv, *call.norm[:7], list(call.pool))

@@ -29,7 +29,7 @@ class Config:
 
     ``block_m`` x ``block_n`` outputs per program, ``block_k`` products per step; ``num_stages`` steps in flight;
     ``group_m``: rows of tiles that share the L2 cache; ``descriptors``: loads by the bulk copy engine; ``rows``: pooled
-    rows per program of the stem.
+    rows per program of the stem; ``packed``: a training prologue in 16-bit pairs, otherwise in fp32.
     """
 
     kernel: str
@@ -41,6 +41,7 @@ class Config:
     group_m: int = 8
     descriptors: bool = False
     rows: int = 1
+    packed: bool = False
 
     @property
     def stock(self) -> bool:
@@ -50,6 +51,7 @@ class Config:
         if self.stock:
             return self.kernel
         text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        text += " packed" if self.packed else ""
         return text + (" descriptors" if self.descriptors else "") + (f" rows{self.rows}" if self.rows != 1 else "")
 
 

@@ -50,8 +50,8 @@ class Problem:
             )
         conv = [v for c in self.convs for v in c]
         if self.op == "stem":
-            return (self.x, *conv, *self.norms[0], list(self.pool))
-        return (self.x, *conv, *self.norms[0], self.relu, self.residual)
+            return (self.x, *conv, *self.norms[0][:7], list(self.pool))
+        return (self.x, *conv, *self.norms[0][:7], self.relu, self.residual)
 
     def run(self, backend: str = "auto") -> Tensor:
         return getattr(torch.ops.resnet_fast, self.op)(*self.args(), backend)
@@ -87,7 +87,7 @@ class Problem:
         convs = tuple(Conv(*(change(f"{k}{i}", v) for k, v in c._asdict().items())) for i, c in enumerate(self.convs))
         names = ("gamma", "beta", "mean", "var", "batch_stats", "momentum", "eps")
         norms = tuple(
-            Norm(*(change(f"{k}{i}", v) for k, v in zip(names, n, strict=True))) for i, n in enumerate(self.norms)
+            Norm(*(change(f"{k}{i}", v) for k, v in zip(names, n[:7], strict=True))) for i, n in enumerate(self.norms)
         )
         return replace(
             self, x=change("x", self.x), convs=convs, norms=norms, residual=change("residual", self.residual)

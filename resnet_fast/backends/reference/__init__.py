@@ -20,6 +20,8 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
+    if spec.sync:
+        return Verdict.no("statistics of one process", "those of a process group", "run the stock SyncBatchNorm layers")
     return YES
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels, eval only: one launch per convolution or less, with bias, residual or projection, and ReLU inside.
+"""Triton kernels. Inference: one launch per convolution or less, with bias, residual or projection, and ReLU inside.
 
     conv_bn_act_1x1.py   matrix product                       conv_bn_act.py   any other convolution, groups
     conv_bn_act_3x3.py   implicit GEMM over nine taps         stem.py          7x7 + max-pool in one launch
@@ -7,7 +7,8 @@
 
 A bottleneck is conv_bn_act_1x1 and then the tail, or three launches; a basic block is two launches of
 conv_bn_act_3x3, the shortcut in the second one's epilogue. Which, is chosen per problem (tuning/routes.py, choice.py);
-plan.py runs it. BatchNorm is folded in fp32, activations are NHWC.
+plan.py runs it. BatchNorm is folded in fp32, activations are NHWC. Training, with batch statistics or a graph, has
+kernels of its own: training/, where chain.py is the loop.
 
 On a machine without a GPU the kernels run in Triton's interpreter: start the process with ``TRITON_INTERPRET=1``. They
 then accept CPU tensors when they are asked for by name; ``auto`` never chooses the interpreter.
@@ -25,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Verdict
-from ..inference import inference_only
+from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
 
 DTYPES = ("float32", "bfloat16", "float16")
 INDEX_LIMIT = 2**31 - 1024
@@ -74,11 +74,14 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
-    inference = inference_only(spec, DTYPES)
-    if not inference:
-        return inference
+    if spec.dtype not in DTYPES:
+        return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
     if isinstance(spec, NetSpec):
+        if spec.grad or spec.batch_stats:
+            return Verdict.no("inference", "a whole net in training", "call its parts one by one")
         return next((v for v in map(_supports, spec.parts) if not v), Verdict.yes())
+    if (spec.grad or spec.batch_stats) and not all(spec.out_shape()):
+        return Verdict.no("at least one element to train on", str(spec), "drop empty batches")
     if isinstance(spec, PointwiseSpec):
         counted = [spec.n * spec.h * spec.w]
     else:
@@ -111,7 +114,21 @@ def _impl(name: str, module: str, run: str) -> Impl:
 
     # In the interpreter below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-1, ("cuda", "cpu")) if _interpreted() else (20, ("cuda",))
-    return Impl(name, "triton", rank, _supports, run_some, prepare_some, devices, "BN folded, fused Triton kernels")
+    training = None if name == "net" else TRAINING
+    note = "fused Triton kernels, BN folded or in prologues and epilogues"
+    return Impl(name, "triton", rank, _supports, run_some, prepare_some, devices, note, training)
+
+
+def _from_chain(name: str) -> Callable[..., Any]:
+    """A function of training/chain.py, which is imported at the first call."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"{__name__}.training.chain"), name)(*args)
+
+    return call
+
+
+TRAINING = Training(*map(_from_chain, ("forward", "backward", "statistics", "shapes")))
 
 
 def _in_layout(y: Tensor, layout: str) -> Tensor:

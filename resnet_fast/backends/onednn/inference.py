@@ -1,8 +1,8 @@
-"""What every backend that folds BatchNorm into weights refuses: it computes inference, in the dtypes that it has."""
+"""What a backend refuses that folds BatchNorm into weights: it computes inference, in the dtypes that it has."""
 
 from __future__ import annotations
 
-from ..spec import YES, NetSpec, Spec, Verdict
+from ...spec import YES, NetSpec, Spec, Verdict
 
 
 def inference_only(spec: Spec | NetSpec, dtypes: tuple[str, ...]) -> Verdict:

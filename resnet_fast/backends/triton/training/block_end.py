@@ -1,0 +1,118 @@
+r"""The end of a residual block in training: BatchNorm + shortcut + ReLU of a raw output, and the gradient's start.
+
+    z[m, c] = relu( SCALE*y + SHIFT + shortcut )      shortcut: nothing | a tensor | SCALE_d*yd + SHIFT_d of a projection
+    g[m, c] = dz where z > 0                          and per tile sum g, sum g*(y - MEAN), sum g*(yd - MEAN_d)
+
+One pass each. Without a shortcut the forward writes an activation for those that cannot read a raw output.
+
+Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_block_end.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import upcasts
+from ..tiles import relu, round_to
+from .batch_norm import MEAN, SCALE, SHIFT, channels_of_program, empty_image, mask_of, tile_shape, vector, walk
+
+
+@triton.jit(do_not_specialize=["M"])
+def _block_end_fwd_kernel(
+    y_ptr, vectors_ptr, shortcut_ptr, shortcut_vectors_ptr, z_ptr, M,
+    C: tl.constexpr, RELU: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile, c = channels_of_program(C, BLOCK_C)
+    first = tile * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    mask = mask_of(row < M - first, c, C, BLOCK_C)
+    start, at = first.to(tl.int64) * C, row[:, None] * C + c[None, :]
+    y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+    z = y * vector(vectors_ptr, c, SCALE, C) + vector(vectors_ptr, c, SHIFT, C)
+    if shortcut_ptr is not None:
+        shortcut = tl.load(shortcut_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        if shortcut_vectors_ptr is not None:
+            scale, shift = vector(shortcut_vectors_ptr, c, SCALE, C), vector(shortcut_vectors_ptr, c, SHIFT, C)
+            shortcut = shortcut * scale + shift
+        z += shortcut
+    if RELU:
+        z = relu(z)
+    tl.store(z_ptr + start + at, round_to(z, z_ptr.dtype.element_ty, UPCAST), mask=mask)
+
+
+def block_end(
+    y: Tensor, vectors: Tensor, shortcut: Tensor | None, shortcut_vectors: Tensor | None, relu: bool
+) -> Tensor:
+    """z (N, C, H, W) of raw y and its vectors (10, C). ``shortcut_vectors``: the shortcut is raw, too."""
+    m, c = y.numel() // y.shape[1], y.shape[1]
+    tile = tile_shape(y, 4)
+    z = empty_image(y)
+    _block_end_fwd_kernel[(-(-m // tile[0]) * -(-c // tile[1]),)](
+        y, vectors, shortcut, shortcut_vectors, z, m,
+        C=c, RELU=relu, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+    )  # fmt: skip
+    return z
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "steps"])
+def _block_end_bwd_kernel(
+    dz_ptr, z_ptr, y_ptr, vectors_ptr, yd_ptr, shortcut_vectors_ptr, g_ptr, partials_ptr, partials_d_ptr,
+    M, tiles, steps, C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tile, c = channels_of_program(C, BLOCK_C)
+    first = tile * steps * BLOCK_M
+    rows = min(M - first, steps * BLOCK_M)
+    start = first.to(tl.int64) * C
+    mean = vector(vectors_ptr, c, MEAN, C)
+    sum_g = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    sum_y = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    if yd_ptr is not None:
+        mean_d = vector(shortcut_vectors_ptr, c, MEAN, C)
+        sum_d = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for step in range(0, steps):
+        row = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = mask_of(row < rows, c, C, BLOCK_C)
+        at = row[:, None] * C + c[None, :]
+        dz = tl.load(dz_ptr + start + at, mask=mask, other=0.0)
+        y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        if yd_ptr is not None:
+            yd = tl.load(yd_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        g = dz.to(tl.float32)
+        if z_ptr is not None:
+            z = tl.load(z_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+            g = tl.where(z <= 0.0, 0.0, g)
+            tl.store(g_ptr + start + at, round_to(g, g_ptr.dtype.element_ty, UPCAST), mask=mask)
+        sum_g += g
+        sum_y += g * (y - mean)
+        if yd_ptr is not None:
+            sum_d += g * (yd - mean_d)
+    out, c_mask = tile * C + c, c < C
+    total = tl.sum(sum_g, axis=0)
+    tl.store(partials_ptr + out, total, mask=c_mask)
+    tl.store(partials_ptr + tiles * C + out, tl.sum(sum_y, axis=0), mask=c_mask)
+    if yd_ptr is not None:
+        tl.store(partials_d_ptr + out, total, mask=c_mask)
+        tl.store(partials_d_ptr + tiles * C + out, tl.sum(sum_d, axis=0), mask=c_mask)
+
+
+def block_end_backward(
+    dz: Tensor, z: Tensor | None, y: Tensor, vectors: Tensor, yd: Tensor | None, shortcut_vectors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """g (N, C, H, W), partial sums (2, tiles, C) fp32 for y, and for the projection's raw output yd where given.
+
+    ``z``: the block's output where it ends in a ReLU; without, g is dz itself.
+    """
+    m, c = y.numel() // y.shape[1], y.shape[1]
+    tile = tile_shape(y, 1)
+    steps, tiles = walk(y, tile)
+    g = dz if z is None else empty_image(dz)
+    partials = y.new_empty((2, tiles, c), dtype=torch.float32)
+    partials_d = None if yd is None else torch.empty_like(partials)
+    _block_end_bwd_kernel[(tiles * -(-c // tile[1]),)](
+        dz, z, y, vectors, yd, shortcut_vectors, None if z is None else g, partials, partials_d,
+        m, tiles, steps, C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+    )  # fmt: skip
+    return g, partials, partials_d

@@ -1,0 +1,366 @@
+r"""One training step of a call: forward and backward of a chain of convolutions and norms, launch by launch.
+
+    forward     x --conv1--> y1 --conv2--> y2 --conv3--> y3 --\                         y: raw, with its statistics
+                 \---------------projection--> yd -------------+--block end--> z        (He et al. 2015, figure 5)
+
+    backward    dz --block end--> g3, sums --dgrad3--> g2, sums --dgrad2--> g1, sums --dgrad1--> dx
+                                  g3 --projection's dgrad--------------------------------(added)--^
+                g and y of each layer --wgrad--> dW                  sums --> dgamma, dbeta, and the next dgrad's dy
+
+A convolution's prologue applies the norm and ReLU below it, its epilogue gathers the statistics of what it stores; a
+dgrad's prologue turns g into dy, its epilogue applies the ReLU below and sums for that norm. So per layer the raw
+output is written once, and no activation and no dy at all. Per convolution and direction cuDNN may take its place, with
+passes of block_end.py and batch_norm.py around it, where the table says that it is faster (tuning/training.py).
+
+An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends in a max-pool, ``bn_act`` of none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .... import flags
+from ....calls import BlockCall, BnActCall, Call, Conv, Leaves, Norm, StemCall, convs_of, given_of, norms_of
+from ....spec import BlockSpec, ConvSpec, PointwiseSpec, Spec
+from ....tuning import training as tuning
+from ....tuning.training import CUDNN, Chosen
+from ..device import device_of, table_of
+from . import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
+from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen configs of every convolution, by its place in the call."""
+
+    specs: tuple[ConvSpec, ...]
+    chosen: tuple[Chosen, ...]
+
+    def __str__(self) -> str:
+        if not self.specs:
+            return "BatchNorm, add and ReLU in one pass each way"
+        return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen))
+
+
+def plan_of(spec: Spec, device: torch.device) -> Plan:
+    """Forward, dgrad and wgrad of each convolution: measured where measured, else modelled."""
+    return _plan_of(spec, device, flags.PROLOGUE.read() == "packed")
+
+
+@lru_cache(maxsize=1024)
+def _plan_of(spec: Spec, device: torch.device, packed: bool) -> Plan:
+    if isinstance(spec, PointwiseSpec):
+        return Plan((), ())
+    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
+    device_, table = device_of(device), table_of(device)
+    return Plan(specs, tuple(tuning.choose(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(specs)))
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """``x`` dense in NHWC."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def materialised(act: Act) -> Tensor:
+    """The activation as a tensor, for cuDNN."""
+    return act.y if act.vectors is None else block_end.block_end(act.y, act.vectors, None, None, True)
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], Plan]:
+    """(output, saved, plan). ``saved``: raw outputs of the convolutions, then the vectors of the norms, then the clamps
+    of those that a convolution reads through, in the order of the call."""
+    plan = plan_of(spec, call.x.device)
+    convs, norms = convs_of(call), norms_of(call)
+    x = nhwc(call.x)
+    main = len(convs) - _projects(call)
+    raws: list[Tensor] = []
+    vectors: list[Tensor] = []
+    clamps: list[Tensor] = []
+    act = Act(x)
+    for i, (conv, norm) in enumerate(zip(convs, norms, strict=False)):
+        y, v, clamp = _convolve(conv, norm, plan, i, act if i < main else Act(x))
+        raws.append(y)
+        vectors.append(v)
+        if i < main - 1:
+            clamps.append(x.new_empty(0) if clamp is None else clamp)
+        act = Act(y, v, clamp)
+    if isinstance(call, BnActCall):
+        vectors.append(_norm_of(call, x))
+    z = _end(call, x, raws, vectors)
+    if save == "recompute" and isinstance(call, BlockCall):
+        raws[main - 1] = x.new_empty(0)
+    return _in_layout(z, spec.layout), [*raws, *vectors, *clamps], plan
+
+
+def _projects(call: Call) -> int:
+    return int(isinstance(call, BlockCall) and call.projection)
+
+
+def _in_layout(y: Tensor, layout: str) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+
+
+def _centre(norm: Norm) -> Tensor | None:
+    """What is subtracted from a raw output before it is stored: the running mean as it is before this step."""
+    return None if norm.mean is None else norm.mean.detach().float()
+
+
+def _convolve(conv: Conv, norm: Norm, plan: Plan, i: int, act: Act) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(raw output, vectors of its norm, clamp)."""
+    spec, config = plan.specs[i], plan.chosen[i].fwd
+    centre = None if config == CUDNN else _centre(norm)
+    y, partials = _raw(conv, plan, i, act, centre, norm.batch_stats)
+    if not norm.batch_stats:
+        return y, *batch_norm.constant(norm, spec.co, conv.bias, centre, y.dtype, y.device)
+    rows = config.block_m
+    if partials is None:
+        partials, rows = batch_norm.statistics(y)
+    return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, conv.bias, centre, y.dtype, norm.sync)
+
+
+def _raw(
+    conv: Conv, plan: Plan, i: int, act: Act, centre: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The raw output of convolution ``i``, and per-tile statistics where its kernel gathers them."""
+    spec, config = plan.specs[i], plan.chosen[i].fwd
+    if config == CUDNN:
+        x = materialised(act)
+        return nhwc(F.conv2d(x, conv.weight.detach().to(x.dtype), None, *spec.geometry())), None
+    launch = tuning.launch("conv_fwd", spec, act.vectors is not None)
+    weight, const = pack.pack_forward(conv.weight.detach(), act.y.dtype, spec, act if config.packed else None)
+    return conv_fwd.conv_fwd(launch, config, weight, const, act, centre, statistics)
+
+
+def _norm_of(call: BnActCall, x: Tensor) -> Tensor:
+    """The vectors of a norm without a convolution, on ``x`` as it is."""
+    norm, channels = call.norm, x.shape[1]
+    if not norm.batch_stats:
+        return batch_norm.constant(norm, channels, None, None, x.dtype, x.device)[0]
+    partials, rows = batch_norm.statistics(x)
+    count = x.numel() // channels
+    return batch_norm.finalize(partials, rows, count, norm, None, None, x.dtype, norm.sync)[0]
+
+
+def _end(call: Call, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
+    """The output: norm, add and ReLU, or norm, ReLU and max-pool."""
+    if isinstance(call, StemCall):
+        return pool.pool_end(raws[0], vectors[0], call.pool)
+    given = given_of(call)
+    if not isinstance(call, BlockCall):
+        y = x if isinstance(call, BnActCall) else raws[0]
+        return block_end.block_end(y, vectors[0], None if given is None else nhwc(given), None, call.relu)
+    if call.projection:
+        return block_end.block_end(raws[-2], vectors[-2], raws[-1], vectors[-1], True)
+    return block_end.block_end(raws[-1], vectors[-1], x if given is None else nhwc(given), None, True)
+
+
+def statistics(call: Call, saved: list[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+    """The batch's (mean, unbiased variance) of every norm with batch statistics; None for the others."""
+    first = len(convs_of(call))
+    return [
+        (v[BATCH_MEAN], v[BATCH_VAR]) if norm.batch_stats else None
+        for norm, v in zip(norms_of(call), saved[first:], strict=False)
+    ]
+
+
+def shapes(call: Call, spec: Spec, save: str) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
+    """(shape, dtype, layout) of every tensor in ``saved``."""
+    dtype = call.x.dtype
+    if isinstance(spec, PointwiseSpec):
+        return [((10, spec.c), torch.float32, "")]
+    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    main = len(specs) - _projects(call)
+    raws: list[tuple[tuple[int, ...], torch.dtype, str]]
+    raws = [((c.n, c.co, c.ho, c.wo), dtype, "nhwc") for c in specs]
+    if save == "recompute" and isinstance(call, BlockCall):
+        raws[main - 1] = ((0,), dtype, "")
+    narrow = dtype.itemsize == 2
+    clamps = [((3, c.co) if narrow else (0,), dtype, "") for c in specs[: main - 1]]
+    return [*raws, *(((10, c.co), torch.float32, "") for c in specs), *clamps]
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+
+
+def backward(call: Call, spec: Spec, saved: list[Tensor], z: Tensor, dz: Tensor, needs: Leaves) -> Leaves:
+    """The gradients that ``needs`` asks for."""
+    plan = plan_of(spec, call.x.device)
+    return _Backward(call, plan, saved).run(nhwc(z), nhwc(dz), needs, spec.layout)
+
+
+class _Backward:
+    """One backward pass: what the forward saved, and the gradients as they come."""
+
+    def __init__(self, call: Call, plan: Plan, saved: list[Tensor]) -> None:
+        self.call, self.plan = call, plan
+        self.convs, self.norms = convs_of(call), norms_of(call)
+        count, self.main = len(self.convs), len(self.convs) - _projects(call)
+        self.raws, self.vectors = list(saved[:count]), saved[count : count + len(self.norms)]
+        self.clamps = [c if c.numel() else None for c in saved[count + len(self.norms) :]]
+        self.x = nhwc(call.x)
+        self.weights: list[Tensor | None] = [None] * count
+        self.biases: list[Tensor | None] = [None] * count
+        self.gammas: list[Tensor | None] = [None] * len(self.norms)
+        self.betas: list[Tensor | None] = [None] * len(self.norms)
+
+    def below(self, i: int) -> Act:
+        """What convolution ``i`` reads."""
+        if i == 0 or i >= self.main:
+            return Act(self.x)
+        return Act(self.raws[i - 1], self.vectors[i - 1], self.clamps[i - 1])
+
+    def run(self, z: Tensor, dz: Tensor, needs: Leaves, layout: str) -> Leaves:
+        last = self.main - 1
+        if self.convs and not self.raws[last].numel():
+            centre = self.vectors[last][CENTRE]  # what the forward subtracted, and not what it would be today
+            self.raws[last] = _raw(self.convs[last], self.plan, last, self.below(last), centre, False)[0]
+        g, grads = self.end(z, dz, needs)
+        wanted = [self.wanted(i, needs) for i in range(len(self.convs))]
+        dx_of_projection = None
+        if _projects(self.call):
+            dx_of_projection = self.projection(grads[-1], needs)
+        grad = grads[0]
+        dx: Tensor | None = None
+        if not self.convs:
+            dx = batch_norm.apply_backward(grad) if needs.x else None
+        for i in range(last, -1, -1):
+            if needs.weights[i]:
+                self.weights[i] = self.wgrad(i, grad)
+            if i > 0:
+                if not (needs.x or any(wanted[:i])):
+                    break
+                grad = self.dgrad_inner(i, grad, needs)
+            elif needs.x:
+                identity = isinstance(self.call, BlockCall) and not self.call.projection and self.call.shortcut is None
+                dx = self.dgrad_first(grad, g if identity else None, dx_of_projection)
+        given = g if needs.given else None
+        if given is not None and (given is dx or given.data_ptr() == dz.data_ptr()):
+            given = given.clone()  # an op's outputs are its own
+        shaped = None if given is None else _in_layout(given, layout)
+        return Leaves(
+            None if dx is None else _in_layout(dx, layout),
+            shaped,
+            tuple(self.weights),
+            tuple(self.biases),
+            tuple(self.gammas),
+            tuple(self.betas),
+        )
+
+    def wanted(self, i: int, needs: Leaves) -> bool:
+        """Does layer ``i`` have a parameter whose gradient is asked for?"""
+        return bool(needs.weights[i] or needs.biases[i] or needs.gammas[i] or needs.betas[i])
+
+    def end(self, z: Tensor, dz: Tensor, needs: Leaves) -> tuple[Tensor, list[Grad]]:
+        """The end of the chain: the gradient of the sum, and that of each raw output that was added."""
+        call, last = self.call, max(self.main - 1, 0)
+        y = self.raws[last] if self.convs else self.x
+        if isinstance(call, StemCall):
+            g, sums = pool.pool_end_backward(dz, y, self.vectors[0], call.pool)
+            return g, [self.grad(0, g, y, sums, needs)]
+        masked = z if isinstance(call, BlockCall) or call.relu else None
+        if _projects(call):
+            yd, vd = self.raws[-1], self.vectors[-1]
+            g, sums, sums_d = block_end.block_end_backward(dz, masked, y, self.vectors[last], yd, vd)
+            return g, [self.grad(last, g, y, sums, needs), self.grad(last + 1, g, yd, sums_d, needs)]
+        g, sums, _ = block_end.block_end_backward(dz, masked, y, self.vectors[last], None, None)
+        return g, [self.grad(last, g, y, sums, needs)]
+
+    def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor, needs: Leaves) -> Grad:
+        """The gradient of raw output ``i``; its norm's parameters get theirs on the way."""
+        norm = self.norms[i]
+        coefficients, packed, dgamma, dbeta = batch_norm.coefficients(
+            sums, self.vectors[i], norm.batch_stats, g.dtype, norm.sync
+        )
+        if needs.gammas[i]:
+            self.gammas[i] = dgamma.to(norm.weight.dtype)  # type: ignore[union-attr]
+        if needs.betas[i]:
+            self.betas[i] = dbeta.to(norm.bias.dtype)  # type: ignore[union-attr]
+        if self.convs and needs.biases[i]:
+            # the sum of dy: with batch statistics the norm takes any constant away, and it is exactly zero
+            bias = torch.zeros_like(dbeta) if norm.batch_stats else coefficients[A] * dbeta
+            self.biases[i] = bias.to(self.convs[i].bias.dtype)  # type: ignore[union-attr]
+        return Grad(g, y, coefficients, packed, norm.batch_stats)
+
+    def weight(self, i: int) -> Tensor:
+        return self.convs[i].weight.detach()
+
+    def wgrad(self, i: int, grad: Grad) -> Tensor:
+        spec, config, below = self.plan.specs[i], self.plan.chosen[i].wgrad, self.below(i)
+        weight = self.weight(i)
+        if config == CUDNN:
+            dw = self.aten_backward(i, grad, materialised(below), (False, True))[1]
+        else:
+            launch = tuning.launch("conv_wgrad", spec, below.vectors is not None)
+            gpu = device_of(grad.g.device).gpu
+            assert gpu is not None
+            dw = conv_wgrad.conv_wgrad(launch, config, grad, below, gpu.sms)
+        return torch.empty_like(weight).copy_(dw)  # autograd accumulates into a tensor of the weight's strides
+
+    def aten_backward(self, i: int, grad: Grad, x: Tensor, mask: tuple[bool, bool]) -> tuple[Any, Any]:
+        """(dx, dW) by cuDNN, on the gradient of the raw output as a tensor."""
+        spec, dy = self.plan.specs[i], batch_norm.apply_backward(grad)
+        stride, padding, dilation, groups = spec.geometry()
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, self.weight(i).to(dy.dtype), None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
+        )
+        return dx, dw
+
+    def dgrad(self, i: int, grad: Grad, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
+        """A dgrad launch of ours. ``epilogue``: what conv_dgrad takes beyond the gradient."""
+        spec, config = self.plan.specs[i], self.plan.chosen[i].dgrad
+        wt = pack.pack_dgrad(self.weight(i), grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
+        below = epilogue.pop("below", None)
+        launch = tuning.launch("conv_dgrad", spec, below is not None)
+        packed = self.plan.chosen[i].fwd.packed
+        rest = {"add": None, "add_strided": None} | epilogue
+        return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, packed, **rest)
+
+    def dgrad_inner(self, i: int, grad: Grad, needs: Leaves) -> Grad:
+        """From the gradient of raw output ``i`` to that of ``i - 1``."""
+        below = self.below(i)
+        if self.plan.chosen[i].dgrad == CUDNN:
+            act = materialised(below)
+            dx = nhwc(self.aten_backward(i, grad, act, (True, False))[0])
+            g, sums, _ = block_end.block_end_backward(dx, act, below.y, below.vectors, None, None)
+        else:
+            g, found = self.dgrad(i, grad, below=below)
+            assert found is not None
+            sums = found
+        return self.grad(i - 1, g, below.y, sums, needs)
+
+    def projection(self, grad: Grad, needs: Leaves) -> tuple[Tensor, tuple[int, int] | None] | None:
+        """dW of the projection, and its dx: at every pixel (no strides), or at those that it reads."""
+        i = self.main
+        if needs.weights[i]:
+            self.weights[i] = self.wgrad(i, grad)
+        if not needs.x:
+            return None
+        spec = self.plan.specs[i]
+        if self.plan.chosen[i].dgrad == CUDNN:
+            return nhwc(self.aten_backward(i, grad, self.x, (True, False))[0]), None
+        compact = (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0) and spec.stride != (1, 1)
+        return self.dgrad(i, grad, compact=compact)[0], spec.stride if compact else None
+
+    def dgrad_first(
+        self, grad: Grad, identity: Tensor | None, projected: tuple[Tensor, tuple[int, int] | None] | None
+    ) -> Tensor:
+        """dx of the first convolution, plus the shortcut's."""
+        if self.plan.chosen[0].dgrad == CUDNN:
+            dx = nhwc(self.aten_backward(0, grad, self.x, (True, False))[0])
+            if projected is not None:
+                down, across = projected[1] or (1, 1)
+                dx[:, :, ::down, ::across] += projected[0]
+            return dx if identity is None else dx.add_(identity)
+        strided = None if projected is None or projected[1] is None else projected
+        add = identity if projected is None or projected[1] is not None else projected[0]
+        return self.dgrad(0, grad, add=add, add_strided=strided)[0]

@@ -1,0 +1,343 @@
+r"""Forward convolution of a training step: the BatchNorm and ReLU before it, and the sums of the BatchNorm behind it.
+
+    y[m, co] = round( sum_rs sum_ci act(x)[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci] * w[co, r, s, ci]
+                      + const[co] - centre[co] )                                        m = (n, ho, wo)
+    mean[t, co], M2[t, co] = mean of y and sum of (y - mean)^2 over tile t's rows         statistics of y as stored
+
+    x (N, H, W, Ci)   w (Co, R, S, Ci/groups), pack.py   const, centre (Co) fp32   y (N, Ho, Wo, Co)
+    act(x): nothing | relu(SCALE*x + SHIFT) in fp32, rounded (exact) | clamp(x) in 16-bit pairs (packed), vectors.py
+
+Saved bytes. Stock runs three kernels per convolution: it writes y, reads it for the statistics, reads it again and
+writes the activation. Here y is written once, with 8 bytes per channel and tile beside it; the activation is never
+written, since whoever needs it is the next convolution, which computes it from y as it reads.
+
+GEMM. gemm_m = N*Ho*Wo, gemm_n = Co/groups, gemm_k = R*S*Ci/groups: a step of the one loop is a tap and BLOCK_K channels
+of it (fewer than 16 channels: one axis of taps and channels, conv_bn_act.py). Groups are the grid's second axis.
+
+           BLOCK_K channels of a tap           co                 rows even | odd          one column of a thread:
+         +-----------------------+          +------+             +----------+----------+   every eighth row or so,
+    rows | x -> registers ->     |  @  w -> | acc  | -> round -> | registers, a column |   summed without a shuffle
+     m   | clamp -> tensor core  |          +------+    |        | or two per thread   | -> mean, M2 of the tile
+         +-----------------------+                      +-> y    +----------+----------+
+
+Padding. A pixel outside the image is activation 0, which a packed prologue reads as THR (vectors.py). Instead of
+replacing elements, its load is sent to the row THRESHOLD of the ``clamp`` tensor: two selects per 16 bytes, and nothing
+per element. Whether a tap of a row lies inside is one bit each of two words that are built before the loop.
+
+Statistics. Two passes over the registers, first the mean, then M2 around it: safe where |mean| is a hundred standard
+deviations. In the layout of the tensor cores' accumulator a column lies across the lanes of a warp and costs three
+shuffles per register and pass; ``tl.split`` of even from odd rows makes the compiler move the 16-bit tile through
+shared memory into columns that lie in registers.
+
+Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite counts as
+0: a poisoned running mean must not poison the batch. Limits: tuning/training.py.
+Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_fwd.py``.
+
+Tried, compiled for sm_90 (issue slots per scheduler and K step of a 3x3; tensor cycles in brackets):
+    128x128x64 [512]: packed 342; with padding replaced after the load 440 (as a 1x1); exact 690 with ``where``, 614
+    with a minimum per row; two compares per axis for the padding instead of bits: 60 more in any prologue.
+    Epilogue of a 128x128 tile: 1,680 slots without statistics, 4,490 with sums over the accumulator's layout, 3,230
+    with ``tl.split``, 2,990 with row weights in place of selects; reading y back from memory instead: 2,960.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....spec import LaunchSpec
+from ....tuning.configs import Config
+from ....tuning.routes import MIN_CHANNELS, merged_groups
+from ..launch import INTERPRETED, grid_of, new_output, upcasts
+from ..tiles import multiply, pixel_of_row, relu, round_to, row_offset, tile_of_program
+from . import vectors
+from .vectors import Act
+
+SCALE, SHIFT = tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
+LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
+
+MASK_BITS = 32
+"""Taps per axis that a word of bits can tell inside from outside; a longer filter runs in windows."""
+
+
+@triton.jit
+def clamp(x, lo, hi, UPCAST: tl.constexpr):
+    """min(max(x, lo), hi), exact in the dtype of ``x``: two packed instructions per pair of 16-bit elements.
+
+    LLVM narrows what Triton widens for bfloat16. Under UPCAST the result stays fp32, whose values are the same.
+    """
+    keep: tl.constexpr = tl.PropagateNan.ALL
+    if UPCAST:
+        x, lo, hi = x.to(tl.float32), lo.to(tl.float32), hi.to(tl.float32)
+        return tl.minimum(tl.maximum(x, lo, propagate_nan=keep), hi, propagate_nan=keep)
+    return tl.minimum(tl.maximum(x, lo, propagate_nan=keep), hi, propagate_nan=keep).to(x.dtype)
+
+
+@triton.jit
+def activate(x, scale, shift, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr):
+    """relu(scale*x + shift) in fp32, rounded to the dtype of ``x``; 0 where not ``inside``, if there is padding.
+
+    A minimum with 0 or infinity per row is half the instructions of a select per element.
+    """
+    z = x.to(tl.float32) * scale + shift
+    if PADDED:
+        z = tl.minimum(z, tl.where(inside, float("inf"), 0.0), propagate_nan=tl.PropagateNan.ALL)
+    return round_to(relu(z), x.dtype, UPCAST)
+
+
+@triton.jit
+def inside_bits(at, size, ok, TAPS: tl.constexpr, DIL: tl.constexpr):
+    """Bit t of each row: is tap t of a window that begins at ``at`` inside an axis of ``size``, and the row ``ok``?"""
+    bits = tl.zeros_like(at)
+    for t in tl.static_range(TAPS):
+        bits |= (ok & (at + t * DIL >= 0) & (at + t * DIL < size)).to(tl.int32) << t
+    return bits
+
+
+@triton.jit
+def accumulate_taps(
+    acc, x_rows, h, w, row_mask, w_rows, w_mask, act_ptr, steps, H, W,
+    CI: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PADDED: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + all taps, ``steps`` = R * S * blocks of channels. ``x_rows`` point at pixel (h, w), the top left tap.
+
+    ``act_ptr``: row 0 of ``clamp`` or ``vectors`` at the group's first channel. ALIGN: bytes that divide the address of
+    every row's first channel in x and in ``clamp``; the compiler does not see it through the choice of a row.
+    """
+    blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+    lane = tl.arange(0, BLOCK_K)
+    x_rows = x_rows[:, None] + lane[None, :]
+    w_rows = w_rows[:, None] + lane[None, :]
+    outside = (act_ptr + (THRESHOLD * C + lane))[None, :] if PACKED else x_rows
+    if PADDED:
+        in_h = inside_bits(h, H, row_mask, R, DIL_H)
+        in_w = inside_bits(w, W, row_mask, S, DIL_W)
+    for step in range(0, steps):
+        # tap (r, s) and channels ci of this step
+        tap = step // blocks
+        first = (step % blocks) * BLOCK_K
+        ci = first + lane
+        r, s = tap // S, tap % S
+        shift = (r * DIL_H * W + s * DIL_W) * C + first
+        inside = (((in_h >> r) & (in_w >> s) & 1) != 0)[:, None] if PADDED else row_mask[:, None]
+        if CI % BLOCK_K == 0:
+            b = tl.load(w_rows + (tap * CI + first), mask=w_mask[:, None], other=0.0)
+        else:
+            b = tl.load(w_rows + (tap * CI + first), mask=w_mask[:, None] & (ci < CI)[None, :], other=0.0)
+        # a = act(x[n, h + r*dil, w + s*dil, ci]), 0 outside the image; behind the last channel anything finite
+        if PACKED:
+            at = tl.where(inside, x_rows + shift, outside + first)
+            at = tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (1, BLOCK_K))
+            if CI % BLOCK_K == 0:
+                a = tl.load(at)
+                lo, hi = tl.load(act_ptr + LO * C + ci), tl.load(act_ptr + HI * C + ci)
+            else:
+                a = tl.load(at, mask=(ci < CI)[None, :], other=0.0)
+                lo = tl.load(act_ptr + LO * C + ci, mask=ci < CI, other=0.0)
+                hi = tl.load(act_ptr + HI * C + ci, mask=ci < CI, other=0.0)
+            a = clamp(a, lo[None, :], hi[None, :], UPCAST)
+        else:
+            if CI % BLOCK_K == 0:
+                a = tl.load(x_rows + shift, mask=inside, other=0.0)
+            else:
+                a = tl.load(x_rows + shift, mask=inside & (ci < CI)[None, :], other=0.0)
+            if PROLOGUE:
+                scale = tl.load(act_ptr + SCALE * C + ci, mask=ci < CI, other=0.0)
+                add = tl.load(act_ptr + SHIFT * C + ci, mask=ci < CI, other=0.0)
+                a = activate(a, scale[None, :], add[None, :], inside, PADDED, UPCAST)
+        acc = multiply(a, b, acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def take_back_constants(
+    acc, h, w, row_mask, w_rows, w_mask, act_ptr, steps, H, W,
+    CI: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc without what packed padding added in constant channels: there clamp(THR) is 1, and THR is 0.
+
+    A channel is constant where gamma is 0, so that most launches have none; they pay for one look at ``clamp``.
+    """
+    channels = tl.arange(0, triton.next_power_of_2(CI))
+    lo = tl.load(act_ptr + LO * C + channels, mask=channels < CI, other=0.0).to(tl.float32)
+    zero = tl.load(act_ptr + THRESHOLD * C + channels, mask=channels < CI, other=0.0).to(tl.float32)
+    found = tl.max((lo > zero).to(tl.int32), 0)
+    for step in tl.range(0, found * steps, num_stages=1):
+        tap = step // ((CI + BLOCK_K - 1) // BLOCK_K)
+        ci = step % ((CI + BLOCK_K - 1) // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        y_in, x_in = h + tap // S * DIL_H, w + tap % S * DIL_W
+        outside = row_mask & ((y_in < 0) | (y_in >= H) | (x_in < 0) | (x_in >= W))
+        lo = tl.load(act_ptr + LO * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
+        zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
+        b = tl.load(w_rows[:, None] + (tap * CI + ci)[None, :], mask=w_mask[:, None] & (ci < CI)[None, :], other=0.0)
+        added = tl.sum(b.to(tl.float32) * tl.where(lo > zero, lo - zero, 0.0)[None, :], 1)
+        acc -= outside.to(tl.float32)[:, None] * added[None, :]
+    return acc
+
+
+@triton.jit
+def accumulate_windows(
+    acc, x_rows, h, w, row_mask, w_rows, w_mask, act_ptr, H, W,
+    CI: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    PROLOGUE: tl.constexpr, PACKED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + the window that starts at pixel (h, w), where ``x_rows`` point; k runs over taps and channels at once."""
+    for start in range(0, R * S * CI, BLOCK_K):
+        # k -> (r, s, ci)
+        k = start + tl.arange(0, BLOCK_K)
+        r, s, ci = k // (S * CI), (k // CI) % S, k % CI
+        real = k < R * S * CI
+        y_in, x_in = h[:, None] + (r * DIL_H)[None, :], w[:, None] + (s * DIL_W)[None, :]
+        inside = row_mask[:, None] & (y_in >= 0) & (y_in < H) & (x_in >= 0) & (x_in < W)
+        at = x_rows[:, None] + ((r * DIL_H * W + s * DIL_W) * C + ci)[None, :]
+        # a = act(x[n, h + r*dil, w + s*dil, ci]), 0 outside the image; behind the last k anything finite
+        a = tl.load(at, mask=inside & real[None, :], other=0.0)
+        if PACKED:
+            lo = tl.load(act_ptr + LO * C + ci, mask=real, other=0.0)
+            hi = tl.load(act_ptr + HI * C + ci, mask=real, other=0.0)
+            zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=real, other=0.0)
+            a = tl.where(inside, clamp(a, lo[None, :], hi[None, :], UPCAST), zero[None, :])
+        elif PROLOGUE:
+            scale = tl.load(act_ptr + SCALE * C + ci, mask=real, other=0.0)
+            add = tl.load(act_ptr + SHIFT * C + ci, mask=real, other=0.0)
+            a = activate(a, scale[None, :], add[None, :], inside, True, UPCAST)
+        b = tl.load(w_rows[:, None] + k[None, :], mask=w_mask[:, None] & real[None, :], other=0.0)
+        acc = multiply(a, b, acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def column_moments(v, first, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(mean, M2) per column of the tile ``v`` over the rows below ``count``, ``first`` being the tile's first row.
+
+    Rows behind the last count with weight 0, which costs less than a select; they must be finite.
+    """
+    even, odd = tl.split(tl.permute(tl.reshape(v, (BLOCK_M // 2, 2, BLOCK_N)), (0, 2, 1)))
+    row = first + 2 * tl.arange(0, BLOCK_M // 2)
+    even_weight, odd_weight = (row < count).to(tl.float32)[:, None], (row + 1 < count).to(tl.float32)[:, None]
+    even, odd = even.to(tl.float32) * even_weight, odd.to(tl.float32) * odd_weight
+    mean = tl.sum(even + odd, 0) / tl.minimum(count - first, BLOCK_M).to(tl.float32)
+    even, odd = even - mean[None, :] * even_weight, odd - mean[None, :] * odd_weight
+    return mean, tl.sum(even * even + odd * odd, 0)
+
+
+@triton.jit(do_not_specialize=["gemm_m", "steps", "H", "W", "Ho", "Wo"])
+def _conv_fwd_kernel(
+    x_ptr, w_ptr, act_ptr, const_ptr, centre_ptr, y_ptr, partials_ptr,
+    gemm_m, steps, H, W, Ho, Wo, x_stride_n,
+    CI: tl.constexpr, GEMM_N: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOWS: tl.constexpr,
+    PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # tile (pid_m, pid_n) of group g; CI and GEMM_N count channels per group, C and CO all of them
+    C: tl.constexpr = CI * GROUPS
+    CO: tl.constexpr = GEMM_N * GROUPS
+    tiles_m, tiles_n = tl.cdiv(gemm_m, BLOCK_M), tl.cdiv(GEMM_N, BLOCK_N)
+    pid_m, pid_n = tile_of_program(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    g = tl.program_id(1)
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    co, row_mask, co_mask = g * GEMM_N + within, m < gemm_m, within < GEMM_N
+
+    # the top left tap of each pixel: (n, ho * stride - pad, wo * stride - pad)
+    n, ho, wo = pixel_of_row(m, Ho, Wo)
+    h, w = ho * STRIDE_H - PAD_H, wo * STRIDE_W - PAD_W
+    x_rows = x_ptr + row_offset(n, x_stride_n) + ((h * W + w) * C + g * CI)
+    w_rows = w_ptr + co * (R * S * CI)
+    if PROLOGUE:
+        act_ptr += g * CI
+
+    # tile = sum over taps and channels
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if WINDOWS:
+        acc = accumulate_windows(
+            acc, x_rows, h, w, row_mask, w_rows, co_mask, act_ptr, H, W,
+            CI, C, R, S, DIL_H, DIL_W, PROLOGUE, PACKED, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        acc = accumulate_taps(
+            acc, x_rows, h, w, row_mask, w_rows, co_mask, act_ptr, steps, H, W,
+            CI, C, R, S, DIL_H, DIL_W, PAD_H + PAD_W > 0, PROLOGUE, PACKED, ALIGN, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
+
+        if PACKED and PAD_H + PAD_W > 0:
+            acc = take_back_constants(
+                acc, h, w, row_mask, w_rows, co_mask, act_ptr, steps, H, W, CI, C, R, S, DIL_H, DIL_W, BLOCK_K
+            )
+
+    # y = round(tile + const - centre)
+    if const_ptr is not None:
+        acc += tl.load(const_ptr + co, mask=co_mask, other=0.0)[None, :]
+    if centre_ptr is not None:
+        centre = tl.load(centre_ptr + co, mask=co_mask, other=0.0)
+        acc -= tl.where(tl.abs(centre) < float("inf"), centre, 0.0)[None, :]
+    y = round_to(acc, y_ptr.dtype.element_ty, UPCAST)
+    tl.store(y_ptr + row_offset(m, CO)[:, None] + co[None, :], y, mask=row_mask[:, None] & co_mask[None, :])
+
+    # partials[0, t, co], partials[1, t, co] = mean, M2 of y as stored
+    if partials_ptr is not None:
+        mean, m2 = column_moments(y, pid_m * BLOCK_M, gemm_m, BLOCK_M, BLOCK_N)
+        tl.store(partials_ptr + (row_offset(pid_m, CO) + co), mean, mask=co_mask)
+        tl.store(partials_ptr + (row_offset(tiles_m + pid_m, CO) + co), m2, mask=co_mask)
+
+
+def conv_fwd(
+    launch: LaunchSpec,
+    config: Config,
+    weight: Tensor,
+    const: Tensor | None,
+    x: Act,
+    centre: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The raw output of a convolution, and its statistics by tile.
+
+    ``weight`` (Co, R, S, Ci/groups) dense, ``const`` (Co) fp32 or None, both of :func:`pack_forward` for the same
+    prologue. ``x.y`` (N, Ci, H, W): each image dense NHWC. ``launch.prologue``: x is raw, and is read through
+    ``x.clamp`` where ``config.packed``, else through ``x.vectors``. ``centre`` (Co) fp32 or None is subtracted.
+
+    Returns y (N, Co, Ho, Wo), dense NHWC, dtype of ``x.y``; and with ``statistics`` partials (2, tiles, Co) fp32, mean
+    and M2 of y over the rows of each tile, of which tile t has min(block_m, gemm_m - t * block_m). Deterministic.
+    """
+    conv, groups, packed = launch.last, merged_groups(launch.last), launch.prologue and config.packed
+    ci, co, images = conv.ci // groups, conv.co // groups, x.y
+    rows = (x.clamp if packed else x.vectors) if launch.prologue else None
+    y = new_output(conv, images)
+    partials = None
+    if statistics:
+        tiles = -(-conv.gemm_m // config.block_m)
+        partials = torch.empty((2, tiles, conv.co), dtype=torch.float32, device=images.device)
+    arguments: dict[str, Any] = {}
+    if not INTERPRETED:
+        arguments = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    _conv_fwd_kernel[grid_of(conv, config)](
+        images, weight, rows, const, centre, y, partials,
+        conv.gemm_m, conv.r * conv.s * -(-ci // config.block_k), conv.h, conv.w, conv.ho, conv.wo, images.stride(0),
+        CI=ci, GEMM_N=co, GROUPS=groups, R=conv.r, S=conv.s,
+        STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
+        DIL_H=conv.dilation[0], DIL_W=conv.dilation[1],
+        WINDOWS=ci < MIN_CHANNELS or max(conv.r, conv.s) > MASK_BITS,
+        PROLOGUE=launch.prologue, PACKED=packed, ALIGN=_alignment(images, rows, ci) if packed else 1,
+        PRECISION="tf32" if conv.tf32 else "ieee", UPCAST=upcasts(images.dtype),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m, **arguments,
+    )  # fmt: skip
+    return y, partials
+
+
+def _alignment(images: Tensor, clamp_rows: Tensor | None, ci: int) -> int:
+    """16 if every pixel's run of a group's ``ci`` channels begins on a 16-byte word, as do the rows of ``clamp``; else
+    an element's size."""
+    size = images.element_size()
+    starts = [images.data_ptr(), images.stride(0) * size, ci * size]
+    if clamp_rows is not None:
+        starts.append(clamp_rows.data_ptr())
+    return 16 if all(start % 16 == 0 for start in starts) else size

@@ -1,0 +1,199 @@
+"""Training launches: how forward, dgrad and wgrad of a convolution are cut into tiles, and which config runs.
+
+A training launch is a :class:`~resnet_fast.spec.LaunchSpec` of kernel ``conv_fwd``, ``conv_dgrad`` or ``conv_wgrad``
+with one convolution; ``prologue`` says that its input is raw (BatchNorm and ReLU are applied as it is read). Each of
+the three may run on cuDNN instead, with passes of our BatchNorm kernels around it, where a table says that this is
+faster. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ..devices import Device, Gpu
+from ..spec import ITEMSIZE, YES, ConvSpec, LaunchSpec, Verdict
+from . import configs
+from .configs import NARROW, Config, for_dtype
+from .routes import MIN_CHANNELS, merged_groups
+from .tables import Table
+
+KERNELS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
+
+
+def _tiles(kernel: str, *sizes: tuple[int, ...]) -> tuple[Config, ...]:
+    return tuple(Config(kernel, *size) for size in sizes)  # type: ignore[arg-type]
+
+
+# (block_m, block_n, block_k, num_warps, num_stages) for 16-bit operands; for fp32 block_k is halved (``for_dtype``).
+# conv_fwd: output pixels x Co x products. conv_dgrad: input pixels x Ci x products. conv_wgrad: Co x Ci x pixels.
+SHIPPED: dict[str, tuple[Config, ...]] = {
+    "conv_fwd": _tiles(
+        "conv_fwd",
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 4, 3),
+        (64, 64, 64, 4, 3),
+        (64, 32, 32, 4, 3),
+        (32, 16, 32, 4, 3),
+    ),
+    "conv_dgrad": _tiles(
+        "conv_dgrad",
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 4, 3),
+        (64, 64, 64, 4, 3),
+        (64, 32, 32, 4, 3),
+        (32, 16, 32, 4, 3),
+    ),
+    "conv_wgrad": _tiles(
+        "conv_wgrad", (128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3), (16, 16, 64, 4, 3)
+    ),
+}
+"""Every training config that can ever be chosen, by kernel. Tests run each, static budgets compile each."""
+
+CUDNN = Config("cudnn")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The configs of one convolution's three launches; :data:`CUDNN` for a launch that runs on PyTorch's kernels."""
+
+    fwd: Config
+    dgrad: Config
+    wgrad: Config
+
+    def __str__(self) -> str:
+        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad))
+
+
+def launch(kernel: str, conv: ConvSpec, prologue: bool) -> LaunchSpec:
+    """One of the three launches of a convolution."""
+    return LaunchSpec(kernel, (conv,), prologue=prologue)
+
+
+def gemm(one: LaunchSpec) -> tuple[int, int, int, int]:
+    """(rows, columns, products) of a launch as one matrix product per group, and how many such products it is.
+
+    A wgrad is one per tap; a dgrad of stride s spreads the same products over its input pixels.
+    """
+    c, groups = one.last, merged_groups(one.last)
+    ci, co, taps = c.ci // groups, c.co // groups, c.r * c.s
+    if one.kernel == "conv_fwd":
+        return c.gemm_m, co, ci * taps, groups
+    if one.kernel == "conv_dgrad":
+        pixels = c.n * c.h * c.w
+        return pixels, ci, max(1, co * taps * c.gemm_m // pixels), groups
+    return (co, ci, c.gemm_m, groups * taps) if ci >= MIN_CHANNELS else (co, ci * taps, c.gemm_m, groups)
+
+
+def min_bytes(one: LaunchSpec) -> int:
+    """Bytes that a launch must move: each operand that some output needs once, and its output.
+
+    The gradient of a raw output is read as g and, where the norm uses this batch's statistics, y. A dgrad behind a
+    prologue reads the raw input, for the mask and the sums. Added tensors are the caller's to count.
+    """
+    c = one.last
+    size, filters = ITEMSIZE[c.dtype], c.co * c.gemm_k
+    y, x = c.n * c.ho * c.wo * c.co, c.n * c.h * c.w * c.ci
+    if one.kernel == "conv_fwd":
+        return (c.touched() + filters + y) * size
+    dy = y * (1 + c.batch_stats)
+    if one.kernel == "conv_dgrad":
+        return (dy + filters + x * (1 + one.prologue)) * size
+    return (dy + c.touched()) * size + filters * 4
+
+
+def is_memory_bound(one: LaunchSpec) -> bool:
+    """Is the launch bound by memory on an H100 by the roofline, whatever its main loop costs? A 3x3 is not, nor a 1x1
+    with at least 256 channels on both sides."""
+    c, groups = one.last, merged_groups(one.last)
+    return c.r * c.s == 1 and min(c.ci, c.co) // groups < 256
+
+
+def _fits_shared(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    operands = {"conv_fwd": (1, 1), "conv_dgrad": (2, 1), "conv_wgrad": (2, 1)}[one.kernel]
+    rows = operands[0] * config.block_m + operands[1] * config.block_n
+    need = config.num_stages * rows * config.block_k * ITEMSIZE[one.dtype]
+    if need <= gpu.shared_per_block:
+        return YES
+    return Verdict.no(f"at most {gpu.shared_per_block} bytes of shared memory", str(need), "use fewer stages")
+
+
+def _fits_registers(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    need = config.block_m * config.block_n // (32 * config.num_warps)
+    limit = 64 if configs.on_tensor_cores(one) else 32
+    if need <= limit:
+        return YES
+    return Verdict.no(f"at most {limit} sums per thread", str(need), "use more warps or less tile")
+
+
+def _not_larger_than_needed(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    rows, columns, products, _ = gemm(one)
+    sides = {"block_n": (config.block_n, columns), "block_k": (config.block_k, products)}
+    if one.kernel == "conv_wgrad":
+        sides = {"block_m": (config.block_m, rows), "block_n": (config.block_n, columns)}
+    for name, (block, size) in sides.items():
+        if block > max(NARROW, 2 * size - 1):
+            return Verdict.no(f"{name} below twice {size}", str(block), "use a smaller tile")
+    return YES
+
+
+def _packed_16_bit(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    if config.packed and ITEMSIZE[one.dtype] != 2:
+        return Verdict.no("16-bit tensors for a packed prologue", one.dtype, "use an exact one")
+    return YES
+
+
+RULES = (_fits_shared, _fits_registers, _not_larger_than_needed, _packed_16_bit)
+
+
+def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """May ``config`` run a launch on ``gpu``? The first rule that says no gives the reason."""
+    return next((answer for rule in RULES if not (answer := rule(one, config, gpu))), YES)
+
+
+def candidates(one: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
+    """The shipped configs that the rules admit, with the prologue asked for; in fp32 always the exact one."""
+    wanted = packed and ITEMSIZE[one.dtype] == 2
+    sized = dict.fromkeys(replace(for_dtype(c, one.dtype), packed=wanted) for c in SHIPPED[one.kernel])
+    return tuple(c for c in sized if verdict(one, c, gpu))
+
+
+def predict(one: LaunchSpec, config: Config, device: Device) -> float:
+    """Seconds under the model of heuristic.py, without its latency term: a training batch fills the GPU."""
+    gpu = device.gpu
+    assert gpu is not None
+    rows, columns, products, count = gemm(one)
+    tiles = -(-rows // config.block_m) * -(-columns // config.block_n) * count
+    steps = -(-products // config.block_k)
+    work = tiles * steps  # a wgrad splits its steps over programs
+    programs = tiles if one.kernel != "conv_wgrad" else min(work, 2 * gpu.sms)
+    rate = device.rate(one.dtype).value / 2 / gpu.sms
+    if not configs.on_tensor_cores(one):
+        rate /= 8
+    fill = (0.35 + 0.65 * min(1.0, config.block_n / 128)) * min(1.0, config.block_m / (16 * config.num_warps))
+    waves = -(-programs // gpu.sms) * gpu.sms / programs
+    compute = waves * work * config.block_m * config.block_n * config.block_k / gpu.sms / (rate * fill)
+    operands = work * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[one.dtype]
+    return max(compute, operands / gpu.l2_bandwidth.value, min_bytes(one) / device.bandwidth.value)
+
+
+@lru_cache(maxsize=4096)
+def modelled(one: LaunchSpec, device: Device, packed: bool, refused: frozenset[str] = frozenset()) -> Config:
+    """The candidate with the least predicted time; cuDNN where a table refuses every one."""
+    assert device.gpu is not None
+    legal = [c for c in candidates(one, device.gpu, packed) if str(c) not in refused]
+    return min(legal, key=lambda c: predict(one, c, device), default=CUDNN)
+
+
+def choose(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> Chosen:
+    """A config for each direction of a convolution: the fastest measured, else the model's."""
+    found = []
+    for kernel in KERNELS:
+        one = launch(kernel, conv, prologue)
+        times = table.times(one)
+        assert device.gpu is not None
+        known = {str(c): c for c in (*candidates(one, device.gpu, packed), CUDNN)}
+        usable = [(us, name) for name, us in times.items() if us is not None and name in known]
+        refused = frozenset(name for name, us in times.items() if us is None)
+        found.append(known[min(usable)[1]] if usable else modelled(one, device, packed, refused))
+    return Chosen(*found)
