@@ -275,14 +275,24 @@ def test_sync_batch_norm_after_accelerate(nets: SimpleNamespace, x: torch.Tensor
     nets.assert_close_to_eager(fused, stock, x)
 
 
-def test_sync_batch_norm_in_training_runs_its_own_layers(nets: SimpleNamespace, x: torch.Tensor) -> None:
-    """Without a process group it computes as plain BatchNorm does."""
+def test_sync_batch_norm_alone_in_its_process_is_batch_norm(nets: SimpleNamespace, x: torch.Tensor) -> None:
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(nets.bottleneck()).train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     resnet_fast.reset_stats()
     nets.assert_equal(nets.train_step(fused, x), nets.train_step(stock, x))
+    assert stock_calls() == 0
+
+
+def test_sync_batch_norm_without_training_kernels_runs_its_own_layers(
+    nets: SimpleNamespace, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resnet_fast.blocks.fused.sync_group", lambda norm: "0" if norm.training else "")
+    stock = nn.SyncBatchNorm.convert_sync_batchnorm(nets.bottleneck()).train()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock), backend="reference")
+    resnet_fast.reset_stats()
+    nets.assert_equal(nets.train_step(fused, x), nets.train_step(stock, x))
     assert stock_calls() == 6
-    assert "SyncBatchNorm in training" in str(resnet_fast.stats()["fallbacks"])
+    assert "Triton's training kernels" in str(resnet_fast.stats()["fallbacks"])
 
 
 def test_frozen_batch_norm_put_in_later(nets: SimpleNamespace, x: torch.Tensor) -> None:

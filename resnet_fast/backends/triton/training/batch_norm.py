@@ -1,33 +1,36 @@
-r"""BatchNorm of a training step: statistics of a raw output, the vectors made of them, and the gradient's coefficients.
+r"""BatchNorm in a training step: the vectors of a raw output, made of its statistics, and the gradient's coefficients.
 
-    partials[:, t, c] = mean and M2 = sum (y - mean)^2 of y[m, c] over the rows m of tile t          forward
-    mean = pivot + sum_t n_t (mean_t - pivot) / n     M2 = sum_t M2_t + n_t (mean_t - mean)^2
-    INVSTD = 1 / sqrt(M2/n + eps)     SCALE = gamma * INVSTD     SHIFT = beta - mean * SCALE         and the rest of vectors.py
+    forward     partials[:, t, c] = mean and M2 = sum (y - mean)^2 of y[m, c] over the rows m of tile t
+                mean = pivot + sum_t n_t (mean_t - pivot) / n        M2 = sum_t M2_t + n_t (mean_t - mean)^2
+                INVSTD = 1 / sqrt(M2/n + eps)    SCALE = gamma * INVSTD    SHIFT = beta - mean * SCALE      (vectors.py)
 
-    partials[:, t, c] = sum g and sum g * (y - MEAN) over the rows of tile t                         backward
-    s1 = sum_t / n    s2 = INVSTD * sum_t / n    A = SCALE    B = -A*INVSTD*s2    C = A*(INVSTD*s2*MEAN - s1)
+    backward    partials[:, t, c] = sum g and sum g * (y - MEAN) over the rows of tile t
+                s1 = sum_t / n      s2 = INVSTD * sum_t / n      dgamma = INVSTD * sum_t      dbeta = sum_t
+                A = SCALE           B = -A * INVSTD * s2         C = A * (INVSTD * s2 * MEAN - s1)
 
-(Ioffe and Szegedy 2015, section 3; Chan, Golub and LeVeque 1979 for the merge.) The partials come out of the epilogues
-of conv_fwd, conv_dgrad, block_end and pool; ``statistics`` makes them where no epilogue of ours did (a convolution that
-ran on cuDNN), and ``apply_backward`` writes ``dy = A*g + B*y + C`` for such a convolution's backward.
+(Ioffe and Szegedy 2015, section 3; Chan, Golub and LeVeque 1979 for the merge.) Partials come out of the epilogues of
+conv_fwd, conv_dgrad, block_end and pool. Around a convolution that runs on cuDNN two passes take their place:
+``statistics`` reads y for them, and ``apply_backward`` writes dy = A*g + B*y + C.
 
-Saved bytes. Stock BatchNorm reads y twice and writes it once in forward, and reads y and g twice and writes dy once in
-backward. Here forward is one read of y (none where a convolution of ours wrote it), backward one read of y and g and
-one write.
+Saved bytes. Stock BatchNorm reads y, and again, and writes the result; in backward it reads g and y, and again, and
+writes dy. Here nothing of that size moves, except around cuDNN: y read once, and g and y read and dy written.
 
-    tiles t ->                    Merge: a program owns BLOCK_C channels and a chunk of tiles, BLOCK_T of them at a time.
-    c [ . . . . | . . . . | . ]   A chunk's result is a partial like its members, of CHUNK times the rows: levels of
-        chunk 0   chunk 1         launches repeat until at most LAST_TILES are left, which the final kernel merges.
+    tiles t ->                     Merge: a program owns BLOCK_C channels and a chunk of CHUNK tiles, read BLOCK_T at a
+    c [ . . . . | . . . . | . ]    time. A chunk's result is a partial like its members, of CHUNK times their rows, so
+        chunk 0   chunk 1          levels of launches repeat until LAST_TILES or fewer are left for the final kernel.
 
-Numerics. fp32 throughout. Every mean is kept as a small distance from a pivot that lies among the data, and M2 is a sum
-of squares of distances from the mean: nothing cancels when |mean| >> std. All sums run in an order that only the shape
-decides, so results are the same bit for bit. The kernels here and ``folding`` are the only places where eps appears: the
-variance of a batch exists on the device alone, and its square root must be taken there.
+Numerics. fp32. A mean is a small distance from a pivot that lies among the data, M2 a sum of squares of distances from
+the mean: nothing cancels when |mean| >> std. Sums are taken in an order that only the shape decides: the same bits
+every time. Here and in ``folding`` are the only places where eps appears: a batch's variance is on the device alone.
 
-Several processes: (mean, M2, count) of each are gathered and merged by the same kernel; counts may differ, and be zero.
-The backward sums are all-reduced; dgamma and dbeta stay those of this process, which DDP averages.
+Several processes. (mean, M2, count) of each are gathered and merged by the same kernel; counts may differ and be zero.
+The backward sums are all-reduced for A, B and C; dgamma and dbeta remain those of this process, for DDP to average.
 
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_batch_norm.py``.
+
+Not taken: one pass over the partials by squares of distances from the pivot, since a first tile that lies far from the
+others would cancel digits; the second pass reads L1. Statistics by sums of y - pivot and of its square, for the same
+reason: Welford costs one more instruction per element, of eight.
 """
 
 from __future__ import annotations
@@ -40,76 +43,32 @@ from torch import Tensor
 from ....calls import Norm
 from ..launch import upcasts
 from ..tiles import round_to
-from . import vectors as rows_of
+from . import vectors as v
+from .passes import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    channels_of_program,
+    empty_image,
+    grid_of,
+    mask_of,
+    rows_of,
+    tile_of,
+    vector,
+    walk,
+)
 from .vectors import Grad
 
-THREADS = 128
 CHUNK, LAST_TILES = 128, 256
 BLOCK_T, BLOCK_C = 128, 16
+"""Tiles and channels of a merge: 16 loads of a thread, all in flight."""
 
-CENTRE = tl.constexpr(rows_of.CENTRE)
-MEAN = tl.constexpr(rows_of.MEAN)
-INVSTD = tl.constexpr(rows_of.INVSTD)
-SCALE = tl.constexpr(rows_of.SCALE)
-SHIFT = tl.constexpr(rows_of.SHIFT)
-INV_COUNT = tl.constexpr(rows_of.INV_COUNT)
-BATCH_MEAN = tl.constexpr(rows_of.BATCH_MEAN)
-BATCH_VAR = tl.constexpr(rows_of.BATCH_VAR)
-FOLD = tl.constexpr(rows_of.FOLD)
-THR = tl.constexpr(rows_of.THR)
-
-
-def tile_shape(t: Tensor, accesses: int) -> tuple[int, int]:
-    """(rows, channels) of a tile of which each of THREADS threads holds ``accesses`` runs of 16 bytes.
-
-    Channels: a power of two that divides the tensor's where one of 32 or more does, so that no lane is idle.
-    """
-    c = t.shape[1]
-    divides = c & -c
-    channels = min(128, divides if divides >= 32 else triton.next_power_of_2(c))
-    return max(1, THREADS * accesses * 16 // t.element_size() // channels), channels
-
-
-def walk(t: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
-    """(steps, tiles of rows): how many tiles of ``t`` a program of a reduction walks, and how many programs that makes.
-
-    Long walks make few partials, many programs an even load: 4,096 programs (a few rounds on every GPU) of at most 64
-    steps; a small tensor is cut into fewer, so that its partials do not outweigh it. Only the shape decides, so sums are
-    taken in the same order on every machine.
-    """
-    blocks = -(-(t.numel() // t.shape[1]) // tile[0])
-    programs = blocks * -(-t.shape[1] // tile[1])
-    steps = max(1, min(64, max(programs // 4096, min(8, programs // 1024))))
-    return steps, -(-blocks // steps)
-
-
-def empty_image(t: Tensor) -> Tensor:
-    """An uninitialised tensor of the shape and dtype of ``t``, dense NHWC."""
-    n, c, h, w = t.shape
-    return t.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
-
-
-@triton.jit
-def channels_of_program(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(tile of rows, channels) of this program: neighbours take the same rows, so that DRAM pages are read whole."""
-    tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    pid = tl.program_id(0)
-    return pid // tiles_c, (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-
-
-@triton.jit
-def mask_of(row_mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(BLOCK_M, BLOCK_C) mask; where the channels need none, one that is constant along a row."""
-    if C % BLOCK_C == 0:
-        return row_mask[:, None]
-    else:
-        return row_mask[:, None] & (c < C)[None, :]
-
-
-@triton.jit
-def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr):
-    """(1, BLOCK_C) of a row of ``vectors``."""
-    return tl.load(vectors_ptr + ROW * C + c, mask=c < C, other=0.0)[None, :]
+CENTRE, INVSTD, INV_COUNT = tl.constexpr(v.CENTRE), tl.constexpr(v.INVSTD), tl.constexpr(v.INV_COUNT)
+BATCH_MEAN, BATCH_VAR = tl.constexpr(v.BATCH_MEAN), tl.constexpr(v.BATCH_VAR)
+FOLD, THR = tl.constexpr(v.FOLD), tl.constexpr(v.THR)
+LO, HI, THRESHOLD = tl.constexpr(v.LO), tl.constexpr(v.HI), tl.constexpr(v.THRESHOLD)
+A, B, CONSTANT = tl.constexpr(v.A), tl.constexpr(v.B), tl.constexpr(v.C)
+BETA_HI, BETA_LO, GAMMA = tl.constexpr(v.BETA_HI), tl.constexpr(v.BETA_LO), tl.constexpr(v.GAMMA)
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "steps"])
@@ -143,12 +102,13 @@ def _statistics_kernel(
 
 
 def statistics(y: Tensor) -> tuple[Tensor, int]:
-    """Partials (2, tiles, C) fp32 of y (N, C, H, W): mean and M2 of each tile of rows; and the rows of a tile."""
-    m, c = y.numel() // y.shape[1], y.shape[1]
-    tile = tile_shape(y, 4)
+    """(partials, rows): (2, tiles, C) fp32, mean and M2 of y (N, C, H, W) in each tile of ``rows`` of its rows."""
+    c, tile = y.shape[1], tile_of(y, 4)
     steps, tiles = walk(y, tile)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
-    _statistics_kernel[(tiles * -(-c // tile[1]),)](y, partials, m, tiles, steps, C=c, BLOCK_M=tile[0], BLOCK_C=tile[1])
+    _statistics_kernel[grid_of(tiles, y, tile[1])](
+        y, partials, rows_of(y), tiles, steps, C=c, BLOCK_M=tile[0], BLOCK_C=tile[1]
+    )
     return partials, steps * tile[0]
 
 
@@ -205,7 +165,7 @@ def _merge_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(0) * chunk
     end = min(first + chunk, tiles)
-    n, mean, m2 = _merged(partials_ptr, False, first, end, tiles, rows, count, c, C, BLOCK_T, BLOCK_C)
+    _, mean, m2 = _merged(partials_ptr, False, first, end, tiles, rows, count, c, C, BLOCK_T, BLOCK_C)
     out = out_ptr + tl.program_id(0) * C + c
     tl.store(out, mean, mask=c < C)
     tl.store(out + chunks * C, m2, mask=c < C)
@@ -248,9 +208,9 @@ def _store_vectors(
         fixed = tl.where(shift > 0.0, 1.0, 0.0)
         lo = tl.where(constant, fixed, tl.where(scale < 0.0, float("-inf"), thr))
         hi = tl.where(constant, fixed, tl.where(scale < 0.0, thr, float("inf")))
-        tl.store(clamp_ptr + c, round_to(lo, dtype, UPCAST), mask=c_mask)
-        tl.store(clamp_ptr + C + c, round_to(hi, dtype, UPCAST), mask=c_mask)
-        tl.store(clamp_ptr + 2 * C + c, rounded, mask=c_mask)
+        tl.store(clamp_ptr + LO * C + c, round_to(lo, dtype, UPCAST), mask=c_mask)
+        tl.store(clamp_ptr + HI * C + c, round_to(hi, dtype, UPCAST), mask=c_mask)
+        tl.store(clamp_ptr + THRESHOLD * C + c, rounded, mask=c_mask)
     tl.store(vectors_ptr + CENTRE * C + c, centre, mask=c_mask)
     tl.store(vectors_ptr + MEAN * C + c, mean, mask=c_mask)
     tl.store(vectors_ptr + INVSTD * C + c, invstd, mask=c_mask)
@@ -338,7 +298,8 @@ def finalize(
     vectors, clamp = _outputs(c, dtype, partials.device)
     _finalize_kernel[(-(-c // BLOCK_C),)](
         partials, *_dense(norm.weight, norm.bias, bias, centre), vectors, clamp,
-        tiles, rows, count, norm.eps, GATHERED=bool(group), C=c, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
+        tiles, rows, count, norm.eps,
+        GATHERED=bool(group), C=c, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return vectors, clamp
 
@@ -429,17 +390,17 @@ def _coefficients_kernel(
         s1, s2 = one * inv_count, two * invstd * inv_count
         beta = -invstd * s2
         gamma = -beta * tl.load(vectors_ptr + MEAN * C + c, mask=c_mask, other=0.0) - s1
-    tl.store(coefficients_ptr + c, a, mask=c_mask)
-    tl.store(coefficients_ptr + C + c, a * beta, mask=c_mask)
-    tl.store(coefficients_ptr + 2 * C + c, a * gamma, mask=c_mask)
+    tl.store(coefficients_ptr + A * C + c, a, mask=c_mask)
+    tl.store(coefficients_ptr + B * C + c, a * beta, mask=c_mask)
+    tl.store(coefficients_ptr + CONSTANT * C + c, a * gamma, mask=c_mask)
     if packed_ptr is not None:
         dtype: tl.constexpr = packed_ptr.dtype.element_ty
         # where a is 0 so is dy, and a coefficient that overflows 16 bit must not make it NaN
         beta, gamma = tl.where(a == 0.0, 0.0, beta), tl.where(a == 0.0, 0.0, gamma)
         hi = round_to(beta, dtype, UPCAST)
-        tl.store(packed_ptr + c, hi, mask=c_mask)
-        tl.store(packed_ptr + C + c, round_to(beta - hi.to(tl.float32), dtype, UPCAST), mask=c_mask)
-        tl.store(packed_ptr + 2 * C + c, round_to(gamma, dtype, UPCAST), mask=c_mask)
+        tl.store(packed_ptr + BETA_HI * C + c, hi, mask=c_mask)
+        tl.store(packed_ptr + BETA_LO * C + c, round_to(beta - hi.to(tl.float32), dtype, UPCAST), mask=c_mask)
+        tl.store(packed_ptr + GAMMA * C + c, round_to(gamma, dtype, UPCAST), mask=c_mask)
 
 
 def _sum(partials: Tensor, chunk: int) -> Tensor:
@@ -489,21 +450,19 @@ def _apply_backward_kernel(
     start, at = first.to(tl.int64) * C, row[:, None] * C + c[None, :]
     # dy = A * g + B * y + C
     g = tl.load(g_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    dy = g * vector(coefficients_ptr, c, 0, C)
+    dy = g * vector(coefficients_ptr, c, A, C)
     if BATCH:
         y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-        dy += y * vector(coefficients_ptr, c, 1, C) + vector(coefficients_ptr, c, 2, C)
+        dy += y * vector(coefficients_ptr, c, B, C) + vector(coefficients_ptr, c, CONSTANT, C)
     tl.store(dy_ptr + start + at, round_to(dy, dy_ptr.dtype.element_ty, UPCAST), mask=mask)
 
 
 def apply_backward(grad: Grad) -> Tensor:
     """dy (N, C, H, W) of a raw output in one pass, for a convolution whose backward runs on cuDNN."""
-    g = grad.g
-    m, c = g.numel() // g.shape[1], g.shape[1]
-    tile = tile_shape(g, 4)
+    g, tile = grad.g, tile_of(grad.g, 4)
     dy = empty_image(g)
-    _apply_backward_kernel[(-(-m // tile[0]) * -(-c // tile[1]),)](
-        g, grad.y if grad.batch else None, grad.coefficients, dy, m,
-        C=c, BATCH=grad.batch, UPCAST=upcasts(g.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+    _apply_backward_kernel[grid_of(-(-rows_of(g) // tile[0]), g, tile[1])](
+        g, grad.y if grad.batch else None, grad.coefficients, dy, rows_of(g),
+        C=g.shape[1], BATCH=grad.batch, UPCAST=upcasts(g.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
     return dy

@@ -1,9 +1,22 @@
 r"""The end of a residual block in training: BatchNorm + shortcut + ReLU of a raw output, and the gradient's start.
 
-    z[m, c] = relu( SCALE*y + SHIFT + shortcut )      shortcut: nothing | a tensor | SCALE_d*yd + SHIFT_d of a projection
-    g[m, c] = dz where z > 0                          and per tile sum g, sum g*(y - MEAN), sum g*(yd - MEAN_d)
+    z[m, c] = relu( SCALE*y + SHIFT + shortcut )          shortcut: nothing | a tensor | SCALE_d*yd + SHIFT_d, yd raw
+    g[m, c] = dz where z > 0        per walk of rows: sum g,  sum g * (y - MEAN)  and, for yd,  sum g * (yd - MEAN_d)
 
-One pass each. Without a shortcut the forward writes an activation for those that cannot read a raw output.
+    y (N, C, H, W) NHWC, seen as rows m of C channels; the vectors of vectors.py
+
+Saved bytes, in passes over a tensor of the size of y. Forward: stock 2 + 3 + 2 for the norm, the add and the ReLU, and 2
+more for a projection's norm; this 3. Backward: stock 3 + 2 for the ReLU and the sums of BatchNorm, and 2 more; this 4, and
+1 more. One g serves every branch. Without a shortcut the forward makes an activation of a raw output, for convolutions
+that run on cuDNN.
+
+      forward: one tile per program         backward: a program walks down m; every thread sums for its channels
+        [ y ] [ shortcut ] -> [ z ]           [ dz ] [ z ] [ y ] [ yd ] -> [ g ]   sum g   sum g*(y - MEAN)   ...
+                                              [ dz ] [ z ] [ y ] [ yd ] -> [ g ]     + in registers, step by step
+                                                                                     = once over the threads, at the end
+
+Numerics: fp32 in the order scale, shift, add, ReLU, one rounding at the store; where PyTorch rounds after the norm and
+after the add. ReLU keeps NaN, and its gradient passes where z is NaN, as in ATen. Sums are of g as stored.
 
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_block_end.py``.
 """
@@ -17,7 +30,19 @@ from torch import Tensor
 
 from ..launch import upcasts
 from ..tiles import relu, round_to
-from .batch_norm import MEAN, SCALE, SHIFT, channels_of_program, empty_image, mask_of, tile_shape, vector, walk
+from .passes import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    channels_of_program,
+    empty_image,
+    grid_of,
+    mask_of,
+    rows_of,
+    tile_of,
+    vector,
+    walk,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -47,12 +72,10 @@ def block_end(
     y: Tensor, vectors: Tensor, shortcut: Tensor | None, shortcut_vectors: Tensor | None, relu: bool
 ) -> Tensor:
     """z (N, C, H, W) of raw y and its vectors (10, C). ``shortcut_vectors``: the shortcut is raw, too."""
-    m, c = y.numel() // y.shape[1], y.shape[1]
-    tile = tile_shape(y, 4)
-    z = empty_image(y)
-    _block_end_fwd_kernel[(-(-m // tile[0]) * -(-c // tile[1]),)](
-        y, vectors, shortcut, shortcut_vectors, z, m,
-        C=c, RELU=relu, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+    z, tile = empty_image(y), tile_of(y, 4)
+    _block_end_fwd_kernel[grid_of(-(-rows_of(y) // tile[0]), y, tile[1])](
+        y, vectors, shortcut, shortcut_vectors, z, rows_of(y),
+        C=y.shape[1], RELU=relu, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
     return z
 
@@ -105,14 +128,13 @@ def block_end_backward(
 
     ``z``: the block's output where it ends in a ReLU; without, g is dz itself.
     """
-    m, c = y.numel() // y.shape[1], y.shape[1]
-    tile = tile_shape(y, 1)
+    c, tile = y.shape[1], tile_of(y, 1)
     steps, tiles = walk(y, tile)
     g = dz if z is None else empty_image(dz)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
     partials_d = None if yd is None else torch.empty_like(partials)
-    _block_end_bwd_kernel[(tiles * -(-c // tile[1]),)](
+    _block_end_bwd_kernel[grid_of(tiles, y, tile[1])](
         dz, z, y, vectors, yd, shortcut_vectors, None if z is None else g, partials, partials_d,
-        m, tiles, steps, C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+        rows_of(y), tiles, steps, C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
     return g, partials, partials_d

@@ -60,21 +60,30 @@ from .vectors import Act
 SCALE, SHIFT = tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
 
+COMPILED = tl.constexpr(not INTERPRETED)
+
+CLAMP_BF16 = tl.constexpr("{ .reg .b32 t; max.NaN.bf16x2 t, $1, $2; min.NaN.bf16x2 $0, t, $3; }")
+CLAMP_FP16 = tl.constexpr("{ .reg .b32 t; max.NaN.f16x2 t, $1, $2; min.NaN.f16x2 $0, t, $3; }")
+
 MASK_BITS = 32
 """Taps per axis that a word of bits can tell inside from outside; a longer filter runs in windows."""
 
 
 @triton.jit
 def clamp(x, lo, hi, UPCAST: tl.constexpr):
-    """min(max(x, lo), hi), exact in the dtype of ``x``: two packed instructions per pair of 16-bit elements.
+    """min(max(x, lo), hi), exact in the 16-bit dtype of ``x``; NaN stays NaN. Two instructions for two elements.
 
-    LLVM narrows what Triton widens for bfloat16. Under UPCAST the result stays fp32, whose values are the same.
+    In PTX, since ``tl.maximum`` computes bfloat16 in fp32: Triton 3.8 happens to narrow that again, 3.6 does not. In
+    the interpreter as Triton says; under UPCAST the result stays fp32, whose values are the same.
     """
-    keep: tl.constexpr = tl.PropagateNan.ALL
-    if UPCAST:
-        x, lo, hi = x.to(tl.float32), lo.to(tl.float32), hi.to(tl.float32)
-        return tl.minimum(tl.maximum(x, lo, propagate_nan=keep), hi, propagate_nan=keep)
-    return tl.minimum(tl.maximum(x, lo, propagate_nan=keep), hi, propagate_nan=keep).to(x.dtype)
+    if COMPILED:
+        code: tl.constexpr = CLAMP_BF16 if x.dtype == tl.bfloat16 else CLAMP_FP16
+        return tl.inline_asm_elementwise(code, "=r,r,r,r", [x, lo, hi], dtype=x.dtype, is_pure=True, pack=2)
+    else:
+        if UPCAST:
+            x, lo, hi = x.to(tl.float32), lo.to(tl.float32), hi.to(tl.float32)
+        x = tl.maximum(x, lo, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(x, hi, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -156,28 +165,33 @@ def accumulate_taps(
 
 
 @triton.jit
+def padding_excess(act_ptr, ci, CI: tl.constexpr, C: tl.constexpr):
+    """clamp(THR) - THR by channel, fp32: 0, but 1 where a channel is constant and positive."""
+    lo = tl.load(act_ptr + LO * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
+    zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
+    return tl.where(lo > zero, lo - zero, 0.0)
+
+
+@triton.jit
 def take_back_constants(
     acc, h, w, row_mask, w_rows, w_mask, act_ptr, steps, H, W,
     CI: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc without what packed padding added in constant channels: there clamp(THR) is 1, and THR is 0.
+    """acc without what packed padding added in constant channels, where the clamp makes 1 of a THR of 0.
 
     A channel is constant where gamma is 0, so that most launches have none; they pay for one look at ``clamp``.
     """
-    channels = tl.arange(0, triton.next_power_of_2(CI))
-    lo = tl.load(act_ptr + LO * C + channels, mask=channels < CI, other=0.0).to(tl.float32)
-    zero = tl.load(act_ptr + THRESHOLD * C + channels, mask=channels < CI, other=0.0).to(tl.float32)
-    found = tl.max((lo > zero).to(tl.int32), 0)
-    for step in tl.range(0, found * steps, num_stages=1):
-        tap = step // ((CI + BLOCK_K - 1) // BLOCK_K)
-        ci = step % ((CI + BLOCK_K - 1) // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+    blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+    every = padding_excess(act_ptr, tl.arange(0, triton.next_power_of_2(CI)), CI, C)
+    for step in tl.range(0, tl.max((every > 0).to(tl.int32), 0) * steps, num_stages=1):
+        # tap (r, s) and channels ci of this step; acc -= outside * sum over ci of w * excess
+        tap = step // blocks
+        ci = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         y_in, x_in = h + tap // S * DIL_H, w + tap % S * DIL_W
         outside = row_mask & ((y_in < 0) | (y_in >= H) | (x_in < 0) | (x_in >= W))
-        lo = tl.load(act_ptr + LO * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
-        zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
         b = tl.load(w_rows[:, None] + (tap * CI + ci)[None, :], mask=w_mask[:, None] & (ci < CI)[None, :], other=0.0)
-        added = tl.sum(b.to(tl.float32) * tl.where(lo > zero, lo - zero, 0.0)[None, :], 1)
+        added = tl.sum(b.to(tl.float32) * padding_excess(act_ptr, ci, CI, C)[None, :], 1)
         acc -= outside.to(tl.float32)[:, None] * added[None, :]
     return acc
 
@@ -256,8 +270,13 @@ def _conv_fwd_kernel(
     if PROLOGUE:
         act_ptr += g * CI
 
-    # tile = sum over taps and channels
+    # tile = const - centre + sum over taps and channels; begun with, for at the end there are no registers to spare
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if const_ptr is not None:
+        acc += tl.load(const_ptr + co, mask=co_mask, other=0.0)[None, :]
+    if centre_ptr is not None:
+        centre = tl.load(centre_ptr + co, mask=co_mask, other=0.0)
+        acc -= tl.where(tl.abs(centre) < float("inf"), centre, 0.0)[None, :]
     if WINDOWS:
         acc = accumulate_windows(
             acc, x_rows, h, w, row_mask, w_rows, co_mask, act_ptr, H, W,
@@ -274,12 +293,7 @@ def _conv_fwd_kernel(
                 acc, h, w, row_mask, w_rows, co_mask, act_ptr, steps, H, W, CI, C, R, S, DIL_H, DIL_W, BLOCK_K
             )
 
-    # y = round(tile + const - centre)
-    if const_ptr is not None:
-        acc += tl.load(const_ptr + co, mask=co_mask, other=0.0)[None, :]
-    if centre_ptr is not None:
-        centre = tl.load(centre_ptr + co, mask=co_mask, other=0.0)
-        acc -= tl.where(tl.abs(centre) < float("inf"), centre, 0.0)[None, :]
+    # y = round(tile)
     y = round_to(acc, y_ptr.dtype.element_ty, UPCAST)
     tl.store(y_ptr + row_offset(m, CO)[:, None] + co[None, :], y, mask=row_mask[:, None] & co_mask[None, :])
 

@@ -1,35 +1,40 @@
 r"""The end of the stem in training: BatchNorm + ReLU + max-pool of a raw output, and back, without the activation.
 
-    z[n, i, j, c] = max over the window (i, j) of act        act[n, h, w, c] = round(relu(SCALE*y + SHIFT))
-    g[n, h, w, c] = sum of dz over the windows whose maximum is pixel (h, w), where act > 0;  per tile sum g, sum g*(y - MEAN)
+    z[n, i, j, c] = max over the window (i, j) of act           act[n, h, w, c] = round(relu(SCALE*y + SHIFT))
+    g[n, h, w, c] = sum of dz over the windows that (h, w) wins, where act > 0;  and sum g,  sum g * (y - MEAN)
 
-    y (N, C, H, W) and g NHWC   z, dz (N, C, Hp, Wp) NHWC   any square window, stride and padding
+    y, g (N, C, H, W) NHWC   z, dz (N, C, Hp, Wp) NHWC   any square window, stride and padding
 
-Saved bytes, per image of ResNet-50's stem in 16 bit (y 112x112x64, 1.61 MB; z 0.40): stock writes the activation twice
-and reads it twice in forward, keeps 64-bit indices (1.61) for backward, and there writes and reads the full-size
-gradient twice more. Here forward reads y and writes z (2.0 MB), backward reads y and dz and writes g (3.6 MB).
+Saved bytes, per image of ResNet-50's stem in 16 bit (y 112x112x64, 1.61 MB): stock moves 10.0 MB in forward (norm,
+ReLU, pool and its 64-bit indices) and 11.7 in backward (pool, ReLU, the sums of BatchNorm); this 2.0 and 3.6.
 
-    rows of y    cells (STRIDE rows)    windows (KERNEL = 3, STRIDE = 2)
-      u = 0      cell 0                 |0
-      u = 1                             |0          u = h + PAD: a cell is the STRIDE x STRIDE pixels from which one
-      u = 2      cell 1                 |0 |1       window starts; REACH = ceil(KERNEL / STRIDE) windows per axis
-      u = 3                                |1       meet in it.
-      u = 4      cell 2                    |1 |2
+    rows of pixels    cells     windows of 3 rows, stride 2
+      u = 0           0         |0
+      u = 1           0         |0             u = h + PAD. A cell is the STRIDE x STRIDE pixels where one window
+      u = 2           1         |0 |1          starts; per axis REACH = ceil(KERNEL / STRIDE) windows meet
+      u = 3           1            |1          in it.
+      u = 4           2            |1 |2
 
 A program owns BLOCK_M columns of cells (n, column), linearised over the batch, times BLOCK_C channels, and walks down a
-strip of cell rows. What a row of windows leaves unfinished is carried in registers to the next cell row: in forward the
-extremes of windows that reach further down, in backward the gradient of pixels that later windows share. So memory sees
-every row of y once; columns that two windows share meet in L1.
+strip of rows of cells. What a row of windows leaves open is carried in registers to the next row of cells: in forward
+the maximum so far of windows that reach further down, in backward the gradient so far of pixels that the next windows
+share. So memory is read once, whatever the overlap; the columns that neighbours share meet in L1.
 
-Forward: rounding, ReLU and the affine map are monotonic, so the maximum and the minimum of y are taken first, in the
-dtype of y (two elements per instruction), and only these two are mapped: exactly the maximum of the rounded activations.
+Forward: rounding is monotonic, so it follows the maximum: once per pooled pixel, exactly the maximum of rounded values.
+ReLU is the 0 that every maximum starts from.
 
-Backward: a window's winner is found as PyTorch does it, on the rounded activation: the first maximum in the order of the
-window's rows, and the last NaN, if there is one. Padding is never the winner: coordinates are clamped to the image
-instead of masked, which visits border pixels of the same window again and changes neither a maximum nor its first place.
+Backward: a window's winner is found as PyTorch finds it, on the rounded activations: the first maximum in the order of
+rows, but the last NaN, if there is any. It starts from 0 too: where nothing is positive nobody wins, which is the mask
+of ReLU.
 
-Numerics: fp32 arithmetic, the gradient rounded once; sums are of g as stored. Alone: ``TRITON_INTERPRET=1 python -m
-pytest tests/backends/triton/training/test_pool.py``.
+Coordinates are clamped to the image where others would mask: a tap in the padding reads the window's nearest pixel
+inside again, which changes neither the maximum nor where it is first found, and saves a select per element.
+
+Numerics: fp32; g is rounded once, sums are of g as stored. Alone: ``TRITON_INTERPRET=1 python -m pytest
+tests/backends/triton/training/test_pool.py``.
+
+Not taken: all windows of every pixel anew, without carrying (10,450 instructions per 16 bytes of g on sm_90, now 450);
+the maximum and the minimum of y in packed 16 bit, mapped at the end (as many instructions, since both are needed).
 """
 
 from __future__ import annotations
@@ -42,10 +47,10 @@ from torch import Tensor
 from ....calls import Pool
 from ..launch import upcasts
 from ..tiles import round_to
-from .batch_norm import MEAN, SCALE, SHIFT, channels_of_program, mask_of, tile_shape, vector
+from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
 PROGRAMS = 1024
-"""Programs that a launch is cut into, if the rows of cells allow: every strip repeats REACH - 1 rows of windows."""
+"""Programs that a launch is cut into, if the rows of cells allow: each repeats REACH - 1 rows of its neighbour."""
 
 
 @triton.jit
@@ -54,12 +59,12 @@ def _clamped(x, size):
 
 
 @triton.jit
-def _lanes(N, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(tile, strip, image, column, is there such a column, channels) of this program; channels run fastest, then columns."""
-    rest, c = channels_of_program(C, BLOCK_C)
+def _columns(N, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(tile, strip, image, column, is it one, channels) of this program; a lane without a column has the last image."""
+    tile, c = channels_of_program(C, BLOCK_C)
     blocks = tl.cdiv(N * columns, BLOCK_M)
-    m = (rest % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return rest, rest // blocks, tl.minimum(m // columns, N - 1), m % columns, m < N * columns, c
+    m = (tile % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tile, tile // blocks, tl.minimum(m // columns, N - 1).to(tl.int64), m % columns, m < N * columns, c
 
 
 @triton.jit
@@ -84,16 +89,16 @@ def _pool_end_fwd_kernel(
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
-    tile, at_strip, n, j, exists, c = _lanes(N, Wp, C, BLOCK_M, BLOCK_C)
-    image, pooled = n.to(tl.int64) * (H * W * C), n.to(tl.int64) * (Hp * Wp * C)
+    _, strip_of_program, n, j, exists, c = _columns(N, Wp, C, BLOCK_M, BLOCK_C)
+    image, pooled = n * (H * W * C), n * (Hp * Wp * C)
     c_mask = mask_of(tl.full((BLOCK_M,), True, dtype=tl.int1), c, C, BLOCK_C)
     scale, shift = vector(vectors_ptr, c, SCALE, C), vector(vectors_ptr, c, SHIFT, C)
     zero = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)  # the least that ReLU leaves
-    first = at_strip * strip
+    first = strip_of_program * strip
     # maxima so far of the windows that begin in the last REACH - 1 rows of cells, oldest first
     windows = (zero,) * (REACH - 1)
     for cell in range(first, min(first + strip, Hp) + REACH - 1):
-        windows = windows + (zero,)
+        windows += (zero,)
         for a in tl.static_range(0, min(STRIDE, KERNEL)):
             # one row of pixels: max over the window's columns of SCALE*y + SHIFT
             row = _clamped(cell * STRIDE + a - PAD, H) * W
@@ -104,7 +109,7 @@ def _pool_end_fwd_kernel(
                 row_best = _larger(row_best, tl.load(at, mask=c_mask, other=0.0).to(tl.float32) * scale + shift)
             new = ()
             for k in tl.static_range(0, REACH):
-                new = new + (_extended(windows[k], row_best, (REACH - 1 - k) * STRIDE + a, KERNEL),)
+                new += (_extended(windows[k], row_best, (REACH - 1 - k) * STRIDE + a, KERNEL),)
             windows = new
         # the oldest window is complete
         i = cell - (REACH - 1)
@@ -118,11 +123,11 @@ def _pooled(size: int, pool: Pool) -> int:
     return (size + 2 * pool.padding - pool.kernel) // pool.stride + 1
 
 
-def _strips(columns: int, rows: int, channels: int, tile: tuple[int, int]) -> tuple[int, int, int]:
-    """(blocks of columns, strips, rows of cells in a strip)."""
+def _strips(columns: int, rows: int, y: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
+    """(tiles, rows of cells in a strip): what ``columns`` x ``rows`` cells are cut into."""
     blocks = -(-columns // tile[0])
-    strip = -(-rows // min(rows, -(-PROGRAMS // (blocks * -(-channels // tile[1])))))
-    return blocks, -(-rows // strip), strip
+    strip = -(-rows // min(rows, -(-PROGRAMS // grid_of(blocks, y, tile[1])[0])))
+    return blocks * -(-rows // strip), strip
 
 
 def pool_end(y: Tensor, vectors: Tensor, pool: Pool) -> Tensor:
@@ -130,9 +135,9 @@ def pool_end(y: Tensor, vectors: Tensor, pool: Pool) -> Tensor:
     n, c, h, w = y.shape
     hp, wp = _pooled(h, pool), _pooled(w, pool)
     z = y.new_empty((n, hp, wp, c)).permute(0, 3, 1, 2)
-    tile = tile_shape(y, 1)
-    blocks, strips, strip = _strips(n * wp, hp, c, tile)
-    _pool_end_fwd_kernel[(blocks * strips * -(-c // tile[1]),)](
+    tile = tile_of(y, 1)
+    tiles, strip = _strips(n * wp, hp, y, tile)
+    _pool_end_fwd_kernel[grid_of(tiles, y, tile[1])](
         y, vectors, z, n, h, w, hp, wp, strip, C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
         UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
@@ -174,8 +179,10 @@ def _winner(
 
 
 @triton.jit
-def _received(grad, winner, dz, r: tl.constexpr, s: tl.constexpr, KERNEL: tl.constexpr):
-    """``grad`` of the pixel at (r, s) of a window, with what the window passes on to it."""
+def _received(grad, winner, dz, k: tl.constexpr, left: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """``grad`` of pixel k of a column of cells, and what a window adds that began ``left`` cells before it."""
+    r: tl.constexpr = k // STRIDE
+    s: tl.constexpr = left * STRIDE + k % STRIDE
     if r < KERNEL and s < KERNEL:
         return grad + tl.where(winner == r * KERNEL + s, dz, 0.0)
     else:
@@ -190,18 +197,18 @@ def _pool_end_bwd_kernel(
 ):  # fmt: skip
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     PIXELS: tl.constexpr = STRIDE * STRIDE
-    tile, at_strip, n, column, exists, c = _lanes(N, cells_w, C, BLOCK_M, BLOCK_C)
-    image, pooled = n.to(tl.int64) * (H * W * C), n.to(tl.int64) * (Hp * Wp * C)
+    tile, strip_of_program, n, column, exists, c = _columns(N, cells_w, C, BLOCK_M, BLOCK_C)
+    image, pooled = n * (H * W * C), n * (Hp * Wp * C)
     c_mask = mask_of(tl.full((BLOCK_M,), True, dtype=tl.int1), c, C, BLOCK_C)
     scale, shift = vector(vectors_ptr, c, SCALE, C), vector(vectors_ptr, c, SHIFT, C)
     mean = vector(vectors_ptr, c, MEAN, C)
     nothing = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     sum_g, sum_y = nothing, nothing
-    first = at_strip * strip
+    first = strip_of_program * strip
     # gradient so far of the pixels of this cell row and the next ones, from the rows of windows above
     grads = (nothing,) * ((REACH - 1) * PIXELS)
-    for cell in range(first - (REACH - 1), min(first + strip, cells_h)):
-        grads = grads + (nothing,) * PIXELS
+    for cell in range(max(first - (REACH - 1), 0), min(first + strip, cells_h)):
+        grads += (nothing,) * PIXELS
         for left in tl.static_range(0, REACH):
             # the window that begins in this row of cells, ``left`` cells to the left
             j = column - left
@@ -209,21 +216,12 @@ def _pool_end_bwd_kernel(
                 y_ptr + image, cell * STRIDE - PAD, j * STRIDE - PAD, scale, shift, c, c_mask, H, W,
                 C, KERNEL, UPCAST, BLOCK_M, BLOCK_C,
             )  # fmt: skip
-            here = exists & (cell >= 0) & (cell < Hp) & (j >= 0) & (j < Wp)
+            here = exists & (cell < Hp) & (j >= 0) & (j < Wp)
             at = (dz_ptr + pooled)[:, None] + (((cell * Wp + j) * C)[:, None] + c[None, :])
             dz = tl.load(at, mask=mask_of(here, c, C, BLOCK_C), other=0.0).to(tl.float32)
             new = ()
             for k in tl.static_range(0, REACH * PIXELS):
-                new = new + (
-                    _received(
-                        grads[k],
-                        winner,
-                        dz,
-                        k // PIXELS * STRIDE + k % PIXELS // STRIDE,
-                        left * STRIDE + k % STRIDE,
-                        KERNEL,
-                    ),
-                )
+                new += (_received(grads[k], winner, dz, k, left, KERNEL, STRIDE),)
             grads = new
         # this row of cells is complete: store, sum
         for k in tl.static_range(0, PIXELS):
@@ -250,13 +248,12 @@ def pool_end_backward(dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool) -> tup
     """
     n, c, h, w = y.shape
     cells_h, cells_w = ((size - 1 + pool.padding) // pool.stride + 1 for size in (h, w))
-    g = y.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
-    tile = tile_shape(y, 1)
-    blocks, strips, strip = _strips(n * cells_w, cells_h, c, tile)
-    partials = y.new_empty((2, blocks * strips, c), dtype=torch.float32)
-    _pool_end_bwd_kernel[(blocks * strips * -(-c // tile[1]),)](
-        dz, y, vectors, g, partials, n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip,
-        blocks * strips, C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
+    g, tile = empty_image(y), tile_of(y, 1)
+    tiles, strip = _strips(n * cells_w, cells_h, y, tile)
+    partials = y.new_empty((2, tiles, c), dtype=torch.float32)
+    _pool_end_bwd_kernel[grid_of(tiles, y, tile[1])](
+        dz, y, vectors, g, partials, n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip, tiles,
+        C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
         UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
     return g, partials

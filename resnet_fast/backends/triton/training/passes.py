@@ -1,0 +1,85 @@
+"""What the passes over whole tensors share: tiles, programs, and the rows of ``vectors`` as kernels see them.
+
+These kernels have no products; the copy bandwidth is their limit. A tensor (N, C, H, W) in NHWC is a matrix of N*H*W
+rows of C channels. A tile is BLOCK_M rows of BLOCK_C channels, 16 bytes along c in every access of a thread:
+
+      c ->                     elementwise: a program owns one tile and has all its loads in flight at once
+    m  [ . . . . ]  BLOCK_M    reduction: a program walks ``steps`` tiles down m; every thread sums for its own
+       [ . . . . ]             channels, and the threads are added up once, at the end of the walk
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import vectors
+
+THREADS = 128
+"""Of Triton's default launch, four warps."""
+
+MEAN, SCALE, SHIFT = tl.constexpr(vectors.MEAN), tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
+
+
+def rows_of(t: Tensor) -> int:
+    """N * H * W."""
+    return t.numel() // t.shape[1]
+
+
+def tile_of(t: Tensor, accesses: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_C): every thread holds ``accesses`` runs of 16 bytes of a tile.
+
+    Channels: the power of two that divides those of ``t``, if it is at least 32, so that no lane is idle.
+    """
+    c = t.shape[1]
+    divides = c & -c
+    channels = min(128, divides if divides >= 32 else triton.next_power_of_2(c))
+    return max(1, THREADS * accesses * 16 // t.element_size() // channels), channels
+
+
+def grid_of(tiles: int, t: Tensor, block_c: int) -> tuple[int]:
+    """Programs for ``tiles`` tiles of rows, see :func:`channels_of_program`."""
+    return (tiles * -(-t.shape[1] // block_c),)
+
+
+def walk(t: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
+    """(steps, walks): how many tiles a program of a reduction walks, and into how many walks the rows are cut.
+
+    Long walks make few partial sums, many programs an even load: 4,096 programs, a few rounds on every GPU, of at most
+    64 steps. A small tensor is cut into fewer, lest its partial sums outweigh it. Only the shape decides, so that sums
+    are taken in the same order on every machine.
+    """
+    tiles = -(-rows_of(t) // tile[0])
+    programs = grid_of(tiles, t, tile[1])[0]
+    steps = max(1, min(64, max(programs // 4096, min(8, programs // 1024))))
+    return steps, -(-tiles // steps)
+
+
+def empty_image(t: Tensor) -> Tensor:
+    """An uninitialised tensor of the shape and dtype of ``t``, dense NHWC."""
+    n, c, h, w = t.shape
+    return t.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+
+
+@triton.jit
+def channels_of_program(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(tile of rows, channels) of this program: neighbours share rows, so that pages of DRAM are read whole."""
+    tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    return pid // tiles_c, (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def mask_of(row_mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_M, BLOCK_C); constant along a row, as 16-byte accesses need it, where BLOCK_C divides the channels."""
+    if C % BLOCK_C == 0:
+        return row_mask[:, None]
+    else:
+        return row_mask[:, None] & (c < C)[None, :]
+
+
+@triton.jit
+def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr):
+    """(1, BLOCK_C) fp32: a row of ``vectors``."""
+    return tl.load(vectors_ptr + ROW * C + c, mask=c < C, other=0.0)[None, :]
