@@ -119,7 +119,7 @@ def _training(rows: list[Row]) -> str:
     if not cells:
         return ""
     heading = ("batch", "", "ms", "img/s", "x best stock", "peak GiB", "modelled ms", "model error")
-    said = "A step: forward, backward, SGD with momentum. resnet_fast runs its reference backend in training."
+    said = "A step: forward, backward, SGD with momentum."
     return f"## Training, measured\n\n{said}\n\n{table(heading, cells)}" + ("\n\n" + "\n".join(notes) if notes else "")
 
 

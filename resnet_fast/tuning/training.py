@@ -30,8 +30,10 @@ def _tiles(kernel: str, *sizes: tuple[int, ...]) -> tuple[Config, ...]:
 SHIPPED: dict[str, tuple[Config, ...]] = {
     "conv_fwd": _tiles(
         "conv_fwd",
+        (128, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
         (128, 64, 64, 4, 3),
+        (64, 128, 64, 4, 3),
         (64, 64, 64, 4, 3),
         (64, 32, 32, 4, 3),
         (32, 16, 32, 4, 3),

@@ -41,8 +41,9 @@ def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
 
 
 def new_output(conv: ConvSpec, x: Tensor) -> Tensor:
-    """An uninitialised (N, Co, Ho, Wo) in dense NHWC."""
-    return x.new_empty((conv.n, conv.ho, conv.wo, conv.co)).permute(0, 3, 1, 2)
+    """An uninitialised (N, Co, Ho, Wo) in dense NHWC. Not a view, which autograd would not let a caller change in place."""
+    shape = (conv.n, conv.co, conv.ho, conv.wo)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def upcasts(dtype: torch.dtype) -> bool:

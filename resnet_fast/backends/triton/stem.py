@@ -34,6 +34,7 @@ Not taken: all nine c of a window per pooled pixel (2.25x the MACs, no carry); g
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -133,7 +134,7 @@ def stem(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tenso
     hp, wp = conv.out_hw()
     if (config.block_m // wp + 2) * x.stride(0) >= 2**31:  # images that lie far apart
         x = x.contiguous()
-    y = x.new_empty((conv.n, hp, wp, conv.co)).permute(0, 3, 1, 2)
+    y = torch.empty((conv.n, conv.co, hp, wp), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid = (-(-conv.n * wp // config.block_m), -(-hp // config.rows), -(-conv.co // config.block_n))
     arguments = common(spec, config, x.dtype)
     arguments.pop("RES")

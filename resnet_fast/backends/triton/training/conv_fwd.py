@@ -22,7 +22,8 @@ of it (fewer than 16 channels: one axis of taps and channels, conv_bn_act.py). G
 
 Padding. A pixel outside the image is activation 0, which a packed prologue reads as THR (vectors.py). Instead of
 replacing elements, its load is sent to the row THRESHOLD of the ``clamp`` tensor: two selects per 16 bytes, and nothing
-per element. Whether a tap of a row lies inside is one bit each of two words that are built before the loop.
+per element. Whether a tap of a row lies inside is read from a word of bits, R for h and S for
+w, that is built before the loop.
 
 Statistics. Two passes over the registers, first the mean, then M2 around it: safe where |mean| is a hundred standard
 deviations. In the layout of the tensor cores' accumulator a column lies across the lanes of a warp and costs three
@@ -65,8 +66,8 @@ COMPILED = tl.constexpr(not INTERPRETED)
 CLAMP_BF16 = tl.constexpr("{ .reg .b32 t; max.NaN.bf16x2 t, $1, $2; min.NaN.bf16x2 $0, t, $3; }")
 CLAMP_FP16 = tl.constexpr("{ .reg .b32 t; max.NaN.f16x2 t, $1, $2; min.NaN.f16x2 $0, t, $3; }")
 
-MASK_BITS = 32
-"""Taps per axis that a word of bits can tell inside from outside; a longer filter runs in windows."""
+MASK_BITS = 16
+"""Taps per axis that half a word of bits can tell inside from outside; a longer filter runs in windows."""
 
 
 @triton.jit
@@ -125,8 +126,7 @@ def accumulate_taps(
     w_rows = w_rows[:, None] + lane[None, :]
     outside = (act_ptr + (THRESHOLD * C + lane))[None, :] if PACKED else x_rows
     if PADDED:
-        in_h = inside_bits(h, H, row_mask, R, DIL_H)
-        in_w = inside_bits(w, W, row_mask, S, DIL_W)
+        bits = inside_bits(h, H, row_mask, R, DIL_H) | (inside_bits(w, W, row_mask, S, DIL_W) << 16)
     for step in range(0, steps):
         # tap (r, s) and channels ci of this step
         tap = step // blocks
@@ -134,7 +134,7 @@ def accumulate_taps(
         ci = first + lane
         r, s = tap // S, tap % S
         shift = (r * DIL_H * W + s * DIL_W) * C + first
-        inside = (((in_h >> r) & (in_w >> s) & 1) != 0)[:, None] if PADDED else row_mask[:, None]
+        inside = (((bits >> r) & (bits >> (16 + s)) & 1) != 0)[:, None] if PADDED else row_mask[:, None]
         if CI % BLOCK_K == 0:
             b = tl.load(w_rows + (tap * CI + first), mask=w_mask[:, None], other=0.0)
         else:

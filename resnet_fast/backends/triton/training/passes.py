@@ -10,6 +10,7 @@ rows of C channels. A tile is BLOCK_M rows of BLOCK_C channels, 16 bytes along c
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,8 +59,7 @@ def walk(t: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
 
 def empty_image(t: Tensor) -> Tensor:
     """An uninitialised tensor of the shape and dtype of ``t``, dense NHWC."""
-    n, c, h, w = t.shape
-    return t.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+    return torch.empty_like(t, memory_format=torch.channels_last)
 
 
 @triton.jit

@@ -1,0 +1,99 @@
+"""Training kernels on a GPU, at a network's sizes: blocks against fp64, determinism, compile, the peak of memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import resnet_fast
+from resnet_fast import accelerate
+
+pytestmark = pytest.mark.gpu
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of ``b``."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def projection(ci: int, co: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False), nn.BatchNorm2d(co))
+
+
+BLOCKS = {
+    "bottleneck": (lambda: Bottleneck(256, 64), 256),
+    "bottleneck stride 2": (lambda: Bottleneck(256, 128, 2, projection(256, 512, 2)), 256),
+    "bottleneck groups": (lambda: Bottleneck(256, 64, groups=32, base_width=4), 256),
+    "basic block": (lambda: BasicBlock(64, 64), 64),
+    "basic block stride 2": (lambda: BasicBlock(64, 128, 2, projection(64, 128, 2)), 64),
+}
+
+
+def step(block: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Output, dx and every parameter's gradient."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+        y = block(x)
+    y.backward(torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float64)).reshape(y.shape).to(y.dtype))
+    return [y.detach(), x.grad, *(p.grad for p in block.parameters())]  # type: ignore[list-item]
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, channels = BLOCKS[name]
+    block = nn.Sequential(make()).cuda().train()
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, -1, 1.5)
+            nn.init.normal_(m.bias)
+    x = torch.randn(4, channels, 29, 27, device="cuda").contiguous(memory_format=torch.channels_last)
+    return block, x
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("prologue", ["packed", "exact"])
+def test_block_against_fp64(name: str, dtype: torch.dtype, prologue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_FAST_PROLOGUE", prologue)
+    block, x = made(name)
+    exact = step(copy.deepcopy(block).double(), x.double(), torch.float64)
+    eager = step(copy.deepcopy(block), x, dtype)
+    ours = step(accelerate(copy.deepcopy(block), backend="triton"), x, dtype)
+    for got, reference, stock in zip(ours, exact, eager, strict=True):
+        limit = 2 * relative(stock, reference) + 8 * torch.finfo(got.dtype).eps
+        assert relative(got, reference) <= limit
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_two_runs_are_equal(name: str) -> None:
+    block, x = made(name)
+    first, second = (step(accelerate(copy.deepcopy(block)), x, torch.bfloat16) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_compiled_net_trains_as_eager_one() -> None:
+    net = resnet_fast.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last).train()
+    x = torch.randn(8, 3, 96, 96, device="cuda").to(memory_format=torch.channels_last)
+    plain = step(copy.deepcopy(net), x, torch.bfloat16)
+    compiled = step(torch.compile(copy.deepcopy(net), fullgraph=True), x, torch.bfloat16)
+    for a, b in zip(compiled, plain, strict=True):
+        assert relative(a, b) < 0.05
+
+
+def test_resnet50_takes_less_memory_than_eager() -> None:
+    def peak(net: nn.Module) -> int:
+        x = torch.randn(32, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+        torch.cuda.reset_peak_memory_stats()
+        step(net, x, torch.bfloat16)
+        return torch.cuda.max_memory_allocated()
+
+    net = resnet_fast.resnet50().cuda().to(memory_format=torch.channels_last).train()
+    with resnet_fast.use_backend("reference"):
+        stock = peak(copy.deepcopy(net))
+    ours = peak(copy.deepcopy(net))
+    less = peak(accelerate(copy.deepcopy(net), save="recompute"))
+    assert less < ours < stock

@@ -1,0 +1,137 @@
+"""Random raw outputs and norms for the tests of the BatchNorm, block end and pool passes; and one process of a group.
+
+python bncases.py RANK FOLDER COUNT...      the images of process RANK, COUNT[RANK] of them, in a group over FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resnet_fast.backends.triton.problem import guarded
+from resnet_fast.backends.triton.training import vectors as v
+from resnet_fast.calls import Norm
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = 1e-5
+
+
+def raw(n: int, c: int, h: int, w: int, dtype: torch.dtype, mean: float = 1.0, std: float = 2.0) -> Tensor:
+    """Dense NHWC between NaN; every channel has its own mean, of size ``mean``, and standard deviation."""
+    own = mean * std * torch.where(torch.rand(c) < 0.5, -1.0, 1.0)[None, :, None, None]
+    spread = std * torch.empty(c).uniform_(0.5, 1.5)[None, :, None, None]
+    return guarded((torch.randn(n, c, h, w) * spread + own).to(dtype))
+
+
+def gradient(y: Tensor) -> Tensor:
+    """Random, of the shape and dtype of ``y``, dense NHWC between NaN."""
+    return guarded(torch.randn(y.shape).to(y.dtype))
+
+
+def guard(t: Tensor) -> Tensor:
+    """The values of ``t``, dense, between NaN."""
+    field = torch.full((t.numel() + 128,), float("nan"), dtype=t.dtype)
+    return field[64 : 64 + t.numel()].view(t.shape).copy_(t)
+
+
+def affine(c: int) -> tuple[Tensor, Tensor]:
+    """gamma of both signs, the first two exactly 0, before a positive and before a negative beta."""
+    gamma = torch.empty(c).uniform_(0.5, 1.5) * torch.where(torch.rand(c) < 0.3, -1.0, 1.0)
+    beta = torch.randn(c)
+    gamma[:2], beta[:2] = 0.0, torch.tensor([0.7, -0.7])[: min(c, 2)]
+    return gamma, beta
+
+
+def moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, fp64."""
+    flat = y.double().transpose(0, 1).flatten(1)
+    return flat.mean(1), flat.var(1, unbiased=False)
+
+
+def vectors(y: Tensor) -> tuple[Tensor, Norm]:
+    """``vectors`` of a random norm on the statistics of ``y``, in fp64 rounded once, and the norm in stock's form.
+
+    Rows that only a batch norm's own kernels use are NaN.
+    """
+    mean, var = moments(y)
+    gamma, beta = affine(y.shape[1])
+    rows = torch.full((10, y.shape[1]), float("nan"), dtype=torch.float64)
+    rows[v.MEAN], rows[v.INVSTD] = mean, (var + EPS).rsqrt()
+    rows[v.SCALE] = gamma * rows[v.INVSTD]
+    rows[v.SHIFT] = beta - mean * rows[v.SCALE]
+    return guard(rows.float()), Norm(gamma, beta, mean.float(), var.float(), eps=EPS)
+
+
+def per_channel(t: Tensor) -> Tensor:
+    return t[None, :, None, None]
+
+
+def mapped(y: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """SCALE * y + SHIFT, computed in ``dtype``."""
+    return y.to(dtype) * per_channel(rows[v.SCALE].to(dtype)) + per_channel(rows[v.SHIFT].to(dtype))
+
+
+def sums(g: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    """(2, C) fp64: sum g and sum g * (y - MEAN)."""
+    away = y.double() - per_channel(rows[v.MEAN].double())
+    return torch.stack([g.double().sum((0, 2, 3)), (g.double() * away).sum((0, 2, 3))])
+
+
+def assert_sums(partials: Tensor, g: Tensor, y: Tensor, rows: Tensor) -> None:
+    """Partial sums (2, tiles, C) add up to those of ``g`` as stored, within the rounding of fp32 sums."""
+    assert partials.dtype == torch.float32 and partials.shape[::2] == (2, y.shape[1])
+    want = sums(g, y, rows)
+    size = (
+        sums(g.abs(), y, rows)[0],
+        (g.double() * (y.double() - per_channel(rows[v.MEAN].double()))).abs().sum((0, 2, 3)),
+    )
+    error = (partials.double().sum(1) - want).abs()
+    assert (error <= 1e-6 * torch.stack(size) + 1e-30).all(), error
+
+
+def walks_of(steps: int) -> Callable[[Tensor, tuple[int, int]], tuple[int, int]]:
+    """In place of passes.walk, which keeps the walks of small tensors short."""
+    return lambda t, tile: (steps, -(-t.numel() // t.shape[1] // (tile[0] * steps)))
+
+
+def step(y: Tensor, g: Tensor, norm: Norm, group: str = "") -> dict[str, Tensor]:
+    """What a process computes of a batch norm's training step on its images ``y`` and the gradient ``g``."""
+    from resnet_fast.backends.triton.training import batch_norm
+
+    partials, rows = batch_norm.statistics(y)
+    count = y.numel() // y.shape[1]
+    rows_of, clamp = batch_norm.finalize(partials, rows, count, norm, None, None, y.dtype, group)
+    away = y.float() - per_channel(rows_of[v.MEAN])
+    own = torch.stack([g.float().sum((0, 2, 3)), (g.float() * away).sum((0, 2, 3))])[:, None]
+    found = batch_norm.coefficients(own, rows_of, True, y.dtype, group)
+    coefficients, packed, dgamma, dbeta = found
+    out = {"vectors": rows_of, "coefficients": coefficients, "dgamma": dgamma, "dbeta": dbeta}
+    return out | ({} if clamp is None or packed is None else {"clamp": clamp, "packed": packed})
+
+
+def batch_of_group(images: int) -> tuple[Tensor, Tensor, Norm]:
+    """The same tensors in every process of a test."""
+    torch.manual_seed(5)
+    y = raw(images, 20, 3, 5, torch.float16, mean=3.0)
+    gamma, beta = affine(20)
+    return y, gradient(y), Norm(gamma, beta, None, None, True, 0.1, EPS)
+
+
+def main(rank: int, folder: Path, counts: list[int]) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(counts))
+    y, g, norm = batch_of_group(sum(counts))
+    first = sum(counts[:rank])
+    mine = slice(first, first + counts[rank])
+    group = dist.distributed_c10d._get_default_group().group_name
+    torch.save(step(y[mine].contiguous(memory_format=torch.channels_last), g[mine], norm, group), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), [int(n) for n in sys.argv[3:]])

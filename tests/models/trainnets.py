@@ -1,0 +1,181 @@
+"""Nets small enough to be trained in Triton's interpreter, a training step of theirs, and what it may be off by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv3x3
+
+import resnet_fast
+from resnet_fast import numerics
+from resnet_fast.devices import Device
+from resnet_fast.models.paper import CifarResNet
+from resnet_fast.spec import ConvSpec
+from resnet_fast.tuning import training
+from resnet_fast.tuning.tables import Table
+
+CLASSES = 5
+WIDE = torch.float64
+
+
+def _untidy(net: nn.Module) -> nn.Module:
+    """Norms as after some training: gamma of both signs, running means away from zero."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, -0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.3)
+            nn.init.normal_(m.running_mean, 0, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    return net.to(memory_format=torch.channels_last).train()
+
+
+def imagenet(block: type[BasicBlock | Bottleneck]) -> ResNet:
+    """torchvision's ResNet cut down to the stem and two stages of one block, of which the second strides."""
+    net = ResNet(block, [1, 1, 1, 1])
+    net.inplanes = 8
+    net.conv1, net.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+    planes = 8 // block.expansion * 2
+    net.layer1, net.layer2 = net._make_layer(block, planes, 1), net._make_layer(block, planes, 1, stride=2)
+    net.layer3 = net.layer4 = nn.Sequential()
+    net.fc = nn.Linear(planes * block.expansion, CLASSES)
+    return _untidy(net)  # type: ignore[return-value]
+
+
+def cifar(channels: int = 3, classes: int = CLASSES, blocks: int = 1) -> CifarResNet:
+    """The paper's CIFAR net with two stages, of 8 and 16 channels: an identity and a padded shortcut."""
+    net = CifarResNet(BasicBlock, 1, classes)
+    net.conv1, net.bn1 = conv3x3(channels, 8), nn.BatchNorm2d(8)
+    net.layer1 = net._stage(BasicBlock, blocks, 8, 8, 1, nn.BatchNorm2d)
+    net.layer2 = net._stage(BasicBlock, blocks, 8, 16, 2, nn.BatchNorm2d)
+    net.layer3, net.fc = nn.Sequential(), nn.Linear(16, classes)
+    return _untidy(net)  # type: ignore[return-value]
+
+
+def build(kind: str) -> nn.Module:
+    """``basic`` and ``bottleneck``: ImageNet's stem and blocks; ``cifar``."""
+    blocks = {"basic": BasicBlock, "bottleneck": Bottleneck}
+    return imagenet(blocks[kind]) if kind in blocks else cifar()
+
+
+@contextmanager
+def fewest_programs() -> Iterator[None]:
+    """Inside, every convolution takes the shipped configs of which the interpreter runs the fewest steps."""
+    from resnet_fast.backends.triton.training import chain
+
+    def choose(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> training.Chosen:
+        found = []
+        for kernel in training.KERNELS:
+            one = training.launch(kernel, conv, prologue)
+            rows, columns, products, _ = training.gemm(one)
+            assert device.gpu is not None
+            found.append(
+                min(
+                    training.candidates(one, device.gpu, packed),
+                    key=lambda c: (
+                        -(-rows // c.block_m) * -(-columns // c.block_n) * -(-products // c.block_k),
+                        c.block_m * c.block_n,
+                    ),
+                )
+            )
+        return training.Chosen(*found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "choose", choose)
+        chain._plan_of.cache_clear()
+        yield
+    chain._plan_of.cache_clear()
+
+
+def twin(net: nn.Module, save: str = "raw") -> nn.Module:
+    """A copy of ``net`` that trains on our kernels."""
+    return resnet_fast.accelerate(copy.deepcopy(net), backend="triton", save=save)
+
+
+def images(n: int = 2, h: int = 8, w: int = 7, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """A batch (n, channels, h, w) and its labels."""
+    return torch.randn(n, channels, h, w), torch.arange(n) % CLASSES
+
+
+def loss_of(out: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(out.to(out.dtype if out.dtype == WIDE else torch.float32), labels)
+
+
+def step(model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
+    """One forward and backward, in autocast to ``dtype`` where it is a 16-bit one: output, gradients, buffers."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
+        out = model(x)
+    loss_of(out, labels).backward()
+    found: dict[str, Tensor | None] = {"out": out.detach(), "gradient of x": x.grad}
+    found |= {f"gradient of {n}": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return found | {n: b.clone() for n, b in model.named_buffers()}
+
+
+def exact_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
+    """The same in float64."""
+    return step(copy.deepcopy(net).double(), x.double(), labels, WIDE)
+
+
+def assert_within_budget(
+    got: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
+    """Every tensor of a step within twice eager's error to float64.
+
+    A ReLU that rounding flips changes a gradient by leaps, here or there: what eager loses over all gradients together
+    is granted to each of them.
+    """
+    grads = [n for n, t in exact.items() if n.startswith("gradient") and t is not None]
+
+    def flat(found: dict[str, Any]) -> Tensor:
+        return torch.cat([found[n].double().flatten() for n in grads])
+
+    overall = numerics.compare(flat(got), flat(exact), flat(eager))
+    granted = numerics.floor(dtype, 4608)
+    assert overall.rel <= 2 * overall.eager_rel + granted, f"all gradients: {overall}"  # type: ignore[operator]
+    assert list(got) == list(eager) == list(exact)
+    for name, want in exact.items():
+        if want is None or not want.is_floating_point():
+            assert_equal(got[name], eager[name])
+            continue
+        report = numerics.compare(got[name], want.double(), eager[name])
+        own = max(report.eager_rel, overall.eager_rel if name in grads else 0.0)  # type: ignore[type-var]
+        assert not report.mismatched, f"{name}: {report}"
+        assert report.rel <= 2 * own + 4 * granted, f"{name}: {report}"  # type: ignore[operator]
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    """Bit for bit; None equals None."""
+    if want is None:
+        assert got is None
+    elif isinstance(want, dict):
+        assert list(got) == list(want)
+        for name in want:
+            assert_equal(got[name], want[name])
+    else:
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def check_step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32, save: str = "raw") -> Any:
+    """A training step of ``net`` on our kernels within the budget; returns the module that made it."""
+    fused = twin(net, save)
+    got, exact, eager = (
+        step(fused, x, labels, dtype),
+        exact_step(net, x, labels),
+        step(copy.deepcopy(net), x, labels, dtype),
+    )
+    assert_within_budget(got, eager, exact, dtype)
+    return fused
+
+
+def calls() -> dict[str, int]:
+    """Calls since ``resnet_fast.reset_stats()``, by op and backend."""
+    found: dict[str, int] = resnet_fast.stats()["calls"]
+    return found

@@ -1,0 +1,215 @@
+"""Which training launches the static budgets cover, and the command that writes their table.
+
+    python tests/triton/training_budgets.py        compile all, write docs/tables/training-budgets.{json,md}
+
+Every shipped config of conv_fwd, conv_dgrad and conv_wgrad on sm_80, sm_90 and sm_100 in bfloat16, on the kinds of
+convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; beside it the exact prologue of the first
+config, and the first config in TF32 and in fp32. Of the kernels without products one launch each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from budgets import GPUS, TABLES
+from capture import CapturedLaunch, capture
+from static_budget import Job, compile_many, write_table
+from torch import Tensor
+
+from resnet_fast import roofline
+from resnet_fast.backends.triton.training import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
+from resnet_fast.backends.triton.training.vectors import Act, Grad
+from resnet_fast.calls import Norm, Pool
+from resnet_fast.spec import ITEMSIZE, ConvSpec, LaunchSpec
+from resnet_fast.tuning import shapes, training
+from resnet_fast.tuning.configs import Config
+from resnet_fast.tuning.routes import merged_groups
+
+JSON, PAGE = TABLES / "training-budgets.json", TABLES / "training-budgets.md"
+TITLE = "Static budgets of the training kernels"
+
+LAYERS = {
+    "1x1": "r50.layer3.1.conv1",
+    "1x1 first": "r50.layer3.0.conv1",
+    "1x1 behind": "r50.layer3.1.conv3",
+    "1x1/2": "r50.layer3.0.downsample.0",
+    "3x3": "r50.layer3.1.conv2",
+    "3x3/2": "r50.layer3.0.conv2",
+    "7x7/2": "r50.conv1",
+    "3x3 groups": "x50_32x4d.layer1.0.conv2",
+}
+"""Convolutions by what sets their kernels apart. ``behind``: a 1x1 behind a prologue, as the 3x3s are; ``first``: of a
+block with a projection, whose dgrad adds the projection's at every second pixel."""
+
+PROLOGUE = ("1x1 behind", "3x3", "3x3/2", "3x3 groups")
+ONE_CONFIG = ("1x1 first",)
+"""Their main loops are those of other layers."""
+
+NO_DGRAD = ("7x7/2",)
+"""An image needs no gradient."""
+
+
+@cache
+def layers() -> dict[str, ConvSpec]:
+    """Name -> convolution at batch 256 in bfloat16, statistics of the batch."""
+    every = {}
+    for net in ("resnet50", "resnext50_32x4d"):
+        every |= shapes.problems(net, 256, dtype="bfloat16", batch_stats=True, grad=True)
+    return {name: every[layer] for name, layer in LAYERS.items()}
+
+
+@cache
+def launches() -> dict[str, LaunchSpec]:
+    """Name -> launch; the name begins with the kernel's."""
+    return {
+        f"{kernel} {name}": training.launch(kernel, conv, name in PROLOGUE)
+        for kernel in training.KERNELS
+        for name, conv in layers().items()
+        if kernel != "conv_dgrad" or name not in NO_DGRAD
+    }
+
+
+def _image(n: int, c: int, h: int, w: int, dtype: str) -> Tensor:
+    empty = torch.empty(n, c, h, w, dtype=getattr(torch, dtype), device="meta")
+    return empty.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(rows: int, channels: int, dtype: str = "float32") -> Tensor:
+    return torch.empty(rows, channels, dtype=getattr(torch, dtype), device="meta")
+
+
+def input_of(conv: ConvSpec, raw: bool) -> Act:
+    """What a convolution reads, without memory."""
+    y = _image(conv.n, conv.ci, conv.h, conv.w, conv.dtype)
+    if not raw:
+        return Act(y)
+    return Act(y, _rows(10, conv.ci), _rows(3, conv.ci, conv.dtype) if ITEMSIZE[conv.dtype] == 2 else None)
+
+
+def gradient_of(conv: ConvSpec) -> Grad:
+    """The gradient of a convolution's raw output, without memory."""
+    y = _image(conv.n, conv.co, conv.ho, conv.wo, conv.dtype)
+    packed = _rows(3, conv.co, conv.dtype) if ITEMSIZE[conv.dtype] == 2 else None
+    return Grad(torch.empty_like(y), y, _rows(3, conv.co), packed, conv.batch_stats)
+
+
+def launched(name: str, one: LaunchSpec, config: Config) -> list[CapturedLaunch]:
+    """What the launcher of a convolution's kernel launches."""
+    conv, groups = one.last, merged_groups(one.last)
+    x, dtype = input_of(conv, one.prologue), getattr(torch, one.dtype)
+    with capture() as found:
+        if one.kernel == "conv_fwd":
+            weight = torch.empty(conv.co, conv.r, conv.s, conv.ci // groups, dtype=dtype, device="meta")
+            const = torch.empty(conv.co, device="meta") if one.prologue and config.packed else None
+            centre = torch.empty(conv.co, device="meta")
+            conv_fwd.conv_fwd(one, config, weight, const, x, centre, True)
+        elif one.kernel == "conv_dgrad":
+            weight = torch.empty(conv.ci, conv.r, conv.s, conv.co // groups, dtype=dtype, device="meta")
+            _dgrad(name.removeprefix("conv_dgrad "), one, config, weight, x)
+        else:
+            conv_wgrad.conv_wgrad(one, config, gradient_of(conv), x, 132)
+    return found
+
+
+def _dgrad(layer: str, one: LaunchSpec, config: Config, weight: Tensor, x: Act) -> None:
+    """As chain.py calls it in a block: with what the shortcut adds at its input, or with the norm below."""
+    conv = one.last
+    below = x if one.prologue else None
+    add = torch.empty_like(x.y) if layer == "1x1" else None
+    strided = (_image(conv.n, conv.ci, conv.h // 2, conv.w // 2, conv.dtype), (2, 2)) if layer == "1x1 first" else None
+    packed = config.packed and below is not None
+    conv_dgrad.conv_dgrad(one, config, weight, gradient_of(conv), below, packed, add, strided, layer == "1x1/2")
+
+
+def cast(one: LaunchSpec, dtype: str, tf32: bool) -> LaunchSpec:
+    """A launch in another dtype."""
+    return LaunchSpec(one.kernel, (one.last.with_(dtype=dtype, tf32=tf32),), prologue=one.prologue)
+
+
+def label_of(name: str, config: Config, dtype: str = "") -> str:
+    """The ``config`` of a table's row."""
+    kind = "" if config.packed or dtype else " exact"
+    return f"{name}, {config}{kind}" + (f", {dtype}" if dtype else "")
+
+
+def conv_jobs(every: bool = True) -> Iterator[Job]:
+    """The convolutions' compile jobs; ``every=False``: the first config of each launch, packed, on sm_90."""
+    for name, one in launches().items():
+        for arch, name_of_gpu in GPUS.items():
+            gpu = roofline.gpu(name_of_gpu).gpu
+            legal = training.candidates(one, gpu, packed=True)
+            few = not every or name.partition(" ")[2] in ONE_CONFIG
+            for config in legal[:1] if few else legal:
+                if every or arch == 90:
+                    yield launched(name, one, config)[0].job(arch, label_of(name, config))
+            if not every:
+                continue
+            for config in training.candidates(one, gpu, packed=False)[:1]:
+                yield launched(name, one, config)[0].job(arch, label_of(name, config))
+            if name.endswith(" 3x3"):
+                for dtype, tf32 in (("tf32", True), ("fp32", False)):
+                    wide = cast(one, "float32", tf32)
+                    config = training.candidates(wide, gpu, packed=False)[0]
+                    yield launched(name, wide, config)[0].job(arch, label_of(name, config, dtype))
+
+
+def passes() -> dict[str, CapturedLaunch]:
+    """Name -> launch of every kernel without products, on tensors of layer 3 and of the stem."""
+    n, dtype, bf16 = 256, "bfloat16", torch.bfloat16
+    conv = layers()["3x3"]
+    y, z = (_image(n, 1024, 14, 14, dtype) for _ in range(2))
+    v, norm = _rows(10, 1024), Norm(*(torch.empty(1024, device="meta") for _ in range(4)), True, 0.1, 1e-5)
+    partials = torch.empty(2, 400, 1024, device="meta")
+    stem, pooled = _image(n, 64, 112, 112, dtype), _image(n, 64, 56, 56, dtype)
+    window, stem_v = Pool(3, 2, 1), _rows(10, 64)
+    weight = torch.empty(conv.co, conv.ci, 3, 3, device="meta")
+    runs = {
+        "statistics": lambda: batch_norm.statistics(y),
+        "finalize": lambda: batch_norm.finalize(partials, 128, n * 196, norm, None, norm.mean, bf16),
+        "constant": lambda: batch_norm.constant(norm, 1024, None, norm.mean, bf16, y.device),
+        "coefficients": lambda: batch_norm.coefficients(partials, v, True, bf16),
+        "apply_backward": lambda: batch_norm.apply_backward(Grad(y, z, _rows(3, 1024), None, True)),
+        "block_end": lambda: block_end.block_end(y, v, z, None, True),
+        "block_end projection": lambda: block_end.block_end(y, v, z, v, True),
+        "block_end_backward": lambda: block_end.block_end_backward(y, z, y, v, None, None),
+        "block_end_backward projection": lambda: block_end.block_end_backward(y, z, y, v, z, v),
+        "pool_end": lambda: pool.pool_end(stem, stem_v, window),
+        "pool_end_backward": lambda: pool.pool_end_backward(pooled, stem, stem_v, window),
+        "pack_forward": lambda: pack.pack_forward(weight, bf16, conv, input_of(conv, True)),
+        "pack_dgrad": lambda: pack.pack_dgrad(weight, bf16, conv, torch.empty(conv.co, device="meta")),
+    }
+    found = {}
+    for name, run in runs.items():
+        with capture() as made:
+            run()
+        found |= _distinct(name, made)
+    one = launches()["conv_wgrad 3x3"]
+    config = training.candidates(one, roofline.gpu("h100").gpu, packed=True)[0]
+    found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", one, config)[1:])
+    return found
+
+
+def _distinct(name: str, made: list[CapturedLaunch]) -> dict[str, CapturedLaunch]:
+    """One launch per kernel, the last, named by the kernel where there are several."""
+    last = {one.fn.fn.__name__: one for one in made}
+    return {name if len(last) == 1 else f"{name}: {kernel.strip('_')}": one for kernel, one in last.items()}
+
+
+def jobs(every: bool = True) -> Iterator[Job]:
+    """All compile jobs; ``every=False``: see :func:`conv_jobs`, and the passes on sm_90."""
+    yield from conv_jobs(every)
+    for name, one in passes().items():
+        yield from (one.job(arch, name) for arch in GPUS if every or arch == 90)
+
+
+def main() -> None:
+    TABLES.mkdir(parents=True, exist_ok=True)
+    write_table(JSON, PAGE, compile_many(jobs()), TITLE)
+    print(f"wrote {JSON} and {PAGE}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What a training step moves, counted in Triton's interpreter, block by block and for the whole of ResNet-50.
+
+    TRITON_INTERPRET=1 python tests/triton/training_traffic.py        write docs/tables/training-traffic.{json,md}
+
+Every distinct block of ResNet-50 and its stem, forward and backward, at batch 1, 224x224, float16 activations and fp32
+parameters, with the configs that an H100 would run at batch 256. Unique bytes are what memory must deliver if caches
+are perfect. Of them, activations (16-bit images) grow with the batch; weights, partial sums and per-channel vectors are
+counted apart: at batch 256 they are shared by 256 images, or small.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from counting import Counts, Traffic, count
+from torch import Tensor
+
+from resnet_fast import roofline
+from resnet_fast.backends.triton.training import chain
+from resnet_fast.calls import BlockCall, Conv, Leaves, Norm, Pool, StemCall
+from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
+from resnet_fast.tuning import shapes, training
+
+TABLES = Path(__file__).parents[2] / "docs" / "tables"
+JSON, PAGE = TABLES / "training-traffic.json", TABLES / "training-traffic.md"
+
+BATCH = 256
+"""The batch whose configs are counted."""
+
+ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS = "activations", "weights", "partial sums", "vectors"
+ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
+WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The launches of one kind in one part of the net. ``least``: activations that they must move; bytes."""
+
+    part: str
+    times: int
+    kind: str
+    launches: int
+    counted: int
+    least: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A step through one block or the stem: bytes by kind of launch and role of tensor, launches by kind, the plan."""
+
+    plan: str
+    bytes: dict[str, dict[str, int]]
+    launches: dict[str, int]
+
+    def total(self, role: str) -> int:
+        return sum(by_role.get(role, 0) for by_role in self.bytes.values())
+
+    @property
+    def activations(self) -> int:
+        return self.total(ACTIVATIONS)
+
+
+def role(t: Traffic) -> str:
+    """What a kernel's argument holds. Split-K products are partial sums, too."""
+    if WEIGHT_ARGUMENTS & set(t.name.split("=")):
+        return WEIGHTS
+    if len(t.shape) == 4 and t.dtype != "float32":
+        return ACTIVATIONS
+    return PARTIALS if t.dtype == "float32" and "partials_ptr" in t.name else VECTORS
+
+
+def kind(kernel: str) -> str:
+    """``_conv_fwd_kernel`` -> ``conv_fwd``."""
+    return kernel.strip("_").removesuffix("_kernel")
+
+
+def call_of(spec: ConvSpec | BlockSpec) -> StemCall | BlockCall:
+    """A random call of a bottleneck, a basic block or a pooled stem, running statistics included."""
+    dtype = getattr(torch, spec.dtype)
+    convs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+
+    def vector(c: ConvSpec) -> Tensor:
+        return torch.rand(c.co) + 0.5
+
+    first = convs[0]
+    x = torch.randn(first.n, first.ci, first.h, first.w).to(dtype).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(c.co, c.ci // c.groups, c.r, c.s) / c.gemm_k**0.5 for c in convs]
+    parameters = tuple(Conv(w, None, *c.geometry()) for w, c in zip(weights, convs, strict=True))
+    norms = tuple(Norm(vector(c), torch.randn(c.co), torch.zeros(c.co), vector(c), True, 0.1, 1e-5) for c in convs)
+    if isinstance(spec, BlockSpec):
+        return BlockCall(x, parameters, norms, spec.shortcut == "projection", None)
+    assert spec.epilogue.pool is not None
+    return StemCall(x, parameters[0], norms[0], Pool(*spec.epilogue.pool))
+
+
+def step(spec: ConvSpec | BlockSpec, batch: int = BATCH) -> Part:
+    """Forward and backward of a block or stem in the counting interpreter, with the configs of ``batch``."""
+    spec = spec.with_(batch_stats=True, grad=True)
+    call, cpu = call_of(spec), torch.device("cpu")
+    plan = replace(
+        chain.plan_of(spec.with_(n=batch), cpu), specs=spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    )
+    leaves = Leaves.of(call)
+    needs = leaves.like([t is not None for t in leaves.flat()])._replace(x=isinstance(call, BlockCall))
+    with mock.patch.object(chain, "plan_of", lambda *_: plan), count() as counts:
+        z, saved, _ = chain.forward(call, spec, "raw")
+        chain.backward(call, spec, saved, z, torch.randn_like(z), needs)
+    return summed(str(plan), counts)
+
+
+def summed(plan: str, counts: Counts) -> Part:
+    """Bytes by kind of launch and role of tensor."""
+    by_kind: dict[str, Counter[str]] = {}
+    for one in counts.launches:
+        roles = by_kind.setdefault(kind(one.kernel), Counter())
+        for t in one.tensors:
+            roles[role(t)] += t.unique
+    launches = Counter(kind(one.kernel) for one in counts.launches)
+    return Part(plan, {k: dict(v) for k, v in by_kind.items()}, dict(launches))
+
+
+def least(spec: ConvSpec | BlockSpec) -> dict[str, int]:
+    """Activation bytes that each kind of launch must move: ``min_bytes`` without filters, and what a dgrad adds.
+
+    For the identity bottleneck of inner width 1 they are 82 inner tensors: 12 forward and 29 + 17 backward of the
+    convolutions, 12 + 16 - 4 of its two ends.
+    """
+    spec = spec.with_(batch_stats=True, grad=True)
+    size, block = ITEMSIZE[spec.dtype], isinstance(spec, BlockSpec)
+    convs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
+    found: Counter[str] = Counter()
+    for i, c in enumerate(convs):
+        for kernel in training.KERNELS if block else ("conv_fwd", "conv_wgrad"):
+            filters = c.co * c.gemm_k * (4 if kernel == "conv_wgrad" else size)
+            found[kernel] += training.min_bytes(training.launch(kernel, c, 0 < i < inner)) - filters
+    first = convs[0]
+    x = first.n * first.h * first.w * first.ci * size
+    last = convs[inner - 1]
+    y = last.n * last.ho * last.wo * last.co * size
+    if not isinstance(spec, BlockSpec):
+        ho, wo = spec.out_hw()
+        z = spec.n * spec.co * ho * wo * size
+        return dict(found) | {"pool_end_fwd": y + z, "pool_end_bwd": 2 * y + z}
+    projects = spec.shortcut == "projection"
+    if projects:
+        p = convs[-1]
+        # its dgrad writes the pixels that it reads, and the first convolution's adds them
+        compact = p.n * p.ho * p.wo * p.ci * size
+        found["conv_dgrad"] += 2 * compact - x
+    else:
+        found["conv_dgrad"] += x
+    return dict(found) | {"block_end_fwd": 3 * y, "block_end_bwd": (4 + projects) * y}
+
+
+def parts() -> dict[str, tuple[ConvSpec | BlockSpec, int]]:
+    """Name -> (spec, how often it occurs) of every distinct part of ResNet-50 at batch 1."""
+    every: dict[str, ConvSpec | BlockSpec] = {"r50.conv1": shapes.problems("resnet50", 1, dtype="float16")["r50.conv1"]}
+    every |= shapes.blocks("resnet50", 1, dtype="float16")
+    times = Counter(every.values())
+    first: dict[ConvSpec | BlockSpec, str] = {}
+    for name, spec in every.items():
+        first.setdefault(spec, name)
+    return {name: (spec, times[spec]) for spec, name in first.items()}
+
+
+def head() -> int:
+    """Activation bytes of the global pool and the fully connected layer, which PyTorch runs."""
+    items = roofline.net_work("resnet50", "train-conv-bn", dtype="float16")
+    return sum(i.activations for i in items if i.part == "head" and i.kernel != "block_end_grad")
+
+
+def rows_of(name: str, times: int, spec: ConvSpec | BlockSpec, part: Part) -> list[Row]:
+    """One row per kind of launch that moves activations."""
+    wanted = least(spec)
+    return [
+        Row(name, times, k, part.launches[k], roles[ACTIVATIONS], wanted.get(k, 0))
+        for k, roles in part.bytes.items()
+        if roles.get(ACTIVATIONS)
+    ]
+
+
+def net() -> tuple[dict[str, float], list[Row], dict[str, str]]:
+    """Totals of ResNet-50 in MB per image, the rows, and each part's configs."""
+    every = parts()
+    with ProcessPoolExecutor(2) as pool:
+        found = dict(zip(every, pool.map(step, [spec for spec, _ in every.values()]), strict=True))
+    rows = [row for name, (spec, times) in every.items() for row in rows_of(name, times, spec, found[name])]
+    model = {
+        plan: sum(i.activations for i in roofline.net_work("resnet50", plan, dtype="float16")) / 1e6
+        for plan in ("train-eager", "train-conv-bn")
+    }
+    totals = {
+        "counted activations": (sum(r.times * r.counted for r in rows) + head()) / 1e6,
+        "least of these launches": (sum(r.times * r.least for r in rows) + head()) / 1e6,
+        "plan train-conv-bn": model["train-conv-bn"],
+        "stock, plan train-eager": model["train-eager"],
+    }
+    for what in ROLES[1:]:
+        totals[f"{what}, at any batch" if what == WEIGHTS else what] = (
+            sum(times * found[name].total(what) for name, (_, times) in every.items()) / 1e6
+        )
+    return totals, rows, {name: part.plan for name, part in found.items()}
+
+
+def page(totals: dict[str, float], rows: list[Row], plans: dict[str, str]) -> str:
+    """The report."""
+    per_part: dict[str, tuple[int, int, int]] = {}
+    for r in rows:
+        before = per_part.get(r.part, (r.times, 0, 0))
+        per_part[r.part] = (r.times, before[1] + r.counted, before[2] + r.least)
+
+    def line(*cells: object) -> str:
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+    lines = [
+        "# Traffic of a training step, counted",
+        "",
+        "ResNet-50, forward and backward, batch 1, 224x224, float16 activations, fp32 parameters: every distinct block "
+        f"ran in a counting interpreter with the configs that an H100 would run at batch {BATCH}. Bytes are unique: "
+        "read or written at least once in a launch. Least: each operand that some output needs and each output once "
+        "(tuning/training.py), and what is added. Weights, partial sums (split-K products included) and per-channel "
+        "vectors are counted apart. The global pool and the fully connected layer are PyTorch's, by the model. Written "
+        "by tests/triton/training_traffic.py.",
+        "",
+        line("ResNet-50", "MB"),
+        line("---", "---:"),
+        *(line(name, f"{mb:.1f}") for name, mb in totals.items()),
+        "",
+        line("part", "times", "counted KB", "least KB", "ratio", "configs"),
+        line("---", "---:", "---:", "---:", "---:", "---"),
+        *(
+            line(name, n, f"{a / 1e3:,.1f}", f"{b / 1e3:,.1f}", f"{a / b:.3f}", plans[name].replace("|", "\\|"))
+            for name, (n, a, b) in per_part.items()
+        ),
+        "",
+        line("part", "launches", "", "counted KB", "least KB", "ratio"),
+        line("---", "---", "---:", "---:", "---:", "---:"),
+        *(
+            line(
+                r.part, r.kind, r.launches, f"{r.counted / 1e3:,.1f}", f"{r.least / 1e3:,.1f}",
+                f"{r.counted / r.least:.3f}" if r.least else "none needed",
+            )
+            for r in rows
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    totals, rows, plans = net()
+    TABLES.mkdir(parents=True, exist_ok=True)
+    table = {"net": totals, "plans": plans, "rows": [vars(r) for r in rows]}
+    JSON.write_text(json.dumps(table, indent=1) + "\n")
+    PAGE.write_text(page(totals, rows, plans))
+
+
+if __name__ == "__main__":
+    main()
