@@ -163,7 +163,7 @@ def norm_obstacle(name: str, norm: Any) -> str:
 
 
 def sync_group(norm: Any) -> str:
-    """The process group that this norm shares its batch's statistics with, as SyncBatchNorm decides it; empty if none."""
+    """The process group that this norm shares its statistics with, as SyncBatchNorm decides it; empty if none."""
     if type(norm) is not nn.SyncBatchNorm or not norm.training:
         return ""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

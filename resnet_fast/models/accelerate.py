@@ -61,7 +61,7 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
 
     flags.check_backend(backend)
     if save not in SAVES:
-        raise UserError(f"save as one of {', '.join(SAVES)}", repr(save), "'raw' is the faster, 'recompute' the smaller")
+        raise UserError(f"save as one of {', '.join(SAVES)}", repr(save), "'recompute' is slower and saves less")
     classes = fused_classes()
     fused = set(classes.values())
     whole = [cls for cls, fused_class in classes.items() if issubclass(fused_class, stem.Net)]

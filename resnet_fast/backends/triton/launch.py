@@ -41,7 +41,7 @@ def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
 
 
 def new_output(conv: ConvSpec, x: Tensor) -> Tensor:
-    """An uninitialised (N, Co, Ho, Wo) in dense NHWC. Not a view, which autograd would not let a caller change in place."""
+    """An uninitialised (N, Co, Ho, Wo) in dense NHWC; not a view, which autograd lets nobody change in place."""
     shape = (conv.n, conv.co, conv.ho, conv.wo)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

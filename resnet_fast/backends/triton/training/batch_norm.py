@@ -331,7 +331,7 @@ def _gathered(own: Tensor, group: str) -> Tensor:
     """``own`` (3, 1, C) of every process of the group: (processes, 3, C)."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    size = _resolve_process_group(group).size()
+    size = _resolve_process_group(group).size()  # type: ignore[arg-type]
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(own, size, group)
     return torch.ops._c10d_functional.wait_tensor(gathered).view(size, 3, own.shape[2])
 

@@ -271,6 +271,7 @@ class _Backward:
         if _projects(call):
             yd, vd = self.raws[-1], self.vectors[-1]
             g, sums, sums_d = block_end.block_end_backward(dz, masked, y, self.vectors[last], yd, vd)
+            assert sums_d is not None
             return g, [self.grad(last, g, y, sums, needs), self.grad(last + 1, g, yd, sums_d, needs)]
         g, sums, _ = block_end.block_end_backward(dz, masked, y, self.vectors[last], None, None)
         return g, [self.grad(last, g, y, sums, needs)]
@@ -330,6 +331,7 @@ class _Backward:
         below = self.below(i)
         if self.plan.chosen[i].dgrad == CUDNN:
             act = materialised(below)
+            assert below.vectors is not None
             dx = nhwc(self.aten_backward(i, grad, act, (True, False))[0])
             g, sums, _ = block_end.block_end_backward(dx, act, below.y, below.vectors, None, None)
         else:

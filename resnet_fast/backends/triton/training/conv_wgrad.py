@@ -1,6 +1,7 @@
 r"""Gradient of a convolution's weight: a matrix product over all output pixels, split over programs, summed in order.
 
-    dW[co, r, s, ci] = sum_m dy[m, co] * act(x[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci])     m = (n, ho, wo)
+    dW[co, r, s, ci] = sum_m dy[m, co] * act(x[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci])
+    m = (n, ho, wo)
 
     g, y (N, Ho, Wo, Co)   x (N, H, W, Ci) raw or as it is   dW (Co, R, S, Ci/groups) fp32
 
@@ -15,15 +16,16 @@ channels), gemm_k = N*Ho*Wo, which is long where the other two are short. So the
                  |             |             |          >    a second launch adds the splits from the first to the last
                  +------>------+------>------+--> dW   /     and applies factors and corrections: no atomics
 
-Packed operands are q and z = clamp(x) with dy = A*q and act = FOLD*(z - THR), so A and FOLD are a row and a column factor
-of the sum, and
+Packed operands are q and z = clamp(x) with dy = A*q and act = FOLD*(z - THR), so A and FOLD are a row and a column
+factor of the sum, and
 
     dW = A * FOLD * (P - THR * Q)             P = sum q*z    Q = sum q         constant statistics
     dW = A * FOLD * (P - mean(z) * Q)                                          batch statistics
 
 In exact arithmetic the second Q is zero. Rounding leaves a systematic rest, which multiplied with the mean of an
 activation (not small) would be most of the error; so the rest is taken out at the mean of z. Q comes from the tensor
-cores, as a product with a column of ones; mean(z), whose own error is of second order, from the first step of each split.
+cores, as a product with a column of ones; mean(z), whose own error is of second order, from the first step of each
+split.
 
 Numerics: tiles.py. Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training -k wgrad``.
 """
@@ -163,7 +165,7 @@ def _conv_wgrad_kernel(
         b = _activation_tile(
             x_ptr, v_ptr, rows[:, None] + shift[None, :], ci, inside, ci_mask, C, PROLOGUE, PACKED, UPCAST
         )
-        if PACKED and BATCH:
+        if PACKED and BATCH:  # noqa: SIM102 (the outer condition is the compiler's, the inner one the program's)
             if start == first:
                 sum_z = tl.sum(tl.where(real[:, None], b.to(tl.float32), 0.0), 0)
         if UPCAST:
@@ -177,11 +179,11 @@ def _conv_wgrad_kernel(
     # the split's tile, and its part of the sums
     mask = co_mask[:, None] & ci_mask[None, :]
     tl.store(p_ptr + row_offset(split * Co + co, COLUMNS)[:, None] + column[None, :], acc, mask=mask)
-    if PACKED and (BATCH or PROLOGUE):
+    if PACKED and (BATCH or PROLOGUE):  # noqa: SIM102
         if pid_n == 0:
             columns = tl.arange(0, 16)[None, :]
             tl.store(q_ptr + (split * Co + co)[:, None] + columns, sum_q, mask=co_mask[:, None] & (columns == 0))
-    if PACKED and BATCH:
+    if PACKED and BATCH:  # noqa: SIM102
         if pid_m == 0:
             tl.store(z_ptr + (split * tl.num_programs(1) + g) * COLUMNS + column, sum_z, mask=ci_mask)
 

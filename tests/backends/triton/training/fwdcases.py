@@ -5,7 +5,7 @@ The truth starts from what is given to all three: the raw input as stored, the f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -90,8 +90,6 @@ class Case:
         return guard(w), None if const is None else guard(const)
 
     def run(self, config: Config, statistics: bool = True) -> tuple[Tensor, Tensor | None]:
-        from dataclasses import replace
-
         w, const = self.packs()
         x = self.x if self.prologue != "none" else Act(self.x.y)
         return conv_fwd(self.launch, replace(config, packed=self.packed), w, const, x, self.centre, statistics)
@@ -128,9 +126,7 @@ class Case:
         return numerics.assert_close(y, self.truth(), self.eager(), self.conv.gemm_k)
 
 
-def case(
-    conv: ConvSpec, prologue: str, seed: int = 0, mean: float = 0.5, centre: bool = True, images: int = 1
-) -> Case:
+def case(conv: ConvSpec, prologue: str, seed: int = 0, mean: float = 0.5, centre: bool = True, images: int = 1) -> Case:
     """Random tensors. ``mean``: size of a channel's mean in standard deviations. ``images``: every n-th of a batch."""
     generator = torch.Generator().manual_seed(seed)
 
