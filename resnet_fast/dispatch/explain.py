@@ -156,8 +156,8 @@ def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
 
 def _plan(event: record.Ran) -> str:
     """The fusion plan whose bytes bound this call: what the backend chose, one kernel per convolution where it tells
-    nothing."""
-    if not isinstance(event.state, Described):
+    nothing, and in training, where every raw output is written."""
+    if event.spec.grad or event.spec.batch_stats or not isinstance(event.state, Described):
         return "conv"
     plan = event.state.chosen.route.plan
     return "tail" if plan == "stem" else plan

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from resnet_fast import roofline
 from resnet_fast.backends.triton.training import chain
+from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.calls import BlockCall, Conv, Leaves, Norm, Pool, StemCall
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
 from resnet_fast.tuning import shapes, training
+from resnet_fast.tuning.routes import merged_groups
 
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 JSON, PAGE = TABLES / "training-traffic.json", TABLES / "training-traffic.md"
@@ -36,6 +39,8 @@ BATCH = 256
 ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS = "activations", "weights", "partial sums", "vectors"
 ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
 WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr"}
+PARTIAL_ARGUMENTS = {"partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "p_ptr", "q_ptr", "z_ptr"}
+"""z_ptr: in fp32, of a wgrad; the block's output has 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,12 @@ class Part:
 
 def role(t: Traffic) -> str:
     """What a kernel's argument holds. Split-K products are partial sums, too."""
-    if WEIGHT_ARGUMENTS & set(t.name.split("=")):
+    names = set(t.name.split("="))
+    if names & WEIGHT_ARGUMENTS:
         return WEIGHTS
-    if len(t.shape) == 4 and t.dtype != "float32":
+    if t.dtype != "float32" and len(t.shape) == 4:
         return ACTIVATIONS
-    return PARTIALS if t.dtype == "float32" and "partials_ptr" in t.name else VECTORS
+    return PARTIALS if t.dtype == "float32" and names & PARTIAL_ARGUMENTS else VECTORS
 
 
 def kind(kernel: str) -> str:
@@ -99,19 +105,42 @@ def call_of(spec: ConvSpec | BlockSpec) -> StemCall | BlockCall:
     return StemCall(x, parameters[0], norms[0], Pool(*spec.epilogue.pool))
 
 
-def step(spec: ConvSpec | BlockSpec, batch: int = BATCH) -> Part:
-    """Forward and backward of a block or stem in the counting interpreter, with the configs of ``batch``."""
+def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -> Part:
+    """Forward and backward of a block or stem in the counting interpreter, with the configs of ``batch``.
+
+    Without ``packing`` weights are zeros: no byte depends on a value, and packing moves no activation but takes most of
+    the time, a program per row of a filter; see :func:`packed_bytes`.
+    """
     spec = spec.with_(batch_stats=True, grad=True)
     call, cpu = call_of(spec), torch.device("cpu")
-    plan = replace(
-        chain.plan_of(spec.with_(n=batch), cpu), specs=spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    )
+    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    plan = replace(chain.plan_of(spec.with_(n=batch), cpu), specs=specs)
     leaves = Leaves.of(call)
     needs = leaves.like([t is not None for t in leaves.flat()])._replace(x=isinstance(call, BlockCall))
-    with mock.patch.object(chain, "plan_of", lambda *_: plan), count() as counts:
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(chain, "plan_of", lambda *_: plan))
+        if not packing:
+            stack.enter_context(mock.patch.object(chain.pack, "pack_forward", _zero_forward))
+            stack.enter_context(mock.patch.object(chain.pack, "pack_dgrad", _zero_dgrad))
+        counts = stack.enter_context(count())
         z, saved, _ = chain.forward(call, spec, "raw")
         chain.backward(call, spec, saved, z, torch.randn_like(z), needs)
     return summed(str(plan), counts)
+
+
+def _zero_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | None) -> tuple[Tensor, Tensor | None]:
+    w = weight.new_zeros((conv.co, conv.r, conv.s, conv.ci // merged_groups(conv)), dtype=dtype)
+    return w, None if act is None or act.clamp is None else weight.new_zeros(conv.co)
+
+
+def _zero_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> Tensor:
+    return weight.new_zeros((conv.ci, conv.r, conv.s, conv.co // merged_groups(conv)), dtype=dtype)
+
+
+def packed_bytes(spec: ConvSpec | BlockSpec) -> int:
+    """What packing moves: each parameter in fp32 and its 16-bit copy, per direction."""
+    convs, directions = (spec.convs, 2) if isinstance(spec, BlockSpec) else ((spec,), 1)
+    return sum(directions * c.co * c.gemm_k * (4 + ITEMSIZE[c.dtype]) for c in convs)
 
 
 def summed(plan: str, counts: Counts) -> Part:
@@ -128,8 +157,8 @@ def summed(plan: str, counts: Counts) -> Part:
 def least(spec: ConvSpec | BlockSpec) -> dict[str, int]:
     """Activation bytes that each kind of launch must move: ``min_bytes`` without filters, and what a dgrad adds.
 
-    For the identity bottleneck of inner width 1 they are 82 inner tensors: 12 forward and 29 + 17 backward of the
-    convolutions, 12 + 16 - 4 of its two ends.
+    Of a bottleneck with the identity they are 82 tensors of its inner width: 12 of the convolutions, 24 of their dgrads
+    (with the shortcut's gradient), 18 of their wgrads, 12 and 16 of the block's end, forward and backward.
     """
     spec = spec.with_(batch_stats=True, grad=True)
     size, block = ITEMSIZE[spec.dtype], isinstance(spec, BlockSpec)
@@ -186,11 +215,16 @@ def rows_of(name: str, times: int, spec: ConvSpec | BlockSpec, part: Part) -> li
     ]
 
 
+def _unpacked(spec: ConvSpec | BlockSpec) -> Part:
+    torch.set_num_threads(1)
+    return step(spec, packing=False)
+
+
 def net() -> tuple[dict[str, float], list[Row], dict[str, str]]:
     """Totals of ResNet-50 in MB per image, the rows, and each part's configs."""
     every = parts()
     with ProcessPoolExecutor(2) as pool:
-        found = dict(zip(every, pool.map(step, [spec for spec, _ in every.values()]), strict=True))
+        found = dict(zip(every, pool.map(_unpacked, [spec for spec, _ in every.values()]), strict=True))
     rows = [row for name, (spec, times) in every.items() for row in rows_of(name, times, spec, found[name])]
     model = {
         plan: sum(i.activations for i in roofline.net_work("resnet50", plan, dtype="float16")) / 1e6
@@ -203,9 +237,8 @@ def net() -> tuple[dict[str, float], list[Row], dict[str, str]]:
         "stock, plan train-eager": model["train-eager"],
     }
     for what in ROLES[1:]:
-        totals[f"{what}, at any batch" if what == WEIGHTS else what] = (
-            sum(times * found[name].total(what) for name, (_, times) in every.items()) / 1e6
-        )
+        totals[what] = sum(times * found[name].total(what) for name, (_, times) in every.items()) / 1e6
+    totals[WEIGHTS] += sum(times * packed_bytes(spec) for spec, times in every.values()) / 1e6
     return totals, rows, {name: part.plan for name, part in found.items()}
 
 

@@ -315,7 +315,7 @@ def test_constant_statistics_pass_the_gradient_through(dtype: torch.dtype) -> No
 
 
 def test_three_processes_are_one(tmp_path: Path) -> None:
-    """Uneven counts, one of them nothing: vectors and coefficients of the whole batch, dgamma and dbeta of their own."""
+    """Uneven counts, one of them nothing: vectors and coefficients of the whole batch, dgamma and dbeta of its own."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     counts = (0, 3, 1)
