@@ -56,7 +56,8 @@ def plain_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Any]:
 
 def data_parallel_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Parameters and buffers after a step of SGD in DDP, which averages what the processes have."""
-    model = DistributedDataParallel(synced(net, "recompute"))
+    model = DistributedDataParallel(twin(net, "recompute"))
+    nn.SyncBatchNorm.convert_sync_batchnorm(model.module)  # afterwards: DDP itself takes it on a GPU alone
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     (loss_of_share(model(x), labels) * len(SPLIT)).backward()
     optimizer.step()

@@ -58,8 +58,9 @@ FAKES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", FAKES)
+@pytest.mark.parametrize(
+    "op,name", [*((op, "float16") for op in OPS), ("basic_block", "recompute"), ("conv_bn_act", "float32_nchw")]
+)
 def test_fake_outputs_are_like_the_real_ones(op: str, name: str) -> None:
     options = dict(FAKES[name])
     save = options.pop("save", "raw")
@@ -104,7 +105,7 @@ class Block(nn.Module):
         return fused(self.problem.map(lambda k, t: x if k == "x" else getattr(self, k)))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act", "bn_act"])
 def test_compiled_training_equals_eager(op: str) -> None:
     torch._dynamo.reset()
     p = case(op, torch.float16)
@@ -123,7 +124,7 @@ def test_compiled_training_equals_eager(op: str) -> None:
     assert any(f"resnet_fast.{op}" in str(n.target) for g in counter.graphs for n in g.graph.nodes)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["bottleneck", "stem", "bn_act"])
 def test_a_derivative_in_a_graph_is_the_same_and_goes_no_further(op: str) -> None:
     p = case(op)
     expected = step(p, fused)
@@ -157,7 +158,7 @@ def test_forward_mode_raises(op: str) -> None:
             assert forward_ad.unpack_dual(fused(dual)).tangent is not None
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["bottleneck", "bn_act"])
 def test_without_autograd_the_same_is_computed(op: str) -> None:
     p = case(op, torch.float16)
     expected = step(p, fused)
@@ -180,7 +181,7 @@ def test_running_statistics_of_inference_tensors_are_updated() -> None:
     assert torch.equal(q.statistics()["mean0"], expected["mean0"])
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "basic_block"])
+@pytest.mark.parametrize("op", ["basic_block"])
 def test_checkpointing_changes_no_gradient(op: str) -> None:
     p = case(op, torch.float16, tracked=False)
     same(step(p, fused), step(p, lambda q: checkpoint(lambda x: fused(q), q.x, use_reentrant=False)))
@@ -199,8 +200,7 @@ def test_a_whole_recomputation_updates_running_statistics_as_torch_does() -> Non
         torch.testing.assert_close(ours[name], torchs[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", ["basic_block", "stem"])
+@pytest.mark.parametrize("op,dtype", [("basic_block", torch.float16), ("conv_bn_act", torch.bfloat16)])
 def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtype) -> None:
     p = case(op)
     q = p.copy(grad=True)
@@ -216,7 +216,7 @@ def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtyp
         assert torch.equal(t.grad, narrow[f"grad {name}"].float()), name
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["basic_block", "bn_act"])
 def test_a_scaled_loss_scales_the_gradients(op: str) -> None:
     """What GradScaler relies on: backward is linear, and a power of two commutes with every rounding."""
     p = case(op)
@@ -258,7 +258,7 @@ def test_saved_tensor_hooks_see_what_is_saved() -> None:
     assert tuple(p.x.shape) in seen and (10, p.convs[0].weight.shape[0]) in seen
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act", "bn_act"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced"])
 def test_strides_are_kept(op: str, layout: str) -> None:
     p = case(op, layout=layout, residual=op in ("bn_act", "conv_bn_act"))

@@ -110,15 +110,19 @@ def _in_layout(y: Tensor, layout: str) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
-def _centre(norm: Norm) -> Tensor | None:
-    """What is subtracted from a raw output before it is stored: the running mean as it is before this step."""
-    return None if norm.mean is None else norm.mean.detach().float()
+def _centre(conv: Conv, norm: Norm) -> Tensor | None:
+    """What is subtracted from a raw output before it is stored: the running mean as it is before this step, without
+    the convolution's bias, which is not in a raw output."""
+    if norm.mean is None:
+        return None
+    mean = norm.mean.detach().float()
+    return mean if conv.bias is None else mean - conv.bias.detach().float()
 
 
 def _convolve(conv: Conv, norm: Norm, plan: Plan, i: int, act: Act) -> tuple[Tensor, Tensor, Tensor | None]:
     """(raw output, vectors of its norm, clamp)."""
     spec, config = plan.specs[i], plan.chosen[i].fwd
-    centre = None if config == CUDNN else _centre(norm)
+    centre = None if config == CUDNN else _centre(conv, norm)
     y, partials = _raw(conv, plan, i, act, centre, norm.batch_stats)
     if not norm.batch_stats:
         return y, *batch_norm.constant(norm, spec.co, conv.bias, centre, y.dtype, y.device)

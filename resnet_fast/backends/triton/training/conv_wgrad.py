@@ -43,7 +43,6 @@ from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ..launch import INTERPRETED, upcasts
 from ..tiles import pixel_of_row, round_to, row_offset
 from . import vectors
-from .conv_dgrad import packed_gradient
 from .conv_fwd import activate, clamp
 from .vectors import Act, Grad
 
@@ -54,6 +53,17 @@ BETA_HI, BETA_LO, GAMMA = tl.constexpr(vectors.BETA_HI), tl.constexpr(vectors.BE
 
 ONES = 16
 """Columns of ones: the narrowest product of the tensor cores."""
+
+
+@triton.jit
+def _packed_gradient(g, y, beta_hi, beta_lo, gamma, UPCAST: tl.constexpr):
+    """g + (BETA*y + GAMMA) in the dtype of ``g``: two fused multiply-adds and an addition per pair of elements."""
+    if UPCAST:
+        wide = y.to(tl.float32)
+        inner = round_to(wide * beta_lo.to(tl.float32) + gamma.to(tl.float32), y.dtype, UPCAST).to(tl.float32)
+        outer = round_to(wide * beta_hi.to(tl.float32) + inner, y.dtype, UPCAST).to(tl.float32)
+        return round_to(g.to(tl.float32) + outer, y.dtype, UPCAST)
+    return g + tl.fma(y, beta_hi, tl.fma(y, beta_lo, gamma))
 
 
 @triton.jit
@@ -69,16 +79,10 @@ def _gradient_tile(
             lo = tl.load(co_ptr + BETA_LO * C, mask=co_mask, other=0.0)[None, :]
             gamma = tl.load(co_ptr + GAMMA * C, mask=co_mask, other=0.0)[None, :]
             shape: tl.constexpr = g.shape
-            g = packed_gradient(
-                g,
-                y,
-                hi.broadcast_to(shape),
-                lo.broadcast_to(shape),
-                gamma.broadcast_to(shape),
-                real[:, None],
-                True,
-                UPCAST,
+            q = _packed_gradient(
+                g, y, hi.broadcast_to(shape), lo.broadcast_to(shape), gamma.broadcast_to(shape), UPCAST
             )
+            g = tl.where(real[:, None], q, 0.0).to(g.dtype)
         return g
     dy = g.to(tl.float32) * tl.load(co_ptr, mask=co_mask, other=0.0)[None, :]
     if BATCH:

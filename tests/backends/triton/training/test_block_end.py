@@ -53,12 +53,11 @@ def test_forward(shape: tuple[int, int, int, int], dtype: torch.dtype, shortcut:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("steps", [1, 3])
 def test_backward(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, projection: bool, masked: bool, steps: int,
+    shape: tuple[int, int, int, int], dtype: torch.dtype, projection: bool, masked: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(kernel, "walk", cases.walks_of(steps))
+    monkeypatch.setattr(kernel, "walk", cases.walks_of(1 + SHAPES.index(shape) % 3))
     y, dz = cases.raw(*shape, dtype), cases.raw(*shape, dtype)
     rows, _ = cases.vectors(y)
     yd = cases.raw(*shape, dtype) if projection else None

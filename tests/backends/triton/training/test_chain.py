@@ -68,7 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 CASES: dict[str, dict[str, Any]] = {
     "bottleneck": {"op": "bottleneck"},
     "bottleneck_projection": {"op": "bottleneck", "co": 12, "projection": True},
-    "bottleneck_stride2": {"op": "bottleneck", "co": 16, "stride": 2},
+    "bottleneck_stride2": {"op": "bottleneck", "co": 16, "stride": 2, "h": 7, "w": 5},
     "bottleneck_given": {"op": "bottleneck", "co": 16, "stride": 2, "residual": True},
     "basic_block": {"op": "basic_block", "co": 16},
     "basic_block_projection": {"op": "basic_block", "co": 8, "projection": True},
@@ -98,7 +98,7 @@ def test_a_bfloat16_step(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pool", [(3, 2, 1), (2, 2, 0)])
 def test_a_stem(dtype: torch.dtype, pool: tuple[int, int, int]) -> None:
-    options: dict[str, Any] = {"op": "stem", "ci": 3, "co": 8, "k": 7, "stride": 2, "h": 12, "w": 11, "pool": pool}
+    options: dict[str, Any] = {"op": "stem", "ci": 3, "co": 8, "k": 7, "stride": 2, "h": 9, "w": 8, "pool": pool}
     p = next(p for p in (case(dtype=dtype, **options) for _ in range(100)) if pooled_gap(p) > 4e-3)
     check(p)
 
@@ -143,11 +143,16 @@ def test_a_graph_without_batch_statistics(dtype: torch.dtype, options: dict[str,
     check(case("conv_bn_act", dtype, **options, relu=not absent, batch_stats=not absent))
 
 
-@pytest.mark.parametrize(
-    "cudnn",
-    ["fwd", "dgrad", "wgrad", "fwd dgrad", "fwd wgrad", "dgrad wgrad", "fwd dgrad wgrad"],
-)
-@pytest.mark.parametrize("name", ["bottleneck_stride2", "basic_block"])
+ROUTES = [
+    ("bottleneck_stride2", "fwd"),
+    ("bottleneck_stride2", "dgrad"),
+    ("basic_block", "wgrad"),
+    ("basic_block", "fwd wgrad"),
+    ("bottleneck_stride2", "fwd dgrad wgrad"),
+]
+
+
+@pytest.mark.parametrize("name,cudnn", ROUTES)
 def test_any_direction_on_cudnn(name: str, cudnn: str, routes: Callable[[str], None], launches: Counter[str]) -> None:
     routes(cudnn)
     check(case(dtype=torch.float16, **CASES[name]))
@@ -156,12 +161,12 @@ def test_any_direction_on_cudnn(name: str, cudnn: str, routes: Callable[[str], N
 
 def test_a_stem_and_a_compact_projection_on_cudnn(routes: Callable[[str], None]) -> None:
     routes("fwd dgrad wgrad")
-    options: dict[str, Any] = {"ci": 3, "co": 8, "k": 7, "stride": 2, "h": 12, "w": 11}
+    options: dict[str, Any] = {"ci": 3, "co": 8, "k": 7, "stride": 2, "h": 9, "w": 8}
     check(case("stem", **options))
     check(case("basic_block", co=24, stride=2))
 
 
-@pytest.mark.parametrize("name", ["bottleneck_stride2", "basic_block"])
+@pytest.mark.parametrize("name", ["bottleneck_projection", "basic_block"])
 def test_recomputing_changes_no_bit(name: str) -> None:
     p = case(dtype=torch.float16, **CASES[name])
     kept: list[int] = []
@@ -183,23 +188,19 @@ def test_recomputing_changes_no_bit(name: str) -> None:
     assert kept[0] - kept[1] == raw["y"].nbytes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_are_equal_bit_for_bit(dtype: torch.dtype) -> None:
-    p = case("bottleneck", dtype, co=16, stride=2)
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    p = case("bottleneck", torch.float16, co=16, stride=2)
     same(step(p, fused), step(p, fused))
 
 
 FROZEN: dict[str, tuple[Callable[[str], bool], dict[str, int]]] = {
     # what needs no gradient: launches of dgrad and wgrad in a bottleneck with a projection
-    "nothing": (lambda name: False, {"conv_dgrad": 4, "conv_wgrad": 4}),
     "x": (lambda name: name == "x", {"conv_dgrad": 2, "conv_wgrad": 4}),
     "weights": (lambda name: name.startswith("weight"), {"conv_dgrad": 4}),
     "x_and_first_weight": (lambda name: name in ("x", "weight0"), {"conv_dgrad": 2, "conv_wgrad": 3}),
     "all_but_the_last_norm": (lambda name: name not in ("gamma2", "beta2"), {}),
     "all_but_the_last_layer": (lambda name: name not in ("weight2", "gamma2"), {"conv_wgrad": 1}),
     "all_below_the_second": (lambda name: name == "x" or name[-1] in "0", {"conv_dgrad": 1, "conv_wgrad": 3}),
-    "all_but_the_projection": (lambda name: name != "weight3", {"conv_wgrad": 1}),
-    "parameters": (lambda name: name != "x", {"conv_dgrad": 4}),
 }
 
 
@@ -265,8 +266,7 @@ def test_norms_with_other_books(options: dict[str, Any]) -> None:
     assert len(list(ours.buffers())) == (6 if "momentum" in options else 0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op,value", [*((op, float("nan")) for op in OPS), ("conv_bn_act", float("inf"))])
 def test_what_is_not_finite_shows_where_it_shows_in_torch(op: str, value: float) -> None:
     p = case(op, **({"co": 16} if op == "basic_block" else {}))
     p.x[1, 3, 2, 2] = value
@@ -276,6 +276,17 @@ def test_what_is_not_finite_shows_where_it_shows_in_torch(op: str, value: float)
             assert torch.equal(ours[name].isfinite(), t.isfinite()), name
             if not name.startswith(("mean", "var")) or value != value:
                 assert torch.equal(ours[name].isnan(), t.isnan()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_running_mean_far_from_the_batch(dtype: torch.dtype) -> None:
+    """Two standard deviations: what is stored is three times as large as eager's, and so is its rounding."""
+    p = case("basic_block", dtype, co=16, drift=2.0)
+    ours = step(p, fused)
+    eager, truth = step(p, stock), step(p.to(traincases.WIDE), lambda q: q.eager(), dy=traincases.cotangent(ours["y"]))
+    for name, t in truth.items():
+        error, eagers = ((s[name].double() - t).norm() / t.norm() for s in (ours, eager))
+        assert error <= 6 * eagers + torch.finfo(dtype).eps, name
 
 
 def test_a_poisoned_running_mean_does_not_poison_the_batch() -> None:
@@ -354,7 +365,7 @@ def test_running_statistics_may_change_before_backward() -> None:
         assert torch.equal(t.grad, expected[f"grad {name}"]), name
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["bn_act", "basic_block"])
 def test_gradients_of_two_steps_add_up(op: str) -> None:
     p = case(op, **({"co": 16} if op == "basic_block" else {}))
     once, q = step(p, fused), p.copy(grad=True)

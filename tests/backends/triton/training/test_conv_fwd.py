@@ -36,8 +36,8 @@ VARIANTS = [
 @pytest.mark.parametrize("dtype,prologue", VARIANTS)
 @pytest.mark.parametrize("config", SHIPPED["conv_fwd"], ids=str)
 def test_every_config(config: Config, dtype: str, prologue: str, poisoned_outputs: None) -> None:
-    """147 pixels, 20 channels to 40: no tile divides any of them."""
-    case(conv(20, 40, 3, n=3, h=7, w=7, dtype=dtype), prologue).check(for_dtype(config, dtype))
+    """132 pixels, 20 channels to 20: no tile divides any of them."""
+    case(conv(20, 20, 3, n=1, h=12, w=11, dtype=dtype), prologue).check(for_dtype(config, dtype))
 
 
 def rectangle(ci: int, co: int, r: int, s: int, **changes: Any) -> ConvSpec:
@@ -48,31 +48,36 @@ GEOMETRIES = {
     "1x1": conv(40, 33, 1),
     "1x1_stride2": conv(40, 48, 1, stride=2),
     "1x1_padded": conv(40, 16, 1, padding=1),
-    "3x3_whole_blocks": conv(64, 16, 3),
+    "3x3_whole_blocks": conv(64, 16, 3, h=5, w=4),
     "3x3_stride2": conv(20, 24, 3, stride=2),
     "3x3_stride3_dilation2": conv(24, 16, 3, stride=3, dilation=2),
     "3x3_no_padding": conv(20, 24, 3, padding=0),
     "3x3_wide_padding": conv(16, 24, 3, padding=4),
-    "5x5_dilation2": conv(20, 16, 5, dilation=2),
-    "even_filter": conv(17, 16, 4, padding=1),
+    "5x5_dilation2": conv(20, 16, 5, dilation=2, n=1),
+    "even_filter": conv(17, 16, 4, padding=1, n=1),
     "1x3_unequal": rectangle(18, 24, 1, 3, stride=(2, 1), padding=(0, 1)),
     "3x1_unequal": rectangle(18, 24, 3, 1, stride=(1, 3), padding=(2, 0), dilation=(2, 1)),
     "17_taps_in_windows": rectangle(16, 24, 1, 17, padding=(0, 8)),
     "7x7_three_channels": conv(3, 24, 7, stride=2),
     "3x3_eight_channels": conv(8, 24, 3),
     "one_channel": conv(1, 1, 3),
-    "groups": conv(64, 32, 3, groups=2),
+    "groups": conv(64, 32, 3, groups=2, h=5, w=4),
     "groups_merged": conv(32, 32, 3, groups=8, stride=2),
     "groups_in_windows": conv(12, 8, 3, groups=4),
-    "depthwise": conv(40, 40, 3, groups=40),
+    "depthwise": conv(40, 40, 3, groups=40, h=5, w=4),
     "one_pixel": conv(20, 24, 3, h=1, w=1),
     "one_column": conv(20, 24, 3, h=6, w=1, n=1),
 }
 
 
-@pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
-@pytest.mark.parametrize("name", GEOMETRIES)
+RAW = ("1x1_stride2", "1x1_padded", "3x3_stride2", "7x7_three_channels", "groups_merged")
+
+
+@pytest.mark.parametrize(
+    "name,prologue", [(n, p) for n in GEOMETRIES for p in ("none", "exact", "packed") if p != "none" or n in RAW]
+)
 def test_geometry(name: str, prologue: str, poisoned_outputs: None) -> None:
+    """Without a prologue only loads differ, and they are the exact one's."""
     case(GEOMETRIES[name], prologue).check(TILE)
 
 
@@ -98,7 +103,7 @@ def test_a_scale_too_small_for_a_threshold() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_means_of_one_standard_deviation(dtype: str, prologue: str) -> None:
     """As far as packed prologues are meant to go; a centre keeps a net's tensors well below."""
-    case(conv(64, 24, 3, dtype=dtype), prologue, mean=1.0).check(TILE)
+    case(conv(64, 24, 3, n=1, dtype=dtype), prologue, mean=1.0).check(TILE)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -149,7 +154,7 @@ def test_statistics_are_optional() -> None:
 
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_two_runs_are_equal_bit_for_bit(prologue: str) -> None:
-    c = case(conv(24, 40, 3, dtype="bfloat16"), prologue)
+    c = case(conv(24, 40, 3, n=1, dtype="bfloat16"), prologue)
     first, second = c.run(TILE), c.run(TILE)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])  # type: ignore[arg-type]
 
@@ -162,6 +167,7 @@ def test_a_centre_that_is_not_finite_counts_as_zero() -> None:
     assert y.mismatched == 0 and c.run(TILE)[0].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("ci", [20, 8])
@@ -188,7 +194,7 @@ def test_a_norm_of_nan_reaches_every_output() -> None:
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_traffic(prologue: str) -> None:
     """x, the weight and the rows of a norm once, y and the partial sums once; nothing outside of them."""
-    c = case(conv(48, 64, 3, h=13, w=11), prologue)
+    c = case(conv(48, 40, 3, n=1, h=8, w=11), prologue)
     w, const = c.packs()
     x = c.x if prologue != "none" else Act(c.x.y)
     with count(inside_views=True) as counts:
@@ -199,7 +205,7 @@ def test_traffic(prologue: str) -> None:
     assert run["y_ptr"].written == run["y_ptr"].written_unique == y.numel() * 2 and run["y_ptr"].read == 0
     assert run["partials_ptr"].written == run["partials_ptr"].written_unique == partials.numel() * 4
     rows = {"none": 0, "exact": 2 * 48 * 4, "packed": 3 * 48 * 2}[prologue]
-    small = rows + 64 * 4 * (1 + c.packed)
+    small = rows + 40 * 4 * (1 + c.packed)
     assert run.unique == (x.y.numel() + w.numel() + y.numel()) * 2 + partials.numel() * 4 + small
 
 
