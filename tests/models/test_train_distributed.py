@@ -69,7 +69,7 @@ def sharded_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    model = synced(net)
+    model = synced(net).to(memory_format=torch.contiguous_format)  # FSDP2 takes no other parameters
     for part in (*model.layer1, *model.layer2, model):  # type: ignore[misc]
         fully_shard(part)
     optimizer = torch.optim.SGD(model.parameters(), RATE)

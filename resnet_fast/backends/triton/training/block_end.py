@@ -6,7 +6,7 @@ r"""The end of a residual block in training: BatchNorm + shortcut + ReLU of a ra
     y (N, C, H, W) NHWC, seen as rows m of C channels; the vectors of vectors.py
 
 Saved bytes, in passes over a tensor of the size of y. Forward: stock 2 + 3 + 2 for the norm, the add and the ReLU, and
-2 more for a projection's norm; this 3. Backward: stock 3 + 2 for the ReLU and the sums of BatchNorm, and 2 more; this 4,
+2 more for a projection's norm; this 3. Backward: stock 3 + 2 for the ReLU and the sums of BatchNorm, and 2; this 4,
 and 1 more. One g serves every branch. Without a shortcut the forward makes an activation of a raw output, for the
 convolutions that run on cuDNN.
 

@@ -1,4 +1,38 @@
-r"""Draft."""
+r"""Gradient of a convolution's input in a training step: the BatchNorm behind it undone as dy is read, the one below in
+the epilogue.
+
+    dy = A*g + B*y + C                                    exact: fp32, rounded         (vectors.py)
+    dy = A*q,  q = g + (BETA*y + GAMMA)                   packed: 16-bit pairs; A is in wt, pack.py
+    dx[n, h, w, ci] = sum_rs sum_co dy[n, (h + pad - r*dil)/stride, (w + pad - s*dil)/stride, co] * wt[ci, r, s, co]
+                      + add + add_strided[n, h/sh, w/sw, ci]     over taps and pixels that divide and lie in the image
+    dx = round(dx) where the ReLU below let y_below pass, else 0
+    sums[:, t, ci] = sum dx, sum dx * (y_below - MEAN) over tile t                          of dx as stored
+
+    g, y (N, Ho, Wo, Co)   wt (Ci, R, S, Co/groups)   coefficients, packed (3, Co)   dx, add, y_below (N, H, W, Ci)
+
+Saved bytes. Stock writes dy and reads it twice, writes dx, reads it for the ReLU, writes and reads that for the sums,
+and adds a shortcut's gradient in a pass of its own. Here g and y are read and dx is written, once.
+
+GEMM. Rows are input pixels, columns Ci/groups, products taps x Co/groups: a step of the one loop is a tap and BLOCK_K
+channels. With strides the pixels of one phase (h mod stride, w mod stride) share their taps, the others multiply
+nothing; a phase is a set of tiles of its own, neighbours to the same region's other phases, which read the same dy:
+
+    stride 2, pad 1, 3x3        h even: tap 1                     a tile: BLOCK_M pixels of one phase, one of
+      0 1 0 1 0 1               h odd:  taps 0, 2                 1, 2, 2 or 4 taps. A 1x1 leaves three phases
+      2 3 2 3 2 3   phases                                        without taps; they write what is added, or 0.
+      0 1 0 1 0 1               tap r reads row (h + 1 - r)/2     Dilation: every (stride/gcd)th tap of a phase.
+
+Padding. A tap outside the image adds nothing, so BETA*y + GAMMA must come to 0 there: y reads as 0 and g as -GAMMA,
+by sending the load of g to a row that holds it, which costs two selects per 16 bytes. (A GAMMA of NaN reaches pixels
+whose only taps lie outside.) Which taps of a row lie inside is one word of bits, built before the loop.
+
+Epilogue. The tile leaves the tensor cores' layout through ``tl.split`` of even from odd rows (conv_fwd.py): behind it
+a thread holds 16 bytes of a row, columns lie in registers, and all else is wide accesses and additions.
+
+Numerics: tiles.py. Added tensors are summed in fp32, before the one rounding. Deterministic: no atomics.
+Limits: tuning/training.py. Alone: ``TRITON_INTERPRET=1 python -m pytest
+tests/backends/triton/training/test_conv_dgrad.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,222 +50,323 @@ from ....tuning.routes import merged_groups
 from ..launch import INTERPRETED, upcasts
 from ..tiles import multiply, pixel_of_row, round_to, row_offset, tile_of_program
 from . import vectors
+from .conv_fwd import clamp, inside_bits
 from .vectors import Act, Grad
 
 MEAN, SCALE, SHIFT = tl.constexpr(vectors.MEAN), tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
+A, B, C = tl.constexpr(vectors.A), tl.constexpr(vectors.B), tl.constexpr(vectors.C)
 BETA_HI, BETA_LO, GAMMA = tl.constexpr(vectors.BETA_HI), tl.constexpr(vectors.BETA_LO), tl.constexpr(vectors.GAMMA)
+
+HALF_WORD = tl.constexpr(16)
+"""Taps per axis that half a word of bits can tell inside from outside; longer filters compare at every step."""
 
 
 @triton.jit
 def packed_gradient(g, y, beta_hi, beta_lo, gamma, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr):
+    """g + (BETA*y + GAMMA) in the dtype of ``g``, in pairs of elements: two fused multiply-adds and an addition.
+
+    PADDED: without the bracket where not ``inside``, by a third multiply-add in place of the addition.
+    """
     if UPCAST:
-        wide = y.to(tl.float32)
-        q = round_to(wide * beta_lo.to(tl.float32) + gamma.to(tl.float32), y.dtype, True)
-        q = round_to(wide * beta_hi.to(tl.float32) + q.to(tl.float32), y.dtype, True).to(tl.float32)
+        y, dtype = y.to(tl.float32), g.dtype
+        inner = round_to(y * beta_lo.to(tl.float32) + gamma.to(tl.float32), dtype, UPCAST).to(tl.float32)
+        outer = round_to(y * beta_hi.to(tl.float32) + inner, dtype, UPCAST).to(tl.float32)
         if PADDED:
-            q = tl.where(inside, q, 0.0)
-        return round_to(g.to(tl.float32) + q, y.dtype, True)
-    q = tl.fma(y, beta_hi, tl.fma(y, beta_lo, gamma))
-    if PADDED:
-        return tl.fma(q, inside.to(y.dtype), g)
-    return g + q
+            outer = tl.where(inside, outer, 0.0)
+        return round_to(g.to(tl.float32) + outer, dtype, UPCAST)
+    outer = tl.fma(y, beta_hi, tl.fma(y, beta_lo, gamma))
+    return tl.fma(outer, inside.to(g.dtype), g) if PADDED else g + outer
 
 
 @triton.jit
-def exact_gradient(g, y, coefficients_ptr, k, CO: tl.constexpr, C: tl.constexpr, inside, PADDED: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr):
-    dy = g.to(tl.float32) * tl.load(coefficients_ptr + k, mask=k < CO, other=0.0)[None, :]
-    if BATCH:
-        b = tl.load(coefficients_ptr + (C + k), mask=k < CO, other=0.0)[None, :]
-        c = tl.load(coefficients_ptr + (2 * C + k), mask=k < CO, other=0.0)[None, :]
-        if PADDED:
-            c = tl.where(inside, c, 0.0)
-        dy += y.to(tl.float32) * b + c
-    return round_to(dy, g.dtype, UPCAST)
+def channel_row(ptr, c, mask, ROW: tl.constexpr, C_ALL: tl.constexpr, EVEN: tl.constexpr):
+    """(1, channels ``c``) of a row of vectors; EVEN: none of the channels lies behind the last."""
+    at = ptr + ROW * C_ALL + c
+    return (tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0))[None, :]
 
 
 @triton.jit
-def inside_bits(at, size, ok, TAPS: tl.constexpr, STEP: tl.constexpr):
-    bits = tl.zeros_like(at)
-    for t in tl.static_range(TAPS):
-        bits |= (ok & (at - t * STEP >= 0) & (at - t * STEP < size)).to(tl.int32) << t
-    return bits
+def next_tap(first, i, j, taps_w, CO: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The step behind channels ``first`` of tap (i, j): carried along, for a division costs more than all of this."""
+    first += BLOCK_K
+    j = tl.where(first >= CO, j + 1, j)
+    first = tl.where(first >= CO, 0, first)
+    i = tl.where(j == taps_w, i + 1, i)
+    return first, i, tl.where(j == taps_w, 0, j)
 
 
 @triton.jit
-def accumulate_taps(
-    acc, g_ptr, y_ptr, rows, h, w, row_mask, w_rows, w_mask, coefficients_ptr, taps_h, taps_w, Ho, Wo,
-    CO: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    MOST_H: tl.constexpr, MOST_W: tl.constexpr, BACK_H: tl.constexpr, BACK_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    PADDED: tl.constexpr, PACKED: tl.constexpr, BATCH: tl.constexpr, EVEN_N: tl.constexpr,
+def accumulate_gradient(
+    acc, g_ptr, y_ptr, rows, ho, wo, row_mask, w_rows, w_mask, vectors_ptr, outside_ptr, taps_h, taps_w, Ho, Wo,
+    CO: tl.constexpr, C_OUT: tl.constexpr, S: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, BACK_H: tl.constexpr, BACK_W: tl.constexpr,
+    PADDED: tl.constexpr, PACKED: tl.constexpr, BATCH: tl.constexpr, ALIGN: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """acc + ``taps_h`` x ``taps_w`` taps (at most TAPS_H x TAPS_W) of dy, from tap (0, 0) at pixel (ho, wo) on.
+
+    The next tap lies BACK pixels up or left, and STEP taps on in wt. ``rows``: elements from ``g_ptr`` and ``y_ptr`` to
+    a row's pixel (ho, wo). ``vectors_ptr``: row 0 of ``packed`` or ``coefficients`` at the group's first channel.
+    """
     blocks: tl.constexpr = (CO + BLOCK_K - 1) // BLOCK_K
+    EVEN_K: tl.constexpr = CO % BLOCK_K == 0
+    WORD: tl.constexpr = TAPS_H <= HALF_WORD and TAPS_W <= HALF_WORD
     lane = tl.arange(0, BLOCK_K)
     rows = rows[:, None] + lane[None, :]
     w_rows = w_rows[:, None] + lane[None, :]
-    if PADDED:
-        in_h = inside_bits(h, Ho, row_mask, MOST_H, BACK_H)
-        in_w = inside_bits(w, Wo, row_mask, MOST_W, BACK_W)
-    for step in range(0, taps_h * taps_w * blocks):
-        tap = step // blocks
-        first = (step % blocks) * BLOCK_K
+    if PADDED and WORD:
+        outside = ~inside_bits(ho, Ho, row_mask, TAPS_H, -BACK_H) & 0xFFFF
+        outside |= ~inside_bits(wo, Wo, row_mask, TAPS_W, -BACK_W) << HALF_WORD
+    first, i, j = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for _ in range(0, taps_h * taps_w * blocks):
+        # channels ``first`` and on of tap (i, j)
         k = first + lane
-        i, j = tap // taps_w, tap % taps_w
-        inside = ((in_h >> i) & (in_w >> j) & 1 if PADDED else row_mask.to(tl.int32))[:, None]
-        at = rows + (first - (i * BACK_H * Wo + j * BACK_W) * C)
+        if not PADDED:
+            inside = row_mask[:, None]
+        elif WORD:
+            inside = ((outside & ((1 << i) | (1 << (j + HALF_WORD)))) == 0)[:, None]
+        else:
+            y_in, x_in = ho - i * BACK_H, wo - j * BACK_W
+            inside = (row_mask & (y_in >= 0) & (y_in < Ho) & (x_in >= 0) & (x_in < Wo))[:, None]
+        at = rows + (first - (i * BACK_H * Wo + j * BACK_W) * C_OUT)
         w_at = w_rows + ((i * STEP_H * S + j * STEP_W) * CO + first)
-        mask = inside != 0
-        if CO % BLOCK_K != 0:
-            mask = mask & (k < CO)[None, :]
-            b = tl.load(w_at, mask=w_mask[:, None] & (k < CO)[None, :], other=0.0)
-        elif EVEN_N:
-            b = tl.load(w_at)
-        else:
+        k_mask = (k < CO)[None, :]
+        # b = wt[ci, r, s, k]
+        if not EVEN_K:
+            b = tl.load(w_at, mask=w_mask[:, None] & k_mask, other=0.0)
+        elif not EVEN_N:
             b = tl.load(w_at, mask=w_mask[:, None], other=0.0)
-        g = tl.load(g_ptr + at, mask=mask, other=0.0)
-        y = tl.load(y_ptr + at, mask=mask, other=0.0) if BATCH else g
-        if not PACKED:
-            a = exact_gradient(g, y, coefficients_ptr, k, CO, C, inside != 0, PADDED, BATCH, UPCAST)
-        elif BATCH:
-            hi = tl.load(coefficients_ptr + (BETA_HI * C + k), mask=k < CO, other=0.0)
-            lo = tl.load(coefficients_ptr + (BETA_LO * C + k), mask=k < CO, other=0.0)
-            gamma = tl.load(coefficients_ptr + (GAMMA * C + k), mask=k < CO, other=0.0)
-            a = packed_gradient(g, y, hi[None, :], lo[None, :], gamma[None, :], inside, PADDED, UPCAST)
         else:
-            a = g
+            b = tl.load(w_at)
+        # a = dy[n, ho - i*back, wo - j*back, k], 0 outside the image
+        mask = inside if EVEN_K else inside & k_mask
+        if PADDED and PACKED and BATCH:
+            g_at = tl.where(inside, g_ptr + at, outside_ptr + k[None, :])
+            g_at = tl.max_contiguous(tl.multiple_of(g_at, (ALIGN, ALIGN)), (1, BLOCK_K))
+            a = tl.load(g_at) if EVEN_K else tl.load(g_at, mask=k_mask, other=0.0)
+        else:
+            a = tl.load(g_ptr + at, mask=mask, other=0.0)
+        if BATCH:
+            y = tl.load(y_ptr + at, mask=mask, other=0.0)
+        if PACKED and BATCH:
+            beta_hi = channel_row(vectors_ptr, k, k < CO, BETA_HI, C_OUT, EVEN_K)
+            beta_lo = channel_row(vectors_ptr, k, k < CO, BETA_LO, C_OUT, EVEN_K)
+            gamma = channel_row(vectors_ptr, k, k < CO, GAMMA, C_OUT, EVEN_K)
+            a = packed_gradient(a, y, beta_hi, beta_lo, gamma, inside, False, UPCAST)
+        elif not PACKED:
+            dy = a.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, A, C_OUT, EVEN_K)
+            if BATCH:
+                shift = channel_row(vectors_ptr, k, k < CO, C, C_OUT, EVEN_K)
+                if PADDED:
+                    shift = tl.where(inside, shift, 0.0)
+                dy += y.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, B, C_OUT, EVEN_K) + shift
+            a = round_to(dy, a.dtype, UPCAST)
         acc = multiply(a, b, acc, PRECISION, UPCAST)
+        if TAPS_H * TAPS_W > 1:
+            first, i, j = next_tap(first, i, j, taps_w, CO, BLOCK_K)
+        else:
+            first += BLOCK_K
     return acc
 
 
-@triton.jit(do_not_specialize=["images", "H", "W", "Ho", "Wo", "tiles_m", "Hs", "Ws"])
+@triton.jit
+def finish_rows(
+    tile, m, ph, pw, Hp, Wp, ci, ci_mask, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr, dx_ptr,
+    images, H, W, Hs, Ws, C_IN: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    ADD_H: tl.constexpr, ADD_W: tl.constexpr, BELOW_PACKED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store rows ``m`` of a phase: tile + add + add_strided, rounded, behind the ReLU below. ``tile``: fp32, or rounded
+    already where nothing is added. Returns dx and dx * (y_below - MEAN) in fp32, 0 behind the last row."""
+    dtype: tl.constexpr = dx_ptr.dtype.element_ty
+    row_mask = m < images * Hp * Wp
+    n, h, w = pixel_of_row(m, tl.maximum(Hp, 1), tl.maximum(Wp, 1))
+    h, w = ph + h * STRIDE_H, pw + w * STRIDE_W
+    pixel = m if STRIDE_H * STRIDE_W == 1 else (n * H + h) * W + w
+    at = row_offset(pixel, C_IN)[:, None] + ci[None, :]
+    mask = row_mask[:, None] & ci_mask[None, :]
+    if add_ptr is not None:
+        tile += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if strided_ptr is not None:
+        touched = (row_mask & (h % ADD_H == 0) & (w % ADD_W == 0))[:, None] & ci_mask[None, :]
+        compact = row_offset((n * Hs + h // ADD_H) * Ws + w // ADD_W, C_IN)[:, None] + ci[None, :]
+        tile += tl.load(strided_ptr + compact, mask=touched, other=0.0).to(tl.float32)
+    if add_ptr is not None or strided_ptr is not None:
+        tile = round_to(tile, dtype, UPCAST)
+    if below_ptr is None:
+        tl.store(dx_ptr + at, tile, mask=mask)
+        wide, product = tile, tile
+    else:
+        y = tl.load(below_ptr + at, mask=mask, other=0.0)
+        if BELOW_PACKED:
+            lo = channel_row(clamp_ptr, ci, ci_mask, LO, C_IN, False)
+            hi = channel_row(clamp_ptr, ci, ci_mask, HI, C_IN, False)
+            threshold = channel_row(clamp_ptr, ci, ci_mask, THRESHOLD, C_IN, False)
+            passes = clamp(y, lo, hi, UPCAST) != (threshold.to(tl.float32) if UPCAST else threshold)
+        else:
+            scale = channel_row(vectors_ptr, ci, ci_mask, SCALE, C_IN, False)
+            passes = ~(y.to(tl.float32) * scale + channel_row(vectors_ptr, ci, ci_mask, SHIFT, C_IN, False) <= 0.0)
+        dx = tl.where(passes & mask, tile, 0.0)
+        tl.store(dx_ptr + at, dx, mask=mask)
+        mean = channel_row(vectors_ptr, ci, ci_mask, MEAN, C_IN, False)
+        wide = dx.to(tl.float32)
+        product = wide * (y.to(tl.float32) - mean)
+    return wide, product
+
+
+@triton.jit(do_not_specialize=["tiles_m", "images", "H", "W", "Ho", "Wo", "Hs", "Ws"])
 def _conv_dgrad_kernel(
-    g_ptr, y_ptr, wt_ptr, coefficients_ptr, add_ptr, strided_ptr, below_ptr, rule_ptr, vectors_ptr, dx_ptr, partials_ptr,
-    tiles_m, images, H, W, Ho, Wo, Hs, Ws,
+    g_ptr, y_ptr, wt_ptr, grad_ptr, outside_ptr, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr,
+    dx_ptr, partials_ptr, tiles_m, images, H, W, Ho, Wo, Hs, Ws,
     CO: tl.constexpr, CI: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr, WIDE: tl.constexpr,
-    ADD_H: tl.constexpr, ADD_W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH: tl.constexpr, BELOW_PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr,
+    INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr, ADD_H: tl.constexpr, ADD_W: tl.constexpr,
+    PADDED: tl.constexpr, PACKED: tl.constexpr, BATCH: tl.constexpr, BELOW_PACKED: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = CO * GROUPS
+    # tile (pid_m, pid_n) of group g; CO and CI count channels per group, C_OUT and C_IN all of them
+    C_OUT: tl.constexpr = CO * GROUPS
     C_IN: tl.constexpr = CI * GROUPS
     PHASES: tl.constexpr = STRIDE_H * STRIDE_W
     TILES_N: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
-    PADDED: tl.constexpr = PAD_H + PAD_W > 0 or PHASES > 1 or R * S > 1
     pid_m, pid_n = tile_of_program(tl.program_id(0), tiles_m * PHASES, TILES_N, GROUP_M)
-    group = tl.program_id(1)
-    phase, tile = pid_m % PHASES, pid_m // PHASES
+    g = tl.program_id(1)
+    within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ci, ci_mask = g * CI + within, within < CI
+
+    # rows: the pixels (n, h, w) of a phase, Hp x Wp per image
+    phase, first_m = pid_m % PHASES, pid_m // PHASES * BLOCK_M
     ph, pw = phase // STRIDE_W, phase % STRIDE_W
-    Hp = (H - ph + (STRIDE_H - 1)) // STRIDE_H
-    Wp = (W - pw + (STRIDE_W - 1)) // STRIDE_W
-    pixels = Hp * Wp
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = m < images * pixels
+    Hp, Wp = (H - ph + (STRIDE_H - 1)) // STRIDE_H, (W - pw + (STRIDE_W - 1)) // STRIDE_W
+    m = first_m + tl.arange(0, BLOCK_M)
+    row_mask = m < images * Hp * Wp
     n, h, w = pixel_of_row(m, tl.maximum(Hp, 1), tl.maximum(Wp, 1))
     h, w = ph + h * STRIDE_H, pw + w * STRIDE_W
-    within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ci, ci_mask = group * CI + within, within < CI
 
-    # taps
-    GCD_H: tl.constexpr = STRIDE_H // STEP_H
-    GCD_W: tl.constexpr = STRIDE_W // STEP_W
-    BACK_H: tl.constexpr = DIL_H // GCD_H
-    BACK_W: tl.constexpr = DIL_W // GCD_W
-    MOST_H: tl.constexpr = (R + STEP_H - 1) // STEP_H
-    MOST_W: tl.constexpr = (S + STEP_W - 1) // STEP_W
-    r = (ph + PAD_H) // GCD_H * INVERSE_H % STEP_H
-    s = (pw + PAD_W) // GCD_W * INVERSE_W % STEP_W
-    taps_h = (R - r + (STEP_H - 1)) // STEP_H
-    taps_w = (S - s + (STEP_W - 1)) // STEP_W
-    taps_h = tl.where((ph + PAD_H) % GCD_H == 0, taps_h, 0)
-    taps_w = tl.where((pw + PAD_W) % GCD_W == 0, taps_w, 0)
-    if STEP_H * STEP_W == 1:
-        taps_h = R
-        taps_w = S
+    # its taps: r, r + STEP, ... where h + pad - r*dil divides by the stride, which needs h + pad to divide by GCD
+    STEP_H: tl.constexpr = STRIDE_H // GCD_H
+    STEP_W: tl.constexpr = STRIDE_W // GCD_W
+    r, s = (ph + PAD_H) // GCD_H * INVERSE_H % STEP_H, (pw + PAD_W) // GCD_W * INVERSE_W % STEP_W
+    if PHASES == 1:
+        taps_h, taps_w = R, S
+    else:
+        real = ((ph + PAD_H) % GCD_H == 0) & ((pw + PAD_W) % GCD_W == 0)
+        taps_h, taps_w = tl.where(real, (R - r + (STEP_H - 1)) // STEP_H, 0), (S - s + (STEP_W - 1)) // STEP_W
+
+    # tap r reads dy at (h + pad - r*dil) / stride; offsets count from the tile's first image
     ho, wo = (h + PAD_H - r * DIL_H) // STRIDE_H, (w + PAD_W - s * DIL_W) // STRIDE_W
-    first_n = tile * BLOCK_M // tl.maximum(pixels, 1)
-    image = Ho * Wo * C
-    start = row_offset(first_n, image) + group * CO
-    n_off = (n - first_n).to(tl.int64) if WIDE else n - first_n
-    rows = n_off * image + (ho * Wo + wo) * C
-    w_rows = wt_ptr + (ci * (R * S * CO) + (r * S + s) * CO)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = accumulate_taps(
-        acc, g_ptr + start, y_ptr + start if BATCH else g_ptr, rows, ho, wo, row_mask, w_rows, ci_mask, coefficients_ptr + group * CO, taps_h, taps_w, Ho, Wo,
-        CO, C, S, MOST_H, MOST_W, BACK_H, BACK_W, STEP_H, STEP_W, PADDED, PACKED, BATCH, CI % BLOCK_N == 0, BLOCK_K, PRECISION, UPCAST,
-    )
+    first_n = first_m // tl.maximum(Hp * Wp, 1)
+    start = row_offset(first_n, Ho * Wo * C_OUT) + g * CO
+    images_on = (n - first_n).to(tl.int64) if WIDE else n - first_n
+    rows = images_on * (Ho * Wo * C_OUT) + (ho * Wo + wo) * C_OUT
+    if BATCH:
+        y_ptr += start
+    if PADDED and PACKED and BATCH:
+        outside_ptr += g * CO
 
-    p = (n * H + h) * W + w
-    at = row_offset(p, C_IN)[:, None] + ci[None, :]
-    mask = row_mask[:, None] & ci_mask[None, :]
-    if add_ptr is not None:
-        acc += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if strided_ptr is not None:
-        touched = row_mask & (h % ADD_H == 0) & (w % ADD_W == 0)
-        q = (n * Hs + h // ADD_H) * Ws + w // ADD_W
-        acc += tl.load(strided_ptr + (row_offset(q, C_IN)[:, None] + ci[None, :]), mask=touched[:, None] & ci_mask[None, :], other=0.0).to(tl.float32)
-    if below_ptr is not None:
-        below = tl.load(below_ptr + at, mask=mask, other=0.0)
-        wide = below.to(tl.float32)
-        if BELOW_PACKED:
-            lo = tl.load(rule_ptr + LO * C_IN + ci, mask=ci_mask, other=0.0).to(tl.float32)
-            hi = tl.load(rule_ptr + HI * C_IN + ci, mask=ci_mask, other=0.0).to(tl.float32)
-            thr = tl.load(rule_ptr + THRESHOLD * C_IN + ci, mask=ci_mask, other=0.0).to(tl.float32)
-            keep = tl.minimum(tl.maximum(wide, lo[None, :]), hi[None, :]) != thr[None, :]
-        else:
-            scale = tl.load(vectors_ptr + SCALE * C_IN + ci, mask=ci_mask, other=0.0)
-            shift = tl.load(vectors_ptr + SHIFT * C_IN + ci, mask=ci_mask, other=0.0)
-            keep = ~(wide * scale[None, :] + shift[None, :] <= 0.0)
-        acc = tl.where(keep & mask, acc, 0.0)
-    dx = round_to(acc, dx_ptr.dtype.element_ty, UPCAST)
-    tl.store(dx_ptr + at, dx, mask=mask)
-    if below_ptr is not None:
-        mean = tl.load(vectors_ptr + MEAN * C_IN + ci, mask=ci_mask, other=0.0)
-        v = dx.to(tl.float32)
+    # tile = sum over taps and channels
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = accumulate_gradient(
+        acc, g_ptr + start, y_ptr, rows, ho, wo, row_mask, wt_ptr + (ci * (R * S) + (r * S + s)) * CO, ci_mask,
+        grad_ptr + g * CO, outside_ptr, taps_h, taps_w, Ho, Wo,
+        CO, C_OUT, S, (R + STEP_H - 1) // STEP_H, (S + STEP_W - 1) // STEP_W, STEP_H, STEP_W,
+        DIL_H // GCD_H, DIL_W // GCD_W, PADDED, PACKED, BATCH, ALIGN, CI % BLOCK_N == 0, BLOCK_K, PRECISION, UPCAST,
+    )  # fmt: skip
+
+    # dx = round(tile + added) where below passes
+    if add_ptr is None and strided_ptr is None:
+        acc = round_to(acc, dx_ptr.dtype.element_ty, UPCAST)  # half the bytes on their way to the other layout
+    even, odd = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M // 2, 2, BLOCK_N)), (0, 2, 1)))
+    m = first_m + 2 * tl.arange(0, BLOCK_M // 2)
+    even, even_y = finish_rows(
+        even, m, ph, pw, Hp, Wp, ci, ci_mask, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr, dx_ptr,
+        images, H, W, Hs, Ws, C_IN, STRIDE_H, STRIDE_W, ADD_H, ADD_W, BELOW_PACKED, UPCAST,
+    )  # fmt: skip
+    odd, odd_y = finish_rows(
+        odd, m + 1, ph, pw, Hp, Wp, ci, ci_mask, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr, dx_ptr,
+        images, H, W, Hs, Ws, C_IN, STRIDE_H, STRIDE_W, ADD_H, ADD_W, BELOW_PACKED, UPCAST,
+    )  # fmt: skip
+
+    # partials[0, t, ci], partials[1, t, ci] = sum dx, sum dx * (y_below - MEAN)
+    if partials_ptr is not None:
         out = partials_ptr + (row_offset(pid_m, C_IN) + ci)
-        tl.store(out, tl.sum(v, 0), mask=ci_mask)
-        tl.store(out + row_offset(tiles_m * PHASES, C_IN), tl.sum(v * (wide - mean[None, :]), 0), mask=ci_mask)
+        tl.store(out, tl.sum(even + odd, 0), mask=ci_mask)
+        tl.store(out + row_offset(tiles_m * PHASES, C_IN), tl.sum(even_y + odd_y, 0), mask=ci_mask)
 
 
 def conv_dgrad(
-    launch: LaunchSpec, config: Config, wt: Tensor, grad: Grad, below: Act | None, below_packed: bool,
-    add: Tensor | None, add_strided: tuple[Tensor, tuple[int, int]] | None, compact: bool = False,
+    launch: LaunchSpec,
+    config: Config,
+    wt: Tensor,
+    grad: Grad,
+    below: Act | None,
+    below_packed: bool,
+    add: Tensor | None,
+    add_strided: tuple[Tensor, tuple[int, int]] | None,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    conv, groups = launch.last, merged_groups(launch.last)
+    """The gradient of a convolution's input, and sums by tile for the BatchNorm that made it.
+
+    ``wt`` (Ci, R, S, Co/groups) of :func:`pack_dgrad`, with A where ``config.packed``. ``grad``: of the convolution's
+    raw output (N, Co, Ho, Wo), read through ``packed`` where ``config.packed``, else through ``coefficients``.
+    ``below``: the raw input (N, Ci, H, W) that the convolution read through a norm and ReLU; ``below_packed``: through
+    its ``clamp``. ``add`` (N, Ci, H, W) is added everywhere, ``add_strided`` (N, Ci, Hs, Ws), (sh, sw) at every sh-th
+    row's sw-th pixel. ``compact``: a 1x1 without padding, with strides; dx of the pixels that it read, (N, Ci, Ho, Wo).
+
+    Returns dx (N, Ci, H, W), dense NHWC, in the dtype of g; and with ``below`` partials (2, tiles, Ci) fp32: sum dx and
+    sum dx * (y - MEAN). All tensors are dense NHWC. Deterministic.
+    """
+    conv, groups, g = launch.last, merged_groups(launch.last), grad.g
     if compact:
         conv = conv.with_(h=conv.ho, w=conv.wo, stride=(1, 1))
-    g, packed = grad.g, config.packed
-    ci, co = conv.ci // groups, conv.co // groups
-    (sh, sw), (dh, dw) = conv.stride, conv.dilation
-    steps = sh // gcd(sh, dh), sw // gcd(sw, dw)
-    inverse = [pow(d // gcd(s, d), -1, step) if step > 1 else 0 for s, d, step in zip(conv.stride, conv.dilation, steps)]
+    ci, co, (sh, sw) = conv.ci // groups, conv.co // groups, conv.stride
     tiles_m = -(-conv.n * -(-conv.h // sh) * -(-conv.w // sw) // config.block_m)
     tiles = tiles_m * sh * sw
     dx = g.new_empty((conv.n, conv.h, conv.w, conv.ci)).permute(0, 3, 1, 2)
     partials = None if below is None else g.new_empty((2, tiles, conv.ci), dtype=torch.float32)
+    padded = (conv.r, conv.s, *conv.stride, *conv.padding) != (1, 1, 1, 1, 0, 0)
+    outside = -grad.packed[vectors.GAMMA] if padded and config.packed and grad.batch else None  # type: ignore[index]
     strided, (add_h, add_w) = add_strided or (None, (1, 1))
-    hs, ws = (1, 1) if strided is None else strided.shape[2:]
-    pixels = max(1, (conv.h // sh) * (conv.w // sw))
-    wide = min(conv.n, config.block_m // pixels + 2) * conv.ho * conv.wo * conv.co >= 1 << 31
+    geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]
     arguments: dict[str, Any] = {}
     if not INTERPRETED:
         arguments = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _conv_dgrad_kernel[(tiles * -(-ci // config.block_n), groups)](
-        g, grad.y if grad.batch else None, wt, grad.packed if packed else grad.coefficients,
+        g, grad.y if grad.batch else None, wt, grad.packed if config.packed else grad.coefficients, outside,
         add, strided, None if below is None else below.y,
         below.clamp if below is not None and below_packed else None, None if below is None else below.vectors,
-        dx, partials,
-        tiles_m, conv.n, conv.h, conv.w, conv.ho, conv.wo, hs, ws,
-        CO=co, CI=ci, GROUPS=groups, R=conv.r, S=conv.s,
-        STRIDE_H=sh, STRIDE_W=sw, PAD_H=conv.padding[0], PAD_W=conv.padding[1], DIL_H=dh, DIL_W=dw,
-        STEP_H=steps[0], STEP_W=steps[1], INVERSE_H=inverse[0], INVERSE_W=inverse[1], WIDE=wide,
-        ADD_H=add_h, ADD_W=add_w, PACKED=packed, BATCH=grad.batch, BELOW_PACKED=below_packed,
+        dx, partials, tiles_m, conv.n, conv.h, conv.w, conv.ho, conv.wo,
+        *((1, 1) if strided is None else strided.shape[2:]),
+        CO=co, CI=ci, GROUPS=groups, R=conv.r, S=conv.s, STRIDE_H=sh, STRIDE_W=sw,
+        PAD_H=conv.padding[0], PAD_W=conv.padding[1], DIL_H=conv.dilation[0], DIL_W=conv.dilation[1],
+        GCD_H=geometry[0][0], GCD_W=geometry[1][0], INVERSE_H=geometry[0][1], INVERSE_W=geometry[1][1],
+        ADD_H=add_h, ADD_W=add_w, PADDED=padded, PACKED=config.packed, BATCH=grad.batch, BELOW_PACKED=below_packed,
+        ALIGN=_alignment(g, outside, co), WIDE=_wide(conv, config),
         PRECISION="tf32" if conv.tf32 else "ieee", UPCAST=upcasts(g.dtype),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m, **arguments,
-    )
+    )  # fmt: skip
     return dx, partials
+
+
+def _phases(stride: int, dilation: int) -> tuple[int, int]:
+    """(gcd of both, inverse of dilation/gcd modulo stride/gcd): what tells a phase's taps."""
+    common = gcd(stride, dilation)
+    step = stride // common
+    return common, pow(dilation // common, -1, step) if step > 1 else 0
+
+
+def _wide(conv: ConvSpec, config: Config) -> bool:
+    """Do a tile's pixels lie 2^31 elements of dy or more apart? Images of few pixels make a tile span many."""
+    per_image = max(1, (conv.h // conv.stride[0]) * (conv.w // conv.stride[1]))
+    images = min(conv.n, config.block_m // per_image + 2)
+    return images * conv.ho * conv.wo * conv.co >= 1 << 31
+
+
+def _alignment(g: Tensor, outside: Tensor | None, co: int) -> int:
+    """16 if every pixel's run of a group's ``co`` channels begins on a 16-byte word, in g and ``outside``; else an
+    element's size. The compiler does not see it through the choice of a row."""
+    size = g.element_size()
+    starts = [co * size] if outside is None else [co * size, g.data_ptr(), outside.data_ptr()]
+    return 16 if all(start % 16 == 0 for start in starts) else size

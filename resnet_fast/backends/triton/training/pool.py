@@ -109,7 +109,7 @@ def _pool_end_fwd_kernel(
                 row_best = _larger(row_best, tl.load(at, mask=c_mask, other=0.0).to(tl.float32) * scale + shift)
             new = ()
             for k in tl.static_range(0, REACH):
-                new += (_extended(windows[k], row_best, (REACH - 1 - k) * STRIDE + a, KERNEL),)
+                new += (_extended(windows[k], row_best, (REACH - 1 - k) * STRIDE + a, KERNEL),)  # type: ignore[assignment]
             windows = new
         # the oldest window is complete
         i = cell - (REACH - 1)
@@ -221,7 +221,7 @@ def _pool_end_bwd_kernel(
             dz = tl.load(at, mask=mask_of(here, c, C, BLOCK_C), other=0.0).to(tl.float32)
             new = ()
             for k in tl.static_range(0, REACH * PIXELS):
-                new += (_received(grads[k], winner, dz, k, left, KERNEL, STRIDE),)
+                new += (_received(grads[k], winner, dz, k, left, KERNEL, STRIDE),)  # type: ignore[assignment]
             grads = new
         # this row of cells is complete: store, sum
         for k in tl.static_range(0, PIXELS):

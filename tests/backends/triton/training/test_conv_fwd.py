@@ -135,14 +135,14 @@ def test_images_that_lie_2_to_the_31_elements_apart(prologue: str) -> None:
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("float16", 1e-4), ("bfloat16", 1e-4)])
 def test_statistics_of_a_mean_of_a_hundred_deviations(dtype: str, tolerance: float) -> None:
-    """Against the output as stored; in bfloat16 a hundred deviations are stored in steps of half of one."""
+    """Against the output as stored: in bfloat16 it is stored in steps of a deviation."""
     spec = conv(20, 24, 1, n=3, h=9, w=9, dtype=dtype)
     c = case(spec, "none", centre=False)
     w, _ = c.packs()
-    y, partials = conv_fwd(c.launch, for_dtype(TILE, dtype), w, torch.full((24,), 100.0), c.x, None, True)
+    y, partials = conv_fwd(c.launch, for_dtype(TILE, dtype), w, torch.full((24,), 200.0), c.x, None, True)
     assert partials is not None
     flat = y.double().transpose(0, 1).flatten(1)
-    assert (flat.mean(1) / flat.std(1)).min() > 30
+    assert (flat.mean(1) / flat.std(1)).min() > 100
     assert_moments(y, partials, TILE.block_m, tolerance)
 
 

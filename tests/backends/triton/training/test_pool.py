@@ -25,9 +25,12 @@ POOLS = {
     "wide": Pool(5, 2, 1),
     "one": Pool(1, 1, 0),
 }
-SHAPES = [(3, 20, 7, 5), (1, 64, 8, 11), (2, 5, 13, 6), (1, 136, 5, 5)]
-STRIPS = [1, 7, 1024]
-CASES = [(name, shape) for i, name in enumerate(POOLS) for shape in (SHAPES if i == 0 else [SHAPES[i % 4]])]
+SHAPES = [(3, 20, 7, 5), (1, 64, 6, 9), (2, 5, 6, 4), (1, 136, 4, 5)]
+STRIPS = [1, 2, 1024]
+HALF = torch.float16
+CASES = [("resnet", shape, dtype) for shape in SHAPES for dtype in cases.DTYPES]
+CASES += [(name, SHAPES[i % 4], HALF) for i, name in enumerate(POOLS) if name != "resnet"]
+NAN_CASES = [("resnet", dtype) for dtype in cases.DTYPES] + [("halves", HALF), ("dense", HALF)]
 
 
 def coarse(y: Tensor) -> Tensor:
@@ -57,13 +60,12 @@ def pooled(y: Tensor, pool: Pool) -> tuple[int, ...]:
     return tuple(F.max_pool2d(torch.empty(y.shape, device="meta"), *pool).shape)
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("name,shape", CASES, ids=str)
+@pytest.mark.parametrize("name,shape,dtype", CASES, ids=str)
 def test_forward_and_backward(
     name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = POOLS[name]
-    monkeypatch.setattr(kernel, "PROGRAMS", STRIPS[CASES.index((name, shape)) % len(STRIPS)])
+    monkeypatch.setattr(kernel, "PROGRAMS", STRIPS[CASES.index((name, shape, dtype)) % len(STRIPS)])
     y = coarse(cases.raw(*shape, dtype))
     rows, _ = cases.vectors(y)
     dz = few_digits(pooled(y, pool), dtype)
@@ -77,12 +79,13 @@ def test_forward_and_backward(
     cases.assert_sums(partials, g, y, rows)
 
 
-@pytest.mark.parametrize("strips", STRIPS)
+@pytest.mark.parametrize("strips", STRIPS[1:])
 def test_strips_agree(strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a launch is cut changes no bit of z and g; run twice, no bit at all."""
-    pool, y = POOLS["resnet"], cases.raw(2, 20, 12, 9, torch.float16)
+    pool, y = POOLS["resnet"], cases.raw(2, 20, 10, 5, torch.float16)
     rows, _ = cases.vectors(y)
     dz = cases.gradient(pool_end(y, rows, pool))
+    monkeypatch.setattr(kernel, "PROGRAMS", 1)
     whole = pool_end(y, rows, pool), pool_end_backward(dz, y, rows, pool)[0]
     monkeypatch.setattr(kernel, "PROGRAMS", strips)
     z, (g, partials) = pool_end(y, rows, pool), pool_end_backward(dz, y, rows, pool)
@@ -92,9 +95,8 @@ def test_strips_agree(strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("name", ["resnet", "dense", "even"])
-def test_gradients_round_once(dtype: torch.dtype, name: str) -> None:
-    pool, y = POOLS[name], cases.raw(2, 20, 9, 8, dtype)
+def test_gradients_round_once(dtype: torch.dtype) -> None:
+    pool, y = POOLS["resnet"], cases.raw(2, 20, 6, 7, dtype)
     rows, _ = cases.vectors(y)
     dz = cases.guarded(torch.randn(pooled(y, pool)).to(dtype))
     g, partials = pool_end_backward(dz, y, rows, pool)
@@ -102,15 +104,14 @@ def test_gradients_round_once(dtype: torch.dtype, name: str) -> None:
     cases.assert_sums(partials, g, y, rows)
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("name", ["resnet", "halves", "dense", "even"])
-def test_nan_wins_as_in_stock(dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize("name,dtype", NAN_CASES, ids=str)
+def test_nan_wins_as_in_stock(name: str, dtype: torch.dtype) -> None:
     """One NaN in a window, several, infinities beside them; the gradient goes where PyTorch's goes."""
-    pool, y = POOLS[name], coarse(cases.raw(2, 20, 9, 8, dtype))
+    pool, y = POOLS[name], coarse(cases.raw(1, 20, 6, 5, dtype))
     rows, _ = cases.vectors(y)
-    for c, h, w in ((2, 0, 0), (3, 4, 4), (3, 4, 5), (3, 5, 3), (5, 8, 7), (6, 3, 3), (6, 2, 2)):
+    for c, h, w in ((2, 0, 0), (3, 3, 3), (3, 3, 4), (3, 4, 2), (5, 5, 4), (6, 3, 3), (6, 2, 2)):
         y[0, c, h, w] = float("nan")
-    y[0, 6, 3, 2] = y[0, 7, 5, 5] = y[0, 7, 5, 6] = float("inf")
+    y[0, 6, 3, 2] = y[0, 7, 4, 3] = y[0, 7, 4, 4] = float("inf")
     y[0, 8, 1, 1] = float("-inf")
     dz = few_digits(pooled(y, pool), dtype)
     want_z, want_g = truth(y, rows, dz, pool)
