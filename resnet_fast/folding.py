@@ -1,4 +1,5 @@
-"""BatchNorm -> (scale, shift) in fp32, and a convolution with its BatchNorm folded in. The only file where eps appears.
+"""BatchNorm -> (scale, shift) in fp32, and a convolution with its BatchNorm folded in. The only file where eps appears,
+beside the kernel that takes the root of a batch's variance (backends/triton/training/batch_norm.py).
 
     bn(y) = gamma * (y - mean) / sqrt(var + eps) + beta = scale * y + shift
     scale = gamma / sqrt(var + eps)          shift = beta - mean * scale
