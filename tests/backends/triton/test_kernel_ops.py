@@ -154,7 +154,10 @@ def test_changed_weights_are_seen() -> None:
 
 @pytest.mark.parametrize(
     "change,sentence",
-    [({"dtype": torch.float64}, "expected one of float32"), ({"batch_stats": True}, "expected running statistics")],
+    [
+        ({"dtype": torch.float64}, "expected one of float32"),
+        ({"n": 0, "batch_stats": True}, "expected at least one element to train on"),
+    ],
 )
 def test_a_refusal_is_the_same_sentence_everywhere(change: dict[str, Any], sentence: str) -> None:
     from resnet_fast.dispatch import select
@@ -169,10 +172,15 @@ def test_a_refusal_is_the_same_sentence_everywhere(change: dict[str, Any], sente
     assert choice.impl.backend != "triton" and sentence in dict(choice.refused)["triton"]
 
 
-def test_a_call_with_a_graph_is_refused() -> None:
-    p = make("conv_bn_act").copy(grad=True)
-    with pytest.raises(BackendError, match="expected a call without autograd"):
-        p.run("triton")
+def test_a_call_with_a_graph_has_the_gradients_of_eager() -> None:
+    p = make("conv_bn_act", batch_stats=True)
+    ours, stock, exact = p.copy(grad=True), p.copy(grad=True), p.to(torch.float64).copy(grad=True)
+    ours.run("triton").square().sum().backward()
+    stock.eager().square().sum().backward()
+    exact.eager().square().sum().backward()
+    for name, leaf in ours.leaves().items():
+        assert leaf.grad is not None, name
+        numerics.assert_close(leaf.grad, exact.leaves()[name].grad, stock.leaves()[name].grad, p.gemm_k())
 
 
 def test_auto_never_chooses_the_interpreter() -> None:
