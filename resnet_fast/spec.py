@@ -477,8 +477,9 @@ class Training:
     """An implementation whose gradient is code of its own, in place of a run that autograd records.
 
     ``forward(call, spec, save)`` returns the output, the tensors that ``backward`` needs besides it, and what was
-    chosen, as a text. Running statistics are not touched: ``statistics(call, saved)`` gives the batch's (mean, unbiased
-    variance) of every norm with batch statistics, None for the others, and the op updates them when all went well.
+    chosen, which prints as a text. Running statistics are not touched: ``statistics(call, saved)`` gives the batch's
+    (mean, unbiased variance) of every norm with batch statistics, None for the others, and the op updates them when all
+    went well.
     ``backward(call, spec, saved, y, dy, needs)`` returns the gradients as :class:`resnet_fast.calls.Leaves`, where
     ``needs`` says which are wanted. ``shapes(call, spec, save)``: (shape, dtype, layout) of each tensor in ``saved``,
     for compilers.

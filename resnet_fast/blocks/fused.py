@@ -212,5 +212,4 @@ def norm_record(norm: Any) -> Norm:
                 momentum = 1.0 / float(norm.num_batches_tracked)
     else:
         mean = var = None
-    sync = sync_group(norm) if kind is nn.SyncBatchNorm else ""
-    return Norm(weight, bias, mean, var, True, momentum or 0.0, norm.eps, sync)
+    return Norm(weight, bias, mean, var, True, momentum or 0.0, norm.eps, sync_group(norm))

@@ -121,9 +121,8 @@ def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: A
     return choice.impl.run(call, spec, state)
 
 
-def run(call: Call | NetCall, spec: Spec | NetSpec, backend: str) -> Tensor:
-    """Choose, prepare and run once, keeping nothing."""
-    choice = choose(spec, call.x.device.type, backend)
+def run(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice) -> Tensor:
+    """Prepare and run once, keeping nothing."""
     return execute(call, spec, choice, prepare(call, spec, choice, []))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C import _after_autograd_keyset, _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
 
-from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall
+from ..calls import BlockCall, Call, Conv, given_of
 from ..dispatch import select
 from ..errors import UserError
 from . import train
@@ -63,12 +63,7 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
     LIBRARY.define(f"{name}({schema}, {train.OPTIONS_SCHEMA}) -> Tensor")
     packet = getattr(torch.ops.resnet_fast, name)
     op = packet.default
-    count = len(op._schema.arguments)
-    defaults = tuple(a.default_value for a in op._schema.arguments)
-
-    def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """PyTorch drops trailing arguments that equal their default before it calls a Python kernel."""
-        return args if len(args) == count else args + defaults[len(args) :]
+    complete = train.completer(op)
 
     def bind_all(*args: Any) -> Call:
         *given, _, _, sync = args
@@ -89,7 +84,7 @@ def register(name: str, schema: str, bind: Callable[..., Call], flops: Callable[
         choice = select.choose(spec, call.x.device.type, options.backend)
         if choice.impl.training is not None:
             return train.run(call, choice, options)
-        return select.trace(call) if traced else select.run(call, spec, options.backend)
+        return select.trace(call) if traced else select.run(call, spec, choice)
 
     def on_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
         args = complete(args)
@@ -140,19 +135,7 @@ def with_sync(call: Call, group: str) -> Call:
 
 def tensors_of(call: Call) -> list[Tensor]:
     """Every tensor of a call, for the question whether one of them asks for a gradient."""
-    if isinstance(call, BlockCall):
-        found: list[Tensor | None] = [call.x, call.shortcut]
-        convs, norms = call.convs, call.norms
-    elif isinstance(call, BnActCall):
-        found, convs, norms = [call.x, call.residual], (), (call.norm,)
-    else:
-        found = [call.x, call.residual if isinstance(call, ConvBnActCall) else None]
-        convs, norms = (call.conv,), (call.norm,)
-    for conv in convs:
-        found += [conv.weight, conv.bias]
-    for norm in norms:
-        found += norm.tensors()
-    return [t for t in found if t is not None]
+    return [t for t in (call.x, given_of(call), *call.parameters()) if t is not None]
 
 
 def _check_one_device(call: Call) -> None:

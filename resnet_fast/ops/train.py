@@ -43,6 +43,12 @@ class Options(NamedTuple):
 OPTIONS_SCHEMA = 'str backend="auto", str save="raw", str sync=""'
 
 
+def completer(op: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What puts back the trailing arguments that PyTorch drops before it calls a Python kernel: those at default."""
+    defaults = tuple(a.default_value for a in op._schema.arguments)
+    return lambda args: (*args, *defaults[len(args) :])
+
+
 def define(library: torch.library.Library, name: str, schema: str, bind: Bind) -> None:
     """Define ``name_train`` and ``name_backward``. ``schema``: the arguments of ``name`` without its options; ``bind``
     makes a call of all arguments of ``name``."""
@@ -52,11 +58,10 @@ def define(library: torch.library.Library, name: str, schema: str, bind: Bind) -
     )
     forward_op = getattr(torch.ops.resnet_fast, f"{name}_train").default
     backward_op = getattr(torch.ops.resnet_fast, f"{name}_backward").default
-    given = [a.default_value for a in forward_op._schema.arguments]
+    complete = completer(forward_op)
 
     def bound(args: tuple[Any, ...]) -> tuple[Call, Options]:
-        """PyTorch drops trailing arguments that equal their default before it calls a Python kernel."""
-        args = (*args, *given[len(args) :])
+        args = complete(args)
         return bind(*args), Options(*args[-3:])
 
     def chosen(call: Call, spec: Any, options: Options) -> tuple[select.Choice, Training]:

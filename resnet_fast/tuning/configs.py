@@ -55,7 +55,7 @@ class Config:
         return text + (" descriptors" if self.descriptors else "") + (f" rows{self.rows}" if self.rows != 1 else "")
 
 
-def _tiles(kernel: str, *sizes: tuple[int, ...], **more: int | bool) -> tuple[Config, ...]:
+def of_sizes(kernel: str, *sizes: tuple[int, ...], **more: int | bool) -> tuple[Config, ...]:
     return tuple(Config(kernel, *size, **more) for size in sizes)  # type: ignore[arg-type]
 
 
@@ -99,13 +99,13 @@ _TAIL = (
 
 SHIPPED: dict[str, tuple[Config, ...]] = {
     "conv_bn_act_1x1": (
-        *_tiles("conv_bn_act_1x1", *_1X1),
-        *_tiles("conv_bn_act_1x1", *_DESCRIBED_1X1, descriptors=True),
+        *of_sizes("conv_bn_act_1x1", *_1X1),
+        *of_sizes("conv_bn_act_1x1", *_DESCRIBED_1X1, descriptors=True),
     ),
-    "conv_bn_act_3x3": _tiles("conv_bn_act_3x3", *_3X3),
-    "conv_bn_act": _tiles("conv_bn_act", *_GENERAL),
-    "stem": tuple(config for rows in (4, 14) for config in _tiles("stem", *_STEM, rows=rows)),
-    "bottleneck": _tiles("bottleneck", *_TAIL),
+    "conv_bn_act_3x3": of_sizes("conv_bn_act_3x3", *_3X3),
+    "conv_bn_act": of_sizes("conv_bn_act", *_GENERAL),
+    "stem": tuple(config for rows in (4, 14) for config in of_sizes("stem", *_STEM, rows=rows)),
+    "bottleneck": of_sizes("bottleneck", *_TAIL),
 }
 """Every config that can ever be chosen, by kernel. Tests run each, static budgets compile each."""
 
@@ -211,7 +211,9 @@ def _descriptors_apply(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     return YES
 
 
-RULES: tuple[Callable[[LaunchSpec, Config, Gpu], Verdict], ...] = (
+Rule = Callable[[LaunchSpec, Config, Gpu], Verdict]
+
+RULES: tuple[Rule, ...] = (
     _fits_shared,
     _fits_registers,
     _chain_on_tensor_cores,
@@ -221,9 +223,9 @@ RULES: tuple[Callable[[LaunchSpec, Config, Gpu], Verdict], ...] = (
 )
 
 
-def verdict(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """May ``config`` run ``launch`` on ``gpu``? The first rule that says no gives the reason."""
-    for rule in RULES:
+def verdict(launch: LaunchSpec, config: Config, gpu: Gpu, rules: tuple[Rule, ...] = RULES) -> Verdict:
+    """May ``config`` run ``launch`` on ``gpu``? The first of ``rules`` that says no gives the reason."""
+    for rule in rules:
         answer = rule(launch, config, gpu)
         if not answer:
             return answer

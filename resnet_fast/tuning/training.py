@@ -14,21 +14,18 @@ from functools import lru_cache
 from ..devices import Device, Gpu
 from ..spec import ITEMSIZE, YES, ConvSpec, LaunchSpec, Verdict
 from . import configs
-from .configs import NARROW, Config, for_dtype
+from .configs import NARROW, Config, for_dtype, of_sizes
+from .heuristic import SCALAR_RATE
 from .routes import MIN_CHANNELS, merged_groups
 from .tables import Table
 
 KERNELS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
 
 
-def _tiles(kernel: str, *sizes: tuple[int, ...]) -> tuple[Config, ...]:
-    return tuple(Config(kernel, *size) for size in sizes)  # type: ignore[arg-type]
-
-
 # (block_m, block_n, block_k, num_warps, num_stages) for 16-bit operands; for fp32 block_k is halved (``for_dtype``).
 # conv_fwd: output pixels x Co x products. conv_dgrad: input pixels x Ci x products. conv_wgrad: Co x Ci x pixels.
 SHIPPED: dict[str, tuple[Config, ...]] = {
-    "conv_fwd": _tiles(
+    "conv_fwd": of_sizes(
         "conv_fwd",
         (128, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
@@ -38,7 +35,7 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
         (64, 32, 32, 4, 3),
         (32, 16, 32, 4, 3),
     ),
-    "conv_dgrad": _tiles(
+    "conv_dgrad": of_sizes(
         "conv_dgrad",
         (128, 128, 64, 8, 3),
         (128, 64, 64, 4, 3),
@@ -46,7 +43,7 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
         (64, 32, 32, 4, 3),
         (32, 16, 32, 4, 3),
     ),
-    "conv_wgrad": _tiles(
+    "conv_wgrad": of_sizes(
         "conv_wgrad", (128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3), (16, 16, 64, 4, 3)
     ),
 }
@@ -150,7 +147,7 @@ RULES = (_fits_shared, _fits_registers, _not_larger_than_needed, _packed_16_bit)
 
 def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """May ``config`` run a launch on ``gpu``? The first rule that says no gives the reason."""
-    return next((answer for rule in RULES if not (answer := rule(one, config, gpu))), YES)
+    return configs.verdict(one, config, gpu, RULES)
 
 
 def candidates(one: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
@@ -171,7 +168,7 @@ def predict(one: LaunchSpec, config: Config, device: Device) -> float:
     programs = tiles if one.kernel != "conv_wgrad" else min(work, 2 * gpu.sms)
     rate = device.rate(one.dtype).value / 2 / gpu.sms
     if not configs.on_tensor_cores(one):
-        rate /= 8
+        rate *= SCALAR_RATE
     fill = (0.35 + 0.65 * min(1.0, config.block_n / 128)) * min(1.0, config.block_m / (16 * config.num_warps))
     waves = -(-programs // gpu.sms) * gpu.sms / programs
     compute = waves * work * config.block_m * config.block_n * config.block_k / gpu.sms / (rate * fill)

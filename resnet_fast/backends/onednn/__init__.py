@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ...spec import YES, Impl, NetSpec, PointwiseSpec, Spec, Verdict
+from ..refusals import inference_only
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bn_act import prepare as prepare_norm
 from .bottleneck import bottleneck
 from .conv_bn_act import DTYPES, conv_bn_act, prepare
-from .inference import inference_only
 from .net import net
 from .net import prepare as prepare_net
 from .stem import stem

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
+from ..refusals import dtype_among
 
 DTYPES = ("float32", "bfloat16", "float16")
 INDEX_LIMIT = 2**31 - 1024
@@ -74,8 +75,9 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
-    if spec.dtype not in DTYPES:
-        return Verdict.no(f"one of {', '.join(DTYPES)}", spec.dtype, "convert the model and its input")
+    known = dtype_among(spec, DTYPES)
+    if not known:
+        return known
     if isinstance(spec, NetSpec):
         if spec.grad or spec.batch_stats:
             return Verdict.no("inference", "a whole net in training", "call its parts one by one")
@@ -108,9 +110,9 @@ def _impl(name: str, module: str, run: str) -> Impl:
 
     def run_some(call: Any, spec: Any, state: Any) -> Tensor:
         if state is None:
-            return _in_layout(call.x.new_empty(spec.out_shape()), spec.layout)
+            return in_layout(call.x.new_empty(spec.out_shape()), spec.layout)
         runner: Callable[..., Tensor] = getattr(load(), run)
-        return _in_layout(runner(call, spec, state), spec.layout)
+        return in_layout(runner(call, spec, state), spec.layout)
 
     # In the interpreter below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-1, ("cuda", "cpu")) if _interpreted() else (20, ("cuda",))
@@ -131,7 +133,7 @@ def _from_chain(name: str) -> Callable[..., Any]:
 TRAINING = Training(*map(_from_chain, ("forward", "backward", "statistics", "shapes")))
 
 
-def _in_layout(y: Tensor, layout: str) -> Tensor:
+def in_layout(y: Tensor, layout: str) -> Tensor:
     """``y`` with the strides that the reference would return."""
     return y.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import folding
 from ...calls import BnActCall
 from ...spec import PointwiseSpec
-from .launch import upcasts
+from .launch import nhwc, upcasts
 from .tiles import relu, round_to, row_offset
 
 BLOCK_M, BLOCK_C = 16, 128
@@ -57,8 +57,8 @@ def prepare(call: BnActCall, spec: PointwiseSpec, earlier: list[tuple[Tensor, Te
 
 def bn_act(call: BnActCall, spec: PointwiseSpec, state: tuple[Tensor, Tensor]) -> Tensor:
     """act(bn(x) + residual), NHWC."""
-    x = call.x.contiguous(memory_format=torch.channels_last)
-    res = None if call.residual is None else call.residual.contiguous(memory_format=torch.channels_last)
+    x = nhwc(call.x)
+    res = None if call.residual is None else nhwc(call.residual)
     y = torch.empty_like(x)
     rows = spec.n * spec.h * spec.w
     grid = (-(-rows // BLOCK_M), -(-spec.c // BLOCK_C))

@@ -36,7 +36,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config, chain_width
 from .conv_bn_act_3x3 import accumulate_3x3
-from .launch import Packed, common, new_output
+from .launch import Packed, common, new_output, steps_of
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, relu, round_to, row_offset
 
 
@@ -99,9 +99,7 @@ def bottleneck(
         x, packed.inner, packed.inner_bias, packed.weight, packed.bias, res, y, xp, packed.projection,
         conv3.gemm_m, conv2.h, conv2.w, conv2.ho, conv2.wo, conv3.co, cp,
         x.stride(0), x.stride(2), x.stride(3), *xp_strides,
-        CI=conv2.ci, CMID=conv2.co,
-        STRIDE_H=conv2.stride[0], STRIDE_W=conv2.stride[1], PAD_H=conv2.padding[0], PAD_W=conv2.padding[1],
-        DIL_H=conv2.dilation[0], DIL_W=conv2.dilation[1],
+        CI=conv2.ci, CMID=conv2.co, **steps_of(conv2),
         PROJ=proj is not None, PROJ_STRIDE_H=proj.stride[0] if proj else 1, PROJ_STRIDE_W=proj.stride[1] if proj else 1,
         PROJ_EVEN_K=cp % config.block_k == 0,
         BLOCK_N=config.block_n, BLOCK_C=chain_width(spec), **common(spec, config, x.dtype),

@@ -31,8 +31,8 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from .launch import Packed, common, grid_of, new_output
-from .tiles import finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
+from .launch import Packed, common, grid_of, new_output, steps_of
+from .tiles import finish_tile, multiply, pixel_of_row, row_offset, rows_and_channels, tile_of_program
 
 
 @triton.jit
@@ -71,9 +71,7 @@ def _conv_bn_act_fwd_kernel(
     tiles_m, tiles_n = tl.cdiv(gemm_m, BLOCK_M), tl.cdiv(GEMM_N, BLOCK_N)
     pid_m, pid_n = tile_of_program(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     g = tl.program_id(1)
-    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    co, row_mask, co_mask = g * GEMM_N + within, m < gemm_m, within < GEMM_N
+    m, co, row_mask, co_mask = rows_and_channels(pid_m, pid_n, g, gemm_m, GEMM_N, BLOCK_M, BLOCK_N)
 
     # where each pixel's window starts
     n, ho, wo = pixel_of_row(m, Ho, Wo)
@@ -101,9 +99,7 @@ def conv_bn_act(
     _conv_bn_act_fwd_kernel[grid_of(conv, config)](
         x, packed.weight, packed.bias, res, y,
         conv.gemm_m, conv.h, conv.w, conv.ho, conv.wo, conv.co, x.stride(0), x.stride(2), x.stride(3),
-        CI=conv.ci // groups, GEMM_N=conv.co // groups, R=conv.r, S=conv.s,
-        STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
-        DIL_H=conv.dilation[0], DIL_W=conv.dilation[1],
+        CI=conv.ci // groups, GEMM_N=conv.co // groups, R=conv.r, S=conv.s, **steps_of(conv),
         GROUP_M=config.group_m, BLOCK_N=config.block_n, **common(spec, config, x.dtype),
     )  # fmt: skip
     return y

@@ -40,10 +40,19 @@ def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
     return (-(-conv.gemm_m // config.block_m)) * (-(-(conv.co // groups) // config.block_n)), groups
 
 
+def nhwc(x: Tensor) -> Tensor:
+    """``x`` dense in NHWC; itself if it is so."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    """An uninitialised (n, c, h, w) like ``x``, dense NHWC; not a view, which autograd lets nobody change in place."""
+    return torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def new_output(conv: ConvSpec, x: Tensor) -> Tensor:
-    """An uninitialised (N, Co, Ho, Wo) in dense NHWC; not a view, which autograd lets nobody change in place."""
-    shape = (conv.n, conv.co, conv.ho, conv.wo)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    """An uninitialised (N, Co, Ho, Wo) in dense NHWC: a convolution's output before any pooling."""
+    return empty_nhwc(x, conv.n, conv.co, conv.ho, conv.wo)
 
 
 def upcasts(dtype: torch.dtype) -> bool:
@@ -51,12 +60,10 @@ def upcasts(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype == torch.bfloat16
 
 
-def common(spec: LaunchSpec, config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """The keyword arguments that every convolution kernel takes."""
+def product(conv: ConvSpec, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments that every kernel with products takes: how they round, and the tiles."""
     arguments: dict[str, Any] = {
-        "RES": spec.residual,
-        "RELU": spec.last.epilogue.relu,
-        "PRECISION": "tf32" if spec.last.tf32 else "ieee",
+        "PRECISION": "tf32" if conv.tf32 else "ieee",
         "UPCAST": upcasts(dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
@@ -64,6 +71,25 @@ def common(spec: LaunchSpec, config: Config, dtype: torch.dtype) -> dict[str, An
     if not INTERPRETED:
         arguments |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return arguments
+
+
+def common(spec: LaunchSpec, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments that every convolution kernel of inference takes."""
+    return {"RES": spec.residual, "RELU": spec.last.epilogue.relu, **product(spec.last, config, dtype)}
+
+
+def steps_of(conv: ConvSpec) -> dict[str, int]:
+    """Strides, padding and dilation as the keyword arguments of a kernel."""
+    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
+    return {"STRIDE_H": sh, "STRIDE_W": sw, "PAD_H": ph, "PAD_W": pw, "DIL_H": dh, "DIL_W": dw}
+
+
+def alignment(itemsize: int, *starts: int) -> int:
+    """16 if every one of ``starts`` (addresses and distances in bytes) lies on a 16-byte word, else ``itemsize``.
+
+    For a kernel whose loads choose between two places: the compiler does not see the alignment through the choice.
+    """
+    return 16 if all(start % 16 == 0 for start in starts) else itemsize
 
 
 def described(t: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Any:

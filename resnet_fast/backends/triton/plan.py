@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import folding
-from ...calls import BlockCall, Conv, ConvBnActCall, StemCall
+from ...calls import BlockCall, Conv, ConvBnActCall, StemCall, convs_of, given_of, norms_of
 from ...spec import BlockSpec, ConvSpec, LaunchSpec
 from ...tuning import choice
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups, stem_step
 from . import bottleneck, conv_bn_act, conv_bn_act_1x1, conv_bn_act_3x3, stem, stock
 from .device import device_of, table_of
-from .launch import Packed
+from .launch import Packed, nhwc
 
 Launcher = Callable[[LaunchSpec, Config, Packed, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -65,8 +65,7 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSp
     A derived tensor outlives the call that made it, so it is made outside inference mode.
     """
     chosen = choice.choose(spec, device_of(call.x.device), table_of(call.x.device))
-    blocks = isinstance(call, BlockCall)
-    convs, norms = (call.convs, call.norms) if blocks else ((call.conv,), (call.norm,))  # type: ignore[union-attr]
+    convs, norms = convs_of(call), norms_of(call)
     specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
     folded = dict(earlier[0].folded) if earlier else {}
     with torch.inference_mode(False), torch.no_grad():
@@ -131,11 +130,7 @@ def _padded_rows(weight: Tensor, step: int) -> Tensor:
 
 def dense_images(x: Tensor) -> Tensor:
     """``x`` with each image in dense NHWC (images may lie apart); itself if it is so."""
-    return x if x[:1].is_contiguous(memory_format=torch.channels_last) else _nhwc(x)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)
 
 
 def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, plan: Plan) -> Tensor:
@@ -145,8 +140,8 @@ def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, 
         y = plan.steps[0].launcher(*plan.steps[0][:3], y, None, None)
         return y if plan.pool is None else F.max_pool2d(y, *plan.pool)
     x = dense_images(call.x)
-    given = call.residual if isinstance(call, ConvBnActCall) else call.shortcut
-    shortcut = None if given is None else _nhwc(given)
+    given = given_of(call)
+    shortcut = None if given is None else nhwc(given)
     y = x
     for launch, config, packed, launcher, makes_shortcut in plan.steps:
         if makes_shortcut:
@@ -154,6 +149,6 @@ def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, 
             continue
         res = None
         if launch.residual:
-            res = _nhwc(x) if shortcut is None else shortcut
+            res = nhwc(x) if shortcut is None else shortcut
         y = launcher(launch, config, packed, y, res, x if launch.projection is not None else None)
     return y

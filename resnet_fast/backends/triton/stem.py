@@ -34,7 +34,6 @@ Not taken: all nine c of a window per pooled pixel (2.25x the MACs, no carry); g
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,7 +41,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import stem_step
-from .launch import Packed, common
+from .launch import Packed, empty_nhwc, product, steps_of
 from .tiles import multiply, relu, round_to
 
 
@@ -134,16 +133,13 @@ def stem(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tenso
     hp, wp = conv.out_hw()
     if (config.block_m // wp + 2) * x.stride(0) >= 2**31:  # images that lie far apart
         x = x.contiguous()
-    y = torch.empty((conv.n, conv.co, hp, wp), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_nhwc(x, conv.n, conv.co, hp, wp)
     grid = (-(-conv.n * wp // config.block_m), -(-hp // config.rows), -(-conv.co // config.block_n))
-    arguments = common(spec, config, x.dtype)
-    arguments.pop("RES")
+    arguments = product(conv, config, x.dtype) | {"BLOCK_K": stem_step(conv)}
     _stem_fwd_kernel[grid](
         x, packed.weight, packed.bias, y,
         conv.n, conv.h, conv.w, conv.ho, conv.wo, hp, wp, conv.co, *x.stride(),
-        CI=conv.ci, R=conv.r, S=conv.s,
-        STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
-        DIL_H=conv.dilation[0], DIL_W=conv.dilation[1],
-        BLOCK_N=config.block_n, ROWS=config.rows, **(arguments | {"BLOCK_K": stem_step(conv)}),
+        CI=conv.ci, R=conv.r, S=conv.s, **steps_of(conv), RELU=conv.epilogue.relu,
+        BLOCK_N=config.block_n, ROWS=config.rows, **arguments,
     )  # fmt: skip
     return y

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from .launch import Packed
+from .launch import Packed, nhwc
 
 
 def stock(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None) -> Tensor:
@@ -22,7 +22,7 @@ def stock(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tens
     conv = spec.last
     weight = packed.weight.permute(0, 3, 1, 2)  # (Co, R, S, C) dense is channels_last
     geometry = (conv.stride, conv.padding, conv.dilation, merged_groups(conv))
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = nhwc(x)
     if config.kernel == "cudnn_fused":
         if res is None:
             y = torch.cudnn_convolution_relu(x, weight, packed.bias, *geometry)

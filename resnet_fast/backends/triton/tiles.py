@@ -1,6 +1,6 @@
 """What the convolution kernels share: which tile a program computes, where its pixels lie, and how a tile ends.
 
-    program -> (tile of gemm_m, tile of gemm_n)     tile_of_program
+    program -> (tile of gemm_m, tile of gemm_n)     tile_of_program, rows_and_channels
     gemm_m  -> (n, ho, wo) -> element offset        pixel_of_row
     tile   += A @ B.T                               multiply, accumulate_1x1
     y       = relu(tile + bias + residual)          finish_tile
@@ -30,6 +30,14 @@ def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     rows = min(tiles_m - first_m, GROUP_M)
     within = pid % per_group
     return first_m + within % rows, within // rows
+
+
+@triton.jit
+def rows_and_channels(pid_m, pid_n, g, gemm_m, GEMM_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rows m, channels co, mask of either) of tile (pid_m, pid_n) of group g, which has GEMM_N channels."""
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return m, g * GEMM_N + within, m < gemm_m, within < GEMM_N
 
 
 @triton.jit

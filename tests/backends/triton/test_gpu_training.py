@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from blockcases import made, projection, step
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -20,10 +21,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def projection(ci: int, co: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False), nn.BatchNorm2d(co))
-
-
 BLOCKS = {
     "bottleneck": (lambda: Bottleneck(256, 64), 256),
     "bottleneck stride 2": (lambda: Bottleneck(256, 128, 2, projection(256, 512, 2)), 256),
@@ -33,25 +30,9 @@ BLOCKS = {
 }
 
 
-def step(block: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Output, dx and every parameter's gradient."""
-    x = x.clone().requires_grad_()
-    with torch.autocast("cuda", dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
-        y = block(x)
-    y.backward(torch.cos(torch.arange(y.numel(), device=y.device, dtype=torch.float64)).reshape(y.shape).to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad for p in block.parameters())]  # type: ignore[list-item]
-
-
-def made(name: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
+def on_gpu(name: str) -> tuple[nn.Module, Tensor]:
     make, channels = BLOCKS[name]
-    block = nn.Sequential(make()).cuda().train()
-    for m in block.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, -1, 1.5)
-            nn.init.normal_(m.bias)
-    x = torch.randn(4, channels, 29, 27, device="cuda").contiguous(memory_format=torch.channels_last)
-    return block, x
+    return made(make, 4, channels, 29, 27, "cuda")
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -59,7 +40,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("prologue", ["packed", "exact"])
 def test_block_against_fp64(name: str, dtype: torch.dtype, prologue: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_FAST_PROLOGUE", prologue)
-    block, x = made(name)
+    block, x = on_gpu(name)
     exact = step(copy.deepcopy(block).double(), x.double(), torch.float64)
     eager = step(copy.deepcopy(block), x, dtype)
     ours = step(accelerate(copy.deepcopy(block), backend="triton"), x, dtype)
@@ -70,7 +51,7 @@ def test_block_against_fp64(name: str, dtype: torch.dtype, prologue: str, monkey
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_two_runs_are_equal(name: str) -> None:
-    block, x = made(name)
+    block, x = on_gpu(name)
     first, second = (step(accelerate(copy.deepcopy(block)), x, torch.bfloat16) for _ in range(2))
     assert all(map(torch.equal, first, second))
 

@@ -30,7 +30,9 @@ from ....calls import BlockCall, BnActCall, Call, Conv, Leaves, Norm, StemCall, 
 from ....spec import BlockSpec, ConvSpec, PointwiseSpec, Spec
 from ....tuning import training as tuning
 from ....tuning.training import CUDNN, Chosen
+from .. import in_layout
 from ..device import device_of, table_of
+from ..launch import nhwc
 from . import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
 
@@ -61,11 +63,6 @@ def _plan_of(spec: Spec, device: torch.device, packed: bool) -> Plan:
     inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
     device_, table = device_of(device), table_of(device)
     return Plan(specs, tuple(tuning.choose(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(specs)))
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """``x`` dense in NHWC."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def materialised(act: Act) -> Tensor:
@@ -99,15 +96,11 @@ def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], Pl
     z = _end(call, x, raws, vectors)
     if save == "recompute" and isinstance(call, BlockCall):
         raws[main - 1] = x.new_empty(0)
-    return _in_layout(z, spec.layout), [*raws, *vectors, *clamps], plan
+    return in_layout(z, spec.layout), [*raws, *vectors, *clamps], plan
 
 
 def _projects(call: Call) -> int:
     return int(isinstance(call, BlockCall) and call.projection)
-
-
-def _in_layout(y: Tensor, layout: str) -> Tensor:
-    return y.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
 def _centre(conv: Conv, norm: Norm) -> Tensor | None:
@@ -250,9 +243,9 @@ class _Backward:
         given = g if needs.given else None
         if given is not None and (given is dx or given.data_ptr() == dz.data_ptr()):
             given = given.clone()  # an op's outputs are its own
-        shaped = None if given is None else _in_layout(given, layout)
+        shaped = None if given is None else in_layout(given, layout)
         return Leaves(
-            None if dx is None else _in_layout(dx, layout),
+            None if dx is None else in_layout(dx, layout),
             shaped,
             tuple(self.weights),
             tuple(self.biases),
@@ -272,13 +265,12 @@ class _Backward:
             g, sums = pool.pool_end_backward(dz, y, self.vectors[0], call.pool)
             return g, [self.grad(0, g, y, sums, needs)]
         masked = z if isinstance(call, BlockCall) or call.relu else None
-        if _projects(call):
-            yd, vd = self.raws[-1], self.vectors[-1]
-            g, sums, sums_d = block_end.block_end_backward(dz, masked, y, self.vectors[last], yd, vd)
-            assert sums_d is not None
-            return g, [self.grad(last, g, y, sums, needs), self.grad(last + 1, g, yd, sums_d, needs)]
-        g, sums, _ = block_end.block_end_backward(dz, masked, y, self.vectors[last], None, None)
-        return g, [self.grad(last, g, y, sums, needs)]
+        yd, vd = (self.raws[-1], self.vectors[-1]) if _projects(call) else (None, None)
+        g, sums, sums_d = block_end.block_end_backward(dz, masked, y, self.vectors[last], yd, vd)
+        grads = [self.grad(last, g, y, sums, needs)]
+        if yd is not None and sums_d is not None:
+            grads.append(self.grad(last + 1, g, yd, sums_d, needs))
+        return g, grads
 
     def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor, needs: Leaves) -> Grad:
         """The gradient of raw output ``i``; its norm's parameters get theirs on the way."""
@@ -320,15 +312,21 @@ class _Backward:
         )
         return dx, dw
 
-    def dgrad(self, i: int, grad: Grad, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
-        """A dgrad launch of ours. ``epilogue``: what conv_dgrad takes beyond the gradient."""
+    def dgrad(
+        self,
+        i: int,
+        grad: Grad,
+        below: Act | None = None,
+        add: Tensor | None = None,
+        add_strided: tuple[Tensor, tuple[int, int]] | None = None,
+        compact: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A dgrad launch of ours: dx, and with ``below`` its sums. What is added and ``compact`` as in conv_dgrad."""
         spec, config = self.plan.specs[i], self.plan.chosen[i].dgrad
         wt = pack.pack_dgrad(self.weight(i), grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
-        below = epilogue.pop("below", None)
         launch = tuning.launch("conv_dgrad", spec, below is not None)
         packed = self.plan.chosen[i].fwd.packed
-        rest = {"add": None, "add_strided": None} | epilogue
-        return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, packed, **rest)
+        return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, packed, add, add_strided, compact)
 
     def dgrad_inner(self, i: int, grad: Grad, needs: Leaves) -> Grad:
         """From the gradient of raw output ``i`` to that of ``i - 1``."""
@@ -367,6 +365,9 @@ class _Backward:
                 down, across = projected[1] or (1, 1)
                 dx[:, :, ::down, ::across] += projected[0]
             return dx if identity is None else dx.add_(identity)
-        strided = None if projected is None or projected[1] is None else projected
-        add = identity if projected is None or projected[1] is not None else projected[0]
-        return self.dgrad(0, grad, add=add, add_strided=strided)[0]
+        if projected is None:
+            return self.dgrad(0, grad, add=identity)[0]
+        dx, stride = projected
+        if stride is None:
+            return self.dgrad(0, grad, add=dx)[0]
+        return self.dgrad(0, grad, add_strided=(dx, stride))[0]

@@ -37,7 +37,6 @@ tests/backends/triton/training/test_conv_dgrad.py``.
 from __future__ import annotations
 
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -47,7 +46,7 @@ from torch import Tensor
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import merged_groups
-from ..launch import INTERPRETED, upcasts
+from ..launch import alignment, empty_nhwc, product, steps_of
 from ..tiles import multiply, pixel_of_row, round_to, row_offset, tile_of_program
 from . import vectors
 from .conv_fwd import clamp, inside_bits
@@ -63,20 +62,14 @@ HALF_WORD = tl.constexpr(16)
 
 
 @triton.jit
-def packed_gradient(g, y, beta_hi, beta_lo, gamma, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr):
-    """g + (BETA*y + GAMMA) in the dtype of ``g``, in pairs of elements: two fused multiply-adds and an addition.
-
-    PADDED: without the bracket where not ``inside``, by a third multiply-add in place of the addition.
-    """
+def packed_gradient(g, y, beta_hi, beta_lo, gamma, UPCAST: tl.constexpr):
+    """g + (BETA*y + GAMMA) in the dtype of ``g``, in pairs of elements: two fused multiply-adds and an addition."""
     if UPCAST:
         y, dtype = y.to(tl.float32), g.dtype
         inner = round_to(y * beta_lo.to(tl.float32) + gamma.to(tl.float32), dtype, UPCAST).to(tl.float32)
         outer = round_to(y * beta_hi.to(tl.float32) + inner, dtype, UPCAST).to(tl.float32)
-        if PADDED:
-            outer = tl.where(inside, outer, 0.0)
         return round_to(g.to(tl.float32) + outer, dtype, UPCAST)
-    outer = tl.fma(y, beta_hi, tl.fma(y, beta_lo, gamma))
-    return tl.fma(outer, inside.to(g.dtype), g) if PADDED else g + outer
+    return g + tl.fma(y, beta_hi, tl.fma(y, beta_lo, gamma))
 
 
 @triton.jit
@@ -153,7 +146,7 @@ def accumulate_gradient(
             beta_hi = channel_row(vectors_ptr, k, k < CO, BETA_HI, C_OUT, EVEN_K)
             beta_lo = channel_row(vectors_ptr, k, k < CO, BETA_LO, C_OUT, EVEN_K)
             gamma = channel_row(vectors_ptr, k, k < CO, GAMMA, C_OUT, EVEN_K)
-            a = packed_gradient(a, y, beta_hi, beta_lo, gamma, inside, False, UPCAST)
+            a = packed_gradient(a, y, beta_hi, beta_lo, gamma, UPCAST)
         elif not PACKED:
             dy = a.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, A, C_OUT, EVEN_K)
             if BATCH:
@@ -324,28 +317,24 @@ def conv_dgrad(
     ci, co, (sh, sw) = conv.ci // groups, conv.co // groups, conv.stride
     tiles_m = -(-conv.n * -(-conv.h // sh) * -(-conv.w // sw) // config.block_m)
     tiles = tiles_m * sh * sw
-    dx = g.new_empty((conv.n, conv.h, conv.w, conv.ci)).permute(0, 3, 1, 2)
+    dx = empty_nhwc(g, conv.n, conv.ci, conv.h, conv.w)
     partials = None if below is None else g.new_empty((2, tiles, conv.ci), dtype=torch.float32)
     padded = (conv.r, conv.s, *conv.stride, *conv.padding) != (1, 1, 1, 1, 0, 0)
     outside = -grad.packed[vectors.GAMMA] if padded and config.packed and grad.batch else None  # type: ignore[index]
+    bases = () if outside is None else (g.data_ptr(), outside.data_ptr())
     strided, (add_h, add_w) = add_strided or (None, (1, 1))
     geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]
-    arguments: dict[str, Any] = {}
-    if not INTERPRETED:
-        arguments = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _conv_dgrad_kernel[(tiles * -(-ci // config.block_n), groups)](
         g, grad.y if grad.batch else None, wt, grad.packed if config.packed else grad.coefficients, outside,
         add, strided, None if below is None else below.y,
         below.clamp if below is not None and below_packed else None, None if below is None else below.vectors,
         dx, partials, tiles_m, conv.n, conv.h, conv.w, conv.ho, conv.wo,
         *((1, 1) if strided is None else strided.shape[2:]),
-        CO=co, CI=ci, GROUPS=groups, R=conv.r, S=conv.s, STRIDE_H=sh, STRIDE_W=sw,
-        PAD_H=conv.padding[0], PAD_W=conv.padding[1], DIL_H=conv.dilation[0], DIL_W=conv.dilation[1],
+        CO=co, CI=ci, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         GCD_H=geometry[0][0], GCD_W=geometry[1][0], INVERSE_H=geometry[0][1], INVERSE_W=geometry[1][1],
         ADD_H=add_h, ADD_W=add_w, PADDED=padded, PACKED=config.packed, BATCH=grad.batch, BELOW_PACKED=below_packed,
-        ALIGN=_alignment(g, outside, co), WIDE=_wide(conv, config),
-        PRECISION="tf32" if conv.tf32 else "ieee", UPCAST=upcasts(g.dtype),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m, **arguments,
+        ALIGN=alignment(g.element_size(), co * g.element_size(), *bases), WIDE=_wide(conv, config),
+        BLOCK_N=config.block_n, GROUP_M=config.group_m, **product(conv, config, g.dtype),
     )  # fmt: skip
     return dx, partials
 
@@ -362,11 +351,3 @@ def _wide(conv: ConvSpec, config: Config) -> bool:
     per_image = max(1, (conv.h // conv.stride[0]) * (conv.w // conv.stride[1]))
     images = min(conv.n, config.block_m // per_image + 2)
     return images * conv.ho * conv.wo * conv.co >= 1 << 31
-
-
-def _alignment(g: Tensor, outside: Tensor | None, co: int) -> int:
-    """16 if every pixel's run of a group's ``co`` channels begins on a 16-byte word, in g and ``outside``; else an
-    element's size. The compiler does not see it through the choice of a row."""
-    size = g.element_size()
-    starts = [co * size] if outside is None else [co * size, g.data_ptr(), outside.data_ptr()]
-    return 16 if all(start % 16 == 0 for start in starts) else size

@@ -43,8 +43,6 @@ Tried, compiled for sm_90 (issue slots per scheduler and K step of a 3x3; tensor
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -53,8 +51,8 @@ from torch import Tensor
 from ....spec import LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
-from ..launch import INTERPRETED, grid_of, new_output, upcasts
-from ..tiles import multiply, pixel_of_row, relu, round_to, row_offset, tile_of_program
+from ..launch import INTERPRETED, alignment, grid_of, new_output, product, steps_of
+from ..tiles import multiply, pixel_of_row, relu, round_to, row_offset, rows_and_channels, tile_of_program
 from . import vectors
 from .vectors import Act
 
@@ -258,9 +256,7 @@ def _conv_fwd_kernel(
     tiles_m, tiles_n = tl.cdiv(gemm_m, BLOCK_M), tl.cdiv(GEMM_N, BLOCK_N)
     pid_m, pid_n = tile_of_program(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     g = tl.program_id(1)
-    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    co, row_mask, co_mask = g * GEMM_N + within, m < gemm_m, within < GEMM_N
+    m, co, row_mask, co_mask = rows_and_channels(pid_m, pid_n, g, gemm_m, GEMM_N, BLOCK_M, BLOCK_N)
 
     # the top left tap of each pixel: (n, ho * stride - pad, wo * stride - pad)
     n, ho, wo = pixel_of_row(m, Ho, Wo)
@@ -330,19 +326,13 @@ def conv_fwd(
     if statistics:
         tiles = -(-conv.gemm_m // config.block_m)
         partials = torch.empty((2, tiles, conv.co), dtype=torch.float32, device=images.device)
-    arguments: dict[str, Any] = {}
-    if not INTERPRETED:
-        arguments = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _conv_fwd_kernel[grid_of(conv, config)](
         images, weight, rows, const, centre, y, partials,
         conv.gemm_m, conv.r * conv.s * -(-ci // config.block_k), conv.h, conv.w, conv.ho, conv.wo, images.stride(0),
-        CI=ci, GEMM_N=co, GROUPS=groups, R=conv.r, S=conv.s,
-        STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
-        DIL_H=conv.dilation[0], DIL_W=conv.dilation[1],
+        CI=ci, GEMM_N=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         WINDOWS=ci < MIN_CHANNELS or max(conv.r, conv.s) > MASK_BITS,
         PROLOGUE=launch.prologue, PACKED=packed, ALIGN=_alignment(images, rows, ci) if packed else 1,
-        PRECISION="tf32" if conv.tf32 else "ieee", UPCAST=upcasts(images.dtype),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m, **arguments,
+        BLOCK_N=config.block_n, GROUP_M=config.group_m, **product(conv, config, images.dtype),
     )  # fmt: skip
     return y, partials
 
@@ -351,7 +341,5 @@ def _alignment(images: Tensor, clamp_rows: Tensor | None, ci: int) -> int:
     """16 if every pixel's run of a group's ``ci`` channels begins on a 16-byte word, as do the rows of ``clamp``; else
     an element's size."""
     size = images.element_size()
-    starts = [images.data_ptr(), images.stride(0) * size, ci * size]
-    if clamp_rows is not None:
-        starts.append(clamp_rows.data_ptr())
-    return 16 if all(start % 16 == 0 for start in starts) else size
+    bases = (images.data_ptr(),) if clamp_rows is None else (images.data_ptr(), clamp_rows.data_ptr())
+    return alignment(size, *bases, images.stride(0) * size, ci * size)

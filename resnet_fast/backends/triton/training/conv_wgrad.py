@@ -40,9 +40,11 @@ from torch import Tensor
 from ....spec import LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
-from ..launch import INTERPRETED, upcasts
+from ....tuning.training import gemm
+from ..launch import product, steps_of
 from ..tiles import pixel_of_row, round_to, row_offset
 from . import vectors
+from .conv_dgrad import packed_gradient
 from .conv_fwd import activate, clamp
 from .vectors import Act, Grad
 
@@ -51,19 +53,8 @@ FOLD, THR = tl.constexpr(vectors.FOLD), tl.constexpr(vectors.THR)
 LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
 BETA_HI, BETA_LO, GAMMA = tl.constexpr(vectors.BETA_HI), tl.constexpr(vectors.BETA_LO), tl.constexpr(vectors.GAMMA)
 
-ONES = 16
+ONES = tl.constexpr(16)
 """Columns of ones: the narrowest product of the tensor cores."""
-
-
-@triton.jit
-def _packed_gradient(g, y, beta_hi, beta_lo, gamma, UPCAST: tl.constexpr):
-    """g + (BETA*y + GAMMA) in the dtype of ``g``: two fused multiply-adds and an addition per pair of elements."""
-    if UPCAST:
-        wide = y.to(tl.float32)
-        inner = round_to(wide * beta_lo.to(tl.float32) + gamma.to(tl.float32), y.dtype, UPCAST).to(tl.float32)
-        outer = round_to(wide * beta_hi.to(tl.float32) + inner, y.dtype, UPCAST).to(tl.float32)
-        return round_to(g.to(tl.float32) + outer, y.dtype, UPCAST)
-    return g + tl.fma(y, beta_hi, tl.fma(y, beta_lo, gamma))
 
 
 @triton.jit
@@ -79,9 +70,7 @@ def _gradient_tile(
             lo = tl.load(co_ptr + BETA_LO * C, mask=co_mask, other=0.0)[None, :]
             gamma = tl.load(co_ptr + GAMMA * C, mask=co_mask, other=0.0)[None, :]
             shape: tl.constexpr = g.shape
-            q = _packed_gradient(
-                g, y, hi.broadcast_to(shape), lo.broadcast_to(shape), gamma.broadcast_to(shape), UPCAST
-            )
+            q = packed_gradient(g, y, hi.broadcast_to(shape), lo.broadcast_to(shape), gamma.broadcast_to(shape), UPCAST)
             g = tl.where(real[:, None], q, 0.0).to(g.dtype)
         return g
     dy = g.to(tl.float32) * tl.load(co_ptr, mask=co_mask, other=0.0)[None, :]
@@ -147,7 +136,7 @@ def _conv_wgrad_kernel(
     shift = down * x_stride_h + across * x_stride_w + ci
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    sum_q = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    sum_q = tl.zeros((BLOCK_M, ONES), dtype=tl.float32)
     sum_z = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(first, last, BLOCK_K):
         m = start + tl.arange(0, BLOCK_K)
@@ -177,7 +166,7 @@ def _conv_wgrad_kernel(
         a = tl.trans(a)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if PACKED and (BATCH or PROLOGUE):
-            ones = tl.full((BLOCK_K, 16), 1.0, dtype=a.dtype)
+            ones = tl.full((BLOCK_K, ONES), 1.0, dtype=a.dtype)
             sum_q = tl.dot(a, ones, sum_q, input_precision=PRECISION)
 
     # the split's tile, and its part of the sums
@@ -185,7 +174,7 @@ def _conv_wgrad_kernel(
     tl.store(p_ptr + row_offset(split * Co + co, COLUMNS)[:, None] + column[None, :], acc, mask=mask)
     if PACKED and (BATCH or PROLOGUE):  # noqa: SIM102
         if pid_n == 0:
-            columns = tl.arange(0, 16)[None, :]
+            columns = tl.arange(0, ONES)[None, :]
             tl.store(q_ptr + (split * Co + co)[:, None] + columns, sum_q, mask=co_mask[:, None] & (columns == 0))
     if PACKED and BATCH:  # noqa: SIM102
         if pid_m == 0:
@@ -227,15 +216,12 @@ def _reduce_splits_kernel(
 
 def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
     """(splits, pixels per split): about two programs per multiprocessor, each of at least four K steps."""
-    conv, groups = launch.last, merged_groups(launch.last)
-    ci, co = conv.ci // groups, conv.co // groups
-    taps = conv.r * conv.s
-    columns = taps * -(-ci // config.block_n) if ci >= MIN_CHANNELS else -(-ci * taps // config.block_n)
-    tiles = -(-co // config.block_m) * columns * groups
-    steps = -(-conv.gemm_m // config.block_k)
+    rows, columns, pixels, products = gemm(launch)
+    tiles = -(-rows // config.block_m) * -(-columns // config.block_n) * products
+    steps = -(-pixels // config.block_k)
     splits = max(1, min(-(-2 * sms // tiles), steps // 4))
     per_split = -(-steps // splits) * config.block_k
-    return -(-conv.gemm_m // per_split), per_split
+    return -(-pixels // per_split), per_split
 
 
 def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int) -> Tensor:
@@ -251,16 +237,13 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
     q = new(splits, conv.co) if packed else None
     z = new(splits, groups, columns) if packed and grad.batch else None
     rows = (x.clamp if packed else x.vectors) if launch.prologue else None
-    options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     _conv_wgrad_kernel[(-(-co // config.block_m) * tiles_n, groups, splits)](
         grad.g, grad.y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,
         conv.gemm_m, conv.h, conv.w, conv.ho, conv.wo, conv.co, conv.ci,
         x.y.stride(0), x.y.stride(2), x.y.stride(3), per_split,
-        CI=ci, CO=co, R=conv.r, S=conv.s, COLUMNS=columns,
-        STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1], PAD_H=conv.padding[0], PAD_W=conv.padding[1],
-        DIL_H=conv.dilation[0], DIL_W=conv.dilation[1], WINDOW=window, BATCH=grad.batch, PROLOGUE=launch.prologue,
-        PACKED=packed, PRECISION="tf32" if conv.tf32 else "ieee", UPCAST=upcasts(x.y.dtype),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, **options,
+        CI=ci, CO=co, R=conv.r, S=conv.s, COLUMNS=columns, **steps_of(conv),
+        WINDOW=window, BATCH=grad.batch, PROLOGUE=launch.prologue,
+        PACKED=packed, BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
     )  # fmt: skip
     dw = new(conv.co, columns)
     sampled = sum(min(config.block_k, conv.gemm_m - i * per_split) for i in range(splits))

@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....calls import Pool
-from ..launch import upcasts
+from ..launch import empty_nhwc, upcasts
 from ..tiles import round_to
 from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
@@ -134,7 +134,7 @@ def pool_end(y: Tensor, vectors: Tensor, pool: Pool) -> Tensor:
     """z (N, C, Hp, Wp) of raw y (N, C, H, W) and its vectors (10, C)."""
     n, c, h, w = y.shape
     hp, wp = _pooled(h, pool), _pooled(w, pool)
-    z = torch.empty((n, c, hp, wp), dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+    z = empty_nhwc(y, n, c, hp, wp)
     tile = tile_of(y, 1)
     tiles, strip = _strips(n * wp, hp, y, tile)
     _pool_end_fwd_kernel[grid_of(tiles, y, tile[1])](
