@@ -87,7 +87,7 @@ def define(library: torch.library.Library, name: str, schema: str, bind: Bind) -
         if not _wants_gradient(Leaves.of(call).flat()):
             with _AutoDispatchBelowAutograd():
                 return forward_op(*args)
-        y, *saved = _Step.apply(forward_op, backward_op, call, options, *Leaves.of(call).flat())
+        y, *saved = _Step.apply(forward_op, backward_op, None, call, options, *Leaves.of(call).flat())
         return y, saved
 
     def backward(dy: Tensor, y: Tensor, saved: list[Tensor], *args: Any, needs: list[bool]) -> list[Tensor]:
@@ -146,9 +146,14 @@ def run(call: Call, choice: select.Choice, options: Options) -> Tensor:
             f"expected reverse-mode autograd on backend {choice.impl.backend!r}, got forward-mode tangents; run inside "
             "resnet_fast.use_backend('reference')"
         )
-    y, saved = getattr(torch.ops.resnet_fast, f"{call.op}_train")(*flatten(call), *options)
+    forward_op = getattr(torch.ops.resnet_fast, f"{call.op}_train").default
+    backward_op = getattr(torch.ops.resnet_fast, f"{call.op}_backward").default
+    leaves, statistics = Leaves.of(call).flat(), _training(choice).statistics
+    if _wants_gradient(leaves):
+        return _Step.apply(forward_op, backward_op, statistics, call, options, *leaves)[0]
+    y, saved = forward_op(*flatten(call), *options)
     with torch.no_grad():
-        _update_running(call, _training(choice).statistics(call, saved))
+        _update_running(call, statistics(call, saved))
     return y
 
 
@@ -162,12 +167,27 @@ def _update_running(call: Call, batch: list[tuple[Tensor, Tensor] | None]) -> No
 
 
 class _Step(torch.autograd.Function):
-    """The node of a training op in autograd's graph, with the leaves of the call as its inputs."""
+    """The node of a training op in autograd's graph, with the leaves of the call as its inputs.
+
+    ``statistics``: how the running statistics are found in what the op saves; None: they are not this call's to update.
+    They are updated before anything is handed to autograd: the recomputation of a checkpoint stops as soon as it has
+    seen the last saved tensor, and stock's BatchNorm has counted the batch by then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: Any, backward_op: Any, call: Call, options: Options, *leaves: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        op: Any,
+        backward_op: Any,
+        statistics: Callable[..., Any] | None,
+        call: Call,
+        options: Options,
+        *leaves: Tensor | None,
+    ) -> Any:
         with _AutoDispatchBelowAutograd():
             y, saved = op(*flatten(call), *options)
+        if statistics is not None:
+            _update_running(call, statistics(call, saved))
         here = [t is not None for t in leaves]
         ctx.backward_op, ctx.options, ctx.here, ctx.saved_count = backward_op, options, here, len(saved)
         ctx.form = Leaves.of(call).like([None] * len(leaves)).put_into(call)  # everything of the call but its tensors
@@ -178,13 +198,13 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *others: Any) -> Any:
-        skipped = (None,) * 4
+        skipped = (None,) * 5
         if dy is None:
             return (*skipped, *(None for _ in ctx.here))
         y, *rest = ctx.saved_tensors
         saved, tensors = rest[: ctx.saved_count], iter(rest[ctx.saved_count :])
         leaves = Leaves.of(ctx.form).like([next(tensors) if here else None for here in ctx.here])
-        call, needs = leaves.put_into(ctx.form), list(ctx.needs_input_grad[4:])
+        call, needs = leaves.put_into(ctx.form), list(ctx.needs_input_grad[5:])
         grads = ctx.backward_op(dy, y, saved, *flatten(call), *ctx.options, needs=needs)
         return (*skipped, *(g if need else None for g, need in zip(grads, needs, strict=True)))
 
