@@ -49,6 +49,10 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
 }
 """Every training config that can ever be chosen, by kernel. Tests run each, static budgets compile each."""
 
+FEW_VALUES = 16
+"""Below, BatchNorm's gradient is close to nothing but the difference of two large terms (of two values, exactly 0), and
+a packed prologue, which rounds before the difference, loses all of it. Stock rounds behind it."""
+
 CUDNN = Config("cudnn")
 
 
@@ -136,13 +140,22 @@ def _not_larger_than_needed(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdic
     return YES
 
 
-def _packed_16_bit(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    if config.packed and ITEMSIZE[one.dtype] != 2:
+def packs(one: LaunchSpec) -> Verdict:
+    """May a launch take a packed prologue?"""
+    c = one.last
+    if ITEMSIZE[one.dtype] != 2:
         return Verdict.no("16-bit tensors for a packed prologue", one.dtype, "use an exact one")
+    values = c.n * min(c.h * c.w, c.ho * c.wo)
+    if values < FEW_VALUES:
+        return Verdict.no(f"{FEW_VALUES} values per channel for a packed prologue", str(values), "use an exact one")
     return YES
 
 
-RULES = (_fits_shared, _fits_registers, _not_larger_than_needed, _packed_16_bit)
+def _packed_where_it_may(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    return packs(one) if config.packed else YES
+
+
+RULES = (_fits_shared, _fits_registers, _not_larger_than_needed, _packed_where_it_may)
 
 
 def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
@@ -151,8 +164,8 @@ def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 
 
 def candidates(one: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
-    """The shipped configs that the rules admit, with the prologue asked for; in fp32 always the exact one."""
-    wanted = packed and ITEMSIZE[one.dtype] == 2
+    """The shipped configs that the rules admit, with the prologue asked for where the launch may take it."""
+    wanted = packed and bool(packs(one))
     sized = dict.fromkeys(replace(for_dtype(c, one.dtype), packed=wanted) for c in SHIPPED[one.kernel])
     return tuple(c for c in sized if verdict(one, c, gpu))
 

@@ -163,10 +163,10 @@ def accumulate_taps(
 
 
 @triton.jit
-def padding_excess(act_ptr, ci, CI: tl.constexpr, C: tl.constexpr):
+def padding_excess(act_ptr, ci, mask, C: tl.constexpr):
     """clamp(THR) - THR by channel, fp32: 0, but 1 where a channel is constant and positive."""
-    lo = tl.load(act_ptr + LO * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
-    zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=ci < CI, other=0.0).to(tl.float32)
+    lo = tl.load(act_ptr + LO * C + ci, mask=mask, other=0.0).to(tl.float32)
+    zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=mask, other=0.0).to(tl.float32)
     return tl.where(lo > zero, lo - zero, 0.0)
 
 
@@ -181,7 +181,8 @@ def take_back_constants(
     A channel is constant where gamma is 0, so that most launches have none; they pay for one look at ``clamp``.
     """
     blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
-    every = padding_excess(act_ptr, tl.arange(0, triton.next_power_of_2(CI)), CI, C)
+    channels = tl.arange(0, triton.next_power_of_2(CI))
+    every = padding_excess(act_ptr, channels, channels < CI, C)
     for step in tl.range(0, tl.max((every > 0).to(tl.int32), 0) * steps, num_stages=1):
         # tap (r, s) and channels ci of this step; acc -= outside * sum over ci of w * excess
         tap = step // blocks
@@ -189,7 +190,7 @@ def take_back_constants(
         y_in, x_in = h + tap // S * DIL_H, w + tap % S * DIL_W
         outside = row_mask & ((y_in < 0) | (y_in >= H) | (x_in < 0) | (x_in >= W))
         b = tl.load(w_rows[:, None] + (tap * CI + ci)[None, :], mask=w_mask[:, None] & (ci < CI)[None, :], other=0.0)
-        added = tl.sum(b.to(tl.float32) * padding_excess(act_ptr, ci, CI, C)[None, :], 1)
+        added = tl.sum(b.to(tl.float32) * padding_excess(act_ptr, ci, ci < CI, C)[None, :], 1)
         acc -= outside.to(tl.float32)[:, None] * added[None, :]
     return acc
 

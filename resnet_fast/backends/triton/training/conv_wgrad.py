@@ -9,12 +9,21 @@ Neither operand exists in memory: dy is made of g and y, act of the raw x (vecto
 dy and act are each written once and read once less.
 
 GEMM. gemm_m = Co, gemm_n = Ci of one tap (or all taps and channels as one axis where a group has fewer than 16
-channels), gemm_k = N*Ho*Wo, which is long where the other two are short. So the pixels are split:
+channels), gemm_k = N*Ho*Wo, which is long where the other two are short. So the pixels are cut, in two ways:
 
-    pixels  |---split 0---|---split 1---|---split 2---|      a program: one tile (co, tap, ci) of one split, fp32 sums
-               tile 0        tile 0        tile 0      \
-                 |             |             |          >    a second launch adds the splits from the first to the last
-                 +------>------+------>------+--> dW   /     and applies factors and corrections: no atomics
+    streams   the batch is cut into STREAMS parts of whole images. A K step is BLOCK_K / STREAMS neighbouring pixels
+              of every stream, at the same (ho, wo) in each. So what is worked out per pixel (its place in the image,
+              whether a tap of it lies inside) is worked out once for all streams, of which a thread has one element
+              each; what tells the streams apart is an address that does not change.
+    splits    every stream's pixels, taken as one run over its images, are cut into as many splits
+
+    stream 0  | split 0 | split 1 | split 2 |            a program: one tile (co, tap, ci) of one split, fp32 sums
+    stream 1  | split 0 | split 1 | split 2 |
+      ...       tile 0    tile 0    tile 0      \        a second launch adds the splits from the first to the last
+                  +---->----+---->----+------> dW        and applies factors and corrections: no atomics
+
+Place of a pixel. It is carried along: a step adds (images, rows, pixels) of BLOCK_K / STREAMS pixels, which it takes
+apart once, and one carry each; a division per step and row costs more than the products leave time for.
 
 Packed operands are q and z = clamp(x) with dy = A*q and act = FOLD*(z - THR), so A and FOLD are a row and a column
 factor of the sum, and
@@ -24,8 +33,13 @@ factor of the sum, and
 
 In exact arithmetic the second Q is zero. Rounding leaves a systematic rest, which multiplied with the mean of an
 activation (not small) would be most of the error; so the rest is taken out at the mean of z. Q comes from the tensor
-cores, as a product with a column of ones; mean(z), whose own error is of second order, from the first step of each
+cores, as a product with columns of ones; mean(z), whose own error is of second order, from the middle step of each
 split.
+
+Rows without a pixel (behind a split's last, in a stream with an image less) read g = y = 0, which makes q = GAMMA of
+them, and z of them is one constant per channel, ``idle``. Nothing in the loop tells them from others; the second
+launch takes what they added out of P and Q, for their number is known. Taps outside the image read x at the row
+THRESHOLD, conv_fwd.py, and constant channels are taken back as there.
 
 Numerics: tiles.py. Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training -k wgrad``.
 """
@@ -37,199 +51,389 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....spec import LaunchSpec
+from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ....tuning.training import gemm
-from ..launch import product, steps_of
+from ..launch import alignment, product, steps_of
 from ..tiles import pixel_of_row, round_to, row_offset
 from . import vectors
 from .conv_dgrad import packed_gradient
-from .conv_fwd import activate, clamp
+from .conv_fwd import activate, clamp, padding_excess
 from .vectors import Act, Grad
 
 SCALE, SHIFT = tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 FOLD, THR = tl.constexpr(vectors.FOLD), tl.constexpr(vectors.THR)
 LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
+A, B, C = tl.constexpr(vectors.A), tl.constexpr(vectors.B), tl.constexpr(vectors.C)
 BETA_HI, BETA_LO, GAMMA = tl.constexpr(vectors.BETA_HI), tl.constexpr(vectors.BETA_LO), tl.constexpr(vectors.GAMMA)
 
-ONES = tl.constexpr(16)
+ONES = tl.constexpr(8)
 """Columns of ones: the narrowest product of the tensor cores."""
 
+STREAMS = 4
+"""At most; a thread of a 128 x 128 x 64 tile has four rows of a step."""
+
 
 @triton.jit
-def _gradient_tile(
-    g_ptr, y_ptr, co_ptr, at, mask, real, co_mask, C, BATCH: tl.constexpr, PACKED: tl.constexpr, UPCAST: tl.constexpr
+def of_rows(per_stream, per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_K,): ``per_stream`` (STREAMS,) + ``per_pixel`` (BLOCK_K / STREAMS,) for the rows of a step."""
+    return tl.reshape(per_stream[:, None] + per_pixel[None, :], (BLOCK_K,))
+
+
+@triton.jit
+def to_rows(per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_K,): ``per_pixel`` (BLOCK_K / STREAMS,) once for every stream."""
+    return tl.reshape(tl.broadcast_to(per_pixel[None, :], (STREAMS, BLOCK_K // STREAMS)), (BLOCK_K,))
+
+
+@triton.jit
+def aligned(at, RUN: tl.constexpr, ALIGN: tl.constexpr, AXIS: tl.constexpr):
+    """Addresses of which RUN along AXIS follow each other, on words of ALIGN bytes; ALIGN 0: nothing is known."""
+    if ALIGN == 0:
+        return at
+    elif AXIS == 0:
+        return tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (RUN, 1))
+    else:
+        return tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (1, RUN))
+
+
+@triton.jit
+def places(pixel, Ho, Wo, first_n):
+    """(images from ``first_n`` on, ho, wo) of pixels that are counted over images."""
+    n, ho, wo = pixel_of_row(pixel, Ho, Wo)
+    return n - first_n, ho, wo
+
+
+@triton.jit
+def next_places(n, ho, wo, dn, dh, dw, Ho, Wo):
+    """``dn`` images, ``dh`` rows and ``dw`` pixels on; both of the last are less than an image or row has."""
+    wo += dw
+    over = wo >= Wo
+    wo = tl.where(over, wo - Wo, wo)
+    ho += dh + over.to(tl.int32)
+    over = ho >= Ho
+    ho = tl.where(over, ho - Ho, ho)
+    return n + dn + over.to(tl.int32), ho, wo
+
+
+@triton.jit
+def place_in_x(
+    x_tile, n, ho, wo, real, down, across, H, W, x_stride_n, done,
+    C_IN: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr,
+    LINEAR: tl.constexpr, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dy (exact) or q (packed) of a tile of pixels and channels; 0 where there is no pixel."""
-    g = tl.load(g_ptr + at, mask=mask, other=0.0)
+    """(addresses (rows, columns) of x, inside (rows, 1 or columns)) for pixels (n, ho, wo) of a step, one per lane.
+
+    LINEAR: pixels of x are those of dy, so that ``done`` of them, of a stream, say it all.
+    """
+    if LINEAR:
+        lane = tl.arange(0, BLOCK_K // STREAMS)
+        return x_tile + to_rows((done + lane) * C_IN, STREAMS, BLOCK_K)[:, None], real[:, None]
+    else:
+        h, w = ho * STRIDE_H, wo * STRIDE_W
+        x_at = x_tile + to_rows(n * x_stride_n + (h * W + w) * C_IN, STREAMS, BLOCK_K)[:, None]
+        if not PADDED:
+            return x_at, real[:, None]
+        elif WINDOW:
+            h, w = to_rows(h, STREAMS, BLOCK_K)[:, None] + down, to_rows(w, STREAMS, BLOCK_K)[:, None] + across
+            return x_at, real[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        else:
+            h, w = h + down, w + across
+            inside = to_rows((h >= 0) & (h < H) & (w >= 0) & (w < W), STREAMS, BLOCK_K)
+            return x_at, (real & inside)[:, None]
+
+
+@triton.jit
+def gradient_tile(
+    g_at, y_at, real, co_mask, first, second, third,
+    BATCH: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dy (exact) or q (packed) of a tile (channels, rows). Of rows that are not ``real``: dy = 0, q = GAMMA.
+
+    ``first`` to ``third`` (channels): A, B, C or BETA_HI, BETA_LO, GAMMA.
+    """
+    mask = real[None, :] if EVEN else real[None, :] & co_mask[:, None]
+    g = tl.load(aligned(g_at, g_at.shape[0], ALIGN, 0), mask=mask, other=0.0)
     if PACKED:
         if BATCH:
-            y = tl.load(y_ptr + at, mask=mask, other=0.0)
-            hi = tl.load(co_ptr + BETA_HI * C, mask=co_mask, other=0.0)[None, :]
-            lo = tl.load(co_ptr + BETA_LO * C, mask=co_mask, other=0.0)[None, :]
-            gamma = tl.load(co_ptr + GAMMA * C, mask=co_mask, other=0.0)[None, :]
+            y = tl.load(aligned(y_at, y_at.shape[0], ALIGN, 0), mask=mask, other=0.0)
             shape: tl.constexpr = g.shape
-            q = packed_gradient(g, y, hi.broadcast_to(shape), lo.broadcast_to(shape), gamma.broadcast_to(shape), UPCAST)
-            g = tl.where(real[:, None], q, 0.0).to(g.dtype)
+            hi, lo = first[:, None].broadcast_to(shape), second[:, None].broadcast_to(shape)
+            g = packed_gradient(g, y, hi, lo, third[:, None].broadcast_to(shape), UPCAST)
         return g
-    dy = g.to(tl.float32) * tl.load(co_ptr, mask=co_mask, other=0.0)[None, :]
-    if BATCH:
-        y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        c = tl.where(real[:, None], tl.load(co_ptr + 2 * C, mask=co_mask, other=0.0)[None, :], 0.0)
-        dy += y * tl.load(co_ptr + C, mask=co_mask, other=0.0)[None, :] + c
-    return round_to(dy, g.dtype, UPCAST)
+    else:
+        dy = g.to(tl.float32) * first[:, None]
+        if BATCH:
+            y = tl.load(aligned(y_at, y_at.shape[0], ALIGN, 0), mask=mask, other=0.0)
+            dy += y.to(tl.float32) * second[:, None] + tl.where(real[None, :], third[:, None], 0.0)
+        return round_to(dy, g.dtype, UPCAST)
 
 
 @triton.jit
-def _activation_tile(
-    x_ptr, v_ptr, at, ci, inside, ci_mask, C, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, UPCAST: tl.constexpr
+def activation_tile(
+    x_at, outside, inside, ci_mask, first, second,
+    PROLOGUE: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, EVEN: tl.constexpr,
+    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """act (exact), z (packed) or x of a tile; outside the image the value that stands for activation 0."""
-    x = tl.load(x_ptr + at, mask=inside & ci_mask[None, :], other=0.0)
+    """act (exact), z (packed) or x of a tile (rows, columns). Not ``inside`` (rows, 1 or columns): act = x = 0; z as
+    clamp makes it of ``outside``, addresses of the row THRESHOLD, or of 0 where nothing is padded.
+
+    ``first``, ``second`` (columns): LO, HI or SCALE, SHIFT. ALIGN: conv_fwd.py. WINDOW: columns are no run of channels;
+    z outside is the row THRESHOLD itself.
+    """
+    if PROLOGUE and PACKED and PADDED and not WINDOW:
+        at = aligned(tl.where(inside, x_at, outside), x_at.shape[1], ALIGN, 1)
+        x = tl.load(at) if EVEN else tl.load(at, mask=ci_mask[None, :], other=0.0)
+    elif WINDOW:
+        x = tl.load(x_at, mask=inside & ci_mask[None, :], other=0.0)
+    else:
+        at = aligned(x_at, x_at.shape[1], ALIGN, 1)
+        x = tl.load(at, mask=inside if EVEN else inside & ci_mask[None, :], other=0.0)
     if PROLOGUE:
-        if PACKED:
-            shape: tl.constexpr = x.shape
-            lo = tl.load(v_ptr + (LO * C + ci), mask=ci_mask, other=0.0)[None, :].broadcast_to(shape)
-            hi = tl.load(v_ptr + (HI * C + ci), mask=ci_mask, other=0.0)[None, :].broadcast_to(shape)
-            outside = tl.load(v_ptr + (THRESHOLD * C + ci), mask=ci_mask, other=0.0)[None, :]
-            z = clamp(x, lo, hi, UPCAST)
-            x = tl.where(inside, z, outside.to(z.dtype)).to(x.dtype)
+        shape: tl.constexpr = x.shape
+        first, second = first[None, :].broadcast_to(shape), second[None, :].broadcast_to(shape)
+        if not PACKED:
+            x = activate(x, first, second, inside, True, UPCAST)
+        elif PADDED and WINDOW:
+            zero = tl.load(outside, mask=ci_mask[None, :], other=0.0).broadcast_to(shape)
+            z = clamp(x, first, second, UPCAST)
+            x = tl.where(inside, z, zero.to(z.dtype))
         else:
-            scale = tl.load(v_ptr + (SCALE * C + ci), mask=ci_mask, other=0.0)[None, :]
-            shift = tl.load(v_ptr + (SHIFT * C + ci), mask=ci_mask, other=0.0)[None, :]
-            x = activate(x, scale, shift, inside, True, UPCAST)
+            x = clamp(x, first, second, UPCAST)
     return x
 
 
-@triton.jit(do_not_specialize=["gemm_m", "H", "W", "Ho", "Wo", "per_split"])
+@triton.jit
+def channel_vector(ptr, c, mask, ROW: tl.constexpr, C_ALL: tl.constexpr):
+    """(channels ``c``,) of a row of vectors."""
+    return tl.load(ptr + ROW * C_ALL + c, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["images", "H", "W", "Ho", "Wo", "per_stream", "per_split"])
 def _conv_wgrad_kernel(
-    g_ptr, y_ptr, co_ptr, x_ptr, v_ptr, p_ptr, q_ptr, z_ptr,
-    gemm_m, H, W, Ho, Wo, Co, C, x_stride_n, x_stride_h, x_stride_w, per_split,
-    CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
+    g_ptr, y_ptr, grad_ptr, x_ptr, act_ptr, p_ptr, q_ptr, z_ptr,
+    images, H, W, Ho, Wo, x_stride_n, per_stream, per_split,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOW: tl.constexpr, BATCH: tl.constexpr, PROLOGUE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOW: tl.constexpr, LINEAR: tl.constexpr,
+    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN_DY: tl.constexpr, ALIGN_X: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # tile (co, column) of group g over pixels first .. last; CI and CO count channels per group
-    tiles_m = tl.cdiv(CO, BLOCK_M)
+    # tile (co, column) of group g over one split; CI and CO count channels per group, C_IN and C_OUT all of them
+    C_IN: tl.constexpr = CI * GROUPS
+    C_OUT: tl.constexpr = CO * GROUPS
+    COLUMNS: tl.constexpr = R * S * CI
+    PIXELS: tl.constexpr = BLOCK_K // STREAMS
+    PADDED: tl.constexpr = PAD_H + PAD_W > 0
+    EVEN_M: tl.constexpr = CO % BLOCK_M == 0
+    EVEN_N: tl.constexpr = (COLUMNS if WINDOW else CI) % BLOCK_N == 0
+    tiles_m: tl.constexpr = (CO + BLOCK_M - 1) // BLOCK_M
     pid_m, pid_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
     g, split = tl.program_id(1), tl.program_id(2)
     within_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     co, co_mask = g * CO + within_m, within_m < CO
-    first, last = split * per_split, min((split + 1) * per_split, gemm_m)
 
     # columns: channels of one tap, or taps and channels at once
     if WINDOW:
         column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        within_n, ci_mask = column % CI, column < COLUMNS
-        r, s = column // (S * CI), (column // CI) % S
+        ci, ci_mask = g * CI + column % CI, column < COLUMNS
+        tap = (column // CI)[None, :]
     else:
         tiles_n: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
-        tap = pid_n // tiles_n
         within_n = (pid_n % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        ci_mask, column = within_n < CI, tap * CI + within_n
-        r, s = tap // S + tl.zeros_like(within_n), tap % S + tl.zeros_like(within_n)
-    ci = g * CI + within_n
-    down, across = r * DIL_H - PAD_H, s * DIL_W - PAD_W
-    shift = down * x_stride_h + across * x_stride_w + ci
+        ci, ci_mask = g * CI + within_n, within_n < CI
+        tap = pid_n // tiles_n
+        column = tap * CI + within_n
+    down, across = tap // S * DIL_H - PAD_H, tap % S * DIL_W - PAD_W
+
+    # rows of a step: PIXELS neighbours in every stream; ``left``: how many a stream has left in this split
+    stream, lane = tl.arange(0, STREAMS), tl.arange(0, PIXELS)
+    start = split * per_split
+    first_n = start // (Ho * Wo)
+    left = tl.minimum(tl.minimum(images - stream * per_stream, per_stream) * (Ho * Wo) - start, per_split)
+    steps = tl.cdiv(tl.minimum(per_stream * (Ho * Wo) - start, per_split), PIXELS)
+    rows_left = of_rows(left, -lane, STREAMS, BLOCK_K)
+
+    # what does not change from step to step: rows less their pixel's place, vectors of the channels
+    dy_rows = of_rows(row_offset(stream * (per_stream * Ho * Wo) + start, C_OUT), lane * C_OUT, STREAMS, BLOCK_K)
+    x_rows = of_rows(row_offset(stream * per_stream + first_n, x_stride_n), 0 * lane, STREAMS, BLOCK_K)
+    g_tile = g_ptr + (dy_rows[None, :] + co[:, None])
+    y_tile = y_ptr + (dy_rows[None, :] + co[:, None]) if BATCH else g_tile
+    x_tile = x_ptr + (x_rows[:, None] + ((down * W + across) * C_IN + ci[None, :]))
+    outside = (act_ptr + THRESHOLD * C_IN + ci)[None, :] if PROLOGUE and PACKED and PADDED else x_tile
+    grad_first, grad_second, grad_third, act_first, act_second = 0.0, 0.0, 0.0, 0.0, 0.0
+    if PACKED and BATCH:
+        grad_first = channel_vector(grad_ptr, co, co_mask, BETA_HI, C_OUT)
+        grad_second = channel_vector(grad_ptr, co, co_mask, BETA_LO, C_OUT)
+        grad_third = channel_vector(grad_ptr, co, co_mask, GAMMA, C_OUT)
+    elif not PACKED:
+        grad_first = channel_vector(grad_ptr, co, co_mask, A, C_OUT)
+        grad_second = channel_vector(grad_ptr, co, co_mask, B, C_OUT)
+        grad_third = channel_vector(grad_ptr, co, co_mask, C, C_OUT)
+    if PROLOGUE:
+        act_first = channel_vector(act_ptr, ci, ci_mask, LO if PACKED else SCALE, C_IN)
+        act_second = channel_vector(act_ptr, ci, ci_mask, HI if PACKED else SHIFT, C_IN)
+
+    # mean of z over the middle step
+    if PACKED and BATCH:  # noqa: SIM102 (the outer condition is the compiler's, the inner one the program's)
+        if pid_m == 0:
+            done = steps // 2 * PIXELS
+            n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
+            x_at, inside = place_in_x(
+                x_tile, n - first_n, ho, wo, rows_left > done, down, across, H, W, x_stride_n, done,
+                C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, False, STREAMS, BLOCK_K,
+            )  # fmt: skip
+            z = activation_tile(
+                x_at, outside, inside, ci_mask, act_first, act_second,
+                PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, 0, UPCAST,
+            )  # fmt: skip
+            weight = (rows_left > done).to(tl.float32)
+            mean = tl.sum(z.to(tl.float32) * weight[:, None], 0) / tl.sum(weight, 0)
+            tl.store(z_ptr + (split * GROUPS + g) * COLUMNS + column, mean, mask=ci_mask)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     sum_q = tl.zeros((BLOCK_M, ONES), dtype=tl.float32)
-    sum_z = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(first, last, BLOCK_K):
-        m = start + tl.arange(0, BLOCK_K)
-        real = m < last
+    n, ho, wo = pixel_of_row(start + lane, Ho, Wo)
+    n -= first_n
+    on_n, on_h, on_w = pixel_of_row(PIXELS, Ho, Wo)
+    for done in range(0, steps * PIXELS, PIXELS):
+        real = rows_left > done
         # a = dy or q
-        at = row_offset(m, Co)[:, None] + co[None, :]
-        a = _gradient_tile(
-            g_ptr, y_ptr, co_ptr + co, at, real[:, None] & co_mask[None, :], real, co_mask, Co, BATCH, PACKED, UPCAST
-        )
+        a = gradient_tile(
+            g_tile + done * C_OUT, y_tile + done * C_OUT, real, co_mask, grad_first, grad_second, grad_third,
+            BATCH, PACKED, EVEN_M, ALIGN_DY, UPCAST,
+        )  # fmt: skip
         # b = act, z or x
-        n, ho, wo = pixel_of_row(m, Ho, Wo)
-        h, w = ho * STRIDE_H, wo * STRIDE_W
-        if R * S == 1 and PAD_H + PAD_W == 0:
-            inside = real[:, None] & (down >= 0)[None, :]
-        else:
-            y_in, x_in = h[:, None] + down[None, :], w[:, None] + across[None, :]
-            inside = real[:, None] & (y_in >= 0) & (y_in < H) & (x_in >= 0) & (x_in < W)
-        rows = row_offset(n, x_stride_n) + (h * x_stride_h + w * x_stride_w)
-        b = _activation_tile(
-            x_ptr, v_ptr, rows[:, None] + shift[None, :], ci, inside, ci_mask, C, PROLOGUE, PACKED, UPCAST
-        )
-        if PACKED and BATCH:  # noqa: SIM102 (the outer condition is the compiler's, the inner one the program's)
-            if start == first:
-                sum_z = tl.sum(tl.where(real[:, None], b.to(tl.float32), 0.0), 0)
+        x_at, inside = place_in_x(
+            x_tile, n, ho, wo, real, down, across, H, W, x_stride_n, done,
+            C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, LINEAR, STREAMS, BLOCK_K,
+        )  # fmt: skip
+        b = activation_tile(
+            x_at, outside, inside, ci_mask, act_first, act_second,
+            PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, ALIGN_X, UPCAST,
+        )  # fmt: skip
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        a = tl.trans(a)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if PACKED and (BATCH or PROLOGUE):
-            ones = tl.full((BLOCK_K, ONES), 1.0, dtype=a.dtype)
-            sum_q = tl.dot(a, ones, sum_q, input_precision=PRECISION)
+            sum_q = tl.dot(a, tl.full((BLOCK_K, ONES), 1.0, dtype=a.dtype), sum_q, input_precision=PRECISION)
+        if not LINEAR:
+            n, ho, wo = next_places(n, ho, wo, on_n, on_h, on_w, Ho, Wo)
+
+    # constant channels: what padding added where clamp makes 1 of a THR of 0, conv_fwd.py
+    if PACKED and PROLOGUE and PADDED and not WINDOW:
+        excess = padding_excess(act_ptr, ci, ci_mask, C_IN)
+        for step in tl.range(0, tl.max((excess > 0).to(tl.int32), 0) * steps, num_stages=1):
+            done = step * PIXELS
+            real = rows_left > done
+            n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
+            x_at, inside = place_in_x(
+                x_tile, n - first_n, ho, wo, real, down, across, H, W, x_stride_n, done,
+                C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, False, STREAMS, BLOCK_K,
+            )  # fmt: skip
+            a = gradient_tile(
+                g_tile + done * C_OUT, y_tile + done * C_OUT, real, co_mask, grad_first, grad_second, grad_third,
+                BATCH, PACKED, EVEN_M, ALIGN_DY, UPCAST,
+            )  # fmt: skip
+            outside_rows = (real[:, None] & ~inside).reshape((1, BLOCK_K))
+            added = tl.sum(tl.where(outside_rows, a.to(tl.float32), 0.0), 1)
+            acc -= added[:, None] * excess[None, :]
 
     # the split's tile, and its part of the sums
-    mask = co_mask[:, None] & ci_mask[None, :]
-    tl.store(p_ptr + row_offset(split * Co + co, COLUMNS)[:, None] + column[None, :], acc, mask=mask)
+    at = row_offset(split * C_OUT + co, COLUMNS)[:, None] + column[None, :]
+    tl.store(p_ptr + at, acc, mask=co_mask[:, None] & ci_mask[None, :])
     if PACKED and (BATCH or PROLOGUE):  # noqa: SIM102
         if pid_n == 0:
-            columns = tl.arange(0, ONES)[None, :]
-            tl.store(q_ptr + (split * Co + co)[:, None] + columns, sum_q, mask=co_mask[:, None] & (columns == 0))
-    if PACKED and BATCH:  # noqa: SIM102
-        if pid_m == 0:
-            tl.store(z_ptr + (split * tl.num_programs(1) + g) * COLUMNS + column, sum_z, mask=ci_mask)
+            ones = tl.arange(0, ONES)[None, :]
+            tl.store(q_ptr + (split * C_OUT + co)[:, None] + ones, sum_q, mask=co_mask[:, None] & (ones == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "idle"])
 def _reduce_splits_kernel(
-    p_ptr, q_ptr, z_ptr, coefficients_ptr, v_ptr, dw_ptr, splits, sampled, Co, C, CO, groups,
-    COLUMNS: tl.constexpr, CI: tl.constexpr, BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    C_IN: tl.constexpr = CI * GROUPS
+    C_OUT: tl.constexpr = CO * GROUPS
     co = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    co_mask, column_mask = co < Co, column < COLUMNS
+    co_mask, column_mask = co < C_OUT, column < COLUMNS
     mask = co_mask[:, None] & column_mask[None, :]
     at = row_offset(co, COLUMNS)[:, None] + column[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    q = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     g = co // CO
     ci = g[:, None] * CI + (column % CI)[None, :]
+    # P, Q and the mean of z: splits in order
+    p = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    q = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for split in range(0, splits):
-        total += tl.load(p_ptr + row_offset(split * Co, COLUMNS) + at, mask=mask, other=0.0)
+        at = row_offset(split * C_OUT + co, COLUMNS)[:, None] + column[None, :]
+        p += tl.load(p_ptr + at, mask=mask, other=0.0)
         if PACKED and (BATCH or PROLOGUE):
-            q += tl.load(q_ptr + split * Co + co, mask=co_mask, other=0.0)
+            q += tl.load(q_ptr + split * C_OUT + co, mask=co_mask, other=0.0)
         if PACKED and BATCH:
-            z += tl.load(z_ptr + (split * groups + g)[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
+            z += tl.load(z_ptr + (split * GROUPS + g)[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
     if PACKED:
         if BATCH:
-            total -= q[:, None] * (z / sampled)
+            # without the ``idle`` rows: q = GAMMA, z = clamp(THRESHOLD) or clamp(0)
+            gamma = idle * channel_vector(grad_ptr, co, co_mask, GAMMA, C_OUT).to(tl.float32)
+            q -= gamma
+            if PROLOGUE:
+                still = (
+                    channel_vector(act_ptr, ci, mask, THRESHOLD, C_IN).to(tl.float32) if PADDED else tl.zeros_like(z)
+                )
+                lo = channel_vector(act_ptr, ci, mask, LO, C_IN).to(tl.float32)
+                hi = channel_vector(act_ptr, ci, mask, HI, C_IN).to(tl.float32)
+                p -= gamma[:, None] * (still if WINDOW and PADDED else tl.minimum(tl.maximum(still, lo), hi))
+            p -= q[:, None] * (z / splits)
         elif PROLOGUE:
-            total -= q[:, None] * tl.load(v_ptr + THR * C + ci, mask=mask, other=0.0)
-        total *= tl.load(coefficients_ptr + co, mask=co_mask, other=0.0)[:, None]
+            p -= q[:, None] * channel_vector(v_ptr, ci, mask, THR, C_IN)
+        p *= channel_vector(coefficients_ptr, co, co_mask, A, C_OUT)[:, None]
         if PROLOGUE:
-            total *= tl.load(v_ptr + FOLD * C + ci, mask=mask, other=0.0)
-    tl.store(dw_ptr + at, total, mask=mask)
+            p *= channel_vector(v_ptr, ci, mask, FOLD, C_IN)
+    tl.store(dw_ptr + (row_offset(co, COLUMNS)[:, None] + column[None, :]), p, mask=mask)
+
+
+def streams_of(conv: ConvSpec) -> tuple[int, int]:
+    """(streams, images in each but the last ones)."""
+    streams = next(s for s in (STREAMS, 2, 1) if s <= conv.n)
+    return streams, -(-conv.n // streams)
 
 
 def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
-    """(splits, pixels per split): about two programs per multiprocessor, each of at least four K steps."""
-    rows, columns, pixels, products = gemm(launch)
+    """(splits, pixels of a stream per split): about two programs per multiprocessor, each of at least four K steps.
+
+    Inside a program distances are 32-bit, so that a split of very large images is cut further.
+    """
+    conv = launch.last
+    rows, columns, _, products = gemm(launch)
+    streams, images = streams_of(conv)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_n) * products
-    steps = -(-pixels // config.block_k)
-    splits = max(1, min(-(-2 * sms // tiles), steps // 4))
-    per_split = -(-steps // splits) * config.block_k
-    return -(-pixels // per_split), per_split
+    per_image, per_step = conv.ho * conv.wo, config.block_k // streams
+    steps = -(-images * per_image // per_step)
+    far = max(conv.h * conv.w * conv.ci, per_image * conv.co)
+    most = max(1, ((1 << 31) - 1) // far - 2) * per_image // per_step
+    splits = max(1, min(-(-2 * sms // tiles), steps // 4), -(-steps // most))
+    per_split = -(-steps // splits)
+    return -(-steps // per_split), per_split * per_step
 
 
 def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int) -> Tensor:
-    """dW (Co, Ci/groups, R, S) fp32, in the memory order (Co, R, S, Ci/groups). ``sms``: multiprocessors to fill."""
+    """dW (Co, Ci/groups, R, S) fp32, in the memory order (Co, R, S, Ci/groups). ``sms``: multiprocessors to fill.
+
+    ``grad``: dense NHWC, read through ``packed`` where ``config.packed``, else through ``coefficients``. ``x.y``: each
+    image dense NHWC; with ``launch.prologue`` raw, and read through ``clamp`` or ``vectors`` likewise. Deterministic.
+    """
     conv, groups = launch.last, merged_groups(launch.last)
     ci, co, taps = conv.ci // groups, conv.co // groups, conv.r * conv.s
-    window, packed = ci < MIN_CHANNELS, config.packed
+    window, packed, size = ci < MIN_CHANNELS, config.packed, x.y.element_size()
+    padded = max(conv.padding) > 0
     columns = taps * ci
+    streams, images = streams_of(conv)
     splits, per_split = splits_of(launch, config, sms)
     tiles_n = -(-columns // config.block_n) if window else taps * -(-ci // config.block_n)
     new = grad.coefficients.new_empty
@@ -237,20 +441,27 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
     q = new(splits, conv.co) if packed else None
     z = new(splits, groups, columns) if packed and grad.batch else None
     rows = (x.clamp if packed else x.vectors) if launch.prologue else None
+    y = grad.y if grad.batch else None
+    linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
+    starts = [t.data_ptr() for t in (grad.g, y) if t is not None]
+    x_starts = [t.data_ptr() for t in (x.y, rows) if t is not None]
     _conv_wgrad_kernel[(-(-co // config.block_m) * tiles_n, groups, splits)](
-        grad.g, grad.y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,
-        conv.gemm_m, conv.h, conv.w, conv.ho, conv.wo, conv.co, conv.ci,
-        x.y.stride(0), x.y.stride(2), x.y.stride(3), per_split,
-        CI=ci, CO=co, R=conv.r, S=conv.s, COLUMNS=columns, **steps_of(conv),
-        WINDOW=window, BATCH=grad.batch, PROLOGUE=launch.prologue,
-        PACKED=packed, BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
+        grad.g, y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,
+        conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split,
+        CI=ci, CO=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
+        WINDOW=window, LINEAR=linear, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,
+        ALIGN_DY=alignment(size, co * size, *starts),
+        ALIGN_X=0 if window else alignment(size, ci * size, x.y.stride(0) * size, *x_starts),
+        STREAMS=streams, BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
     )  # fmt: skip
     dw = new(conv.co, columns)
-    sampled = sum(min(config.block_k, conv.gemm_m - i * per_split) for i in range(splits))
+    per_step = config.block_k // streams
+    idle = -(-images * conv.ho * conv.wo // per_step) * config.block_k - conv.gemm_m
     _reduce_splits_kernel[(-(-conv.co // 16), -(-columns // 128))](
-        p, q, z, grad.coefficients, x.vectors if launch.prologue else None, dw,
-        splits, sampled, conv.co, conv.ci, co, groups,
-        COLUMNS=columns, CI=ci, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed, BLOCK_M=16, BLOCK_N=128,
+        p, q, z, grad.coefficients, grad.packed if packed else None,
+        x.vectors if launch.prologue else None, rows if packed else None, dw, splits, idle,
+        CI=ci, CO=co, GROUPS=groups, COLUMNS=columns, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,
+        PADDED=padded, WINDOW=window, BLOCK_M=16, BLOCK_N=128,
     )  # fmt: skip
     return _own_channels(dw.view(conv.co, conv.r, conv.s, ci), conv.groups, groups).permute(0, 3, 1, 2)
 

@@ -1,0 +1,193 @@
+"""Input gradients of convolutions on random tensors: kernel, truth in fp64, and what stock autocast computes.
+
+The truth starts from what is given to all three: g and y as stored, the fp32 weight, and the statistics of y in fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from fwdcases import guard, norm
+from torch import Tensor
+
+from resnet_fast import numerics
+from resnet_fast.backends.triton.problem import guarded
+from resnet_fast.backends.triton.training import vectors as v
+from resnet_fast.backends.triton.training.conv_dgrad import conv_dgrad
+from resnet_fast.backends.triton.training.vectors import Act, Grad
+from resnet_fast.spec import ConvSpec, LaunchSpec
+from resnet_fast.tuning.configs import Config
+from resnet_fast.tuning.routes import merged_groups
+
+EPS = 1e-5
+EPILOGUES = ("plain", "below", "below exact", "add", "strided", "all")
+
+
+def over(row: Tensor) -> Tensor:
+    """A value per channel, to be spread over images."""
+    return row[None, :, None, None]
+
+
+def packed_weight(weight: Tensor, conv: ConvSpec, dtype: torch.dtype, a: Tensor | None) -> Tensor:
+    """What ``pack_dgrad`` makes, spelled out: (Ci, R, S, Co/merged groups), block-diagonal where groups were merged."""
+    scaled = weight.float() if a is None else weight.float() * a[:, None, None, None]
+    ci, co, merged = conv.ci // conv.groups, conv.co // conv.groups, conv.co // merged_groups(conv)
+    out = torch.zeros(conv.ci, conv.r, conv.s, merged)
+    for group in range(conv.groups):
+        rows, start = slice(group * ci, (group + 1) * ci), group * co % merged
+        out[rows, ..., start : start + co] = scaled[group * co : (group + 1) * co].permute(1, 2, 3, 0)
+    return out.to(dtype)
+
+
+@dataclass
+class Case:
+    """A launch, the gradient of its raw output and what lies beneath; ``gamma`` of the norm behind, fp64."""
+
+    conv: ConvSpec
+    prologue: str
+    g: Tensor
+    y: Tensor
+    gamma: Tensor
+    weight: Tensor
+    below: Act | None = None
+    below_packed: bool = False
+    add: Tensor | None = None
+    add_strided: tuple[Tensor, tuple[int, int]] | None = None
+
+    @property
+    def batch(self) -> bool:
+        return self.prologue != "none"
+
+    @property
+    def packed(self) -> bool:
+        """Without batch statistics there is nothing but A, which wt takes in 16 bit."""
+        return self.prologue == "packed" or (self.prologue == "none" and self.g.dtype != torch.float32)
+
+    def coefficients(self) -> Tensor:
+        """A, B, C of vectors.py in fp64, from the statistics of y and the two means of g."""
+        g, y = self.g.double(), self.y.double()
+        mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        invstd = (var + EPS).rsqrt()
+        s1, s2 = g.mean((0, 2, 3)), (g * (y - over(mean)) * over(invstd)).mean((0, 2, 3))
+        a = self.gamma * invstd
+        if not self.batch:
+            return torch.stack([a, torch.zeros_like(a), torch.zeros_like(a)])
+        return torch.stack([a, -a * invstd * s2, a * (invstd * s2 * mean - s1)])
+
+    def grad(self) -> Grad:
+        """As the norm behind hands it over, between NaN."""
+        rows = self.coefficients()
+        packed = None
+        if self.packed:
+            a = torch.where(rows[v.A] == 0, 1.0, rows[v.A])
+            beta, gamma = rows[v.B] / a, rows[v.C] / a
+            hi = beta.to(self.g.dtype)
+            packed = guard(torch.stack([hi.double(), beta - hi.double(), gamma]).to(self.g.dtype))
+        y = self.y if self.batch else torch.full_like(self.y, float("nan"))  # must not be read
+        return Grad(self.g, y, guard(rows.float()), packed, self.batch)
+
+    def run(self, config: Config, compact: bool = False) -> tuple[Tensor, Tensor | None]:
+        launch = LaunchSpec("conv_dgrad", (self.conv,), prologue=self.below is not None)
+        grad = self.grad()
+        wt = guard(packed_weight(self.weight, self.conv, self.g.dtype, grad.coefficients[v.A] if self.packed else None))
+        config = replace(config, packed=self.packed)
+        return conv_dgrad(launch, config, wt, grad, self.below, self.below_packed, self.add, self.add_strided, compact)
+
+    def dy(self) -> Tensor:
+        a, b, c = self.coefficients()
+        return over(a) * self.g.double() + over(b) * self.y.double() + over(c)
+
+    def passes(self) -> Tensor | None:
+        """Which elements the ReLU below lets pass, by the comparison that the forward pass makes."""
+        if self.below is None:
+            return None
+        y = self.below.y
+        if self.below_packed:
+            assert self.below.clamp is not None
+            lo, hi, threshold = (over(row) for row in self.below.clamp.float())
+            return y.float().clamp(lo, hi) != threshold
+        assert self.below.vectors is not None
+        return ~(y.float() * over(self.below.vectors[v.SCALE]) + over(self.below.vectors[v.SHIFT]) <= 0)
+
+    def _finished(self, dx: Tensor) -> Tensor:
+        """With what is added, behind the ReLU below; rounding after each operation, in the dtype of ``dx``."""
+        if self.add is not None:
+            dx = dx + self.add.to(dx.dtype)
+        if self.add_strided is not None:
+            added, (sh, sw) = self.add_strided
+            dx = dx.clone()
+            dx[:, :, ::sh, ::sw] += added.to(dx.dtype)
+        passes = self.passes()
+        return dx if passes is None else torch.where(passes, dx, 0.0)
+
+    def _input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        c = self.conv
+        stride, padding, dilation, groups = c.geometry()
+        empty = torch.empty(c.n, c.ci, c.h, c.w, dtype=dy.dtype)
+        return torch.ops.aten.convolution_backward(
+            dy, empty, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )[0]
+
+    def truth(self) -> Tensor:
+        return self._finished(self._input_gradient(self.dy(), self.weight.double()))
+
+    def eager(self) -> Tensor:
+        """Stock PyTorch under autocast: dy, the weight and dx are rounded."""
+        dtype = self.g.dtype
+        a, b, c = self.coefficients().float()
+        dy = (over(a) * self.g.float() + over(b) * self.y.float() + over(c)).to(dtype)
+        return self._finished(self._input_gradient(dy, self.weight.to(dtype)))
+
+    def check(self, config: Config) -> numerics.ErrorReport:
+        """dx within the budget, and the sums those of dx as stored."""
+        dx, partials = self.run(config)
+        assert dx.dtype == self.g.dtype and dx.is_contiguous(memory_format=torch.channels_last)
+        assert (partials is None) == (self.below is None)
+        if self.below is not None:
+            assert partials is not None
+            assert_sums(dx, partials, self.below)
+        report = numerics.assert_close(dx, self.truth(), self.eager(), self.conv.co // self.conv.groups * 9)
+        passes = self.passes()
+        assert passes is None or not dx[~passes].any()
+        return report
+
+
+def assert_sums(dx: Tensor, partials: Tensor, below: Act) -> None:
+    """Sums over tiles against sums over the pixels of ``dx``, of the terms' size."""
+    assert below.vectors is not None
+    assert partials.dtype == torch.float32 and partials.shape[::2] == (2, dx.shape[1])
+    wide, away = dx.double(), below.y.double() - over(below.vectors[v.MEAN].double())
+    for found, terms in zip(partials.double().sum(1), (wide, wide * away), strict=True):
+        wanted, size = terms.sum((0, 2, 3)), terms.abs().sum((0, 2, 3))
+        assert ((found - wanted).abs() <= 1e-6 * size + 1e-30).all(), (found - wanted).abs().max()
+
+
+def case(conv: ConvSpec, prologue: str, epilogue: str = "below", seed: int = 0, mean: float = 0.5) -> Case:
+    """Random tensors. ``mean``: size of a channel's mean in standard deviations, in y and in the raw input below.
+
+    Of the norm behind, gamma has both signs and is 0 in the first channel; of the norm below, see fwdcases.py.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, conv.dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def image(c: int, h: int, w: int, means: float = 0.0) -> Tensor:
+        return guarded((random(conv.n, c, h, w) + means * over(random(c))).to(dtype))
+
+    y = image(conv.co, conv.ho, conv.wo, mean)
+    g = guarded((random(*y.shape) + 0.3 * y.float() + 0.2).to(dtype))  # both means are far from 0
+    gamma = (0.5 + torch.rand(conv.co, generator=generator).double()) * torch.where(random(conv.co) < -0.5, -1.0, 1.0)
+    gamma[0] = 0
+    weight = random(conv.co, conv.ci // conv.groups, conv.r, conv.s) / (conv.co // conv.groups * conv.r * conv.s) ** 0.5
+    found = Case(conv, prologue, g, y, gamma, weight)
+    if epilogue.startswith("below") or epilogue == "all":
+        found.below = norm(image(conv.ci, conv.h, conv.w, mean), generator)
+        found.below_packed = dtype != torch.float32 and epilogue != "below exact"
+    if epilogue in ("add", "all"):
+        found.add = image(conv.ci, conv.h, conv.w)
+    if epilogue in ("strided", "all"):
+        found.add_strided = image(conv.ci, -(-conv.h // 2), -(-conv.w // 3)), (2, 3)
+    return found

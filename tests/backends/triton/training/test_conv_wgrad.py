@@ -1,0 +1,173 @@
+"""conv_wgrad in the interpreter: every config, prologue and geometry against fp64; how pixels are split; traffic.
+
+gamma of both norms has both signs and zeros; inputs and parameters lie between NaN (wgradcases.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dgradcases
+import pytest
+import torch
+from counting import count
+from launches import conv
+from test_conv_dgrad import GEOMETRIES
+from wgradcases import SMS, Case, case
+
+from resnet_fast.backends.triton.training import conv_wgrad as module
+from resnet_fast.backends.triton.training import vectors as v
+from resnet_fast.spec import LaunchSpec
+from resnet_fast.tuning.configs import Config, for_dtype
+from resnet_fast.tuning.training import FEW_VALUES, SHIPPED
+
+pytestmark = pytest.mark.interpret
+
+TILE = Config("conv_wgrad", 32, 32, 64)
+VARIANTS = [
+    (dtype, prologue)
+    for dtype in ("float16", "bfloat16", "float32")
+    for prologue in ("none", "exact", "packed")
+    if (dtype, prologue) != ("float32", "packed")
+]
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "as_it_is"])
+@pytest.mark.parametrize("dtype,prologue", VARIANTS)
+@pytest.mark.parametrize("config", SHIPPED["conv_wgrad"], ids=str)
+def test_every_config(config: Config, dtype: str, prologue: str, raw: bool, poisoned_outputs: None) -> None:
+    """20 channels to 20, 5 images of 35 pixels: no tile divides any of them, and no stream is as long as the next."""
+    case(conv(20, 20, 3, n=5, h=7, w=5, dtype=dtype), prologue, raw).check(for_dtype(config, dtype))
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "as_it_is"])
+@pytest.mark.parametrize("prologue", ["exact", "packed"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometry(name: str, prologue: str, raw: bool, poisoned_outputs: None) -> None:
+    case(GEOMETRIES[name], prologue, raw).check(TILE)
+
+
+@pytest.mark.parametrize("name", ["1x1_stride2", "3x3_stride2", "7x7_three_channels", "groups_merged"])
+def test_geometry_without_batch_statistics(name: str, poisoned_outputs: None) -> None:
+    """dy = A*g; y holds NaN and is not read."""
+    case(GEOMETRIES[name], "none").check(TILE)
+    case(GEOMETRIES[name].with_(dtype="float32"), "none").check(TILE)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, 9, 13])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (1, 40)], ids=str)
+def test_batches_and_images_of_every_length(size: tuple[int, int], n: int, poisoned_outputs: None) -> None:
+    """One, two and four streams; streams that end early or are empty; steps over rows, images and several images.
+
+    Exact where a channel has few values, for tuning/training.py sends no such launch to a packed prologue; a single
+    value has no statistics.
+    """
+    h, w = size
+    for spec in (conv(24, 20, 3, n=n, h=h, w=w), conv(24, 20, 1, n=n, h=h, w=w, stride=2)):
+        values = spec.gemm_m
+        prologue = "packed" if values >= FEW_VALUES else "exact" if values > 1 else "none"
+        case(spec, prologue, raw=n * h * w > 1).check(TILE)
+
+
+@pytest.mark.parametrize("sms", [1, 7, 1000])
+def test_splits_cover_every_pixel_once(sms: int, poisoned_outputs: None) -> None:
+    c = case(conv(24, 20, 3, n=6, h=9, w=11), "packed")
+    launch = LaunchSpec("conv_wgrad", (c.conv,), prologue=True)
+    splits, per_split = module.splits_of(launch, TILE, sms)
+    streams, images = module.streams_of(c.conv)
+    assert (splits - 1) * per_split < images * 9 * 11 <= splits * per_split
+    assert per_split % (TILE.block_k // streams) == 0
+    c.check(TILE, sms)
+
+
+def test_splits_of_a_large_launch() -> None:
+    """Every split has four steps or more; distances inside a split stay below 2^31 elements."""
+    small, huge = conv(64, 64, 1, n=256, h=56, w=56), conv(64, 64, 3, n=4096, h=112, w=112)
+    splits, per_split = module.splits_of(LaunchSpec("conv_wgrad", (small,)), TILE, 132)
+    assert 66 <= splits <= 132 and per_split >= 4 * 16
+    splits, per_split = module.splits_of(LaunchSpec("conv_wgrad", (huge,)), TILE, 1)
+    assert (per_split + 2 * 112 * 112) * 64 < 1 << 31 and splits * per_split >= 1024 * 112 * 112
+
+
+@pytest.mark.parametrize("prologue", ["exact", "packed"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mean", [1.0, 3.0])
+def test_large_means(mean: float, dtype: str, prologue: str) -> None:
+    """What the packed gradient's rounding leaves in common is multiplied with the mean of an activation."""
+    case(conv(24, 32, 3, n=4, h=9, w=8, dtype=dtype), prologue, mean=mean).check(TILE)
+
+
+def test_every_other_image_of_a_batch() -> None:
+    """A 1x1 whose images do not follow each other, so that its pixels are not those of dy."""
+    case(conv(24, 20, 1, n=5), "packed", images=2).check(TILE)
+
+
+def test_tensors_off_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler must not be promised more than the tensors keep: here it may only read slower."""
+    real, told = module.alignment, []
+    monkeypatch.setattr(module, "alignment", lambda *starts: told.append(real(*starts)) or told[-1])
+    dw = [case(conv(24, 16, 3), "packed", gap=gap).run(TILE) for gap in (0, 1)]
+    assert torch.equal(*dw)
+    assert told == [16, 16, 16, 2]
+
+
+@pytest.mark.parametrize("dtype,prologue", [("float32", "exact"), ("bfloat16", "exact"), ("bfloat16", "packed")])
+def test_two_runs_are_equal_bit_for_bit(dtype: str, prologue: str) -> None:
+    c = case(conv(24, 20, 3, n=5, dtype=dtype), prologue)
+    assert torch.equal(c.run(for_dtype(TILE, dtype)), c.run(for_dtype(TILE, dtype)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
+def test_a_nan_stays_in_its_channel(prologue: str) -> None:
+    """And what is not NaN in fp64 of the other channels is right."""
+    c = case(conv(24, 20, 3, n=2), prologue)
+    clean = c.run(TILE)
+    grad = c.behind.grad()
+    g = grad.g.clone()
+    g[1, 5, 2, 3] = float("nan")
+    c.behind.grad = lambda: grad._replace(g=g)  # type: ignore[method-assign]
+    dw = c.run(TILE)
+    assert dw[5].isnan().all()
+    assert torch.equal(torch.cat([dw[:5], dw[6:]]), torch.cat([clean[:5], clean[6:]]))
+
+
+@pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
+def test_traffic(prologue: str) -> None:
+    """g, y and the raw input once, and every split's tile; nothing outside of them."""
+    c = case(conv(40, 48, 1, n=4, h=8, w=11), prologue)
+    launch = LaunchSpec("conv_wgrad", (c.conv,), prologue=True)
+    splits, _ = module.splits_of(launch, TILE, SMS)
+    with count(inside_views=True) as counts:
+        dw = c.run(TILE)
+    run, reduced = counts.launches
+    assert run["g_ptr"].read_unique == c.behind.g.numel() * 2
+    assert run["x_ptr"].read_unique == c.x.y.numel() * 2
+    assert run["p_ptr"].written == run["p_ptr"].written_unique == splits * dw.numel() * 4
+    if c.behind.batch:
+        assert run["y_ptr"].read_unique == c.behind.y.numel() * 2
+    assert reduced["p_ptr"].read == splits * dw.numel() * 4
+    assert reduced["dw_ptr"].written == reduced["dw_ptr"].written_unique == dw.numel() * 4
+
+
+def test_inputs_are_not_written() -> None:
+    c = case(conv(24, 20, 3, n=2, stride=2), "packed")
+    inputs = [c.behind.g, c.behind.y, *(t for t in c.x if t is not None)]
+    before = [t.clone() for t in inputs]
+    c.run(TILE)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_a_wrong_coefficient_is_found() -> None:
+    """The check itself: one channel's BETA off by a hundredth."""
+
+    class Wrong(dgradcases.Case):
+        def grad(self) -> Any:
+            grad = super().grad()
+            grad.packed[v.BETA_HI, 7] += 0.01
+            return grad
+
+    c = case(conv(24, 20, 3, n=4), "packed")
+    c.check(TILE)
+    with pytest.raises(AssertionError, match="over the budget"):
+        Case(Wrong(**vars(c.behind)), c.x, True).check(TILE)

@@ -1,0 +1,94 @@
+"""Weight gradients of convolutions on random tensors: kernel, truth in fp64, and what stock autocast computes.
+
+The truth starts from what is given to all three: g, y and the raw input as stored, the vectors of the norm before the
+convolution, and the statistics of y in fp64. The gradient's side is that of dgradcases.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import dgradcases
+import torch
+from dgradcases import over
+from fwdcases import norm
+from torch import Tensor
+
+from resnet_fast import numerics
+from resnet_fast.backends.triton.problem import guarded
+from resnet_fast.backends.triton.training import vectors as v
+from resnet_fast.backends.triton.training.conv_wgrad import conv_wgrad
+from resnet_fast.backends.triton.training.vectors import Act
+from resnet_fast.spec import ConvSpec, LaunchSpec
+from resnet_fast.tuning.configs import Config
+
+SMS = 4
+"""Multiprocessors that the launcher fills: few, so that a small launch is split as a large one is."""
+
+
+@dataclass
+class Case:
+    """A launch: the gradient of its raw output, and its input, ``raw`` or as it is."""
+
+    behind: dgradcases.Case
+    x: Act
+    raw: bool
+
+    @property
+    def conv(self) -> ConvSpec:
+        return self.behind.conv
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.y.dtype
+
+    def run(self, config: Config, sms: int = SMS) -> Tensor:
+        launch = LaunchSpec("conv_wgrad", (self.conv,), prologue=self.raw)
+        return conv_wgrad(launch, replace(config, packed=self.behind.packed), self.behind.grad(), self.x, sms)
+
+    def _activation(self, y: Tensor) -> Tensor:
+        if not self.raw:
+            return y
+        assert self.x.vectors is not None
+        return torch.relu(y * over(self.x.vectors[v.SCALE].to(y.dtype)) + over(self.x.vectors[v.SHIFT].to(y.dtype)))
+
+    def _weight_gradient(self, dy: Tensor, act: Tensor) -> Tensor:
+        c = self.conv
+        stride, padding, dilation, groups = c.geometry()
+        empty = torch.empty(c.co, c.ci // c.groups, c.r, c.s, dtype=dy.dtype)
+        return torch.ops.aten.convolution_backward(
+            dy, act, empty, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+        )[1]
+
+    def truth(self) -> Tensor:
+        return self._weight_gradient(self.behind.dy(), self._activation(self.x.y.double()))
+
+    def eager(self) -> Tensor:
+        """Stock PyTorch under autocast: dy, the activation and dW are rounded."""
+        a, b, c = self.behind.coefficients().float()
+        dy = over(a) * self.behind.g.float() + over(b) * self.behind.y.float() + over(c)
+        act = self._activation(self.x.y.float())
+        return self._weight_gradient(dy.to(self.dtype), act.to(self.dtype))
+
+    def check(self, config: Config, sms: int = SMS) -> numerics.ErrorReport:
+        """dW within the budget, in fp32 and in the memory order of a channels_last weight."""
+        dw = self.run(config, sms)
+        c = self.conv
+        assert dw.dtype == torch.float32 and dw.shape == (c.co, c.ci // c.groups, c.r, c.s)
+        assert dw.permute(0, 2, 3, 1).is_contiguous()
+        return numerics.assert_close(dw.to(self.dtype), self.truth(), self.eager(), c.gemm_m)
+
+
+def case(
+    conv: ConvSpec, prologue: str, raw: bool = True, seed: int = 0, mean: float = 0.5, images: int = 1, gap: int = 0
+) -> Case:
+    """Random tensors, dgradcases.py and fwdcases.py. ``images``: x is every n-th of a batch; ``gap``: elements that it
+    lies off its first address."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    y = torch.randn(images * conv.n, conv.ci, conv.h, conv.w, generator=generator)
+    y = guarded((y + mean * over(torch.randn(conv.ci, generator=generator))).to(getattr(torch, conv.dtype)))[::images]
+    if gap:
+        field = torch.empty(y.numel() + gap, dtype=y.dtype)
+        y = field[gap:].view(conv.n, conv.h, conv.w, conv.ci).permute(0, 3, 1, 2).copy_(y)
+    x = norm(y, generator) if raw else Act(y)
+    return Case(dgradcases.case(conv, prologue, "plain", seed, mean), x, raw)
