@@ -129,6 +129,15 @@ def _fits_registers(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     return Verdict.no(f"at most {limit} sums per thread", str(need), "use more warps or less tile")
 
 
+def _fits_gather(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    if one.kernel != "conv_fwd" or one.last.ci // merged_groups(one.last) >= MIN_CHANNELS:
+        return YES
+    need = config.block_m * config.block_k // (32 * config.num_warps)
+    if need <= 32:
+        return YES
+    return Verdict.no("at most 32 addresses per thread and step of a gather", str(need), "use more warps or less tile")
+
+
 def _not_larger_than_needed(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     rows, columns, products, _ = gemm(one)
     sides = {"block_n": (config.block_n, columns), "block_k": (config.block_k, products)}
@@ -155,7 +164,7 @@ def _packed_where_it_may(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     return packs(one) if config.packed else YES
 
 
-RULES = (_fits_shared, _fits_registers, _not_larger_than_needed, _packed_where_it_may)
+RULES = (_fits_shared, _fits_registers, _fits_gather, _not_larger_than_needed, _packed_where_it_may)
 
 
 def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:

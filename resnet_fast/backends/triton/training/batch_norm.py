@@ -44,6 +44,7 @@ from ....calls import Norm
 from ..launch import upcasts
 from ..tiles import round_to
 from . import vectors as v
+from .conv_fwd import usable_centre
 from .passes import (
     MEAN,
     SCALE,
@@ -181,12 +182,6 @@ def _optional(ptr, c, c_mask, absent: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _finite(x):
-    """x, and 0 for NaN and infinity, as conv_fwd treats a centre."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
 def _store_vectors(
     centre, mean, var, inv_count, batch_mean, batch_var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c,
     C: tl.constexpr, UPCAST: tl.constexpr,
@@ -232,7 +227,7 @@ def _finalize_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n, mean, m2 = _merged(partials_ptr, GATHERED, 0, tiles, tiles, rows, count, c, C, BLOCK_T, BLOCK_C)
     n = tl.maximum(n, 1.0)
-    centre = _finite(_optional(centre_ptr, c, c < C, 0.0, C))
+    centre = usable_centre(_optional(centre_ptr, c, c < C, 0.0, C))
     batch_mean = mean + centre + _optional(bias_ptr, c, c < C, 0.0, C)
     _store_vectors(
         centre, mean, m2 / n, 1.0 / n, batch_mean, m2 / tl.maximum(n - 1.0, 1.0),
@@ -246,7 +241,7 @@ def _constant_kernel(
     C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    centre = _finite(_optional(centre_ptr, c, c < C, 0.0, C))
+    centre = usable_centre(_optional(centre_ptr, c, c < C, 0.0, C))
     given, var = _optional(mean_ptr, c, c < C, 0.0, C), _optional(var_ptr, c, c < C, 1.0, C)
     mean = given - centre - _optional(bias_ptr, c, c < C, 0.0, C)
     _store_vectors(centre, mean, var, 0.0, given, var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST)

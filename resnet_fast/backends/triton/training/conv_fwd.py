@@ -30,8 +30,8 @@ deviations. In the layout of the tensor cores' accumulator a column lies across 
 shuffles per register and pass; ``tl.split`` of even from odd rows makes the compiler move the 16-bit tile through
 shared memory into columns that lie in registers.
 
-Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite counts as
-0: a poisoned running mean must not poison the batch. Limits: tuning/training.py.
+Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite, or that no
+16-bit tensor holds, counts as 0: a poisoned running mean must not poison the batch. Limits: tuning/training.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_fwd.py``.
 
 Tried, compiled for sm_90 (issue slots per scheduler and K step of a 3x3; tensor cycles in brackets):
@@ -64,6 +64,9 @@ COMPILED = tl.constexpr(not INTERPRETED)
 CLAMP_BF16 = tl.constexpr("{ .reg .b32 t; max.NaN.bf16x2 t, $1, $2; min.NaN.bf16x2 $0, t, $3; }")
 CLAMP_FP16 = tl.constexpr("{ .reg .b32 t; max.NaN.f16x2 t, $1, $2; min.NaN.f16x2 $0, t, $3; }")
 
+LARGEST_CENTRE = tl.constexpr(65504.0)
+"""The largest number of fp16."""
+
 MASK_BITS = 16
 """Taps per axis that half a word of bits can tell inside from outside; a longer filter runs in windows."""
 
@@ -95,6 +98,12 @@ def activate(x, scale, shift, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr
     if PADDED:
         z = tl.minimum(z, tl.where(inside, float("inf"), 0.0), propagate_nan=tl.PropagateNan.ALL)
     return round_to(relu(z), x.dtype, UPCAST)
+
+
+@triton.jit
+def usable_centre(centre):
+    """``centre``, and 0 for NaN and for what rounds to infinity in 16 bit, where a row behind the last holds it alone."""
+    return tl.where(tl.abs(centre) <= LARGEST_CENTRE, centre, 0.0)
 
 
 @triton.jit
@@ -272,8 +281,7 @@ def _conv_fwd_kernel(
     if const_ptr is not None:
         acc += tl.load(const_ptr + co, mask=co_mask, other=0.0)[None, :]
     if centre_ptr is not None:
-        centre = tl.load(centre_ptr + co, mask=co_mask, other=0.0)
-        acc -= tl.where(tl.abs(centre) < float("inf"), centre, 0.0)[None, :]
+        acc -= usable_centre(tl.load(centre_ptr + co, mask=co_mask, other=0.0))[None, :]
     if WINDOWS:
         acc = accumulate_windows(
             acc, x_rows, h, w, row_mask, w_rows, co_mask, act_ptr, H, W,

@@ -104,7 +104,7 @@ class Case:
     def _minus_centre(self, y: Tensor) -> Tensor:
         if self.centre is None:
             return y
-        return y - torch.where(self.centre.isfinite(), self.centre, 0.0).double()[None, :, None, None]
+        return y - torch.where(self.centre.abs() <= 65504, self.centre, 0.0).double()[None, :, None, None]
 
     def truth(self) -> Tensor:
         z = self._activation(self.x.y.double())

@@ -108,13 +108,13 @@ def test_vectors_follow_their_definition(dtype: torch.dtype, parameters: torch.d
     gamma, beta = cases.affine(c)
     norm = batch() if parameters is None else batch(cases.guard(gamma.to(parameters)), cases.guard(beta.to(parameters)))
     bias, centre = cases.guard(torch.randn(c)), torch.randn(c)
-    centre[:3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    centre[:4] = torch.tensor([float("nan"), float("inf"), float("-inf"), 7e4])
     rows, _ = vectors_of(y, norm, bias, cases.guard(centre))
     mean, var = cases.moments(y)
     count = y.numel() // c
     scale = (var + cases.EPS).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
     shift = (0.0 if norm.bias is None else norm.bias.double()) - mean * scale
-    known = torch.where(centre.isfinite(), centre, 0.0)
+    known = torch.where(centre.abs() <= 65504, centre, 0.0)
     invstd, unbiased = (var + cases.EPS).rsqrt(), var * count / (count - 1)
     want = {
         v.CENTRE: known, v.MEAN: mean, v.INVSTD: invstd, v.SCALE: scale, v.SHIFT: shift,
