@@ -44,10 +44,18 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
         (32, 16, 32, 4, 3),
     ),
     "conv_wgrad": of_sizes(
-        "conv_wgrad", (128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3), (16, 16, 64, 4, 3)
+        "conv_wgrad",
+        (128, 128, 64, 8, 3),
+        (64, 128, 64, 4, 3),
+        (64, 64, 64, 4, 3),
+        (32, 32, 64, 4, 3),
+        (16, 16, 64, 4, 3),
     ),
 }
 """Every training config that can ever be chosen, by kernel. Tests run each, static budgets compile each."""
+
+WHOLE_TILE = 128 * 128
+"""Outputs of a tile whose main loop keeps an H100's tensor cores busy."""
 
 FEW_VALUES = 16
 """Below, BatchNorm's gradient is close to nothing but the difference of two large terms (of two values, exactly 0), and
@@ -106,10 +114,13 @@ def min_bytes(one: LaunchSpec) -> int:
 
 
 def is_memory_bound(one: LaunchSpec) -> bool:
-    """Is the launch bound by memory on an H100 by the roofline, whatever its main loop costs? A 3x3 is not, nor a 1x1
-    with at least 256 channels on both sides."""
+    """Is the launch bound by memory on an H100 by the roofline, whatever its main loop costs?
+
+    A 3x3 of 64 channels is, just so (288 operations per byte at most, 192 with g and y to read; the ridge lies at 295);
+    of more it is not, nor is a 1x1 with at least 256 channels on both sides.
+    """
     c, groups = one.last, merged_groups(one.last)
-    return c.r * c.s == 1 and min(c.ci, c.co) // groups < 256
+    return min(c.ci, c.co) // groups < (256 if c.r * c.s == 1 else 128)
 
 
 def _fits_shared(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
@@ -164,7 +175,24 @@ def _packed_where_it_may(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     return packs(one) if config.packed else YES
 
 
-RULES = (_fits_shared, _fits_registers, _fits_gather, _not_larger_than_needed, _packed_where_it_may)
+LIMITS = (_fits_shared, _fits_registers, _fits_gather, _not_larger_than_needed, _packed_where_it_may)
+
+
+def _issues_in_time(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """Where products are the limit and fill the GPU: of tiles below 128 x 128 the main loop issues longer than the
+    tensor cores take, for every prologue is applied to more elements per product (docs/tables/training-budgets.md)."""
+    if config.block_m * config.block_n >= WHOLE_TILE or is_memory_bound(one) or not configs.on_tensor_cores(one):
+        return YES
+    rows, columns, products, count = gemm(one)
+    work = rows * columns * count // WHOLE_TILE * (products // 256 if one.kernel == "conv_wgrad" else 1)
+    whole = (for_dtype(c, one.dtype) for c in SHIPPED[one.kernel] if c.block_m * c.block_n >= WHOLE_TILE)
+    if work < gpu.sms or not any(configs.verdict(one, c, gpu, LIMITS) for c in whole):
+        return YES
+    tile = f"{config.block_m} x {config.block_n}"
+    return Verdict.no("a tile of 128 x 128 where products are the limit", tile, "use it")
+
+
+RULES = (*LIMITS, _issues_in_time)
 
 
 def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:

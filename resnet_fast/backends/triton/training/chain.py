@@ -202,7 +202,9 @@ class _Backward:
         self.call, self.plan = call, plan
         self.convs, self.norms = convs_of(call), norms_of(call)
         count, self.main = len(self.convs), len(self.convs) - _projects(call)
-        self.raws, self.vectors = list(saved[:count]), saved[count : count + len(self.norms)]
+        # a saved-tensor hook may bring them back in another layout (by way of NumPy, from a file)
+        self.raws = [nhwc(t) if t.dim() == 4 else t for t in saved[:count]]
+        self.vectors = saved[count : count + len(self.norms)]
         self.clamps = [c if c.numel() else None for c in saved[count + len(self.norms) :]]
         self.x = nhwc(call.x)
         self.weights: list[Tensor | None] = [None] * count

@@ -102,7 +102,7 @@ def activate(x, scale, shift, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr
 
 @triton.jit
 def usable_centre(centre):
-    """``centre``, and 0 for NaN and for what rounds to infinity in 16 bit, where a row behind the last holds it alone."""
+    """``centre``, but 0 for NaN and for what fp16 does not hold: a row behind the last is this alone, and summed."""
     return tl.where(tl.abs(centre) <= LARGEST_CENTRE, centre, 0.0)
 
 
