@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from counting import count
 from dgradcases import EPILOGUES, EPS, Case, assert_sums, case, over, packed_weight
-from fwdcases import guard
 from launches import conv
 
 from resnet_fast import numerics
