@@ -27,7 +27,6 @@ KERNELS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
 SHIPPED: dict[str, tuple[Config, ...]] = {
     "conv_fwd": of_sizes(
         "conv_fwd",
-        (128, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
         (128, 64, 64, 4, 3),
         (64, 128, 64, 4, 3),
@@ -134,19 +133,20 @@ def _fits_shared(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 
 def _fits_registers(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     need = config.block_m * config.block_n // (32 * config.num_warps)
-    limit = 64 if configs.on_tensor_cores(one) else 32
+    limit = 64 if configs.on_tensor_cores(one) else 16 if one.kernel == "conv_wgrad" else 32
     if need <= limit:
         return YES
     return Verdict.no(f"at most {limit} sums per thread", str(need), "use more warps or less tile")
 
 
 def _fits_gather(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    if one.kernel != "conv_fwd" or one.last.ci // merged_groups(one.last) >= MIN_CHANNELS:
+    if one.kernel == "conv_dgrad" or one.last.ci // merged_groups(one.last) >= MIN_CHANNELS:
         return YES
-    need = config.block_m * config.block_k // (32 * config.num_warps)
-    if need <= 32:
+    side, limit = (config.block_m, 32) if one.kernel == "conv_fwd" else (config.block_n, 16)
+    need = side * config.block_k // (32 * config.num_warps)
+    if need <= limit:
         return YES
-    return Verdict.no("at most 32 addresses per thread and step of a gather", str(need), "use more warps or less tile")
+    return Verdict.no(f"at most {limit} addresses per thread and step", str(need), "use more warps or less tile")
 
 
 def _not_larger_than_needed(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:

@@ -40,11 +40,14 @@ LAYERS = {
     "3x3/2": "r50.layer3.0.conv2",
     "7x7/2": "r50.conv1",
     "3x3 groups": "x50_32x4d.layer1.0.conv2",
+    "3x3 narrow": "r50.layer1.1.conv2",
+    "1x1 narrow": "r50.layer1.1.conv3",
+    "1x1 wide": "r50.layer1.1.conv1",
 }
 """Convolutions by what sets their kernels apart. ``behind``: a 1x1 behind a prologue, as the 3x3s are; ``first``: of a
 block with a projection, whose dgrad adds the projection's at every second pixel."""
 
-PROLOGUE = ("1x1 behind", "3x3", "3x3/2", "3x3 groups")
+PROLOGUE = ("1x1 behind", "3x3", "3x3/2", "3x3 groups", "3x3 narrow", "1x1 narrow")
 ONE_CONFIG = ("1x1 first",)
 """Their main loops are those of other layers."""
 

@@ -219,7 +219,7 @@ def _conv_wgrad_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOW: tl.constexpr, LINEAR: tl.constexpr,
     BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN_DY: tl.constexpr, ALIGN_X: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # tile (co, column) of group g over one split; CI and CO count channels per group, C_IN and C_OUT all of them
     C_IN: tl.constexpr = CI * GROUPS
@@ -257,10 +257,14 @@ def _conv_wgrad_kernel(
     rows_left = of_rows(left, -lane, STREAMS, BLOCK_K)
 
     # what does not change from step to step: rows less their pixel's place, vectors of the channels
-    dy_rows = of_rows(row_offset(stream * (per_stream * Ho * Wo) + start, C_OUT), lane * C_OUT, STREAMS, BLOCK_K)
-    x_rows = of_rows(row_offset(stream * per_stream + first_n, x_stride_n), 0 * lane, STREAMS, BLOCK_K)
-    g_tile = g_ptr + (dy_rows[None, :] + co[:, None])
-    y_tile = y_ptr + (dy_rows[None, :] + co[:, None]) if BATCH else g_tile
+    first_of_stream = (stream.to(tl.int64) if WIDE else stream) * per_stream
+    dy_rows = of_rows(first_of_stream * (Ho * Wo) * C_OUT, lane * C_OUT, STREAMS, BLOCK_K)
+    dy_tile = dy_rows[None, :] + co[:, None]
+    g_ptr += row_offset(start, C_OUT)
+    if BATCH:
+        y_ptr += row_offset(start, C_OUT)
+    x_rows = of_rows(first_of_stream * x_stride_n, 0 * lane, STREAMS, BLOCK_K)
+    x_ptr += row_offset(first_n, x_stride_n)
     x_tile = x_ptr + (x_rows[:, None] + ((down * W + across) * C_IN + ci[None, :]))
     outside = (act_ptr + THRESHOLD * C_IN + ci)[None, :] if PROLOGUE and PACKED and PADDED else x_tile
     grad_first, grad_second, grad_third, act_first, act_second = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -301,8 +305,9 @@ def _conv_wgrad_kernel(
     for done in range(0, steps * PIXELS, PIXELS):
         real = rows_left > done
         # a = dy or q
+        y_at = y_ptr + done * C_OUT + dy_tile if BATCH else None
         a = gradient_tile(
-            g_tile + done * C_OUT, y_tile + done * C_OUT, real, co_mask, grad_first, grad_second, grad_third,
+            g_ptr + done * C_OUT + dy_tile, y_at, real, co_mask, grad_first, grad_second, grad_third,
             BATCH, PACKED, EVEN_M, ALIGN_DY, UPCAST,
         )  # fmt: skip
         # b = act, z or x
@@ -333,8 +338,9 @@ def _conv_wgrad_kernel(
                 x_tile, n - first_n, ho, wo, real, down, across, H, W, x_stride_n, done,
                 C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, False, STREAMS, BLOCK_K,
             )  # fmt: skip
+            y_at = y_ptr + done * C_OUT + dy_tile if BATCH else None
             a = gradient_tile(
-                g_tile + done * C_OUT, y_tile + done * C_OUT, real, co_mask, grad_first, grad_second, grad_third,
+                g_ptr + done * C_OUT + dy_tile, y_at, real, co_mask, grad_first, grad_second, grad_third,
                 BATCH, PACKED, EVEN_M, ALIGN_DY, UPCAST,
             )  # fmt: skip
             outside_rows = (real[:, None] & ~inside).reshape((1, BLOCK_K))
@@ -422,6 +428,11 @@ def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
     return -(-steps // per_split), per_split * per_step
 
 
+def _wide(conv: ConvSpec, x_stride_n: int) -> bool:
+    """Does a batch span 2^31 elements of x or dy or more, so that its streams are as far apart?"""
+    return conv.n * max(x_stride_n, conv.ho * conv.wo * conv.co) >= 1 << 31
+
+
 def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int) -> Tensor:
     """dW (Co, Ci/groups, R, S) fp32, in the memory order (Co, R, S, Ci/groups). ``sms``: multiprocessors to fill.
 
@@ -452,7 +463,7 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
         WINDOW=window, LINEAR=linear, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,
         ALIGN_DY=alignment(size, co * size, *starts),
         ALIGN_X=0 if window else alignment(size, ci * size, x.y.stride(0) * size, *x_starts),
-        STREAMS=streams, BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
+        STREAMS=streams, WIDE=_wide(conv, x.y.stride(0)), BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
     )  # fmt: skip
     dw = new(conv.co, columns)
     per_step = config.block_k // streams

@@ -89,6 +89,16 @@ def test_splits_of_a_large_launch() -> None:
     assert (per_split + 2 * 112 * 112) * 64 < 1 << 31 and splits * per_split >= 1024 * 112 * 112
 
 
+def test_streams_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64-bit distances between streams change no bit; they are taken where a batch spans 2^31 elements."""
+    c = case(conv(24, 20, 3, n=5), "packed")
+    near = c.run(TILE)
+    assert not module._wide(c.conv, 9 * 7 * 24)
+    assert module._wide(conv(64, 64, 3, n=4096, h=112, w=112), 112 * 112 * 64)
+    monkeypatch.setattr(module, "_wide", lambda conv, x_stride_n: True)
+    assert torch.equal(c.run(TILE), near)
+
+
 @pytest.mark.parametrize("prologue", ["exact", "packed"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("mean", [1.0, 3.0])

@@ -1,0 +1,94 @@
+"""Machine code of the training kernels against docs/tables/training-budgets.json: no spills, and in the compute-bound
+main loops fewer issue slots than tensor cycles.
+
+Compiled here, without a GPU, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import training_budgets as budgets
+from static_budget import Budget, Job, compare, compile_many, read_table
+
+from resnet_fast import roofline
+from resnet_fast.tuning import training
+
+TABLE = read_table(budgets.JSON) if budgets.JSON.exists() else {}
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+SAMPLE = ("conv_fwd 3x3", "conv_dgrad 1x1 behind", "conv_wgrad 3x3")
+PER_CHANNEL = ("finalize", "constant", "coefficients")
+"""Kernels of a few vectors, one element per thread; those on tensors store 16 bytes at once."""
+COMPUTE_BOUND = ("1x1", "1x1 first", "1x1 behind", "1x1/2", "3x3", "3x3/2")
+"""Layers with 256 channels or more on both sides."""
+
+
+def worse(jobs: list[Job]) -> list[str]:
+    """What got worse than the table, a line per finding."""
+    found = []
+    for now in compile_many(jobs):
+        if now.key not in TABLE:
+            found.append(f"{now.key}: not in the table; run python tests/triton/training_budgets.py")
+            continue
+        found += [f"{now.kernel} {now.config} sm_{now.arch}: {text}" for text in compare(now, TABLE[now.key])]
+    return found
+
+
+def test_a_sample_keeps_its_budget() -> None:
+    """The first config of one launch per kernel, and two of the passes."""
+    passes = ("block_end_backward projection", "pool_end_backward")
+    names = tuple(f"{name}," for name in SAMPLE)
+    assert not worse([j for j in budgets.jobs(every=False) if j.config.startswith(names) or j.config in passes])
+
+
+@pytest.mark.slow
+def test_every_shipped_config_keeps_its_budget() -> None:
+    assert not worse(list(budgets.jobs()))
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
+def test_hard_rules(row: Budget) -> None:
+    """What holds for every row, whoever wrote the table."""
+    assert row.local_bytes == 0 and row.local_accesses == 0
+    assert row.blocks_per_sm >= 1
+    kernel, _, rest = row.config.partition(" ")
+    if kernel not in training.KERNELS or not rest:
+        whole = not row.config.startswith(PER_CHANNEL)
+        assert not (whole and "STG.2" in row.accesses), row.accesses
+        return
+    if row.config.endswith(", fp32"):
+        return  # no tensor cores: the products are scalar
+    tile = rest.split(", ")[1].split()[0]
+    # a warp group's instruction takes 64 rows: smaller tiles use the one of sm_80 everywhere
+    wanted = "HMMA" if tile.startswith(("16x", "32x")) else TENSOR_CORES[row.arch]
+    assert wanted in {name.split(".")[0] for name in row.tensor}
+
+
+def test_main_loops_issue_in_time() -> None:
+    """Of every config that may run a compute-bound convolution on an H100 the tensor cores are kept busy, through a
+    packed prologue; the model chooses among these."""
+    h100, rows, slow = roofline.gpu("h100"), 0, []
+    assert h100.gpu is not None
+    for name, one in budgets.launches().items():
+        if name.partition(" ")[2] not in COMPUTE_BOUND:
+            continue
+        assert not training.is_memory_bound(one)
+        legal = training.candidates(one, h100.gpu, packed=True)
+        assert training.modelled(one, h100, packed=True) in legal
+        for label in (budgets.label_of(name, config) for config in legal):
+            found = [row for (_, config, arch), row in TABLE.items() if config == label and arch == 90]
+            if not found:
+                assert name.partition(" ")[2] in budgets.ONE_CONFIG, label
+                continue
+            assert found[0].loops, label
+            rows += 1
+            slow += [f"{label}: {loop.pressure:.2f}" for loop in found[0].loops if loop.pressure > 1.0]
+    assert not slow
+    assert rows >= 3 * len(COMPUTE_BOUND)
+
+
+def test_the_table_covers_every_shipped_config() -> None:
+    covered = {
+        (key[1].split(" ")[0], key[1].split(", ")[1].removesuffix(" packed"), key[2]) for key in TABLE if "," in key[1]
+    }
+    shipped = {(k, str(c), arch) for k, found in training.SHIPPED.items() for c in found for arch in budgets.GPUS}
+    assert shipped <= covered, shipped - covered
