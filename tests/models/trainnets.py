@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv3x3
 
 import resnet_fast
 from resnet_fast import numerics
-from resnet_fast.devices import Device
+from resnet_fast.devices import Device, Gpu
 from resnet_fast.models.paper import CifarResNet
-from resnet_fast.spec import ConvSpec
+from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning import training
+from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.tables import Table
 
 CLASSES = 5
@@ -64,27 +65,35 @@ def build(kind: str) -> nn.Module:
     return imagenet(blocks[kind]) if kind in blocks else cifar()
 
 
+def shipped(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
+    """The shipped config of which the interpreter runs the fewest steps."""
+    rows, columns, products, _ = training.gemm(one)
+    return min(
+        training.candidates(one, gpu, packed),
+        key=lambda c: (
+            -(-rows // c.block_m) * -(-columns // c.block_n) * -(-products // c.block_k),
+            c.block_m * c.block_n,
+        ),
+    )
+
+
+def whole(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
+    """A tile as large as the launch, up to 256 x 64 x 256, which no GPU would take: the interpreter's time goes by
+    operations, not by elements."""
+    rows, columns, products, _ = training.gemm(one)
+    sizes = (min(most, max(16, 1 << (n - 1).bit_length())) for most, n in ((256, rows), (64, columns), (256, products)))
+    return Config(one.kernel, *sizes, packed=packed and bool(training.packs(one)))
+
+
 @contextmanager
-def fewest_programs() -> Iterator[None]:
-    """Inside, every convolution takes the shipped configs of which the interpreter runs the fewest steps."""
+def fewest_programs(tile: Callable[[LaunchSpec, Gpu, bool], Config] = shipped) -> Iterator[None]:
+    """Inside, every convolution takes the configs that ``tile`` picks."""
     from resnet_fast.backends.triton.training import chain
 
     def choose(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> training.Chosen:
-        found = []
-        for kernel in training.KERNELS:
-            one = training.launch(kernel, conv, prologue)
-            rows, columns, products, _ = training.gemm(one)
-            assert device.gpu is not None
-            found.append(
-                min(
-                    training.candidates(one, device.gpu, packed),
-                    key=lambda c: (
-                        -(-rows // c.block_m) * -(-columns // c.block_n) * -(-products // c.block_k),
-                        c.block_m * c.block_n,
-                    ),
-                )
-            )
-        return training.Chosen(*found)
+        assert device.gpu is not None
+        launches = (training.launch(kernel, conv, prologue) for kernel in training.KERNELS)
+        return training.Chosen(*(tile(one, device.gpu, packed) for one in launches))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "choose", choose)

@@ -23,7 +23,7 @@ from counting import Counts, Traffic, count
 from torch import Tensor
 
 from resnet_fast import roofline
-from resnet_fast.backends.triton.training import chain
+from resnet_fast.backends.triton.training import chain, convolution
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.calls import BlockCall, Conv, Leaves, Norm, Pool, StemCall
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
@@ -120,8 +120,8 @@ def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(chain, "plan_of", lambda *_: plan))
         if not packing:
-            stack.enter_context(mock.patch.object(chain.pack, "pack_forward", _zero_forward))
-            stack.enter_context(mock.patch.object(chain.pack, "pack_dgrad", _zero_dgrad))
+            stack.enter_context(mock.patch.object(convolution.pack, "pack_forward", _zero_forward))
+            stack.enter_context(mock.patch.object(convolution.pack, "pack_dgrad", _zero_dgrad))
         counts = stack.enter_context(count())
         z, saved, _ = chain.forward(call, spec, "raw")
         chain.backward(call, spec, saved, z, torch.randn_like(z), needs)

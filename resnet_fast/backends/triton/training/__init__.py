@@ -6,5 +6,7 @@ reverse.
     conv_wgrad.py   gradient of the weight, split over K     pack.py         weights as the kernels read them
     batch_norm.py   statistics -> vectors, sums -> gradient coefficients
     block_end.py    BatchNorm + add + ReLU at a block's end  pool.py         BatchNorm + ReLU + max-pool of the stem
+    passes.py       what kernels without products share
+    convolution.py  one convolution in its three directions, on our kernels or on cuDNN's
     chain.py        the order of launches, forward and backward
 """

@@ -19,10 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .... import flags
@@ -33,7 +31,7 @@ from ....tuning.training import CUDNN, Chosen
 from .. import in_layout
 from ..device import device_of, table_of
 from ..launch import nhwc
-from . import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
+from . import batch_norm, block_end, convolution, pool
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
 
 
@@ -63,11 +61,6 @@ def _plan_of(spec: Spec, device: torch.device, packed: bool) -> Plan:
     inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
     device_, table = device_of(device), table_of(device)
     return Plan(specs, tuple(tuning.choose(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(specs)))
-
-
-def materialised(act: Act) -> Tensor:
-    """The activation as a tensor, for cuDNN."""
-    return act.y if act.vectors is None else block_end.block_end(act.y, act.vectors, None, None, True)
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -116,26 +109,10 @@ def _convolve(conv: Conv, norm: Norm, plan: Plan, i: int, act: Act) -> tuple[Ten
     """(raw output, vectors of its norm, clamp)."""
     spec, config = plan.specs[i], plan.chosen[i].fwd
     centre = None if config == CUDNN else _centre(conv, norm)
-    y, partials = _raw(conv, plan, i, act, centre, norm.batch_stats)
-    if not norm.batch_stats:
-        return y, *batch_norm.constant(norm, spec.co, conv.bias, centre, y.dtype, y.device)
-    rows = config.block_m
+    y, partials, rows = convolution.forward(conv.weight, spec, config, act, centre, norm.batch_stats)
     if partials is None:
-        partials, rows = batch_norm.statistics(y)
+        return y, *batch_norm.constant(norm, spec.co, conv.bias, centre, y.dtype, y.device)
     return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, conv.bias, centre, y.dtype, norm.sync)
-
-
-def _raw(
-    conv: Conv, plan: Plan, i: int, act: Act, centre: Tensor | None, statistics: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The raw output of convolution ``i``, and per-tile statistics where its kernel gathers them."""
-    spec, config = plan.specs[i], plan.chosen[i].fwd
-    if config == CUDNN:
-        x = materialised(act)
-        return nhwc(F.conv2d(x, conv.weight.detach().to(x.dtype), None, *spec.geometry())), None
-    launch = tuning.launch("conv_fwd", spec, act.vectors is not None)
-    weight, const = pack.pack_forward(conv.weight.detach(), act.y.dtype, spec, act if config.packed else None)
-    return conv_fwd.conv_fwd(launch, config, weight, const, act, centre, statistics)
 
 
 def _norm_of(call: BnActCall, x: Tensor) -> Tensor:
@@ -222,7 +199,8 @@ class _Backward:
         last = self.main - 1
         if self.convs and not self.raws[last].numel():
             centre = self.vectors[last][CENTRE]  # what the forward subtracted, and not what it would be today
-            self.raws[last] = _raw(self.convs[last], self.plan, last, self.below(last), centre, False)[0]
+            spec, config = self.plan.specs[last], self.plan.chosen[last].fwd
+            self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, False)[0]
         g, grads = self.end(z, dz, needs)
         wanted = [self.wanted(i, needs) for i in range(len(self.convs))]
         dx_of_projection = None
@@ -294,54 +272,16 @@ class _Backward:
         return self.convs[i].weight.detach()
 
     def wgrad(self, i: int, grad: Grad) -> Tensor:
-        spec, config, below = self.plan.specs[i], self.plan.chosen[i].wgrad, self.below(i)
-        weight = self.weight(i)
-        if config == CUDNN:
-            dw = self.aten_backward(i, grad, materialised(below), (False, True))[1]
-        else:
-            launch = tuning.launch("conv_wgrad", spec, below.vectors is not None)
-            gpu = device_of(grad.g.device).gpu
-            assert gpu is not None
-            dw = conv_wgrad.conv_wgrad(launch, config, grad, below, gpu.sms)
-        return torch.empty_like(weight).copy_(dw)  # autograd accumulates into a tensor of the weight's strides
+        return convolution.wgrad(self.weight(i), self.plan.specs[i], self.plan.chosen[i].wgrad, grad, self.below(i))
 
-    def aten_backward(self, i: int, grad: Grad, x: Tensor, mask: tuple[bool, bool]) -> tuple[Any, Any]:
-        """(dx, dW) by cuDNN, on the gradient of the raw output as a tensor."""
-        spec, dy = self.plan.specs[i], batch_norm.apply_backward(grad)
-        stride, padding, dilation, groups = spec.geometry()
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, x, self.weight(i).to(dy.dtype), None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
-        )
-        return dx, dw
-
-    def dgrad(
-        self,
-        i: int,
-        grad: Grad,
-        below: Act | None = None,
-        add: Tensor | None = None,
-        add_strided: tuple[Tensor, tuple[int, int]] | None = None,
-        compact: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """A dgrad launch of ours: dx, and with ``below`` its sums. What is added and ``compact`` as in conv_dgrad."""
-        spec, config = self.plan.specs[i], self.plan.chosen[i].dgrad
-        wt = pack.pack_dgrad(self.weight(i), grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
-        launch = tuning.launch("conv_dgrad", spec, below is not None)
-        packed = self.plan.chosen[i].fwd.packed
-        return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, packed, add, add_strided, compact)
+    def stock_dx(self, i: int, grad: Grad) -> Tensor:
+        """dx of a convolution that reads the call's input, by cuDNN."""
+        return nhwc(convolution.stock_backward(self.weight(i), self.plan.specs[i], grad, self.x, (True, False))[0])
 
     def dgrad_inner(self, i: int, grad: Grad, needs: Leaves) -> Grad:
         """From the gradient of raw output ``i`` to that of ``i - 1``."""
-        below = self.below(i)
-        if self.plan.chosen[i].dgrad == CUDNN:
-            act = materialised(below)
-            assert below.vectors is not None
-            dx = nhwc(self.aten_backward(i, grad, act, (True, False))[0])
-            g, sums, _ = block_end.block_end_backward(dx, act, below.y, below.vectors, None, None)
-        else:
-            g, found = self.dgrad(i, grad, below=below)
-            assert found is not None
-            sums = found
+        chosen, below = self.plan.chosen[i], self.below(i)
+        g, sums = convolution.dgrad_to(self.weight(i), self.plan.specs[i], chosen.dgrad, grad, below, chosen.fwd.packed)
         return self.grad(i - 1, g, below.y, sums, needs)
 
     def projection(self, grad: Grad, needs: Leaves) -> tuple[Tensor, tuple[int, int] | None] | None:
@@ -353,23 +293,24 @@ class _Backward:
             return None
         spec = self.plan.specs[i]
         if self.plan.chosen[i].dgrad == CUDNN:
-            return nhwc(self.aten_backward(i, grad, self.x, (True, False))[0]), None
+            return self.stock_dx(i, grad), None
         compact = (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0) and spec.stride != (1, 1)
-        return self.dgrad(i, grad, compact=compact)[0], spec.stride if compact else None
+        dx, _ = convolution.dgrad(self.weight(i), spec, self.plan.chosen[i].dgrad, grad, compact=compact)
+        return dx, spec.stride if compact else None
 
     def dgrad_first(
         self, grad: Grad, identity: Tensor | None, projected: tuple[Tensor, tuple[int, int] | None] | None
     ) -> Tensor:
         """dx of the first convolution, plus the shortcut's."""
-        if self.plan.chosen[0].dgrad == CUDNN:
-            dx = nhwc(self.aten_backward(0, grad, self.x, (True, False))[0])
+        spec, config = self.plan.specs[0], self.plan.chosen[0].dgrad
+        if config == CUDNN:
+            dx = self.stock_dx(0, grad)
             if projected is not None:
                 down, across = projected[1] or (1, 1)
                 dx[:, :, ::down, ::across] += projected[0]
             return dx if identity is None else dx.add_(identity)
-        if projected is None:
-            return self.dgrad(0, grad, add=identity)[0]
-        dx, stride = projected
-        if stride is None:
-            return self.dgrad(0, grad, add=dx)[0]
-        return self.dgrad(0, grad, add_strided=(dx, stride))[0]
+        add, strided = identity, None
+        if projected is not None:
+            dx, stride = projected
+            add, strided = (dx, None) if stride is None else (None, (dx, stride))
+        return convolution.dgrad(self.weight(0), spec, config, grad, add=add, add_strided=strided)[0]

@@ -125,7 +125,7 @@ def place_in_x(
 ):  # fmt: skip
     """(addresses (rows, columns) of x, inside (rows, 1 or columns)) for pixels (n, ho, wo) of a step, one per lane.
 
-    LINEAR: pixels of x are those of dy, so that ``done`` of them, of a stream, say it all.
+    LINEAR: pixels of x are those of dy, and ``x_tile`` begins with the split's first, ``done`` before the step's.
     """
     if LINEAR:
         lane = tl.arange(0, BLOCK_K // STREAMS)
@@ -264,7 +264,7 @@ def _conv_wgrad_kernel(
     if BATCH:
         y_ptr += row_offset(start, C_OUT)
     x_rows = of_rows(first_of_stream * x_stride_n, 0 * lane, STREAMS, BLOCK_K)
-    x_ptr += row_offset(first_n, x_stride_n)
+    x_ptr += row_offset(start, C_IN) if LINEAR else row_offset(first_n, x_stride_n)
     x_tile = x_ptr + (x_rows[:, None] + ((down * W + across) * C_IN + ci[None, :]))
     outside = (act_ptr + THRESHOLD * C_IN + ci)[None, :] if PROLOGUE and PACKED and PADDED else x_tile
     grad_first, grad_second, grad_third, act_first, act_second = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -287,7 +287,7 @@ def _conv_wgrad_kernel(
             n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
             x_at, inside = place_in_x(
                 x_tile, n - first_n, ho, wo, rows_left > done, down, across, H, W, x_stride_n, done,
-                C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, False, STREAMS, BLOCK_K,
+                C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, LINEAR, STREAMS, BLOCK_K,
             )  # fmt: skip
             z = activation_tile(
                 x_at, outside, inside, ci_mask, act_first, act_second,

@@ -69,14 +69,18 @@ def test_batches_and_images_of_every_length(size: tuple[int, int], n: int, poiso
         case(spec, prologue, raw=n * h * w > 1).check(TILE)
 
 
+@pytest.mark.parametrize("prologue", ["exact", "packed"])
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("sms", [1, 7, 1000])
-def test_splits_cover_every_pixel_once(sms: int, poisoned_outputs: None) -> None:
-    c = case(conv(24, 20, 3, n=6, h=9, w=11), "packed")
+def test_splits_cover_every_pixel_once(sms: int, k: int, prologue: str, poisoned_outputs: None) -> None:
+    """6 images in 4 streams; with 1,000 multiprocessors 3 splits, which begin inside an image."""
+    c = case(conv(24, 20, k, n=6, h=9, w=11), prologue)
     launch = LaunchSpec("conv_wgrad", (c.conv,), prologue=True)
     splits, per_split = module.splits_of(launch, TILE, sms)
     streams, images = module.streams_of(c.conv)
     assert (splits - 1) * per_split < images * 9 * 11 <= splits * per_split
     assert per_split % (TILE.block_k // streams) == 0
+    assert splits == 3 if sms == 1000 else splits < 3 or k == 1
     c.check(TILE, sms)
 
 
@@ -145,9 +149,10 @@ def test_a_nan_stays_in_its_channel(prologue: str) -> None:
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_traffic(prologue: str) -> None:
     """g, y and the raw input once, and every split's tile; nothing outside of them."""
-    c = case(conv(40, 48, 1, n=4, h=8, w=11), prologue)
+    c = case(conv(40, 48, 1, n=5, h=8, w=11), prologue)
     launch = LaunchSpec("conv_wgrad", (c.conv,), prologue=True)
     splits, _ = module.splits_of(launch, TILE, SMS)
+    assert splits > 1
     with count(inside_views=True) as counts:
         dw = c.run(TILE)
     run, reduced = counts.launches

@@ -1,0 +1,96 @@
+"""One convolution of a training step in each of its three directions: on our kernel, or on cuDNN between our passes.
+
+    forward   act -> raw output, statistics        ours: pack, conv_fwd       cuDNN: activation, convolution, statistics
+    dgrad     g -> g of the raw input, its sums    ours: pack, conv_dgrad     cuDNN: dy, convolution, mask and sums
+    wgrad     g, act -> dW                         ours: conv_wgrad           cuDNN: dy, activation, convolution
+
+What a table compares, and what chain.py puts together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....spec import ConvSpec
+from ....tuning import training as tuning
+from ....tuning.configs import Config
+from ....tuning.training import CUDNN
+from ..device import device_of
+from ..launch import nhwc
+from . import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack
+from .vectors import A, Act, Grad
+
+
+def materialised(act: Act) -> Tensor:
+    """The activation as a tensor, for cuDNN."""
+    return act.y if act.vectors is None else block_end.block_end(act.y, act.vectors, None, None, True)
+
+
+def forward(
+    weight: Tensor, spec: ConvSpec, config: Config, act: Act, centre: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor | None, int]:
+    """(raw output, statistics by tile or None, rows of a tile). cuDNN subtracts no ``centre``: pass None."""
+    if config == CUDNN:
+        x = materialised(act)
+        y = nhwc(F.conv2d(x, weight.detach().to(x.dtype), None, *spec.geometry()))
+        return y, *(batch_norm.statistics(y) if statistics else (None, 0))
+    launch = tuning.launch("conv_fwd", spec, act.vectors is not None)
+    packed, const = pack.pack_forward(weight.detach(), act.y.dtype, spec, act if config.packed else None)
+    return *conv_fwd.conv_fwd(launch, config, packed, const, act, centre, statistics), config.block_m
+
+
+def dgrad(
+    weight: Tensor,
+    spec: ConvSpec,
+    config: Config,
+    grad: Grad,
+    below: Act | None = None,
+    below_packed: bool = False,
+    add: Tensor | None = None,
+    add_strided: tuple[Tensor, tuple[int, int]] | None = None,
+    compact: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dx on our kernel, and with ``below`` its sums; arguments as of :func:`conv_dgrad.conv_dgrad`."""
+    wt = pack.pack_dgrad(weight.detach(), grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
+    launch = tuning.launch("conv_dgrad", spec, below is not None)
+    return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, below_packed, add, add_strided, compact)
+
+
+def dgrad_to(
+    weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, below: Act, below_packed: bool
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the norm ``below``, its sums): behind the ReLU that the convolution read ``below`` through."""
+    if config == CUDNN:
+        act = materialised(below)
+        assert below.vectors is not None
+        dx = nhwc(stock_backward(weight, spec, grad, act, (True, False))[0])
+        g, sums, _ = block_end.block_end_backward(dx, act, below.y, below.vectors, None, None)
+        return g, sums
+    g, found = dgrad(weight, spec, config, grad, below, below_packed)
+    assert found is not None
+    return g, found
+
+
+def wgrad(weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, x: Act) -> Tensor:
+    """dW in the dtype and strides of ``weight``."""
+    if config == CUDNN:
+        dw = stock_backward(weight, spec, grad, materialised(x), (False, True))[1]
+    else:
+        launch, gpu = tuning.launch("conv_wgrad", spec, x.vectors is not None), device_of(grad.g.device).gpu
+        assert gpu is not None
+        dw = conv_wgrad.conv_wgrad(launch, config, grad, x, gpu.sms)
+    return torch.empty_like(weight).copy_(dw)  # autograd accumulates into a tensor of the weight's strides
+
+
+def stock_backward(weight: Tensor, spec: ConvSpec, grad: Grad, x: Tensor, mask: tuple[bool, bool]) -> tuple[Any, Any]:
+    """(dx, dW) by cuDNN, on the gradient of the raw output as a tensor."""
+    dy = batch_norm.apply_backward(grad)
+    stride, padding, dilation, groups = spec.geometry()
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight.detach().to(dy.dtype), None, stride, padding, dilation, False, [0, 0], groups, [*mask, False]
+    )
+    return dx, dw
