@@ -78,10 +78,12 @@ def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
     }
 
 
-def specs(net: str, batch: int, dtype: str = "bfloat16", image: int | None = None) -> dict[str, ConvSpec | BlockSpec]:
+def specs(
+    net: str, batch: int, dtype: str = "bfloat16", image: int | None = None, train: bool = False
+) -> dict[str, ConvSpec | BlockSpec]:
     """What dispatch decides on in an accelerated net: its stem and its blocks, by name."""
-    name, stem = next(iter(shapes.problems(net, batch, image, dtype).items()))
-    return {name: stem, **shapes.blocks(net, batch, image, dtype)}
+    name, stem = next(iter(shapes.problems(net, batch, image, dtype, batch_stats=train, grad=train).items()))
+    return {name: stem, **shapes.blocks(net, batch, image, dtype, batch_stats=train, grad=train)}
 
 
 def launches(net: str, batch: int, dtype: str = "bfloat16", image: int | None = None) -> tuple[LaunchSpec, ...]:

@@ -20,11 +20,10 @@ import torch
 from resnet_fast.errors import BackendError
 from resnet_fast.roofline import Device
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
-from resnet_fast.tuning import choice, configs, heuristic, tables
-from resnet_fast.tuning.configs import Config
+from resnet_fast.tuning import choice, configs, launches, tables
 from resnet_fast.tuning.tables import Table
 
-from . import cases as launches
+from . import cases as cases_of
 from . import common, report
 from .common import Case, Row, Session, Settings
 from .worker import Pool
@@ -42,20 +41,26 @@ class Group:
     batch: int
     dtype: str = "bfloat16"
     image: int | None = None
+    train: bool = False
 
     def __str__(self) -> str:
-        return f"{self.net} {self.dtype} batch {self.batch}"
+        return f"{self.net} {self.dtype} batch {self.batch}" + (" training" if self.train else "")
 
     def specs(self) -> dict[str, ConvSpec | BlockSpec]:
-        return launches.specs(self.net, self.batch, self.dtype, self.image)
+        return cases_of.specs(self.net, self.batch, self.dtype, self.image, self.train)
 
 
 def groups(settings: Settings) -> tuple[Group, ...]:
-    """ResNet-50 at every batch, then the other nets, large batches first."""
+    """ResNet-50 at batch 256, inference and training, then at every batch, then the other nets, large batches first."""
     if settings.quick:
         return (Group("cifar_resnet20", 1, "float32", 8),)
-    first, *others = NETS
-    return (*(Group(first, batch) for batch in BATCHES), *(Group(net, batch) for batch in BATCHES for net in others))
+    (first, *others), (large, *batches) = NETS, BATCHES
+    return (
+        *(Group(first, large, train=train) for train in (False, True)),
+        *(Group(first, batch) for batch in batches),
+        *(Group(net, batch) for batch in BATCHES for net in others),
+        *(Group(net, large, train=True) for net in others),
+    )
 
 
 def device_of(settings: Settings) -> Device:
@@ -78,20 +83,8 @@ def _todo(settings: Settings) -> Iterator[LaunchSpec]:
     """Every launch that has a candidate, in order, repeats included."""
     device = device_of(settings)
     for group in groups(settings):
-        found = launches.launches(group.net, group.batch, group.dtype, group.image)
-        yield from sorted(filter(lambda x: candidates(x, device), found), key=lambda x: -_expected(x, device))
-
-
-def candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
-    """Ours and PyTorch's: what the table has an answer for, once the launch is tuned."""
-    assert device.gpu is not None
-    return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
-
-
-def _expected(launch: LaunchSpec, device: Device) -> float:
-    """Seconds by the model."""
-    found = heuristic.choose(launch, device)
-    return 0.0 if found is None else found[1]
+        found = (launch for spec in group.specs().values() for launch in launches.launches_of(spec, device))
+        yield from sorted(dict.fromkeys(found), key=lambda x: -launches.expected(x, device))
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -125,9 +118,9 @@ class _Tune:
         best = min(ours, key=lambda name: ours[name])
         row |= {"ours": best, "ours_us": ours[best]}
         device = device_of(self.settings)
-        config = {str(c): c for c in candidates(self.launch, device)}.get(best)
+        config = {str(c): c for c in launches.candidates(self.launch, device)}.get(best)
         if config is not None:
-            modelled = heuristic.predict(self.launch, config, device) * 1e6
+            modelled = launches.predict(self.launch, config, device) * 1e6
             row |= {"modelled_us": round(modelled, 2), "model_error": round(modelled / ours[best] - 1, 3)}
         row["note"] = f"{best}, {ours[best]:.1f} us" + (f", stock {min(stock):.1f} us" if stock else ", no stock form")
         return row
@@ -135,7 +128,7 @@ class _Tune:
 
 def complete(launch: LaunchSpec, table: Table, device: Device) -> bool:
     """Does the table hold an answer for every candidate?"""
-    return {str(c) for c in candidates(launch, device)} <= table.times(launch).keys()
+    return {str(c) for c in launches.candidates(launch, device)} <= table.times(launch).keys()
 
 
 def summary(group: Group, device: Device, table: Table) -> Row | None:
@@ -158,9 +151,11 @@ def summary(group: Group, device: Device, table: Table) -> Row | None:
 
 
 def summaries(settings: Settings) -> list[Row]:
-    """Of every group that is measured throughout."""
+    """Of every group of inference that is measured throughout; a training step's sum is ``resnet-fast tune --train``'s,
+    its time that of make gpu-bench."""
     device, table = device_of(settings), read_table(settings)
-    found = (summary(group, device, table) for group in groups(settings)) if table.entries else ()
+    inference = (group for group in groups(settings) if not group.train)
+    found = (summary(group, device, table) for group in inference) if table.entries else ()
     return [row for row in found if row]
 
 

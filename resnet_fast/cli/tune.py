@@ -25,6 +25,9 @@ def tune(
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 1,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "bfloat16",
+    train: Annotated[
+        bool, typer.Option("--train", help="Measure a training step: every convolution's three directions.")
+    ] = False,
     only: Annotated[str | None, typer.Option(help="Measure the launches of this kernel only.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds to spend; the next run goes on with what is left.")] = 170.0,
     table: Annotated[
@@ -48,9 +51,16 @@ def tune(
     if only is not None:
         tuning.check_kernel(only)
     device = tuning.default_device()
-    place: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype), "memory_format": torch.channels_last}
-    net = accelerate(registry.build(model).eval().to(**place), backend="triton")
+    kind = getattr(torch, dtype)
+    # a training step keeps fp32 parameters and rounds under autocast
+    place: dict[str, Any] = {
+        "device": device,
+        "dtype": torch.float32 if train else kind,
+        "memory_format": torch.channels_last,
+    }
+    net = accelerate(registry.build(model).train(train).to(**place), backend="triton")
     x = torch.randn(batch, 3, side, side).to(**place)
+    rounded = torch.autocast(device.type, kind, enabled=train and kind.itemsize == 2)
     path = table or tuning.table_file(device)
     reached = (0, 0)
     try:
@@ -61,7 +71,8 @@ def tune(
                 reached = done, total
                 progress(done, total, launch)
 
-            tuned = tuning.tune(net, x, budget, on_progress, path, only)
+            with rounded:
+                tuned = tuning.tune(net, x, budget, on_progress, path, only)
     except KeyboardInterrupt:
         done, total = reached
         known = (
@@ -72,7 +83,8 @@ def tune(
     if json:
         typer.echo(json_module.dumps(_to_dict(tuned), indent=2))
         return
-    show(_table(tuned, f"{model}, batch {batch}, {side}x{side}, {dtype}, {tuned.table.gpu}"), *_notes(tuned))
+    title = f"{model}, batch {batch}, {side}x{side}, {dtype}{', training' if train else ''}, {tuned.table.gpu}"
+    show(_table(tuned, title), *_notes(tuned))
 
 
 def _to_dict(tuned: Tuned) -> dict[str, Any]:

@@ -26,11 +26,9 @@ from torch import Tensor, nn
 
 from .. import derived
 from ..errors import BackendError, UserError
-from ..roofline import Device
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
-from ..tuning import choice, configs, heuristic, tables
+from ..tuning import choice, configs, launches, tables, training
 from ..tuning.configs import Config
-from ..tuning.routes import routes
 from ..tuning.shapes import unknown_name
 from . import catalog, record, select
 
@@ -113,14 +111,15 @@ def _check_triton() -> None:
 
 def check_kernel(name: str) -> None:
     """UserError with the close matches where no kernel is called ``name``."""
-    if name not in configs.SHIPPED:
-        raise unknown_name("kernel", name, configs.SHIPPED)
+    if name not in launches.KERNELS:
+        raise unknown_name("kernel", name, launches.KERNELS)
 
 
 def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
-    """The problem of every convolution and block of ``model(x)`` that runs on Triton, in order, repeats included."""
-    if model.training:
-        raise UserError("a model in eval mode", "one in training mode", "call model.eval() before tuning")
+    """The problem of every convolution and block of ``model(x)`` that runs on Triton, in order, repeats included.
+
+    A model in training mode keeps its buffers: statistics are not counted.
+    """
     if x.numel() == 0:
         raise UserError("an input with elements", f"shape {tuple(x.shape)}", "tune with the batch that will run")
     if x.device.type not in _triton_devices():
@@ -143,8 +142,15 @@ def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
 
 
 def _ran(model: nn.Module, x: Tensor, backend: str) -> list[ConvSpec | BlockSpec]:
-    with record.tape() as tape, torch.inference_mode():
-        model(x)
+    before = {name: b.clone() for name, b in model.named_buffers()} if model.training else {}
+    try:
+        with record.tape() as tape, nullcontext() if model.training else torch.inference_mode():
+            model(x)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before:
+                    buffer.copy_(before[name])
     specs = [e.spec for e in tape if isinstance(e, record.Ran) and e.choice.impl.backend == backend]
     return [spec for spec in specs if isinstance(spec, (ConvSpec, BlockSpec))]
 
@@ -154,8 +160,7 @@ def launches_of(specs: Iterable[ConvSpec | BlockSpec], device: torch.device) -> 
     from ..backends.triton import device as gpus
 
     model = gpus.device_of(device)
-    found = dict.fromkeys(launch for spec in specs for route in routes(spec) for launch in route.launches)
-    return tuple(launch for launch in found if _candidates(launch, model))
+    return tuple(dict.fromkeys(launch for spec in specs for launch in launches.launches_of(spec, model)))
 
 
 def table_file(device: torch.device) -> Path:
@@ -181,7 +186,8 @@ def tune(
         print(resnet_fast.tune(model, x))
 
     Args:
-        model: an accelerated model in eval mode, on the GPU.
+        model: an accelerated model on the GPU: in eval mode for inference; in training mode for a training step, under
+            the autocast that the training will use.
         x: an input of the shape, dtype and layout to tune for.
         budget_s: seconds to spend; what is left comes first in the next run.
         on_progress: called before each launch with launches done, launches in all, and the launch.
@@ -192,20 +198,20 @@ def tune(
         A :class:`Tuned`; ``print`` it for a summary, ``rows()`` has a row per launch.
 
     Raises:
-        UserError: a model in training, or without convolutions on Triton; an empty input; a kernel that does not exist
+        UserError: a model without convolutions on Triton; an empty input; a kernel that does not exist
             or that the model does not launch; a table that cannot be written. BackendError: no Triton here.
     """
     _check_triton()
     if only is not None:
         check_kernel(only)
     specs = specs_of(model, x)
-    launches = launches_of(specs, x.device)
+    every = launches_of(specs, x.device)
     if only is not None:
-        there = ", ".join(sorted({launch.kernel for launch in launches}))
-        launches = tuple(launch for launch in launches if launch.kernel == only)
-        if not launches:
+        there = ", ".join(sorted({launch.kernel for launch in every}))
+        every = tuple(launch for launch in every if launch.kernel == only)
+        if not every:
             raise UserError(f"a model that launches {only}", f"one that launches {there}", "name one of those")
-    result = tune_launches(launches, x.device, budget_s, on_progress, path)
+    result = tune_launches(every, x.device, budget_s, on_progress, path)
     result.net_us, result.net_stock_us = _net_us(specs, x.device, result.table)
     return result
 
@@ -217,6 +223,8 @@ def _net_us(
     from ..backends.triton import device as gpus
 
     model = gpus.device_of(device)
+    if any(spec.grad or spec.batch_stats for spec in specs):
+        return _step_us([launch for spec in specs for launch in launches.launches_of(spec, model)], table)
     tuned = [choice.choose(spec, model, table) for spec in specs]
     stock = [s for s in (choice.stock(spec, model, table) for spec in specs) if s is not None]
     known = all(c.measured for c in tuned)
@@ -226,31 +234,41 @@ def _net_us(
     )
 
 
+def _step_us(every: list[LaunchSpec], table: tables.Table) -> tuple[float | None, float | None]:
+    """The same of a training step's convolutions, every direction of each."""
+    times = [{name: us for name, us in table.times(launch).items() if us is not None} for launch in every]
+    stock = [t[training.CUDNN.kernel] for t in times if training.CUDNN.kernel in t]
+    return (
+        sum(min(t.values()) for t in times) if all(times) else None,
+        sum(stock) if len(stock) == len(every) else None,
+    )
+
+
 def tune_launches(
-    launches: Iterable[LaunchSpec],
+    wanted: Iterable[LaunchSpec],
     device: torch.device,
     budget_s: float = 170.0,
     on_progress: OnProgress | None = None,
     path: Path | None = None,
 ) -> Tuned:
-    """Measure ``launches`` on ``device``; see :func:`tune`."""
+    """Measure the ``wanted`` launches on ``device``; see :func:`tune`."""
     from ..backends.triton import device as gpus
 
     start = time.monotonic()
     name, model = gpus.table_of(device).gpu, gpus.device_of(device)
     path = path or tables.user_file(name)
     _check_writable(path)
-    result = Tuned(tables.read(path, name), path, tuple(dict.fromkeys(launches)))
+    result = Tuned(tables.read(path, name), path, tuple(dict.fromkeys(wanted)))
     result.table.versions |= {"torch": torch.__version__, "triton": _triton_version()}
     todo = []
     for launch in result.launches:
         known = result.table.times(launch).keys()
-        missing = [c for c in _candidates(launch, model) if str(c) not in known]
+        missing = [c for c in launches.candidates(launch, model) if str(c) not in known]
         if missing:
             todo.append((launch, missing))
         else:
             result.kept += 1
-    todo.sort(key=lambda item: -_expected(item[0], model))
+    todo.sort(key=lambda item: -launches.expected(item[0], model))
     try:
         for done, (launch, missing) in enumerate(todo):
             if time.monotonic() - start > budget_s:
@@ -283,17 +301,6 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def _expected(launch: LaunchSpec, device: Device) -> float:
-    """Seconds under the model: what takes longest is measured first."""
-    found = heuristic.choose(launch, device)
-    return 0.0 if found is None else found[1]
-
-
-def _candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
-    assert device.gpu is not None
-    return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
-
-
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current GPU, and every thread has its own idea of which that is."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -304,13 +311,15 @@ def _measure(
 ) -> dict[str, float | None]:
     """Microseconds of each candidate that compiles, matches and runs at full size; None for the others."""
     from ..backends.triton.problem import problem
+    from ..backends.triton.training.problem import training_problem
 
+    make: Any = training_problem if launches.is_training(launch) else problem
     few = replace(
         launch,
         convs=tuple(c.with_(n=min(c.n, PROOF_BATCH)) for c in launch.convs),
         projection=launch.projection and launch.projection.with_(n=min(launch.n, PROOF_BATCH)),
     )
-    proof = problem(few, device)
+    proof = make(few, device)
 
     def failure(attempt: Callable[[], Any]) -> str:
         """Why it failed; empty if it did not. Memory that others hold says nothing about a candidate."""
@@ -327,7 +336,7 @@ def _measure(
     with ThreadPoolExecutor(1 if device.type == "cpu" else 16) as pool:
         reasons = list(pool.map(lambda config: failure(lambda: proof.check(config)), candidates))
     times: dict[str, float | None] = {}
-    full = problem(launch, device) if "" in reasons else proof
+    full = make(launch, device) if "" in reasons else proof
 
     def take_time(config: Config) -> None:
         times[str(config)] = round(_time(full.prepared(config), device) * 1e6, 3)

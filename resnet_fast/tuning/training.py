@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..devices import Device, Gpu
-from ..spec import ITEMSIZE, YES, ConvSpec, LaunchSpec, Verdict
+from ..spec import ITEMSIZE, YES, BlockSpec, ConvSpec, LaunchSpec, Verdict
 from . import configs
 from .configs import NARROW, Config, for_dtype, of_sizes
 from .heuristic import SCALAR_RATE
@@ -78,6 +78,12 @@ class Chosen:
 def launch(kernel: str, conv: ConvSpec, prologue: bool) -> LaunchSpec:
     """One of the three launches of a convolution."""
     return LaunchSpec(kernel, (conv,), prologue=prologue)
+
+
+def launches(spec: ConvSpec | BlockSpec) -> tuple[LaunchSpec, ...]:
+    """All launches of a problem's training step, in the order of its convolutions."""
+    convs, inner = (spec.convs, len(spec.main)) if isinstance(spec, BlockSpec) else ((spec,), 1)
+    return tuple(launch(kernel, conv, 0 < i < inner) for i, conv in enumerate(convs) for kernel in KERNELS)
 
 
 def gemm(one: LaunchSpec) -> tuple[int, int, int, int]:

@@ -34,7 +34,7 @@ def say(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     [
         (["resnet51"], "did you mean"),
         (["resnet50", "--only", "conv_bn"], "did you mean conv_bn_act"),
-        (["resnet50", "--only", "winograd"], "choose one of conv_bn_act_1x1, "),
+        (["resnet50", "--only", "xyz"], "choose one of conv_bn_act_1x1, "),
         (["resnet50", "--batch", "0"], "expected --batch >= 1, got 0"),
         (["resnet50", "--image", "-3"], "expected --image >= 1, got -3"),
         (["resnet50", "--budget", "-1"], "expected --budget >= 0, got -1"),
@@ -102,6 +102,20 @@ def test_options_reach_the_tuner(
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert not net.training and {p.dtype for p in net.parameters()} == {torch.float16}
     assert net.layer1[0].__dict__["_resnet_fast_backend"] == "triton"
+
+
+def test_a_training_step_is_tuned_under_autocast(
+    replaced: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(path: Path, on_progress: Any) -> tuning.Tuned:
+        assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return tuned(path, on_progress)
+
+    seen = replaced(step)
+    code, out, _ = say(["resnet18", "--train", "--image", "64", "--table", "t"], capsys)
+    assert code == 0 and "resnet18, batch 1, 64x64, bfloat16, training" in " ".join(out.split())
+    assert seen[0]["net"].training and {p.dtype for p in seen[0]["net"].parameters()} == {torch.float32}
+    assert seen[0]["x"].dtype == torch.float32
 
 
 def test_the_table_has_a_row_per_launch_and_the_nets_total(

@@ -17,7 +17,7 @@ from resnet_fast import BackendError, UserError, roofline
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
 from resnet_fast.spec import Verdict
-from resnet_fast.tuning import choice, configs, shapes, tables
+from resnet_fast.tuning import choice, configs, shapes, tables, training
 from resnet_fast.tuning.routes import launch
 
 INTERPRETER = "Triton interpreter"
@@ -237,9 +237,6 @@ def test_the_default_table_is_in_the_cache_folder(tmp_path: Path, monkeypatch: p
 @pytest.mark.interpret
 def test_a_model_that_cannot_be_tuned_says_why(tmp_path: Path) -> None:
     net, x = block()
-    with pytest.raises(UserError, match=r"expected a model in eval mode, .* call model.eval\(\) before tuning"):
-        resnet_fast.tune(net.train(), x)
-    net.eval()
     with pytest.raises(UserError, match=r"expected an input with elements, got shape \(0, 16, 3, 3\)"):
         resnet_fast.tune(net, x[:0])
     for other in (nn.Sequential(BasicBlock(16, 16)).half().eval(), block(backend="auto")[0]):
@@ -251,6 +248,72 @@ def test_a_model_that_cannot_be_tuned_says_why(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "table.json", tmp_path):
         with pytest.raises(UserError, match=r"expected a table that can be written, got .*; name another"):
             resnet_fast.tune(net, x, path=path)
+
+
+def training_block() -> tuple[nn.Module, Tensor]:
+    """A basic block of 16 channels in training, and its input (2, 16, 4, 4)."""
+    net = nn.Sequential(BasicBlock(16, 16)).to(memory_format=torch.channels_last)
+    return resnet_fast.accelerate(net.train(), backend="triton"), torch.randn(2, 16, 4, 4)
+
+
+def tuned_step(net: nn.Module, x: Tensor, **options: Any) -> tuning.Tuned:
+    with torch.autocast("cpu", torch.float16):
+        return resnet_fast.tune(net, x, **options)
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> tuning.Tuned:
+    """A training step, tuned."""
+    return tuned_step(*training_block(), path=tmp_path_factory.mktemp("train") / "t")
+
+
+@pytest.mark.interpret
+def test_a_training_step_is_measured_in_every_direction(step: tuning.Tuned) -> None:
+    assert (step.measured, step.left, step.refused) == (6, 0, [])
+    assert [one.kernel for one in step.launches] == list(training.KERNELS) * 2
+    assert [one.prologue for one in step.launches] == [False] * 3 + [True] * 3
+    for one in step.launches:
+        assert H100.gpu is not None
+        packed = {str(c) for c in training.candidates(one, H100.gpu, packed=True)}
+        times = step.table.times(one)
+        assert set(times) == packed | {"cudnn"} and all("packed" in c for c in packed)
+        assert all(us is not None and us > 0 for us in times.values())
+    rows = step.rows()
+    assert step.net_us == pytest.approx(sum(row.us or 0 for row in rows))
+    assert step.net_stock_us == pytest.approx(sum(row.stock_us or 0 for row in rows))
+
+
+@pytest.mark.interpret
+def test_a_table_decides_per_convolution_and_direction(step: tuning.Tuned) -> None:
+    fwd, dgrad, wgrad = step.launches[3:]
+    times = {
+        str(fwd): {"cudnn": 1.0},
+        str(dgrad): {c: 9.0 if c == "cudnn" else 1.0 for c in step.table.times(dgrad)},
+        str(wgrad): {c: None for c in step.table.times(wgrad) if c != "cudnn"},
+    }
+    found = training.choose(fwd.last, True, H100, tables.Table(INTERPRETER, times), packed=True)
+    assert found.fwd == training.CUDNN == found.wgrad and found.dgrad.kernel == "conv_dgrad"
+
+
+@pytest.mark.interpret
+def test_tuning_a_training_step_moves_no_statistic(tmp_path: Path) -> None:
+    net, x = training_block()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    assert tuned_step(net, x, budget_s=0, path=tmp_path / "t").left == 6
+    assert net.training and all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+@pytest.mark.interpret
+def test_a_wrong_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fast.backends.triton.training import conv_wgrad
+
+    real = conv_wgrad.conv_wgrad
+    monkeypatch.setattr(conv_wgrad, "conv_wgrad", lambda *args: 1.01 * real(*args))
+    tuned = tuned_step(*training_block(), path=tmp_path / "t", only="conv_wgrad")
+    assert tuned.measured == 2 and tuned.refused
+    assert all("over the budget" in reason for _, _, reason in tuned.refused)
+    for one in tuned.launches:
+        assert {c for c, us in tuned.table.times(one).items() if us is not None} == {"cudnn"}
 
 
 @pytest.mark.interpret

@@ -46,12 +46,12 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each convolution kernel ran."""
-    from resnet_fast.backends.triton.training import chain
+    from resnet_fast.backends.triton.training import convolution
 
     counts: Counter[str] = Counter()
 
     def counted(name: str) -> None:
-        module = getattr(chain, name)
+        module = getattr(convolution, name)
         real = getattr(module, name)
 
         def launch(*args: Any, **kwargs: Any) -> Any:
@@ -305,10 +305,10 @@ FAILING = [("pack", "pack_forward"), ("conv_fwd", "conv_fwd"), ("batch_norm", "f
 
 @pytest.mark.parametrize("module,name", FAILING)
 def test_a_launch_that_fails_changes_nothing(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_fast.backends.triton.training import chain
+    from resnet_fast.backends.triton.training import convolution
 
     p = case("basic_block", torch.float16, co=16)
-    real, calls = getattr(getattr(chain, module), name), iter(range(100))
+    real, calls = getattr(getattr(convolution, module), name), iter(range(100))
 
     def launch(*args: Any) -> Any:
         if next(calls) == (0 if name == "block_end" else 1):  # the second convolution, or the end
@@ -317,7 +317,7 @@ def test_a_launch_that_fails_changes_nothing(module: str, name: str, monkeypatch
 
     q = p.copy(grad=True)
     with monkeypatch.context() as broken:
-        broken.setattr(getattr(chain, module), name, launch)
+        broken.setattr(getattr(convolution, module), name, launch)
         with pytest.raises(RuntimeError, match="launch failed"):
             fused(q)
     for key, t in q.tensors().items():
@@ -326,7 +326,7 @@ def test_a_launch_that_fails_changes_nothing(module: str, name: str, monkeypatch
 
 
 def test_a_backward_launch_that_fails_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_fast.backends.triton.training import chain
+    from resnet_fast.backends.triton.training import convolution
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("launch failed")
@@ -334,7 +334,7 @@ def test_a_backward_launch_that_fails_leaves_no_gradient(monkeypatch: pytest.Mon
     q = case("basic_block", co=16).copy(grad=True)
     y = fused(q)
     with monkeypatch.context() as broken:
-        broken.setattr(chain.conv_dgrad, "conv_dgrad", launch)
+        broken.setattr(convolution.conv_dgrad, "conv_dgrad", launch)
         with pytest.raises(RuntimeError, match="launch failed"):
             y.sum().backward(retain_graph=True)
     assert all(t.grad is None for t in q.leaves().values())

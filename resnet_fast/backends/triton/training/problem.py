@@ -1,0 +1,130 @@
+"""One launch of a training step on random tensors, and the same computation in stock PyTorch.
+
+The tuner times it and proves a config on it before it may be chosen. As in a block: the weight is fp32, a raw input
+comes with the vectors of its norm, a gradient with the coefficients of the norm behind. The truth starts from all of
+these as they are. cuDNN is timed with the passes that it needs around it (convolution.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .... import numerics
+from ....calls import Norm
+from ....spec import ConvSpec, LaunchSpec
+from ....tuning.configs import Config
+from ....tuning.training import CUDNN
+from ..problem import guarded
+from . import batch_norm, convolution
+from .vectors import HI, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad
+
+
+def _over(row: Tensor) -> Tensor:
+    return row[None, :, None, None]
+
+
+@dataclass
+class TrainingProblem:
+    """A launch, the fp32 weight, its input and the gradient of its raw output."""
+
+    launch: LaunchSpec
+    weight: Tensor
+    x: Act
+    grad: Grad
+
+    @property
+    def spec(self) -> ConvSpec:
+        return self.launch.last
+
+    def prepared(self, config: Config) -> Callable[[], Tensor]:
+        """The launch, packing its weight included: what is timed."""
+        spec, weight, kernel = self.spec, self.weight, self.launch.kernel
+        if kernel == "conv_fwd":
+            return lambda: convolution.forward(weight, spec, config, self.x, None, spec.batch_stats)[0]
+        if kernel == "conv_wgrad":
+            return lambda: convolution.wgrad(weight, spec, config, self.grad, self.x)
+        if self.launch.prologue:
+            packed = self._is_packed(config)
+            return lambda: convolution.dgrad_to(weight, spec, config, self.grad, self.x, packed)[0]
+        if config == CUDNN:
+            return lambda: convolution.stock_backward(weight, spec, self.grad, self.x.y, (True, False))[0]
+        return lambda: convolution.dgrad(weight, spec, config, self.grad)[0]
+
+    def _is_packed(self, config: Config) -> bool:
+        """Is the ReLU below a clamp? What the forward pass chose is not the launch's to know; it is as dgrad's here."""
+        return config.packed and self.x.clamp is not None
+
+    def check(self, config: Config) -> numerics.ErrorReport:
+        """Run, and compare with fp64 and with eager's own error."""
+        out = self.prepared(config)().to(self.x.y.dtype)
+        products = {"conv_fwd": self.spec.gemm_k, "conv_wgrad": self.spec.gemm_m}
+        k = products.get(self.launch.kernel, self.spec.co // self.spec.groups * self.spec.r * self.spec.s)
+        return numerics.assert_close(out, self._stock(torch.float64, config), self._stock(out.dtype, config), k)
+
+    def _stock(self, dtype: torch.dtype, config: Config) -> Tensor:
+        """In PyTorch: norms in fp32 (fp64 for the truth), every tensor rounded to ``dtype``."""
+        wide = torch.promote_types(dtype, torch.float32)
+        act, weight, c = self.x.y.to(dtype), self.weight.to(dtype), self.spec
+        if self.launch.prologue:
+            act = self._normed(wide).relu().to(dtype)
+        if self.launch.kernel == "conv_fwd":
+            return F.conv2d(act, weight, None, *c.geometry())
+        a, b, shift = self.grad.coefficients.to(wide)
+        dy = _over(a) * self.grad.g.to(wide) + _over(b) * self.grad.y.to(wide) + _over(shift)
+        stride, padding, dilation, groups = c.geometry()
+        wanted = self.launch.kernel == "conv_dgrad"
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy.to(dtype), act, weight, None, stride, padding, dilation, False, [0, 0], groups,
+            [wanted, not wanted, False],
+        )  # fmt: skip
+        if not wanted:
+            return dw
+        return torch.where(self._passes(config), dx, 0.0) if self.launch.prologue else dx
+
+    def _normed(self, dtype: torch.dtype) -> Tensor:
+        assert self.x.vectors is not None
+        v = self.x.vectors.to(dtype)
+        return self.x.y.to(dtype) * _over(v[SCALE]) + _over(v[SHIFT])
+
+    def _passes(self, config: Config) -> Tensor:
+        """Which elements the ReLU below lets pass, as the forward pass decided it."""
+        if config == CUDNN or not self._is_packed(config):
+            return ~(self._normed(torch.float32).to(self.x.y.dtype if config == CUDNN else torch.float32) <= 0)
+        assert self.x.clamp is not None
+        lo, hi, threshold = (_over(self.x.clamp[row].float()) for row in (LO, HI, THRESHOLD))
+        return self.x.y.float().clamp(lo, hi) != threshold
+
+
+def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0) -> TrainingProblem:
+    """Random tensors of a launch's shapes on ``device``, NHWC; activations and gradients lie in a field of NaN."""
+    generator = torch.Generator(device).manual_seed(seed)
+    c = launch.last
+    dtype = getattr(torch, c.dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def normed(y: Tensor, batch: bool) -> tuple[Tensor, Tensor | None]:
+        channels = y.shape[1]
+        norm = Norm(1 + 0.2 * random(channels), 0.5 * random(channels), None, None, batch, 0.1, 1e-5)
+        if not batch:
+            return batch_norm.constant(norm, channels, None, None, dtype, y.device)
+        partials, rows = batch_norm.statistics(y)
+        return batch_norm.finalize(partials, rows, y.numel() // channels, norm, None, None, dtype, "")
+
+    weight = random(c.co, c.ci // c.groups, c.r, c.s) / c.gemm_k**0.5
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    x = guarded((random(c.n, c.ci, c.h, c.w) + 0.5 * _over(random(c.ci))).to(dtype))
+    act = Act(x, *normed(x, True)) if launch.prologue else Act(x)
+    y = guarded((random(c.n, c.co, c.ho, c.wo) + 0.5 * _over(random(c.co))).to(dtype))
+    g = guarded((random(*y.shape) + 0.3 * y.float()).to(dtype))
+    vectors, _ = normed(y, c.batch_stats)
+    away = y.float() - _over(vectors[MEAN])
+    sums = torch.stack([g.float().sum((0, 2, 3)), (g.float() * away).sum((0, 2, 3))])[:, None]
+    coefficients, packed, _, _ = batch_norm.coefficients(sums, vectors, c.batch_stats, dtype, "")
+    return TrainingProblem(launch, weight, act, Grad(g, y, coefficients, packed, c.batch_stats))
