@@ -83,7 +83,10 @@ def wgrad(weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, x: Act) ->
         launch, gpu = tuning.launch("conv_wgrad", spec, x.vectors is not None), device_of(grad.g.device).gpu
         assert gpu is not None
         dw = conv_wgrad.conv_wgrad(launch, config, grad, x, gpu.sms)
-    return torch.empty_like(weight).copy_(dw)  # autograd accumulates into a tensor of the weight's strides
+    # autograd accumulates into a tensor of the weight's strides
+    if dw.dtype == weight.dtype and all(t.is_contiguous(memory_format=torch.channels_last) for t in (dw, weight)):
+        return dw.as_strided(weight.shape, weight.stride())
+    return torch.empty_like(weight).copy_(dw)
 
 
 def stock_backward(weight: Tensor, spec: ConvSpec, grad: Grad, x: Tensor, mask: tuple[bool, bool]) -> tuple[Any, Any]:
