@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec
-from resnet_fast.tuning import routes, shapes
+from resnet_fast.tuning import routes, shapes, training
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 """In the order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
@@ -76,6 +76,34 @@ def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
             one("bottleneck", conv(40, 40, 3, h=18, w=14, stride=2), last, projection=into),
         ),
     }
+
+
+def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
+    """Every direction of convolutions off all tiles, on an input that is raw and on one as it is."""
+    convs = (
+        conv(72, 136, 1),
+        conv(40, 48, 1, stride=2),
+        conv(75, 131, 3, h=18, w=14, stride=2, dilation=2),
+        conv(136, 136, 3),
+        conv(80, 96, 3, groups=2),
+        conv(64, 64, 3, groups=16),
+        conv(5, 72, 5, stride=2),
+        conv(16, 24, 3),
+    )
+    found = (
+        LaunchSpec(kernel, (c.with_(batch_stats=True, grad=True),), prologue=prologue)
+        for kernel in training.KERNELS
+        for c in convs
+        for prologue in (True, False)
+    )
+    return tuple(in_precision(launch, precision) for launch in found)
+
+
+def real_training(batch: int = 2) -> tuple[LaunchSpec, ...]:
+    """Every launch of a training step of ResNet-50, each once; of the stem no gradient of the image."""
+    stem, *blocks = specs("resnet50", batch, train=True).values()
+    found = [launch for launch in training.launches(stem) if launch.kernel != "conv_dgrad"]
+    return tuple(dict.fromkeys([*found, *(launch for block in blocks for launch in training.launches(block))]))
 
 
 def specs(

@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from resnet_fast.spec import LaunchSpec
-from resnet_fast.tuning import configs
+from resnet_fast.tuning import configs, launches, training
 from resnet_fast.tuning.configs import Config
 
-from . import cases as launches
+from . import cases as cases_of
 from . import common, report
 from .common import ROOT, Case, Row, Session, Settings, Skipped
 from .worker import Pool
@@ -45,7 +45,7 @@ NETS = ("resnet50", "resnet18", "resnext50_32x4d")
 
 def cases(settings: Settings) -> list[Case]:
     """What workers run, in order: one config per kernel, the nets, every other config."""
-    found = list(_configs(settings))
+    found = [*_configs(settings), *_training_configs(settings)]
     first: dict[str, Case] = {}
     for kernel, case in found:
         if case.known is None:
@@ -75,16 +75,33 @@ def _configs(settings: Settings) -> Iterator[tuple[str, Case]]:
                 yield launch.kernel, Case(f"config {launch} :: {config}", dict, known=row)
 
 
+def _training_configs(settings: Settings) -> Iterator[tuple[str, Case]]:
+    """The same of a training step's kernels, packed and exact; what runs on cuDNN there is PyTorch's to prove."""
+    from resnet_fast.backends.triton.device import device_of
+
+    gpu = device_of(torch.device(settings.device)).gpu
+    assert gpu is not None
+    if settings.quick:
+        every: list[LaunchSpec] = [one for one in cases_of.ragged_training("float16") if one.last.ci == 16]
+    else:
+        every = [one for precision in cases_of.PRECISIONS for one in cases_of.ragged_training(precision)]
+        every += cases_of.real_training()
+    for launch in every:
+        both = dict.fromkeys(c for packed in (True, False) for c in training.candidates(launch, gpu, packed))
+        for config in list(both)[: 1 if settings.quick else None]:
+            yield launch.kernel, Case(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
+
+
 def _all_launches() -> Iterator[LaunchSpec]:
-    for precision in launches.PRECISIONS:
-        for group in launches.ragged(precision).values():
+    for precision in cases_of.PRECISIONS:
+        for group in cases_of.ragged(precision).values():
             yield from group
-        yield from launches.real(precision)
+        yield from cases_of.real(precision)
 
 
 def _quick_launches() -> Iterator[LaunchSpec]:
     for precision in ("float16", "tf32"):
-        for group in launches.ragged(precision).values():
+        for group in cases_of.ragged(precision).values():
             yield min(group, key=LaunchSpec.macs)
 
 
@@ -110,11 +127,13 @@ class _Proof:
 
     def __call__(self) -> Row:
         from resnet_fast.backends.triton.problem import problem
+        from resnet_fast.backends.triton.training.problem import training_problem
 
+        make: Any = training_problem if launches.is_training(self.launch) else problem
         # eager's own error is the budget: TF32's where the kernel may round to TF32, and only there
         torch.backends.cudnn.allow_tf32 = self.launch.last.tf32
         with torch.inference_mode():
-            found = problem(self.launch, self.device).check(self.config)
+            found = make(self.launch, self.device).check(self.config)
         return _facts(self.launch, self.config) | error_row(found)
 
 
@@ -152,7 +171,7 @@ class _Net:
         from resnet_fast import numerics
 
         torch.backends.cudnn.allow_tf32 = False
-        model, x = launches.calibrated(self.name, self.batch, self.image, self.device, self.dtype)
+        model, x = cases_of.calibrated(self.name, self.batch, self.image, self.device, self.dtype)
         double = copy.deepcopy(model).double()
         with torch.inference_mode():
             want, eager = double(x.double()), model(x)

@@ -21,7 +21,7 @@ import torch
 from resnet_fast import numerics, roofline
 from resnet_fast.benchmarks.gpu import bench, cases, check, common, nets, peers, report, timing, tune, worker
 from resnet_fast.benchmarks.gpu.common import Case, Clock, Session, Settings, Store
-from resnet_fast.tuning import configs, tables
+from resnet_fast.tuning import configs, launches, tables, training
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
@@ -279,14 +279,29 @@ def test_every_shipped_config_runs_on_an_h100_or_no_launch_admits_it(precision: 
         assert ragged == real == shipped if precision != "float32" else ragged | real <= shipped
 
 
+@pytest.mark.parametrize("precision", cases.PRECISIONS)
+def test_every_training_config_runs_on_an_h100(precision: str) -> None:
+    """In fp32 some tiles are out of reach: without tensor cores a thread holds fewer sums."""
+    gpu = roofline.gpu("h100").gpu
+    assert gpu is not None
+    for kernel, shipped in training.SHIPPED.items():
+        every = [one for one in cases.ragged_training(precision) if one.kernel == kernel]
+        assert {one.prologue for one in every} == {True, False}
+        assert all(one.last.batch_stats and one.last.tf32 == (precision == "tf32") for one in every)
+        wanted = {configs.for_dtype(c, every[0].dtype) for c in shipped}
+        for packed in (True, False):
+            found = {replace(c, packed=False) for one in every for c in training.candidates(one, gpu, packed)}
+            assert found == wanted if precision != "float32" else found <= wanted and found
+
+
 def test_a_cut_check_has_seen_every_kernel_and_names_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_fast.backends.triton import device
 
     monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
     found = check.cases(Settings("check", "cpu"))
     assert len({case.name for case in found}) == len(found) > 1000
-    first = found[: len(configs.SHIPPED)]
-    assert {case.run.launch.kernel for case in first} == set(configs.SHIPPED)  # type: ignore[attr-defined]
+    first = found[: len(launches.KERNELS)]
+    assert {case.run.launch.kernel for case in first} == set(launches.KERNELS)  # type: ignore[attr-defined]
     assert not any(configs.needs_proof(case.run.launch, case.run.config) for case in first)  # type: ignore[attr-defined]
     refused = [case.known for case in found if case.known]
     assert refused and all("expected" in row["reason"] for row in refused)

@@ -163,15 +163,17 @@ def main_loops(code: Sequence[Instruction]) -> list[tuple[Instruction, ...]]:
 
 
 def _flow(code: Sequence[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Basic blocks and their successors. Calls return; what BSSY announces, BSYNC goes to."""
-    joins: dict[str, list[int]] = {}
+    """Basic blocks and their successors. Calls return; a BSYNC goes to what the last BSSY of its register announced:
+    registers are used again, in a loop and behind it."""
+    announced: dict[str, int] = {}
+    joins: dict[int, int] = {}
     for i in code:
         if i.name == "BSSY" and (m := re.search(r"(B\d+), .*0x([0-9a-f]+)", i.operands)):
-            joins.setdefault(m[1], []).append(int(m[2], 16))
+            announced[m[1]] = int(m[2], 16)
+        elif i.name == "BSYNC" and (register := i.operands.split(",")[0].strip()) in announced:
+            joins[i.address] = announced[register]
     ends = ("BRA", "BSYNC", *_NEVER_RETURNS)
-    starts = (
-        {code[0].address} | {i.target for i in code if i.target is not None} | {a for t in joins.values() for a in t}
-    )
+    starts = {code[0].address} | {i.target for i in code if i.target is not None} | set(joins.values())
     starts |= {b.address for a, b in pairwise(code) if a.name in ends}
     blocks: list[list[Instruction]] = []
     for i in code:
@@ -184,7 +186,7 @@ def _flow(code: Sequence[Instruction]) -> tuple[list[list[Instruction]], list[li
         last = block[-1]
         to = [at[last.target]] if last.target in at else []
         if last.name == "BSYNC":
-            to = [at[a] for a in joins.get(last.operands.split(",")[0].strip(), []) if a in at]
+            to = [at[a] for a in (joins.get(last.address),) if a in at]
         stops = last.name in (*_NEVER_RETURNS, "BRA") and not last.conditional
         if n + 1 < len(blocks) and not stops and not (last.name == "BSYNC" and to and not last.predicate):
             to.append(n + 1)

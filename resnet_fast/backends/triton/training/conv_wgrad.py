@@ -77,7 +77,10 @@ STREAMS = 4
 
 @triton.jit
 def of_rows(per_stream, per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_K,): ``per_stream`` (STREAMS,) + ``per_pixel`` (BLOCK_K / STREAMS,) for the rows of a step."""
+    """(BLOCK_K,): ``per_stream`` (STREAMS,) + ``per_pixel`` (BLOCK_K / STREAMS,) for the rows of a step.
+
+    Of images and pixels; multiplied with a stride afterwards, for behind a reshape Triton 3.6 knows of no alignment.
+    """
     return tl.reshape(per_stream[:, None] + per_pixel[None, :], (BLOCK_K,))
 
 
@@ -85,24 +88,6 @@ def of_rows(per_stream, per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr)
 def to_rows(per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
     """(BLOCK_K,): ``per_pixel`` (BLOCK_K / STREAMS,) once for every stream."""
     return tl.reshape(tl.broadcast_to(per_pixel[None, :], (STREAMS, BLOCK_K // STREAMS)), (BLOCK_K,))
-
-
-@triton.jit
-def aligned(at, RUN: tl.constexpr, ALIGN: tl.constexpr, AXIS: tl.constexpr):
-    """Addresses of which RUN along AXIS follow each other, on words of ALIGN bytes; ALIGN 0: nothing is known."""
-    if ALIGN == 0:
-        return at
-    elif AXIS == 0:
-        return tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (RUN, 1))
-    else:
-        return tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (1, RUN))
-
-
-@triton.jit
-def places(pixel, Ho, Wo, first_n):
-    """(images from ``first_n`` on, ho, wo) of pixels that are counted over images."""
-    n, ho, wo = pixel_of_row(pixel, Ho, Wo)
-    return n - first_n, ho, wo
 
 
 @triton.jit
@@ -129,10 +114,11 @@ def place_in_x(
     """
     if LINEAR:
         lane = tl.arange(0, BLOCK_K // STREAMS)
-        return x_tile + to_rows((done + lane) * C_IN, STREAMS, BLOCK_K)[:, None], real[:, None]
+        return x_tile + (to_rows(done + lane, STREAMS, BLOCK_K) * C_IN)[:, None], real[:, None]
     else:
         h, w = ho * STRIDE_H, wo * STRIDE_W
-        x_at = x_tile + to_rows(n * x_stride_n + (h * W + w) * C_IN, STREAMS, BLOCK_K)[:, None]
+        image, pixel = to_rows(n, STREAMS, BLOCK_K) * x_stride_n, to_rows(h * W + w, STREAMS, BLOCK_K) * C_IN
+        x_at = x_tile + (image + pixel)[:, None]
         if not PADDED:
             return x_at, real[:, None]
         elif WINDOW:
@@ -147,17 +133,17 @@ def place_in_x(
 @triton.jit
 def gradient_tile(
     g_at, y_at, real, co_mask, first, second, third,
-    BATCH: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+    BATCH: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dy (exact) or q (packed) of a tile (channels, rows). Of rows that are not ``real``: dy = 0, q = GAMMA.
 
     ``first`` to ``third`` (channels): A, B, C or BETA_HI, BETA_LO, GAMMA.
     """
     mask = real[None, :] if EVEN else real[None, :] & co_mask[:, None]
-    g = tl.load(aligned(g_at, g_at.shape[0], ALIGN, 0), mask=mask, other=0.0)
+    g = tl.load(g_at, mask=mask, other=0.0)
     if PACKED:
         if BATCH:
-            y = tl.load(aligned(y_at, y_at.shape[0], ALIGN, 0), mask=mask, other=0.0)
+            y = tl.load(y_at, mask=mask, other=0.0)
             shape: tl.constexpr = g.shape
             hi, lo = first[:, None].broadcast_to(shape), second[:, None].broadcast_to(shape)
             g = packed_gradient(g, y, hi, lo, third[:, None].broadcast_to(shape), UPCAST)
@@ -165,7 +151,7 @@ def gradient_tile(
     else:
         dy = g.to(tl.float32) * first[:, None]
         if BATCH:
-            y = tl.load(aligned(y_at, y_at.shape[0], ALIGN, 0), mask=mask, other=0.0)
+            y = tl.load(y_at, mask=mask, other=0.0)
             dy += y.to(tl.float32) * second[:, None] + tl.where(real[None, :], third[:, None], 0.0)
         return round_to(dy, g.dtype, UPCAST)
 
@@ -183,13 +169,11 @@ def activation_tile(
     z outside is the row THRESHOLD itself.
     """
     if PROLOGUE and PACKED and PADDED and not WINDOW:
-        at = aligned(tl.where(inside, x_at, outside), x_at.shape[1], ALIGN, 1)
+        at = tl.where(inside, x_at, outside)
+        at = tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (1, x_at.shape[1]))
         x = tl.load(at) if EVEN else tl.load(at, mask=ci_mask[None, :], other=0.0)
-    elif WINDOW:
-        x = tl.load(x_at, mask=inside & ci_mask[None, :], other=0.0)
     else:
-        at = aligned(x_at, x_at.shape[1], ALIGN, 1)
-        x = tl.load(at, mask=inside if EVEN else inside & ci_mask[None, :], other=0.0)
+        x = tl.load(x_at, mask=inside if EVEN else inside & ci_mask[None, :], other=0.0)
     if PROLOGUE:
         shape: tl.constexpr = x.shape
         first, second = first[None, :].broadcast_to(shape), second[None, :].broadcast_to(shape)
@@ -217,7 +201,7 @@ def _conv_wgrad_kernel(
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOW: tl.constexpr, LINEAR: tl.constexpr,
-    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN_DY: tl.constexpr, ALIGN_X: tl.constexpr,
+    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -258,12 +242,11 @@ def _conv_wgrad_kernel(
 
     # what does not change from step to step: rows less their pixel's place, vectors of the channels
     first_of_stream = (stream.to(tl.int64) if WIDE else stream) * per_stream
-    dy_rows = of_rows(first_of_stream * (Ho * Wo) * C_OUT, lane * C_OUT, STREAMS, BLOCK_K)
-    dy_tile = dy_rows[None, :] + co[:, None]
+    dy_tile = (of_rows(first_of_stream * (Ho * Wo), lane, STREAMS, BLOCK_K) * C_OUT)[None, :] + co[:, None]
     g_ptr += row_offset(start, C_OUT)
     if BATCH:
         y_ptr += row_offset(start, C_OUT)
-    x_rows = of_rows(first_of_stream * x_stride_n, 0 * lane, STREAMS, BLOCK_K)
+    x_rows = of_rows(first_of_stream, 0 * lane, STREAMS, BLOCK_K) * x_stride_n
     x_ptr += row_offset(start, C_IN) if LINEAR else row_offset(first_n, x_stride_n)
     x_tile = x_ptr + (x_rows[:, None] + ((down * W + across) * C_IN + ci[None, :]))
     outside = (act_ptr + THRESHOLD * C_IN + ci)[None, :] if PROLOGUE and PACKED and PADDED else x_tile
@@ -291,7 +274,7 @@ def _conv_wgrad_kernel(
             )  # fmt: skip
             z = activation_tile(
                 x_at, outside, inside, ci_mask, act_first, act_second,
-                PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, 0, UPCAST,
+                PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, ALIGN, UPCAST,
             )  # fmt: skip
             weight = (rows_left > done).to(tl.float32)
             mean = tl.sum(z.to(tl.float32) * weight[:, None], 0) / tl.sum(weight, 0)
@@ -308,7 +291,7 @@ def _conv_wgrad_kernel(
         y_at = y_ptr + done * C_OUT + dy_tile if BATCH else None
         a = gradient_tile(
             g_ptr + done * C_OUT + dy_tile, y_at, real, co_mask, grad_first, grad_second, grad_third,
-            BATCH, PACKED, EVEN_M, ALIGN_DY, UPCAST,
+            BATCH, PACKED, EVEN_M, UPCAST,
         )  # fmt: skip
         # b = act, z or x
         x_at, inside = place_in_x(
@@ -317,7 +300,7 @@ def _conv_wgrad_kernel(
         )  # fmt: skip
         b = activation_tile(
             x_at, outside, inside, ci_mask, act_first, act_second,
-            PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, ALIGN_X, UPCAST,
+            PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, ALIGN, UPCAST,
         )  # fmt: skip
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
@@ -341,7 +324,7 @@ def _conv_wgrad_kernel(
             y_at = y_ptr + done * C_OUT + dy_tile if BATCH else None
             a = gradient_tile(
                 g_ptr + done * C_OUT + dy_tile, y_at, real, co_mask, grad_first, grad_second, grad_third,
-                BATCH, PACKED, EVEN_M, ALIGN_DY, UPCAST,
+                BATCH, PACKED, EVEN_M, UPCAST,
             )  # fmt: skip
             outside_rows = (real[:, None] & ~inside).reshape((1, BLOCK_K))
             added = tl.sum(tl.where(outside_rows, a.to(tl.float32), 0.0), 1)
@@ -454,15 +437,13 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
     rows = (x.clamp if packed else x.vectors) if launch.prologue else None
     y = grad.y if grad.batch else None
     linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
-    starts = [t.data_ptr() for t in (grad.g, y) if t is not None]
-    x_starts = [t.data_ptr() for t in (x.y, rows) if t is not None]
+    starts = [t.data_ptr() for t in (x.y, rows) if t is not None]
     _conv_wgrad_kernel[(-(-co // config.block_m) * tiles_n, groups, splits)](
         grad.g, y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,
         conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split,
         CI=ci, CO=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         WINDOW=window, LINEAR=linear, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,
-        ALIGN_DY=alignment(size, co * size, *starts),
-        ALIGN_X=0 if window else alignment(size, ci * size, x.y.stride(0) * size, *x_starts),
+        ALIGN=alignment(size, ci * size, x.y.stride(0) * size, *starts),
         STREAMS=streams, WIDE=_wide(conv, x.y.stride(0)), BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
     )  # fmt: skip
     dw = new(conv.co, columns)
