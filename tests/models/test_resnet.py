@@ -13,7 +13,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.blocks.fused import Fused
-from resnet_fast.models import paper, registry
+from resnet_fast.models import paper, registry, resnet
 from resnet_fast.tuning.shapes import ARCHS
 
 TEN = [
@@ -162,7 +162,7 @@ def group_norm(channels: int) -> nn.Module:
 def test_each_torchvision_argument(name: str, kwargs: dict[str, Any], nets: SimpleNamespace) -> None:
     import torchvision
 
-    ours = resnet_fast.models.resnet.FACTORIES[name](**kwargs).eval()
+    ours = resnet.FACTORIES[name](**kwargs).eval()
     with torch.device("meta"):
         stock = getattr(torchvision.models, name)(**kwargs).eval()
     stock.to_empty(device="cpu").load_state_dict(ours.state_dict(), strict=True)

@@ -101,6 +101,10 @@ def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
 
 def conv_add(x: Tensor, p: Packed, other: Tensor, relu: bool, overwrite: bool) -> Tensor:
     """relu(conv(x) + bias + other). ``overwrite``: ``other`` is this backend's own, and becomes the result."""
+    if p.tail[-1] > 1 and x.dtype.itemsize == 2:
+        # ATen adds apart where there are groups, in an add_relu that knows no 16-bit type (torch 2.14)
+        y = conv(x, p, relu=False).add_(other)
+        return y.relu_() if relu else y
     after = "relu" if relu else None
     if 1 in (other.shape[1], other.shape[2] * other.shape[3]) and not overwrite:
         # NHWC and NCHW at once, for which torch 2.11 makes no separate output: "could not create a memory"
