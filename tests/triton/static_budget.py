@@ -293,6 +293,17 @@ def compile_many(jobs: Iterable[Job], workers: int = 2) -> list[Budget]:
     return budgets
 
 
+def worse(jobs: Iterable[Job], table: Mapping[tuple[str, str, int], Budget], command: str) -> list[str]:
+    """What got worse than the table that ``command`` writes, a line per finding."""
+    found = []
+    for now in compile_many(jobs):
+        if now.key not in table:
+            found.append(f"{now.key}: not in the table; run {command}")
+            continue
+        found += [f"{now.kernel} {now.config} sm_{now.arch}: {text}" for text in compare(now, table[now.key])]
+    return found
+
+
 def write_table(path_json: str | Path, path_md: str | Path, rows: Sequence[Budget], title: str = "") -> None:
     """The table that tests compare with, a row per line, and a page to read."""
     ordered = sorted(rows, key=lambda b: b.key)

@@ -8,32 +8,21 @@ from __future__ import annotations
 import budgets
 import pytest
 from sass import is_narrow
-from static_budget import Budget, Job, compare, compile_many, read_table
+from static_budget import ARCHS, Budget, read_table, worse
 
 from resnet_fast.tuning import configs
 
 TABLE = read_table(budgets.JSON)
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-
-def worse(jobs: list[Job]) -> list[str]:
-    """What got worse than the table, a line per finding."""
-    found = []
-    for now in compile_many(jobs):
-        if now.key not in TABLE:
-            found.append(f"{now.key}: not in the table; run python tests/triton/budgets.py")
-            continue
-        found += [f"{now.kernel} {now.config} sm_{now.arch}: {text}" for text in compare(now, TABLE[now.key])]
-    return found
+COMMAND = "python tests/triton/budgets.py"
 
 
 def test_one_config_per_launch_keeps_its_budget() -> None:
-    assert not worse(list(budgets.jobs(every=False)))
+    assert not worse(budgets.jobs(every=False), TABLE, COMMAND)
 
 
 @pytest.mark.slow
 def test_every_shipped_config_keeps_its_budget() -> None:
-    assert not worse(list(budgets.jobs()))
+    assert not worse(budgets.jobs(), TABLE, COMMAND)
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
@@ -45,7 +34,7 @@ def test_hard_rules(row: Budget) -> None:
         return  # no tensor cores: the products are scalar
     tile = row.config.split(", ")[1]
     # a warp group's instruction takes 64 rows: tiles of 32 use the one of sm_80 everywhere
-    wanted = "HMMA" if tile.startswith("32x") else TENSOR_CORES[row.arch]
+    wanted = "HMMA" if tile.startswith("32x") else ARCHS[row.arch].tensor
     assert wanted in {name.split(".")[0] for name in row.tensor}
     narrow = {a for loop in row.loops for a in loop.accesses if is_narrow(a)}
     if row.config.startswith("stem"):

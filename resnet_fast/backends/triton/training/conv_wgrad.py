@@ -359,7 +359,6 @@ def _reduce_splits_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     co_mask, column_mask = co < C_OUT, column < COLUMNS
     mask = co_mask[:, None] & column_mask[None, :]
-    at = row_offset(co, COLUMNS)[:, None] + column[None, :]
     g = co // CO
     ci = g[:, None] * CI + (column % CI)[None, :]
     # P, Q and the mean of z: splits in order
