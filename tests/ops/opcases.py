@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fast import numerics
 from resnet_fast.calls import Conv, Norm
@@ -272,3 +272,19 @@ def assert_within_budget(p: Problem, backend: str = "onednn") -> numerics.ErrorR
         assert torch.equal(t, before[name]), f"{name} was written to"
     assert y.dtype == p.x.dtype
     return report
+
+
+class Call(nn.Module):
+    """An op with its problem's parameters and buffers, as a module of one tensor."""
+
+    def __init__(self, p: Problem, backend: str = "auto"):
+        super().__init__()
+        self.backend, self.problem, self.names = backend, p, list(p.tensors())
+        for name, t in p.tensors().items():
+            if name in p.leaves():
+                setattr(self, name, nn.Parameter(t.clone()))
+            else:
+                self.register_buffer(name, t.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.problem.map(lambda k, t: x if k == "x" else getattr(self, k)).run(self.backend)

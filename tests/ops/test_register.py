@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import BLOCKS, OPS, Problem, make
-from torch import Tensor, nn
+from opcases import BLOCKS, OPS, Call, Problem, make
+from torch import Tensor
 from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -128,22 +128,6 @@ def test_disabled_autocast_and_float64_are_left_alone() -> None:
         assert p.to(torch.float64).run("reference").dtype == torch.float64
         with torch.autocast("cpu", enabled=False):
             assert p.run("reference").dtype == torch.float32
-
-
-class Call(nn.Module):
-    """An op with its problem's parameters and buffers, as a module of one tensor."""
-
-    def __init__(self, p: Problem, backend: str = "auto"):
-        super().__init__()
-        self.backend, self.problem, self.names = backend, p, list(p.tensors())
-        for name, t in p.tensors().items():
-            if name in p.leaves():
-                setattr(self, name, nn.Parameter(t.clone()))
-            else:
-                self.register_buffer(name, t.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.problem.map(lambda k, t: x if k == "x" else getattr(self, k)).run(self.backend)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import traincases
-from opcases import OPS, Problem
+from opcases import OPS, Call, Problem
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._prims_common import check_significant_strides
@@ -89,30 +89,14 @@ def test_opcheck(op: str) -> None:
     torch.library.opcheck(backward_op(p), args, {"needs": needs(p)}, test_utils=tests)
 
 
-class Block(nn.Module):
-    """A problem's parameters and buffers as a module of one tensor."""
-
-    def __init__(self, p: Problem):
-        super().__init__()
-        self.problem = p
-        for name, t in p.tensors().items():
-            if name in p.leaves():
-                setattr(self, name, nn.Parameter(t.clone()))
-            else:
-                self.register_buffer(name, t.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fused(self.problem.map(lambda k, t: x if k == "x" else getattr(self, k)))
-
-
 @pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act", "bn_act"])
 def test_compiled_training_equals_eager(op: str) -> None:
     torch._dynamo.reset()
     p = case(op, torch.float16)
-    ours, compiled = Block(p), Block(p)
+    ours, compiled = Call(p, "triton"), Call(p, "triton")
     counter = CompileCounterWithBackend("aot_eager")
 
-    def run(call: Callable[[Tensor], Tensor], module: Block) -> dict[str, Tensor]:
+    def run(call: Callable[[Tensor], Tensor], module: Call) -> dict[str, Tensor]:
         x = p.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         y = call(x)
         y.backward(traincases.cotangent(y))
