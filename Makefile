@@ -15,8 +15,8 @@ export RESNET_FAST_BUILD_HOST ?= auto
 # NumPy's threads would fight over the cores that the processes are on.
 INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) $(shell find tests/emulator -type f ! -name "*.py*")
+CXX_SOURCES = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
 BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"
@@ -45,9 +45,11 @@ $(VENV)/.stamp-demo: $(BUILD_INPUTS) | $(VENV)/.stamp-torch
 	$(INSTALL) --no-build-isolation -e ".[bench,peers]"
 	@touch $@
 
-# Includes all that the demo needs, hence both stamps.
+# Includes all that the demo needs, hence both stamps. nvidia-cutlass for its headers alone, which a test of layouts
+# compiles; what it depends on is for a GPU.
 $(VENV)/.stamp-dev: $(BUILD_INPUTS) | $(VENV)/.stamp-torch
 	$(INSTALL) --no-build-isolation -e ".[dev,bench,peers]"
+	$(INSTALL) --no-deps nvidia-cutlass
 	@touch $(VENV)/.stamp-demo $@
 
 demo: $(VENV)/.stamp-demo

@@ -1,0 +1,42 @@
+// The device vocabulary: all that a kernel of this library may say to the hardware.
+//
+//   ids            thread_index  warp_index  lane_index  block_index  block_count
+//   barriers       sync_block  sync_warp
+//   shuffles       shuffle  shuffle_xor
+//   global memory  load_global  store_global             2, 4, 8 or 16 bytes a thread
+//   shared memory  load_shared  store_shared             addresses are byte offsets into the block's shared memory
+//   async copies   cp_async16  cp_async_commit  cp_async_wait                      global -> shared, 16 bytes a thread
+//   tensor cores   ldmatrix_x2  ldmatrix_x4  mma_m16n8k16                          fragments: fragments.h
+//   compiler       fresh                                     forget what was computed from a value: device_cuda.h
+//   numbers        Half  Bfloat16  Float32, pack2  unpack2, relu  larger  larger2  multiply_add  square_root
+//
+// Under nvcc each is one or two instructions (device_cuda.h). Under any other C++ compiler the emulator in
+// tests/emulator/ implements them, so that the same source runs on a CPU, where every access is checked and counted. A
+// kernel therefore touches memory through these functions only: a plain `*pointer` would compile, and go unseen.
+//
+// Accesses that some threads must not make take a flag instead of an `if`: `store_global(p, v, inside)`. All lanes of a
+// warp then pass the same line together, which is what the hardware does and what the emulator groups its counts by.
+//
+// How to write a kernel with these and debug it on a CPU: docs/cuda-kernels.md.
+#pragma once
+
+#include <cstdint>
+
+#include <resnet_fast/launch.h>
+
+namespace resnet_fast {
+
+constexpr int kWarp = 32;
+
+// 16 bytes as four words: what one thread loads or stores at a time.
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+}  // namespace resnet_fast
+
+#ifdef __CUDACC__
+#include <resnet_fast/device_cuda.h>
+#else
+#include <emulator/device.h>
+#endif

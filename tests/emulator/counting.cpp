@@ -1,0 +1,164 @@
+// The emulator's counters. state.h holds what the parts share, runtime.h says what is checked and counted.
+
+#include "state.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace emulator {
+namespace {
+
+int wavefronts(const uint64_t* address, uint32_t active, int bytes, int first, int lanes) {
+  std::array<std::array<uint64_t, kWarp>, kBanks> words;
+  std::array<int, kBanks> filled{};
+  int most = 0;
+  for (int lane = first; lane < first + lanes; ++lane) {
+    if (!(active >> lane & 1)) continue;
+    for (uint64_t word = address[lane] / kWord; word * kWord < address[lane] + bytes; ++word) {
+      auto& bank = words[word % kBanks];
+      int& n = filled[word % kBanks];
+      bool known = false;
+      for (int i = 0; i < n; ++i) known |= bank[i] == word;
+      if (!known) bank[n++] = word;
+      most = std::max(most, n);
+    }
+  }
+  return most;
+}
+
+// Lanes whose accesses of this width the banks serve together: 128 bytes' worth.
+int lanes_per_phase(int bytes) {
+  return bytes == 16 ? 8 : bytes == 8 ? 16 : 32;
+}
+
+void count_global(SiteCount& site, const Gathered& g, Kind kind) {
+  const bool write = kind == Kind::kGlobalWrite;
+  std::array<uint64_t, 2 * kWarp> sectors;
+  int n = 0;
+  uint64_t asked = 0;
+  Buffer* buffer = nullptr;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(g.active >> lane & 1)) continue;
+    asked += g.bytes;
+    const uint64_t sector = g.address[lane] / kSector;
+    bool known = false;
+    for (int i = n - 1; i >= 0 && !known; --i) known = sectors[i] == sector;
+    if (known) continue;
+    sectors[n++] = sector;
+    Buffer* b = buffer_of(reinterpret_cast<const void*>(g.address[lane]));
+    if (b == nullptr) continue;
+    buffer = b;
+    uint8_t& touched = b->touched[sector - b->first_sector];
+    const uint8_t bit = write ? 2 : 1;
+    (write ? b->count.unique_sectors_written : b->count.unique_sectors_read) += !(touched & bit);
+    touched |= bit;
+    (write ? b->count.sectors_written : b->count.sectors_read) += 1;
+    if (kind == Kind::kGlobalCopy) {
+      b->count.l2_sectors_read += 1;
+    } else if (!write) {
+      uint32_t& in_l1 = b->in_l1[sector - b->first_sector];
+      const auto me = static_cast<uint32_t>(now->block) + 1;
+      b->count.l2_sectors_read += in_l1 != me;
+      in_l1 = me;
+    }
+  }
+  if (buffer) (write ? buffer->count.bytes_written : buffer->count.bytes_read) += asked;
+  site.units += n;
+  site.least += (asked + kSector - 1) / kSector;
+}
+
+void finish(const Gathered& g, int site_id) {
+  SiteCount& site = count_of(site_id);
+  const Kind kind = now->sites[site_id].kind;
+  site.instructions += 1;
+  site.narrowest = std::min(site.narrowest, g.bytes);
+  if (!g.active) return;
+  if (kind == Kind::kSharedRead || kind == Kind::kSharedWrite) {
+    count_shared(site, g.address.data(), g.active, g.bytes);
+  } else {
+    count_global(site, g, kind);
+  }
+}
+
+std::vector<Counters>& finished() {
+  static std::vector<Counters> all;
+  return all;
+}
+
+}  // namespace
+
+SiteCount& count_of(int site) {
+  if (static_cast<int>(now->site_counts.size()) <= site) now->site_counts.resize(site + 1);
+  return now->site_counts[site];
+}
+
+void count_shared(SiteCount& site, const uint64_t* address, uint32_t active, int bytes) {
+  const int lanes = lanes_per_phase(bytes);
+  for (int first = 0; first < kWarp; first += lanes) {
+    const int units = wavefronts(address, active, bytes, first, lanes);
+    site.units += units;
+    site.least += units > 0;
+  }
+}
+
+Buffer* buffer_of(const void* p) {
+  const auto* byte = static_cast<const unsigned char*>(p);
+  for (Buffer& b : now->buffers)
+    if (byte >= b.tensor.start && byte < b.tensor.start + b.tensor.bytes) return &b;
+  return nullptr;
+}
+
+// The n-th passage of each lane by a line counts as one instruction of the warp: exact as long as lanes pass together.
+void gather(uint64_t address, int bytes, Kind kind, bool active, Where where) {
+  Warp& warp = now->warps[self_warp()];
+  const int id = now->sites.id(where, kind);
+  if (static_cast<int>(warp.logs.size()) <= id) warp.logs.resize(id + 1);
+  SiteLog& log = warp.logs[id];
+  if (log.open.empty()) warp.touched.push_back(id);
+  const int lane = self_lane();
+  const uint32_t at = log.next[lane]++;
+  if (at >= log.open.size()) log.open.emplace_back();
+  Gathered& g = log.open[at];
+  g.lanes |= 1u << lane;
+  g.bytes = bytes;
+  g.address[lane] = address;
+  if (active) g.active |= 1u << lane;
+  if (g.lanes == kAllLanes) finish(g, id);
+}
+
+// At a barrier of the block all lanes are level: what is still open will not be joined by more of them.
+void flush_logs() {
+  for (Warp& warp : now->warps) {
+    for (int id : warp.touched) {
+      SiteLog& log = warp.logs[id];
+      for (const Gathered& g : log.open)
+        if (g.lanes != kAllLanes) finish(g, id);
+      log.open.clear();
+      log.next.fill(0);
+    }
+    warp.touched.clear();
+  }
+}
+
+void keep_counters() {
+  for (Buffer& b : now->buffers) {
+    b.count.size = b.tensor.bytes;
+    now->counters.buffers[b.tensor.name] = b.count;
+  }
+  for (size_t i = 0; i < now->site_counts.size(); ++i) {
+    if (now->site_counts[i].instructions == 0) continue;
+    const Site& site = now->sites[i];
+    SiteCount& sum = now->counters.sites[{text_of({site.file, site.line}), site.kind}];
+    sum.instructions += now->site_counts[i].instructions;
+    sum.units += now->site_counts[i].units;
+    sum.least += now->site_counts[i].least;
+    sum.narrowest = std::min(sum.narrowest, now->site_counts[i].narrowest);
+  }
+  finished().push_back(std::move(now->counters));
+}
+
+std::vector<Counters> take_counters() {
+  return std::exchange(finished(), {});
+}
+
+}  // namespace emulator

@@ -1,0 +1,167 @@
+"""Build the emulator, whole, sanitized or broken on purpose, and run the native ops through it.
+
+    module = build()                                           # the sources as they are
+    module = build(edits=[Edit("bottleneck_fwd.cu", "sync_block();", "", count=2)])   # the third barrier is gone
+    with Emulator(module, seed=3) as emulator:
+        y = torch.ops.resnet_fast_native.bottleneck_fwd(...)   # on CPU tensors
+        launch = emulator.launches()[0]                        # what it counted
+
+Objects are kept in build/emulator under the hash of all that they were made from: an edit costs one compilation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "csrc" / "kernels"
+HERE = ROOT / "tests" / "emulator"
+KEPT = ROOT / "build" / "emulator"
+INCLUDES = (KERNELS / "include", HERE / "include", HERE)
+CUDA_ONLY = ("device.cu", "device_build.cu")
+
+OPTIMISED = ("-O3",)
+SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Put ``new`` in place of ``old`` in the file of this name, at its ``count``-th occurrence (from 0)."""
+
+    file: str
+    old: str
+    new: str
+    count: int = 0
+
+    def apply(self, text: str) -> str:
+        parts = text.split(self.old)
+        if len(parts) <= self.count + 1:
+            raise ValueError(f"{self.file} has {len(parts) - 1} times {self.old!r}, asked for number {self.count}")
+        return self.old.join(parts[: self.count + 1]) + self.new + self.old.join(parts[self.count + 1 :])
+
+
+def sources() -> list[Path]:
+    """What the emulator is compiled from."""
+    return [*sorted(HERE.glob("*.cpp")), *(p for p in sorted(KERNELS.glob("*.cu")) if p.name not in CUDA_ONLY)]
+
+
+@cache
+def _headers() -> bytes:
+    digest = hashlib.sha256()
+    for folder in INCLUDES:
+        for path in sorted(folder.rglob("*.h")):
+            digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _compile(text: str, path: Path, flags: Sequence[str]) -> Path:
+    command = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags]
+    command += [f"-I{folder}" for folder in INCLUDES] + [f"-I{_pybind()}", f"-I{sysconfig.get_path('include')}"]
+    key = hashlib.sha256(_headers() + "\0".join([*command, path.name, text]).encode()).hexdigest()[:32]
+    target = KEPT / f"{path.stem}-{key}.o"
+    if not target.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.tmp")
+        # Through a pipe, with the file's own name in messages and reports.
+        text = f'#line 1 "{path.name}"\n{text}'
+        done = subprocess.run(
+            [*command, f"-I{path.parent}", "-c", "-", "-o", str(partial)], input=text, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{path.name} does not compile:\n{done.stderr[-4000:]}")
+        partial.replace(target)
+    return target
+
+
+def _pybind() -> str:
+    import pybind11
+
+    return pybind11.get_include()
+
+
+def build(flags: Sequence[str] = OPTIMISED, edits: Iterable[Edit] = ()) -> Path:
+    """The shared object of the emulator's module, whose name is the file's up to the first dot."""
+    edits = list(edits)
+    texts = {path: path.read_text() for path in sources()}
+    for edit in edits:
+        path = next(p for p in texts if p.name == edit.file)
+        texts[path] = edit.apply(texts[path])
+    key = hashlib.sha256(repr((flags, edits, _headers(), sorted(texts.items()))).encode()).hexdigest()[:16]
+    name = f"emulator_{key}"
+    target = KEPT / f"{name}.so"
+    if target.exists():
+        return target
+
+    def one(path: Path) -> Path:
+        own = [f"-DEMULATOR_MODULE={name}"] if path.name == "module.cpp" else []
+        return _compile(texts[path], path, [*flags, *own])
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(one, texts))
+    partial = target.with_suffix(f".{os.getpid()}.tmp")
+    linker = [os.environ.get("CXX", "c++"), "-shared", *flags, *map(str, objects), "-o", str(partial)]
+    subprocess.run(linker, check=True)
+    partial.replace(target)
+    return target
+
+
+def load(path: Path) -> ModuleType:
+    """The built module; the same one when it was loaded before."""
+    name = path.name.partition(".")[0]
+    if name not in sys.modules:
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+class Emulator:
+    """Inside the ``with``, native ops on CPU tensors run in ``module``, on a device of ``arch, sms, shared``."""
+
+    def __init__(self, module: ModuleType | Path, seed: int = 0, **device: int) -> None:
+        self.module = load(module) if isinstance(module, Path) else module
+        self.settings = {"seed": seed, **device}
+
+    def __enter__(self) -> Emulator:
+        import resnet_fast._C  # noqa: F401  (registers the ops)
+
+        self.module.configure(**self.settings)
+        self.module.take_counters()
+        torch.ops.resnet_fast_native.emulator(self.module.kernels_address())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.ops.resnet_fast_native.emulator(0)
+        self.module.configure()
+
+    def launches(self) -> list[dict[str, Any]]:
+        """What the launches since the last call counted: see runtime.h, Counters."""
+        return self.module.take_counters()
+
+
+A100 = {"arch": 80, "sms": 108, "shared": 163 << 10}
+H100 = {"arch": 90, "sms": 132, "shared": 227 << 10}
+
+
+def conflicts(launch: dict[str, Any]) -> dict[str, int]:
+    """Bank conflicts by source line: wavefronts beyond the least."""
+    shared = [s for s in launch["sites"] if not s["kind"].startswith("global")]
+    return {s["where"]: s["units"] - s["least"] for s in shared if s["units"] > s["least"]}

@@ -1,0 +1,205 @@
+// The emulator's rules of memory. state.h holds what the parts share, runtime.h says what is checked and counted.
+
+#include "state.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+namespace emulator {
+namespace {
+
+// Did an access of `thread` at `time` happen before what this thread does now?
+bool ordered(int thread, uint32_t time) {
+  const Warp& me = now->warps[self_warp()];
+  const int warp = thread / kWarp;
+  if (thread == self().index) return true;
+  return warp == self_warp() ? me.clock[warp] > time : me.clock[warp] >= time;
+}
+
+std::string site_text(int id) {
+  return id < 0 ? "?" : text_of({now->sites[id].file, now->sites[id].line});
+}
+
+void race(Where where, uint32_t at, const char* mine, const char* theirs, int thread, int site) {
+  fail(where, std::string(mine) + " shared memory byte " + std::to_string(at) + " that " + thread_text(thread) + " " +
+                  theirs + (site < 0 ? "" : " at " + site_text(site)) + ", and no barrier orders the two");
+}
+
+void refuse_in_flight(const History& h, uint32_t at, Where where, const char* doing) {
+  if (h.state == kInFlight)
+    fail(where, std::string(doing) + " shared memory byte " + std::to_string(at) + " while a cp_async of " +
+                    thread_text(h.writer) + " issued at " + site_text(h.write_site) +
+                    " is in flight: wait for it first");
+}
+
+void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
+  const int me = self().index;
+  const uint32_t time = time_of(self_warp());
+  const int site = now->sites.id(where, kind);
+  for (uint32_t g = at / kGranule; g < (at + bytes) / kGranule; ++g) {
+    History& h = now->history[g];
+    refuse_in_flight(h, g * kGranule, where, "writes");
+    if (h.writer >= 0 && !ordered(h.writer, h.write_time))
+      race(where, g * kGranule, "writes", "wrote", h.writer, h.write_site);
+    if (h.reader >= 0) {
+      const bool other_lane = h.several_lanes && h.reader / kWarp == me / kWarp && h.read_time >= time;
+      if (other_lane || !ordered(h.reader, h.read_time)) race(where, g * kGranule, "writes", "read", h.reader, -1);
+    }
+    if (h.other_reader >= 0 && !ordered(h.other_reader, h.other_read_time))
+      race(where, g * kGranule, "writes", "read", h.other_reader, -1);
+    h.writer = static_cast<int16_t>(me);
+    h.write_time = time;
+    h.write_site = static_cast<int16_t>(site);
+    h.state = state;
+  }
+}
+
+}  // namespace
+
+uint32_t time_of(int warp) {
+  return now->warps[warp].clock[warp];
+}
+
+void check_bounds(uint32_t at, int bytes, Where where) {
+  if (static_cast<uint64_t>(at) + bytes > static_cast<uint64_t>(now->grid.shared))
+    fail(where, "shared memory bytes " + std::to_string(at) + " to " + std::to_string(uint64_t{at} + bytes) +
+                    " of a block that has " + std::to_string(now->grid.shared));
+  if (at % bytes != 0)
+    fail(where, "shared memory byte " + std::to_string(at) + " is not aligned to an access of " +
+                    std::to_string(bytes) + " bytes");
+}
+
+void check_read(uint32_t at, int bytes, Where where) {
+  const int me = self().index;
+  const uint32_t time = time_of(self_warp());
+  for (uint32_t g = at / kGranule; g < (at + bytes) / kGranule; ++g) {
+    History& h = now->history[g];
+    if (h.state != kWritten) {
+      refuse_in_flight(h, g * kGranule, where, "reads");
+      fail(where, "reads shared memory byte " + std::to_string(g * kGranule) + ", which nobody has written");
+    }
+    if (!ordered(h.writer, h.write_time)) race(where, g * kGranule, "reads", "wrote", h.writer, h.write_site);
+    if (h.reader < 0 || h.reader / kWarp == me / kWarp) {
+      h.several_lanes =
+          (h.several_lanes && h.read_time == time) || (h.read_time == time && h.reader >= 0 && h.reader != me);
+    } else {
+      h.other_reader = h.reader;
+      h.other_read_time = h.read_time;
+      h.several_lanes = false;
+    }
+    h.reader = static_cast<int16_t>(me);
+    h.read_time = time;
+  }
+}
+
+void join_clocks() {
+  std::array<uint32_t, kMaxWarps> joined{};
+  for (const Warp& w : now->warps)
+    for (int i = 0; i < kMaxWarps; ++i) joined[i] = std::max(joined[i], w.clock[i]);
+  for (size_t i = 0; i < now->warps.size(); ++i) {
+    now->warps[i].clock = joined;
+    now->warps[i].clock[i] += 1;
+  }
+}
+
+std::string unwritten(const Buffer& b) {
+  if (b.tensor.access != Access::kWrite) return "";
+  const auto hole = std::find(b.writers.begin(), b.writers.end(), 0u);
+  if (hole == b.writers.end()) return "";
+  const auto missing = std::count(b.writers.begin(), b.writers.end(), 0u);
+  std::ostringstream out;
+  out << "kernel " << now->kernel << " ended, and of output " << b.tensor.name << " " << 2 * missing << " of "
+      << b.tensor.bytes << " bytes were never written, the first at byte " << 2 * (hole - b.writers.begin());
+  return out.str();
+}
+
+void global_access(const void* p, int bytes, Kind kind, bool inside, Where where) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  const bool write = kind == Kind::kGlobalWrite;
+  if (inside) {
+    Buffer* b = buffer_of(p);
+    const auto* byte = static_cast<const unsigned char*>(p);
+    if (b == nullptr || byte + bytes > b->tensor.start + b->tensor.bytes) {
+      std::ostringstream out;
+      out << (write ? "writes " : "reads ") << bytes
+          << " bytes of global memory outside of every tensor of this launch";
+      for (const Buffer& near : now->buffers) {
+        const ptrdiff_t offset = byte - near.tensor.start;
+        if (offset > -4096 && offset < static_cast<ptrdiff_t>(near.tensor.bytes) + 4096)
+          out << "; at byte " << offset << " of " << near.tensor.name << ", which has " << near.tensor.bytes;
+      }
+      fail(where, out.str());
+    }
+    if (address % bytes != 0)
+      fail(where, std::to_string(bytes) + " bytes at byte " + std::to_string(byte - b->tensor.start) + " of " +
+                      b->tensor.name + " are not aligned");
+    if (write && b->tensor.access != Access::kWrite) fail(where, "writes to the input " + b->tensor.name);
+    if (b->tensor.access == Access::kWrite) {
+      const auto me = static_cast<uint32_t>(now->block) * 1024u + static_cast<uint32_t>(self().index) + 1u;
+      const size_t first = (byte - b->tensor.start) / 2;
+      for (size_t i = first; i < first + std::max(bytes / 2, 1); ++i) {
+        uint32_t& writer = b->writers[i];
+        if (writer != 0 && writer != me)
+          fail(where, (write ? "writes byte " : "reads byte ") + std::to_string(2 * i) + " of output " +
+                          b->tensor.name + ", which block " + std::to_string((writer - 1) / 1024) + " thread " +
+                          std::to_string((writer - 1) % 1024) + " wrote in the same launch");
+        if (!write && writer == 0)
+          fail(where,
+               "reads byte " + std::to_string(2 * i) + " of output " + b->tensor.name + " before it was written");
+        if (write) writer = me;
+      }
+    }
+  }
+  gather(address, bytes, kind, inside, where);
+}
+
+unsigned char* shared_access(uint32_t at, int bytes, Kind kind, bool inside, Where where) {
+  if (inside) {
+    check_bounds(at, bytes, where);
+    if (kind == Kind::kSharedRead) {
+      check_read(at, bytes, where);
+    } else {
+      check_write(at, bytes, where, kWritten, kind);
+    }
+  }
+  gather(at, bytes, kind, inside, where);
+  return now->shared + at;
+}
+
+void cp_async16(uint32_t at, const void* p, bool inside, Where where) {
+  constexpr int kBytes = 16;
+  global_access(p, kBytes, Kind::kGlobalCopy, inside, where);
+  check_bounds(at, kBytes, where);
+  check_write(at, kBytes, where, kInFlight, Kind::kSharedWrite);
+  gather(at, kBytes, Kind::kSharedWrite, true, where);
+  Copy copy{at, {}};
+  if (inside) std::memcpy(&copy.data, p, kBytes);
+  std::memset(now->shared + at, 0xff, kBytes);
+  self().issued.push_back(copy);
+  self().where = where;
+}
+
+void cp_async_commit() {
+  self().groups.push_back(std::move(self().issued));
+  self().issued.clear();
+}
+
+void cp_async_wait(int pending, Where where) {
+  (void)where;
+  Thread& me = self();
+  const size_t landed = me.groups.size() > static_cast<size_t>(pending) ? me.groups.size() - pending : 0;
+  const uint32_t time = time_of(self_warp());
+  for (size_t i = 0; i < landed; ++i) {
+    for (const Copy& copy : me.groups[i]) {
+      std::memcpy(now->shared + copy.at, &copy.data, sizeof(copy.data));
+      for (uint32_t g = copy.at / kGranule; g < (copy.at + sizeof(copy.data)) / kGranule; ++g) {
+        now->history[g].state = kWritten;
+        now->history[g].write_time = time;
+      }
+    }
+  }
+  me.groups.erase(me.groups.begin(), me.groups.begin() + static_cast<ptrdiff_t>(landed));
+}
+
+}  // namespace emulator

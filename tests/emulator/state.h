@@ -1,0 +1,178 @@
+// What the parts of the emulator's runtime share: the launch that is running, its threads, and their memory's history.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <emulator/runtime.h>
+#include <resnet_fast/device.h>
+
+#include "fiber.h"
+
+namespace emulator {
+
+using resnet_fast::Access;
+using resnet_fast::kWarp;
+
+constexpr int kMaxWarps = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kSector = 32, kBanks = 32, kWord = 4;
+constexpr int kGranule = 2;  // bytes of shared memory that have a history of their own
+
+struct Site {
+  const char* file;
+  int line;
+  Kind kind;
+};
+
+// Sites by number: found again by the address of the file's name, which is one per translation unit.
+class Sites {
+ public:
+  int id(Where where, Kind kind) {
+    const uint64_t key = reinterpret_cast<uintptr_t>(where.file) * 31 + static_cast<uint64_t>(where.line) * 8 +
+                         static_cast<uint64_t>(kind);
+    size_t slot = key * 0x9e3779b97f4a7c15ull >> 52;
+    for (;; slot = (slot + 1) % kSlots) {
+      Slot& s = slots_[slot];
+      if (s.id < 0) {
+        s = {static_cast<int>(sites_.size()), where.file, where.line, kind};
+        sites_.push_back({where.file, where.line, kind});
+        return s.id;
+      }
+      if (s.file == where.file && s.line == where.line && s.kind == kind) return s.id;
+    }
+  }
+  const Site& operator[](int id) const {
+    return sites_[id];
+  }
+  int size() const {
+    return static_cast<int>(sites_.size());
+  }
+
+ private:
+  static constexpr size_t kSlots = 4096;
+  struct Slot {
+    int id = -1;
+    const char* file = nullptr;
+    int line = 0;
+    Kind kind = Kind::kGlobalRead;
+  };
+  std::array<Slot, kSlots> slots_{};
+  std::vector<Site> sites_;
+};
+
+// One instruction of a warp, gathered lane by lane. A lane whose flag was off takes part without an address.
+struct Gathered {
+  uint32_t lanes = 0, active = 0;
+  int bytes = 0;
+  std::array<uint64_t, kWarp> address;
+};
+
+struct SiteLog {
+  std::array<uint32_t, kWarp> next{};  // per lane: which of `open` it will join
+  std::vector<Gathered> open;
+};
+
+struct Copy {
+  uint32_t at;
+  resnet_fast::Vec16 data;
+};
+
+struct Thread {
+  int index = 0;
+  bool done = false;
+  bool waiting = false;
+  const char* waits_for = "";
+  Where where{};
+  std::vector<std::vector<Copy>> groups;  // committed, not waited for
+  std::vector<Copy> issued;               // not committed
+};
+
+struct Warp {
+  uint32_t arrived = 0, left = 0;
+  const char* what = "";
+  Where where{};
+  std::array<void*, kWarp> arguments{};
+  std::array<uint32_t, kMaxWarps> clock{};
+  std::vector<SiteLog> logs;
+  std::vector<int> touched;
+};
+
+enum State : uint8_t { kUnwritten, kWritten, kInFlight };
+
+// What happened to two bytes of shared memory: the last write, and the last reads by two different warps.
+struct History {
+  uint32_t write_time = 0, read_time = 0, other_read_time = 0;
+  int16_t writer = -1, reader = -1, other_reader = -1;
+  int16_t write_site = -1;
+  State state = kUnwritten;
+  bool several_lanes = false;  // of the last reader's warp
+};
+
+struct Buffer {
+  Tensor tensor;
+  uint64_t first_sector = 0;
+  std::vector<uint8_t> touched;   // per sector: bit 0 read, bit 1 written
+  std::vector<uint32_t> in_l1;    // per sector: 1 + the last block that read it through L1
+  std::vector<uint32_t> writers;  // per two bytes, of an output: block * 1024 + thread + 1
+  BufferCount count;
+};
+
+struct Launch {
+  const char* kernel = "";
+  resnet_fast::Grid grid;
+  const std::function<void()>* body = nullptr;
+  std::vector<Buffer> buffers;
+  Sites sites;
+  std::vector<SiteCount> site_counts;
+  Counters counters;
+  uint64_t random = 0;
+
+  int block = 0;
+  Thread* current = nullptr;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<Fiber> fibers;
+  std::vector<int> runnable;
+  int at_barrier = 0;
+  Where barrier{};
+  int barrier_first = 0;
+  std::vector<unsigned char> shared_storage;
+  unsigned char* shared = nullptr;
+  std::vector<History> history;
+  Fiber scheduler;
+  std::string fault;
+};
+
+// The launch that is running; one at a time.
+extern Launch* now;
+
+Thread& self();
+int self_warp();
+int self_lane();
+
+// runtime.cpp: a number below `below` from the launch's seed; end the launch with a report; texts for reports.
+uint64_t draw(uint64_t below);
+[[noreturn]] void fail(Where where, const std::string& what);
+std::string text_of(Where where);
+std::string thread_text(int index);
+
+// counting.cpp: one lane's access; end of a phase in which lanes may be apart; the counters of one warp's access.
+void gather(uint64_t address, int bytes, Kind kind, bool active, Where where);
+void flush_logs();
+void count_shared(SiteCount& site, const uint64_t* address, uint32_t active, int bytes);
+SiteCount& count_of(int site);
+void keep_counters();
+Buffer* buffer_of(const void* p);
+
+// memory.cpp: the rules of shared memory.
+uint32_t time_of(int warp);
+void check_bounds(uint32_t at, int bytes, Where where);
+void check_read(uint32_t at, int bytes, Where where);
+void join_clocks();
+std::string unwritten(const Buffer& buffer);
+
+}  // namespace emulator

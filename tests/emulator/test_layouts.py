@@ -1,0 +1,69 @@
+"""The layouts of fragments.h and the emulator's ldmatrix against CuTe's traits, an independent source.
+
+CuTe's headers come from the PyPI package nvidia-cutlass and compile on the host, in a few seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import harness
+import pytest
+from harness import HERE
+
+
+def cutlass_headers() -> Path:
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or spec.origin is None:
+        pytest.skip("no CuTe headers here (pip install --no-deps nvidia-cutlass)")
+    return Path(spec.origin).parent / "source" / "include"
+
+
+def toolkit_headers() -> Path:
+    """Of a CUDA toolkit: CuTe includes its runtime API and its C++ standard library."""
+    roots = [os.environ.get("CUDA_HOME", "")]
+    if nvcc := shutil.which("nvcc"):
+        said = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True
+        ).stderr
+        roots += [line.partition("TOP=")[2].strip() for line in said.splitlines() if "TOP=" in line]
+    for root in filter(None, [*roots, "/usr/local/cuda"]):
+        if (Path(root) / "include" / "cccl" / "cuda" / "std" / "utility").exists():
+            return Path(root) / "include"
+    pytest.skip("no CUDA toolkit with cccl here (looked at CUDA_HOME, nvcc, /usr/local/cuda)")
+
+
+@pytest.fixture(scope="module")
+def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    """By name, for each lane the indices of its values."""
+    headers = toolkit_headers()
+    program = tmp_path_factory.mktemp("cute") / "layouts"
+    folders = [cutlass_headers(), headers, headers / "cccl"]
+    command = ["c++", "-std=c++17", "-w", *(f"-I{f}" for f in folders), str(HERE / "cute" / "layouts.cpp")]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    out = {}
+    for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
+        name, *indices = line.split()
+        each = len(indices) // 32
+        out[name] = [[int(i) for i in indices[each * lane : each * (lane + 1)]] for lane in range(32)]
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+@pytest.mark.parametrize(("operand", "rows"), [("a", 16), ("b", 8), ("d", 16)])
+def test_mma_fragments(dtype: str, operand: str, rows: int, cute, emulator: Path) -> None:
+    ours = harness.load(emulator).fragments()[operand]
+    theirs = cute[f"{dtype}.{operand}"]
+    assert [[row + rows * column for row, column in lane] for lane in ours] == theirs
+
+
+@pytest.mark.parametrize("matrices", [2, 4])
+def test_ldmatrix(matrices: int, cute, emulator: Path) -> None:
+    """Lane l names word 4 l of shared memory, in which word i is i."""
+    got = harness.load(emulator).probe_ldmatrix(matrices)
+    theirs = [[bit // 32 for bit in lane[::32]] for lane in cute[f"ldmatrix_x{matrices}"]]
+    assert got == theirs
