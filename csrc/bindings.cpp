@@ -9,6 +9,25 @@
 
 STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
   m.def("build_info() -> str");
+  m.def("emulator(int kernels_address) -> ()");
+  m.def("bottleneck_fwd_shared(int ci, int cmid, int co, bool projection) -> int");
+  m.def(
+      "bottleneck_fwd(Tensor x, Tensor weights, Tensor bias1, Tensor bias2, Tensor bias3, bool projection) -> Tensor");
+  m.def(
+      "conv_bn_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int stride_h, int stride_w, int padding_h, "
+      "int padding_w, int dilation_h, int dilation_w, bool relu) -> Tensor");
+  m.def(
+      "conv_bn_act_1x1(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int stride_h, int stride_w, bool relu) "
+      "-> Tensor");
+  m.def("stem_fwd(Tensor x, Tensor weights, Tensor bias) -> Tensor");
+  m.def("bn_act_stats(Tensor x, Tensor? gamma, Tensor? beta, float eps) -> Tensor");
+  m.def("bn_act_fwd(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu) -> Tensor");
+  m.def(
+      "bn_act_bwd_sums(Tensor dy, Tensor? y, Tensor x, Tensor vectors, Tensor? residual, Tensor? residual_vectors, "
+      "bool relu, bool batch) -> Tensor");
+  m.def(
+      "bn_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? vectors, Tensor gradients, Tensor? residual, bool relu, "
+      "bool wants_dx, bool wants_dresidual) -> (Tensor, Tensor)");
 }
 
 // Importing resnet_fast._C registers the ops; the module object itself is empty.

@@ -1,0 +1,464 @@
+// A whole bottleneck of stride 1 in one launch, BatchNorm folded (He et al. 2015, figure 5, right).
+//
+//   t1 = relu(conv1x1(x, w1) + b1)      (N, H, W, Cmid)          x (N, H, W, Ci), NHWC, 16 bit
+//   t2 = relu(conv3x3(t1, w2) + b2)     (N, H, W, Cmid)          zero padding 1 of t1, not of x
+//   y  = relu(conv1x1(t2, w3) + b3 + s) (N, H, W, Co)            s = x, or conv1x1(x, wp) of a projection
+//
+// Saved bytes. With one kernel per convolution t1 and t2 are each written and read, and x is read a second time for the
+// shortcut: (Ci + Cmid) + 2 Cmid + (Cmid + 2 Co) numbers per pixel; here Ci + Co. At Ci = Co = 256, Cmid = 64, in 16
+// bit and 56 x 56: 6.42 MB per image -> 3.21 MB.
+//
+// GEMM. Three in a chain over one tile of 8 x 8 pixels, gemm_k cut into steps of 64 (one shared row of 128 bytes):
+//
+//      10 x 10 pixels with halo             8 x 8 pixels
+//     +----------------+            +------------+              +------------+
+//     | x     Ci wide  |  w1 (Cmid, | t1    Cmid |  w2 (Cmid,   | t2   Cmid  |  w3 (Co, Cmid)      y: registers -> 16
+//     | 100 rows       | ---- Ci)-> | 100 rows   | --9*Cmid)--> | 64 rows    | -----------------> bytes a lane, 64 a
+//     | shared memory  |            | shared     | nine shifted | shared     |   + x . wp, or      quad, global
+//     +----------------+            +------------+    views     +------------+   + x (registers)
+//       cp.async, once                zero outside of the image
+//
+//   256 threads are 8 warps. conv1: 112 rows (7 tiles of 16; rows above 100 repeat the last and are dropped), warps 4
+//   x 2. conv2: 64 rows, every warp 32 x 32; for Cmid 64 that makes 2 x 2 warps, twice: the second four take the other
+//   half of gemm_k, and each pair adds up through shared memory. conv3: passes of kPass channels, every warp 32 wide.
+//   conv1 computes (10 * 10) / (8 * 8) = 1.56 times the pixels, 13 % more multiply-adds over the block.
+//
+// x is read from memory once. After conv1 the threads take the shortcut's numbers into registers, in the layout of
+// conv3's accumulators; from then on x's place is free, and the next tile's x arrives during conv2 and conv3. A
+// projection's x is needed until the end: it has two places.
+//
+// Weights. Resident (Cmid 64 and 227 KB of shared memory): loaded once, the block walks over the tiles. Streamed (Cmid
+// 128, or 163 KB): a ring of steps, each (Cmid, 64), filled by cp.async while the steps before it are multiplied; every
+// tile reads them anew, from L2.
+//
+// Shared memory rows are swizzled (fragments.h): no access below meets a bank conflict. An 8-wide tile keeps the eight
+// rows of each ldmatrix neighbours in the halo tile, so that the nine shifted views are free of them too.
+//
+// Numerics: fp32 accumulators; t1, t2 and y are rounded once each, as if they had been stored. Bias, then shortcut,
+// then ReLU. Halo pixels outside the image are zero AFTER conv1's ReLU: relu(0 . w1 + b1) is not zero.
+//
+// Limits: backends/cuda/bottleneck.py. Alone: python -m pytest tests/emulator -k bottleneck. Counted: docs/tables/.
+//
+// Not taken: tiles of 8 x 14, which leave no row of conv1 idle at 56 x 56 (1.43 times the pixels) but need 243 KB;
+// conv1 with split gemm_k as conv2 (its partial sums are 28 KB, which do not fit beside the weights).
+
+#include <resnet_fast/bottleneck_fwd.h>
+#include <resnet_fast/device.h>
+#include <resnet_fast/epilogue.h>
+#include <resnet_fast/fragments.h>
+#include <resnet_fast/multiply.h>
+
+namespace resnet_fast {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kTile = kBottleneckTile, kHalo = kTile + 2;
+constexpr int kPixels = kTile * kTile, kHaloPixels = kHalo * kHalo;
+constexpr int kTiles1 = (kHaloPixels + 15) / 16, kTiles2 = kPixels / 16;  // of 16 rows
+constexpr int kStep = kBottleneckStep, kStepChunks = kStep / 8, kStepMmas = kStep / 16;
+constexpr int kWide = 32 / 8;  // n tiles of a warp in conv2 and conv3
+constexpr int kChunkBytes = 16;
+
+// Variant: how many channels lie between, how many come out, and the steps in the ring of streamed weights; none: the
+// weights stay.
+template <typename T_, int kMid_, int kCo_, int kSlots_>
+struct Variant {
+  using T = T_;
+  static constexpr int kMid = kMid_, kCo = kCo_, kSlots = kSlots_;
+  static constexpr bool kResident = kSlots == 0;
+  static constexpr int kPass = kResident ? kCo : kMid;  // channels of y at a time
+  static constexpr int kPasses = kCo / kPass;
+  static constexpr int kWarpsN1 = 2, kWide1 = kMid / kWarpsN1 / 8;
+  static constexpr int kWarpsN2 = kMid / 32, kWarpsM2 = 2, kWarpsK2 = kWarps / kWarpsM2 / kWarpsN2;
+  static constexpr int kTall2 = kTiles2 / kWarpsM2;
+  static constexpr int kWarpsN3 = kPass / 32, kWarpsM3 = kWarps / kWarpsN3, kTall3 = kTiles2 / kWarpsM3;
+  static constexpr int kStepBytes = kMid * kRowBytes;
+  static constexpr int kMidSteps = kMid / kStep;
+  static_assert(kWarpsN2 * kWarpsM2 * kWarpsK2 == kWarps && kWarpsK2 <= 2 && kWarpsN3 * kWarpsM3 == kWarps, "8 warps");
+};
+
+// Byte offsets in shared memory.
+struct Layout {
+  uint32_t bias, weights, x, t1, sums, t2, end;
+  uint32_t x_bytes;  // of one place for x
+  int x_places;
+};
+
+template <typename V>
+RF_HOST_DEVICE Layout layout_of(const BottleneckParams& p) {
+  Layout at{};
+  at.x_places = p.projection ? 2 : 1;
+  at.x_bytes = static_cast<uint32_t>(p.steps1() * kHaloPixels * kRowBytes);
+  at.bias = 0;
+  at.weights = (2 * V::kMid + V::kCo) * 4;
+  at.x = at.weights + static_cast<uint32_t>((V::kResident ? p.steps() : V::kSlots) * V::kStepBytes);
+  at.t1 = at.x + static_cast<uint32_t>(at.x_places) * at.x_bytes;
+  at.sums = at.t1 + V::kMidSteps * kHaloPixels * kRowBytes;
+  // Where warps do not add up pairwise, t2 takes t1's place.
+  at.t2 = V::kWarpsK2 > 1 ? at.sums + kPixels * V::kMid * 4 : at.t1;
+  at.end = (V::kWarpsK2 > 1 ? at.t2 + V::kMidSteps * kPixels * kRowBytes : at.sums);
+  return at;
+}
+
+struct Tile {
+  int n, h, w;  // image, and first row and column of the output
+};
+
+RF_DEVICE Tile tile_of(const BottleneckParams& p, int index) {
+  const int across = p.tiles_w(), per_image = across * p.tiles_h();
+  const int rest = index % per_image;
+  return {index / per_image, rest / across * kTile, rest % across * kTile};
+}
+
+// x of a tile with its halo -> shared memory, zeros outside of the image; to be committed by the caller.
+RF_DEVICE void issue_x(const BottleneckParams& p, const Tile& tile, uint32_t at) {
+  const int chunks = p.ci / 8;
+  for (int i = thread_index(); i < (kHaloPixels * chunks + kThreads - 1) / kThreads * kThreads; i += kThreads) {
+    if (i >= kHaloPixels * chunks) break;
+    const int pixel = i / chunks, chunk = i % chunks;
+    const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
+    const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
+    const size_t row = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w + w : 0;
+    const uint32_t to = at + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks);
+    cp_async16(to, static_cast<const char*>(p.x) + (row * p.ci + chunk * 8) * 2, inside);
+  }
+}
+
+// One step of the weights, (kMid, 64) -> shared memory.
+template <typename V>
+RF_DEVICE void issue_weights(const BottleneckParams& p, int step, uint32_t at) {
+  constexpr int kChunks = V::kMid * kStepChunks;
+  static_assert(kChunks % kThreads == 0, "all threads copy");
+  const char* from = static_cast<const char*>(p.weights) + static_cast<size_t>(step) * V::kStepBytes;
+#pragma unroll
+  for (int i = thread_index(); i < kChunks; i += kThreads)
+    cp_async16(at + swizzled(i / kStepChunks, i % kStepChunks), from + i * kChunkBytes);
+}
+
+// Where the steps of the weights are, and the ring that brings them where they do not stay.
+template <typename V>
+struct Weights {
+  const BottleneckParams& p;
+  uint32_t at;
+  int steps;      // of a tile
+  int remaining;  // steps that this block has still to load
+  int loaded = 0, used = 0;
+
+  // The first steps of the ring, one group each; the first group takes along what was issued before (x).
+  RF_DEVICE void start() {
+    for (int i = 0; i < (V::kResident ? steps : V::kSlots - 1); ++i) {
+      load();
+      cp_async_commit();
+    }
+  }
+  RF_DEVICE void load() {
+    if (remaining <= 0) return;
+    const int slot = V::kResident ? loaded : loaded % V::kSlots;
+    issue_weights<V>(p, loaded % steps, at + static_cast<uint32_t>(slot) * V::kStepBytes);
+    loaded += 1;
+    remaining -= 1;
+  }
+  // The next step in order: waits until it is there, and fills the slot that the step before it has left. Every thread
+  // of the block calls it.
+  RF_DEVICE uint32_t next() {
+    const int step = used++;
+    if constexpr (V::kResident) {
+      return at + static_cast<uint32_t>(step % steps) * V::kStepBytes;
+    } else {
+      cp_async_wait<V::kSlots - 2>();
+      sync_block();
+      load();
+      cp_async_commit();
+      return at + static_cast<uint32_t>(step % V::kSlots) * V::kStepBytes;
+    }
+  }
+};
+
+// Accumulators that begin with the bias of their columns, the first of which is at `at` in shared memory: one load for
+// all rows, and no addition at the end.
+template <int kM, int kN>
+RF_DEVICE void begin_with(float (&acc)[kM][kN][4], uint32_t at, int lane) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const Pair bias = load_shared<Pair>(at + (n * 8 + d_column(lane, 0)) * 4);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] = i % 2 == 0 ? bias.first : bias.second;
+  }
+}
+
+template <typename V>
+RF_KERNEL(kThreads)
+bottleneck_fwd_kernel(const BottleneckParams p) {
+  using T = typename V::T;
+  const Layout at = layout_of<V>(p);
+  const int warp = warp_index();
+  const int tiles = p.n * p.tiles_h() * p.tiles_w();
+  const int mine = (tiles - block_index() + block_count() - 1) / block_count();
+  Weights<V> weights{p, at.weights, p.steps(), V::kResident ? p.steps() : mine * p.steps()};
+
+  // the first tile's x, the weights, the biases
+  issue_x(p, tile_of(p, block_index()), at.x);
+  weights.start();
+  for (int i = thread_index(); i < 2 * V::kMid + V::kCo; i += kThreads) {
+    const float* from = i < V::kMid ? p.bias1 + i : i < 2 * V::kMid ? p.bias2 + i - V::kMid : p.bias3 + i - 2 * V::kMid;
+    store_shared(at.bias + i * 4, load_global<float>(from));
+  }
+  sync_block();  // accumulators begin with biases, before a ring's first step waits for anybody
+
+  for (int round = 0; round < mine; ++round) {
+    const Tile tile = tile_of(p, block_index() + round * block_count());
+    const uint32_t x_at = at.x + static_cast<uint32_t>(round % at.x_places) * at.x_bytes;
+    if (V::kResident) {
+      cp_async_wait<0>();
+      sync_block();
+    }
+
+    // t1 = relu(x . w1 + b1) on the halo tile; 0 outside of the image
+    {
+      const int lane = fresh(lane_index()), quad = lane % 4;
+      const int warp_m = warp / V::kWarpsN1, warp_n = warp % V::kWarpsN1;
+      constexpr int kWarpsM1 = kWarps / V::kWarpsN1, kTall1 = (kTiles1 + kWarpsM1 - 1) / kWarpsM1;
+      const int used = (kTiles1 - warp_m + kWarpsM1 - 1) / kWarpsM1;
+      float acc[kTall1][V::kWide1][4];
+      begin_with(acc, at.bias + warp_n * V::kWide1 * 8 * 4, lane);
+#pragma unroll 1
+      for (int s = 0; s < p.steps1(); ++s) {
+        const uint32_t step = weights.next();
+#pragma unroll
+        for (int k = 0; k < kStepMmas; ++k) {
+          uint32_t a[kTall1][4];
+#pragma unroll
+          for (int m = 0; m < kTall1; ++m) {
+            const int row = (warp_m + m * kWarpsM1) * 16 + a_address_row(lane);
+            const int pixel = row < kHaloPixels ? row : kHaloPixels - 1;
+            if (m < used)
+              ldmatrix_x4(a[m], x_at + s * kHaloPixels * kRowBytes + swizzled(pixel, k * 2 + a_address_chunk(lane)));
+          }
+          multiply<T>(acc, a, step, warp_n * V::kWide1 * 8, k, lane, used);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kTall1; ++m) {
+        if (m >= used) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int pixel = (warp_m + m * kWarpsM1) * 16 + d_row(lane, 2 * half);
+          const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
+          const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
+#pragma unroll
+          for (int n = 0; n < V::kWide1; ++n) {
+            const int chunk = warp_n * V::kWide1 + n;
+            const uint32_t t = pack2<T>(relu(acc[m][n][2 * half]), relu(acc[m][n][2 * half + 1]));
+            const uint32_t to =
+                at.t1 + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks) + quad * 4;
+            store_shared(to, inside ? t : 0u, pixel < kHaloPixels);
+          }
+        }
+      }
+    }
+
+    // the shortcut's numbers, where conv3's accumulators will be
+    const int warp_m3 = warp / V::kWarpsN3, warp_n3 = warp % V::kWarpsN3;
+    uint32_t shortcut[V::kPasses][V::kTall3][kWide][2] = {};
+    if (!p.projection) {
+      const int lane = fresh(lane_index()), quad = lane % 4;
+#pragma unroll
+      for (int pass = 0; pass < V::kPasses; ++pass)
+#pragma unroll
+        for (int m = 0; m < V::kTall3; ++m)
+#pragma unroll
+          for (int n = 0; n < kWide; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = (warp_m3 * V::kTall3 + m) * 16 + d_row(lane, 2 * half);
+              const int pixel = (row / kTile + 1) * kHalo + row % kTile + 1;
+              const int chunk = pass * V::kPass / 8 + warp_n3 * kWide + n;
+              shortcut[pass][m][n][half] = load_shared<uint32_t>(x_at + chunk / kStepChunks * kHaloPixels * kRowBytes +
+                                                                 swizzled(pixel, chunk % kStepChunks) + quad * 4);
+            }
+    }
+    sync_block();
+    if (round + 1 < mine) {
+      const int place = (round + 1) % at.x_places;
+      issue_x(p, tile_of(p, block_index() + (round + 1) * block_count()),
+              at.x + static_cast<uint32_t>(place) * at.x_bytes);
+    }
+    if (V::kResident) cp_async_commit();
+
+    // t2 = relu(conv3x3(t1, w2) + b2)
+    {
+      const int lane = fresh(lane_index()), quad = lane % 4;
+      const int warp_k = warp / (V::kWarpsM2 * V::kWarpsN2), rest = warp % (V::kWarpsM2 * V::kWarpsN2);
+      const int warp_m = rest / V::kWarpsN2, warp_n = rest % V::kWarpsN2;
+      constexpr int kMmas = kStepMmas / V::kWarpsK2;
+      float acc[V::kTall2][kWide][4] = {};
+      if (warp_k == 0) begin_with(acc, at.bias + (V::kMid + warp_n * kWide * 8) * 4, lane);
+#pragma unroll 1
+      for (int s = 0; s < p.steps2(); ++s) {
+        const uint32_t step = weights.next();
+        const int tap = s / V::kMidSteps, part = s % V::kMidSteps;
+        const int shift = tap / 3 * kHalo + tap % 3;
+#pragma unroll
+        for (int k = 0; k < kMmas; ++k) {
+          uint32_t a[V::kTall2][4];
+#pragma unroll
+          for (int m = 0; m < V::kTall2; ++m) {
+            const int row = (warp_m * V::kTall2 + m) * 16 + a_address_row(lane);
+            const int pixel = row / kTile * kHalo + row % kTile + shift;
+            ldmatrix_x4(a[m], at.t1 + part * kHaloPixels * kRowBytes +
+                                  swizzled(pixel, (warp_k * kMmas + k) * 2 + a_address_chunk(lane)));
+          }
+          multiply<T>(acc, a, step, warp_n * kWide * 8, warp_k * kMmas + k, lane);
+        }
+      }
+      // each of a pair of warps keeps the rows of its number and gets the other half of their sum
+      if constexpr (V::kWarpsK2 > 1) {
+        static_assert(V::kTall2 == 2, "one row tile for each of the two");
+        const auto place = [&](int of_k, int n) {
+          return at.sums +
+                 static_cast<uint32_t>((((of_k * V::kWarpsM2 * V::kWarpsN2 + rest) * kWide + n) * kWarp + lane) * 16);
+        };
+#pragma unroll
+        for (int n = 0; n < kWide; ++n) {
+          Vec16 sent;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float value = warp_k == 0 ? acc[1][n][i] : acc[0][n][i];
+            __builtin_memcpy(&sent.word[i], &value, 4);
+          }
+          store_shared(place(warp_k, n), sent);
+        }
+        sync_block();
+#pragma unroll
+        for (int n = 0; n < kWide; ++n) {
+          const Vec16 got = load_shared<Vec16>(place(1 - warp_k, n));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float value;
+            __builtin_memcpy(&value, &got.word[i], 4);
+            acc[0][n][i] = (warp_k == 0 ? acc[0][n][i] : acc[1][n][i]) + value;
+          }
+        }
+      }
+      if (V::kWarpsK2 == 1) sync_block();  // all have read t1
+#pragma unroll
+      for (int m = 0; m < V::kTall2 / V::kWarpsK2; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = (warp_m * V::kTall2 + m + (V::kWarpsK2 > 1 ? warp_k : 0)) * 16 + d_row(lane, 2 * half);
+#pragma unroll
+          for (int n = 0; n < kWide; ++n) {
+            const int chunk = warp_n * kWide + n;
+            const uint32_t t = pack2<T>(relu(acc[m][n][2 * half]), relu(acc[m][n][2 * half + 1]));
+            store_shared(
+                at.t2 + chunk / kStepChunks * kPixels * kRowBytes + swizzled(row, chunk % kStepChunks) + quad * 4, t);
+          }
+        }
+    }
+    sync_block();
+
+    // y = relu(t2 . w3 + b3 + shortcut)
+#pragma unroll
+    for (int pass = 0; pass < V::kPasses; ++pass) {
+      const int lane = fresh(lane_index()), group = lane / 4, quad = lane % 4;
+      // Streamed: a step holds the pass's channels. Resident: those of Cmid channels, one after another.
+      const int channel = warp_n3 * kWide * 8;
+      float acc[V::kTall3][kWide][4];
+      begin_with(acc, at.bias + (2 * V::kMid + pass * V::kPass + channel) * 4, lane);
+#pragma unroll 1
+      for (int s = 0; s < p.steps3(); ++s) {
+        uint32_t step = weights.next();
+        if (V::kResident) step += static_cast<uint32_t>(channel / V::kMid * p.steps3()) * V::kStepBytes;
+        const bool from_x = s >= V::kMidSteps;
+        const int part = from_x ? s - V::kMidSteps : s;
+// By two where 64 registers hold the shortcut: unrolled whole, one more would spill.
+#pragma unroll(V::kCo == 512 ? 2 : kStepMmas)
+        for (int k = 0; k < kStepMmas; ++k) {
+          uint32_t a[V::kTall3][4];
+#pragma unroll
+          for (int m = 0; m < V::kTall3; ++m) {
+            const int row = (warp_m3 * V::kTall3 + m) * 16 + a_address_row(lane);
+            const int pixel = (row / kTile + 1) * kHalo + row % kTile + 1;
+            const int chunk = k * 2 + a_address_chunk(lane);
+            ldmatrix_x4(a[m], from_x ? x_at + part * kHaloPixels * kRowBytes + swizzled(pixel, chunk)
+                                     : at.t2 + part * kPixels * kRowBytes + swizzled(row, chunk));
+          }
+          multiply<T>(acc, a, step, channel % V::kMid, k, lane);
+        }
+      }
+      if (V::kResident) weights.used += (V::kCo / V::kMid - 1) * p.steps3();
+#pragma unroll
+      for (int m = 0; m < V::kTall3; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t out[kWide];
+#pragma unroll
+          for (int n = 0; n < kWide; ++n) {
+            Pair s;
+            unpack2<T>(shortcut[pass][m][n][half], s.first, s.second);
+            out[n] = pack2<T>(relu(acc[m][n][2 * half] + s.first), relu(acc[m][n][2 * half + 1] + s.second));
+          }
+          const Vec16 wide = transposed_in_quad(out);
+          const int row = (warp_m3 * V::kTall3 + m) * 16 + group + 8 * half;
+          const int h = tile.h + row / kTile, w = tile.w + row % kTile;
+          const bool inside = h < p.h && w < p.w;
+          const size_t pixel = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w + w : 0;
+          store_global(static_cast<char*>(p.y) + (pixel * V::kCo + pass * V::kPass + channel + quad * 8) * 2, wide,
+                       inside);
+        }
+    }
+  }
+}
+
+template <typename V>
+Status launch(const BottleneckParams& p, const Device& device) {
+  const int tiles = p.n * p.tiles_h() * p.tiles_w();
+  const Grid grid{tiles < device.sms ? tiles : device.sms, kThreads, static_cast<int>(layout_of<V>(p).end)};
+  return RF_LAUNCH(bottleneck_fwd_kernel<V>, grid, device, p);
+}
+
+// By channels, the variants from most to least bytes on chip. `Half` stands for both types where only bytes count.
+template <typename T>
+struct Variants {
+  using Stays64 = Variant<T, 64, 256, 0>;
+  using Ring64 = Variant<T, 64, 256, 4>;
+  using Ring128 = Variant<T, 128, 256, 4>;
+  using Deep512 = Variant<T, 128, 512, 4>;
+  using Shallow512 = Variant<T, 128, 512, 2>;
+};
+
+template <typename V>
+bool fits(const BottleneckParams& p, const Device& device) {
+  return static_cast<int>(layout_of<V>(p).end) <= device.shared;
+}
+
+// The first variant that fits; the last one's launch says what is missing.
+template <typename T>
+Status launch_as(const BottleneckParams& p, const Device& device) {
+  using All = Variants<T>;
+  if (p.cmid == 64) {
+    const bool stays = fits<typename All::Stays64>(p, device);
+    return stays ? launch<typename All::Stays64>(p, device) : launch<typename All::Ring64>(p, device);
+  }
+  if (p.co == 256) return launch<typename All::Ring128>(p, device);
+  const bool deep = fits<typename All::Deep512>(p, device);
+  return deep ? launch<typename All::Deep512>(p, device) : launch<typename All::Shallow512>(p, device);
+}
+
+}  // namespace
+
+int bottleneck_fwd_shared(const BottleneckParams& p) {
+  using All = Variants<Half>;
+  const Layout at = p.cmid == 64  ? layout_of<All::Ring64>(p)
+                    : p.co == 256 ? layout_of<All::Ring128>(p)
+                                  : layout_of<All::Shallow512>(p);
+  return static_cast<int>(at.end);
+}
+
+Status launch_bottleneck_fwd(const BottleneckParams& p, const Device& device) {
+  return p.bfloat16 ? launch_as<Bfloat16>(p, device) : launch_as<Half>(p, device);
+}
+
+}  // namespace resnet_fast

@@ -1,0 +1,221 @@
+"""bottleneck_fwd.cu against fp64, in every variant; its traffic, its bank conflicts, its shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import A100, H100, Emulator, conflicts
+from torch import Tensor
+
+from resnet_fast import numerics
+
+native = torch.ops.resnet_fast_native
+
+
+@dataclass
+class Block:
+    """A folded bottleneck on random numbers, rounded to ``dtype``."""
+
+    x: Tensor
+    weights: tuple[Tensor, ...]  # conv1, conv2, conv3, and the projection if there is one
+    biases: tuple[Tensor, Tensor, Tensor]
+
+    def packed(self) -> Tensor:
+        w1, w2, w3, *projection = self.weights
+        cmid = w1.shape[0]
+        first = w1.reshape(cmid, -1, 64).permute(1, 0, 2)
+        second = w2.permute(2, 3, 0, 1).reshape(9, cmid, cmid // 64, 64).permute(0, 2, 1, 3).reshape(-1, cmid, 64)
+        last = torch.cat([w3, *projection], 1).flatten(1)
+        last = last.reshape(last.shape[0] // cmid, cmid, -1, 64).permute(0, 2, 1, 3).reshape(-1, cmid, 64)
+        return torch.cat([first, second, last]).contiguous()
+
+    def run(self) -> Tensor:
+        return native.bottleneck_fwd(self.x, self.packed(), *self.biases, len(self.weights) == 4)
+
+    def eager(self, dtype: torch.dtype, relu: bool = True) -> Tensor:
+        x, (w1, w2, w3, *projection) = self.x.to(dtype), [w.to(dtype) for w in self.weights]
+        b1, b2, b3 = (b.to(dtype) for b in self.biases)
+        t = torch.relu(F.conv2d(torch.relu(F.conv2d(x, w1, b1)), w2, b2, padding=1))
+        shortcut = F.conv2d(x, projection[0]) if projection else x
+        y = F.conv2d(t, w3, b3) + shortcut
+        return torch.relu(y) if relu else y
+
+
+def block(n: int, h: int, w: int, ci: int, cmid: int, co: int, dtype: torch.dtype, seed: int = 0) -> Block:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    shapes = [(cmid, ci, 1, 1), (cmid, cmid, 3, 3), (co, cmid, 1, 1)] + ([(co, ci, 1, 1)] if ci != co else [])
+    weights = tuple((random(*s) / (s[1] * s[2] * s[3]) ** 0.5).to(dtype) for s in shapes)
+    x = random(n, ci, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+    return Block(x, weights, (random(cmid), random(cmid), random(co)))
+
+
+CHANNELS = [(256, 64, 256), (64, 64, 256), (512, 128, 512), (256, 128, 256), (128, 128, 512)]
+
+
+def check(b: Block, y: Tensor) -> None:
+    cmid = b.weights[0].shape[0]
+    numerics.assert_close(y, b.eager(torch.float64), b.eager(b.x.dtype), 9 * cmid, b.eager(torch.float64, relu=False))
+
+
+@pytest.mark.parametrize("device", [H100, A100], ids=["h100", "a100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize("image", [(1, 8, 8), (3, 7, 15)], ids=str)
+def test_error_is_within_eagers(image, channels, dtype, device, emulator: Path) -> None:
+    b = block(*image, *channels, dtype)
+    with Emulator(emulator, **device | {"sms": 2}):
+        y = b.run()
+    check(b, y)
+
+
+@pytest.mark.parametrize("image", [(3, 1, 1), (1, 1, 28), (1, 7, 8), (1, 14, 14), (1, 28, 15), (1, 15, 1)], ids=str)
+def test_any_size_of_image(image, emulator: Path) -> None:
+    b = block(*image, 256, 64, 256, torch.float16)
+    with Emulator(emulator, sms=3):
+        y = b.run()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    check(b, y)
+
+
+@pytest.mark.parametrize("channels", [(256, 64, 256), (64, 64, 256), (256, 128, 256)], ids=str)
+def test_order_of_threads_and_number_of_sms_change_no_bit(channels, emulator: Path) -> None:
+    b, results = block(2, 9, 17, *channels, torch.bfloat16), []
+    for seed, sms in ((0, 1), (1, 5), (2, 132)):
+        with Emulator(emulator, seed=seed, sms=sms):
+            results.append(b.run())
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_resident_and_streamed_weights_give_the_same_bits(emulator: Path) -> None:
+    """The two variants for 64 channels sum in the same order."""
+    b, results, shared = block(1, 9, 9, 256, 64, 256, torch.float16), [], []
+    for device in (H100, A100):
+        with Emulator(emulator, **device) as run:
+            results.append(b.run())
+            shared.append(run.launches()[0]["shared"])
+    assert torch.equal(*results)
+    assert shared == [224 << 10, 120 << 10]
+
+
+def test_an_empty_batch_launches_nothing(emulator: Path) -> None:
+    with Emulator(emulator) as run:
+        y = block(0, 8, 8, 256, 64, 256, torch.float16).run()
+        assert y.shape == (0, 256, 8, 8) and not run.launches()
+
+
+def test_nan_and_infinity_reach_their_neighbours_alone(emulator: Path) -> None:
+    b = block(1, 12, 12, 256, 64, 256, torch.float16)
+    b.x[0, 5, 4, 4] = float("nan")
+    with Emulator(emulator):
+        y = b.run()
+    far = torch.ones(12, 12, dtype=torch.bool)
+    far[3:6, 3:6] = False
+    assert y[0, :, 3:6, 3:6].isnan().all() and not y[0, :, far].isnan().any()
+
+
+@pytest.mark.parametrize("device", [H100, A100], ids=["h100", "a100"])
+@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+def test_no_bank_conflict_and_wide_accesses(channels, device, emulator: Path) -> None:
+    with Emulator(emulator, **device | {"sms": 2}) as run:
+        block(1, 16, 17, *channels, torch.bfloat16).run()
+        launch = run.launches()[0]
+    assert conflicts(launch) == {}
+    assert launch["shared"] <= device["shared"]
+    wide = [s for s in launch["sites"] if s["kind"].startswith("global") and s["units"] > 500]  # biases are few
+    assert wide and all(s["narrowest"] == 16 for s in wide)
+    # as many sectors as the bytes that lanes ask for need: nothing is moved to be thrown away
+    assert all(s["units"] == s["least"] for s in wide)
+
+
+@pytest.mark.parametrize("channels", [(256, 64, 256), (64, 64, 256)], ids=str)
+def test_traffic_of_resident_weights(channels, emulator: Path) -> None:
+    """One image of ResNet-50's stage 1: every tensor from DRAM once, weights once per block, the halo from L2."""
+    sms = 7
+    with Emulator(emulator, **H100 | {"sms": sms}) as run:
+        b = block(1, 56, 56, *channels, torch.bfloat16)
+        b.run()
+        buffers = run.launches()[0]["buffers"]
+    sizes = {name: counts["size"] for name, counts in buffers.items()}
+    unique = sum(c["unique_sectors_read"] + c["unique_sectors_written"] for c in buffers.values()) * 32
+    assert unique == sum(sizes.values())
+    assert buffers["y"]["sectors_written"] * 32 == sizes["y"]
+    assert buffers["weights"]["sectors_read"] * 32 == sms * sizes["weights"]
+    halo = buffers["x"]["sectors_read"] * 32 - sizes["x"]
+    # 10 x 10 pixels for 8 x 8, less what lies outside of the image
+    assert halo / sizes["x"] == pytest.approx((10 * 7 - 2) ** 2 / 56**2 - 1)
+    moved = sum((c["sectors_read"] + c["sectors_written"]) * 32 for c in buffers.values()) - halo
+    assert moved <= 1.15 * (sizes["x"] + sizes["y"] + sms * sizes["weights"])
+
+
+def test_predicted_time_of_a_large_batch(emulator: Path) -> None:
+    """The identity block of stage 1 at batch 256 on an H100: within 1.5 of its floor."""
+    import kernel_budgets
+
+    row = next(r for r in kernel_budgets.predictions(("r50.layer1.1",)))
+    assert 1.0 <= row.ratio <= 1.5
+
+
+GOOD = {"ci": 256, "cmid": 64, "co": 256, "projection": False}
+
+
+def operands(ci: int, cmid: int, co: int, projection: bool) -> list[Tensor | bool]:
+    b = block(1, 8, 8, ci, cmid, co, torch.float16)
+    return [b.x, b.packed(), *b.biases, projection]
+
+
+def nchw(t: Tensor) -> Tensor:
+    return t.contiguous()
+
+
+def unaligned(t: Tensor) -> Tensor:
+    field = torch.empty(t.numel() + 1, dtype=t.dtype)
+    n, c, h, w = t.shape
+    return field[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "sentence"),
+    [
+        (0, lambda t: t.float(), "expected float16 or bfloat16, got float32"),
+        (0, nchw, "expected x dense in NHWC, got strides"),
+        (0, lambda t: t[0], r"expected x of shape \(N, C, H, W\), got \(256, 8, 8\) float16"),
+        (0, unaligned, "expected x on a 16-byte boundary"),
+        (0, lambda t: t[:, :192].contiguous(memory_format=torch.channels_last), "expected as many channels in as out"),
+        (1, lambda t: t[:-1], r"expected contiguous weights \(17, 64, 64\) float16, got \(16, 64, 64\) float16"),
+        (1, lambda t: t.to(torch.bfloat16), "expected contiguous weights .* float16, got .* bfloat16"),
+        (2, lambda t: t.half(), "expected contiguous bias1"),
+        (2, lambda t: t[:63], "expected 64 channels between and 256 out"),
+        (4, lambda t: t[::2], "expected 64 channels between and 256 out"),
+        (5, lambda _: True, r"expected contiguous weights \(33, 64, 64\)"),
+    ],
+)
+def test_bad_tensors_are_refused_before_a_launch(at: int, change, sentence: str, emulator: Path) -> None:
+    arguments = operands(**GOOD)
+    arguments[at] = change(arguments[at])
+    with Emulator(emulator) as run:
+        with pytest.raises(RuntimeError, match=f"bottleneck_fwd: {sentence}"):
+            native.bottleneck_fwd(*arguments)
+        assert not run.launches()
+
+
+def test_cpu_tensors_without_an_emulator_are_refused(emulator: Path) -> None:
+    with Emulator(emulator):
+        pass
+    with pytest.raises(RuntimeError, match="expected a tensor on a GPU, got one on the CPU; move it, or set"):
+        native.bottleneck_fwd(*operands(**GOOD))
+
+
+def test_a_failed_launch_is_an_exception_with_the_problem(emulator: Path) -> None:
+    with (
+        Emulator(emulator, shared=64 << 10),
+        pytest.raises(RuntimeError, match=r"bottleneck_fwd failed on \(1, 256, 8, 8\) float16: .* cannot be launched"),
+    ):
+        native.bottleneck_fwd(*operands(**GOOD))

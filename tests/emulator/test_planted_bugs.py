@@ -1,0 +1,164 @@
+"""Kernels broken on purpose: each kind of mistake must end in a report that names its line, or in a wrong result.
+
+The edits are made to the sources of bottleneck_fwd.cu, compiled, and run. What the emulator cannot know to be wrong (a
+shifted row, a swapped fragment) the comparison with fp64 shows.
+"""
+
+from __future__ import annotations
+
+import re
+
+import harness
+import numpy
+import pytest
+import torch
+from harness import H100, KERNELS, Edit, Emulator
+from test_bottleneck_fwd import block
+
+from resnet_fast import native, numerics
+
+pytestmark = pytest.mark.slow  # a compilation each
+
+FILE = "bottleneck_fwd.cu"
+RESIDENT, STREAMED = (256, 64, 256), (256, 128, 256)
+
+
+def edit(old: str, new: str, count: int = 0) -> Edit:
+    return Edit(FILE, old, new, count)
+
+
+def lines_of(text: str) -> set[int]:
+    source = (KERNELS / FILE).read_text().splitlines()
+    return {n for n, line in enumerate(source, 1) if text in line}
+
+
+def run(bug: Edit | None, channels=RESIDENT, image=(1, 9, 8), seed: int = 0) -> None:
+    """Run a block on the kernel with the bug, and compare: RuntimeError or AssertionError if anything is wrong."""
+    if not native.status():
+        pytest.skip(native.status().reason)
+    b = block(*image, *channels, torch.float16)
+    with Emulator(harness.build(edits=[bug] if bug else []), seed=seed, **H100 | {"sms": 1}):
+        y = b.run()
+    pre = b.eager(torch.float64, relu=False)
+    numerics.assert_close(y, b.eager(torch.float64), b.eager(torch.float16), 9 * channels[1], pre)
+
+
+def test_the_kernel_as_it_is_passes() -> None:
+    run(None)
+    run(None, STREAMED)
+
+
+# Number of the barrier in the file, and channels whose variant passes it.
+BARRIERS = {
+    "in the ring": (0, STREAMED),
+    "between biases and accumulators": (1, STREAMED),
+    "before conv1, where weights stay": (2, RESIDENT),
+    "between t1 and conv2": (3, RESIDENT),
+    "between the two halves of a sum": (4, RESIDENT),
+    "before t2 takes the place of t1": (5, STREAMED),
+    "between t2 and conv3": (6, RESIDENT),
+}
+
+
+@pytest.mark.parametrize("where", BARRIERS)
+def test_missing_barrier_is_a_race(where: str) -> None:
+    count, channels = BARRIERS[where]
+    with pytest.raises(RuntimeError, match=r"no barrier orders the two|nobody has written|in flight") as error:
+        run(edit("sync_block();", "", count), channels, image=(1, 17, 8))
+    assert re.search(rf"{FILE}:\d+: (reads|writes) shared memory byte \d+", str(error.value))
+    assert re.search(r"block 0 of 1, thread \d+ \(warp \d, lane \d+\)", str(error.value))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_missing_barrier_shows_with_every_seed(seed: int) -> None:
+    with pytest.raises(RuntimeError):
+        run(edit("sync_block();", "", 6), seed=seed)
+
+
+def test_missing_wait_reads_bytes_in_flight() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"while a cp_async of thread \d+ .* is in flight: wait for it first"
+    ) as error:
+        run(edit("cp_async_wait<0>();", ""))
+    line = int(re.match(rf".*?{FILE}:(\d+): ", str(error.value))[1])
+    assert line in lines_of("ldmatrix_x4(") | {n + 1 for n in lines_of("ldmatrix_x4(")} | lines_of("load_shared<")
+
+
+def test_wait_for_one_group_too_few() -> None:
+    with pytest.raises(RuntimeError, match="in flight"):
+        run(edit("cp_async_wait<V::kSlots - 2>();", "cp_async_wait<V::kSlots - 1>();"), STREAMED)
+
+
+def test_copy_that_is_never_waited_for() -> None:
+    leaking = edit("cp_async_wait<0>();\n", "cp_async_wait<0>();\n cp_async16(at.t2, p.x);\n")
+    with pytest.raises(RuntimeError, match=r"in flight|never waited for"):
+        run(leaking)
+
+
+def test_off_by_one_row_of_the_input() -> None:
+    with pytest.raises(AssertionError):
+        run(edit("tile.h - 1 + pixel / kHalo", "tile.h + pixel / kHalo"))
+
+
+def test_off_by_one_row_of_the_output() -> None:
+    with pytest.raises(RuntimeError, match=r"wrote in the same launch|never written|outside of every tensor"):
+        run(edit("tile.h + row / kTile", "tile.h + 1 + row / kTile"))
+
+
+def test_guard_of_the_output_forgotten() -> None:
+    with pytest.raises(RuntimeError, match=r"outside of every tensor of this launch|wrote in the same launch"):
+        run(edit("h < p.h && w < p.w;", "true;"), image=(1, 7, 8))
+
+
+def test_channel_beyond_the_tensor() -> None:
+    with pytest.raises(RuntimeError, match=r"outside of every tensor of this launch; at byte \d+ of y, which has"):
+        run(edit("channel + quad * 8) * 2", "channel + quad * 8 + 8) * 2"))
+
+
+def test_wrong_fragment() -> None:
+    with pytest.raises(AssertionError):
+        run(edit("k * 2 + a_address_chunk(lane)", "k * 2 + a_address_chunk(lane ^ 16)"))
+
+
+def test_halo_not_zeroed() -> None:
+    with pytest.raises(AssertionError):
+        run(edit("inside ? t : 0u", "t"))
+
+
+def test_shared_memory_beyond_the_blocks() -> None:
+    with pytest.raises(RuntimeError, match=r"shared memory bytes \d+ to \d+ of a block that has 229376"):
+        run(edit("store_shared(to, inside ? t : 0u", "store_shared(to + 229376, inside ? t : 0u"))
+
+
+def test_lanes_that_part() -> None:
+    parted = edit("uint32_t both[4];", "if (lane != 5) sync_warp(); uint32_t both[4];")
+    with pytest.raises(RuntimeError, match=r"lanes of a warp part: this one is at a \w+, others wait for a \w+ at"):
+        run(parted)
+
+
+def test_threads_that_part() -> None:
+    with pytest.raises(RuntimeError, match=r"barrier|nobody has written"):
+        run(edit("sync_block();", "if (warp != 3) sync_block();", 6))
+
+
+def test_thread_that_leaves() -> None:
+    leaving = edit("    // t1 = relu(x . w1", "    if (thread_index() == 40) return;\n    // t1 = relu(x . w1")
+    with pytest.raises(RuntimeError, match=r"left|leaves|never reach"):
+        run(leaving)
+
+
+def test_write_to_an_input() -> None:
+    with pytest.raises(RuntimeError, match="writes to the input x"):
+        run(edit("static_cast<char*>(p.y)", "static_cast<char*>(const_cast<void*>(p.x))"))
+
+
+def test_unaligned_access() -> None:
+    with pytest.raises(RuntimeError, match=r"are not aligned|is not aligned"):
+        run(edit("channel + quad * 8) * 2", "channel + quad * 8) * 2 - 2"))
+
+
+def test_poison_is_nan_in_every_format() -> None:
+    """What fills shared memory and outputs before a launch."""
+    word = numpy.full(4, 0xFF, numpy.uint8)
+    assert numpy.isnan(word.view(numpy.float32)).all() and numpy.isnan(word.view(numpy.float16)).all()
+    assert torch.isnan(torch.full((4,), 0xFF, dtype=torch.uint8).view(torch.bfloat16)).all()

@@ -1,0 +1,83 @@
+"""The emulator under AddressSanitizer and UndefinedBehaviorSanitizer: kernels as they are, and mistakes that its own
+checks cannot see, because they go round the vocabulary.
+
+In processes of their own: the sanitizer must be in a process from its start (LD_PRELOAD).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+from harness import HERE, ROOT, SANITIZED, Edit
+
+from resnet_fast import native
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import sys
+sys.path[:0] = [{here!r}, {ops!r}]
+import torch
+from harness import H100, Emulator
+from pathlib import Path
+from test_bottleneck_fwd import block
+for channels in ((256, 64, 256), (256, 128, 256), (64, 64, 256)):
+    with Emulator(Path({module!r}), seed=1, **H100 | {{"sms": 2}}):
+        y = block(1, 9, 8, *channels, torch.bfloat16).run()
+    assert not y.isnan().any()
+print("finished")
+"""
+
+
+def run(edits: tuple[Edit, ...] = ()) -> subprocess.CompletedProcess[str]:
+    if not native.status():
+        pytest.skip(native.status().reason)
+    # libstdc++ too: Python itself does not have it, and the sanitizer looks for what throws at its start.
+    found = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("the compiler has no libasan.so (Debian: it comes with g++)")
+    module = harness.build(SANITIZED, edits)
+    program = PROGRAM.format(here=str(HERE), ops=str(ROOT / "tests" / "ops"), module=str(module))
+    # Python and torch keep memory until the end: leaks are not what is looked for.
+    options = {
+        "LD_PRELOAD": ":".join(map(os.path.realpath, found)),
+        "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **options}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_kernels_are_clean() -> None:
+    done = run()
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr[-3000:]
+
+
+def test_plain_read_past_the_end_of_a_tensor() -> None:
+    """``bias3[co]``, read through the pointer itself: one element too far."""
+    done = run(
+        (
+            Edit(
+                "bottleneck_fwd.cu",
+                "const Vec16 wide",
+                "if (p.bias3[V::kCo] > 1e30f) out[0] = 0; const Vec16 wide",
+            ),
+        )
+    )
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert "bottleneck_fwd.cu" in done.stderr
+
+
+def test_undefined_arithmetic() -> None:
+    done = run((Edit("bottleneck_fwd.cu", "const Vec16 wide", "out[0] <<= p.n * 40; const Vec16 wide"),))
+    assert done.returncode != 0
+    assert "runtime error: shift exponent 40 is too large" in done.stderr
