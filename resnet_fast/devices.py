@@ -49,8 +49,8 @@ class Gpu:
     ``arch``: compute capability times ten; ``sms``: streaming multiprocessors; ``shared_per_sm`` and
     ``shared_per_block`` (opt-in) in bytes; ``registers_per_sm``: of 32 bits; ``l2_bandwidth``: bytes/s that all
     multiprocessors together read from L2; ``launch_s``: seconds from the end of one kernel to the start of a dependent
-    one in a CUDA graph. Limits by architecture: CUDA C++ Programming Guide, technical specifications per compute
-    capability.
+    one in a CUDA graph; ``clock_hz``: boost clock. Limits by architecture: CUDA C++ Programming Guide, technical
+    specifications per compute capability.
     """
 
     arch: int
@@ -62,6 +62,7 @@ class Gpu:
     l2_bytes: int
     l2_bandwidth: Ceiling
     launch_s: Ceiling
+    clock_hz: Ceiling
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,13 @@ def _l2(bytes_per_clock: int, clock: float, source: str) -> Ceiling:
     return Ceiling(peak * L2_REACHED, "modelled", why)
 
 
-def _gpu(arch: int, sms: int, l2_mib: int, l2: Ceiling) -> Gpu:
-    """What the architecture decides, and what the product does."""
+def _gpu(arch: int, sms: int, l2_mib: int, clock: float, l2_width: int, width_source: str) -> Gpu:
+    """What the architecture decides, and what the product does: boost clock in Hz, the L2's width in bytes a clock."""
     shared_kib, threads = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048)}[arch]
     # one KiB of each block's shared memory is the system's
-    return Gpu(arch, sms, shared_kib * KIB, (shared_kib - 1) * KIB, 65536, threads, l2_mib * MIB, l2, LAUNCH)
+    l2 = _l2(l2_width, clock, width_source)
+    boost = Ceiling(clock, "published", "boost clock")
+    return Gpu(arch, sms, shared_kib * KIB, (shared_kib - 1) * KIB, 65536, threads, l2_mib * MIB, l2, LAUNCH, boost)
 
 
 _A100_WIDTH = "5,120 bytes a clock (NVIDIA A100 white paper)"
@@ -141,7 +144,7 @@ H100 = Device(
         ("bfloat16", _PRODUCT),
         *_rates("NVIDIA H100 white paper, SXM5 column, dense", 989.4, 494.7, 66.9, 1978.9, 1978.9)[1:],
     ),
-    gpu=_gpu(90, 132, 50, _l2(5120, 1.755e9, f"the A100's width, {_A100_WIDTH}")),
+    gpu=_gpu(90, 132, 50, 1.755e9, 5120, f"the A100's width, {_A100_WIDTH}"),
 )
 
 H200 = Device(
@@ -155,21 +158,21 @@ A100 = Device(
     "NVIDIA A100 SXM 80 GB",
     bandwidth=_copy(2.039e12, "NVIDIA A100 data sheet, 80GB SXM column"),
     rates=_rates("NVIDIA A100 data sheet, dense", 312, 156, 19.5, None, 624),
-    gpu=_gpu(80, 108, 40, _l2(5120, 1.41e9, _A100_WIDTH)),
+    gpu=_gpu(80, 108, 40, 1.41e9, 5120, _A100_WIDTH),
 )
 
 B200 = Device(
     "NVIDIA B200",
     bandwidth=_copy(7.7e12, "NVIDIA HGX B200 data sheet, one GPU of eight"),
     rates=_rates("NVIDIA HGX B200 data sheet, half of the figures with sparsity", 2250, 1100, 37, 4500, 4500),
-    gpu=_gpu(100, 148, 126, _l2(2 * 5120, 1.86e9, f"two dies of the A100's width, {_A100_WIDTH}")),
+    gpu=_gpu(100, 148, 126, 1.86e9, 2 * 5120, f"two dies of the A100's width, {_A100_WIDTH}"),
 )
 
 RTX_4090 = Device(
     "NVIDIA GeForce RTX 4090",
     bandwidth=_copy(1.008e12, "NVIDIA Ada architecture white paper"),
     rates=_rates("NVIDIA Ada architecture white paper, RTX 4090, dense", 165.2, 82.6, 1.29, 330.3, 660.6),
-    gpu=_gpu(89, 128, 72, _l2(36 * 64, 2.52e9, "36 slices of 2 MB, 64 bytes a clock each (assumed)")),
+    gpu=_gpu(89, 128, 72, 2.52e9, 36 * 64, "36 slices of 2 MB, 64 bytes a clock each (assumed)"),
 )
 
 _GPUS = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "rtx4090": RTX_4090}

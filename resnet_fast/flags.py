@@ -68,12 +68,22 @@ PROLOGUE = Flag(
     ("packed", "exact"),
     "how Triton's training kernels apply BatchNorm to 16-bit inputs: in 16-bit pairs, or in fp32 and slower",
 )
+EMULATE = Flag(
+    "RESNET_FAST_EMULATE",
+    "0",
+    ("0", "1"),
+    "1: the CUDA kernels run on CPU tensors in the emulator, checked and slow; set before the first call",
+)
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of what tuning measured; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
+
+
+LIBRARY = "RESNET_FAST_LIBRARY"
+"""File of a native library to load in place of the package's own: one that was built out of tree."""
 
 
 def cache_folder() -> Path:

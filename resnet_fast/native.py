@@ -1,6 +1,7 @@
-"""The compiled parts, loaded on first use: ``_C`` (ops over libtorch) and ``_host`` (facts about the CPU, no torch).
+"""The compiled parts, loaded on first use: ``_C`` (ops over libtorch), ``_host`` (facts about the CPU, no torch) and
+``_emulator`` (the CUDA kernels compiled for the CPU, no torch).
 
-The package works without either. Where one is absent or does not load, the cause is kept as a :class:`Verdict`, and
+The package works without any. Where one is absent or does not load, the cause is kept as a :class:`Verdict`, and
 the same sentence serves :func:`require`, ``explain()`` and the environment report. Nothing is loaded or compiled when
 this module is imported.
 """
@@ -8,32 +9,50 @@ this module is imported.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
+import os
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+from . import flags
 from .errors import BackendError
 from .spec import Verdict
 
 LIBRARY = "resnet_fast._C"
 HOST = "resnet_fast._host"
+EMULATOR = "resnet_fast._emulator"
 
 _HOW_TO_BUILD = {
     LIBRARY: "run `pip install --no-build-isolation .` where torch 2.11 or newer and a C++ compiler are present",
-    HOST: "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` to build it",
+    **dict.fromkeys((HOST, EMULATOR), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` to build it"),
 }
+
+
+def _import(name: str) -> ModuleType:
+    """The module, or the one in the file that RESNET_FAST_LIBRARY names."""
+    named = os.environ.get(flags.LIBRARY)
+    if name != LIBRARY or not named:
+        return importlib.import_module(name)
+    loader = importlib.machinery.ExtensionFileLoader(name, named)
+    spec = importlib.util.spec_from_file_location(name, named, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 @cache
 def _load(name: str) -> tuple[ModuleType | None, Verdict]:
-    if importlib.util.find_spec(name) is None:
+    named = name == LIBRARY and os.environ.get(flags.LIBRARY)
+    if not named and importlib.util.find_spec(name) is None:
         return None, Verdict.no(f"the compiled module {name}", "a package built without it", _HOW_TO_BUILD[name])
     try:
         # Its symbols are resolved against the libtorch that is already in the process.
         if name == LIBRARY:
             importlib.import_module("torch")
-        return importlib.import_module(name), Verdict.yes()
+        return _import(name), Verdict.yes()
     except Exception as error:  # whatever the loader says is the cause that the report must show
         cause = " ".join(str(error).split())
         got = f"one that cannot be loaded ({type(error).__name__}: {cause})"
@@ -81,7 +100,33 @@ def host_isa() -> dict[str, bool]:
 
 
 def _require_host() -> Any:
-    module, verdict = _load(HOST)
+    return _require(HOST)
+
+
+def _require(name: str) -> Any:
+    module, verdict = _load(name)
     if module is None:
         raise BackendError(verdict.reason)
     return module
+
+
+def emulator() -> Any:
+    """The emulator's module, whose kernels native ops on CPU tensors run in from the first call on. Raises BackendError
+    where it or the native library is missing."""
+    module, ops = _require(EMULATOR), require()
+    _install(ops, module.kernels_address())
+    return module
+
+
+@cache
+def _install(ops: Any, address: int) -> None:
+    ops.emulator(address)
+
+
+def emulator_status() -> Verdict:
+    """Whether the emulator is installed, or why it cannot be. Loads it on the first call."""
+    verdict = _load(EMULATOR)[1]
+    if not verdict or not status():
+        return verdict and status()
+    emulator()
+    return Verdict.yes("in the emulator, on CPU tensors")

@@ -42,6 +42,14 @@ def test_library_that_does_not_load_keeps_the_loaders_words(tmp_path: Path, monk
     assert verdict.reason.endswith("build it again")
 
 
+def test_a_library_named_by_file_is_the_one_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "library.so"
+    broken.write_bytes(b"no library at all")
+    monkeypatch.setenv("RESNET_FAST_LIBRARY", str(broken))
+    verdict = native.status()
+    assert not verdict and str(broken) in verdict.reason
+
+
 def test_loading_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: asked.append(name))

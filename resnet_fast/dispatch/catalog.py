@@ -21,10 +21,7 @@ _PACKAGES = {
     "reference": "resnet_fast.backends.reference",
     "onednn": "resnet_fast.backends.onednn",
     "triton": "resnet_fast.backends.triton",
-}
-
-_ABSENT = {
-    "cuda": "compiled CUDA kernels",
+    "cuda": "resnet_fast.backends.cuda",
 }
 
 
@@ -64,7 +61,4 @@ def fingerprint() -> tuple[bool, ...]:
 
 def availability() -> dict[str, Verdict]:
     """Every backend name and whether it can be used here, with the reason where not."""
-    verdicts = {name: _load(name).available() for name in _PACKAGES}
-    for name, what in _ABSENT.items():
-        verdicts[name] = Verdict.no(what, "a release without them", f"use one of {', '.join(_PACKAGES)}")
-    return verdicts
+    return {name: _load(name).available() for name in _PACKAGES}

@@ -125,9 +125,10 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 
 @runtime_checkable
 class Described(Protocol):
-    """A state that tells what was chosen."""
+    """A state that prints what was chosen, and names the fusion plan of roofline.py that it follows."""
 
-    chosen: Any
+    @property
+    def fusion(self) -> str: ...
 
 
 def _put_back(buffer: Tensor, before: Tensor) -> None:
@@ -159,8 +160,7 @@ def _plan(event: record.Ran) -> str:
     nothing, and in training, where every raw output is written."""
     if event.spec.grad or event.spec.batch_stats or not isinstance(event.state, Described):
         return "conv"
-    plan = event.state.chosen.route.plan
-    return "tail" if plan == "stem" else plan
+    return event.state.fusion
 
 
 def _device(device: torch.device) -> tuple[roofline.Device | None, str]:

@@ -147,7 +147,9 @@ def prefers_nhwc(device: str, backend: str) -> bool:
     """Should a net convert its input to channels_last once? Yes where a fused NHWC backend would run it in eval."""
     wanted = requested(backend)
     fastest = {"cpu": "onednn", "cuda": "triton"}.get(device)
-    return wanted in ("onednn", "triton") or (wanted == "auto" and fastest is not None and catalog.works(fastest))
+    return wanted in ("onednn", "triton", "cuda") or (
+        wanted == "auto" and fastest is not None and catalog.works(fastest)
+    )
 
 
 def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
@@ -157,7 +159,7 @@ def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: s
     the system after each use, so that every layer pays page faults again (docs/notes/batch-tiling.md). A tile whose
     largest activation fits twice (input and output of a layer) avoids both. ``largest``: elements per image of it.
     """
-    on_onednn = device == "cpu" and requested(backend) != "triton" and prefers_nhwc(device, backend)
+    on_onednn = device == "cpu" and requested(backend) in ("auto", "onednn") and prefers_nhwc(device, backend)
     if not on_onednn or not flags.BATCH_TILE.enabled():
         return n
     size = max(ITEMSIZE.get(str(dtype).removeprefix("torch."), 4), 4)

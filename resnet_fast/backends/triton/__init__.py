@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
+from ..layouts import in_layout
 from ..refusals import dtype_among
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -131,11 +132,6 @@ def _from_chain(name: str) -> Callable[..., Any]:
 
 
 TRAINING = Training(*map(_from_chain, ("forward", "backward", "statistics", "shapes")))
-
-
-def in_layout(y: Tensor, layout: str) -> Tensor:
-    """``y`` with the strides that the reference would return."""
-    return y.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
 IMPLS = (

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...spec import ConvSpec, LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
+from ..layouts import nhwc as nhwc
 from . import interpreter
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -38,11 +39,6 @@ def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
     """Tiles of one group, groups."""
     groups = merged_groups(conv)
     return (-(-conv.gemm_m // config.block_m)) * (-(-(conv.co // groups) // config.block_n)), groups
-
-
-def nhwc(x: Tensor) -> Tensor:
-    """``x`` dense in NHWC; itself if it is so."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_nhwc(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:

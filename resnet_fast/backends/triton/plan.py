@@ -55,6 +55,12 @@ class Plan:
     folded: dict[int, tuple[Tensor, Tensor]]
     pool: tuple[int, int, int] | None = None
 
+    @property
+    def fusion(self) -> str:
+        """The fusion plan of :mod:`resnet_fast.roofline` whose bytes the launches move."""
+        plan = self.chosen.route.plan
+        return "tail" if plan == "stem" else plan
+
     def __str__(self) -> str:
         return str(self.chosen)
 

@@ -1,0 +1,121 @@
+"""From what the emulator counted of a CUDA kernel to the time that an idle GPU of a kind would take for it.
+
+    DRAM      sectors of 32 bytes, each once over the launch                      / copy bandwidth
+    L2        sectors that a block had not read before; copies by cp_async, all   / L2 bandwidth
+    shared    wavefronts: cycles of the 32 banks                                  / (multiprocessors * clock)
+    tensor    multiply-adds of the tensor cores                                   / (rate / 2 * share of it reached)
+
+Each of the four works while the others do, so the time is the longest of them, and a launch. Latency that nothing hides
+is in none of them: a prediction is a bound from counted work, as floors are bounds from least work. A kernel that loads
+per block and walks over many tiles is counted twice, with one image and with two, and extrapolated:
+:func:`extrapolated`. Blocks that get one tile more than others are charged for: work is rounded up to whole rounds.
+
+No torch in here; ``launch`` is a dictionary of the emulator's ``take_counters()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .devices import Device
+from .errors import UserError
+
+SECTOR = 32
+MMA_MACS = 16 * 8 * 16
+
+WARP_MMA_REACHES = {80: 1.0, 90: 0.62}
+"""Of the tensor cores' dense rate, what warp-level ``mma.sync`` reaches, by architecture. sm_90: Luo et al. 2024,
+"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture"; the full rate is ``wgmma``'s alone. Others: taken as
+1."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One launch. ``dram`` and ``l2`` in bytes, read plus written; ``wavefronts`` of shared memory; ``macs`` of the
+    tensor cores, issued as ``mma.sync``."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared: int
+    dram: float
+    l2: float
+    wavefronts: float
+    macs: float
+
+    @staticmethod
+    def of(launch: Mapping[str, Any]) -> Counted:
+        buffers = launch["buffers"].values()
+        shared = [s for s in launch["sites"] if not s["kind"].startswith("global")]
+        return Counted(
+            launch["kernel"],
+            launch["blocks"],
+            launch["threads"],
+            launch["shared"],
+            SECTOR * sum(b["unique_sectors_read"] + b["unique_sectors_written"] for b in buffers),
+            SECTOR * sum(b["l2_sectors_read"] + b["sectors_written"] for b in buffers),
+            sum(s["units"] for s in shared),
+            MMA_MACS * launch["mma"],
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel}: DRAM {self.dram / 1e6:.2f} MB, L2 {self.l2 / 1e6:.2f} MB, "
+            f"{self.wavefronts:,.0f} shared wavefronts, {self.macs / 1e6:.1f} M multiply-adds"
+        )
+
+
+def extrapolated(one: Counted, two: Counted, images: int, blocks: int, tiles: int) -> Counted:
+    """The launch for ``images`` images from those for one and two, each on a single block that walks over all tiles.
+
+    What does not grow with the batch is work per block (weights that stay): once for DRAM, once per block elsewhere.
+    ``tiles``: of all images; they go to ``blocks`` blocks in rounds, of which the last may be part empty.
+    """
+    rounded = -(-tiles // blocks) * blocks / tiles
+
+    def grown(a: float, b: float, constant: int, share: float = 1.0) -> float:
+        return constant * (2 * a - b) + images * (b - a) * share
+
+    return Counted(
+        one.kernel,
+        blocks,
+        one.threads,
+        one.shared,
+        grown(one.dram, two.dram, 1),
+        grown(one.l2, two.l2, blocks),
+        grown(one.wavefronts, two.wavefronts, blocks, rounded),
+        grown(one.macs, two.macs, blocks, rounded),
+    )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Seconds for each resource, and for the launch: ``seconds`` is their longest and the launch's own cost."""
+
+    seconds: float
+    bound: str
+    parts: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {s * 1e6:.1f}" for name, s in self.parts)
+        return f"{self.seconds * 1e6:.1f} us predicted ({self.bound}; us by resource: {parts})"
+
+
+def predict(counted: Counted, device: Device, dtype: str = "bfloat16") -> Predicted:
+    """The time of a launch on ``device``; :class:`UserError` where that is no GPU."""
+    gpu = device.gpu
+    if gpu is None:
+        raise UserError("a GPU to predict for", device.name, "name one of resnet_fast.devices.gpus()")
+    # the tensor cores' rate is for the multiprocessors together: a few blocks use a few of them
+    busy = min(counted.blocks, gpu.sms)
+    tensor = device.rate(dtype).value / 2 * WARP_MMA_REACHES.get(gpu.arch, 1.0) * busy / gpu.sms
+    parts = {
+        "DRAM": counted.dram / device.bandwidth.value,
+        "L2": counted.l2 / gpu.l2_bandwidth.value,
+        "shared": counted.wavefronts / (busy * gpu.clock_hz.value),
+        "tensor": counted.macs / tensor,
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    return Predicted(parts[bound] + gpu.launch_s.value, bound, tuple(parts.items()))
