@@ -109,7 +109,7 @@ class Budget:
     kernel: str
     config: str
     arch: int
-    triton: str
+    compiler: str
     num_warps: int
     registers: int
     local_bytes: int
@@ -220,44 +220,69 @@ def compile_kernel(
 
 def read_cubin(compiled: Any, kernel: str, config: str, arch: int, version: str) -> Budget:
     """A :class:`Budget` from what ``triton.compile`` returned."""
-    import triton
-
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(compiled.asm["cubin"])
-        usage, listing = (
-            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
     meta = compiled.metadata
-    counts = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage.split(f"Function {meta.name}:")[1])}
     # warp specialisation adds warps to num_warps; the PTX states what is launched
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
     warps = int(threads[1]) // 32 if threads else meta.num_warps
-    code = sass.parse(listing, meta.name)
-    loops = []
-    for part in sass.main_loops(code):
-        _, weighted = sass.tensor_work(code, part, warps)
-        slots, cycles = len(part) * warps / SCHEDULERS, weighted / ARCHS[arch].rate
-        loops.append(Loop(len(part), slots, cycles, sass.tensor_ops(part), sass.accesses(part)))
-    blocks = occupancy(arch, warps, counts["REG"], meta.shared, getattr(meta, "tmem_size", 0) or 0)
-    return Budget(
-        kernel=kernel,
-        config=config,
-        arch=arch,
-        triton=version,
-        num_warps=warps,
-        registers=counts["REG"],
-        local_bytes=max(counts["STACK"], counts["LOCAL"]),
-        local_accesses=sass.local_accesses(code),
-        shared=meta.shared,
-        blocks_per_sm=blocks,
-        warps_per_sm=blocks * warps,
-        tensor=sass.tensor_ops(code),
-        accesses=sass.accesses(code),
-        loops=tuple(loops),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        shared, columns = meta.shared, getattr(meta, "tmem_size", 0) or 0
+        return Code(path).budget(meta.name, kernel, config, arch, f"Triton {version}", warps, shared, columns)
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    """What the cuobjdump of Triton's package says."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Code:
+    """The machine code in a cubin."""
+
+    def __init__(self, path: Path) -> None:
+        self.listing = cuobjdump("-sass", path)
+        usage = cuobjdump("--dump-resource-usage", path)
+        parts = re.findall(r"Function (\S+):\n(.*)", usage)
+        self.usage = {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in parts}
+
+    def budget(
+        self,
+        function: str,
+        kernel: str,
+        config: str,
+        arch: int,
+        compiler: str,
+        warps: int,
+        shared: int,
+        tensor_columns: int = 0,
+    ) -> Budget:
+        """Of one function, launched with ``warps`` and ``shared`` bytes a block."""
+        counts, code = self.usage[function], sass.parse(self.listing, function)
+        loops = []
+        for part in sass.main_loops(code):
+            _, weighted = sass.tensor_work(code, part, warps)
+            slots, cycles = len(part) * warps / SCHEDULERS, weighted / ARCHS[arch].rate
+            loops.append(Loop(len(part), slots, cycles, sass.tensor_ops(part), sass.accesses(part)))
+        blocks = occupancy(arch, warps, counts["REG"], shared, tensor_columns)
+        return Budget(
+            kernel=kernel,
+            config=config,
+            arch=arch,
+            compiler=compiler,
+            num_warps=warps,
+            registers=counts["REG"],
+            local_bytes=max(counts["STACK"], counts["LOCAL"]),
+            local_accesses=sass.local_accesses(code),
+            shared=shared,
+            blocks_per_sm=blocks,
+            warps_per_sm=blocks * warps,
+            tensor=sass.tensor_ops(code),
+            accesses=sass.accesses(code),
+            loops=tuple(loops),
+        )
 
 
 def _without_interpreter() -> None:
@@ -310,12 +335,12 @@ def write_table(path_json: str | Path, path_md: str | Path, rows: Sequence[Budge
     if len({b.key for b in ordered}) != len(ordered):
         raise ValueError("two rows of one kernel, config and architecture")
     Path(path_json).write_text("[\n" + ",\n".join(json.dumps(b.to_dict()) for b in ordered) + "\n]\n")
-    versions = ", ".join(sorted({b.triton for b in ordered}))
+    versions = ", ".join(sorted({b.compiler for b in ordered}))
     rates = ", ".join(f"{a.rate:,} on sm_{n}" for n, a in ARCHS.items())
     page = [
         f"# {title or 'Static budgets of the Triton kernels'}",
         "",
-        f"Read from machine code compiled by Triton {versions}; nothing here was measured. Registers are per thread, "
+        f"Read from machine code compiled by {versions}; nothing here was measured. Registers are per thread, "
         "shared memory per block, accesses are instructions by bytes per lane (bulk copies by name alone).",
         "",
         "Main loop: issue slots per scheduler (instructions × warps / 4) over the tensor cores' cycles for the same "
@@ -339,10 +364,10 @@ def compare(now: Budget, table: Budget) -> list[str]:
     """One sentence for each value that got worse than the table's.
 
     The rules that any compiler must meet come first; exact values are compared where both were compiled by the same
-    Triton. A change for the better is no sentence: the table may be written anew.
+    compiler. A change for the better is no sentence: the table may be written anew.
     """
     worse = _broken(now, table)
-    if now.triton != table.triton:
+    if now.compiler != table.compiler:
         return worse
     for what, new, old in (
         ("registers", now.registers, table.registers),

@@ -154,7 +154,7 @@ def test_compare_names_what_got_worse(hopper: Budget) -> None:
 
 
 def test_compare_across_compilers_keeps_the_hard_rules(hopper: Budget) -> None:
-    other = replace(hopper, triton="9.9.9", registers=255, blocks_per_sm=1)
+    other = replace(hopper, compiler="Triton 9.9.9", registers=255, blocks_per_sm=1)
     assert compare(other, hopper) == []
     spilled = replace(other, local_bytes=8, local_accesses=2)
     assert compare(spilled, hopper) == ["8 bytes of local memory and 2 accesses to it, must be none"]

@@ -1,0 +1,73 @@
+"""Machine code of the CUDA kernels against docs/tables/cuda-budgets.json: no spills, tensor cores, 16-byte accesses."""
+
+from __future__ import annotations
+
+import shutil
+
+import kernel_budgets
+import pytest
+from kernel_budgets import COMMAND, JSON, KERNELS, LAYERS, PREDICTIONS
+from sass import is_narrow
+from static_budget import Budget, compare, read_table
+
+TABLE = read_table(JSON)
+TENSOR = ("bottleneck_fwd", "conv_bn_act", "stem_fwd")
+
+
+def worse(rows: list[Budget]) -> list[str]:
+    found = []
+    for now in rows:
+        if now.key not in TABLE:
+            found.append(f"{now.key}: not in the table; run {COMMAND}")
+            continue
+        found += [f"{now.kernel} {now.config} sm_{now.arch}: {text}" for text in compare(now, TABLE[now.key])]
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nvcc(emulator) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", kernel_budgets.ARCHS)
+def test_every_kernel_keeps_its_budget(arch: int) -> None:
+    assert not worse(kernel_budgets.budgets((arch,)))
+
+
+def test_one_kernel_keeps_its_budget() -> None:
+    assert not worse(kernel_budgets.budgets((90,), ("conv_bn_act_1x1.cu",)))
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.kernel} {row.config} sm_{row.arch}")
+def test_hard_rules(row: Budget) -> None:
+    """What holds for every row, whoever wrote the table."""
+    assert row.local_bytes == 0 and row.local_accesses == 0
+    assert row.blocks_per_sm >= 1
+    narrow = {access for loop in row.loops for access in loop.accesses if is_narrow(access)}
+    assert not narrow, narrow
+    if row.kernel.startswith(TENSOR):
+        # sm_100 runs warp-level products too
+        assert {name.split(".")[0] for name in row.tensor} == {"HMMA"}
+        assert row.loops or row.kernel.startswith("stem")
+
+
+def test_the_table_has_every_kernel() -> None:
+    launched = {path.read_text().count("RF_LAUNCH") and path.stem for path in KERNELS.glob("*.cu")} - {0}
+    named = {row.kernel for row in TABLE.values()}
+    for stem in launched:
+        assert any(name.startswith(stem.removesuffix("_bwd")) for name in named), stem
+
+
+def test_bn_act_is_predicted_at_nine_tenths_of_a_copy() -> None:
+    """Every launch of a training step's BatchNorm, add and ReLU over a tensor of stage 1 at batch 256."""
+    rows = kernel_budgets.predictions((kernel_budgets.BN_END,))
+    assert len(rows) == 6
+    for row in rows:
+        assert row.predicted.bound == "DRAM" and row.ratio <= 1 / 0.9, row
+
+
+def test_predictions_cover_their_layers() -> None:
+    page = PREDICTIONS.read_text()
+    assert all(f"| {layer} |" in page for layer in LAYERS)
