@@ -188,6 +188,14 @@ def test_native_wheel_is_built_and_loads(checkout: Path, tmp_path: Path) -> None
     (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="1", RESNET_FAST_BUILD_CUDA="0")
     assert "-cp310-abi3-" in wheel.name
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    tool = shutil.which("torch-abi-audit", path=str(Path(sys.executable).parent))
+    if tool is None:
+        pytest.skip("no torch-abi-audit here (pip install torch-abi-audit)")
+    library = tmp_path / "site" / "resnet_fast" / "_C.abi3.so"
+    audit = [tool, "--check", "both", str(library)]
+    audited = subprocess.run(audit, capture_output=True, text=True, timeout=120)
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    assert "Min torch:   2.11.0" in audited.stdout
     code = "from resnet_fast import native; print(native.__file__, native.build_info())"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -205,9 +213,10 @@ def test_native_wheel_is_built_and_loads(checkout: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_host_module_ties_the_wheel_to_this_python(checkout: Path) -> None:
     (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="0", RESNET_FAST_BUILD_HOST="1")
+    names = {Path(name).name.partition(".")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {"_host", "_emulator"} <= names
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-" in wheel.name
-    assert any(Path(name).name.startswith("_host.") for name in zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """``python3 -m benchmarks.gpu.check``: does everything that needs a GPU work on this one?
 
-    build     the native library, out of tree, where the toolkit is there
+    build     the native library, out of tree, where the toolkit is there; what follows runs with it
     first     one config of every kernel, so that even a cut run has seen them all
     tests     ``pytest -m gpu``
+    sanitizer the smallest case of every CUDA kernel under compute-sanitizer's memcheck and racecheck
     nets      accelerated nets against stock ones and fp64
     configs   every shipped config of every kernel, on ragged launches and on those of real nets
 
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fast import flags
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import configs, launches, training
 from resnet_fast.tuning.configs import Config
@@ -37,6 +39,10 @@ from .common import ROOT, Case, Row, Session, Settings, Skipped
 from .worker import Pool
 
 BUILD_LIMIT_S = 150.0
+SANITIZER_LIMIT_S = 90.0
+BUILT = ROOT / "build" / "gpu" / "_C.abi3.so"
+"""The library that the step ``build`` leaves for the tests."""
+
 TESTS_SHARE = 0.4
 """Part of the remaining budget that the tests may take: the configs behind them are the longer list."""
 
@@ -203,6 +209,7 @@ def build(session: Session) -> Row:
     assert cmake is not None
     where = importlib.util.find_spec("torch")
     assert where is not None and where.origin is not None
+    BUILT.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="resnet_fast_build_") as folder:
         options = [
             "-DRESNET_FAST_NATIVE=ON",
@@ -230,7 +237,34 @@ def build(session: Session) -> Row:
                 lines = [line for line in output.splitlines() if re.search(r"error|Error", line)] or output.splitlines()
                 reason = "stopped at its time limit" if code is None else f"exit code {code}"
                 raise RuntimeError(f"{what}: {reason}: {lines[0].strip() if lines else ''}")
+        shutil.copy(Path(folder) / BUILT.name, BUILT)
     return {"build": dict(line.split("=", 1) for line in output.splitlines() if "=" in line)}
+
+
+def use_built() -> None:
+    """Let this process and its children load the library that :func:`build` made, now or in an earlier run."""
+    if BUILT.exists():
+        os.environ[flags.LIBRARY] = str(BUILT)
+
+
+def sanitize(session: Session) -> Row:
+    """The ``smallest`` tests of the CUDA kernels under compute-sanitizer, a tool at a time."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise Skipped("no compute-sanitizer")
+    if not BUILT.exists():
+        raise Skipped("no native library was built")
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-k", "smallest"]
+    done = []
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", *tests, str(ROOT / "tests" / "backends" / "cuda")]
+        code, output = common.run_limited(command, min(SANITIZER_LIMIT_S, session.clock.left / 2))
+        if code != 0:
+            lines = [line for line in output.splitlines() if "=========" in line or "rror" in line]
+            reason = "stopped at its time limit" if code is None else f"exit code {code}"
+            raise RuntimeError(f"{check}: {reason}: {' '.join(lines[:3])[:400]}")
+        done.append(check)
+    return {"note": ", ".join(done)}
 
 
 def _cuda_home_nvcc() -> str | None:
@@ -296,9 +330,11 @@ def main() -> int:
     everything = cases(settings)
     first = [case for case in everything if case.known is None][: len(configs.SHIPPED)]
     building = Case("build", lambda: build(session))
+    sanitizing = Case("sanitizer", lambda: sanitize(session))
     try:
         for case in session.todo([building]):
             session.record(case.name, common.execute(case))
+        use_built()
         size = 1 if settings.quick else (8 if settings.on_gpu else 2)
         with Pool(f"{__package__}.check", session, min(size, os.cpu_count() or 1)) as pool:
             pool.run(session.todo(first))
@@ -306,6 +342,9 @@ def main() -> int:
                 session.record("tests", {"status": "skipped", "reason": "needs a CUDA device"})
             elif settings.only in "tests" and session.clock.left > 0:
                 run_tests(session, gpu_test_files())
+            if settings.on_gpu and settings.only in "sanitizer" and session.clock.left > 0:
+                for case in session.todo([sanitizing]):
+                    session.record(case.name, common.execute(case))
             names = {case.name for case in first}
             pool.run(session.todo(case for case in everything if case.name not in names))
     finally:
