@@ -33,8 +33,8 @@ WARP_MMA_REACHES = {80: 1.0, 90: 0.62}
 
 @dataclass(frozen=True)
 class Counted:
-    """One launch. ``dram`` and ``l2`` in bytes, read plus written; ``wavefronts`` of shared memory; ``macs`` of the
-    tensor cores, issued as ``mma.sync``."""
+    """One launch. ``dram`` and ``l2`` in bytes, read plus written; ``wavefronts`` of shared memory; the tensor cores'
+    multiply-adds, ``macs`` issued as ``mma.sync`` and ``group_macs`` as ``wgmma``."""
 
     kernel: str
     blocks: int
@@ -44,6 +44,7 @@ class Counted:
     l2: float
     wavefronts: float
     macs: float
+    group_macs: float = 0.0
 
     @staticmethod
     def of(launch: Mapping[str, Any]) -> Counted:
@@ -58,12 +59,13 @@ class Counted:
             SECTOR * sum(b["l2_sectors_read"] + b["sectors_written"] for b in buffers),
             sum(s["units"] for s in shared),
             MMA_MACS * launch["mma"],
+            launch["wgmma_multiply_adds"],
         )
 
     def __str__(self) -> str:
         return (
             f"{self.kernel}: DRAM {self.dram / 1e6:.2f} MB, L2 {self.l2 / 1e6:.2f} MB, "
-            f"{self.wavefronts:,.0f} shared wavefronts, {self.macs / 1e6:.1f} M multiply-adds"
+            f"{self.wavefronts:,.0f} shared wavefronts, {(self.macs + self.group_macs) / 1e6:.1f} M multiply-adds"
         )
 
 
@@ -87,6 +89,7 @@ def extrapolated(one: Counted, two: Counted, images: int, blocks: int, tiles: in
         grown(one.l2, two.l2, blocks),
         grown(one.wavefronts, two.wavefronts, blocks, rounded),
         grown(one.macs, two.macs, blocks, rounded),
+        grown(one.group_macs, two.group_macs, blocks, rounded),
     )
 
 
@@ -110,12 +113,12 @@ def predict(counted: Counted, device: Device, dtype: str = "bfloat16") -> Predic
         raise UserError("a GPU to predict for", device.name, "name one of resnet_fast.devices.gpus()")
     # the tensor cores' rate is for the multiprocessors together: a few blocks use a few of them
     busy = min(counted.blocks, gpu.sms)
-    tensor = device.rate(dtype).value / 2 * WARP_MMA_REACHES.get(gpu.arch, 1.0) * busy / gpu.sms
+    tensor = device.rate(dtype).value / 2 * busy / gpu.sms
     parts = {
         "DRAM": counted.dram / device.bandwidth.value,
         "L2": counted.l2 / gpu.l2_bandwidth.value,
         "shared": counted.wavefronts / (busy * gpu.clock_hz.value),
-        "tensor": counted.macs / tensor,
+        "tensor": (counted.macs / WARP_MMA_REACHES.get(gpu.arch, 1.0) + counted.group_macs) / tensor,
     }
     bound = max(parts, key=lambda name: parts[name])
     return Predicted(parts[bound] + gpu.launch_s.value, bound, tuple(parts.items()))

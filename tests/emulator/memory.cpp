@@ -7,14 +7,15 @@
 #include <sstream>
 
 namespace emulator {
-namespace {
 
 // Did an access of `thread` at `time` happen before what this thread does now?
 bool ordered(int thread, uint32_t time) {
-  const Warp& me = now->warps[self_warp()];
-  const int warp = thread / kWarp;
-  if (thread == self().index) return true;
-  return warp == self_warp() ? me.clock[warp] > time : me.clock[warp] >= time;
+  return thread == self().index || ordered_for(self_warp(), thread, time);
+}
+
+bool ordered_for(int warp, int thread, uint32_t time) {
+  const uint32_t known = now->warps[warp].clock[thread / kWarp];
+  return thread / kWarp == warp ? known > time : known >= time;
 }
 
 std::string site_text(int id) {
@@ -26,12 +27,20 @@ void race(Where where, uint32_t at, const char* mine, const char* theirs, int th
                   theirs + (site < 0 ? "" : " at " + site_text(site)) + ", and no barrier orders the two");
 }
 
+namespace {
+
 void refuse_in_flight(const History& h, uint32_t at, Where where, const char* doing) {
-  if (h.state == kInFlight)
+  if (h.state != kInFlight) return;
+  if (h.writer >= kMaxWarps * kWarp)
+    fail(where, std::string(doing) + " shared memory byte " + std::to_string(at) + " while " + thread_text(h.writer) +
+                    ", issued at " + site_text(h.write_site) + ", are in flight: wait for it first");
+  else
     fail(where, std::string(doing) + " shared memory byte " + std::to_string(at) + " while a cp_async of " +
                     thread_text(h.writer) + " issued at " + site_text(h.write_site) +
                     " is in flight: wait for it first");
 }
+
+}  // namespace
 
 void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
   const int me = self().index;
@@ -40,6 +49,9 @@ void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
   for (uint32_t g = at / kGranule; g < (at + bytes) / kGranule; ++g) {
     History& h = now->history[g];
     refuse_in_flight(h, g * kGranule, where, "writes");
+    if (h.operand_of > 0)
+      fail(where, "writes shared memory byte " + std::to_string(g * kGranule) +
+                      ", an operand of a wgmma that is in flight: wait for it first");
     if (h.writer >= 0 && !ordered(h.writer, h.write_time))
       race(where, g * kGranule, "writes", "wrote", h.writer, h.write_site);
     if (h.reader >= 0) {
@@ -52,10 +64,9 @@ void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
     h.write_time = time;
     h.write_site = static_cast<int16_t>(site);
     h.state = state;
+    h.fences = self().async.fences;
   }
 }
-
-}  // namespace
 
 uint32_t time_of(int warp) {
   return now->warps[warp].clock[warp];
@@ -80,23 +91,27 @@ void check_read(uint32_t at, int bytes, Where where) {
       fail(where, "reads shared memory byte " + std::to_string(g * kGranule) + ", which nobody has written");
     }
     if (!ordered(h.writer, h.write_time)) race(where, g * kGranule, "reads", "wrote", h.writer, h.write_site);
-    if (h.reader < 0 || h.reader / kWarp == me / kWarp) {
-      h.several_lanes =
-          (h.several_lanes && h.read_time == time) || (h.read_time == time && h.reader >= 0 && h.reader != me);
-    } else {
-      h.other_reader = h.reader;
-      h.other_read_time = h.read_time;
-      h.several_lanes = false;
-    }
-    h.reader = static_cast<int16_t>(me);
-    h.read_time = time;
+    note_read(h, me, time);
   }
 }
 
+void note_read(History& h, int me, uint32_t time) {
+  if (h.reader < 0 || h.reader / kWarp == me / kWarp) {
+    h.several_lanes =
+        (h.several_lanes && h.read_time == time) || (h.read_time == time && h.reader >= 0 && h.reader != me);
+  } else {
+    h.other_reader = h.reader;
+    h.other_read_time = h.read_time;
+    h.several_lanes = false;
+  }
+  h.reader = static_cast<int16_t>(me);
+  h.read_time = time;
+}
+
 void join_clocks() {
-  std::array<uint32_t, kMaxWarps> joined{};
+  Clock joined{};
   for (const Warp& w : now->warps)
-    for (int i = 0; i < kMaxWarps; ++i) joined[i] = std::max(joined[i], w.clock[i]);
+    for (int i = 0; i < kClocks; ++i) joined[i] = std::max(joined[i], w.clock[i]);
   for (size_t i = 0; i < now->warps.size(); ++i) {
     now->warps[i].clock = joined;
     now->warps[i].clock[i] += 1;

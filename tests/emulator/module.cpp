@@ -3,7 +3,7 @@
 //   kernels_address()   of the table that csrc/ops calls; resnet_fast/native.py hands it over
 //   configure(...)      the device that launchers believe in, and the seed of the order of threads
 //   take_counters()     what the launches since the last call counted, one dictionary each
-//   fragments(), probe_ldmatrix()   layouts, for the comparison with CuTe's
+//   fragments(), probe_ldmatrix()   layouts, for the comparison with CuTe's; Hopper's: hopper_probes.cpp
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,6 +19,9 @@
 #endif
 
 namespace py = pybind11;
+
+// hopper_probes.cpp
+void bind_hopper(py::module_& m);
 
 namespace resnet_fast {
 
@@ -45,6 +48,10 @@ const char* name_of(emulator::Kind kind) {
       return "shared write";
     case emulator::Kind::kLdmatrix:
       return "ldmatrix";
+    case emulator::Kind::kBulkRead:
+      return "global bulk read";
+    case emulator::Kind::kWgmma:
+      return "wgmma";
   }
   return "?";
 }
@@ -81,6 +88,10 @@ py::dict to_dict(const emulator::Counters& c) {
   out["buffers"] = buffers;
   out["sites"] = sites;
   out["mma"] = c.mma;
+  out["wgmma"] = c.wgmma;
+  out["wgmma_multiply_adds"] = c.wgmma_multiply_adds;
+  out["bulk_copies"] = c.bulk_copies;
+  out["bulk_bytes"] = c.bulk_bytes;
   out["barriers"] = c.barriers;
   return out;
 }
@@ -161,5 +172,6 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
       },
       "What the launches since the last call counted.");
   m.def("probe_ldmatrix", &probe_ldmatrix, py::arg("matrices"), "The words that each lane gets of ldmatrix.");
+  bind_hopper(m);
   m.def("fragments", &fragments, "Layouts of the tensor-core fragments: coordinates by lane.");
 }

@@ -72,6 +72,7 @@ uint64_t draw(uint64_t below) {
 }
 
 std::string thread_text(int index) {
+  if (index >= kMaxWarps * kWarp) return "bulk copies of " + barrier_text(index / kWarp - kMaxWarps);
   return "thread " + std::to_string(index) + " (warp " + std::to_string(index / kWarp) + ", lane " +
          std::to_string(index % kWarp) + ")";
 }
@@ -107,6 +108,8 @@ int take_runnable() {
   return next;
 }
 
+}  // namespace
+
 // Let another thread run; this one goes on when somebody made it runnable and the draw falls on it.
 void yield_from(int me) {
   if (now->runnable.empty()) {
@@ -134,6 +137,8 @@ void release(int thread) {
   now->runnable.push_back(thread);
 }
 
+namespace {
+
 void run_thread() {
   Fiber::arrived();
   const int me = now->current->index;
@@ -144,6 +149,8 @@ void run_thread() {
     const auto copies = [](const std::vector<Copy>& group) { return !group.empty(); };
     if (copies(t.issued) || std::any_of(t.groups.begin(), t.groups.end(), copies))
       fail(t.where.file ? t.where : Where{"kernel", 0}, "leaves the kernel with a cp_async that it never waited for");
+    if (!t.async.issued.empty() || !t.async.groups.empty())
+      fail(t.where.file ? t.where : Where{"kernel", 0}, "leaves the kernel with a wgmma that it never waited for");
     Warp& w = now->warps[me / kWarp];
     w.left |= 1u << me % kWarp;
     if (w.arrived)
@@ -272,6 +279,7 @@ void start_block(int block) {
     w.clock.fill(0);
     w.clock[i] = 1;
   }
+  start_block_of_hopper();
 }
 
 void run_block(int block) {
@@ -285,13 +293,14 @@ void run_block(int block) {
       if (t.done) continue;
       now->current = &t;
       try {
-        fail(t.where, std::string("waits for a ") + t.waits_for + " that others never reach");
+        fail(t.where, awaited(t.async, t.waits_for));
       } catch (const Fault& fault) {
         now->fault = fault.what();
       }
       break;
     }
   }
+  if (now->fault.empty()) now->fault = left_in_flight();
   if (now->fault.empty()) flush_logs();
 }
 
@@ -355,6 +364,7 @@ void ldmatrix(uint32_t* r, int matrices, uint32_t at, Where where) {
     check_bounds(at, 16, where);
     check_read(at, 16, where);
   }
+  self().async.registers_fenced = false;
   LoadMatrix argument{r, matrices, at};
   collective(matrices == 4 ? "ldmatrix_x4" : "ldmatrix_x2", &argument, where, run_ldmatrix);
 }

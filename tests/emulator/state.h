@@ -11,13 +11,13 @@
 #include <resnet_fast/device.h>
 
 #include "fiber.h"
+#include "hopper_state.h"
 
 namespace emulator {
 
 using resnet_fast::Access;
 using resnet_fast::kWarp;
 
-constexpr int kMaxWarps = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kSector = 32, kBanks = 32, kWord = 4;
 constexpr int kGranule = 2;  // bytes of shared memory that have a history of their own
@@ -89,6 +89,7 @@ struct Thread {
   Where where{};
   std::vector<std::vector<Copy>> groups;  // committed, not waited for
   std::vector<Copy> issued;               // not committed
+  Asynchronous async;
 };
 
 struct Warp {
@@ -96,7 +97,7 @@ struct Warp {
   const char* what = "";
   Where where{};
   std::array<void*, kWarp> arguments{};
-  std::array<uint32_t, kMaxWarps> clock{};
+  Clock clock{};
   std::vector<SiteLog> logs;
   std::vector<int> touched;
 };
@@ -110,6 +111,8 @@ struct History {
   int16_t write_site = -1;
   State state = kUnwritten;
   bool several_lanes = false;  // of the last reader's warp
+  uint16_t operand_of = 0;     // warps of products that are not waited for
+  uint32_t fences = 0;         // of the writer, at the write
 };
 
 struct Buffer {
@@ -145,6 +148,7 @@ struct Launch {
   std::vector<History> history;
   Fiber scheduler;
   std::string fault;
+  Hopper hopper;
 };
 
 // The launch that is running; one at a time.
@@ -160,6 +164,11 @@ uint64_t draw(uint64_t below);
 std::string text_of(Where where);
 std::string thread_text(int index);
 
+// runtime.cpp: this thread waits; another need not wait any longer; this one lets others run, now or when it may.
+void wait_at(const char* what, Where where);
+void release(int thread);
+void yield_from(int me);
+
 // counting.cpp: one lane's access; end of a phase in which lanes may be apart; the counters of one warp's access.
 void gather(uint64_t address, int bytes, Kind kind, bool active, Where where);
 void flush_logs();
@@ -168,10 +177,19 @@ SiteCount& count_of(int site);
 void keep_counters();
 Buffer* buffer_of(const void* p);
 
+// hopper.cpp: an asynchronous access to what a thread wrote.
+void expect_fenced(const History& h, uint32_t at, const char* doing, Where where);
+
 // memory.cpp: the rules of shared memory.
 uint32_t time_of(int warp);
 void check_bounds(uint32_t at, int bytes, Where where);
 void check_read(uint32_t at, int bytes, Where where);
+void check_write(uint32_t at, int bytes, Where where, State state, Kind kind);
+void note_read(History& h, int me, uint32_t time);
+bool ordered(int thread, uint32_t time);
+bool ordered_for(int warp, int thread, uint32_t time);
+void race(Where where, uint32_t at, const char* mine, const char* theirs, int thread, int site);
+std::string site_text(int site);
 void join_clocks();
 std::string unwritten(const Buffer& buffer);
 

@@ -37,6 +37,10 @@ def toolkit_headers() -> Path:
     pytest.skip("no CUDA toolkit with cccl here (looked at CUDA_HOME, nvcc, /usr/local/cuda)")
 
 
+LANES = {"wgmma.a": 128, "wgmma.d": 128, "swizzle": 8, "descriptor": 1}
+"""Where they are not a warp's: a warpgroup's threads, and rows."""
+
+
 @pytest.fixture(scope="module")
 def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
     """By name, for each lane the indices of its values."""
@@ -48,8 +52,9 @@ def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]
     out = {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
         name, *indices = line.split()
-        each = len(indices) // 32
-        out[name] = [[int(i) for i in indices[each * lane : each * (lane + 1)]] for lane in range(32)]
+        lanes = LANES.get(name, 32)
+        each = len(indices) // lanes
+        out[name] = [[int(i) for i in indices[each * lane : each * (lane + 1)]] for lane in range(lanes)]
     return out
 
 
@@ -67,3 +72,13 @@ def test_ldmatrix(matrices: int, cute, emulator: Path) -> None:
     got = harness.load(emulator).probe_ldmatrix(matrices)
     theirs = [[bit // 32 for bit in lane[::32]] for lane in cute[f"ldmatrix_x{matrices}"]]
     assert got == theirs
+
+
+@pytest.mark.parametrize("what", ["wgmma.a", "wgmma.d", "swizzle"])
+def test_hopper(what: str, cute, emulator: Path) -> None:
+    assert harness.load(emulator).hopper_layouts()[what] == cute[what]
+
+
+def test_matrix_descriptor(cute, emulator: Path) -> None:
+    """The one that cute/layouts.cpp fills in, field by field."""
+    assert [[harness.load(emulator).wgmma_descriptor(0x2C00 + 32, 2048)]] == cute["descriptor"]

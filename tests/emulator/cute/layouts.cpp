@@ -1,16 +1,21 @@
 // Prints what CuTe's traits say of the instructions that the vocabulary has: one line each, name and then the indices
 // of all lanes' values. An mma operand's index is row + rows * column (of a: row, k; of b: column of the product, k);
-// ldmatrix's is a bit of the 32 rows of 128 bits that the lanes name. Compiled for the host by test_layouts.py.
+// ldmatrix's is a bit of the 32 rows of 128 bits that the lanes name. Of wgmma the threads are 128; of the 128-byte
+// swizzle, the places of eight rows' numbers. The last line is a matrix descriptor. Compiled for the host by
+// test_layouts.py.
 
 #include <cstdio>
 
+#include <cute/swizzle_layout.hpp>  // before its use in the headers below
+
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
 
 template <typename Layout>
 void print(const char* name, Layout layout) {
   std::printf("%s", name);
-  for (int lane = 0; lane < 32; ++lane)
+  for (int lane = 0; lane < cute::size<0>(layout); ++lane)
     for (int value = 0; value < cute::size<1>(layout); ++value)
       std::printf(" %d", static_cast<int>(layout(lane, value)));
   std::printf("\n");
@@ -29,4 +34,15 @@ int main() {
   print_mma<cute::SM80_16x8x16_F32F16F16F32_TN>("half.a", "half.b", "half.d");
   print("ldmatrix_x2", cute::Copy_Traits<cute::SM75_U32x2_LDSM_N>::DstLayout{});
   print("ldmatrix_x4", cute::Copy_Traits<cute::SM75_U32x4_LDSM_N>::DstLayout{});
+
+  constexpr auto kMajor = cute::GMMA::Major::K;
+  using Wgmma = cute::MMA_Traits<cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<kMajor, kMajor>>;
+  print("wgmma.a", Wgmma::ALayout{});
+  print("wgmma.d", Wgmma::CLayout{});
+  print("swizzle", cute::as_position_independent_swizzle_layout(cute::GMMA::Layout_K_SW128_Atom<cute::bfloat16_t>{}));
+  cute::GmmaDescriptor descriptor;
+  descriptor.bitfield.start_address_ = (0x2c00 + 32) >> 4;
+  descriptor.bitfield.stride_byte_offset_ = 2048 >> 4;
+  descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
+  std::printf("descriptor %llu\n", static_cast<unsigned long long>(descriptor.desc_));
 }

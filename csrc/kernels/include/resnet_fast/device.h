@@ -17,6 +17,8 @@
 // Accesses that some threads must not make take a flag instead of an `if`: `store_global(p, v, inside)`. All lanes of a
 // warp then pass the same line together, which is what the hardware does and what the emulator groups its counts by.
 //
+// What Hopper adds: hopper.h.
+//
 // How to write a kernel with these and debug it on a CPU: docs/cuda-kernels.md.
 #pragma once
 

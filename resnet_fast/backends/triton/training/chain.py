@@ -47,6 +47,11 @@ class Plan:
             return "BatchNorm, add and ReLU in one pass each way"
         return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen))
 
+    @property
+    def fusion(self) -> str:
+        """The fusion plan of :mod:`resnet_fast.roofline` that bounds it from below: a kernel per convolution."""
+        return "conv"
+
 
 def plan_of(spec: Spec, device: torch.device) -> Plan:
     """Forward, dgrad and wgrad of each convolution: measured where measured, else modelled."""

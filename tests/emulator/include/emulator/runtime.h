@@ -31,7 +31,16 @@ struct Where {
   int line;
 };
 
-enum class Kind { kGlobalRead, kGlobalCopy, kGlobalWrite, kSharedRead, kSharedWrite, kLdmatrix };
+enum class Kind {
+  kGlobalRead,
+  kGlobalCopy,
+  kGlobalWrite,
+  kSharedRead,
+  kSharedWrite,
+  kLdmatrix,
+  kBulkRead,
+  kWgmma,
+};
 
 // Of one tensor. Bytes are what threads asked for; sectors are the 32-byte pieces that memory moves, once per
 // instruction of a warp; unique ones are those that differ, over the whole launch: what DRAM must deliver. Of the
@@ -44,7 +53,8 @@ struct BufferCount {
 };
 
 // Of one source line. `units`: sectors for global memory, wavefronts for shared memory (cycles of its 32 banks);
-// `least`: the same with full sectors, or without bank conflicts. `narrowest`: bytes per lane.
+// `least`: the same with full sectors, or without bank conflicts. `narrowest`: bytes per lane. A wgmma's wavefronts are
+// 128 bytes of operands each: the four warps fetch 16 rows of a apiece, where it is in shared memory, and b together.
 struct SiteCount {
   uint64_t instructions = 0, units = 0, least = 0;
   int narrowest = 16;
@@ -56,7 +66,9 @@ struct Counters {
   std::map<std::string, BufferCount> buffers;
   std::map<std::pair<std::string, Kind>, SiteCount> sites;  // by "file:line"
   uint64_t mma = 0;                                         // m16n8k16: 2,048 multiply-adds each
-  uint64_t barriers = 0;                                    // of blocks
+  uint64_t wgmma = 0, wgmma_multiply_adds = 0;
+  uint64_t bulk_copies = 0, bulk_bytes = 0;  // bytes of shared memory, zeros among them
+  uint64_t barriers = 0;                     // of blocks
 };
 
 struct Fault : std::runtime_error {

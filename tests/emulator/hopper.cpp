@@ -1,0 +1,287 @@
+// Hopper's mbarriers and bulk copies. hopper_state.h holds what is remembered, include/emulator/hopper.h says what is
+// checked.
+
+#include <resnet_fast/hopper.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "state.h"
+
+namespace emulator {
+namespace {
+
+using resnet_fast::kBarrierBytes;
+using resnet_fast::kRowBytes;
+using resnet_fast::kSwizzleBytes;
+using resnet_fast::TensorBox;
+
+constexpr int kChunk = 16;
+constexpr int kNumber = 2;  // bytes of a tensor's element
+
+std::string text_of_barrier(uint32_t at) {
+  return "the mbarrier at byte " + std::to_string(at);
+}
+
+void join(Clock& mine, const Clock& other) {
+  for (int i = 0; i < kClocks; ++i) mine[i] = std::max(mine[i], other[i]);
+}
+
+Barrier& barrier_at(uint32_t at, Where where) {
+  const auto found = now->hopper.barriers.find(at);
+  if (found == now->hopper.barriers.end()) fail(where, "uses " + text_of_barrier(at) + ", which nobody initialised");
+  Barrier& b = found->second;
+  const History& h = now->history[at / kGranule];
+  if (h.writer != b.initialised_by || h.write_site != b.site)
+    fail(where, "uses " + text_of_barrier(at) + ", which " + thread_text(h.writer) + " has overwritten at " +
+                    site_text(h.write_site));
+  if (!ordered(h.writer, h.write_time))
+    fail(where, "uses " + text_of_barrier(at) + " that " + thread_text(h.writer) + " initialised at " +
+                    site_text(h.write_site) + ", and no barrier orders the two");
+  return b;
+}
+
+// Ends the phase if nothing is missing.
+void end_phase(uint32_t at, Barrier& b, Where where) {
+  if (b.missing > 0) return;
+  if (b.bytes < 0)
+    fail(where, std::to_string(-b.bytes) + " bytes more have come to " + text_of_barrier(at) + " than phase " +
+                    std::to_string(b.phase) + " expected");
+  if (b.bytes > 0) return;
+  b.phase += 1;
+  b.missing = b.arrivals;
+  join(b.over, b.arrived);
+  b.over[kMaxWarps + b.slot] = b.phase;
+  for (int thread : std::exchange(b.waiters, {})) release(thread);
+}
+
+// What is under way to this barrier lands, in any order.
+void land(uint32_t at, Barrier& b) {
+  std::vector<BulkCopy>& all = now->hopper.copies;
+  std::vector<BulkCopy> mine;
+  for (BulkCopy& copy : all)
+    if (copy.barrier == at) mine.push_back(std::move(copy));
+  all.erase(std::remove_if(all.begin(), all.end(), [&](const BulkCopy& c) { return c.barrier == at; }), all.end());
+  while (!mine.empty()) {
+    std::swap(mine[draw(mine.size())], mine.back());
+    const BulkCopy copy = std::move(mine.back());
+    mine.pop_back();
+    if (copy.phase != b.phase)
+      fail(copy.where, "a copy lands on " + text_of_barrier(at) + " after phase " + std::to_string(copy.phase) +
+                           ", in which it was issued: that one expected fewer bytes than come");
+    for (const BulkCopy::Piece& piece : copy.pieces) {
+      std::memcpy(now->shared + piece.at, &piece.data, kChunk);
+      for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g) now->history[g].state = kWritten;
+    }
+    b.bytes -= static_cast<int64_t>(copy.pieces.size()) * kChunk;
+    end_phase(at, b, copy.where);
+  }
+}
+
+// The reads of a copy from `bytes` of global memory that lie together.
+void read_global(const unsigned char* p, int bytes, Where where) {
+  Buffer* b = buffer_of(p);
+  if (b == nullptr || p + bytes > b->tensor.start + b->tensor.bytes)
+    fail(where, "copies " + std::to_string(bytes) + " bytes from outside of every tensor of this launch");
+  if (b->tensor.access == Access::kWrite) fail(where, "copies from the output " + b->tensor.name);
+  SiteCount& site = count_of(now->sites.id(where, Kind::kBulkRead));
+  const uint64_t first = reinterpret_cast<uintptr_t>(p) / kSector;
+  const uint64_t last = (reinterpret_cast<uintptr_t>(p) + bytes - 1) / kSector;
+  for (uint64_t sector = first; sector <= last; ++sector) {
+    uint8_t& touched = b->touched[sector - b->first_sector];
+    b->count.unique_sectors_read += !(touched & 1);
+    touched |= 1;
+  }
+  b->count.bytes_read += bytes;
+  b->count.sectors_read += last - first + 1;
+  b->count.l2_sectors_read += last - first + 1;
+  site.units += last - first + 1;
+  site.least += (bytes + kSector - 1) / kSector;
+}
+
+// A copy of these pieces, for whose end the barrier stands.
+void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
+  Barrier& b = barrier_at(barrier, where);
+  if (!b.fenced)
+    fail(where, "copies to " + text_of_barrier(barrier) + ", whose initialisation has no mbarrier_init_fence");
+  const int site = now->sites.id(where, Kind::kBulkRead);
+  for (const BulkCopy::Piece& piece : pieces) {
+    for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g)
+      expect_fenced(now->history[g], g * kGranule, "copies to", where);
+    check_write(piece.at, kChunk, where, kInFlight, Kind::kBulkRead);
+    std::memset(now->shared + piece.at, 0xff, kChunk);
+    for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g) {
+      now->history[g].writer = static_cast<int16_t>((kMaxWarps + b.slot) * kWarp);
+      now->history[g].write_time = b.phase + 1;
+    }
+  }
+  count_of(site).instructions += 1;
+  now->counters.bulk_copies += 1;
+  now->counters.bulk_bytes += pieces.size() * kChunk;
+  now->hopper.copies.push_back({barrier, b.phase, where, std::move(pieces)});
+  if (!b.waiters.empty()) land(barrier, b);
+}
+
+}  // namespace
+
+void expect_fenced(const History& h, uint32_t at, const char* doing, Where where) {
+  if (h.writer < 0 || h.writer >= kMaxWarps * kWarp || now->threads[h.writer].async.fences != h.fences) return;
+  fail(where, std::string(doing) + " shared memory byte " + std::to_string(at) + " that " + thread_text(h.writer) +
+                  " wrote at " + site_text(h.write_site) + " without a fence_async after it");
+}
+
+void start_block_of_hopper() {
+  now->hopper.barriers.clear();
+  now->hopper.copies.clear();
+  now->hopper.warpgroups.assign(now->grid.threads / resnet_fast::kWarpgroup, {});
+}
+
+std::string left_in_flight() {
+  if (now->hopper.copies.empty()) return "";
+  const BulkCopy& copy = now->hopper.copies.front();
+  return std::string("kernel ") + now->kernel + " leaves block " + std::to_string(now->block) +
+         " with a bulk copy issued at " + text_of(copy.where) + " in flight: nobody waited at " +
+         text_of_barrier(copy.barrier);
+}
+
+std::string awaited(const Asynchronous& thread, const char* otherwise) {
+  if (!thread.waits) return std::string("waits for a ") + otherwise + " that others never reach";
+  const Barrier& b = now->hopper.barriers.at(thread.barrier);
+  return "waits for ever for the end of phase " + std::to_string(b.phase) + " (parity " + std::to_string(b.phase & 1) +
+         ") of " + text_of_barrier(thread.barrier) + ", at which " + std::to_string(b.missing) + " of " +
+         std::to_string(b.arrivals) + " arrivals and " + std::to_string(b.bytes) + " expected bytes are missing";
+}
+
+std::string barrier_text(int slot) {
+  for (const auto& [at, b] : now->hopper.barriers)
+    if (b.slot == slot) return text_of_barrier(at);
+  return "an mbarrier";
+}
+
+void mbarrier_init(uint32_t at, int arrivals, Where where) {
+  check_bounds(at, kBarrierBytes, where);
+  auto& all = now->hopper.barriers;
+  if (all.count(at)) fail(where, "initialises " + text_of_barrier(at) + " again");
+  if (all.size() == kMaxBarriers)
+    fail(where, "the emulator has no more than " + std::to_string(kMaxBarriers) + " mbarriers");
+  if (arrivals < 1) fail(where, text_of_barrier(at) + " would wait for nobody");
+  check_write(at, kBarrierBytes, where, kWritten, Kind::kSharedWrite);
+  Barrier b;
+  b.slot = static_cast<int>(all.size());
+  b.arrivals = b.missing = arrivals;
+  b.initialised_by = self().index;
+  b.site = now->sites.id(where, Kind::kSharedWrite);
+  all[at] = b;
+}
+
+void mbarrier_init_fence() {
+  fence_async();
+}
+
+void fence_async() {
+  self().async.fences += 1;
+  for (auto& [at, b] : now->hopper.barriers) b.fenced |= b.initialised_by == self().index;
+}
+
+void mbarrier_arrive(uint32_t at, int bytes, Where where) {
+  Barrier& b = barrier_at(at, where);
+  if (b.missing == 0)
+    fail(where, "arrives at " + text_of_barrier(at) + ", where all " + std::to_string(b.arrivals) + " of phase " +
+                    std::to_string(b.phase) + " have arrived and " + std::to_string(b.bytes) + " bytes are missing");
+  Clock& mine = now->warps[self_warp()].clock;
+  join(b.arrived, mine);
+  mine[self_warp()] += 1;
+  b.missing -= 1;
+  b.bytes += bytes;
+  end_phase(at, b, where);
+}
+
+void mbarrier_wait(uint32_t at, int parity, Where where) {
+  Barrier& b = barrier_at(at, where);
+  while (static_cast<int>(b.phase & 1) == (parity & 1)) {
+    const uint32_t phase = b.phase;
+    land(at, b);
+    if (b.phase != phase) continue;
+    b.waiters.push_back(self().index);
+    self().async.waits = true;
+    self().async.barrier = at;
+    wait_at("phase of an mbarrier", where);
+    self().async.waits = false;
+  }
+  join(now->warps[self_warp()].clock, b.over);
+}
+
+resnet_fast::Status encode(const TensorBox& box) {
+  const auto refuse = [](bool when, const char* what, resnet_fast::Status& status) {
+    if (when && status == nullptr) status = what;
+  };
+  resnet_fast::Status status = nullptr;
+  refuse(reinterpret_cast<uintptr_t>(box.start) % 16 != 0, "a tensor's start is not aligned to 16 bytes", status);
+  refuse(box.stride[0] != kNumber, "a tensor's innermost dimension is not dense", status);
+  for (int i = 0; i < TensorBox::kRank; ++i) {
+    refuse(box.size[i] == 0 || box.size[i] > uint64_t{1} << 32, "a tensor's dimension is none or too large", status);
+    refuse(box.box[i] == 0 || box.box[i] > 256, "a box's dimension is none or above 256", status);
+    refuse(i > 0 && (box.stride[i] % 16 != 0 || box.stride[i] >= uint64_t{1} << 40), "a stride is not of 16 bytes",
+           status);
+  }
+  const uint32_t row = box.box[0] * kNumber;
+  refuse(row % 16 != 0, "a box's rows are not of 16 bytes", status);
+  refuse(box.swizzle && row != kRowBytes, "a swizzled box's rows are not of 128 bytes", status);
+  return status;
+}
+
+void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, Where where) {
+  if (bytes <= 0 || bytes % kChunk != 0 || at % kChunk != 0 || reinterpret_cast<uintptr_t>(p) % kChunk != 0)
+    fail(where, "a bulk copy's addresses and its " + std::to_string(bytes) + " bytes must be multiples of 16");
+  const auto* from = static_cast<const unsigned char*>(p);
+  read_global(from, bytes, where);
+  std::vector<BulkCopy::Piece> pieces;
+  for (int i = 0; i < bytes; i += kChunk) {
+    check_bounds(at + i, kChunk, where);
+    BulkCopy::Piece piece{at + static_cast<uint32_t>(i), {}};
+    std::memcpy(&piece.data, from + i, kChunk);
+    pieces.push_back(piece);
+  }
+  issue(std::move(pieces), barrier, where);
+}
+
+void tensor_load(uint32_t at, const TensorBox& box, const int* corner, uint32_t barrier, Where where) {
+  const uint32_t alignment = box.swizzle ? kSwizzleBytes : kRowBytes;
+  if (at % alignment != 0)
+    fail(where, "a box's place, shared memory byte " + std::to_string(at) + ", is not a multiple of " +
+                    std::to_string(alignment));
+  const auto inside = [&](int dimension, int64_t i) { return i >= 0 && i < static_cast<int64_t>(box.size[dimension]); };
+  const int row_bytes = static_cast<int>(box.box[0]) * kNumber, each = kChunk / kNumber;
+  std::vector<BulkCopy::Piece> pieces;
+  uint32_t row = 0;
+  for (uint32_t i3 = 0; i3 < box.box[3]; ++i3)
+    for (uint32_t i2 = 0; i2 < box.box[2]; ++i2)
+      for (uint32_t i1 = 0; i1 < box.box[1]; ++i1, ++row) {
+        const int64_t c1 = corner[1] + int64_t{i1}, c2 = corner[2] + int64_t{i2}, c3 = corner[3] + int64_t{i3};
+        const bool present = inside(1, c1) && inside(2, c2) && inside(3, c3);
+        const auto* from = static_cast<const unsigned char*>(box.start);
+        if (present) {
+          from += c1 * static_cast<int64_t>(box.stride[1]) + c2 * static_cast<int64_t>(box.stride[2]) +
+                  c3 * static_cast<int64_t>(box.stride[3]);
+          const int64_t first = std::max<int64_t>(corner[0], 0);
+          const int64_t end = std::min<int64_t>(corner[0] + int64_t{box.box[0]}, static_cast<int64_t>(box.size[0]));
+          if (first < end) read_global(from + first * kNumber, static_cast<int>(end - first) * kNumber, where);
+        }
+        for (int chunk = 0; chunk < row_bytes / kChunk; ++chunk) {
+          const uint32_t place = box.swizzle ? resnet_fast::swizzled128(static_cast<int>(row), chunk)
+                                             : row * row_bytes + static_cast<uint32_t>(chunk) * kChunk;
+          check_bounds(at + place, kChunk, where);
+          BulkCopy::Piece piece{at + place, {}};
+          for (int i = 0; i < each; ++i) {
+            const int64_t c0 = corner[0] + int64_t{chunk} * each + i;
+            if (present && inside(0, c0))
+              std::memcpy(reinterpret_cast<unsigned char*>(&piece.data) + i * kNumber, from + c0 * kNumber, kNumber);
+          }
+          pieces.push_back(piece);
+        }
+      }
+  issue(std::move(pieces), barrier, where);
+}
+
+}  // namespace emulator

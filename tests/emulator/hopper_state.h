@@ -1,0 +1,87 @@
+// What a launch remembers of mbarriers, bulk copies and wgmma.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <emulator/runtime.h>
+#include <resnet_fast/device.h>
+
+namespace emulator {
+
+constexpr int kMaxWarps = 32;
+// Each mbarrier has a component of the vector clocks, behind the warps': the number of its phases that are over. Copies
+// that land on it write shared memory as its first thread, so to speak: what is true of threads is then true of them.
+constexpr int kMaxBarriers = 24;
+constexpr int kClocks = kMaxWarps + kMaxBarriers;
+using Clock = std::array<uint32_t, kClocks>;
+
+struct Barrier {
+  int slot = 0;
+  int arrivals = 0;   // of a phase
+  int missing = 0;    // of this phase
+  int64_t bytes = 0;  // expected and not come
+  uint32_t phase = 0;
+  int initialised_by = 0, site = 0;
+  bool fenced = false;
+  Clock arrived{}, over{};  // known to those who arrived in this phase, and in those before
+  std::vector<int> waiters;
+};
+
+struct BulkCopy {
+  uint32_t barrier = 0, phase = 0;
+  Where where{};
+  struct Piece {
+    uint32_t at;
+    resnet_fast::Vec16 data;
+  };
+  std::vector<Piece> pieces;
+};
+
+// Products that go to the same accumulators, one after another.
+struct Chain {
+  std::array<float*, resnet_fast::kWarp * 4> d{};
+  int each = 0;              // numbers of a thread
+  std::vector<float> value;  // (64, columns)
+};
+
+struct Product {
+  std::shared_ptr<Chain> chain;
+  std::vector<uint32_t> a, b;  // chunks of 16 bytes: of a, two for each of 64 rows, or none
+};
+using Products = std::vector<std::shared_ptr<Product>>;
+
+struct Warpgroup {
+  int arrived = 0;
+  Where where{};
+  std::array<void*, resnet_fast::kWarp * 4> arguments{};
+  std::vector<std::shared_ptr<Chain>> chains;
+};
+
+// Of a thread.
+struct Asynchronous {
+  uint32_t fences = 0;  // fence_async so far
+  bool registers_fenced = false;
+  Products issued;
+  std::vector<Products> groups;
+  bool waits = false;
+  uint32_t barrier = 0;
+};
+
+struct Hopper {
+  std::map<uint32_t, Barrier> barriers;
+  std::vector<BulkCopy> copies;
+  std::vector<Warpgroup> warpgroups;
+};
+
+// hopper.cpp: a fresh block; why the block may not end here, or ""; what a waiting thread waits for.
+void start_block_of_hopper();
+std::string left_in_flight();
+std::string awaited(const Asynchronous& thread, const char* otherwise);
+std::string barrier_text(int slot);
+
+}  // namespace emulator

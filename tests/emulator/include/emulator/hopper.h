@@ -1,0 +1,117 @@
+// The vocabulary of hopper.h on a CPU. What is checked beside runtime.h's rules:
+//
+//   mbarriers     use before the init, or before a barrier of the block says that it is done; more arrivals or bytes
+//                 than a phase has room for; copies on one whose init was not fenced; a wait that never ends, named by
+//                 barrier, phase and what is missing. An arrival passes on what its warp knows, a wait takes it over
+//   bulk copies   everything that threads are held to when they write; any access before the end of the barrier's
+//                 phase, which comes no sooner than somebody waits for it; leaving the kernel before
+//   wgmma         four warps at different lines or with different operands; a descriptor that no mode of hopper.h says;
+//                 registers without a wgmma_fence; operands written before the wait. The accumulators are NaN until it
+//   proxies       bulk copies and wgmma that meet what a thread wrote and did not fence (fence_async)
+//
+// Not seen: registers of operand a that change before the wait (ptxas orders those); a warp of which some lanes arrive
+// or wait for the others without a sync_warp.
+#pragma once
+
+#include <emulator/runtime.h>
+
+#define RF_GRID_CONSTANT
+
+namespace resnet_fast {
+
+constexpr bool kHopper = true;
+
+struct TensorMap {
+  TensorBox box;
+};
+
+}  // namespace resnet_fast
+
+namespace emulator {
+
+resnet_fast::Status encode(const resnet_fast::TensorBox& box);
+
+void mbarrier_init(uint32_t at, int arrivals, Where where);
+void mbarrier_init_fence();
+void mbarrier_arrive(uint32_t at, int bytes, Where where);
+void mbarrier_wait(uint32_t at, int parity, Where where);
+void fence_async();
+void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, Where where);
+void tensor_load(uint32_t at, const resnet_fast::TensorBox& box, const int* corner, uint32_t barrier, Where where);
+
+// What one thread of a warpgroup brings to a wgmma.
+struct Wgmma {
+  float* d;
+  int columns;
+  const uint32_t* a;  // its registers, or nullptr and the descriptor
+  uint64_t a_descriptor, b_descriptor;
+  bool accumulate;
+  float (*widened)(uint16_t);
+};
+void wgmma(Wgmma argument, Where where);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
+
+}  // namespace emulator
+
+namespace resnet_fast {
+
+inline Status encode(TensorMap* map, const TensorBox& box) {
+  map->box = box;
+  return emulator::encode(box);
+}
+
+inline uint32_t shared_address(uint32_t at) {
+  return at;
+}
+
+inline void mbarrier_init(uint32_t at, int arrivals, RF_HERE) {
+  emulator::mbarrier_init(at, arrivals, {file, line});
+}
+inline void mbarrier_init_fence() {
+  emulator::mbarrier_init_fence();
+}
+inline void mbarrier_arrive(uint32_t at, RF_HERE) {
+  emulator::mbarrier_arrive(at, 0, {file, line});
+}
+inline void mbarrier_expect(uint32_t at, int bytes, RF_HERE) {
+  emulator::mbarrier_arrive(at, bytes, {file, line});
+}
+inline void mbarrier_wait(uint32_t at, int parity, RF_HERE) {
+  emulator::mbarrier_wait(at, parity, {file, line});
+}
+inline void fence_async() {
+  emulator::fence_async();
+}
+inline void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, RF_HERE) {
+  emulator::bulk_load(at, p, bytes, barrier, {file, line});
+}
+inline void tensor_load(uint32_t at, const TensorMap& map, int c0, int c1, int c2, int c3, uint32_t barrier, RF_HERE) {
+  const int corner[] = {c0, c1, c2, c3};
+  emulator::tensor_load(at, map.box, corner, barrier, {file, line});
+}
+
+template <typename... D>
+void wgmma_fence(D&...) {
+  emulator::wgmma_fence();
+}
+inline void wgmma_commit() {
+  emulator::wgmma_commit();
+}
+template <int kPending, typename... D>
+void wgmma_wait(D&...) {
+  emulator::wgmma_wait(kPending);
+}
+template <typename T, int kTiles>
+void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool accumulate, RF_HERE) {
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32, "32, 64, 128 or 256 columns");
+  emulator::wgmma({&d[0][0], kTiles * 8, nullptr, a, b, accumulate, &number::widened<T>}, {file, line});
+}
+template <typename T, int kTiles>
+void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, RF_HERE) {
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32, "32, 64, 128 or 256 columns");
+  emulator::wgmma({&d[0][0], kTiles * 8, a, 0, b, accumulate, &number::widened<T>}, {file, line});
+}
+
+}  // namespace resnet_fast

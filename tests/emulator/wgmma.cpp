@@ -1,0 +1,213 @@
+// Hopper's wgmma. hopper_state.h holds what is remembered, include/emulator/hopper.h says what is checked.
+
+#include <resnet_fast/hopper.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include <resnet_fast/fragments.h>
+
+#include "state.h"
+
+namespace emulator {
+namespace {
+
+using resnet_fast::kWarpgroup;
+
+constexpr int kRows = 64, kDepth = 16;
+constexpr int kChunk = 16, kChunks = kDepth * 2 / kChunk;  // of a row of an operand
+constexpr int kGroupRows = 8;
+constexpr int kWavefront = 128;
+
+// Byte addresses of an operand's chunks, two for each row: the eight rows of a group in the swizzle's pitch, groups at
+// a stride of their own. Without a swizzle 8 x 16 bytes lie together, and the other half of k a stride away.
+std::vector<uint32_t> chunks_of(uint64_t descriptor, int rows, Where where) {
+  const auto field = [&](int bit, int bits) { return static_cast<uint32_t>(descriptor >> bit & ((1u << bits) - 1)); };
+  const uint32_t start = field(0, 14) << 4, leading = field(16, 14) << 4, stride = field(32, 14) << 4;
+  const uint32_t mode = field(62, 2), pitch = mode == 0 ? kChunk : 256u >> mode;  // 1: 128 bytes, 2: 64, 3: 32
+  if (mode != 0 && (start % (kGroupRows * pitch) >= pitch || stride % (kGroupRows * pitch) != 0 || field(49, 3) != 0))
+    fail(where, "a descriptor's rows, from shared memory byte " + std::to_string(start) + " in groups " +
+                    std::to_string(stride) + " bytes apart, do not start where the swizzle's pattern does");
+  std::vector<uint32_t> chunks;
+  for (int row = 0; row < rows; ++row)
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t at = start + row / kGroupRows * stride + row % kGroupRows * pitch;
+      at += mode == 0 ? chunk * leading : static_cast<uint32_t>(chunk) * kChunk;
+      // Bits 4, 5 and 6 xor 7, 8 and 9, of which a narrower pitch leaves fewer.
+      if (mode != 0) at ^= (at >> 7 & (pitch / kChunk - 1)) << 4;
+      check_bounds(at, kChunk, where);
+      chunks.push_back(at);
+    }
+  return chunks;
+}
+
+// An operand's read on behalf of a warp, which lasts until the warp waits.
+void begin_read(uint32_t at, int warp, Where where) {
+  for (uint32_t g = at / kGranule; g < (at + kChunk) / kGranule; ++g) {
+    History& h = now->history[g];
+    if (h.state != kWritten)
+      fail(where, "multiplies shared memory byte " + std::to_string(g * kGranule) +
+                      (h.state == kInFlight ? " while " + thread_text(h.writer) + " write it: wait for them first"
+                                            : ", which nobody has written"));
+    if (!ordered_for(warp, h.writer, h.write_time))
+      race(where, g * kGranule, "multiplies", "wrote", h.writer, h.write_site);
+    expect_fenced(h, g * kGranule, "multiplies", where);
+    h.operand_of += 1;
+  }
+}
+
+void end_read(uint32_t at, int thread, uint32_t time) {
+  for (uint32_t g = at / kGranule; g < (at + kChunk) / kGranule; ++g) {
+    now->history[g].operand_of -= 1;
+    note_read(now->history[g], thread, time);
+  }
+}
+
+template <typename F>
+void for_chunks_of_warp(const Product& product, int warp_of_group, F f) {
+  constexpr int kOfWarp = 16 * kChunks;
+  if (!product.a.empty())
+    for (int i = 0; i < kOfWarp; ++i) f(product.a[warp_of_group * kOfWarp + i]);
+  for (uint32_t at : product.b) f(at);
+}
+
+float number_at(const std::vector<uint32_t>& chunks, int row, int k, float (*widened)(uint16_t)) {
+  uint16_t raw;
+  std::memcpy(&raw, now->shared + chunks[row * kChunks + k / 8] + k % 8 * 2, 2);
+  return widened(raw);
+}
+
+std::shared_ptr<Chain> chain_of(Warpgroup& group, int first_thread, Where where) {
+  const auto argument = [&](int t) { return static_cast<const Wgmma*>(group.arguments[t]); };
+  auto& all = group.chains;
+  all.erase(std::remove_if(all.begin(), all.end(), [](const auto& c) { return c.use_count() == 1; }), all.end());
+  for (const auto& chain : all)
+    if (chain->d[0] == argument(0)->d && chain->each * kWarpgroup == argument(0)->columns * kRows) return chain;
+  const auto chain = std::make_shared<Chain>();
+  chain->each = argument(0)->columns * kRows / kWarpgroup;
+  chain->value.resize(argument(0)->columns * kRows);
+  for (int t = 0; t < kWarpgroup; ++t) {
+    if (!now->threads[first_thread + t].async.registers_fenced)
+      fail(where, "a wgmma takes registers that were free to change: no wgmma_fence since the last wgmma_wait");
+    chain->d[t] = argument(t)->d;
+    for (int i = 0; i < chain->each; ++i)
+      chain->value[resnet_fast::wgmma_row(t, i % 4) * argument(0)->columns +
+                   resnet_fast::wgmma_column(t, i / 4, i % 4)] = chain->d[t][i];
+  }
+  all.push_back(chain);
+  return chain;
+}
+
+void multiply(Warpgroup& group, int first_thread, Where where) {
+  const auto argument = [&](int t) -> const Wgmma& { return *static_cast<const Wgmma*>(group.arguments[t]); };
+  const Wgmma& first = argument(0);
+  for (int t = 1; t < kWarpgroup; ++t) {
+    const Wgmma& other = argument(t);
+    if (other.a_descriptor != first.a_descriptor || other.b_descriptor != first.b_descriptor ||
+        other.accumulate != first.accumulate)
+      fail(where, "the threads of a warpgroup name different operands");
+  }
+  const auto product = std::make_shared<Product>();
+  product->b = chunks_of(first.b_descriptor, first.columns, where);
+  if (first.a == nullptr) product->a = chunks_of(first.a_descriptor, kRows, where);
+  for (int w = 0; w < kWarpgroup / kWarp; ++w)
+    for_chunks_of_warp(*product, w, [&](uint32_t at) { begin_read(at, first_thread / kWarp + w, where); });
+
+  std::vector<std::array<float, kDepth>> a(kRows), b(first.columns);
+  for (int row = 0; first.a == nullptr && row < kRows; ++row)
+    for (int k = 0; k < kDepth; ++k) a[row][k] = number_at(product->a, row, k, first.widened);
+  for (int t = 0; first.a != nullptr && t < kWarpgroup; ++t) {
+    if (!now->threads[first_thread + t].async.registers_fenced)
+      fail(where, "a wgmma takes operand a from registers with no wgmma_fence after the last ldmatrix");
+    for (int i = 0; i < 8; ++i)
+      a[t / kWarp * 16 + resnet_fast::a_row(t % kWarp, i / 2)][resnet_fast::a_k(t % kWarp, i / 2) + i % 2] =
+          first.widened(static_cast<uint16_t>(argument(t).a[i / 2] >> 16 * (i % 2)));
+  }
+  for (int column = 0; column < first.columns; ++column)
+    for (int k = 0; k < kDepth; ++k) b[column][k] = number_at(product->b, column, k, first.widened);
+
+  product->chain = chain_of(group, first_thread, where);
+  for (int row = 0; row < kRows; ++row)
+    for (int column = 0; column < first.columns; ++column) {
+      float& value = product->chain->value[row * first.columns + column];
+      float sum = first.accumulate ? value : 0.0f;
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
+      value = sum;
+    }
+  for (int t = 0; t < kWarpgroup; ++t) {
+    std::memset(product->chain->d[t], 0xff, product->chain->each * sizeof(float));
+    now->threads[first_thread + t].async.issued.push_back(product);
+    now->threads[first_thread + t].where = where;
+  }
+
+  SiteCount& site = count_of(now->sites.id(where, Kind::kWgmma));
+  const uint64_t wavefronts = (product->a.size() + product->b.size()) * kChunk / kWavefront;
+  site.instructions += 1;
+  site.units += wavefronts;
+  site.least += wavefronts;
+  now->counters.wgmma += 1;
+  now->counters.wgmma_multiply_adds += static_cast<uint64_t>(kRows) * first.columns * kDepth;
+}
+
+}  // namespace
+
+void wgmma(Wgmma argument, Where where) {
+  Thread& me = self();
+  const int index = me.index / kWarpgroup, first = index * kWarpgroup;
+  if (first + kWarpgroup > now->grid.threads) fail(where, "a wgmma needs four warps, from a multiple of four on");
+  Warpgroup& group = now->hopper.warpgroups[index];
+  if (group.arrived == 0) {
+    group.where = where;
+  } else if (group.where.line != where.line || std::strcmp(group.where.file, where.file) != 0) {
+    fail(where,
+         "threads of a warpgroup part: this one is at a wgmma, others wait for the one at " + text_of(group.where));
+  }
+  group.arguments[me.index - first] = &argument;
+  group.arrived += 1;
+  if (group.arrived < kWarpgroup) return wait_at("wgmma of the warpgroup", where);
+  group.arrived = 0;
+  multiply(group, first, where);
+  for (int t = first; t < first + kWarpgroup; ++t) release(t);
+  yield_from(me.index);
+}
+
+void wgmma_fence() {
+  self().async.registers_fenced = true;
+}
+
+void wgmma_commit() {
+  Asynchronous& mine = self().async;
+  mine.groups.push_back(std::move(mine.issued));
+  mine.issued.clear();
+}
+
+void wgmma_wait(int pending) {
+  Thread& me = self();
+  Asynchronous& mine = me.async;
+  mine.registers_fenced = false;
+  if (mine.groups.size() <= static_cast<size_t>(pending)) return;
+  const auto end = mine.groups.begin() + static_cast<ptrdiff_t>(mine.groups.size() - pending);
+  Products done;
+  for (auto group = mine.groups.begin(); group != end; ++group) done.insert(done.end(), group->begin(), group->end());
+  mine.groups.erase(mine.groups.begin(), end);
+  const auto goes_on = [&](const std::shared_ptr<Chain>& chain) {
+    const auto of_chain = [&](const auto& product) { return product->chain == chain; };
+    bool any = std::any_of(mine.issued.begin(), mine.issued.end(), of_chain);
+    for (const Products& group : mine.groups) any |= std::any_of(group.begin(), group.end(), of_chain);
+    return any;
+  };
+  const int thread = me.index % kWarpgroup;
+  for (const auto& product : done) {
+    if (self_lane() == 0)
+      for_chunks_of_warp(*product, thread / kWarp, [&](uint32_t at) { end_read(at, me.index, time_of(self_warp())); });
+    const Chain& chain = *product->chain;
+    if (goes_on(product->chain)) continue;
+    const int columns = chain.each * kWarpgroup / kRows;
+    for (int i = 0; i < chain.each; ++i)
+      chain.d[thread][i] =
+          chain
+              .value[resnet_fast::wgmma_row(thread, i % 4) * columns + resnet_fast::wgmma_column(thread, i / 4, i % 4)];
+  }
+}
+
+}  // namespace emulator
