@@ -60,7 +60,8 @@ test: $(VENV)/.stamp-dev
 	$(INTERPRET) -m "interpret and not slow"
 
 test-slow: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/emulator
+	$(BIN)/python -m pytest -m slow -n 2 tests/emulator
 	$(INTERPRET) -m "interpret and slow"
 
 dev: $(VENV)/.stamp-dev
