@@ -131,7 +131,7 @@ def test_shared_memory_beyond_the_blocks() -> None:
 
 
 def test_lanes_that_part() -> None:
-    parted = edit("uint32_t both[4];", "if (lane != 5) sync_warp(); uint32_t both[4];")
+    parted = edit("uint32_t a[kTall1][4];", "if (lane != 5) sync_warp(); uint32_t a[kTall1][4];")
     with pytest.raises(RuntimeError, match=r"lanes of a warp part: this one is at a \w+, others wait for a \w+ at"):
         run(parted)
 
