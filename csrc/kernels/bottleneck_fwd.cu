@@ -43,6 +43,7 @@
 // conv1 with split gemm_k as conv2 (its partial sums are 28 KB, which do not fit beside the weights).
 
 #include <resnet_fast/bottleneck_fwd.h>
+#include <resnet_fast/bottleneck_tile.h>
 #include <resnet_fast/device.h>
 #include <resnet_fast/epilogue.h>
 #include <resnet_fast/fragments.h>
@@ -52,11 +53,8 @@ namespace resnet_fast {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTile = kBottleneckTile, kHalo = kTile + 2;
-constexpr int kPixels = kTile * kTile, kHaloPixels = kHalo * kHalo;
 constexpr int kTiles1 = (kHaloPixels + 15) / 16, kTiles2 = kPixels / 16;  // of 16 rows
-constexpr int kStep = kBottleneckStep, kStepChunks = kStep / 8, kStepMmas = kStep / 16;
-constexpr int kWide = 32 / 8;  // n tiles of a warp in conv2 and conv3
+constexpr int kWide = 32 / 8;                                             // n tiles of a warp in conv2 and conv3
 constexpr int kChunkBytes = 16;
 
 // Variant: how many channels lie between, how many come out, and the steps in the ring of streamed weights; none: the
@@ -100,16 +98,6 @@ RF_HOST_DEVICE Layout layout_of(const BottleneckParams& p) {
   return at;
 }
 
-struct Tile {
-  int n, h, w;  // image, and first row and column of the output
-};
-
-RF_DEVICE Tile tile_of(const BottleneckParams& p, int index) {
-  const int across = p.tiles_w(), per_image = across * p.tiles_h();
-  const int rest = index % per_image;
-  return {index / per_image, rest / across * kTile, rest % across * kTile};
-}
-
 // x of a tile with its halo -> shared memory, zeros outside of the image; to be committed by the caller.
 RF_DEVICE void issue_x(const BottleneckParams& p, const Tile& tile, uint32_t at) {
   const int chunks = p.ci / 8;
@@ -117,7 +105,7 @@ RF_DEVICE void issue_x(const BottleneckParams& p, const Tile& tile, uint32_t at)
     if (i >= kHaloPixels * chunks) break;
     const int pixel = i / chunks, chunk = i % chunks;
     const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
-    const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
+    const bool inside = in_image(p, tile, pixel);
     const size_t row = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w + w : 0;
     const uint32_t to = at + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks);
     cp_async16(to, static_cast<const char*>(p.x) + (row * p.ci + chunk * 8) * 2, inside);
@@ -173,20 +161,6 @@ struct Weights {
     }
   }
 };
-
-// Accumulators that begin with the bias of their columns, the first of which is at `at` in shared memory: one load for
-// all rows, and no addition at the end.
-template <int kM, int kN>
-RF_DEVICE void begin_with(float (&acc)[kM][kN][4], uint32_t at, int lane) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const Pair bias = load_shared<Pair>(at + (n * 8 + d_column(lane, 0)) * 4);
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[m][n][i] = i % 2 == 0 ? bias.first : bias.second;
-  }
-}
 
 template <typename V>
 RF_KERNEL(kThreads)
@@ -245,8 +219,7 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int pixel = (warp_m + m * kWarpsM1) * 16 + d_row(lane, 2 * half);
-          const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
-          const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
+          const bool inside = in_image(p, tile, pixel);
 #pragma unroll
           for (int n = 0; n < V::kWide1; ++n) {
             const int chunk = warp_n * V::kWide1 + n;
@@ -273,10 +246,9 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int row = (warp_m3 * V::kTall3 + m) * 16 + d_row(lane, 2 * half);
-              const int pixel = (row / kTile + 1) * kHalo + row % kTile + 1;
               const int chunk = pass * V::kPass / 8 + warp_n3 * kWide + n;
               shortcut[pass][m][n][half] = load_shared<uint32_t>(x_at + chunk / kStepChunks * kHaloPixels * kRowBytes +
-                                                                 swizzled(pixel, chunk % kStepChunks) + quad * 4);
+                                                                 swizzled(centre(row), chunk % kStepChunks) + quad * 4);
             }
     }
     sync_block();
@@ -380,9 +352,8 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
 #pragma unroll
           for (int m = 0; m < V::kTall3; ++m) {
             const int row = (warp_m3 * V::kTall3 + m) * 16 + a_address_row(lane);
-            const int pixel = (row / kTile + 1) * kHalo + row % kTile + 1;
             const int chunk = k * 2 + a_address_chunk(lane);
-            ldmatrix_x4(a[m], from_x ? x_at + part * kHaloPixels * kRowBytes + swizzled(pixel, chunk)
+            ldmatrix_x4(a[m], from_x ? x_at + part * kHaloPixels * kRowBytes + swizzled(centre(row), chunk)
                                      : at.t2 + part * kPixels * kRowBytes + swizzled(row, chunk));
           }
           multiply<T>(acc, a, step, channel % V::kMid, k, lane);
@@ -400,13 +371,8 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
             unpack2<T>(shortcut[pass][m][n][half], s.first, s.second);
             out[n] = pack2<T>(relu(acc[m][n][2 * half] + s.first), relu(acc[m][n][2 * half + 1] + s.second));
           }
-          const Vec16 wide = transposed_in_quad(out);
           const int row = (warp_m3 * V::kTall3 + m) * 16 + group + 8 * half;
-          const int h = tile.h + row / kTile, w = tile.w + row % kTile;
-          const bool inside = h < p.h && w < p.w;
-          const size_t pixel = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w + w : 0;
-          store_global(static_cast<char*>(p.y) + (pixel * V::kCo + pass * V::kPass + channel + quad * 8) * 2, wide,
-                       inside);
+          store_pixel<V::kCo>(p, tile, row, pass * V::kPass + channel + quad * 8, out);
         }
     }
   }
@@ -458,6 +424,7 @@ int bottleneck_fwd_shared(const BottleneckParams& p) {
 }
 
 Status launch_bottleneck_fwd(const BottleneckParams& p, const Device& device) {
+  if (bottleneck_fwd_sm90a_fits(p, device)) return launch_bottleneck_fwd_sm90a(p, device);
   return p.bfloat16 ? launch_as<Bfloat16>(p, device) : launch_as<Half>(p, device);
 }
 

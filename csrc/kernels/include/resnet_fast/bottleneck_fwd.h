@@ -64,4 +64,9 @@ int bottleneck_fwd_shared(const BottleneckParams& params);
 // One launch, at least one pixel. The caller has checked shapes; see ops/bottleneck_fwd.cpp.
 Status launch_bottleneck_fwd(const BottleneckParams& params, const Device& device);
 
+// The launch on Hopper's own instructions, bottleneck_fwd_sm90a.cu, which launch_bottleneck_fwd takes where it fits: 64
+// channels between, 256 out, the identity or a projection of 64; compiled for sm_90a and run there.
+bool bottleneck_fwd_sm90a_fits(const BottleneckParams& params, const Device& device);
+Status launch_bottleneck_fwd_sm90a(const BottleneckParams& params, const Device& device);
+
 }  // namespace resnet_fast

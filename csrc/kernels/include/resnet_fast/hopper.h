@@ -17,7 +17,8 @@
 // the wgmma before it, need a wgmma_fence after they were last touched; shared memory that threads wrote needs their
 // fence_async, before the barrier that says it is written.
 //
-// Only code in `if constexpr (kHopper)` may use these: false where a fat binary's other architectures are compiled.
+// Only code in `if constexpr (kHopper)` may use these: false where a fat binary's other architectures are compiled. A
+// launcher asks kHopperBuilt whether sm_90a is among them.
 #pragma once
 
 #include <resnet_fast/device.h>

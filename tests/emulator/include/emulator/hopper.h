@@ -19,7 +19,7 @@
 
 namespace resnet_fast {
 
-constexpr bool kHopper = true;
+constexpr bool kHopper = true, kHopperBuilt = true;
 
 struct TensorMap {
   TensorBox box;

@@ -1,0 +1,71 @@
+// What both kernels of a whole bottleneck share: the tile of output pixels that a block works on, and accumulators that
+// begin with a bias.
+#pragma once
+
+#include <resnet_fast/bottleneck_fwd.h>
+#include <resnet_fast/device.h>
+#include <resnet_fast/epilogue.h>
+#include <resnet_fast/fragments.h>
+
+namespace resnet_fast {
+
+constexpr int kTile = kBottleneckTile, kHalo = kTile + 2;  // pixels a side, of y and of t1
+constexpr int kPixels = kTile * kTile, kHaloPixels = kHalo * kHalo;
+constexpr int kStep = kBottleneckStep, kStepChunks = kStep / 8, kStepMmas = kStep / 16;
+
+struct Tile {
+  int n, h, w;  // image, and first row and column of the output
+};
+
+RF_DEVICE Tile tile_of(const BottleneckParams& p, int index) {
+  const int across = p.tiles_w(), per_image = across * p.tiles_h();
+  const int rest = index % per_image;
+  return {index / per_image, rest / across * kTile, rest % across * kTile};
+}
+
+// Is this pixel of the halo tile in the image?
+RF_DEVICE bool in_image(const BottleneckParams& p, const Tile& tile, int pixel) {
+  const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
+  return h >= 0 && h < p.h && w >= 0 && w < p.w;
+}
+
+// The pixel of the halo tile on which pixel `row` of the output is centred.
+RF_HOST_DEVICE constexpr int centre(int row) {
+  return (row / kTile + 1) * kHalo + row % kTile + 1;
+}
+
+// Accumulators that begin with the bias of their columns, the first of which is at `at` in shared memory: one load for
+// all rows, and no addition at the end.
+template <int kN>
+RF_DEVICE void begin_with(float (&acc)[kN][4], uint32_t at, int lane) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const Pair bias = load_shared<Pair>(at + (n * 8 + d_column(lane, 0)) * 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = i % 2 == 0 ? bias.first : bias.second;
+  }
+}
+template <int kM, int kN>
+RF_DEVICE void begin_with(float (&acc)[kM][kN][4], uint32_t at, int lane) {
+  begin_with(acc[0], at, lane);
+#pragma unroll
+  for (int m = 1; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] = acc[0][n][i];
+}
+
+// y of one of the tile's 64 pixels, unless it is past the image's edge: 32 channels by a quad, of which this lane
+// stores the eight from `channel` on.
+template <int kCo>
+RF_DEVICE void store_pixel(const BottleneckParams& p, const Tile& tile, int row, int channel,
+                           const uint32_t (&accumulators)[4]) {
+  const Vec16 wide = transposed_in_quad(accumulators);
+  const int h = tile.h + row / kTile, w = tile.w + row % kTile;
+  const bool inside = h < p.h && w < p.w;
+  const size_t pixel = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w + w : 0;
+  store_global(static_cast<char*>(p.y) + (pixel * kCo + channel) * 2, wide, inside);
+}
+
+}  // namespace resnet_fast
