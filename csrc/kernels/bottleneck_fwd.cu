@@ -105,7 +105,7 @@ RF_DEVICE void issue_x(const BottleneckParams& p, const Tile& tile, uint32_t at)
     if (i >= kHaloPixels * chunks) break;
     const int pixel = i / chunks, chunk = i % chunks;
     const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
-    const bool inside = in_image(p, tile, pixel);
+    const bool inside = in_image(p, h, w);
     const size_t row = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w + w : 0;
     const uint32_t to = at + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks);
     cp_async16(to, static_cast<const char*>(p.x) + (row * p.ci + chunk * 8) * 2, inside);
@@ -223,7 +223,7 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
 #pragma unroll
           for (int n = 0; n < V::kWide1; ++n) {
             const int chunk = warp_n * V::kWide1 + n;
-            const uint32_t t = pack2<T>(relu(acc[m][n][2 * half]), relu(acc[m][n][2 * half + 1]));
+            const uint32_t t = relu2<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
             const uint32_t to =
                 at.t1 + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks) + quad * 4;
             store_shared(to, inside ? t : 0u, pixel < kHaloPixels);
@@ -323,7 +323,7 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
 #pragma unroll
           for (int n = 0; n < kWide; ++n) {
             const int chunk = warp_n * kWide + n;
-            const uint32_t t = pack2<T>(relu(acc[m][n][2 * half]), relu(acc[m][n][2 * half + 1]));
+            const uint32_t t = relu2<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
             store_shared(
                 at.t2 + chunk / kStepChunks * kPixels * kRowBytes + swizzled(row, chunk % kStepChunks) + quad * 4, t);
           }
@@ -369,7 +369,7 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
           for (int n = 0; n < kWide; ++n) {
             Pair s;
             unpack2<T>(shortcut[pass][m][n][half], s.first, s.second);
-            out[n] = pack2<T>(relu(acc[m][n][2 * half] + s.first), relu(acc[m][n][2 * half + 1] + s.second));
+            out[n] = relu2<T>(acc[m][n][2 * half] + s.first, acc[m][n][2 * half + 1] + s.second);
           }
           const int row = (warp_m3 * V::kTall3 + m) * 16 + group + 8 * half;
           store_pixel<V::kCo>(p, tile, row, pass * V::kPass + channel + quad * 8, out);

@@ -164,7 +164,7 @@ RF_DEVICE void run(const Params& all) {
         const bool mine = row >= group * kPixels && row < kHaloPixels, inside = in_image(p, tile, row);
 #pragma unroll
         for (int n = 0; n < kMid / 8; ++n) {
-          const uint32_t t = pack2<T>(relu(acc[n][2 * half]), relu(acc[n][2 * half + 1]));
+          const uint32_t t = relu2<T>(acc[n][2 * half], acc[n][2 * half + 1]);
           store_shared(V::kT1 + swizzled128(row, n) + quad * 4, inside ? t : 0u, mine);
         }
       }
@@ -211,7 +211,7 @@ RF_DEVICE void run(const Params& all) {
         const int row = wgmma_row(thread % kWarpgroup, 2 * half);
 #pragma unroll
         for (int n = 0; n < kColumns2 / 8; ++n) {
-          const uint32_t t = pack2<T>(relu(acc[n][2 * half]), relu(acc[n][2 * half + 1]));
+          const uint32_t t = relu2<T>(acc[n][2 * half], acc[n][2 * half + 1]);
           store_shared(V::kT2 + swizzled128(row, group * kColumns2 / 8 + n) + quad * 4, t);
         }
       }
@@ -246,7 +246,7 @@ RF_DEVICE void run(const Params& all) {
           for (int i = 0; i < 4; ++i) {
             Pair s{};
             if constexpr (!V::kProjection) unpack2<T>(kept[(n + i) / 2][(n + i) % 2 * 2 + half], s.first, s.second);
-            out[i] = pack2<T>(relu(acc[n + i][2 * half] + s.first), relu(acc[n + i][2 * half + 1] + s.second));
+            out[i] = relu2<T>(acc[n + i][2 * half] + s.first, acc[n + i][2 * half + 1] + s.second);
           }
           store_pixel<kCo>(p, tile, wgmma_row(thread % kWarpgroup, 2 * half), group * kColumns3 + n * 8 + quad * 8,
                            out);

@@ -42,7 +42,10 @@ SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover
 
 @dataclass(frozen=True)
 class Edit:
-    """Put ``new`` in place of ``old`` in the file of this name, at its ``count``-th occurrence (from 0)."""
+    """Put ``new`` in place of ``old`` in the file of this name, at its ``count``-th occurrence (from 0).
+
+    An edited header is seen by the sources that name it in an include.
+    """
 
     file: str
     old: str
@@ -100,17 +103,28 @@ def build(flags: Sequence[str] = (), edits: Iterable[Edit] = ()) -> Path:
     edits = list(edits)
     flags = flags or (QUICK if edits else OPTIMISED)
     texts = {path: path.read_text() for path in sources()}
+    headers: dict[Path, str] = {}
     for edit in edits:
-        path = next(p for p in texts if p.name == edit.file)
-        texts[path] = edit.apply(texts[path])
+        if path := next((p for p in texts if p.name == edit.file), None):
+            texts[path] = edit.apply(texts[path])
+        else:
+            path = next(p for folder in INCLUDES for p in folder.rglob(edit.file))
+            headers[path] = edit.apply(headers.get(path) or path.read_text())
     key = hashlib.sha256(repr((flags, edits, _headers(), sorted(texts.items()))).encode()).hexdigest()[:16]
     name = f"emulator_{key}"
     target = KEPT / f"{name}.so"
     if target.exists():
         return target
 
+    for header, text in headers.items():
+        edited = KEPT / name / header.parent.name / header.name
+        edited.parent.mkdir(parents=True, exist_ok=True)
+        edited.write_text(text)
+
     def one(path: Path) -> Path:
         own = [f"-DEMULATOR_MODULE={name}"] if path.name == "module.cpp" else []
+        if any(f"/{header.name}>" in texts[path] for header in headers):
+            own.append(f"-I{KEPT / name}")
         return _compile(texts[path], path, [*flags, *own])
 
     with ThreadPoolExecutor(2) as pool:
@@ -161,6 +175,7 @@ class Emulator:
 
 A100 = {"arch": 80, "sms": 108, "shared": 163 << 10}
 H100 = {"arch": 90, "sms": 132, "shared": 227 << 10}
+B200 = {"arch": 100, "sms": 148, "shared": 227 << 10}
 
 
 def conflicts(launch: dict[str, Any]) -> dict[str, int]:

@@ -1,4 +1,8 @@
-"""bottleneck_fwd.cu against fp64, in every variant; its traffic, its bank conflicts, its shared memory."""
+"""A whole bottleneck against fp64, in every variant of its two kernels; traffic, bank conflicts, shared memory.
+
+With 64 channels between, an H100 runs bottleneck_fwd_sm90a.cu, a B200 bottleneck_fwd.cu with weights that stay, an A100
+the same with weights that are streamed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import A100, H100, Emulator, conflicts
+from harness import A100, B200, H100, Emulator, conflicts
 from torch import Tensor
 
 from resnet_fast import numerics
@@ -58,6 +62,8 @@ def block(n: int, h: int, w: int, ci: int, cmid: int, co: int, dtype: torch.dtyp
 
 
 CHANNELS = [(256, 64, 256), (64, 64, 256), (512, 128, 512), (256, 128, 256), (128, 128, 512)]
+DEVICES = {"h100": H100, "a100": A100, "b200": B200}
+VARIANTS = [(c, name) for c in CHANNELS for name in DEVICES if c[1] == 64 or name != "b200"]  # else as on an H100
 
 
 def check(b: Block, y: Tensor) -> None:
@@ -65,39 +71,50 @@ def check(b: Block, y: Tensor) -> None:
     numerics.assert_close(y, b.eager(torch.float64), b.eager(b.x.dtype), 9 * cmid, b.eager(torch.float64, relu=False))
 
 
-@pytest.mark.parametrize("device", [H100, A100], ids=["h100", "a100"])
+def test_which_kernel_runs_where(emulator: Path) -> None:
+    ran = {}
+    for channels, device in VARIANTS:
+        with Emulator(emulator, **DEVICES[device] | {"sms": 1}) as run:
+            block(1, 1, 1, *channels, torch.float16).run()
+            ran[channels, device] = run.launches()[0]["kernel"].partition("<")[0]
+    hopper = {key for key, kernel in ran.items() if kernel == "bottleneck_fwd_sm90a_kernel"}
+    assert hopper == {((256, 64, 256), "h100"), ((64, 64, 256), "h100")}
+    assert set(ran.values()) == {"bottleneck_fwd_kernel", "bottleneck_fwd_sm90a_kernel"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels", CHANNELS, ids=str)
+@pytest.mark.parametrize(("channels", "device"), VARIANTS, ids=str)
 @pytest.mark.parametrize("image", [(1, 8, 8), (3, 7, 15)], ids=str)
 def test_error_is_within_eagers(image, channels, dtype, device, emulator: Path) -> None:
     b = block(*image, *channels, dtype)
-    with Emulator(emulator, **device | {"sms": 2}):
+    with Emulator(emulator, **DEVICES[device] | {"sms": 2}):
         y = b.run()
     check(b, y)
 
 
 @pytest.mark.parametrize("image", [(3, 1, 1), (1, 1, 28), (1, 7, 8), (1, 14, 14), (1, 28, 15), (1, 15, 1)], ids=str)
-def test_any_size_of_image(image, emulator: Path) -> None:
+@pytest.mark.parametrize("device", ["h100", "b200"])
+def test_any_size_of_image(device: str, image, emulator: Path) -> None:
     b = block(*image, 256, 64, 256, torch.float16)
-    with Emulator(emulator, sms=3):
+    with Emulator(emulator, **DEVICES[device] | {"sms": 3}):
         y = b.run()
     assert y.is_contiguous(memory_format=torch.channels_last)
     check(b, y)
 
 
-@pytest.mark.parametrize("channels", [(256, 64, 256), (64, 64, 256), (256, 128, 256)], ids=str)
-def test_order_of_threads_and_number_of_sms_change_no_bit(channels, emulator: Path) -> None:
+@pytest.mark.parametrize(("channels", "device"), VARIANTS, ids=str)
+def test_order_of_threads_and_number_of_sms_change_no_bit(channels, device: str, emulator: Path) -> None:
     b, results = block(2, 9, 17, *channels, torch.bfloat16), []
     for seed, sms in ((0, 1), (1, 5), (2, 132)):
-        with Emulator(emulator, seed=seed, sms=sms):
+        with Emulator(emulator, seed=seed, **DEVICES[device] | {"sms": sms}):
             results.append(b.run())
     assert all(torch.equal(y, results[0]) for y in results)
 
 
 def test_resident_and_streamed_weights_give_the_same_bits(emulator: Path) -> None:
-    """The two variants for 64 channels sum in the same order."""
+    """The two variants of bottleneck_fwd.cu for 64 channels sum in the same order."""
     b, results, shared = block(1, 9, 9, 256, 64, 256, torch.float16), [], []
-    for device in (H100, A100):
+    for device in (B200, A100):
         with Emulator(emulator, **device) as run:
             results.append(b.run())
             shared.append(run.launches()[0]["shared"])
@@ -111,35 +128,36 @@ def test_an_empty_batch_launches_nothing(emulator: Path) -> None:
         assert y.shape == (0, 256, 8, 8) and not run.launches()
 
 
-def test_nan_and_infinity_reach_their_neighbours_alone(emulator: Path) -> None:
+@pytest.mark.parametrize("device", ["h100", "b200"])
+def test_nan_and_infinity_reach_their_neighbours_alone(device: str, emulator: Path) -> None:
     b = block(1, 12, 12, 256, 64, 256, torch.float16)
     b.x[0, 5, 4, 4] = float("nan")
-    with Emulator(emulator):
+    with Emulator(emulator, **DEVICES[device]):
         y = b.run()
     far = torch.ones(12, 12, dtype=torch.bool)
     far[3:6, 3:6] = False
     assert y[0, :, 3:6, 3:6].isnan().all() and not y[0, :, far].isnan().any()
 
 
-@pytest.mark.parametrize("device", [H100, A100], ids=["h100", "a100"])
-@pytest.mark.parametrize("channels", CHANNELS, ids=str)
-def test_no_bank_conflict_and_wide_accesses(channels, device, emulator: Path) -> None:
-    with Emulator(emulator, **device | {"sms": 2}) as run:
+@pytest.mark.parametrize(("channels", "device"), VARIANTS, ids=str)
+def test_no_bank_conflict_and_wide_accesses(channels, device: str, emulator: Path) -> None:
+    with Emulator(emulator, **DEVICES[device] | {"sms": 2}) as run:
         block(1, 16, 17, *channels, torch.bfloat16).run()
         launch = run.launches()[0]
     assert conflicts(launch) == {}
-    assert launch["shared"] <= device["shared"]
+    assert launch["shared"] <= DEVICES[device]["shared"]
     wide = [s for s in launch["sites"] if s["kind"].startswith("global") and s["units"] > 500]  # biases are few
     assert wide and all(s["narrowest"] == 16 for s in wide)
     # as many sectors as the bytes that lanes ask for need: nothing is moved to be thrown away
     assert all(s["units"] == s["least"] for s in wide)
 
 
+@pytest.mark.parametrize("device", ["h100", "b200"])
 @pytest.mark.parametrize("channels", [(256, 64, 256), (64, 64, 256)], ids=str)
-def test_traffic_of_resident_weights(channels, emulator: Path) -> None:
+def test_traffic_of_resident_weights(channels, device: str, emulator: Path) -> None:
     """One image of ResNet-50's stage 1: every tensor from DRAM once, weights once per block, the halo from L2."""
     sms = 7
-    with Emulator(emulator, **H100 | {"sms": sms}) as run:
+    with Emulator(emulator, **DEVICES[device] | {"sms": sms}) as run:
         b = block(1, 56, 56, *channels, torch.bfloat16)
         b.run()
         buffers = run.launches()[0]["buffers"]

@@ -23,13 +23,14 @@ PROGRAM = """
 import sys
 sys.path[:0] = [{here!r}, {ops!r}]
 import torch
-from harness import H100, Emulator
+from harness import B200, H100, Emulator
 from pathlib import Path
 from test_bottleneck_fwd import block
 for channels in ((256, 64, 256), (256, 128, 256), (64, 64, 256)):
-    with Emulator(Path({module!r}), seed=1, **H100 | {{"sms": 2}}):
-        y = block(1, 9, 8, *channels, torch.bfloat16).run()
-    assert not y.isnan().any()
+    for device in (B200, H100):
+        with Emulator(Path({module!r}), seed=1, **device | {{"sms": 2}}):
+            y = block(1, 9, 8, *channels, torch.bfloat16).run()
+        assert not y.isnan().any()
 print("finished")
 """
 
@@ -67,8 +68,8 @@ def test_plain_read_past_the_end_of_a_tensor() -> None:
         (
             Edit(
                 "bottleneck_fwd.cu",
-                "const Vec16 wide",
-                "if (p.bias3[V::kCo] > 1e30f) out[0] = 0; const Vec16 wide",
+                "store_pixel<V::kCo>",
+                "if (p.bias3[V::kCo] > 1e30f) out[0] = 0; store_pixel<V::kCo>",
             ),
         )
     )
@@ -78,6 +79,6 @@ def test_plain_read_past_the_end_of_a_tensor() -> None:
 
 
 def test_undefined_arithmetic() -> None:
-    done = run((Edit("bottleneck_fwd.cu", "const Vec16 wide", "out[0] <<= p.n * 40; const Vec16 wide"),))
+    done = run((Edit("bottleneck_fwd.cu", "store_pixel<V::kCo>", "out[0] <<= p.n * 40; store_pixel<V::kCo>"),))
     assert done.returncode != 0
     assert "runtime error: shift exponent 40 is too large" in done.stderr

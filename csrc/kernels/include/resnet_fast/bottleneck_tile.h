@@ -23,10 +23,12 @@ RF_DEVICE Tile tile_of(const BottleneckParams& p, int index) {
   return {index / per_image, rest / across * kTile, rest % across * kTile};
 }
 
-// Is this pixel of the halo tile in the image?
-RF_DEVICE bool in_image(const BottleneckParams& p, const Tile& tile, int pixel) {
-  const int h = tile.h - 1 + pixel / kHalo, w = tile.w - 1 + pixel % kHalo;
+RF_DEVICE bool in_image(const BottleneckParams& p, int h, int w) {
   return h >= 0 && h < p.h && w >= 0 && w < p.w;
+}
+// Is this pixel of the halo tile?
+RF_DEVICE bool in_image(const BottleneckParams& p, const Tile& tile, int pixel) {
+  return in_image(p, tile.h - 1 + pixel / kHalo, tile.w - 1 + pixel % kHalo);
 }
 
 // The pixel of the halo tile on which pixel `row` of the output is centred.
