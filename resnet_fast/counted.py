@@ -2,7 +2,7 @@
 
     DRAM      sectors of 32 bytes, each once over the launch                      / copy bandwidth
     L2        sectors that a block had not read before; copies by cp_async, all   / L2 bandwidth
-    shared    wavefronts: cycles of the 32 banks                                  / (multiprocessors * clock)
+    shared    wavefronts: cycles of the 32 banks, bulk copies' writes among them  / (multiprocessors * clock)
     tensor    multiply-adds of the tensor cores                                   / (rate / 2 * share of it reached)
 
 Each of the four works while the others do, so the time is the longest of them, and a launch. Latency that nothing hides
@@ -23,6 +23,7 @@ from .devices import Device
 from .errors import UserError
 
 SECTOR = 32
+WAVEFRONT = 128
 MMA_MACS = 16 * 8 * 16
 
 WARP_MMA_REACHES = {80: 1.0, 90: 0.62}
@@ -57,7 +58,7 @@ class Counted:
             launch["shared"],
             SECTOR * sum(b["unique_sectors_read"] + b["unique_sectors_written"] for b in buffers),
             SECTOR * sum(b["l2_sectors_read"] + b["sectors_written"] for b in buffers),
-            sum(s["units"] for s in shared),
+            sum(s["units"] for s in shared) + launch["bulk_bytes"] / WAVEFRONT,
             MMA_MACS * launch["mma"],
             launch["wgmma_multiply_adds"],
         )
