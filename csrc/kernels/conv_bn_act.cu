@@ -37,30 +37,10 @@
 // L2 once instead of nine times, but a kernel for each filter and stride).
 
 #include <resnet_fast/conv_bn_act.h>
-#include <resnet_fast/device.h>
-#include <resnet_fast/epilogue.h>
-#include <resnet_fast/fragments.h>
-#include <resnet_fast/multiply.h>
+#include <resnet_fast/ring_product.h>
 
 namespace resnet_fast {
 namespace {
-
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kRows = 128;                      // pixels of a tile
-constexpr int kStep = 64;                       // k of a step: a shared row
-constexpr int kSlots = 3;                       // steps in the ring
-constexpr int kWide = 4;                        // column tiles of 8 of a warp
-constexpr int kCopied = kThreads / kRowChunks;  // rows that the block copies at once
-
-// Tiles of kColumns channels, 64 or 128, and what follows from that.
-template <typename T_, int kColumns_>
-struct Variant {
-  using T = T_;
-  static constexpr int kColumns = kColumns_;
-  static constexpr int kWarpsN = kColumns / (kWide * 8), kWarpsM = kWarps / kWarpsN;
-  static constexpr int kTall = kRows / 16 / kWarpsM;  // row tiles of 16 of a warp
-  static constexpr int kSlotBytes = (kRows + kColumns) * kRowBytes;
-};
 
 // The chunk of k that a thread copies: which tap, which channels of it.
 struct Tap {
@@ -80,14 +60,9 @@ struct Tap {
 };
 
 template <typename V>
-RF_KERNEL(kThreads, 2)
+RF_KERNEL(V::kThreads, 2)
 conv_bn_act_kernel(const ConvParams p) {
-  using T = typename V::T;
-  const int lane = lane_index(), warp_m = warp_index() / V::kWarpsN, warp_n = warp_index() % V::kWarpsN;
-
-  // The tile. Neighbouring blocks take the channels of the same pixels, whose x comes from L2 after the first.
-  const int tiles_n = (p.co + V::kColumns - 1) / V::kColumns;
-  const int first_row = block_index() / tiles_n * kRows, first_column = block_index() % tiles_n * V::kColumns;
+  const TilePlace<V> tile(p.co);
 
   // What this thread copies: one chunk of 16 bytes in rows `copied`, `copied` + 32, ... of the windows and of w. A
   // window begins at pixel (h, w) of its image, number `corner` of all; one behind the last pixel so far above its
@@ -95,11 +70,11 @@ conv_bn_act_kernel(const ConvParams p) {
   constexpr int kFarAbove = INT32_MIN / 2;
   const int copied = thread_index() / kRowChunks, chunk = thread_index() % kRowChunks;
   const int gemm_m = p.gemm_m(), gemm_k = p.gemm_k();
-  int corner[kRows / kCopied], h[kRows / kCopied], w[kRows / kCopied];
+  int corner[V::kRowsEach], h[V::kRowsEach], w[V::kRowsEach];
 #pragma unroll
-  for (int i = 0; i < kRows / kCopied; ++i) {
-    const bool real = first_row + copied + i * kCopied < gemm_m;
-    const int m = real ? first_row + copied + i * kCopied : 0;
+  for (int i = 0; i < V::kRowsEach; ++i) {
+    const bool real = tile.row + copied + i * V::kCopied < gemm_m;
+    const int m = real ? tile.row + copied + i * V::kCopied : 0;
     const int image = m / (p.ho * p.wo), down = m / p.wo % p.ho * p.stride_h - p.pad_h;
     w[i] = m % p.wo * p.stride_w - p.pad_w;
     h[i] = real ? down : kFarAbove;
@@ -109,78 +84,40 @@ conv_bn_act_kernel(const ConvParams p) {
   tap.advance(p, chunk * 8);
 
   // Starts the copies of a step: kRows windows' chunks of x and behind them kColumns rows of w. Steps come in order.
-  const auto issue = [&](int step) {
-    const int k = step * kStep + chunk * 8;
+  const auto issue = [&](int step, uint32_t slot) {
+    const int k = step * V::kStep + chunk * 8;
     const bool real = k < gemm_k;
-    const uint32_t slot = step % kSlots * V::kSlotBytes;
     const int down = real ? tap.r * p.dilation_h : 0, right = tap.s * p.dilation_w;
     const int shift = down * p.w + right;
 #pragma unroll
-    for (int i = 0; i < kRows / kCopied; ++i) {
+    for (int i = 0; i < V::kRowsEach; ++i) {
       const bool inside = real && static_cast<uint32_t>(h[i] + down) < static_cast<uint32_t>(p.h) &&
                           static_cast<uint32_t>(w[i] + right) < static_cast<uint32_t>(p.w);
       const size_t from = inside ? static_cast<size_t>(corner[i] + shift) * p.ci + tap.ci : 0;
-      cp_async16(slot + swizzled(copied + i * kCopied, chunk), static_cast<const char*>(p.x) + from * 2, inside);
+      cp_async16(slot + swizzled(copied + i * V::kCopied, chunk), static_cast<const char*>(p.x) + from * 2, inside);
     }
 #pragma unroll
-    for (int i = 0; i < V::kColumns / kCopied; ++i) {
-      const int co = first_column + copied + i * kCopied;
+    for (int i = 0; i < V::kColumnsEach; ++i) {
+      const int co = tile.column + copied + i * V::kCopied;
       const bool inside = real && co < p.co;
       const size_t from = inside ? static_cast<size_t>(co) * gemm_k + k : 0;
-      cp_async16(slot + kRows * kRowBytes + swizzled(copied + i * kCopied, chunk),
+      cp_async16(slot + V::kRows * kRowBytes + swizzled(copied + i * V::kCopied, chunk),
                  static_cast<const char*>(p.weight) + from * 2, inside);
     }
-    tap.advance(p, kStep);
+    tap.advance(p, V::kStep);
   };
 
-  // Fill the ring but for one slot; one group a step, empty behind the end.
-  const int steps = (gemm_k + kStep - 1) / kStep;
-  for (int step = 0; step < kSlots - 1; ++step) {
-    if (step < steps) issue(step);
-    cp_async_commit();
-  }
-
-  // tile = sum over k of x[pixel(m, k), channel(k)] * w[co, k]
-  float acc[V::kTall][kWide][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kSlots - 2>();
-    sync_block();
-    if (step + kSlots - 1 < steps) issue(step + kSlots - 1);
-    cp_async_commit();
-
-    const uint32_t x_at = step % kSlots * V::kSlotBytes, w_at = x_at + kRows * kRowBytes;
-#pragma unroll
-    for (int k = 0; k < kStep / 16; ++k) {
-      uint32_t a[V::kTall][4];
-#pragma unroll
-      for (int m = 0; m < V::kTall; ++m) {
-        const int row = (warp_m * V::kTall + m) * 16 + a_address_row(lane);
-        ldmatrix_x4(a[m], x_at + swizzled(row, k * 2 + a_address_chunk(lane)));
-      }
-      multiply<T>(acc, a, w_at, warp_n * kWide * 8, k, lane);
-    }
-  }
-
-  // y = act(tile + b + residual)
-  const Output out{p.bias, p.residual, p.y, gemm_m, p.co, p.relu};
-  store_tile<T>(acc, out, first_row + warp_m * V::kTall * 16, first_column + warp_n * kWide * 8);
-}
-
-int tiles_of(const ConvParams& p, int columns) {
-  return (p.gemm_m() + kRows - 1) / kRows * ((p.co + columns - 1) / columns);
+  ring_product(tile, gemm_k, Output{p.bias, p.residual, p.y, gemm_m, p.co, p.relu}, issue);
 }
 
 template <typename V>
 Status launch(const ConvParams& p, const Device& device) {
-  const Grid grid{tiles_of(p, V::kColumns), kThreads, kSlots * V::kSlotBytes};
-  return RF_LAUNCH(conv_bn_act_kernel<V>, grid, device, p);
+  return RF_LAUNCH(conv_bn_act_kernel<V>, grid_of<V>(p), device, p);
 }
 
-// Wide tiles read x half as often; narrow ones where wide ones would leave an SM without any.
 template <typename T>
 Status launch_as(const ConvParams& p, const Device& device) {
-  const bool wide = p.co > 64 && tiles_of(p, 128) >= device.sms;
-  return wide ? launch<Variant<T, 128>>(p, device) : launch<Variant<T, 64>>(p, device);
+  return takes_wide_tiles(p, device) ? launch<ConvTile<T, 128>>(p, device) : launch<ConvTile<T, 64>>(p, device);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..spec import YES, NetSpec, Spec, Verdict
 
 
@@ -21,3 +23,12 @@ def inference_only(spec: Spec | NetSpec, dtypes: tuple[str, ...]) -> Verdict:
     if spec.batch_stats:
         return Verdict.no("running statistics", "BatchNorm with batch statistics", "call model.eval() for inference")
     return dtype_among(spec, dtypes)
+
+
+def old_gpus() -> Verdict:
+    """Yes where every visible GPU has the tensor-core instructions that the kernels are written for."""
+    count = torch.cuda.device_count()
+    old = [torch.cuda.get_device_name(i) for i in range(count) if torch.cuda.get_device_capability(i) < (8, 0)]
+    if old:
+        return Verdict.no("GPUs of compute capability 8.0 or later", ", ".join(old), "hide it by CUDA_VISIBLE_DEVICES")
+    return YES

@@ -261,7 +261,7 @@ def write_predictions(rows: list[Row], path: Path = PREDICTIONS) -> None:
         c = r.counted
         lines.append(
             f"| {r.layer} | {c.kernel} | {c.dram / 1e6:.1f} | {c.l2 / 1e6:.1f} | {c.wavefronts / 1e6:.1f} | "
-            f"{c.macs / 1e9:.1f} | {r.predicted.seconds * 1e6:.1f} | {r.predicted.bound} | {r.floor_s * 1e6:.1f} | "
+            f"{(c.macs + c.group_macs) / 1e9:.1f} | {r.predicted.seconds * 1e6:.1f} | {r.predicted.bound} | {r.floor_s * 1e6:.1f} | "
             f"{r.ratio:.2f} |"
         )
     path.write_text("\n".join(lines) + "\n")

@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import native
 from ...spec import Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
 from ..layouts import in_layout
-from ..refusals import inference_only
+from ..refusals import inference_only, old_gpus
 from .device import EMULATED
 
 DTYPES = ("float16", "bfloat16")
@@ -38,14 +38,7 @@ def _gpu() -> Verdict:
     if torch.version.cuda is None or torch.version.cuda.split(".")[0] != built.split(".")[0]:
         runs = f"CUDA {torch.version.cuda}" if torch.version.cuda else "an AMD GPU"
         return Verdict.no(f"a torch for CUDA {built}, which the kernels were built with", runs, "build them with it")
-    old = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()) if _capability(i) < (8, 0)]
-    if old:
-        return Verdict.no("GPUs of compute capability 8.0 or later", ", ".join(old), "hide it by CUDA_VISIBLE_DEVICES")
-    return Verdict.yes()
-
-
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return old_gpus()
 
 
 def available() -> Verdict:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
 from ..layouts import in_layout
-from ..refusals import dtype_among
+from ..refusals import dtype_among, old_gpus
 
 DTYPES = ("float32", "bfloat16", "float16")
 INDEX_LIMIT = 2**31 - 1024
@@ -57,14 +57,7 @@ def _gpu() -> Verdict:
         )
     if torch.version.hip is not None:
         return Verdict.no("an NVIDIA GPU", "an AMD one", "use another backend")
-    old = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()) if _capability(i) < (8, 0)]
-    if old:
-        return Verdict.no("GPUs of compute capability 8.0 or later", ", ".join(old), "hide it by CUDA_VISIBLE_DEVICES")
-    return Verdict.yes()
-
-
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return old_gpus()
 
 
 def available() -> Verdict:

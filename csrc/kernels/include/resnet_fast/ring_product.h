@@ -1,0 +1,99 @@
+// The pipelined matrix product of conv_bn_act_1x1.cu, whose essay explains it, and of conv_bn_act.cu: a tile of pixels
+// and channels, a ring of steps of both operands in shared memory, and the choice of a tile.
+#pragma once
+
+#include <resnet_fast/device.h>
+#include <resnet_fast/epilogue.h>
+#include <resnet_fast/fragments.h>
+#include <resnet_fast/multiply.h>
+
+namespace resnet_fast {
+
+// kRows pixels by kColumns channels, 64 or 128, and what follows from that.
+template <typename T_, int kColumns_>
+struct ConvTile {
+  using T = T_;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+  static constexpr int kRows = 128, kColumns = kColumns_;
+  static constexpr int kStep = kRowBytes / 2;            // k of a step: a shared row
+  static constexpr int kSlots = 3;                       // steps in the ring
+  static constexpr int kWide = 4;                        // column tiles of 8 of a warp
+  static constexpr int kCopied = kThreads / kRowChunks;  // rows that the block copies at once
+  static constexpr int kRowsEach = kRows / kCopied, kColumnsEach = kColumns / kCopied;  // of them, a thread's
+  static constexpr int kWarpsN = kColumns / (kWide * 8), kWarpsM = kWarps / kWarpsN;
+  static constexpr int kTall = kRows / 16 / kWarpsM;  // row tiles of 16 of a warp
+  static constexpr int kSlotBytes = (kRows + kColumns) * kRowBytes;
+};
+
+// This block's tile. Neighbouring blocks take the channels of the same pixels, whose x comes from L2 after the first.
+template <typename V>
+struct TilePlace {
+  int row, column;
+
+  RF_DEVICE explicit TilePlace(int channels) {
+    const int tiles_n = (channels + V::kColumns - 1) / V::kColumns;
+    row = block_index() / tiles_n * V::kRows;
+    column = block_index() % tiles_n * V::kColumns;
+  }
+};
+
+// act(a . b + bias + residual) for a tile of `out`. issue(step, slot) starts this thread's copies of a step of k to the
+// ring's slot at this byte: V::kRows rows of a and behind them V::kColumns rows of b. It is called once for each step,
+// in order.
+template <typename V, typename Issue>
+RF_DEVICE void ring_product(const TilePlace<V>& tile, int gemm_k, const Output& out, const Issue& issue) {
+  const int lane = lane_index(), warp_m = warp_index() / V::kWarpsN, warp_n = warp_index() % V::kWarpsN;
+
+  // Fill the ring but for one slot. Every step is one group, an empty one behind the end, so that counting groups is
+  // counting steps.
+  const int steps = (gemm_k + V::kStep - 1) / V::kStep;
+  for (int step = 0; step < V::kSlots - 1; ++step) {
+    if (step < steps) issue(step, step * V::kSlotBytes);
+    cp_async_commit();
+  }
+
+  // tile = sum over k of a[row, k] * b[column, k]
+  float acc[V::kTall][V::kWide][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<V::kSlots - 2>();  // this thread's part of this step has arrived
+    sync_block();                    // and everyone's; and everyone is done with the step before
+    const int next = step + V::kSlots - 1;
+    if (next < steps) issue(next, next % V::kSlots * V::kSlotBytes);
+    cp_async_commit();
+
+    const uint32_t a_at = step % V::kSlots * V::kSlotBytes, b_at = a_at + V::kRows * kRowBytes;
+#pragma unroll
+    for (int k = 0; k < V::kStep / 16; ++k) {
+      uint32_t a[V::kTall][4];
+#pragma unroll
+      for (int m = 0; m < V::kTall; ++m) {
+        const int row = (warp_m * V::kTall + m) * 16 + a_address_row(lane);
+        ldmatrix_x4(a[m], a_at + swizzled(row, k * 2 + a_address_chunk(lane)));
+      }
+      multiply<typename V::T>(acc, a, b_at, warp_n * V::kWide * 8, k, lane);
+    }
+  }
+
+  // y = act(tile + bias + residual)
+  store_tile<typename V::T>(acc, out, tile.row + warp_m * V::kTall * 16, tile.column + warp_n * V::kWide * 8);
+}
+
+// A convolution's tiles of so many channels.
+template <typename Params>
+int tiles_of(const Params& p, int columns) {
+  constexpr int kRows = ConvTile<Half, 64>::kRows;
+  return (p.gemm_m() + kRows - 1) / kRows * ((p.co + columns - 1) / columns);
+}
+
+// Wide tiles read x half as often; narrow ones where wide ones would leave an SM without any.
+template <typename Params>
+bool takes_wide_tiles(const Params& p, const Device& device) {
+  return p.co > 64 && tiles_of(p, 128) >= device.sms;
+}
+
+template <typename V, typename Params>
+Grid grid_of(const Params& p) {
+  return {tiles_of(p, V::kColumns), V::kThreads, V::kSlots * V::kSlotBytes};
+}
+
+}  // namespace resnet_fast
