@@ -12,10 +12,12 @@
 namespace emulator {
 namespace {
 
+using resnet_fast::Im2colBox;
 using resnet_fast::kBarrierBytes;
 using resnet_fast::kRowBytes;
 using resnet_fast::kSwizzleBytes;
 using resnet_fast::TensorBox;
+using resnet_fast::TensorMap;
 
 constexpr int kChunk = 16;
 constexpr int kNumber = 2;  // bytes of a tensor's element
@@ -123,6 +125,58 @@ void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
   if (!b.waiters.empty()) land(barrier, b);
 }
 
+// Rows of a box, one after another as they lie in shared memory: what is copied, with what is read for it.
+struct Rows {
+  uint32_t at;
+  const TensorBox& box;
+  Where where;
+  uint32_t row = 0;
+  std::vector<BulkCopy::Piece> pieces{};
+
+  Rows(uint32_t at, const TensorBox& box, Where where) : at(at), box(box), where(where) {
+    const uint32_t alignment = box.swizzle ? kSwizzleBytes : kRowBytes;
+    if (at % alignment != 0)
+      fail(where, "a box's place, shared memory byte " + std::to_string(at) + ", is not a multiple of " +
+                      std::to_string(alignment));
+  }
+
+  bool inside(int dimension, int64_t i) const {
+    return i >= 0 && i < static_cast<int64_t>(box.size[dimension]);
+  }
+
+  // The row of the pixel at these coordinates, zeros outside of the tensor.
+  void add(int64_t c0, int64_t c1, int64_t c2, int64_t c3) {
+    const int row_bytes = static_cast<int>(box.box[0]) * kNumber, each = kChunk / kNumber;
+    const bool present = inside(1, c1) && inside(2, c2) && inside(3, c3);
+    const auto* from = static_cast<const unsigned char*>(box.start);
+    if (present) {
+      from += c1 * static_cast<int64_t>(box.stride[1]) + c2 * static_cast<int64_t>(box.stride[2]) +
+              c3 * static_cast<int64_t>(box.stride[3]);
+      const int64_t first = std::max<int64_t>(c0, 0);
+      const int64_t end = std::min<int64_t>(c0 + int64_t{box.box[0]}, static_cast<int64_t>(box.size[0]));
+      if (first < end) read_global(from + first * kNumber, static_cast<int>(end - first) * kNumber, where);
+    }
+    for (int chunk = 0; chunk < row_bytes / kChunk; ++chunk) {
+      const uint32_t place = box.swizzle ? resnet_fast::swizzled128(static_cast<int>(row), chunk)
+                                         : row * row_bytes + static_cast<uint32_t>(chunk) * kChunk;
+      check_bounds(at + place, kChunk, where);
+      BulkCopy::Piece piece{at + place, {}};
+      for (int i = 0; i < each; ++i) {
+        const int64_t c = c0 + int64_t{chunk} * each + i;
+        if (present && inside(0, c))
+          std::memcpy(reinterpret_cast<unsigned char*>(&piece.data) + i * kNumber, from + c * kNumber, kNumber);
+      }
+      pieces.push_back(piece);
+    }
+    row += 1;
+  }
+};
+
+// The last place along W or H where a filter is put down, at or before this one with steps.
+int64_t last_of(const Im2colBox& box, int side) {
+  return static_cast<int64_t>(box.x.size[1 + side]) - 1 + box.upper[side];
+}
+
 }  // namespace
 
 void expect_fenced(const History& h, uint32_t at, const char* doing, Where where) {
@@ -212,22 +266,30 @@ void mbarrier_wait(uint32_t at, int parity, Where where) {
   join(now->warps[self_warp()].clock, b.over);
 }
 
-resnet_fast::Status encode(const TensorBox& box) {
-  const auto refuse = [](bool when, const char* what, resnet_fast::Status& status) {
+resnet_fast::Status encode(const TensorMap& map) {
+  const TensorBox& box = map.box.x;
+  resnet_fast::Status status = nullptr;
+  const auto refuse = [&](bool when, const char* what) {
     if (when && status == nullptr) status = what;
   };
-  resnet_fast::Status status = nullptr;
-  refuse(reinterpret_cast<uintptr_t>(box.start) % 16 != 0, "a tensor's start is not aligned to 16 bytes", status);
-  refuse(box.stride[0] != kNumber, "a tensor's innermost dimension is not dense", status);
+  refuse(reinterpret_cast<uintptr_t>(box.start) % 16 != 0, "a tensor's start is not aligned to 16 bytes");
+  refuse(box.stride[0] != kNumber, "a tensor's innermost dimension is not dense");
   for (int i = 0; i < TensorBox::kRank; ++i) {
-    refuse(box.size[i] == 0 || box.size[i] > uint64_t{1} << 32, "a tensor's dimension is none or too large", status);
-    refuse(box.box[i] == 0 || box.box[i] > 256, "a box's dimension is none or above 256", status);
-    refuse(i > 0 && (box.stride[i] % 16 != 0 || box.stride[i] >= uint64_t{1} << 40), "a stride is not of 16 bytes",
-           status);
+    refuse(box.size[i] == 0 || box.size[i] > uint64_t{1} << 32, "a tensor's dimension is none or too large");
+    refuse(i > 0 && (box.stride[i] % 16 != 0 || box.stride[i] >= uint64_t{1} << 40), "a stride is not of 16 bytes");
+    const uint32_t most = map.im2col && i == 1 ? Im2colBox::kMaxPixels : 256;
+    refuse(box.box[i] == 0 || box.box[i] > most, "a box's dimension is none or too large");
   }
   const uint32_t row = box.box[0] * kNumber;
-  refuse(row % 16 != 0, "a box's rows are not of 16 bytes", status);
-  refuse(box.swizzle && row != kRowBytes, "a swizzled box's rows are not of 128 bytes", status);
+  refuse(row % 16 != 0, "a box's rows are not of 16 bytes");
+  refuse(box.swizzle && row != kRowBytes, "a swizzled box's rows are not of 128 bytes");
+  for (int i = 0; map.im2col && i < 2; ++i) {
+    const Im2colBox& windows = map.box;
+    const auto of_a_byte = [](int corner) { return corner >= -128 && corner <= 127; };
+    refuse(!of_a_byte(windows.lower[i]) || !of_a_byte(windows.upper[i]), "a corner of im2col is not in -128 to 127");
+    refuse(windows.step[i] == 0 || windows.step[i] > Im2colBox::kMaxStep, "a step of im2col is none or above 8");
+    refuse(windows.lower[i] > last_of(windows, i), "a filter of im2col fits nowhere");
+  }
   return status;
 }
 
@@ -246,42 +308,44 @@ void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, Where wh
   issue(std::move(pieces), barrier, where);
 }
 
-void tensor_load(uint32_t at, const TensorBox& box, const int* corner, uint32_t barrier, Where where) {
-  const uint32_t alignment = box.swizzle ? kSwizzleBytes : kRowBytes;
-  if (at % alignment != 0)
-    fail(where, "a box's place, shared memory byte " + std::to_string(at) + ", is not a multiple of " +
-                    std::to_string(alignment));
-  const auto inside = [&](int dimension, int64_t i) { return i >= 0 && i < static_cast<int64_t>(box.size[dimension]); };
-  const int row_bytes = static_cast<int>(box.box[0]) * kNumber, each = kChunk / kNumber;
-  std::vector<BulkCopy::Piece> pieces;
-  uint32_t row = 0;
+void tensor_load(uint32_t at, const TensorMap& map, const int* corner, uint32_t barrier, Where where) {
+  if (map.im2col) fail(where, "a tensor_load with the map of an Im2colBox");
+  const TensorBox& box = map.box.x;
+  Rows rows(at, box, where);
   for (uint32_t i3 = 0; i3 < box.box[3]; ++i3)
     for (uint32_t i2 = 0; i2 < box.box[2]; ++i2)
-      for (uint32_t i1 = 0; i1 < box.box[1]; ++i1, ++row) {
-        const int64_t c1 = corner[1] + int64_t{i1}, c2 = corner[2] + int64_t{i2}, c3 = corner[3] + int64_t{i3};
-        const bool present = inside(1, c1) && inside(2, c2) && inside(3, c3);
-        const auto* from = static_cast<const unsigned char*>(box.start);
-        if (present) {
-          from += c1 * static_cast<int64_t>(box.stride[1]) + c2 * static_cast<int64_t>(box.stride[2]) +
-                  c3 * static_cast<int64_t>(box.stride[3]);
-          const int64_t first = std::max<int64_t>(corner[0], 0);
-          const int64_t end = std::min<int64_t>(corner[0] + int64_t{box.box[0]}, static_cast<int64_t>(box.size[0]));
-          if (first < end) read_global(from + first * kNumber, static_cast<int>(end - first) * kNumber, where);
-        }
-        for (int chunk = 0; chunk < row_bytes / kChunk; ++chunk) {
-          const uint32_t place = box.swizzle ? resnet_fast::swizzled128(static_cast<int>(row), chunk)
-                                             : row * row_bytes + static_cast<uint32_t>(chunk) * kChunk;
-          check_bounds(at + place, kChunk, where);
-          BulkCopy::Piece piece{at + place, {}};
-          for (int i = 0; i < each; ++i) {
-            const int64_t c0 = corner[0] + int64_t{chunk} * each + i;
-            if (present && inside(0, c0))
-              std::memcpy(reinterpret_cast<unsigned char*>(&piece.data) + i * kNumber, from + c0 * kNumber, kNumber);
-          }
-          pieces.push_back(piece);
-        }
-      }
-  issue(std::move(pieces), barrier, where);
+      for (uint32_t i1 = 0; i1 < box.box[1]; ++i1)
+        rows.add(corner[0], corner[1] + int64_t{i1}, corner[2] + int64_t{i2}, corner[3] + int64_t{i3});
+  issue(std::move(rows.pieces), barrier, where);
+}
+
+void im2col_load(uint32_t at, const TensorMap& map, const int* first, const int* offset, uint32_t barrier,
+                 Where where) {
+  if (!map.im2col) fail(where, "an im2col_load with the map of a TensorBox");
+  const Im2colBox& box = map.box;
+  int64_t pixel[2] = {first[1], first[2]}, image = first[3];
+  for (int i = 0; i < 2; ++i) {
+    const char* side = i == 0 ? "w" : "h";
+    if (pixel[i] < box.lower[i] || pixel[i] > last_of(box, i))
+      fail(where, std::string("im2col begins at ") + side + " = " + std::to_string(pixel[i]) +
+                      ", where the filter is not put down: from " + std::to_string(box.lower[i]) + " to " +
+                      std::to_string(last_of(box, i)));
+    if (offset[i] < 0 || offset[i] > Im2colBox::kMaxOffset)
+      fail(where, std::string("im2col's offset of ") + side + " is " + std::to_string(offset[i]) + ", not in 0 to " +
+                      std::to_string(Im2colBox::kMaxOffset));
+  }
+  Rows rows(at, box.x, where);
+  for (uint32_t i = 0; i < box.x.box[1]; ++i) {
+    rows.add(first[0], pixel[0] + offset[0], pixel[1] + offset[1], image);
+    pixel[0] += box.step[0];
+    if (pixel[0] <= last_of(box, 0)) continue;
+    pixel[0] = box.lower[0];
+    pixel[1] += box.step[1];
+    if (pixel[1] <= last_of(box, 1)) continue;
+    pixel[1] = box.lower[1];
+    image += 1;
+  }
+  issue(std::move(rows.pieces), barrier, where);
 }
 
 }  // namespace emulator

@@ -103,28 +103,31 @@ py::array_t<float> probe_wgmma(const Numbers& a, const Numbers& b, bool bfloat16
   return d;
 }
 
-// A box as it lies in shared memory.
+// A box as it lies in shared memory; of an Im2colBox at a tap.
 struct Box {
   TensorMap map;
-  int corner[4];
+  int corner[4], tap[2];
   size_t tensor_bytes;
   int bytes;
   void* out;
 
   template <typename F>
   void tensors(F f) const {
-    f("x", map.box.start, tensor_bytes, Access::kRead);
+    f("x", map.box.x.start, tensor_bytes, Access::kRead);
     f("out", out, static_cast<size_t>(bytes), Access::kWrite);
   }
 };
 
+template <bool kIm2col>
 void box_kernel(const RF_GRID_CONSTANT Box p) {
   const uint32_t barrier = 0, at = kSwizzleBytes;
   if (thread_index() == 0) {
     mbarrier_init(barrier, 1);
     mbarrier_init_fence();
     mbarrier_expect(barrier, p.bytes);
-    tensor_load(at, p.map, p.corner[0], p.corner[1], p.corner[2], p.corner[3], barrier);
+    const int *c = p.corner, *tap = p.tap;
+    if (kIm2col) im2col_load(at, p.map, c[0], c[1], c[2], c[3], tap[0], tap[1], barrier);
+    if (!kIm2col) tensor_load(at, p.map, c[0], c[1], c[2], c[3], barrier);
   }
   sync_block();
   mbarrier_wait(barrier, 0);
@@ -132,22 +135,46 @@ void box_kernel(const RF_GRID_CONSTANT Box p) {
     store_global(static_cast<char*>(p.out) + i, load_shared<Vec16>(at + i));
 }
 
-// x (n, h, w, c); corner and box with c first.
-Numbers probe_tensor_load(const Numbers& x, std::array<int, 4> corner, std::array<uint32_t, 4> box, bool swizzle) {
+// All of x (n, h, w, c); box with c first.
+TensorBox box_of(const Numbers& x, std::array<uint32_t, 4> box, bool swizzle) {
   TensorBox b{x.data(), {}, {}, {}, swizzle};
   uint64_t stride = 2;
-  int numbers = 1;
   for (int i = 0; i < TensorBox::kRank; ++i) {
     b.size[i] = static_cast<uint64_t>(x.shape(3 - i)), b.stride[i] = stride, b.box[i] = box[i];
     stride *= b.size[i];
-    numbers *= static_cast<int>(box[i]);
   }
+  return b;
+}
+
+template <bool kIm2col, typename AnyBox>
+Numbers box_in_shared(const Numbers& x, const AnyBox& box, std::array<uint32_t, 4> sizes, std::array<int, 4> corner,
+                      std::array<int, 2> tap) {
+  const int numbers = static_cast<int>(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
   Numbers out(numbers);
-  Box p{{}, {}, static_cast<size_t>(stride), numbers * 2, out.mutable_data()};
+  Box p{{}, {}, {}, static_cast<size_t>(x.nbytes()), numbers * 2, out.mutable_data()};
   std::copy(corner.begin(), corner.end(), p.corner);
-  raise(encode(&p.map, b));
-  raise(emulator::launch<box_kernel>({1, kThreads, kSwizzleBytes + (p.bytes + 15) / 16 * 16}, p));
+  std::copy(tap.begin(), tap.end(), p.tap);
+  raise(encode(&p.map, box));
+  raise(emulator::launch<box_kernel<kIm2col>>({1, kThreads, kSwizzleBytes + (p.bytes + 15) / 16 * 16}, p));
   return out;
+}
+
+// corner and box with c first.
+Numbers probe_tensor_load(const Numbers& x, std::array<int, 4> corner, std::array<uint32_t, 4> box, bool swizzle) {
+  return box_in_shared<false>(x, box_of(x, box, swizzle), box, corner, {});
+}
+
+// Sides in the order w, h. `box`: channels and pixels.
+Numbers probe_im2col_load(const Numbers& x, std::array<int, 4> first, std::array<uint32_t, 2> box,
+                          std::array<int, 2> tap, std::array<int, 2> filter, std::array<uint32_t, 2> stride,
+                          std::array<int, 2> padding, std::array<int, 2> dilation, bool swizzle) {
+  const std::array<uint32_t, 4> sizes{box[0], box[1], 1, 1};
+  Im2colBox windows{box_of(x, sizes, swizzle), {}, {}, {stride[0], stride[1]}};
+  for (int i = 0; i < 2; ++i) {
+    windows.lower[i] = im2col_lower(padding[i]);
+    windows.upper[i] = im2col_upper(padding[i], filter[i], dilation[i]);
+  }
+  return box_in_shared<true>(x, windows, sizes, first, {tap[0] * dilation[0], tap[1] * dilation[1]});
 }
 
 // Words of x, doubled: one warp copies them through a ring of places, the others take them out.
@@ -228,6 +255,12 @@ void bind_hopper(py::module_& m) {
         "a (64, 64) . b (columns, 64)^T by wgmma: with a from shared memory, and from registers.");
   m.def("probe_tensor_load", &probe_tensor_load, py::arg("x"), py::arg("corner"), py::arg("box"), py::arg("swizzle"),
         "A box of x (n, h, w, c) as it lies in shared memory.");
+  m.def("probe_im2col_load", &probe_im2col_load, py::arg("x"), py::arg("first"), py::arg("box"), py::arg("tap"),
+        py::arg("filter"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("swizzle"),
+        "One tap of a convolution's windows on x (n, h, w, c), as they lie in shared memory.");
+  m.def("im2col_lower", &im2col_lower, py::arg("padding"), "An Im2colBox's lower corner.");
+  m.def("im2col_upper", &im2col_upper, py::arg("padding"), py::arg("filter"), py::arg("dilation"),
+        "An Im2colBox's upper corner.");
   m.def("probe_ring", &probe_ring, py::arg("x"), "2 * x, by bulk copies through a ring.");
   m.def("hopper_layouts", &layouts, "Layouts of wgmma's fragments and of the swizzle.");
   m.def(

@@ -258,10 +258,10 @@ def write_predictions(rows: list[Row], path: Path = PREDICTIONS) -> None:
         "|" + " --- |" * len(HEAD),
     ]
     for r in rows:
-        c = r.counted
+        c, us = r.counted, r.predicted.seconds * 1e6
         lines.append(
             f"| {r.layer} | {c.kernel} | {c.dram / 1e6:.1f} | {c.l2 / 1e6:.1f} | {c.wavefronts / 1e6:.1f} | "
-            f"{(c.macs + c.group_macs) / 1e9:.1f} | {r.predicted.seconds * 1e6:.1f} | {r.predicted.bound} | {r.floor_s * 1e6:.1f} | "
+            f"{(c.macs + c.group_macs) / 1e9:.1f} | {us:.1f} | {r.predicted.bound} | {r.floor_s * 1e6:.1f} | "
             f"{r.ratio:.2f} |"
         )
     path.write_text("\n".join(lines) + "\n")

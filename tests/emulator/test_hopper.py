@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,72 @@ def check_ring(module: Any, pieces: int = 8) -> None:
     numpy.testing.assert_array_equal(module.probe_ring(x), 2 * x)
 
 
+def rows_of(shared: numpy.ndarray, swizzle: bool) -> numpy.ndarray:
+    """A box's rows of 64 numbers, which are swizzled in shared memory."""
+    rows = shared.reshape(-1, 8, 8)
+    if swizzle:
+        rows = numpy.stack([row[numpy.arange(8) ^ number % 8] for number, row in enumerate(rows)])
+    return rows.reshape(-1, 64)
+
+
 def check_box(module: Any, corner=(0, -1, -1, 0), swizzle: bool = True, c: int = 64) -> None:
     """Three rows of four pixels and 64 channels."""
     n, h, w = 2, 5, 6
     x = numpy.random.default_rng(0).integers(1, 1 << 16, (n, h, w, c), dtype=numpy.uint16)
-    got = module.probe_tensor_load(x, corner, (64, 4, 3, 1), swizzle).reshape(12, 8, 8)
-    if swizzle:
-        got = numpy.stack([got[row][numpy.arange(8) ^ row % 8] for row in range(12)])
+    got = rows_of(module.probe_tensor_load(x, corner, (64, 4, 3, 1), swizzle), swizzle)
     padded = numpy.zeros((n + 8, h + 16, w + 16, c + 128), numpy.uint16)
     padded[4 : 4 + n, 8 : 8 + h, 8 : 8 + w, 64 : 64 + c] = x
     c0, w0, h0, n0 = (at + margin for at, margin in zip(corner, (64, 8, 8, 4), strict=True))
     expected = padded[n0, h0 : h0 + 3, w0 : w0 + 4, c0 : c0 + 64]
     numpy.testing.assert_array_equal(got.reshape(3, 4, 64), expected)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A convolution on an image of 6 x 7 pixels and 128 channels; sides in the order w, h."""
+
+    filter: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def unfolded(self, x: numpy.ndarray, tap: tuple[int, int]) -> numpy.ndarray:
+        """x (n, h, w, c) -> (n * ho * wo, c) by PyTorch's unfold, whose sides are h, w."""
+        n, _, _, c = x.shape
+        image = torch.from_numpy(x.astype(numpy.float64)).permute(0, 3, 1, 2)
+        turned = (side[::-1] for side in (self.filter, self.dilation, self.padding, self.stride))
+        columns = torch.nn.functional.unfold(image, *turned).reshape(n, c, self.filter[1], self.filter[0], -1)
+        return columns[:, :, tap[1], tap[0]].permute(0, 2, 1).reshape(-1, c).numpy()
+
+
+def check_windows(
+    module: Any,
+    windows: Windows = Windows((3, 3), padding=(1, 1)),
+    tap: tuple[int, int] = (2, 0),
+    begin: int = 5,
+    pixels: int = 40,
+    swizzle: bool = True,
+    channel: int = 0,
+) -> None:
+    """Rows of im2col's matrix from `begin` on; those behind the last are zeros."""
+    n, h, w, c = 2, 6, 7, 128
+    x = numpy.random.default_rng(0).integers(1, 1 << 16, (n, h, w, c), dtype=numpy.uint16)
+    rows = windows.unfolded(x, tap)
+    each_row = 1 + (w + 2 * windows.padding[0] - windows.dilation[0] * (windows.filter[0] - 1) - 1) // windows.stride[0]
+    each_image = len(rows) // n
+    image, rest = divmod(begin, each_image)
+    first = (
+        channel,
+        rest % each_row * windows.stride[0] - windows.padding[0],
+        rest // each_row * windows.stride[1] - windows.padding[1],
+        image,
+    )
+    conv = (windows.filter, windows.stride, windows.padding, windows.dilation)
+    got = rows_of(module.probe_im2col_load(x, first, (64, pixels), tap, *conv, swizzle), swizzle)
+    expected = numpy.zeros((pixels, 64))
+    there = rows[begin : begin + pixels, channel : channel + 64]
+    expected[: len(there), : there.shape[1]] = there  # zeros behind the last channel, too
+    numpy.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -60,6 +115,64 @@ def test_wgmma(columns: int, bfloat16: bool, emulator: Path) -> None:
 )
 def test_tensor_load(corner: tuple[int, ...], swizzle: bool, emulator: Path) -> None:
     check_box(harness.load(emulator), corner, swizzle, c=128)
+
+
+@pytest.mark.parametrize("begin", [0, 5, 30])
+@pytest.mark.parametrize(
+    "windows",
+    [
+        Windows((1, 1)),
+        Windows((1, 1), stride=(2, 2)),
+        Windows((3, 3), padding=(1, 1)),
+        Windows((3, 3), stride=(2, 2), padding=(1, 1)),
+        Windows((3, 3), padding=(2, 2), dilation=(2, 2)),
+        Windows((3, 1), stride=(1, 2), padding=(1, 0)),
+        Windows((3, 5), stride=(2, 1), padding=(0, 2), dilation=(2, 1)),
+        Windows((7, 7), padding=(3, 3)),
+    ],
+    ids=str,
+)
+def test_im2col_load(windows: Windows, begin: int, emulator: Path) -> None:
+    """Every tap; runs cross rows and images, and some end behind the last."""
+    module = harness.load(emulator)
+    places = len(windows.unfolded(numpy.zeros((2, 6, 7, 1)), (0, 0)))
+    for r in range(windows.filter[1]):
+        for s in range(windows.filter[0]):
+            check_windows(module, windows, (s, r), min(begin, places - 1))
+
+
+@pytest.mark.parametrize(("swizzle", "pixels", "channel"), [(False, 40, 64), (True, 100, 64), (True, 300, 96)])
+def test_im2col_box(swizzle: bool, pixels: int, channel: int, emulator: Path) -> None:
+    check_windows(harness.load(emulator), pixels=pixels, swizzle=swizzle, channel=channel)
+
+
+def test_what_im2col_fills_with_zeros_is_not_read(emulator: Path) -> None:
+    """The first tap of a 3x3 with padding 1 misses the first row and column of either image."""
+    module = harness.load(emulator)
+    module.take_counters()
+    check_windows(module, tap=(0, 0), begin=0, pixels=84)
+    (launch,) = module.take_counters()
+    assert launch["buffers"]["x"]["bytes_read"] == 2 * 5 * 6 * 128
+    assert launch["bulk_bytes"] == 84 * 128
+
+
+@pytest.mark.parametrize(
+    ("windows", "box", "reason"),
+    [
+        (Windows((3, 3), padding=(129, 1)), (64, 8), "a corner of im2col is not in -128 to 127"),
+        (Windows((3, 3), stride=(9, 1)), (64, 8), "a step of im2col is none or above 8"),
+        (Windows((3, 3), stride=(0, 1)), (64, 8), "a step of im2col is none or above 8"),
+        (Windows((9, 1)), (64, 8), "a filter of im2col fits nowhere"),
+        (Windows((1, 1)), (64, 1025), "a box's dimension is none or too large"),
+        (Windows((1, 1)), (32, 8), "a swizzled box's rows are not of 128 bytes"),
+    ],
+    ids=str,
+)
+def test_windows_that_the_driver_would_refuse(windows: Windows, box, reason: str, emulator: Path) -> None:
+    x = numpy.zeros((2, 6, 7, 128), numpy.uint16)
+    conv = (windows.filter, windows.stride, windows.padding, windows.dilation)
+    with pytest.raises(RuntimeError, match=reason):
+        harness.load(emulator).probe_im2col_load(x, (0, 0, 0, 0), box, (0, 0), *conv, True)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,6 +216,23 @@ BUGS = {
         1,
         "leaves block 0 with a bulk copy issued at",
     ),
+    "first pixel outside of the windows": (
+        check_windows,
+        "c[0], c[1], c[2], c[3], tap[0]",
+        "c[0], c[1] + 4, c[2], c[3], tap[0]",
+        0,
+        "im2col begins at w = 8, where the filter is not put down: from -1 to 5",
+    ),
+    "tap before the window": (
+        check_windows,
+        "c[3], tap[0], tap[1]",
+        "c[3], tap[0] - 3, tap[1]",
+        0,
+        "im2col's offset of w is -1, not in 0 to 255",
+    ),
+    "sides of a tap exchanged": (check_windows, "tap[0], tap[1], barrier", "tap[1], tap[0], barrier", 0, None),
+    "map of windows as a box": (check_windows, "if (!kIm2col)", "if (kIm2col)", 0, "a tensor_load with the map of"),
+    "map of a box as windows": (check_box, "if (kIm2col)", "if (!kIm2col)", 0, "an im2col_load with the map of"),
     "wrong parity": (check_wgmma, "mbarrier_wait(barrier, 0)", "mbarrier_wait(barrier, 1)", 0, "while bulk copies of"),
     "wrong parity in a ring": (
         check_ring,

@@ -37,7 +37,7 @@ def toolkit_headers() -> Path:
     pytest.skip("no CUDA toolkit with cccl here (looked at CUDA_HOME, nvcc, /usr/local/cuda)")
 
 
-LANES = {"wgmma.a": 128, "wgmma.d": 128, "swizzle": 8, "descriptor": 1}
+LANES = {"wgmma.a": 128, "wgmma.d": 128, "swizzle": 8, "descriptor": 1, "corners": 1}
 """Where they are not a warp's: a warpgroup's threads, and rows."""
 
 
@@ -82,3 +82,13 @@ def test_hopper(what: str, cute, emulator: Path) -> None:
 def test_matrix_descriptor(cute, emulator: Path) -> None:
     """The one that cute/layouts.cpp fills in, field by field."""
     assert [[harness.load(emulator).wgmma_descriptor(0x2C00 + 32, 2048)]] == cute["descriptor"]
+
+
+def test_corners_of_im2col(cute, emulator: Path) -> None:
+    """By side (padding, filter, dilation), W before H: the windows of cute/layouts.cpp."""
+    module = harness.load(emulator)
+    found = []
+    for sides in ([(1, 3, 1), (1, 3, 1)], [(3, 7, 1), (2, 5, 1)], [(4, 3, 4), (0, 1, 1)]):
+        found += [module.im2col_lower(side[0]) for side in sides]
+        found += [module.im2col_upper(*side) for side in sides]
+    assert [found] == cute["corners"]

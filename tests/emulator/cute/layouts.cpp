@@ -1,7 +1,8 @@
 // Prints what CuTe's traits say of the instructions that the vocabulary has: one line each, name and then the indices
 // of all lanes' values. An mma operand's index is row + rows * column (of a: row, k; of b: column of the product, k);
 // ldmatrix's is a bit of the 32 rows of 128 bits that the lanes name. Of wgmma the threads are 128; of the 128-byte
-// swizzle, the places of eight rows' numbers. The last line is a matrix descriptor. Compiled for the host by
+// swizzle, the places of eight rows' numbers. Then a matrix descriptor, and the corners (lower W, H, upper W, H) of
+// im2col for the filters, paddings and dilations (W, H) that test_layouts.py names too. Compiled for the host by
 // test_layouts.py.
 
 #include <cstdio>
@@ -11,6 +12,12 @@
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
+
+#include <cute/arch/copy_sm100_tma.hpp>  // these three, too: it does not include what it uses
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/detail/dependent_false.hpp>
+
+#include <cutlass/conv/collective/detail.hpp>
 
 template <typename Layout>
 void print(const char* name, Layout layout) {
@@ -29,6 +36,16 @@ void print_mma(const char* a, const char* b, const char* d) {
   print(d, typename Traits::CLayout{});
 }
 
+void print_corners(int filter_w, int filter_h, int padding_w, int padding_h, int dilation_w, int dilation_h) {
+  cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2> shape;
+  shape.shape_B = {64, filter_h, filter_w, 64};
+  shape.lower_padding = shape.upper_padding = {padding_h, padding_w};
+  shape.dilation = {dilation_h, dilation_w};
+  for (const auto& corner : {cutlass::conv::collective::detail::compute_lower_corner_whd(shape),
+                             cutlass::conv::collective::detail::compute_upper_corner_whd(shape)})
+    std::printf(" %d %d", corner[0], corner[1]);
+}
+
 int main() {
   print_mma<cute::SM80_16x8x16_F32BF16BF16F32_TN>("bfloat16.a", "bfloat16.b", "bfloat16.d");
   print_mma<cute::SM80_16x8x16_F32F16F16F32_TN>("half.a", "half.b", "half.d");
@@ -45,4 +62,10 @@ int main() {
   descriptor.bitfield.stride_byte_offset_ = 2048 >> 4;
   descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
   std::printf("descriptor %llu\n", static_cast<unsigned long long>(descriptor.desc_));
+
+  std::printf("corners");
+  print_corners(3, 3, 1, 1, 1, 1);
+  print_corners(7, 5, 3, 2, 1, 1);
+  print_corners(3, 1, 4, 0, 4, 1);
+  std::printf("\n");
 }

@@ -1,11 +1,14 @@
 // The device vocabulary that Hopper adds (sm_90a), beside device.h:
 //
 //   mbarriers      mbarrier_init  mbarrier_init_fence  mbarrier_arrive  mbarrier_expect  mbarrier_wait
-//   bulk copies    bulk_load  tensor_load                       global -> shared by one thread, done when an mbarrier
-//   is tensor cores   wgmma  wgmma_fence  wgmma_commit  wgmma_wait          four warps together; operands:
-//   wgmma_operand proxies        fence_async                        what this thread wrote to shared memory, for bulk
-//   copies and wgmma on the host    encode                                 a TensorBox -> the TensorMap that a kernel's
-//   parameters carry
+//
+//   bulk copies    bulk_load  tensor_load  im2col_load    global -> shared by one thread, over when an mbarrier says so
+//
+//   tensor cores   wgmma  wgmma_fence  wgmma_commit  wgmma_wait  wgmma_operand         four warps together
+//
+//   proxies        fence_async    what this thread wrote to shared memory, for bulk copies and wgmma
+//
+//   on the host    encode         a TensorBox or an Im2colBox -> the TensorMap that a kernel's parameters carry
 //
 // An mbarrier is 8 bytes of shared memory. A phase of it ends when as many threads have arrived as it was told at its
 // start, and as many bytes as were expected have come; mbarrier_wait(at, parity) waits for the end of the phase of this
@@ -40,6 +43,26 @@ struct TensorBox {
   uint32_t box[kRank];     // at most 256 each
   bool swizzle;
 };
+
+// Windows of a convolution, for im2col_load: which pixels of `x` (C, W, H, N) the filter's first tap meets, when it is
+// put down everywhere. `lower` is the first of them by (W, H), `upper` the last one's distance from the image's last
+// pixel, `step` the convolution's stride. im2col_load brings box[1] pixels of box[0] channels, each a row: it begins at
+// the pixel that it is given, walks along W, then H, then N, and reads every pixel at its distance (right, down), which
+// is the tap's; zeros where that is outside of the image, and behind the last image. (PTX ISA, "Im2col mode".)
+struct Im2colBox {
+  static constexpr int kMaxPixels = 1024, kMaxStep = 8, kMaxOffset = 255;
+  TensorBox x;  // box: channels, pixels, 1, 1
+  int lower[2], upper[2];
+  uint32_t step[2];
+};
+
+// lower and upper of one side of a filter.
+RF_HOST_DEVICE constexpr int im2col_lower(int padding) {
+  return -padding;
+}
+RF_HOST_DEVICE constexpr int im2col_upper(int padding, int filter, int dilation) {
+  return padding - (filter - 1) * dilation;
+}
 
 // The hardware's swizzle: within every kSwizzleBytes of shared memory, a 16-byte chunk's place in its row of 128 bytes
 // is its number xor the row's.

@@ -24,32 +24,56 @@ constexpr bool kHopperBuilt = false;
 // In a kernel's parameters only, which are declared `const RF_GRID_CONSTANT`: the copy engine reads it from there.
 using TensorMap = CUtensorMap;
 
-// Asks the driver, which is found at run time: the library is not linked to it.
-inline Status encode(TensorMap* map, const TensorBox& box) {
-  constexpr int kRank = TensorBox::kRank;
-  static const auto encode_tiled = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
+// The driver's function of this name, which is found at run time: the library is not linked to it. nullptr where the
+// driver is older than CUDA 12.
+template <typename Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
 #if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
 #else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+  cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
 #endif
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(result == cudaDriverEntryPointSuccess ? found : nullptr);
-  }();
-  if (encode_tiled == nullptr) return "the driver has no cuTensorMapEncodeTiled (it comes with CUDA 12)";
+  return reinterpret_cast<Function>(result == cudaDriverEntryPointSuccess ? found : nullptr);
+}
+
+// A tensor as the driver wants it. Of its type only the size matters, and the value of what is not copied: zeros.
+struct DriverTensor {
+  static constexpr int kRank = TensorBox::kRank;
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT16;
   cuuint64_t size[kRank], stride[kRank - 1];
-  cuuint32_t steps[kRank], boxes[kRank];
-  for (int i = 0; i < kRank; ++i) {
-    size[i] = box.size[i], boxes[i] = box.box[i], steps[i] = 1;
-    if (i > 0) stride[i - 1] = box.stride[i];
+  CUtensorMapSwizzle swizzle;
+
+  explicit DriverTensor(const TensorBox& box) {
+    for (int i = 0; i < kRank; ++i) {
+      size[i] = box.size[i];
+      if (i > 0) stride[i - 1] = box.stride[i];
+    }
+    swizzle = box.swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   }
-  // The type only matters for values that are not copied: zeros.
-  const CUresult failed =
-      encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, kRank, const_cast<void*>(box.start), size, stride, boxes, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+};
+
+inline Status encode(TensorMap* map, const TensorBox& box) {
+  static const auto call = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
+  if (call == nullptr) return "the driver has no cuTensorMapEncodeTiled (it comes with CUDA 12)";
+  const DriverTensor t(box);
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const CUresult failed = call(map, t.kType, t.kRank, const_cast<void*>(box.start), t.size, t.stride, box.box, steps,
+                               CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return failed == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the tensor";
+}
+
+inline Status encode(TensorMap* map, const Im2colBox& box) {
+  static const auto call = driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col");
+  if (call == nullptr) return "the driver has no cuTensorMapEncodeIm2col (it comes with CUDA 12)";
+  const DriverTensor t(box.x);
+  const cuuint32_t steps[] = {1, box.step[0], box.step[1], 1};
+  const CUresult failed = call(map, t.kType, t.kRank, const_cast<void*>(box.x.start), t.size, t.stride, box.lower,
+                               box.upper, box.x.box[0], box.x.box[1], steps, CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle,
+                               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return failed == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeIm2col refuses the tensor";
 }
 
 RF_DEVICE void mbarrier_init(uint32_t at, int arrivals) {
@@ -96,6 +120,17 @@ RF_DEVICE void tensor_load(uint32_t at, const TensorMap& map, int c0, int c1, in
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];\n" ::"r"(shared_address(at)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// Rows of an Im2colBox from the pixel (w, h) of image n on, read at the tap (right, down), from channel c on.
+RF_DEVICE void im2col_load(uint32_t at, const TensorMap& map, int c, int w, int h, int n, int right, int down,
+                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2], {%7, %8};\n" ::"r"(shared_address(at)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "r"(c), "r"(w), "r"(h), "r"(n),
+      "h"(static_cast<uint16_t>(right)), "h"(static_cast<uint16_t>(down))
       : "memory");
 }
 

@@ -4,7 +4,8 @@
 //                 than a phase has room for; copies on one whose init was not fenced; a wait that never ends, named by
 //                 barrier, phase and what is missing. An arrival passes on what its warp knows, a wait takes it over
 //   bulk copies   everything that threads are held to when they write; any access before the end of the barrier's
-//                 phase, which comes no sooner than somebody waits for it; leaving the kernel before
+//                 phase, which comes no sooner than somebody waits for it; leaving the kernel before; a map of the
+//                 other mode, a first pixel or an offset that im2col does not know
 //   wgmma         four warps at different lines or with different operands; a descriptor that no mode of hopper.h says;
 //                 registers without a wgmma_fence; operands written before the wait. The accumulators are NaN until it
 //   proxies       bulk copies and wgmma that meet what a thread wrote and did not fence (fence_async)
@@ -22,14 +23,15 @@ namespace resnet_fast {
 constexpr bool kHopper = true, kHopperBuilt = true;
 
 struct TensorMap {
-  TensorBox box;
+  Im2colBox box;
+  bool im2col;  // else box.x alone
 };
 
 }  // namespace resnet_fast
 
 namespace emulator {
 
-resnet_fast::Status encode(const resnet_fast::TensorBox& box);
+resnet_fast::Status encode(const resnet_fast::TensorMap& map);
 
 void mbarrier_init(uint32_t at, int arrivals, Where where);
 void mbarrier_init_fence();
@@ -37,7 +39,9 @@ void mbarrier_arrive(uint32_t at, int bytes, Where where);
 void mbarrier_wait(uint32_t at, int parity, Where where);
 void fence_async();
 void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, Where where);
-void tensor_load(uint32_t at, const resnet_fast::TensorBox& box, const int* corner, uint32_t barrier, Where where);
+void tensor_load(uint32_t at, const resnet_fast::TensorMap& map, const int* corner, uint32_t barrier, Where where);
+void im2col_load(uint32_t at, const resnet_fast::TensorMap& map, const int* first, const int* offset, uint32_t barrier,
+                 Where where);
 
 // What one thread of a warpgroup brings to a wgmma.
 struct Wgmma {
@@ -58,8 +62,12 @@ void wgmma_wait(int pending);
 namespace resnet_fast {
 
 inline Status encode(TensorMap* map, const TensorBox& box) {
-  map->box = box;
-  return emulator::encode(box);
+  *map = {{box, {}, {}, {}}, false};
+  return emulator::encode(*map);
+}
+inline Status encode(TensorMap* map, const Im2colBox& box) {
+  *map = {box, true};
+  return emulator::encode(*map);
 }
 
 inline uint32_t shared_address(uint32_t at) {
@@ -89,7 +97,12 @@ inline void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, R
 }
 inline void tensor_load(uint32_t at, const TensorMap& map, int c0, int c1, int c2, int c3, uint32_t barrier, RF_HERE) {
   const int corner[] = {c0, c1, c2, c3};
-  emulator::tensor_load(at, map.box, corner, barrier, {file, line});
+  emulator::tensor_load(at, map, corner, barrier, {file, line});
+}
+inline void im2col_load(uint32_t at, const TensorMap& map, int c, int w, int h, int n, int right, int down,
+                        uint32_t barrier, RF_HERE) {
+  const int first[] = {c, w, h, n}, offset[] = {right, down};
+  emulator::im2col_load(at, map, first, offset, barrier, {file, line});
 }
 
 template <typename... D>
