@@ -11,6 +11,7 @@ Objects are kept in build/emulator under the hash of all that they were made fro
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -34,6 +35,8 @@ HERE = ROOT / "tests" / "emulator"
 KEPT = ROOT / "build" / "emulator"
 INCLUDES = (KERNELS / "include", HERE / "include", HERE)
 CUDA_ONLY = ("device.cu", "device_build.cu")
+
+NAME = "emulator_{}"
 
 OPTIMISED = ("-O2",)
 QUICK = ("-O0",)  # to compile: for kernels that are broken on purpose and run once
@@ -78,8 +81,11 @@ def _compile(text: str, path: Path, flags: Sequence[str]) -> Path:
     command += [f"-I{folder}" for folder in INCLUDES] + [f"-I{_pybind()}", f"-I{sysconfig.get_path('include')}"]
     key = hashlib.sha256(_headers() + "\0".join([*command, path.name, text]).encode()).hexdigest()[:32]
     target = KEPT / f"{path.stem}-{key}.o"
-    if not target.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that wants the same object waits for it
+        if target.exists():
+            return target
         partial = target.with_suffix(f".{os.getpid()}.tmp")
         # Through a pipe, with the file's own name in messages and reports.
         text = f'#line 1 "{path.name}"\n{text}'
@@ -111,7 +117,7 @@ def build(flags: Sequence[str] = (), edits: Iterable[Edit] = ()) -> Path:
             path = next(p for folder in INCLUDES for p in folder.rglob(edit.file))
             headers[path] = edit.apply(headers.get(path) or path.read_text())
     key = hashlib.sha256(repr((flags, edits, _headers(), sorted(texts.items()))).encode()).hexdigest()[:16]
-    name = f"emulator_{key}"
+    name = NAME.format(key)
     target = KEPT / f"{name}.so"
     if target.exists():
         return target
@@ -122,10 +128,17 @@ def build(flags: Sequence[str] = (), edits: Iterable[Edit] = ()) -> Path:
         edited.write_text(text)
 
     def one(path: Path) -> Path:
-        own = [f"-DEMULATOR_MODULE={name}"] if path.name == "module.cpp" else []
-        if any(f"/{header.name}>" in texts[path] for header in headers):
-            own.append(f"-I{KEPT / name}")
-        return _compile(texts[path], path, [*flags, *own])
+        sees_edit = any(f"/{header.name}>" in texts[path] for header in headers)
+        own = [f"-I{KEPT / name}"] if sees_edit else []
+        if path.name != "module.cpp":
+            return _compile(texts[path], path, [*flags, *own])
+        # Every build has a name of its own, so that several can live in one process; the bindings, which take the
+        # longest, are compiled once all the same: under a name as long, which is then replaced in the object.
+        any_name = NAME.format("0" * len(key))
+        compiled = _compile(texts[path], path, [*flags, *own, f"-DEMULATOR_MODULE={any_name}"])
+        named = KEPT / f"{name}.module.o"
+        named.write_bytes(compiled.read_bytes().replace(any_name.encode(), name.encode()))
+        return named
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(one, texts))

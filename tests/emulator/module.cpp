@@ -20,7 +20,7 @@
 
 namespace py = pybind11;
 
-// hopper_probes.cpp
+// hopper_bindings.cpp
 void bind_hopper(py::module_& m);
 
 namespace resnet_fast {
