@@ -5,8 +5,8 @@
 //   y  = relu(conv1x1(t2, w3) + b3 + s) (N, H, W, 256)           s = x (Ci = 256), or conv1x1(x, wp) (Ci = 64)
 //
 // Saved bytes: bottleneck_fwd.cu. What this one saves beside them is shared memory's time, which bounds that one: 4,000
-// wavefronts of 128 bytes for a tile of 64 pixels instead of 6,200, against 5,000 cycles of DRAM; and instructions: 2,900
-// issue slots a tile and scheduler, all told, where that one's main loops alone take 3,400.
+// wavefronts of 128 bytes for a tile of 64 pixels instead of 6,200, against 5,000 cycles of DRAM; and instructions:
+// 2,900 issue slots a tile and scheduler, all told, where that one's main loops alone take 3,400.
 //
 // GEMM. Three in a chain over one tile of 8 x 8 pixels; two groups of four warps, each with its own wgmma:
 //

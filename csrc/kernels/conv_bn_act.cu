@@ -2,8 +2,8 @@
 // pixels. What the two have in common (ring, products, epilogue) is explained there.
 //
 //   y[m, co] = act( sum_k x[pixel(m, k), channel(k)] * w[co, k]  +  b[co]  +  residual[m, co] )
-//   k = (r * S + s) * Ci + ci        pixel(m, k) = (n, ho * stride - pad + r * dilation, wo * stride - pad + s *
-//   dilation)
+//   k = (r * S + s) * Ci + ci
+//   pixel(m, k) = (n, ho * stride - pad + r * dilation, wo * stride - pad + s * dilation)
 //
 //   x (N, H, W, Ci)   w (Co, R, S, Ci), BatchNorm folded   b (Co) fp32   residual, y (N, Ho, Wo, Co)      NHWC, 16 bit
 //

@@ -3,9 +3,8 @@
 //
 //   y[m, co] = act( sum_ci x[row(m), ci] * w[co, ci]  +  b[co]  +  residual[m, co] )
 //
-//   x (N, H, W, Ci)   w (Co, Ci)   b (Co) fp32   residual, y (N, Ho, Wo, Co)      NHWC, 16 bit, BatchNorm folded into
-//   w, b m = (n, ho, wo)   row(m) = (n, ho * stride, wo * stride)                      of a stride the skipped rows
-//   stay unread
+//   x (N, H, W, Ci)   w (Co, Ci)   b (Co) fp32   residual, y (N, Ho, Wo, Co)   NHWC, 16 bit, BatchNorm folded into w, b
+//   m = (n, ho, wo)   row(m) = (n, ho * stride, wo * stride)      of a stride the skipped rows stay unread
 //
 // Saved bytes. Stock runs convolution, BatchNorm, add and ReLU as four kernels, which write y four times and read it
 // three times; here it is written once. At 256 channels and 56 x 56 in 16 bit: 11.2 MB per image -> 1.6 MB.

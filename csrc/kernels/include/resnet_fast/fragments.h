@@ -2,12 +2,13 @@
 // floating point type"; "ldmatrix"). Kernels place their epilogues by these functions, the emulator multiplies by them,
 // and tests/emulator/test_layouts.py compares them with CuTe's traits, an independent source.
 //
-//   a (16 x 16)  four words of two k each     d (16 x 8)  four floats      lane = 4 * group + quad
+//   a (16 x 16)  four words of two k each            d (16 x 8)  four floats           lane = 4 * group + quad
 //
-//        k 2q 2q+1   8+2q 8+2q+1                    n  2q  2q+1
-//   row g    a0          a2                    row g   d0   d1             b (16 x 8): b0 = k 2q, 2q+1   of column n =
-//   g row g+8  a1          a3                    row g+8 d2   d3                          b1 = k 8+2q, +1   of column n
-//   = g
+//              k 2q 2q+1   8+2q 8+2q+1                         n  2q  2q+1
+//   row g           a0          a2                    row g       d0   d1
+//   row g+8         a1          a3                    row g+8     d2   d3
+//
+//   b (16 x 8)   b0 = k 2q, 2q+1 of column n = g      b1 = k 8+2q, 8+2q+1 of it
 #pragma once
 
 #include <resnet_fast/device.h>
