@@ -33,8 +33,8 @@
 // Two barriers of the block a tile: t1 is written and x is free; t2 is written. t1 and t2 need no third and fourth, as
 // every group has passed the other barrier between the last read of one tile and the first write of the next.
 //
-// Numerics: as bottleneck_fwd.cu. Limits: bottleneck_fwd_sm90a_fits. Alone: python -m pytest tests/emulator -k sm90a.
-// Counted: docs/tables/. None of it has run on a GPU.
+// Numerics: as bottleneck_fwd.cu. Limits: bottleneck_fwd_sm90a_fits. Alone: pytest tests/emulator -k "bottleneck and
+// h100". Counted: docs/tables/. None of it has run on a GPU.
 //
 // Not taken: conv2's operand a from shared memory in nine copies of t1 (104 KB); splitting conv1 by channels instead of
 // rows, which reads x twice (1,536 wavefronts for 1,024).
