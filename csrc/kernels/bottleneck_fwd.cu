@@ -37,6 +37,8 @@
 // Numerics: fp32 accumulators; t1, t2 and y are rounded once each, as if they had been stored. Bias, then shortcut,
 // then ReLU. Halo pixels outside the image are zero AFTER conv1's ReLU: relu(0 . w1 + b1) is not zero.
 //
+// Where bottleneck_fwd_sm90a.cu fits, on Hopper with 64 channels between, that one runs instead.
+//
 // Limits: backends/cuda/bottleneck.py. Alone: python -m pytest tests/emulator -k bottleneck. Counted: docs/tables/.
 //
 // Not taken: tiles of 8 x 14, which leave no row of conv1 idle at 56 x 56 (1.43 times the pixels) but need 243 KB;
@@ -175,10 +177,7 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
   // the first tile's x, the weights, the biases
   issue_x(p, tile_of(p, block_index()), at.x);
   weights.start();
-  for (int i = thread_index(); i < 2 * V::kMid + V::kCo; i += kThreads) {
-    const float* from = i < V::kMid ? p.bias1 + i : i < 2 * V::kMid ? p.bias2 + i - V::kMid : p.bias3 + i - 2 * V::kMid;
-    store_shared(at.bias + i * 4, load_global<float>(from));
-  }
+  stage_biases<V::kMid, V::kCo, kThreads>(p, at.bias);
   sync_block();  // accumulators begin with biases, before a ring's first step waits for anybody
 
   for (int round = 0; round < mine; ++round) {

@@ -125,10 +125,7 @@ RF_DEVICE void run(const Params& all) {
   constexpr int kZeroChunks = (kXRows - kHaloPixels) * kRowChunks;
   for (int i = thread; i < V::kBoxes * kZeroChunks; i += kThreads)
     store_shared(V::kX + i / kZeroChunks * kXBoxBytes + kHaloPixels * kRowBytes + i % kZeroChunks * 16, Vec16{});
-  for (int i = thread; i < 2 * kMid + kCo; i += kThreads) {
-    const float* from = i < kMid ? p.bias1 + i : i < 2 * kMid ? p.bias2 + i - kMid : p.bias3 + i - 2 * kMid;
-    store_shared(V::kBias + i * 4, load_global<float>(from));
-  }
+  stage_biases<kMid, kCo, kThreads>(p, V::kBias);
   fence_async();
   sync_block();
   mbarrier_wait(V::kWeightsReady, 0);

@@ -62,6 +62,7 @@
 #include <resnet_fast/epilogue.h>
 #include <resnet_fast/fragments.h>
 #include <resnet_fast/stem_fwd.h>
+#include <resnet_fast/tiles.h>
 
 namespace resnet_fast {
 namespace {
@@ -81,16 +82,6 @@ constexpr int kPatchNumbers = 200, kPatchPitch = kPatchNumbers * 2, kPatchBytes 
 static_assert(kPatchNumbers >= kWindowStep * (kStripColumns + 15) + 8 * kRowGroups, "the last window fits");
 static_assert(kStemTileW == 2 * kStripW && kStemUnits == 2 * kSteps && kPatchBytes % kChunkBytes == 0, "as explained");
 
-struct Tile {
-  int n, i, j;  // image, and first row and column of the output
-};
-
-RF_DEVICE Tile tile_of(const StemParams& p, int index) {
-  const int across = p.tiles_w(), per_image = across * p.tiles_h();
-  const int rest = index % per_image;
-  return {index / per_image, rest / across * kStemTileH, rest % across * kStemTileW};
-}
-
 // Where the patch's numbers are in x, a unit of kNumbers at a time: units are inside of a row of the image or outside.
 template <int kNumbers>
 struct Unit {
@@ -99,8 +90,8 @@ struct Unit {
 
   RF_DEVICE Unit(const StemParams& p, const Tile& tile, int i) {
     constexpr int kAcross = kPatchNumbers / kNumbers;
-    const int h = 4 * tile.i - 5 + i / kAcross;
-    const int number = 12 * tile.j - 16 + i % kAcross * kNumbers;
+    const int h = 4 * tile.h - 5 + i / kAcross;
+    const int number = 12 * tile.w - 16 + i % kAcross * kNumbers;
     inside = h >= 0 && h < p.h && number >= 0 && number < p.w * kChannelsIn;
     from = inside ? (static_cast<size_t>(tile.n) * p.h + h) * p.w * kChannelsIn + number : 0;
   }
@@ -187,7 +178,7 @@ stem_fwd_kernel(const StemParams p) {
   const int lane = lane_index(), group = lane / 4, quad = lane % 4;
   const int tiles = p.n * p.tiles_h() * p.tiles_w();
   const int ho = p.ho(), wo = p.wo(), hp = p.hp(), wp = p.wp();
-  issue_patch(p, tile_of(p, block_index()), 0);
+  issue_patch(p, tile_of<kStemTileH, kStemTileW>(p, block_index()), 0);
   cp_async_commit();
 
   // this half's weights and biases, for good
@@ -209,20 +200,21 @@ stem_fwd_kernel(const StemParams p) {
   for (int index = block_index(); index < tiles; index += block_count()) {
     cp_async_wait<0>();
     sync_block();
-    if (index + block_count() < tiles) issue_patch(p, tile_of(p, index + block_count()), (1 - place) * kPatchBytes);
+    if (index + block_count() < tiles)
+      issue_patch(p, tile_of<kStemTileH, kStemTileW>(p, index + block_count()), (1 - place) * kPatchBytes);
     cp_async_commit();
 
-    const Tile tile = tile_of(p, index);
+    const Tile tile = tile_of<kStemTileH, kStemTileW>(p, index);
     const uint32_t patch = place * kPatchBytes + ((strip * kStripColumns + group) * kWindowStep + quad * 2) * 2;
-    const int q = 2 * tile.j - 1 + strip * kStripColumns + group;  // and q + 8
+    const int q = 2 * tile.w - 1 + strip * kStripColumns + group;  // and q + 8
     const bool exists[2] = {q >= 0 && q < wo, q + 8 < wo};
-    const int rows = hp - tile.i < kStemTileH ? hp - tile.i : kStemTileH;
+    const int rows = hp - tile.h < kStemTileH ? hp - tile.h : kStemTileH;
     uint32_t best[2][kWide];
 #pragma unroll 1
     for (int row = 0; row <= 2 * rows; ++row) {
       // c = row of c, -inf outside of it
       uint32_t c[2][kWide];
-      const int p_row = 2 * tile.i - 1 + row;
+      const int p_row = 2 * tile.h - 1 + row;
       const bool row_exists = p_row >= 0 && p_row < ho;
       if (row_exists) convolve_row<T>(c, weights, bias, patch + 2 * row * kPatchPitch);
 #pragma unroll
@@ -239,7 +231,7 @@ stem_fwd_kernel(const StemParams p) {
       pool_columns<T>(pooled, best);
 #pragma unroll
       for (int n = 0; n < kWide; ++n) pooled[n] = larger2<T>(pooled[n], 0u);
-      const int i = tile.i + row / 2 - 1, j = tile.j + pooled_column;
+      const int i = tile.h + row / 2 - 1, j = tile.w + pooled_column;
       const bool inside = group != 7 && j < wp;
       const size_t pixel = inside ? (static_cast<size_t>(tile.n) * hp + i) * wp + j : 0;
       store_global(static_cast<char*>(p.y) + (pixel * kStemChannels + warp_n * kWide * 8 + quad * 8) * 2,

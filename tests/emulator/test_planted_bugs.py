@@ -204,7 +204,12 @@ ON_HOPPER = {
     ),
     "halo not zeroed": ("inside ? t : 0u", "t", 0, None),
     "taps in the wrong order": ("(r * 3 + s) * kStepBytes", "(s * 3 + r) * kStepBytes", 0, None),
-    "a row of the halo too low": ("2 * (warp_of_group + i) + row", "2 * (warp_of_group + i) + 1 + row", 0, "."),
+    "a row of the halo too low": (
+        "2 * (warp_of_group + i) + row",
+        "2 * (warp_of_group + i) + 1 + row",
+        0,
+        "nobody has written",
+    ),
     "shortcut of the other half": ("(n + i) % 2 * 2 + half", "(n + i) % 2 * 2 + (1 - half)", 0, None),
     "x of the wrong place": ("tile.w - 1, tile.h - 1,", "tile.w, tile.h - 1,", 0, None),
     "a group that leaves out a wgmma": (

@@ -6,6 +6,7 @@
 #include <resnet_fast/device.h>
 #include <resnet_fast/epilogue.h>
 #include <resnet_fast/fragments.h>
+#include <resnet_fast/tiles.h>
 
 namespace resnet_fast {
 
@@ -13,14 +14,8 @@ constexpr int kTile = kBottleneckTile, kHalo = kTile + 2;  // pixels a side, of 
 constexpr int kPixels = kTile * kTile, kHaloPixels = kHalo * kHalo;
 constexpr int kStep = kBottleneckStep, kStepChunks = kStep / 8, kStepMmas = kStep / 16;
 
-struct Tile {
-  int n, h, w;  // image, and first row and column of the output
-};
-
 RF_DEVICE Tile tile_of(const BottleneckParams& p, int index) {
-  const int across = p.tiles_w(), per_image = across * p.tiles_h();
-  const int rest = index % per_image;
-  return {index / per_image, rest / across * kTile, rest % across * kTile};
+  return tile_of<kTile, kTile>(p, index);
 }
 
 RF_DEVICE bool in_image(const BottleneckParams& p, int h, int w) {
@@ -34,6 +29,15 @@ RF_DEVICE bool in_image(const BottleneckParams& p, const Tile& tile, int pixel) 
 // The pixel of the halo tile on which pixel `row` of the output is centred.
 RF_HOST_DEVICE constexpr int centre(int row) {
   return (row / kTile + 1) * kHalo + row % kTile + 1;
+}
+
+// The three biases -> shared memory, one behind another from `at` on; all kThreads threads, before a barrier.
+template <int kMid, int kCo, int kThreads>
+RF_DEVICE void stage_biases(const BottleneckParams& p, uint32_t at) {
+  for (int i = thread_index(); i < 2 * kMid + kCo; i += kThreads) {
+    const float* from = i < kMid ? p.bias1 + i : i < 2 * kMid ? p.bias2 + i - kMid : p.bias3 + i - 2 * kMid;
+    store_shared(at + i * 4, load_global<float>(from));
+  }
 }
 
 // Accumulators that begin with the bias of their columns, the first of which is at `at` in shared memory: one load for

@@ -78,22 +78,20 @@ RF_DEVICE void ring_product(const TilePlace<V>& tile, int gemm_k, const Output& 
   store_tile<typename V::T>(acc, out, tile.row + warp_m * V::kTall * 16, tile.column + warp_n * V::kWide * 8);
 }
 
-// A convolution's tiles of so many channels.
-template <typename Params>
-int tiles_of(const Params& p, int columns) {
-  constexpr int kRows = ConvTile<Half, 64>::kRows;
-  return (p.gemm_m() + kRows - 1) / kRows * ((p.co + columns - 1) / columns);
+template <typename V, typename Params>
+int tiles_of(const Params& p) {
+  return (p.gemm_m() + V::kRows - 1) / V::kRows * ((p.co + V::kColumns - 1) / V::kColumns);
 }
 
 // Wide tiles read x half as often; narrow ones where wide ones would leave an SM without any.
 template <typename Params>
 bool takes_wide_tiles(const Params& p, const Device& device) {
-  return p.co > 64 && tiles_of(p, 128) >= device.sms;
+  return p.co > 64 && tiles_of<ConvTile<Half, 128>>(p) >= device.sms;
 }
 
 template <typename V, typename Params>
 Grid grid_of(const Params& p) {
-  return {tiles_of(p, V::kColumns), V::kThreads, V::kSlots * V::kSlotBytes};
+  return {tiles_of<V>(p), V::kThreads, V::kSlots * V::kSlotBytes};
 }
 
 }  // namespace resnet_fast
