@@ -1,0 +1,334 @@
+"""Where images come from: a training and a validation set, their classes, and what normalises them.
+
+Every source yields unsigned 8-bit pixels; normalisation runs on the device, on whole batches, so that a quarter of the
+bytes crosses to it. What can be wrong with a data set (a missing file, an empty class folder, a label out of range) is an
+error here, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import images
+from ..errors import UserError
+from .augment import Augment
+from .recipe import Recipe
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its four files."""
+
+Item = tuple[int, int]
+"""(epoch, index): with the epoch in it, an augmented image is a function of the item and the seed alone."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, uint8 (C, H, W), or None where ``name`` could not be read, and its class."""
+
+    pixels: Tensor | None
+    label: int
+    name: str = ""
+
+
+class InMemory(Dataset[Sample]):
+    """Images (N, C, H, W) uint8 and labels (N) int64 that are already here."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, augment: Augment):
+        self.pixels, self.labels, self.augment = pixels, labels, augment
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: Item) -> Sample:
+        _, index = item
+        return Sample(self.augment(self.pixels[index], item), int(self.labels[index]))
+
+
+class Files(Dataset[Sample]):
+    """Image files and their classes, decoded when asked for. A file that cannot be read is a sample without pixels."""
+
+    def __init__(self, files: Sequence[tuple[str, int]], augment: Augment):
+        self.files, self.augment = list(files), augment
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: Item) -> Sample:
+        path, label = self.files[item[1]]
+        try:
+            pixels = images.read(Path(path)).pixels
+        except UserError as error:
+            return Sample(None, label, error.got)
+        return Sample(self.augment(pixels, item), label, path)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a validation set. ``mean`` and ``std`` are per channel, of pixels scaled to 0-1."""
+
+    name: str
+    train: Dataset[Sample]
+    val: Dataset[Sample]
+    train_size: int
+    val_size: int
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_memory: bool
+    note: str = ""
+
+
+def load(recipe: Recipe) -> Data:
+    """The data of ``recipe``. Raises UserError for whatever would stop or spoil the run later."""
+    if recipe.data == "folder":
+        return _folder(recipe)
+    arrays = {
+        "digits": _digits,
+        "fashion-mnist": _fashion_mnist,
+        "cifar10": _cifar,
+        "cifar100": _cifar,
+        "synthetic": _synthetic,
+    }[recipe.data](recipe)
+    return _in_memory(recipe, *arrays)
+
+
+def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], note: str) -> Data:
+    """Check, choose the subset, resize once, and measure what normalises."""
+    (x, y), (x_val, y_val) = train, val
+    for where, labels in (("training", y), ("validation", y_val)):
+        check_labels(labels, recipe.classes or len(classes), f"{where} set of {recipe.data}")
+    if recipe.subset is not None:
+        if recipe.subset > len(y):
+            raise UserError(f"subset <= {len(y)}, the training images", str(recipe.subset), "correct subset")
+        chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.subset]
+        x, y = x[chosen], y[chosen]
+    x, x_val = _resized(x, recipe.size), _resized(x_val, recipe.size)
+    flat = x.transpose(0, 1).flatten(1)
+    mean = tuple((c.double().mean() / 255).item() for c in flat)
+    std = tuple(max(c.double().std().item() / 255, 1e-3) for c in flat)
+    return Data(
+        recipe.data,
+        InMemory(x, y, Augment.training(recipe)),
+        InMemory(x_val, y_val, Augment.none()),
+        len(y),
+        len(y_val),
+        tuple(classes),
+        mean,
+        std,
+        True,
+        note,
+    )
+
+
+def check_labels(labels: Tensor, classes: int, where: str) -> None:
+    """UserError unless every label is in 0 … classes-1."""
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        got = f"{int(labels.min())} … {int(labels.max())} in the {where}"
+        raise UserError(f"labels in 0 … {classes - 1}", got, "correct the labels, or raise classes")
+
+
+def _resized(x: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) uint8 at ``size`` x ``size``, antialiased; in slices, for the sake of memory."""
+    if x.shape[-2:] == (size, size):
+        return x
+    from torchvision.transforms.v2 import functional
+
+    return torch.cat([functional.resize(part, [size, size], antialias=True) for part in x.split(4096)])
+
+
+def _digits(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise UserError(
+            "scikit-learn, which carries the digits", "no such package", 'pip install "resnet-fast[train]"'
+        ) from error
+    found = datasets.load_digits()
+    x = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    y = torch.from_numpy(found.target).long()
+    held_out = torch.zeros(len(y), dtype=torch.bool)
+    held_out[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: len(y) // 5]] = True
+    note = "a fifth of the 1,797 images is the validation set, the same for every seed"
+    return (x[~held_out], y[~held_out]), (x[held_out], y[held_out]), [str(i) for i in range(10)], note
+
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+def _fashion_mnist(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
+    """The four idx files: in ``data_path``, in torchvision's ``data_path/FashionMNIST/raw``, or in Debian's package."""
+    places = [DEBIAN_FASHION_MNIST]
+    if recipe.data_path:
+        root = Path(recipe.data_path)
+        places = [root, root / "FashionMNIST" / "raw"]
+    for place in places:
+        found = [_idx_file(place, stem) for stem in _IDX]
+        if all(found):
+            arrays = [_read_idx(path) for path in found if path is not None]
+            return _pair(arrays[0], arrays[1]), _pair(arrays[2], arrays[3]), FASHION, f"from {place}"
+    raise UserError(
+        "Fashion-MNIST's four idx files (train-images-idx3-ubyte and its like, .gz or not)",
+        f"none in {' or '.join(map(str, places))}",
+        "apt-get install dataset-fashion-mnist, or give torchvision's root with --data-path",
+    )
+
+
+_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def _idx_file(folder: Path, stem: str) -> Path | None:
+    return next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
+
+
+def _read_idx(path: Path) -> Tensor:
+    """An idx file of bytes, as torchvision reads it; UserError if it is cut short or something else."""
+    import tempfile
+
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+
+    try:
+        with tempfile.NamedTemporaryFile() as plain:
+            plain.write(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+            plain.flush()
+            return read_sn3_pascalvincent_tensor(plain.name)
+    except Exception as error:  # what torchvision raises for a damaged file varies: assertions, KeyError, ValueError
+        raise UserError("an idx file of Fashion-MNIST", f"{path} ({error})", "fetch it again") from error
+
+
+def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if len(x) != len(y):
+        raise UserError("as many labels as images", f"{len(y)} and {len(x)}", "fetch the files again")
+    return x.unsqueeze(1), y.long()
+
+
+def _cifar(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
+    """torchvision's own files: ``data_path/cifar-10-batches-py`` or ``data_path/cifar-100-python``."""
+    from torchvision import datasets
+
+    root = recipe.data_path or "data"
+    cls = datasets.CIFAR10 if recipe.data == "cifar10" else datasets.CIFAR100
+    try:
+        train, val = cls(root, train=True), cls(root, train=False)
+    except Exception as error:  # RuntimeError where files are absent or damaged, pickle's errors where they are foreign
+        raise UserError(
+            f"torchvision's {cls.__name__} files below {root}",
+            " ".join(str(error).split()),
+            f"fetch {cls.url.rpartition('/')[2]}, unpack it there, and give that folder with --data-path",
+        ) from error
+
+    def tensors(found: Any) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
+
+    return tensors(train), tensors(val), train.classes, f"from {root}"
+
+
+def _synthetic(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
+    """Noise of the recipe's size, for speed runs: what is learnt from it means nothing."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    n, classes = recipe.subset or 16 * recipe.batch, recipe.classes or 1000
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        x = torch.randint(256, (count, 3, recipe.size, recipe.size), dtype=torch.uint8, generator=generator)
+        return x, torch.randint(classes, (count,), generator=generator)
+
+    return draw(n), draw(max(1, n // 8)), [str(i) for i in range(classes)], "noise"
+
+
+def _folder(recipe: Recipe) -> Data:
+    """ImageNet's layout, ``data_path/{train,val}/<class>/*``; without the two, a fifth of each class is held out."""
+    root = Path(recipe.data_path or "")
+    if not root.is_dir():
+        raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
+    train_root = root / "train"
+    val_root = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+    note = ""
+    if train_root.is_dir() and val_root is not None:
+        classes, train = _class_files(train_root)
+        val_classes, val = _class_files(val_root)
+        if val_classes != classes:
+            odd = sorted(set(classes) ^ set(val_classes))
+            raise UserError(f"the same classes in {train_root} and {val_root}", f"{odd[:5]} in one of them", "add them")
+    else:
+        classes, found = _class_files(root)
+        train, val = _held_out(found)
+        note = "no train and val folders: a fifth of each class is the validation set, the same for every seed"
+    if recipe.subset is not None and recipe.subset < len(train):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
+        train = [train[i] for i in order[: recipe.subset].tolist()]
+    check_labels(torch.tensor([label for _, label in train]), recipe.classes or len(classes), str(root))
+    return Data(
+        root.name,
+        Files(train, Augment.training(recipe)),
+        Files(val, Augment.validation(recipe)),
+        len(train),
+        len(val),
+        tuple(classes),
+        images.MEAN,
+        images.STD,
+        False,
+        note,
+    )
+
+
+def _class_files(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """torchvision's reading of class folders: (names, files with labels). UserError for an empty one, by name."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    try:
+        classes, numbers = find_classes(str(root))
+        files = make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True)
+    except OSError as error:
+        raise UserError("class folders with images in them", str(error), "correct --data-path") from error
+    filled = {label for _, label in files}
+    empty = [name for name, number in numbers.items() if number not in filled]
+    if empty:
+        raise UserError(
+            f"images ({', '.join(e.strip('.') for e in IMG_EXTENSIONS)}) in every class folder of {root}",
+            f"none in {', '.join(empty[:5])}",
+            "fill the folder or remove it",
+        )
+    return classes, files
+
+
+def _held_out(files: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(training, validation): every fifth file of each class in an order that is always the same, at least one."""
+    train, val = [], []
+    for label in sorted({label for _, label in files}):
+        mine = [f for f in files if f[1] == label]
+        if len(mine) < 2:
+            raise UserError("two images of a class or more", f"only {mine[0][0]}", "add images, or train and val folders")
+        order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = max(1, len(mine) // 5)
+        val += [mine[i] for i in order[:cut]]
+        train += [mine[i] for i in order[cut:]]
+    return train, val
+
+
+def check_files(data: Data) -> None:
+    """Decode every file once. UserError that counts the unreadable ones and names the first of them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def complaint(path: str) -> str:
+        try:
+            images.read(Path(path))
+        except UserError as error:
+            return error.got
+        return ""
+
+    files = [path for found in (data.train, data.val) if isinstance(found, Files) for path, _ in found.files]
+    with ThreadPoolExecutor() as pool:
+        bad = [text for text in pool.map(complaint, files) if text]
+    if bad:
+        raise UserError(
+            f"{len(files)} readable images",
+            f"{len(bad)} that are not, such as {bad[0]}",
+            "mend or remove them, or leave out --strict-data to skip and count them",
+        )

@@ -1,0 +1,58 @@
+"""Where a number first stopped being one: what a run says when its loss is no longer finite."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.accelerate import restore
+
+
+class NotFinite(RuntimeError):
+    """The loss became infinite or NaN; the message names the first layer whose output is not finite."""
+
+
+def _describe(tensor: Tensor) -> str:
+    finite = tensor.isfinite()
+    bad = int((~finite).sum())
+    largest = tensor[finite].abs().max().item() if bad < tensor.numel() else float("nan")
+    return f"{bad} of {tensor.numel()} values not finite, the largest of the others {largest:.3g}"
+
+
+def _bad(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all())
+
+
+@torch.no_grad()
+def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
+    """One sentence: the first broken weight, input or layer output of ``model(x)`` on stock layers, in running order.
+
+    ``model`` itself is left as it is. ``autocast``: a context manager, as the step uses it.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if _bad(tensor):
+            return f"before this step {name} was broken already: {_describe(tensor)}; the last update overflowed"
+    if _bad(x):
+        return f"the batch itself is broken: {_describe(x)}"
+    stock = copy.deepcopy(model)
+    try:
+        stock = restore(stock)
+    except AttributeError:  # a net that was never accelerated
+        pass
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not found and _bad(output):
+            seen = next((i for i in inputs if isinstance(i, Tensor)), None)
+            fed = "" if seen is None else f"; its input: {_describe(seen)}"
+            found.append(f"first in {name} ({type(module).__name__}, {output.dtype}): {_describe(output)}{fed}")
+
+    for name, module in stock.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, i, o, name=name: look(name, m, i, o))
+    with autocast:
+        stock.train()(x)
+    return found[0] if found else "every layer's output is finite: the loss itself overflowed"

@@ -1,0 +1,153 @@
+"""The processes of a run: who this one is, what they agree on, and how a net is spread over them.
+
+``torchrun`` starts the processes and tells each its rank; without it a run is a world of one. Control messages (stop
+now? how many were wrong?) go over gloo, so that they never wait for a GPU; gradients go over NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+PARALLEL = ("ddp", "fsdp")
+TIMEOUT = datetime.timedelta(minutes=10)
+"""A process that waits this long for another ends with an error: longer than a validation, shorter than a night."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Process ``rank`` of ``size``, on ``device``."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum(torch.zeros(1))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a CPU tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process; all of them learn the same."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
+    def raise_first(self, error: BaseException | None) -> None:
+        """Raise ``error``, or in the other processes that the first one failed: nobody then waits for it."""
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise UserError("every process to go on", "an error in another process", "see that process's message")
+
+
+@contextmanager
+def world(device: str, parallel: str) -> Iterator[World]:
+    """This process's place, from torchrun's environment, with the process group set up and taken down.
+
+    UserError for a device that is not there, and for ``fsdp`` in a single process without torchrun.
+    """
+    kind = torch.device(device)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", kind.index or 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"one of the {torch.cuda.device_count()} CUDA devices that PyTorch sees",
+                f"cuda:{local}",
+                "start fewer processes, or use --device cpu",
+            )
+        kind = torch.device("cuda", local)
+        torch.cuda.set_device(kind)
+    under_torchrun = "RANK" in os.environ
+    if parallel == "fsdp" and not under_torchrun:
+        raise UserError(
+            "torchrun for --parallel fsdp",
+            "a single process started without it",
+            "start it as `torchrun --nproc-per-node N -m resnet_fast.cli.main train …`",
+        )
+    if size == 1 and parallel != "fsdp":
+        yield World(device=kind)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, kind)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(model: nn.Module, world: World, parallel: str) -> nn.Module:
+    """``model`` as the step calls it: itself, in DDP, or (in place) sharded by FSDP2, block by block.
+
+    Buffers are left to each process and averaged before they are used (:func:`average_buffers`); DDP's own way is to
+    throw away all but those of the first process.
+    """
+    if parallel == "fsdp":
+        shard(model)
+        return model
+    if world.size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP2 in place: each residual block a unit of its own, the rest another."""
+    from torch.distributed.fsdp import fully_shard
+
+    for name, stage in model.named_children():
+        if name.startswith("layer"):
+            for block in stage.children():
+                fully_shard(block)
+    fully_shard(model)
+
+
+def average_buffers(model: nn.Module, world: World) -> None:
+    """Replace floating-point buffers (running statistics) by their mean over all processes, in place.
+
+    The running mean is linear in the batches seen, so averaging now and then gives what averaging always would.
+    """
+    if world.size == 1:
+        return
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([b.detach().flatten().cpu() for b in buffers])
+    world.sum(flat).div_(world.size)
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def accumulating(model: nn.Module, last: bool) -> Any:
+    """The context of one part's forward and backward: gradients are exchanged in the ``last`` part of a step alone."""
+    from contextlib import nullcontext
+
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's state is set, not entered
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    if hasattr(model, "no_sync") and not last:
+        return model.no_sync()
+    return nullcontext()

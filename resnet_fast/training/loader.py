@@ -1,0 +1,222 @@
+"""From a plan of batches to tensors on the device: which process reads which image when, and how fast.
+
+::
+
+    epoch e's permutation of the N training images, drawn from (seed, e)
+    |------- batch 0 -------|------- batch 1 -------| … |-- last batch --|
+    | part 0 | part 1 | … | |                           every part has its share of it
+      rank 0   rank 0   rank 1 …                        parts = processes x accumulate
+
+A part is what one process sees at once. The parts of a batch depend on the recipe and the number of parts alone: two
+processes read what one process reads with ``accumulate=2``. The plan is arithmetic, so a run resumed at step s asks for
+batch s and nothing before it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import UserError
+from .augment import seed_of
+from .data import Data, Item, Sample
+
+LEAST_PART = 2
+"""Images that BatchNorm needs in a part: with one image of 1x1 pixels it has no variance."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``size`` images in batches of ``batch``, each in ``parts`` parts."""
+
+    size: int
+    batch: int
+    parts: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch > self.size:
+            raise UserError(
+                f"a batch of at most {self.size}, the training images", str(self.batch), "lower batch, or add images"
+            )
+        if self.batch < LEAST_PART * self.parts:
+            raise UserError(
+                f"a batch of {LEAST_PART} images or more for each of {self.parts} parts (processes x accumulate)",
+                str(self.batch),
+                "raise batch, or lower accumulate or the number of processes",
+            )
+
+    @property
+    def left_over(self) -> int:
+        """Images of each epoch's permutation that no batch holds: a last batch too small to be shared."""
+        rest = self.size % self.batch
+        return rest if rest < LEAST_PART * self.parts else 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        rest = self.size % self.batch
+        return self.size // self.batch + (rest >= LEAST_PART * self.parts)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """(size,) int64, the order of epoch ``epoch``."""
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
+
+    def batch_size(self, index: int) -> int:
+        """Images in batch ``index`` of an epoch, over all parts."""
+        return min(self.batch, self.size - index * self.batch)
+
+    def batches(self, step: int, steps: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """(epoch, the parts' indices) of each step from ``step`` up to ``steps``."""
+        order, held = torch.empty(0), -1
+        for number in range(step, steps):
+            epoch, index = divmod(number, self.steps_per_epoch)
+            if epoch != held:
+                order, held = self.permutation(epoch), epoch
+            chosen = order[index * self.batch : (index + 1) * self.batch]
+            yield epoch, list(chosen.tensor_split(self.parts))
+
+
+class PartSampler(Sampler[list[Item]]):
+    """The parts of process ``rank``, in the order in which it sees them: items for the data set."""
+
+    def __init__(self, plan: Plan, rank: int, accumulate: int, step: int, steps: int):
+        self.plan, self.rank, self.accumulate, self.step, self.steps = plan, rank, accumulate, step, steps
+
+    def __len__(self) -> int:
+        return (self.steps - self.step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        first = self.rank * self.accumulate
+        for epoch, parts in self.plan.batches(self.step, self.steps):
+            for part in parts[first : first + self.accumulate]:
+                yield [(epoch, index) for index in part.tolist()]
+
+
+class ValidationSampler(Sampler[list[Item]]):
+    """Every ``world``-th image from ``rank`` on, in batches."""
+
+    def __init__(self, size: int, batch: int, rank: int, world: int):
+        self.indices, self.batch = range(rank, size, world), batch
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch)
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for start in range(0, len(self.indices), self.batch):
+            yield [(0, index) for index in self.indices[start : start + self.batch]]
+
+
+@dataclass
+class Part:
+    """Images (n, C, H, W) uint8, labels (n) int64, and the names of those that could not be read and are not in it."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[str, ...] = ()
+
+    def pin_memory(self) -> Part:
+        """What DataLoader calls with ``pin_memory=True``."""
+        return Part(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
+
+    def to(self, device: torch.device) -> Part:
+        """On ``device``; from pinned memory without waiting."""
+        if device.type == "cpu":
+            return self
+        return Part(
+            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.unreadable
+        )
+
+
+def collate(samples: list[Sample]) -> Part:
+    """A part without the samples that could not be read; without images where none could."""
+    unreadable = tuple(s.name for s in samples if s.pixels is None)
+    pixels = [s.pixels for s in samples if s.pixels is not None]
+    labels = torch.tensor([s.label for s in samples if s.pixels is not None], dtype=torch.int64)
+    images = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return Part(images, labels, unreadable)
+
+
+def workers_for(data: Data, device: torch.device, world: int) -> int:
+    """Worker processes: none for data in memory beside a CPU that trains, else the cores of a process, at most 8."""
+    if data.in_memory and device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // world))
+
+
+def loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:
+    """torch's DataLoader over ``sampler``, with pinned memory for a GPU; it draws nothing from the global generator."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
+    )
+
+
+class Prefetcher:
+    """Parts on ``device``, the next one already on its way while the current one is used; counts the time waited.
+
+    ``waited_s`` grows by the seconds in which the caller had to wait for the input pipeline.
+    """
+
+    def __init__(self, parts: Any, device: torch.device):
+        self.source, self.device, self.waited_s = iter(parts), device, 0.0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.next: Part | None = None
+        if self.stream is not None:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        start = time.perf_counter()
+        part = next(self.source, None)
+        self.waited_s += time.perf_counter() - start
+        if part is not None and self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                part = part.to(self.device)
+        self.next = part
+
+    def __iter__(self) -> Iterator[Part]:
+        return self
+
+    def __next__(self) -> Part:
+        if self.stream is None:
+            self._fetch()
+        part, self.next = self.next, None
+        if part is None:
+            raise StopIteration
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            for tensor in (part.images, part.labels):
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+            self._fetch()
+        return part
+
+
+def throughput(dataset: Dataset[Sample], plan: Plan, workers: int, seconds: float = 1.0) -> float:
+    """Images per second that the input pipeline yields with nothing else to do, over about ``seconds``.
+
+    The clock starts when the first part is there: starting the workers is not what limits a run.
+    """
+    steps = plan.steps_per_epoch
+    part_plan = Plan(plan.size, plan.batch, 1, plan.seed)
+    parts = iter(loader(dataset, PartSampler(part_plan, 0, 1, 0, steps), workers, torch.device("cpu")))
+    first = next(parts)
+    start, count = time.perf_counter(), 0
+    for part in parts:
+        count += len(part.labels)
+        if time.perf_counter() - start > seconds:
+            break
+    if not count:  # an epoch of one batch
+        return len(first.labels) / max(time.perf_counter() - start, 1e-6)
+    return count / (time.perf_counter() - start)

@@ -1,0 +1,467 @@
+"""The run itself: every step from the first, or from where a checkpoint left off, to the last.
+
+What a run computes is a function of its recipe (and, where BatchNorm sees them, of how many parts a batch is in). This
+file decides when to look, log, validate and save, and what happens to a run that is told to stop. It computes nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import UserError
+from . import checkpoint, curves, distributed, loader, optim, runlog
+from .data import Data, check_files
+from .data import load as load_data
+from .distributed import World
+from .recipe import Recipe, from_dict
+from .step import Normalise, Step, Sums
+
+SAVE_SHARE = 100
+"""A checkpoint is due when the run has gone on for this many times what the last one took: one hundredth of the time."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a recipe, none of which changes what it computes.
+
+    ``resume``: empty, ``auto`` or a checkpoint's folder. ``workers``: None chooses. ``save_steps``: steps between
+    checkpoints, 0 as often as costs a hundredth of the time; ``keep`` of them stay. ``log_every``: steps per log line.
+    ``stop_after``: end (saved, to go on later) after that many steps of this process. ``probe``: measure the input
+    pipeline by itself before the first step.
+    """
+
+    out: Path
+    resume: str = ""
+    device: str = "cpu"
+    parallel: str = "ddp"
+    workers: int | None = None
+    threads: int | None = None
+    strict_data: bool = False
+    save_steps: int = 0
+    keep: int = 2
+    log_every: int = 10
+    tensorboard: bool = False
+    probe: bool = True
+    deterministic: bool = False
+    stop_after: int | None = None
+
+    def check(self) -> None:
+        """UserError for the first option that cannot be used."""
+        for name in ("threads", "keep", "log_every", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} >= 1", str(value), f"correct --{name.replace('_', '-')}")
+        for name in ("workers", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} >= 0", str(value), f"correct --{name.replace('_', '-')}")
+        if self.parallel not in distributed.PARALLEL:
+            allowed = ", ".join(distributed.PARALLEL)
+            raise UserError(f"parallel among {allowed}", repr(self.parallel), "correct --parallel")
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError as error:
+            raise UserError("a device such as cpu or cuda:0", repr(self.device), "correct --device") from error
+        if kind not in ("cpu", "cuda"):
+            raise UserError("device cpu or cuda", repr(self.device), "correct --device")
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What a run says of itself after each step. ``loss`` and ``error`` are those of the last log line."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    error: float
+    images_per_s: float
+    waiting: float
+
+
+@dataclass
+class Watch:
+    """Who is told what, in the first process: each step, each epoch's log line, and sentences worth reading."""
+
+    step: Callable[[Tick], None] = lambda tick: None
+    epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. ``finished`` is False for one that was told to stop by ``stopped_by`` and may go on."""
+
+    out: Path
+    step: int
+    finished: bool
+    stopped_by: str
+    seconds: float
+    epochs: list[dict[str, Any]] = field(repr=False)
+
+
+class _StopRequests:
+    """Remembers SIGTERM and SIGINT, to be looked at between steps. Only a program's main thread hears signals."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @contextmanager
+    def heard(self) -> Iterator[_StopRequests]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self.name:  # a second signal does not wait for the step
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+def train(recipe: Recipe, options: Options, watch: Watch | None = None) -> Result:
+    """Run ``recipe`` to its end, or until SIGTERM or Ctrl-C (then saved), and return how it went.
+
+    Writes ``log.jsonl``, ``curves.png``, ``checkpoints/`` and at last ``model.safetensors`` into ``options.out``.
+
+    Raises:
+        UserError: something about recipe, data, folder or checkpoint that cannot be used, before the first step
+            wherever it can be known then.
+        resnet_fast.training.diagnosis.NotFinite: the loss is no longer a number; says which layer it began in.
+    """
+    options.check()
+    curves.require_matplotlib()
+    with distributed.world(options.device, options.parallel) as world:
+        watch = watch if watch is not None and world.first else Watch()
+        lock, failure = None, None
+        if world.first:
+            try:
+                lock = runlog.Lock(options.out)
+            except UserError as error:
+                failure = error
+        world.raise_first(failure)
+        try:
+            return _Run(recipe, options, watch, world).go()
+        finally:
+            if lock is not None:
+                lock.release()
+
+
+MAY_CHANGE = ("epochs", "steps", "data_path", "backend", "save", "accumulate")
+"""What a resumed run may have otherwise than its checkpoint: its length, and where and how the same is computed."""
+
+
+def check_resumable(recipe: Recipe, classes: int, meta: dict[str, Any], place: Path) -> None:
+    """UserError unless ``recipe`` goes on with what the checkpoint at ``place`` was trained by."""
+    if meta["classes"] != classes:
+        got = f"{classes} in the data now"
+        raise UserError(f"the {meta['classes']} classes of {place}", got, "use the data that the run began with")
+    then, now = from_dict(meta["recipe"]).to_dict(), recipe.to_dict()
+    changed = [f"{key}: {now[key]} (was {then[key]})" for key in now if now[key] != then[key] and key not in MAY_CHANGE]
+    if changed:
+        raise UserError(f"the recipe of {place}", "; ".join(changed), "change it back, or start in another folder")
+
+
+class _Run:
+    """One call of :func:`train`."""
+
+    def __init__(self, recipe: Recipe, options: Options, watch: Watch, world: World):
+        self.recipe, self.options, self.watch, self.world = recipe, options, watch, world
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        if options.deterministic:
+            torch.backends.cudnn.deterministic = True
+        elif world.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        self._check_norms()
+        self.data: Data = load_data(recipe)
+        if options.strict_data and not self.data.in_memory:
+            check_files(self.data)
+        parts = world.size * recipe.accumulate
+        self.plan = loader.Plan(self.data.train_size, recipe.batch, parts, recipe.seed)
+        self.total = recipe.total_steps(self.plan.steps_per_epoch)
+        workers = options.workers
+        self.workers = loader.workers_for(self.data, world.device, world.size) if workers is None else workers
+        self.classes = recipe.classes or len(self.data.classes)
+        place, meta, complaints = self._where_to_begin()
+        self._build()
+        self.start = 0
+        self.seconds = 0.0
+        if place is not None:
+            checkpoint.load(place, meta, self.state, world)
+            self.start, self.seconds = meta["step"], meta["seconds"]
+            if world.first:
+                self.step.sums.values.copy_(torch.tensor(meta["sums"], dtype=torch.float64))
+        else:
+            torch.manual_seed(recipe.seed + world.rank)
+        self.unreadable: set[str] = set(meta.get("unreadable", ()))
+        self.log = runlog.RunLog(options.out, self.start, options.tensorboard) if world.first else None
+        self.saved_at, self.save_cost = time.perf_counter(), 0.0
+        for text in complaints:
+            self._note(f"a damaged checkpoint was passed over: {text}")
+        if place is not None:
+            self._note(f"going on after step {self.start} of {self.total}, from {place}")
+
+    def _check_norms(self) -> None:
+        from .. import flags
+
+        emulated = self.recipe.backend == "triton" or flags.BACKEND.read() == "triton"
+        if self.recipe.sync_bn and self.world.device.type == "cpu" and not emulated:
+            raise UserError(
+                "a GPU for sync_bn (stock SyncBatchNorm does not train on the CPU)",
+                "device cpu",
+                "leave out sync_bn, or run the kernels interpreted with TRITON_INTERPRET=1 and backend triton",
+            )
+
+    def _where_to_begin(self) -> tuple[Path | None, dict[str, Any], list[str]]:
+        out, resume = self.options.out, self.options.resume
+        if not resume:
+            if checkpoint.found(out):
+                raise UserError(
+                    "an output folder without checkpoints for a new run",
+                    f"{out}, which has {checkpoint.found(out)[0].name}",
+                    "go on with --resume auto, or name another with --out",
+                )
+            return None, {}, []
+        place, meta, complaints = checkpoint.choose(out, resume)
+        if place is not None:
+            check_resumable(self.recipe, self.classes, meta, place)
+        return place, meta, complaints
+
+    def _build(self) -> None:
+        """Net, optimizer, averaged weights and step, spread over the processes."""
+        recipe, world, options = self.recipe, self.world, self.options
+        sharded = options.parallel == "fsdp"
+        model = optim.build(recipe, self.classes).to(world.device)
+        if recipe.channels_last and not sharded:  # FSDP2 takes contiguous parameters alone
+            model = model.to(memory_format=torch.channels_last)
+        ema = optim.averaged(model, recipe)
+        if ema is not None and sharded:
+            distributed.shard(ema.module)  # type: ignore[arg-type]
+        self.model = model
+        spread = distributed.spread(model, world, options.parallel)
+        optimizer = optim.sgd(model, recipe)
+        normalise = Normalise(self.data.mean, self.data.std, world.device, recipe.channels_last)
+        self.step = Step(recipe, spread, optimizer, normalise, world, self.classes, ema)
+        self.state = checkpoint.State(model, optimizer, self.step.scaler, ema)
+
+    def _note(self, text: str) -> None:
+        self.watch.note(text)
+        if self.log is not None:
+            self.log.write("note", self.start, text=text)
+
+    def go(self) -> Result:
+        try:
+            with _StopRequests().heard() as stop:
+                return self._steps(stop)
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _begin(self) -> None:
+        options, plan = self.options, self.plan
+        facts = {
+            "recipe": self.recipe.to_dict(),
+            "device": str(self.world.device),
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "workers": self.workers,
+            "torch": torch.__version__,
+            "train_images": self.data.train_size,
+            "val_images": self.data.val_size,
+            "left_out_per_epoch": plan.left_over,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        if options.probe and self.world.first and self.start < self.total:
+            rate = loader.throughput(self.data.train, plan, self.workers)
+            facts["input_images_per_s"] = round(rate)
+            self._note(f"the input pipeline alone: {rate:,.0f} img/s with {self.workers} worker processes")
+        if self.log is not None:
+            self.log.write("run", self.start, **facts)
+        if self.data.note:
+            self.watch.note(f"{self.data.name}: {self.data.note}")
+        if plan.left_over:
+            self.watch.note(f"{plan.left_over} images of each epoch are left out: a batch too small for its parts")
+
+    def _steps(self, stop: _StopRequests) -> Result:
+        options, world, plan = self.options, self.world, self.plan
+        self._begin()
+        sampler = loader.PartSampler(plan, world.rank, self.recipe.accumulate, self.start, self.total)
+        source = loader.loader(self.data.train, sampler, self.workers, world.device)
+        parts = loader.Prefetcher(source, world.device) if self.start < self.total else None
+        per_epoch = plan.steps_per_epoch
+        self.model.train()
+        began = logged_at = time.perf_counter()
+        paused = 0.0  # by validation and checkpoints, since the last log line
+        before = self.step.sums.read(world)
+        tick = Tick(self.start, self.total, self.start / per_epoch, float("nan"), float("nan"), 0.0, 0.0)
+        number, stopped_by = self.start, ""
+        while number < self.total:
+            assert parts is not None
+            batch = plan.batch_size(number % per_epoch)
+            rate = self.recipe.lr * self.recipe.factor(number, per_epoch)
+            self._count_unreadable(self.step(parts, batch, rate), number)
+            number += 1
+            ends_epoch = number % per_epoch == 0 or number == self.total
+            if number % options.log_every == 0 or ends_epoch:
+                now = time.perf_counter()
+                seen = self.step.sums.read(world)
+                tick = self._log_train(number, rate, before, seen, now - logged_at - paused, parts, tick)
+                before, logged_at, paused = seen, now, 0.0
+            self.watch.step(replace(tick, step=number, epoch=number / per_epoch))
+            full = options.stop_after is not None and number - self.start >= options.stop_after
+            wanted, asked = self._agree(self._save_due(number), bool(stop.name) or full)
+            if ends_epoch or asked or wanted:
+                since = time.perf_counter()
+                if ends_epoch:
+                    self._end_epoch(number, seen, self.seconds + since - began)
+                    before = (0.0, 0.0, 0)
+                self._save(number, self.seconds + time.perf_counter() - began)
+                paused += time.perf_counter() - since
+            if asked and number < self.total:
+                stopped_by = stop.name or ("a request in another process" if not full else "--stop-after")
+                break
+        seconds = self.seconds + time.perf_counter() - began
+        if number >= self.total:
+            self._export()
+        epochs = runlog.of_kind(options.out, "epoch") if world.first else []
+        return Result(options.out, number, number >= self.total, stopped_by, seconds, epochs)
+
+    def _agree(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, set if it is in any process: all save or stop after the same step."""
+        if self.world.size == 1:
+            return flags
+        return tuple(bool(v) for v in self.world.sum(torch.tensor([float(f) for f in flags])).tolist())
+
+    def _save_due(self, number: int) -> bool:
+        if self.options.save_steps:
+            return number % self.options.save_steps == 0
+        return self.world.first and time.perf_counter() - self.saved_at > SAVE_SHARE * self.save_cost
+
+    def _count_unreadable(self, names: list[str], number: int) -> None:
+        new = [name for name in names if name not in self.unreadable]
+        for name in new:
+            self.unreadable.add(name)
+            self.watch.note(f"skipped, {len(self.unreadable)} so far: {name}")
+            if self.log is not None:
+                self.log.write("note", number, text=f"skipped: {name}")
+
+    def _log_train(
+        self, number: int, rate: float, before: Any, seen: Any, took: float, parts: loader.Prefetcher, last: Tick
+    ) -> Tick:
+        """Log what happened since the last line; ``before`` and ``seen`` are (mean loss, share wrong, images)."""
+        images = seen[2] - before[2]
+        loss = (seen[0] * seen[2] - before[0] * before[2]) / max(images, 1)
+        error = (seen[1] * seen[2] - before[1] * before[2]) / max(images, 1)
+        steps = max(1, number - last.step)
+        clock, waited = self.step.clock.spent, parts.waited_s
+        host = took - waited - sum(clock.get(name, 0.0) for name in ("forward", "backward", "optimizer", "check"))
+        if self.log is not None:
+            self.log.write(
+                "train",
+                number,
+                epoch=round(number / self.plan.steps_per_epoch, 4),
+                loss=loss,
+                error=error,
+                rate=rate,
+                images_per_s=round(images / took, 1),
+                data_ms=round(1e3 * waited / steps, 3),
+                host_ms=round(1e3 * host / steps, 3),
+                step_ms=round(1e3 * took / steps, 3),
+            )
+        clock.clear()
+        parts.waited_s = 0.0
+        return Tick(number, self.total, number / self.plan.steps_per_epoch, loss, error, images / took, waited / took)
+
+    def _end_epoch(self, number: int, seen: tuple[float, float, int], seconds: float) -> None:
+        """Validate, log, draw, and begin to count anew."""
+        distributed.average_buffers(self.model, self.world)
+        loss, error, images = self.validate()
+        line = {
+            "epoch": round(number / self.plan.steps_per_epoch, 4),
+            "train_loss": seen[0],
+            "train_error": seen[1],
+            "val_loss": loss,
+            "val_error": error,
+            "val_images": images,
+            "unreadable": len(self.unreadable),
+            "seconds": round(seconds, 2),
+        }
+        if self.log is not None:
+            self.log.write("epoch", number, **line)
+            curves.write(self.options.out, f"{self.recipe.model} on {self.data.name}")
+        self.watch.epoch(line)
+        self.step.sums = Sums.empty(self.world.device)
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float, int]:
+        """(mean loss, share of wrong answers, images) of the validation set, with averaged weights where there are any."""
+        world, recipe = self.world, self.recipe
+        net: nn.Module = self.model if self.step.ema is None else self.step.ema
+        batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))
+        sampler = loader.ValidationSampler(self.data.val_size, batch, world.rank, world.size)
+        sums = Sums.empty(world.device)
+        net.eval()
+        steps = _padded(len(sampler), world) if self.options.parallel == "fsdp" else len(sampler)
+        parts = loader.Prefetcher(loader.loader(self.data.val, sampler, self.workers, world.device), world.device)
+        last: torch.Tensor | None = None
+        for _ in range(steps):
+            part = next(parts, None)
+            if part is None or not len(part.labels):
+                if self.options.parallel == "fsdp" and last is not None:
+                    net(last)  # the others gather shards, which takes every process
+                continue
+            self.unreadable.update(part.unreadable)
+            x = last = self.step.normalise(part.images)
+            with self.step.autocast():
+                out = net(x).float()
+            sums.add(F.cross_entropy(out, part.labels), (out.argmax(1) != part.labels).sum(), len(part.labels))
+        net.train()
+        return sums.read(world)
+
+    def _save(self, number: int, seconds: float) -> None:
+        since = time.perf_counter()
+        distributed.average_buffers(self.model, self.world)
+        sums = self.world.sum(self.step.sums.values.cpu().clone())
+        meta = {
+            "step": number,
+            "classes": self.classes,
+            "recipe": self.recipe.to_dict(),
+            "sums": sums.tolist(),
+            "seconds": round(seconds, 3),
+            "processes": self.world.size,
+            "unreadable": sorted(self.unreadable),
+        }
+        sharded = self.options.parallel == "fsdp"
+        checkpoint.save(self.options.out, self.state, meta, self.world, sharded, self.options.keep)
+        self.saved_at = time.perf_counter()
+        self.save_cost = self.saved_at - since
+
+    def _export(self) -> None:
+        """``model.safetensors``: the final weights, averaged ones where the run has them."""
+        net = self.model if self.step.ema is None else self.step.ema.module
+        facts = {"model": self.recipe.model, "classes": "\n".join(self.data.classes)}
+        checkpoint.export(net, self.options.out / "model.safetensors", facts, self.world)
+
+
+def _padded(batches: int, world: World) -> int:
+    """The most batches that any process validates on."""
+    counts = torch.zeros(world.size)
+    counts[world.rank] = batches
+    return int(world.sum(counts).max())

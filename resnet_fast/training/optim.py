@@ -1,0 +1,87 @@
+"""What a recipe's numbers become: the net, SGD with its parameter groups, the schedule, averaged weights, mixing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .recipe import Recipe
+
+SUPPORTS_ZERO_INIT = ("resnet", "resnext", "wide")
+
+
+def build(recipe: Recipe, classes: int) -> nn.Module:
+    """The net of ``recipe``, seeded, accelerated, on the CPU. UserError for options that the net does not have."""
+    from ..models import accelerate, registry
+
+    extra: dict[str, Any] = {}
+    if recipe.zero_init_residual:
+        if not recipe.model.startswith(SUPPORTS_ZERO_INIT):
+            got = f"zero_init_residual for {recipe.model}"
+            raise UserError("a torchvision ResNet for zero_init_residual", got, "set it to false")
+        extra["zero_init_residual"] = True
+    torch.manual_seed(recipe.seed)
+    model = registry.build(
+        recipe.model,
+        shortcut=recipe.shortcut,
+        stride_in_1x1=recipe.stride_in_1x1,
+        num_classes=recipe.classes or classes,
+        **extra,
+    )
+    if recipe.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if recipe.model not in registry.COMPARED:
+        accelerate.accelerate(model, backend=recipe.backend, save=recipe.save)
+    return model
+
+
+def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups of SGD: all, or convolutions and fc apart from norms and biases."""
+    everything = [p for p in model.parameters() if p.requires_grad]
+    if recipe.norm_weight_decay is None:
+        return [{"params": everything, "weight_decay": recipe.weight_decay}]
+    decayed = [p for p in everything if p.ndim > 1]
+    rest = [p for p in everything if p.ndim <= 1]
+    return [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": recipe.norm_weight_decay},
+    ]
+
+
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD with momentum (section 3.4)."""
+    return torch.optim.SGD(
+        groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, foreach=True
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def averaged(model: nn.Module, recipe: Recipe) -> nn.Module | None:
+    """A copy of ``model`` whose weights and buffers follow by ``ema`` per step, or None."""
+    if not recipe.ema:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+
+
+def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """mixup, cutmix or each half the time, on a batch (n, C, H, W) and labels (n); None without them."""
+    from torchvision.transforms import v2
+
+    ways: list[Any] = []
+    if recipe.mixup:
+        ways.append(v2.MixUp(alpha=recipe.mixup, num_classes=recipe.classes or classes))
+    if recipe.cutmix:
+        ways.append(v2.CutMix(alpha=recipe.cutmix, num_classes=recipe.classes or classes))
+    if not ways:
+        return None
+    return v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
