@@ -24,6 +24,8 @@ PROGRAM = "resnet-fast"
 COMMANDS = {
     "demo": "resnet_fast.cli.demo:demo",
     "predict": "resnet_fast.cli.predict:predict",
+    "train": "resnet_fast.cli.train:train",
+    "reproduce": "resnet_fast.cli.reproduce:reproduce",
     "bench": "resnet_fast.cli.bench:bench",
     "explain": "resnet_fast.cli.explain:explain",
     "tune": "resnet_fast.cli.tune:tune",

@@ -151,3 +151,18 @@ def accumulating(model: nn.Module, last: bool) -> Any:
     if hasattr(model, "no_sync") and not last:
         return model.no_sync()
     return nullcontext()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Under torchrun, hand an error that ends this process to it: its own report then names the first cause."""
+    try:
+        yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            handler = get_error_handler()
+            handler.initialize()
+            handler.record_exception(error)
+        raise

@@ -1,0 +1,96 @@
+"""``resnet-fast reproduce``: the paper's experiments, trained and written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .output import progress_bar, show
+from .train import watch
+
+
+def reproduce(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="degradation, depth, bottleneck, shortcuts, responses, flops, or all."),
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="reduced (Fashion-MNIST, two CPU cores, an hour) or full (the paper's).")
+    ] = "reduced",
+    data_path: Annotated[
+        Path | None, typer.Option(help="Where the data lies: CIFAR-10 or ImageNet in the full protocol.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(help="Change a recipe key of every run, as key=value; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every run.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")] = Path(
+        "out/reproduce"
+    ),
+    report: Annotated[Path | None, typer.Option(help="Folder of the pages; by default that of the runs.")] = None,
+) -> None:
+    """Train the nets of the paper's experiments and write, per experiment, a page with figures, picture and verdict."""
+    import torch
+
+    from ..training import recipe as recipes
+    from ..training.checkpoint import write_whole
+    from ..training.experiments import protocols, runs
+    from ..training.experiments import report as pages
+
+    if not names:
+        listed = [f"{e.name:<12} {e.title}" for e in protocols.EXPERIMENTS]
+        show(*listed, "all          every one of them")
+        return
+    if protocol not in protocols.PROTOCOLS:
+        raise UserError(f"a protocol among {', '.join(protocols.PROTOCOLS)}", repr(protocol), "correct --protocol")
+    chosen = list(protocols.EXPERIMENTS) if names == ["all"] else [protocols.experiment(name) for name in names]
+    changes = recipes.parse(set or ())
+    root = out / protocol
+    path = None if data_path is None else str(data_path)
+    options: dict[str, Any] = {
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "threads": threads,
+        "workers": workers,
+        "probe": False,
+    }
+    left = runs.missing(chosen, root, protocol, path, seed, changes)
+    for number, (case, recipe) in enumerate(left, 1):
+        with progress_bar(eta=True) as progress:
+            result = runs.train(case, recipe, root, seed, options, watch(progress, label=f"{case.label}: "))
+        if not result.finished:
+            show(f"stopped by {result.stopped_by} in run {number} of {len(left)}; the same command goes on")
+            raise typer.Exit(130 if result.stopped_by == "SIGINT" else 143)
+    command = " ".join(["resnet-fast reproduce", *names, *_options(protocol, seed, threads, set)])
+    folder = report or root
+    folder.mkdir(parents=True, exist_ok=True)
+    for experiment in chosen:
+        found = []
+        for case in experiment.cases:
+            run = runs.read(case, root, seed, case.recipe(protocol, path, seed, changes))
+            assert run is not None, case
+            found.append(run)
+        written = pages.write(experiment, found, protocol, folder, command)
+        for run in found:
+            kept = folder / "logs" / f"{run.case.key}.jsonl"
+            kept.parent.mkdir(exist_ok=True)
+            write_whole(kept, runs.short_log(run).encode())
+        show(
+            f"{experiment.name}: {written.files[0]}",
+            *[f"  {'shown' if v.shown else 'NOT shown'}: {v.claim}. {v.because}" for v in written.verdicts],
+        )
+
+
+def _options(protocol: str, seed: int, threads: int | None, changes: list[str] | None) -> list[str]:
+    """The options that change what is computed, as they were given."""
+    out = [] if protocol == "reduced" else ["--protocol", protocol]
+    out += ["--seed", str(seed)] if seed else []
+    out += ["--threads", str(threads)] if threads is not None else []
+    for change in changes or ():
+        out += ["--set", change]
+    return out

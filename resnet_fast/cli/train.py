@@ -1,0 +1,174 @@
+"""``resnet-fast train``: a net from its first step, or from where it was stopped, to its curves."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import progress_bar, show
+
+if TYPE_CHECKING:
+    from ..training.loop import Tick
+
+RECIPE = "Recipe"
+RUN = "How to run it"
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe that ships with the package (see --list), or a YAML file.", rich_help_panel=RECIPE),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Net, see `resnet-fast summary`.", rich_help_panel=RECIPE)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, fashion-mnist, cifar10, cifar100, folder (ImageNet's layout) or synthetic.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    data_path: Annotated[Path | None, typer.Option(help="Where the data lies.", rich_help_panel=RECIPE)] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the network's input.", rich_help_panel=RECIPE)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Length in epochs.", rich_help_panel=RECIPE)] = None,
+    steps: Annotated[int | None, typer.Option(help="Length in optimizer steps.", rich_help_panel=RECIPE)] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per step, over all processes.", rich_help_panel=RECIPE)
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=RECIPE)] = None,
+    amp: Annotated[str | None, typer.Option(help="none, bfloat16 or float16.", rich_help_panel=RECIPE)] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, or one backend; reference is stock PyTorch.", rich_help_panel=RECIPE)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and crops.", rich_help_panel=RECIPE)] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Any key of a recipe, as key=value; repeatable.", rich_help_panel=RECIPE),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; by default out/train/MODEL-DATA.", rich_help_panel=RUN)
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on where the run in --out stopped; or a checkpoint.", rich_help_panel=RUN)
+    ] = "",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=RUN)
+    ] = None,
+    parallel: Annotated[
+        str, typer.Option(help="Under torchrun: ddp, or fsdp (sharded).", rich_help_panel=RUN)
+    ] = "ddp",
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.", rich_help_panel=RUN)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the net.", rich_help_panel=RUN)] = None,
+    strict_data: Annotated[
+        bool, typer.Option("--strict-data", help="An unreadable image is an error, found first.", rich_help_panel=RUN)
+    ] = False,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: as often as costs 1 % of the time.", rich_help_panel=RUN)
+    ] = 0,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay.", rich_help_panel=RUN)] = 2,
+    log_every: Annotated[int, typer.Option(help="Steps per line of the log.", rich_help_panel=RUN)] = 10,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard/--no-tensorboard", help="Event files too.", rich_help_panel=RUN)
+    ] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="cuDNN's deterministic algorithms alone.", rich_help_panel=RUN)
+    ] = False,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Save and stop after that many steps.", rich_help_panel=RUN)
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Print the recipes and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the epochs as JSON instead of a table.")] = False,
+) -> None:
+    """Train a net with fused blocks: log, curves and checkpoints in one folder. Without options: digits, on the CPU.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m resnet_fast.cli.main train …
+    """
+    import torch
+
+    from ..training import loop
+    from ..training import recipe as recipes
+    from ..training.distributed import reported
+
+    if list_recipes:
+        show(*[_one_line(recipes.load(name, {"data_path": "PATH"}), name) for name in recipes.names()])
+        return
+    flags = {
+        "model": model,
+        "data": data,
+        "data_path": None if data_path is None else str(data_path),
+        "size": size,
+        "epochs": epochs,
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "amp": amp,
+        "backend": backend,
+        "seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value is not None} | recipes.parse(set or ())
+    chosen = recipes.load(recipe or (None if data else "digits"), given)
+    place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
+    options = loop.Options(
+        out=place,
+        resume=resume,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        parallel=parallel,
+        workers=workers,
+        threads=threads,
+        strict_data=strict_data,
+        save_steps=save_steps,
+        keep=keep,
+        log_every=log_every,
+        tensorboard=tensorboard,
+        deterministic=deterministic,
+        stop_after=stop_after,
+    )
+    with progress_bar(silent=json, eta=True) as progress, reported():
+        result = loop.train(chosen, options, watch(progress, silent=json))
+    if json:
+        typer.echo(json_module.dumps({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
+    elif result.epochs:
+        last = result.epochs[-1]
+        best = min(line["val_error"] for line in result.epochs)
+        show(
+            f"validation accuracy {100 - 100 * last['val_error']:.2f} % (best {100 - 100 * best:.2f} %) after epoch "
+            f"{last['epoch']:g}, {result.seconds:.0f} s; curves, log, checkpoints and model.safetensors in {result.out}"
+        )
+    if not result.finished:
+        print(f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto", file=sys.stderr)
+        raise typer.Exit(_EXIT.get(result.stopped_by, 0))
+
+
+_EXIT = {"SIGINT": 130, "SIGTERM": 143}
+"""What a shell reports for a program that these signals ended: a scheduler sees that the run is not finished."""
+
+
+def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
+    """The loop's :class:`~resnet_fast.training.loop.Watch` that moves a progress bar and prints a line per epoch."""
+    from ..training import loop
+
+    if silent:
+        return loop.Watch()
+
+    def step(tick: Tick) -> None:
+        waits = f", waits for data {tick.waiting:.0%}" if tick.waiting > 0.05 else ""
+        text = f"{label}epoch {tick.epoch:.2f}  {tick.images_per_s:,.0f} img/s{waits}  loss {tick.loss:.3f}"
+        progress(tick.step, tick.steps, text)
+
+    def epoch(line: dict[str, Any]) -> None:
+        print(
+            f"{label}epoch {line['epoch']:>6g}  training loss {line['train_loss']:.4f} error "
+            f"{100 * line['train_error']:5.2f} %  validation loss {line['val_loss']:.4f} error "
+            f"{100 * line['val_error']:5.2f} %  {line['seconds']:.0f} s",
+            file=sys.stderr,
+        )
+
+    return loop.Watch(step, epoch, lambda text: print(f"{label}{text}", file=sys.stderr))
+
+
+def _one_line(recipe: Any, name: str) -> str:
+    length = f"{recipe.epochs:g} epochs" if recipe.epochs is not None else f"{recipe.steps} steps"
+    return f"{name:<18} {recipe.model} on {recipe.data}, batch {recipe.batch}, {length}, lr {recipe.lr:g} {recipe.schedule}"

@@ -1,0 +1,206 @@
+"""An experiment as a page: the question, what came out beside what the paper reports, what differed, how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .. import curves
+from ..checkpoint import write_whole
+from ..recipe import Recipe
+from . import verdicts
+from .protocols import Experiment
+from .responses import Responses, of_run
+from .runs import Run
+from .verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of a report, and what it concludes."""
+
+    files: tuple[Path, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+@cache
+def _macs(net: str, shortcut: str | None, v1: bool, size: int) -> int:
+    """Multiply-adds per image of a net's convolutions, counted by shapes."""
+    from ...summary import compare
+
+    return compare([net], size, shortcut, v1)[0].conv_macs
+
+
+def write(experiment: Experiment, runs: Sequence[Run], protocol: str, folder: Path, command: str) -> Written:
+    """``<name>.md`` and ``<name>.png`` in ``folder``, from the logs of ``runs`` alone."""
+    by_label = {run.case.label: run for run in runs}
+    lines = [f"# {experiment.title}", "", f"**Question.** {experiment.question}", ""]
+    lines += [f"**In the paper** ({experiment.source}). {experiment.found}", ""]
+    files: list[Path] = []
+    found: list[Verdict] = []
+    if experiment.name == "flops":
+        lines += _flops()
+    else:
+        measured: dict[str, Responses] = {}
+        if experiment.name == "responses":
+            measured = {run.case.label: of_run(run.recipe, run.out / "model.safetensors") for run in runs}
+            found = verdicts.responses(measured)
+        else:
+            found = getattr(verdicts, experiment.name)(by_label)
+        lines += ["**Here.**", *(f"- {'Shown' if v.shown else 'NOT shown'}: {v.claim}. {v.because}." for v in found), ""]
+        picture = folder / f"{experiment.name}.png"
+        lines += [f"![{experiment.title}]({picture.name})", ""]
+        if measured:
+            lines += [*_responses_table(measured), ""]
+            _draw_responses(measured, picture)
+        else:
+            _draw(experiment, runs, picture)
+        lines += [*_runs_table(runs), "", *_differences(runs, protocol), "", *_repeat(runs, command)]
+        files.append(picture)
+    page = folder / f"{experiment.name}.md"
+    write_whole(page, ("\n".join(lines).rstrip() + "\n").encode())
+    return Written((page, *files), tuple(found))
+
+
+def _draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
+    """One panel of curves per group: plain beside residual, CIFAR nets beside the ImageNet family."""
+    groups: dict[tuple[bool, bool], dict[str, list[dict[str, Any]]]] = {}
+    plain_apart = experiment.name == "degradation"
+    for run in runs:
+        key = (not run.case.cifar, plain_apart and "plain" not in run.case.net)
+        groups.setdefault(key, {})[run.case.label] = run.epochs
+    picture, axes = curves.figure(len(groups), 4.6)
+    for axis, key in zip(axes, sorted(groups), strict=True):
+        curves.draw(axis, groups[key])
+        ceiling = max(100 * line["train_error"] for lines in groups[key].values() for line in lines[1:] or lines)
+        axis.set_ylim(0, min(100, 1.15 * ceiling))
+    curves.write_png(picture, path)
+
+
+def _draw_responses(measured: Mapping[str, Responses], path: Path) -> None:
+    """As Figure 7: above in the order of the layers, beside it in descending order."""
+    picture, (ordered, descending) = curves.figure(2, 5.5)
+    for (label, found), colour in zip(measured.items(), curves.COLOURS, strict=False):
+        style = "--" if label.startswith("plain") else "-"
+        ordered.plot(range(1, len(found.std) + 1), found.std, style, color=colour, linewidth=1.1, label=label)
+        descending.plot(sorted(found.std, reverse=True), style, color=colour, linewidth=1.1, label=label)
+    ordered.set_xlabel("layer, in the order of the net")
+    descending.set_xlabel("layer, sorted by magnitude")
+    for axis in (ordered, descending):
+        axis.set_ylabel("standard deviation of the response")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    curves.write_png(picture, path)
+
+
+def _runs_table(runs: Sequence[Run]) -> list[str]:
+    lines = [
+        "| net | parameters | multiply-adds | steps | training error | validation error (best) | minutes | paper, full protocol |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for run in runs:
+        recipe = run.recipe
+        params = run.facts["parameters"]
+        macs = _macs(recipe.model, recipe.shortcut, recipe.stride_in_1x1, recipe.size)
+        best = min(line["val_error"] for line in run.epochs)
+        paper = "-" if run.case.paper is None else f"{run.case.paper:.2f} % ({run.case.source})"
+        lines.append(
+            f"| {run.case.label} | {params / 1e6:.2f} M | {macs / 1e6:.1f} M | {run.last['step']} | "
+            f"{100 * run.train_error:.2f} % | {100 * run.val_error:.2f} % ({100 * best:.2f} %) | "
+            f"{run.seconds / 60:.1f} | {paper} |"
+        )
+    lines += ["", "Training error: wrong answers while training, over the last epoch. Multiply-adds: of the convolutions,"]
+    lines += ["counted, per image at the size trained on."]
+    return lines
+
+
+def _responses_table(measured: Mapping[str, Responses]) -> list[str]:
+    lines = ["| net | 3x3 layers | mean response | smallest | largest |", "|---|---:|---:|---:|---:|"]
+    for label, found in measured.items():
+        lines.append(
+            f"| {label} | {len(found.std)} | {found.mean:.3f} | {min(found.std):.3f} | {max(found.std):.3f} |"
+        )
+    return lines
+
+
+def _family(run: Run) -> str:
+    return "CIFAR nets" if run.case.cifar else "ImageNet family"
+
+
+def _length(recipe: Recipe) -> str:
+    return f"{recipe.epochs:g} epochs" if recipe.epochs is not None else f"{recipe.steps} steps"
+
+
+def _one_recipe(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    marks = ", ".join(f"{m:g}" for m in recipe.milestones)
+    schedule = f"{recipe.schedule} at {marks}" if marks else recipe.schedule
+    return (
+        f"{recipe.data} at {recipe.size}x{recipe.size}, {facts['train_images']:,} training images, batch {recipe.batch}, "
+        f"{_length(recipe)}, rate {recipe.lr:g} ({schedule}; warm-up {recipe.warmup:g}), weight decay "
+        f"{recipe.weight_decay:g}, pad {recipe.pad}, flip {'yes' if recipe.flip else 'no'}, {recipe.amp if recipe.amp != 'none' else 'float32'}"
+    )
+
+
+PAPERS = {
+    "CIFAR nets": "CIFAR-10 at 32x32, 50,000 training images, batch 128, 64,000 steps, rate 0.1 divided by 10 at 32,000 "
+    "and 48,000, weight decay 0.0001, pad 4, flip yes",
+    "ImageNet family": "ImageNet at 224x224, 1.28 million training images, batch 256, up to 600,000 steps, rate 0.1 "
+    "divided by 10 on plateaus, weight decay 0.0001, crops of pictures scaled to 256-480",
+}
+
+
+def _differences(runs: Sequence[Run], protocol: str) -> list[str]:
+    """The protocol of each family beside the paper's."""
+    lines = [f"## Where this differs from the paper ({protocol} protocol)", ""]
+    for family in dict.fromkeys(_family(run) for run in runs):
+        lines.append(f"- {family}, paper: {PAPERS[family]}.")
+        seen: dict[str, list[str]] = {}
+        for run in runs:
+            if _family(run) == family:
+                seen.setdefault(_one_recipe(run.recipe, run.facts), []).append(run.case.label)
+        lines += [f"- {', '.join(labels)}, here: {text}." for text, labels in seen.items()]
+    if protocol == "reduced":
+        lines.append(
+            "- Other pictures, smaller ones and far fewer steps: errors are not comparable with the paper's, their order is."
+        )
+    lines.append("- One seed per net; the paper has one too, but for ResNet-110 (five).")
+    return lines
+
+
+def _repeat(runs: Sequence[Run], command: str) -> list[str]:
+    facts = runs[0].facts
+    total = sum(run.seconds for run in runs) / 60
+    return [
+        "## To repeat it",
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        f"Seed {runs[0].recipe.seed}; torch {facts['torch']}, {facts['device']}, {facts['threads']} threads; {total:.0f} "
+        "minutes of training in all (wall clock, measured, on a machine that did other work beside), runs shared with "
+        "other experiments included.",
+    ]
+
+
+def _flops() -> list[str]:
+    """The comparison that ``resnet-fast summary`` prints, with each net's share of VGG-19's multiply-adds."""
+    from ...summary import COUNTED, compare
+
+    rows = compare()
+    vgg = next(row.macs for row in rows if row.name == "vgg19")
+    lines = [
+        "| net | variant | image | parameters | multiply-adds, counted | of VGG-19's | published | source |",
+        "|---|---|---:|---:|---:|---:|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.name} | {row.variant} | {row.image} | {row.params / 1e6:.2f} M | {row.macs / 1e9:.3f} G | "
+            f"{row.macs / vgg:.1%} | {row.published or '-'} | {row.source or '-'} |"
+        )
+    notes = [f"- {row.name}: {row.note}." for row in rows if row.note]
+    return [*lines, "", COUNTED, "", *notes, "", "Counted from shapes; `resnet-fast summary` prints the same table."]
+
