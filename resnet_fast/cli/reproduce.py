@@ -82,7 +82,7 @@ def reproduce(
             write_whole(kept, runs.short_log(run).encode())
         show(
             f"{experiment.name}: {written.files[0]}",
-            *[f"  {'shown' if v.shown else 'NOT shown'}: {v.claim}. {v.because}" for v in written.verdicts],
+            *[f"  {pages.sentence(v)}" for v in written.verdicts],
         )
 
 

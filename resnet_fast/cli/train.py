@@ -57,9 +57,7 @@ def train(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=RUN)
     ] = None,
-    parallel: Annotated[
-        str, typer.Option(help="Under torchrun: ddp, or fsdp (sharded).", rich_help_panel=RUN)
-    ] = "ddp",
+    parallel: Annotated[str, typer.Option(help="Under torchrun: ddp, or fsdp (sharded).", rich_help_panel=RUN)] = "ddp",
     workers: Annotated[int | None, typer.Option(help="Processes that read images.", rich_help_panel=RUN)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the net.", rich_help_panel=RUN)] = None,
     strict_data: Annotated[
@@ -90,7 +88,7 @@ def train(
 
     from ..training import loop
     from ..training import recipe as recipes
-    from ..training.distributed import reported
+    from ..training.distributed import reported, speaks
 
     if list_recipes:
         show(*[_one_line(recipes.load(name, {"data_path": "PATH"}), name) for name in recipes.names()])
@@ -108,26 +106,30 @@ def train(
         "backend": backend,
         "seed": seed,
     }
-    given = {key: value for key, value in flags.items() if value is not None} | recipes.parse(set or ())
-    chosen = recipes.load(recipe or (None if data else "digits"), given)
-    place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
-    options = loop.Options(
-        out=place,
-        resume=resume,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        parallel=parallel,
-        workers=workers,
-        threads=threads,
-        strict_data=strict_data,
-        save_steps=save_steps,
-        keep=keep,
-        log_every=log_every,
-        tensorboard=tensorboard,
-        deterministic=deterministic,
-        stop_after=stop_after,
-    )
-    with progress_bar(silent=json, eta=True) as progress, reported():
-        result = loop.train(chosen, options, watch(progress, silent=json))
+    with reported():
+        given = {key: value for key, value in flags.items() if value is not None} | recipes.parse(set or ())
+        chosen = recipes.load(recipe or (None if data else "digits"), given)
+        place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
+        options = loop.Options(
+            out=place,
+            resume=resume,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            parallel=parallel,
+            workers=workers,
+            threads=threads,
+            strict_data=strict_data,
+            save_steps=save_steps,
+            keep=keep,
+            log_every=log_every,
+            tensorboard=tensorboard,
+            deterministic=deterministic,
+            stop_after=stop_after,
+        )
+        silent = json or not speaks()
+        with progress_bar(silent=silent, eta=True) as progress:
+            result = loop.train(chosen, options, watch(progress, silent=silent))
+    if not speaks():
+        raise typer.Exit(0 if result.finished else _EXIT.get(result.stopped_by, 0))
     if json:
         typer.echo(json_module.dumps({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
     elif result.epochs:
@@ -138,7 +140,8 @@ def train(
             f"{last['epoch']:g}, {result.seconds:.0f} s; curves, log, checkpoints and model.safetensors in {result.out}"
         )
     if not result.finished:
-        print(f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto", file=sys.stderr)
+        text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"
+        print(text, file=sys.stderr)
         raise typer.Exit(_EXIT.get(result.stopped_by, 0))
 
 
@@ -171,4 +174,5 @@ def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
 
 def _one_line(recipe: Any, name: str) -> str:
     length = f"{recipe.epochs:g} epochs" if recipe.epochs is not None else f"{recipe.steps} steps"
-    return f"{name:<18} {recipe.model} on {recipe.data}, batch {recipe.batch}, {length}, lr {recipe.lr:g} {recipe.schedule}"
+    rate = f"lr {recipe.lr:g} {recipe.schedule}"
+    return f"{name:<18} {recipe.model} on {recipe.data}, batch {recipe.batch}, {length}, {rate}"

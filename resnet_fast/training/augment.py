@@ -1,7 +1,7 @@
 """Random crops and flips of single images, each a function of the run's seed, the epoch and the image alone.
 
-torchvision's transforms draw from torch's global generator. It is seeded before each image and put back after it, so that
-neither the number of worker processes nor the step at which a run was resumed changes a pixel.
+torchvision's transforms draw from torch's global generator. It is seeded before each image and put back after it, so
+that neither the number of worker processes nor the step at which a run was resumed changes a pixel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Augment:
 
     @staticmethod
     def training(recipe: Recipe) -> Augment:
-        """What ``recipe.augment`` names. Files of any size need a fixed one, so ``none`` is the centre crop for them."""
+        """What ``recipe.augment`` names. Files of any size need a fixed one: ``none`` is their centre crop."""
         size = recipe.size
         steps: list[Callable[[Tensor], Tensor]] = []
         if recipe.augment == "imagenet":

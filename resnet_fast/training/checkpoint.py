@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .augment import seed_of
 from .distributed import World
 
 FORMAT = "resnet_fast training checkpoint 1"
@@ -256,7 +257,7 @@ def load(place: Path, meta: Mapping[str, Any], state: State, world: World) -> No
     if world.first:
         set_random_states(rest["random"])
     else:
-        torch.manual_seed(torch.initial_seed() + meta["step"])
+        torch.manual_seed(seed_of(torch.initial_seed(), meta["step"], world.rank))
 
 
 def _state_dicts(state: State, options: Any) -> dict[str, Any]:
@@ -287,14 +288,19 @@ def _set_state_dicts(state: State, parts: Mapping[str, Any], options: Any) -> No
 def _save_shards(temporary: Path, state: State) -> None:
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(_state_dicts(state, None), checkpoint_id=str(temporary / SHARDS))
+    try:
+        dcp.save(_state_dicts(state, None), checkpoint_id=str(temporary / SHARDS))
+    except dcp.CheckpointException as error:  # not an Exception; the same in every process
+        rank, (cause, _) = min(error.failures.items())
+        reason = getattr(cause, "strerror", None) or cause
+        raise OSError(f"{reason}, in process {rank}") from error
 
 
 def _load_shards(place: Path, state: State) -> None:
     import torch.distributed.checkpoint as dcp
 
     parts = _state_dicts(state, None)
-    dcp.load(parts, checkpoint_id=str(place / SHARDS))
+    dcp.load(parts, checkpoint_id=str(place / SHARDS), no_dist=not torch.distributed.is_initialized())
     _set_state_dicts(state, parts, None)
 
 

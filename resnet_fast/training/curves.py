@@ -1,4 +1,4 @@
-"""The picture of a run: error over epochs, thin for training and bold for validation, as the paper draws it (Figure 4)."""
+"""The picture of a run: error over epochs, thin for training and bold for validation, as in the paper's Figure 4."""
 
 from __future__ import annotations
 

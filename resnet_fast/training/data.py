@@ -1,8 +1,8 @@
 """Where images come from: a training and a validation set, their classes, and what normalises them.
 
 Every source yields unsigned 8-bit pixels; normalisation runs on the device, on whole batches, so that a quarter of the
-bytes crosses to it. What can be wrong with a data set (a missing file, an empty class folder, a label out of range) is an
-error here, before anything is trained.
+bytes crosses to it. What can be wrong with a data set (a missing file, an empty class folder, a label out of range) is
+an error here, before anything is trained.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _held_out(files: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list
     for label in sorted({label for _, label in files}):
         mine = [f for f in files if f[1] == label]
         if len(mine) < 2:
-            raise UserError("two images of a class or more", f"only {mine[0][0]}", "add images, or train and val folders")
+            raise UserError("two images of a class or more", f"only {mine[0][0]}", "add images, or a val folder")
         order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0)).tolist()
         cut = max(1, len(mine) // 5)
         val += [mine[i] for i in order[:cut]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..models.accelerate import restore
 
@@ -32,16 +33,21 @@ def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
 
     ``model`` itself is left as it is. ``autocast``: a context manager, as the step uses it.
     """
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, DTensor):  # this process's shard: the others may not be here, to bring theirs
+            tensor = tensor.to_local()
         if _bad(tensor):
             return f"before this step {name} was broken already: {_describe(tensor)}; the last update overflowed"
     if _bad(x):
         return f"the batch itself is broken: {_describe(x)}"
+    if sharded:
+        return "weights and input are finite; which layer is not cannot be looked at under fsdp, ddp says it"
     stock = copy.deepcopy(model)
-    try:
-        stock = restore(stock)
-    except AttributeError:  # a net that was never accelerated
-        pass
+    restore(stock)
+    for module in stock.modules():
+        if isinstance(module, nn.SyncBatchNorm):  # alone: the loss of the other processes may be a number
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     found: list[str] = []
 
     def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

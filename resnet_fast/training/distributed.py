@@ -2,16 +2,20 @@
 
 ``torchrun`` starts the processes and tells each its rank; without it a run is a world of one. Control messages (stop
 now? how many were wrong?) go over gloo, so that they never wait for a GPU; gradients go over NCCL on GPUs.
+
+One process that fails fails the job: the others find the connection to it closed, and torchrun ends them. So that its
+reason is what a reader sees, they keep their own complaint to themselves for a while (:func:`reported`).
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,17 @@ from ..errors import UserError
 PARALLEL = ("ddp", "fsdp")
 TIMEOUT = datetime.timedelta(minutes=10)
 """A process that waits this long for another ends with an error: longer than a validation, shorter than a night."""
+
+HOLD_S = 2.0
+"""How long another process than the first keeps back an error of its own: if all have it, the first one says it."""
+HOLD_ELSEWHERE_S = 10.0
+"""The same for an error that is another process's: the cause must be there before its consequences."""
+
+T = TypeVar("T")
+
+
+class ElsewhereError(UserError):
+    """What a process raises that goes no further because another one failed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,29 @@ class World:
         if error is not None:
             raise error
         if failed:
-            raise UserError("every process to go on", "an error in another process", "see that process's message")
+            raise ElsewhereError("every process to go on", "an error in another process", "see that process's message")
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process, alone called there; its error is the first process's."""
+        found: list[Any] = [None]
+        failure: Exception | None = None
+        if self.first:
+            try:
+                found = [make()]
+            except Exception as error:
+                failure = error
+        self.raise_first(failure)
+        if self.size > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def union(self, names: Iterable[str]) -> set[str]:
+        """All names that any process gives."""
+        if self.size == 1:
+            return set(names)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, sorted(names))
+        return set().union(*found)
 
 
 @contextmanager
@@ -97,21 +134,24 @@ def world(device: str, parallel: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, world: World, parallel: str) -> nn.Module:
+def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False) -> nn.Module:
     """``model`` as the step calls it: itself, in DDP, or (in place) sharded by FSDP2, block by block.
 
-    Buffers are left to each process and averaged before they are used (:func:`average_buffers`); DDP's own way is to
-    throw away all but those of the first process.
+    ``sync_bn`` turns its BatchNorm into SyncBatchNorm, in place, before FSDP2 takes hold of the modules that have the
+    parameters and after DDP, which refuses to wrap one on the CPU. Buffers are left to each process and averaged before
+    they are used (:func:`average_buffers`); DDP's own way is to throw away all but those of the first process.
     """
+    spread: nn.Module = model
+    if world.size > 1 and parallel == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        spread = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "fsdp":
         shard(model)
-        return model
-    if world.size == 1:
-        return model
-    from torch.nn.parallel import DistributedDataParallel
-
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return spread
 
 
 def shard(model: nn.Module) -> None:
@@ -123,6 +163,18 @@ def shard(model: nn.Module) -> None:
             for block in stage.children():
                 fully_shard(block)
     fully_shard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give the parameters of a sharded net back after a forward pass that no backward pass follows.
+
+    FSDP2 keeps the outermost unit whole until then, and whoever reads its parameters (averaging does) finds no shards.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def average_buffers(model: nn.Module, world: World) -> None:
@@ -143,8 +195,6 @@ def average_buffers(model: nn.Module, world: World) -> None:
 
 def accumulating(model: nn.Module, last: bool) -> Any:
     """The context of one part's forward and backward: gradients are exchanged in the ``last`` part of a step alone."""
-    from contextlib import nullcontext
-
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's state is set, not entered
         model.set_requires_gradient_sync(last)
         return nullcontext()
@@ -153,16 +203,38 @@ def accumulating(model: nn.Module, last: bool) -> Any:
     return nullcontext()
 
 
+def speaks() -> bool:
+    """Whether this process is the one that prints, known before there is a :class:`World`."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Whether ``error`` is how a process notices the end of another one: what gloo and NCCL then raise has no class."""
+    return isinstance(error, (ElsewhereError, dist.DistError)) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("gloo/", "Gloo", "Connection closed by peer", "Connection reset by peer"))
+    )
+
+
 @contextmanager
 def reported() -> Iterator[None]:
-    """Under torchrun, hand an error that ends this process to it: its own report then names the first cause."""
+    """Under torchrun, hand an error that ends this process to it: its own report then names the first cause.
+
+    torchrun ends all processes as soon as one has failed, and takes what it sees first for the cause. An error that
+    several processes may have is kept back in all but the first, one that another process caused in each of them.
+    """
     try:
         yield
     except Exception as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        consequence = _is_consequence(error)
+        if consequence:
+            time.sleep(HOLD_ELSEWHERE_S)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-            handler = get_error_handler()
-            handler.initialize()
-            handler.record_exception(error)
+            get_error_handler().record_exception(error)
+        if not consequence and not speaks():
+            time.sleep(HOLD_S)
         raise

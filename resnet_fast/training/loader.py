@@ -161,7 +161,14 @@ def loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),
+        worker_init_fn=_apart,
     )
+
+
+def _apart(worker: int) -> None:
+    """Out of the reach of a signal to the whole process group, as torchrun and a terminal send it: the run stops first,
+    and ends its workers then."""
+    os.setpgid(0, 0)
 
 
 class Prefetcher:

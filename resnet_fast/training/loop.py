@@ -199,7 +199,7 @@ class _Run:
         workers = options.workers
         self.workers = loader.workers_for(self.data, world.device, world.size) if workers is None else workers
         self.classes = recipe.classes or len(self.data.classes)
-        place, meta, complaints = self._where_to_begin()
+        place, meta, complaints = world.shared(self._where_to_begin)
         self._build()
         self.start = 0
         self.seconds = 0.0
@@ -255,7 +255,7 @@ class _Run:
         if ema is not None and sharded:
             distributed.shard(ema.module)  # type: ignore[arg-type]
         self.model = model
-        spread = distributed.spread(model, world, options.parallel)
+        spread = distributed.spread(model, world, options.parallel, recipe.sync_bn)
         optimizer = optim.sgd(model, recipe)
         normalise = Normalise(self.data.mean, self.data.std, world.device, recipe.channels_last)
         self.step = Step(recipe, spread, optimizer, normalise, world, self.classes, ema)
@@ -391,8 +391,9 @@ class _Run:
 
     def _end_epoch(self, number: int, seen: tuple[float, float, int], seconds: float) -> None:
         """Validate, log, draw, and begin to count anew."""
-        distributed.average_buffers(self.model, self.world)
+        self._average()
         loss, error, images = self.validate()
+        self._gather_unreadable(number)
         line = {
             "epoch": round(number / self.plan.steps_per_epoch, 4),
             "train_loss": seen[0],
@@ -418,26 +419,42 @@ class _Run:
         sampler = loader.ValidationSampler(self.data.val_size, batch, world.rank, world.size)
         sums = Sums.empty(world.device)
         net.eval()
-        steps = _padded(len(sampler), world) if self.options.parallel == "fsdp" else len(sampler)
+        sharded, nothing = self.options.parallel == "fsdp", loader.collate([])
+        steps = _padded(len(sampler), world) if sharded else len(sampler)
         parts = loader.Prefetcher(loader.loader(self.data.val, sampler, self.workers, world.device), world.device)
-        last: torch.Tensor | None = None
         for _ in range(steps):
-            part = next(parts, None)
-            if part is None or not len(part.labels):
-                if self.options.parallel == "fsdp" and last is not None:
-                    net(last)  # the others gather shards, which takes every process
-                continue
+            part = next(parts, nothing)
             self.unreadable.update(part.unreadable)
-            x = last = self.step.normalise(part.images)
+            images, labels = part.images, part.labels
+            if not len(labels):
+                if not sharded:
+                    continue
+                # The others gather shards, which takes every process: this one looks at an image that does not count.
+                images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
             with self.step.autocast():
-                out = net(x).float()
-            sums.add(F.cross_entropy(out, part.labels), (out.argmax(1) != part.labels).sum(), len(part.labels))
+                out = net(self.step.normalise(images)).float()
+            if len(labels):
+                sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))
         net.train()
+        if sharded:
+            distributed.reshard(net)
         return sums.read(world)
+
+    def _average(self) -> None:
+        """Running statistics, averaged weights' too, as all processes see them."""
+        for net in (self.model, self.step.ema):
+            if net is not None:
+                distributed.average_buffers(net, self.world)
+
+    def _gather_unreadable(self, number: int) -> None:
+        """Names that other processes met with, told and counted here as well."""
+        if not self.data.in_memory:
+            self._count_unreadable(sorted(self.world.union(self.unreadable)), number)
 
     def _save(self, number: int, seconds: float) -> None:
         since = time.perf_counter()
-        distributed.average_buffers(self.model, self.world)
+        self._average()
+        self._gather_unreadable(number)
         sums = self.world.sum(self.step.sums.values.cpu().clone())
         meta = {
             "step": number,

@@ -15,7 +15,7 @@ SUPPORTS_ZERO_INIT = ("resnet", "resnext", "wide")
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
-    """The net of ``recipe``, seeded, accelerated, on the CPU. UserError for options that the net does not have."""
+    """The net of ``recipe``, seeded, accelerated, on the CPU, with plain BatchNorm. UserError for options that the net does not have."""
     from ..models import accelerate, registry
 
     extra: dict[str, Any] = {}
@@ -32,8 +32,6 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
         num_classes=recipe.classes or classes,
         **extra,
     )
-    if recipe.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if recipe.model not in registry.COMPARED:
         accelerate.accelerate(model, backend=recipe.backend, save=recipe.save)
     return model

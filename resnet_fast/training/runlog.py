@@ -58,6 +58,8 @@ class Lock:
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
+        # A worker process that outlives a killed run for seconds must not hold its lock: the restarted run needs it.
+        os.register_at_fork(after_in_child=self.file.close)
 
     def release(self) -> None:
         self.file.close()

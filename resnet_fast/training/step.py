@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from . import diagnosis
@@ -92,6 +94,7 @@ class Step:
         self.normalise, self.world = normalise, world
         self.mix = mixing(recipe, classes)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16")
+        self.momenta = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
         self.clock = Clock()
         self.sums = Sums.empty(world.device)
 
@@ -118,7 +121,8 @@ class Step:
             if self.mix is not None:
                 x, targets = self.mix(x, labels)
             since = self.clock.add("prepare", since)
-            with accumulating(self.model, last=number == recipe.accumulate - 1):
+            last = number == recipe.accumulate - 1
+            with accumulating(self.model, last), self._statistics(number):
                 with self.autocast():
                     out = self.model(x)
                 loss = F.cross_entropy(out.float(), targets, label_smoothing=recipe.label_smoothing)
@@ -142,6 +146,25 @@ class Step:
             self.ema.update_parameters(self.inner)
         self.clock.add("optimizer", since)
         return unreadable
+
+    @contextmanager
+    def _statistics(self, number: int) -> Iterator[None]:
+        """BatchNorm's momentum in part ``number`` of a step.
+
+        Its running statistics r become (1 - m) r + m * mean(b) with the parts' statistics b, as they do where every part
+        is a process of its own. One part after the other with momentum m that would be (1 - m)**n r + ….
+        """
+        parts = self.recipe.accumulate
+        if parts == 1:
+            yield
+            return
+        for norm, momentum in self.momenta:
+            norm.momentum = momentum / parts / (1 - (parts - 1 - number) * momentum / parts)
+        try:
+            yield
+        finally:
+            for norm, momentum in self.momenta:
+                norm.momentum = momentum
 
     @property
     def inner(self) -> nn.Module:

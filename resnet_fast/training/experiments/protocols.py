@@ -1,7 +1,8 @@
 """Six experiments of He et al. (2015): the question, the nets, what the paper reports, and two protocols for each.
 
-``full`` is the paper's protocol, for those who have the files and the GPUs; ``reduced`` trains on Fashion-MNIST and ends
-on two CPU cores within an hour or so. Runs are shared: ``degradation``, ``depth`` and ``responses`` look at the same nets.
+``full`` is the paper's protocol, for those who have the files and the GPUs; ``reduced`` trains on Fashion-MNIST and
+ends on two CPU cores within an hour or so. Runs are shared: ``degradation``, ``depth`` and ``responses`` look at the
+same nets.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, what the paper found, and the runs that answer it. ``check`` names its function in ``verdicts``."""
+    """What is asked, what the paper found, and the runs that answer it. ``name`` is its function in ``verdicts``."""
 
     name: str
     title: str
@@ -73,8 +74,15 @@ TABLE_2 = "Table 2, top-1 on ImageNet"
 TABLE_3 = "Table 3, top-1 on ImageNet"
 TABLE_6 = "Table 6, test error on CIFAR-10"
 
-_SHORT = {"epochs": None, "steps": 80, "milestones": [], "schedule": "constant", "warmup": 40, "warmup_shape": "constant"}
-"""1202 layers cost what sixty 20-layer nets do; its reduced run ends after 80 steps, half of them at a tenth of the rate."""
+_SHORT: Mapping[str, Any] = {
+    "epochs": None,
+    "steps": 80,
+    "milestones": [],
+    "schedule": "constant",
+    "warmup": 40,
+    "warmup_shape": "constant",
+}
+"""1202 layers cost what sixty 20-layer nets do: 80 steps, half of them at a tenth of the rate as the paper warms up."""
 
 PLAIN_20 = Case("plain-20", "cifar_plain20", source="Figure 1")
 PLAIN_56 = Case("plain-56", "cifar_plain56", source="Figure 1")
@@ -94,10 +102,10 @@ EXPERIMENTS = (
     Experiment(
         "degradation",
         "Degradation: deeper plain nets train worse, deeper residual nets do not",
-        "Is the training error of a deeper net higher, although a copy of the shallower one followed by identities would "
-        "do as well?",
-        "Plain-56 has a higher training error than plain-20 throughout (Figure 1), plain-34 than plain-18 (Figure 4, left); "
-        "with shortcuts the deeper net is the better one (Figure 4, right, and Figure 6, middle).",
+        "Is the training error of a deeper net higher, although a copy of the shallower one followed by identities "
+        "would do as well?",
+        "Plain-56 has a higher training error than plain-20 throughout (Figure 1), plain-34 than plain-18 (Figure 4, "
+        "left); with shortcuts the deeper net is the better one (Figure 4, right, and Figure 6, middle).",
         (PLAIN_20, PLAIN_56, RESNET_20, RESNET_56, PLAIN_18, PLAIN_34, RESNET_18, RESNET_34),
         "sections 1, 4.1 and 4.2",
     ),
@@ -105,8 +113,8 @@ EXPERIMENTS = (
         "depth",
         "Depth: residual nets of 20 to 1202 layers",
         "Do residual nets go on gaining from depth, and can 1202 layers be optimized at all?",
-        "The error falls from 8.75 % at 20 layers to 6.43 % at 110; 1202 layers show no optimization difficulty (training "
-        "error below 0.1 %) and a test error of 7.93 %, which the paper puts down to overfitting.",
+        "The error falls from 8.75 % at 20 layers to 6.43 % at 110; 1202 layers show no optimization difficulty "
+        "(training error below 0.1 %) and a test error of 7.93 %, which the paper puts down to overfitting.",
         (RESNET_20, RESNET_32, RESNET_44, RESNET_56, RESNET_110, RESNET_1202),
         "section 4.2, Table 6 and Figure 6",
     ),
@@ -114,8 +122,8 @@ EXPERIMENTS = (
         "bottleneck",
         "Bottlenecks: more layers for the same multiply-adds",
         "What does a block of 1x1, 3x3, 1x1 give in place of two 3x3 at equal cost?",
-        "Replacing each two-layer block of the 34-layer net by a bottleneck gives 50 layers at 3.8 instead of 3.6 billion "
-        "multiply-adds, and 22.85 % instead of 25.03 % error.",
+        "Replacing each two-layer block of the 34-layer net by a bottleneck gives 50 layers at 3.8 instead of 3.6 "
+        "billion multiply-adds, and 22.85 % instead of 25.03 % error.",
         (RESNET_34, RESNET_50),
         "section 4.1, Tables 1 and 3",
     ),
@@ -123,8 +131,8 @@ EXPERIMENTS = (
         "shortcuts",
         "Shortcuts: identity with zeros (A), projections where the size changes (B), projections everywhere (C)",
         "Are projections needed to address degradation?",
-        "B is slightly better than A and C slightly better than B (25.03, 24.52, 24.19 % for 34 layers): the differences "
-        "are small, so projections are not essential.",
+        "B is slightly better than A and C slightly better than B (25.03, 24.52, 24.19 % for 34 layers): the "
+        "differences are small, so projections are not essential.",
         (
             RESNET_20,
             Case("resnet-20, B", "cifar_resnet20", "B", source=TABLE_3),
@@ -135,7 +143,7 @@ EXPERIMENTS = (
     Experiment(
         "responses",
         "Layer responses: how strongly a layer changes the signal",
-        "How large is the standard deviation of each 3x3 layer's output, after BatchNorm and before ReLU and addition?",
+        "How large is the standard deviation of each 3x3 layer's output, after BatchNorm, before ReLU and addition?",
         "Residual nets have generally smaller responses than plain ones, and the deeper a residual net, the smaller the "
         "responses of its layers (Figure 7).",
         (PLAIN_20, PLAIN_56, RESNET_20, RESNET_56, RESNET_110),
@@ -145,8 +153,8 @@ EXPERIMENTS = (
         "flops",
         "Cost: multiply-adds beside VGG and GoogLeNet",
         "What does depth cost?",
-        "The 34-layer nets need 3.6 billion multiply-adds, 18 % of VGG-19's 19.6 billion; even 152 layers need 11.3, less "
-        "than VGG-16 and VGG-19 (15.3 and 19.6).",
+        "The 34-layer nets need 3.6 billion multiply-adds, 18 % of VGG-19's 19.6 billion; even 152 layers need 11.3, "
+        "less than VGG-16 and VGG-19 (15.3 and 19.6).",
         (),
         "sections 3.3 and 4.1, Table 1",
     ),

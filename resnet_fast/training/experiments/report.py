@@ -1,4 +1,4 @@
-"""An experiment as a page: the question, what came out beside what the paper reports, what differed, how to repeat it."""
+"""An experiment as a page: the question, what came out beside the paper's figures, what differed, how to repeat it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write(experiment: Experiment, runs: Sequence[Run], protocol: str, folder: Pa
             found = verdicts.responses(measured)
         else:
             found = getattr(verdicts, experiment.name)(by_label)
-        lines += ["**Here.**", *(f"- {'Shown' if v.shown else 'NOT shown'}: {v.claim}. {v.because}." for v in found), ""]
+        lines += ["**Here.**", "", *(f"- {sentence(v)}." for v in found), ""]
         picture = folder / f"{experiment.name}.png"
         lines += [f"![{experiment.title}]({picture.name})", ""]
         if measured:
@@ -63,6 +63,11 @@ def write(experiment: Experiment, runs: Sequence[Run], protocol: str, folder: Pa
     page = folder / f"{experiment.name}.md"
     write_whole(page, ("\n".join(lines).rstrip() + "\n").encode())
     return Written((page, *files), tuple(found))
+
+
+def sentence(verdict: Verdict) -> str:
+    """What a verdict says, without a full stop."""
+    return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {verdict.because.capitalize()}"
 
 
 def _draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
@@ -98,7 +103,8 @@ def _draw_responses(measured: Mapping[str, Responses], path: Path) -> None:
 
 def _runs_table(runs: Sequence[Run]) -> list[str]:
     lines = [
-        "| net | parameters | multiply-adds | steps | training error | validation error (best) | minutes | paper, full protocol |",
+        "| net | parameters | multiply-adds | steps | training error | validation error (best) | minutes "
+        "| paper, full protocol |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for run in runs:
@@ -112,17 +118,15 @@ def _runs_table(runs: Sequence[Run]) -> list[str]:
             f"{100 * run.train_error:.2f} % | {100 * run.val_error:.2f} % ({100 * best:.2f} %) | "
             f"{run.seconds / 60:.1f} | {paper} |"
         )
-    lines += ["", "Training error: wrong answers while training, over the last epoch. Multiply-adds: of the convolutions,"]
-    lines += ["counted, per image at the size trained on."]
+    lines += ["", "Training error: wrong answers while training, over the last epoch. Multiply-adds: of the"]
+    lines += ["convolutions, counted, per image at the size trained on."]
     return lines
 
 
 def _responses_table(measured: Mapping[str, Responses]) -> list[str]:
     lines = ["| net | 3x3 layers | mean response | smallest | largest |", "|---|---:|---:|---:|---:|"]
     for label, found in measured.items():
-        lines.append(
-            f"| {label} | {len(found.std)} | {found.mean:.3f} | {min(found.std):.3f} | {max(found.std):.3f} |"
-        )
+        lines.append(f"| {label} | {len(found.std)} | {found.mean:.3f} | {min(found.std):.3f} | {max(found.std):.3f} |")
     return lines
 
 
@@ -138,15 +142,16 @@ def _one_recipe(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     marks = ", ".join(f"{m:g}" for m in recipe.milestones)
     schedule = f"{recipe.schedule} at {marks}" if marks else recipe.schedule
     return (
-        f"{recipe.data} at {recipe.size}x{recipe.size}, {facts['train_images']:,} training images, batch {recipe.batch}, "
-        f"{_length(recipe)}, rate {recipe.lr:g} ({schedule}; warm-up {recipe.warmup:g}), weight decay "
-        f"{recipe.weight_decay:g}, pad {recipe.pad}, flip {'yes' if recipe.flip else 'no'}, {recipe.amp if recipe.amp != 'none' else 'float32'}"
+        f"{recipe.data} at {recipe.size}x{recipe.size}, {facts['train_images']:,} training images, batch "
+        f"{recipe.batch}, {_length(recipe)}, rate {recipe.lr:g} ({schedule}; warm-up {recipe.warmup:g}), weight decay "
+        f"{recipe.weight_decay:g}, pad {recipe.pad}, flip {'yes' if recipe.flip else 'no'}, "
+        f"{'float32' if recipe.amp == 'none' else recipe.amp}"
     )
 
 
 PAPERS = {
-    "CIFAR nets": "CIFAR-10 at 32x32, 50,000 training images, batch 128, 64,000 steps, rate 0.1 divided by 10 at 32,000 "
-    "and 48,000, weight decay 0.0001, pad 4, flip yes",
+    "CIFAR nets": "CIFAR-10 at 32x32, 50,000 training images, batch 128, 64,000 steps, rate 0.1 divided by 10 at "
+    "32,000 and 48,000, weight decay 0.0001, pad 4, flip yes",
     "ImageNet family": "ImageNet at 224x224, 1.28 million training images, batch 256, up to 600,000 steps, rate 0.1 "
     "divided by 10 on plateaus, weight decay 0.0001, crops of pictures scaled to 256-480",
 }
@@ -164,7 +169,8 @@ def _differences(runs: Sequence[Run], protocol: str) -> list[str]:
         lines += [f"- {', '.join(labels)}, here: {text}." for text, labels in seen.items()]
     if protocol == "reduced":
         lines.append(
-            "- Other pictures, smaller ones and far fewer steps: errors are not comparable with the paper's, their order is."
+            "- Other pictures, smaller ones and far fewer steps: errors are not comparable with the paper's, their "
+            "order is."
         )
     lines.append("- One seed per net; the paper has one too, but for ResNet-110 (five).")
     return lines
@@ -180,9 +186,9 @@ def _repeat(runs: Sequence[Run], command: str) -> list[str]:
         command,
         "```",
         "",
-        f"Seed {runs[0].recipe.seed}; torch {facts['torch']}, {facts['device']}, {facts['threads']} threads; {total:.0f} "
-        "minutes of training in all (wall clock, measured, on a machine that did other work beside), runs shared with "
-        "other experiments included.",
+        f"Seed {runs[0].recipe.seed}; torch {facts['torch']}, {facts['device']}, {facts['threads']} threads; "
+        f"{total:.0f} minutes of training in all (wall clock, measured, on a machine that did other work beside), runs "
+        "shared with other experiments included. What the figures are read from: `logs/`.",
     ]
 
 
@@ -203,4 +209,3 @@ def _flops() -> list[str]:
         )
     notes = [f"- {row.name}: {row.note}." for row in rows if row.note]
     return [*lines, "", COUNTED, "", *notes, "", "Counted from shapes; `resnet-fast summary` prints the same table."]
-

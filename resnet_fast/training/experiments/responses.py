@@ -50,7 +50,7 @@ def norms_after_3x3(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: list[Tensor]) -> Responses:
-    """Responses of ``model`` in eval mode to ``batches``, each float32 (n, 3, H, W). The deviation is over all elements.
+    """Responses of ``model`` in eval mode to ``batches``, each float32 (n, 3, H, W): deviations over all elements.
 
     Computed as the pooled deviation of the batches in float64, shifted by each batch's mean: no sum of large squares.
     """

@@ -89,7 +89,6 @@ def train(
     return loop.train(recipe, loop.Options(out=place, resume=resume, **options), watch)
 
 
-
 def short_log(run: Run) -> str:
     """The run's ``run`` and ``epoch`` lines, as its log has them: what a page's figures can be checked against."""
     import json

@@ -37,8 +37,8 @@ def _compared(shallow: Run, deep: Run) -> tuple[float, float, str]:
     higher = deep.train_error - shallow.train_error
     limit = noise(shallow.train_error, deep.train_error, shallow.images_seen, deep.images_seen)
     words = (
-        f"training error {_points(shallow.train_error)} % with {shallow.case.label}, {_points(deep.train_error)} % with "
-        f"{deep.case.label}: {100 * higher:+.2f} points, counting noise {_points(limit)}"
+        f"training error {_points(shallow.train_error)} % with {shallow.case.label}, {_points(deep.train_error)} % "
+        f"with {deep.case.label}: {100 * higher:+.2f} points, counting noise {_points(limit)}"
     )
     return higher, limit, words
 
