@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,19 @@ def test_the_leaves_import_no_layer() -> None:
         layers = [name for name in ("models", "blocks", "ops", "dispatch", "backends")]
         text = (ROOT / "resnet_fast" / f"{leaf}.py").read_text()
         assert not [n for n in layers if f"from .{n}" in text or f"from resnet_fast.{n}" in text], leaf
+
+
+def test_nothing_below_imports_the_training_program() -> None:
+    """``training/`` is a program on top: the command line and the benchmarks alone know it."""
+    package = ROOT / "resnet_fast"
+    below = [p for p in package.rglob("*.py") if not {package / "training", package / "cli"} & set(p.parents)]
+    wrong = []
+    for path in below:
+        where = ("resnet_fast", *path.relative_to(package).parent.parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.ImportFrom):
+                base = where[: len(where) - node.level + 1] if node.level else ()
+                names = [".".join([*base, *filter(None, [node.module]), name]) for name in names]
+            wrong += [f"{path.name}: {name}" for name in names if name.startswith("resnet_fast.training")]
+    assert len(below) > 100 and not wrong

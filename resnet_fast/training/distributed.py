@@ -10,6 +10,7 @@ reason is what a reader sees, they keep their own complaint to themselves for a 
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -146,7 +147,9 @@ def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False)
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [world.device.index] if world.device.type == "cuda" else None
-        spread = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has another name for the same
+        own = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        spread = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{own: False})
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "fsdp":
