@@ -198,10 +198,12 @@ def average_buffers(model: nn.Module, world: World) -> None:
 
 def accumulating(model: nn.Module, last: bool) -> Any:
     """The context of one part's forward and backward: gradients are exchanged in the ``last`` part of a step alone."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's state is set, not entered
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, FSDPModule):  # its state is set, not entered
         model.set_requires_gradient_sync(last)
-        return nullcontext()
-    if hasattr(model, "no_sync") and not last:
+    if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()
 

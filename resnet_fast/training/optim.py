@@ -66,9 +66,23 @@ def averaged(model: nn.Module, recipe: Recipe) -> nn.Module | None:
     """A copy of ``model`` whose weights and buffers follow by ``ema`` per step, or None."""
     if not recipe.ema:
         return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.distributed.tensor import DTensor
+    from torch.optim.swa_utils import AveragedModel
 
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True)
+    def local(tensors: Any) -> list[Tensor]:
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    @torch.no_grad()
+    def follow(averages: Any, values: Any, updates: Any) -> None:
+        """torch's get_ema_multi_avg_fn, for lists in which some tensors are FSDP2's shards."""
+        averages, values = local(averages), local(values)
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - recipe.ema)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
 def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

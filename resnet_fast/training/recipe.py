@@ -154,7 +154,8 @@ def load(source: str | Path | None = None, overrides: Mapping[str, Any] | None =
     """The recipe of that name or YAML file (the defaults if None), with ``overrides`` on top.
 
     Raises UserError for a recipe that is not there, a file that is no mapping, an unknown key (with close matches), or
-    a value of another type. Setting ``epochs`` removes ``steps``, and the other way round.
+    a value of another type. Setting ``epochs`` removes ``steps``, and the other way round; where the recipe counts its
+    warm-up or milestones in the other unit, they have to be set as well.
     """
     values: dict[str, Any] = {} if source is None else _read(source)
     changes = dict(overrides or {})
@@ -162,6 +163,10 @@ def load(source: str | Path | None = None, overrides: Mapping[str, Any] | None =
         for chosen in (values, changes):
             if chosen.get(key) is not None and chosen.get(other) is None:
                 chosen[other] = None
+        stale = [k for k in ("milestones", "warmup") if values.get(k) and k not in changes]
+        if values.get(other) is not None and changes.get(key) is not None and stale:
+            got = f"{key} in place of {other}, with the recipe's {' and '.join(stale)} in {other}"
+            raise UserError(f"every length in {key}", got, f"set {' and '.join(stale)} too")
     return replace(Recipe(), **{key: _typed(key, value) for key, value in (values | changes).items()})
 
 
