@@ -10,10 +10,10 @@ import contextlib
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +57,22 @@ class Options:
         unknown = [d for d in self.dtypes if d not in DTYPES]
         if unknown or not self.dtypes:
             raise UserError(f"dtypes among {', '.join(DTYPES)}", _listed(unknown), "correct --dtype")
-        if not self.providers:
-            raise UserError(f"providers among {', '.join(providers.NAMES)}", "none", "correct --providers")
-        providers.select(self.providers)
-        if self.suite not in suites.NAMES:
-            raise UserError(f"a suite among {', '.join(suites.NAMES)}", repr(self.suite), "correct --suite")
+        self._check_competitors()
         for name, value in (("--rounds", self.rounds), ("--size", self.size), ("--threads", self.threads)):
             if value is not None and value < 1:
                 raise UserError(f"{name} >= 1", str(value), f"correct {name}")
         if not self.budget > 0:
             raise UserError("--budget > 0 seconds", str(self.budget), "correct --budget")
         check_device(self.device)
+
+    def _check_competitors(self) -> None:
+        """UserError for a suite or a provider that is not there."""
+        if not self.providers:
+            raise UserError(f"providers among {', '.join(providers.NAMES)}", "none", "correct --providers")
+        providers.select(self.providers)
+        if self.suite not in suites.NAMES:
+            known = ", ".join((*suites.NAMES, suites.TRAIN))
+            raise UserError(f"a suite among {known}", repr(self.suite), "correct --suite")
 
 
 def native_dtypes(device: str) -> tuple[str, ...]:
@@ -97,11 +102,9 @@ def check_device(device: str) -> None:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table. Times in milliseconds per batch; ``ratio`` is the speed relative to the best stock path.
-
-    ``error_l2`` is ``‖out - ref‖ / ‖ref‖``, ``error_max`` the largest ``|out - ref|`` over the largest ``|ref|``, both
-    against fp64 on the same rounded weights and inputs. Figures are None where the provider did not run.
+class Timed:
+    """What a line of every suite's table begins with. Times in milliseconds per batch; ``ratio`` is the speed relative
+    to the best stock path. Figures are None where the provider did not run.
     """
 
     case: str
@@ -116,6 +119,16 @@ class Row:
     q3_ms: float | None = None
     images_per_s: float | None = None
     ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Row(Timed):
+    """One line of an inference suite.
+
+    ``error_l2`` is ``‖out - ref‖ / ‖ref‖``, ``error_max`` the largest ``|out - ref|`` over the largest ``|ref|``, both
+    against fp64 on the same rounded weights and inputs. ``samples`` counts the raw times.
+    """
+
     error_l2: float | None = None
     error_max: float | None = None
     samples: int = 0
@@ -124,18 +137,23 @@ class Row:
 
 @dataclass
 class Report:
-    """Rows, raw samples (nanoseconds, by ``case dtype batch provider``) and provenance of one run."""
+    """Rows, raw samples (nanoseconds, by ``case dtype batch provider``) and provenance of one run.
 
-    rows: list[Row] = field(default_factory=list)
+    ``row_type`` is the type of all rows; it decides which columns are printed.
+    """
+
+    row_type: ClassVar[type[Timed]] = Row
+
+    rows: list[Timed] = field(default_factory=list)
     samples: dict[str, list[int]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"rows": [asdict(r) for r in self.rows], "samples_ns": self.samples, "provenance": self.provenance}
 
-    def cells(self) -> dict[tuple[str, str, int], list[Row]]:
+    def cells(self) -> dict[tuple[str, str, int], list[Timed]]:
         """Rows grouped by case, dtype and batch, in the order measured."""
-        grouped: dict[tuple[str, str, int], list[Row]] = {}
+        grouped: dict[tuple[str, str, int], list[Timed]] = {}
         for row in self.rows:
             grouped.setdefault((row.case, row.dtype, row.batch), []).append(row)
         return grouped
@@ -183,6 +201,32 @@ def network(name: str, photos: list[images.Photo], path: Path | None, size: int,
     return weights.calibrate(model, images.batch(photos, max(4, len(photos)), size, seed)).eval()
 
 
+def origin(options: Options, photos: list[images.Photo], size: int) -> dict[str, Any]:
+    """Provenance of a run's numbers: machine and versions, pictures, weights, and the side of the input in pixels."""
+    return provenance.collect(options.device) | {
+        "images": [p.name for p in photos],
+        "weights": str(options.weights) if options.weights else f"random, seed {options.seed}, calibrated",
+        "image_size": size,
+    }
+
+
+def speeds(
+    timed: Mapping[str, harness.Samples], stock: Collection[str], batch: int
+) -> dict[str, dict[str, float | int | None]]:
+    """The fields of :class:`Timed` that the samples of one cell come to, and their number, by competitor.
+
+    ``stock`` names the competitors that are the yardstick. A competitor without samples has no entry.
+    """
+    medians = {name: s.quartiles_ms()[1] for name, s in timed.items() if s.ns}
+    best = min((ms for name, ms in medians.items() if name in stock), default=None)
+    found: dict[str, dict[str, float | int | None]] = {}
+    for name in medians:
+        q1, median, q3 = timed[name].quartiles_ms()
+        found[name] = {"q1_ms": q1, "median_ms": median, "q3_ms": q3, "samples": len(timed[name].ns)}
+        found[name] |= {"images_per_s": batch * 1e3 / median, "ratio": best / median if best else None}
+    return found
+
+
 def run(
     options: Options, progress: Progress = lambda done, total, what: None, model: nn.Module | None = None
 ) -> Report:
@@ -200,14 +244,9 @@ def run(
         largest = max(*options.batches, min(REFERENCE_IMAGES, len(photos)))
         x = images.batch(photos, largest, size, options.seed)
         cases = suites.cases(options.suite, options.model, model, x)
-        report = Report(provenance=provenance.collect(options.device))
-        report.provenance.update(
-            images=[p.name for p in photos],
-            weights=str(options.weights) if options.weights else f"random, seed {options.seed}, calibrated",
-            image_size=size,
-        )
+        report = Report(provenance=origin(options, photos, size))
         cells = [(c, d, b) for c in cases for d in options.dtypes for b in options.batches]
-        steps = _Steps(progress, len(cells), len(competitors) * (1 + options.rounds))
+        steps = Steps(progress, len(cells), len(competitors) * (1 + options.rounds))
         start = time.monotonic()
         references: dict[tuple[str, str], Tensor] = {}
         for number, (case, dtype, batch) in enumerate(cells):
@@ -222,7 +261,7 @@ def run(
     return report
 
 
-class _Steps:
+class Steps:
     """Counts steps for the progress bar; a cell that ends early jumps to its end."""
 
     def __init__(self, progress: Progress, cells: int, per_cell: int):
@@ -252,7 +291,7 @@ class _Cell:
         reference: Tensor,
         competitors: tuple[providers.Provider, ...],
         report: Report,
-        steps: _Steps,
+        steps: Steps,
     ) -> None:
         """Prepare, check and time all competitors on ``x``, and append their rows and samples to ``report``."""
         label = f"{self.case} {self.dtype} batch {self.batch}"
@@ -280,18 +319,15 @@ class _Cell:
             self.deadline,
             lambda name, number: steps.step(f"{label}: round {number + 1}, {name}"),
         )
-        medians = {name: s.quartiles_ms()[1] for name, s in timed.items() if s.ns}
-        best = min((medians[p.name] for p in competitors if p.stock and p.name in medians), default=None)
+        measured = speeds(timed, {p.name for p in competitors if p.stock}, self.batch)
         for provider in competitors:
             name = provider.name
             row: dict[str, Any] = {}
             if name in ready:
                 row.update(precision=ready[name].precision)
                 row.update(error_l2=found[name][0], error_max=found[name][1])
-            if name in medians:
-                q1, median, q3 = timed[name].quartiles_ms()
-                row.update(q1_ms=q1, median_ms=median, q3_ms=q3, samples=len(timed[name].ns))
-                row.update(images_per_s=self.batch * 1e3 / median, ratio=best / median if best else None)
+            if name in measured:
+                row.update(measured[name])
                 report.samples[f"{label.replace(' batch ', ' ')} {name}"] = timed[name].ns
             elif name in timed:
                 notes[name] = timed[name].error

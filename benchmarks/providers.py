@@ -59,7 +59,8 @@ def cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _torch_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str) -> Verdict:
+def torch_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str) -> Verdict:
+    """For whatever runs PyTorch's own layers: yes, and a word where a dtype is emulated."""
     if device == "cpu" and dtype == torch.bfloat16 and not cpu_has_bf16():
         return Verdict.yes("emulated: this CPU has no bfloat16 instructions")
     return Verdict.yes()
@@ -220,10 +221,10 @@ def _openvino(model: nn.Module, x: Tensor) -> Prepared:
 
 
 PROVIDERS = (
-    Provider("eager-nchw", True, _torch_verdict, _eager_nchw),
-    Provider("eager-nhwc", True, _torch_verdict, _eager_nhwc),
-    Provider("folded-nhwc", True, _torch_verdict, _folded),
-    Provider("compile", True, _torch_verdict, _compiled),
+    Provider("eager-nchw", True, torch_verdict, _eager_nchw),
+    Provider("eager-nhwc", True, torch_verdict, _eager_nhwc),
+    Provider("folded-nhwc", True, torch_verdict, _folded),
+    Provider("compile", True, torch_verdict, _compiled),
     Provider(OURS, False, lambda *_: Verdict.yes(), _ours),
     Provider("onnxruntime", False, _onnxruntime_verdict, _onnxruntime),
     Provider("openvino", False, _openvino_verdict, _openvino),

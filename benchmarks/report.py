@@ -11,28 +11,62 @@ import io
 import json
 import os
 import tempfile
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_fast.errors import UserError
 
-from .compare import Report, Row
+from . import train
+from .compare import Report, Row, Timed
 from .providers import OURS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADINGS = ("provider", "precision", "ms", "quartiles", "img/s", "x best stock", "error L2", "error max", "note")
+TIMES = ("provider", "precision", "ms", "quartiles", "img/s", "x best stock")
+HEADINGS = (*TIMES, "error L2", "error max", "note")
 READING = (
     "Time per batch: median and quartiles of the raw samples. 'x best stock': speed relative to the fastest path that "
     "PyTorch alone offers, in the same cell. Errors against fp64 on the same rounded weights and photographs: "
     "norm of the difference over the norm, and the largest difference over the largest output."
 )
 
+TRAIN_HEADINGS = (*TIMES, "peak MiB", "loss, step 1", "last loss", "minus stock", "steps", "note")
+TRAIN_READING = (
+    "Time per training step: median and quartiles of the raw samples; batches lie ready on the device. 'x best stock': "
+    "speed relative to the fastest stock path of the same cell. bfloat16 and float16 are autocast over float32 "
+    f"parameters, float16 with GradScaler. {train.PEAK} Measured by {{memory}}. 'last loss': after as many steps as "
+    "'steps' says, of the same weights on the same batches. 'minus stock': less the last loss of eager-nhwc, or of the "
+    "first stock path of the table where that did not run."
+)
 
-def values(row: Row) -> tuple[str, ...]:
-    """The cells of one row, in the order of ``HEADINGS``."""
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows of one type are printed: ``values(row)`` has a cell for each of ``headings``.
+
+    ``reading`` says what the columns mean; ``{memory}`` and its like stand for entries of the provenance.
+    """
+
+    headings: tuple[str, ...]
+    values: Callable[[Any], tuple[str, ...]]
+    reading: str
+
+
+def layout(report: Report) -> Layout:
+    """The layout of the report's rows."""
+    return LAYOUTS[report.row_type]
+
+
+def reading(report: Report) -> str:
+    """What the columns of the report mean."""
+    return layout(report).reading.format_map(report.provenance)
+
+
+def _times(row: Timed) -> tuple[str, ...]:
+    """The cells below ``TIMES``."""
     return (
         row.provider,
         row.precision or "-",
@@ -40,13 +74,39 @@ def values(row: Row) -> tuple[str, ...]:
         "-" if row.q1_ms is None else f"{row.q1_ms:.2f} - {row.q3_ms:.2f}",
         "-" if row.images_per_s is None else f"{row.images_per_s:.1f}",
         "-" if row.ratio is None else f"{row.ratio:.2f}",
+    )
+
+
+def values(row: Row) -> tuple[str, ...]:
+    """The cells of one row of an inference suite, in the order of ``HEADINGS``."""
+    return (
+        *_times(row),
         "-" if row.error_l2 is None else f"{row.error_l2:.1e}",
         "-" if row.error_max is None else f"{row.error_max:.1e}",
         row.note,
     )
 
 
-def title(cell: tuple[str, str, int], rows: list[Row]) -> str:
+def train_values(row: train.Row) -> tuple[str, ...]:
+    """The cells of one row of the suite ``train``, in the order of ``TRAIN_HEADINGS``."""
+    return (
+        *_times(row),
+        "-" if row.peak_mib is None else f"{row.peak_mib:.1f}",
+        "-" if row.loss_first is None else f"{row.loss_first:.6f}",
+        "-" if row.loss_last is None else f"{row.loss_last:.6f}",
+        "-" if row.loss_difference is None else f"{row.loss_difference:.1e}",
+        str(row.steps or "-"),
+        row.note,
+    )
+
+
+LAYOUTS = {
+    Row: Layout(HEADINGS, values, READING),
+    train.Row: Layout(TRAIN_HEADINGS, train_values, TRAIN_READING),
+}
+
+
+def title(cell: tuple[str, str, int], rows: list[Timed]) -> str:
     case, dtype, batch = cell
     return f"{case}, {dtype}, batch {batch}, {rows[0].device}"
 
@@ -56,31 +116,34 @@ def tables(report: Report) -> list[Table]:
     from rich.table import Table
     from rich.text import Text
 
+    printed = layout(report)
     out = []
     for cell, rows in report.cells().items():
         table = Table(title=title(cell, rows), title_justify="left")
-        for heading in HEADINGS:
+        for heading in printed.headings:
             number = heading not in ("provider", "precision", "note")
             table.add_column(heading, justify="right" if number else "left", no_wrap=heading != "note")
         for row in rows:
-            table.add_row(*(Text(v, "bold" if row.provider == OURS else "") for v in values(row)))
+            table.add_row(*(Text(v, "bold" if row.provider == OURS else "") for v in printed.values(row)))
         out.append(table)
     return out
 
 
 def to_csv(report: Report) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, [f.name for f in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(out, [f.name for f in fields(report.row_type)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in report.rows)
     return out.getvalue()
 
 
 def to_markdown(report: Report) -> str:
-    lines = ["# resnet_fast beside its peers", "", READING, ""]
+    printed = layout(report)
+    lines = ["# resnet_fast beside its peers", "", reading(report), ""]
     for cell, rows in report.cells().items():
-        lines += [f"## {title(cell, rows)}", "", f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
-        lines += ["| " + " | ".join(v.replace("|", "\\|") for v in values(row)) + " |" for row in rows]
+        lines += [f"## {title(cell, rows)}", "", f"| {' | '.join(printed.headings)} |"]
+        lines += ["|" + "---|" * len(printed.headings)]
+        lines += ["| " + " | ".join(v.replace("|", "\\|") for v in printed.values(row)) + " |" for row in rows]
         lines.append("")
     lines += ["## Provenance", ""]
     lines += [f"- {key}: {value}" for key, value in report.provenance.items()]
@@ -114,7 +177,7 @@ def to_png(report: Report) -> bytes:
     return out.getvalue()
 
 
-def _panel(axis: Any, heading: str, rows: list[Row]) -> None:
+def _panel(axis: Any, heading: str, rows: list[Timed]) -> None:
     speeds = [row.images_per_s or 0.0 for row in rows]
     colours = ["#d1495b" if r.provider == OURS else "#30638e" if r.stock else "#9aa5b1" for r in rows]
     axis.barh(range(len(rows)), speeds, color=colours)
@@ -131,7 +194,7 @@ def _panel(axis: Any, heading: str, rows: list[Row]) -> None:
         axis.text(speeds[place], place, f" {text}", va="center", fontsize=8)
 
 
-def _label(row: Row) -> str:
+def _label(row: Timed) -> str:
     """The provider, and its precision where that is not the one asked for."""
     return row.provider if row.precision in ("", row.dtype) else f"{row.provider} (in {row.precision})"
 

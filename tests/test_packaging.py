@@ -171,6 +171,7 @@ def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for folder, prefix in (("resnet_fast", "resnet_fast"), ("benchmarks", "resnet_fast/benchmarks")):
         files = [*(checkout / folder).rglob("*.py"), *(checkout / folder / "tuning").rglob("*.json")]
+        files += (checkout / folder).rglob("*.yaml")
         expected = {f"{prefix}/{path.relative_to(checkout / folder).as_posix()}" for path in files}
         assert expected and expected <= inside
     assert "resnet_fast/py.typed" in inside
@@ -178,7 +179,7 @@ def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("csrc", "resnet_fast", "benchmarks", "tests"):
-        sources = [path for path in (checkout / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")]
+        sources = [path for path in (checkout / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h", ".yaml")]
         assert {path.relative_to(checkout).as_posix() for path in sources} <= packed
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "Makefile"} <= packed
 

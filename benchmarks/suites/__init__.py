@@ -11,7 +11,10 @@ from .case import Case
 NAMES = ("models", "blocks", "ops")
 """Each is a module here with ``cases(name, model, x) -> list[Case]``."""
 
-__all__ = ["NAMES", "Case", "cases"]
+TRAIN = "train"
+"""The suite of training steps. It has no cases: ``benchmarks/train.py`` runs it on the whole net."""
+
+__all__ = ["NAMES", "TRAIN", "Case", "cases"]
 
 
 def cases(suite: str, name: str, model: nn.Module, x: Tensor) -> list[Case]:

@@ -45,10 +45,21 @@ class Fused(nn.Module):
         reason = untraceable(x)
         if reason:
             return True
-        reason = self.unfusable() or self.unsynchronized(x)
+        reason = self.unfusable() or self.unsynchronized(x) or self.unkept()
         if reason:
             record.stock(self, self.op, reason)
         return bool(reason)
+
+    def unkept(self) -> str:
+        """Why nothing that inference derives from the weights can be kept; empty if it can.
+
+        FSDP2 frees a unit's weights after a call and gathers others at the same address, with the same version counter.
+        """
+        if not hasattr(type(self), "set_requires_gradient_sync"):
+            return ""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return ""
+        return "expected weights that stay where they are, got FSDP2's; in inference it runs unfused"
 
     def unsynchronized(self, x: Tensor) -> str:
         """Why the statistics of this block's SyncBatchNorm layers cannot be gathered by the op; empty if they can."""

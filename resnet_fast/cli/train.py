@@ -137,7 +137,8 @@ def train(
         best = min(line["val_error"] for line in result.epochs)
         show(
             f"validation accuracy {100 - 100 * last['val_error']:.2f} % (best {100 - 100 * best:.2f} %) after epoch "
-            f"{last['epoch']:g}, {result.seconds:.0f} s; curves, log, checkpoints and model.safetensors in {result.out}"
+            f"{last['epoch']:g}, {result.seconds:.0f} s; curves, log, checkpoints"
+            f"{' and model.safetensors' if result.finished else ''} in {result.out}"
         )
     if not result.finished:
         text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"

@@ -148,8 +148,9 @@ def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False)
 
         ids = [world.device.index] if world.device.type == "cuda" else None
         parameters = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has another name for the same
-        own = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-        spread = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{own: False})
+        name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+        own_buffers: dict[str, Any] = {name: False}
+        spread = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **own_buffers)
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "fsdp":
