@@ -179,7 +179,8 @@ def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("csrc", "resnet_fast", "benchmarks", "tests"):
-        sources = [path for path in (checkout / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h", ".yaml")]
+        kinds = (".py", ".cpp", ".cu", ".h", ".yaml")
+        sources = [path for path in (checkout / folder).rglob("*") if path.suffix in kinds]
         assert {path.relative_to(checkout).as_posix() for path in sources} <= packed
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "Makefile"} <= packed
 
