@@ -36,7 +36,11 @@ def _peak_cuda(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_cpu(call: Callable[[], object]) -> int:
-    """The highest sum of the allocator's events, one for every block taken (bytes > 0) or given back (< 0)."""
+    """The highest sum of the allocator's events, one for every block taken (bytes > 0) or given back (< 0).
+
+    The allocator does not know the size of blocks from before the profiler started: a call that gives such blocks back
+    has a lower peak than this. A warm training step takes and gives back its own.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its log complains on stderr where there is no GPU

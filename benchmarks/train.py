@@ -81,6 +81,9 @@ TRAINERS = (
 NAMES = tuple(t.name for t in TRAINERS)
 """Called as the providers of the inference suites that run in the same way."""
 
+OWN_LAYERS = dict.fromkeys(("reference", "stock"), " (PyTorch's own layers)")
+"""What to say of the two that fuse nothing."""
+
 REFERENCE = ("eager-nhwc", "eager-nchw", "compile")
 """Whose last loss the others are compared with: the first of these that ran. It has the layout of ours."""
 
@@ -181,8 +184,13 @@ def _device(name: str) -> Iterator[torch.device]:
     if device.type == "cpu":
         yield device
         return
-    with torch.cuda.device(device), torch.backends.cudnn.flags(benchmark=True):
-        yield torch.device("cuda", torch.cuda.current_device())
+    before = torch.backends.cudnn.benchmark
+    with torch.cuda.device(device):
+        torch.backends.cudnn.benchmark = True
+        try:
+            yield torch.device("cuda", torch.cuda.current_device())
+        finally:
+            torch.backends.cudnn.benchmark = before
 
 
 def classes(model: nn.Module) -> int:
@@ -200,7 +208,9 @@ def batches(photos: list[images.Photo], recipe: Recipe, n_classes: int) -> list[
     for step in range(recipe.total_steps(1)):
         places = [step * recipe.batch + i for i in range(recipe.batch)]
         chosen = [(place, place % len(photos)) for place in places]
-        found.append(collate([Sample(augment(photos[k].pixels, (0, i)), k % n_classes, photos[k].name) for i, k in chosen]))
+        found.append(
+            collate([Sample(augment(photos[k].pixels, (0, i)), k % n_classes, photos[k].name) for i, k in chosen])
+        )
     return found
 
 
@@ -213,10 +223,12 @@ class _Contender:
     batch: int
     losses: list[float] = field(default_factory=list)
     ran_on: str = ""
-    peak: int | None = None
+    peak: int = 0
 
     @classmethod
-    def prepared(cls, trainer: Trainer, model: nn.Module, recipe: Recipe, parts: list[Part], device: torch.device) -> Any:
+    def prepared(
+        cls, trainer: Trainer, model: nn.Module, recipe: Recipe, parts: list[Part], device: torch.device
+    ) -> _Contender:
         """From a copy of the stock ``model`` in eval mode and batches on ``device``."""
         net = copy.deepcopy(model).train().to(device)
         if trainer.channels_last:
@@ -250,7 +262,7 @@ class _Contender:
 
 
 def ran_on(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> str:
-    """Which backends served the calls between two :func:`resnet_fast.stats`, and why not faster ones; "" for no call."""
+    """Which backends served the calls between two :func:`resnet_fast.stats`, and why no faster one; "" for no call."""
     calls: dict[str, int] = {}
     for name, n in after["calls"].items():
         more = n - before["calls"].get(name, 0)
@@ -259,8 +271,9 @@ def ran_on(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) 
             calls[backend] = calls.get(backend, 0) + more
     new = [text for text, n in after["fallbacks"].items() if n > before["fallbacks"].get(text, 0)]
     reasons = dict.fromkeys(text.partition(": ")[2] for text in new)  # without the op, which is many times the same
-    shown = ", ".join(f"{backend} x {n}" for backend, n in sorted(calls.items(), key=lambda item: -item[1]))
-    return f"{shown} ({'; '.join(reasons)})" if reasons else shown
+    ordered = sorted(calls.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{backend}{OWN_LAYERS.get(backend, '')} x {n}" for backend, n in ordered)
+    return "; ".join((shown, *reasons))
 
 
 @dataclass
@@ -272,15 +285,18 @@ class _Cell:
     steps: compare.Steps
     losses_until: float
     deadline: float
+    ready: dict[str, _Contender] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe.model} {self.dtype} batch {self.recipe.batch}"
 
     def run(
         self, model: nn.Module, parts: list[Part], competitors: tuple[Trainer, ...], report: compare.Report
     ) -> None:
         """Train, watch and time all competitors, and append their rows and samples to ``report``."""
         case, batch = self.recipe.model, self.recipe.batch
-        self.label = f"{case} {self.dtype} batch {batch}"
-        self.ready: dict[str, _Contender] = {}
-        self.notes: dict[str, list[str]] = {}
         verdict = providers.torch_verdict(model, compare.DTYPES[self.dtype], batch, self.device.type)
         for trainer in competitors:
             self.notes[trainer.name] = [verdict.reason]
@@ -315,7 +331,7 @@ class _Cell:
             )
 
     def _train(self) -> int:
-        """Steps that every competitor took, for their losses: all of them, or as many as the time allows, at least one."""
+        """Train for the losses; returns the steps that each competitor took: all, or what time allows, at least one."""
         for number in range(self.options.steps):
             if number and time.monotonic() >= self.losses_until:
                 return number
@@ -329,7 +345,7 @@ class _Cell:
         first, last = contender.losses[0], contender.losses[-1]
         return {
             "precision": self.dtype,
-            "peak_mib": None if contender.peak is None else contender.peak / MIB,
+            "peak_mib": contender.peak / MIB,
             "loss_first": first,
             "loss_last": last,
             "loss_difference": None if reference is None else last - reference,

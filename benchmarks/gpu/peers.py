@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import providers
+from .. import providers, train
 from ..providers import inference, nhwc
 from .common import Skipped
 from .timing import graphed
@@ -184,23 +184,14 @@ def _trained(wrap: Callable[[nn.Module], Any]) -> Maker:
     return maker
 
 
-def _accelerated(model: nn.Module) -> nn.Module:
-    import resnet_fast
-
-    return resnet_fast.accelerate(model)
-
-
 def _compiled_training(model: nn.Module) -> Any:
-    import torch._dynamo
-
     if next(model.parameters()).device.type != "cuda":
         raise Skipped("measured on a GPU only")
-    torch._dynamo.reset()
-    return torch.compile(model, dynamic=False)
+    return train.compiled(model)
 
 
 TRAINING = (
     Peer("eager NHWC, AMP bfloat16", _trained(lambda model: model), "separate"),
-    Peer("resnet_fast, AMP bfloat16", _trained(_accelerated), "separate"),
+    Peer("resnet_fast, AMP bfloat16", _trained(train.accelerated), "separate"),
     Peer("torch.compile, AMP bfloat16", _trained(_compiled_training), "separate", compiles=True),
 )

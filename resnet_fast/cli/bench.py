@@ -1,9 +1,9 @@
-"""``resnet-fast bench``: the accelerated net and its peers side by side, on photographs."""
+"""``resnet-fast bench``: the accelerated net and its peers side by side on photographs, in inference or training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,9 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def bench(
     model: Annotated[str, typer.Option(help="Net to measure; `resnet-fast summary` lists some.")] = "resnet50",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,16",
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes, separated by commas; by default 1,16, and 16 for --suite train.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -32,8 +34,19 @@ def bench(
             "By default float32, and bfloat16 where the device has instructions for it."
         ),
     ] = None,
-    providers: Annotated[str | None, typer.Option(help="Competitors, separated by commas; by default all.")] = None,
-    suite: Annotated[str, typer.Option(help="models, blocks (of the model) or ops (of the model).")] = "models",
+    providers: Annotated[
+        str | None,
+        typer.Option(
+            help="Competitors, separated by commas; by default all, but no compile for --suite train on a CPU."
+        ),
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(help="models, blocks (of the model), ops (of the model), or train: steps of training the model."),
+    ] = "models",
+    steps: Annotated[
+        int | None, typer.Option(help="For --suite train: compare the loss after this many steps; by default 10.")
+    ] = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(help="A picture or a folder of pictures; repeatable. By default three photographs."),
@@ -51,16 +64,21 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.csv, .md, .json and .png.")] = Path("out/bench"),
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, and no progress bar.")] = False,
 ) -> None:
-    """Speed and numeric error of the accelerated net and its peers, measured interleaved in one run."""
-    from resnet_fast.benchmarks import compare, report
+    """Speed and numeric error (in training: memory and loss) of the accelerated net and its peers, interleaved."""
+    from resnet_fast.benchmarks import compare, report, suites, train
     from resnet_fast.benchmarks import providers as peers
 
-    options = compare.Options(
+    training = suite == suites.TRAIN
+    if steps is not None and not training:
+        raise UserError("--steps with --suite train", f"--suite {suite}", "leave out --steps")
+    chosen: dict[str, Any] = {} if batch is None else {"batches": _batches(batch)}
+    chosen |= {} if steps is None else {"steps": steps}
+    everyone = train.default_providers(device) if training else peers.NAMES
+    options = (train.Options if training else compare.Options)(
         model=model,
         suite=suite,
-        batches=_batches(batch),
         dtypes=compare.native_dtypes(device) if dtype is None else _list(dtype),
-        providers=peers.NAMES if providers is None else _list(providers),
+        providers=everyone if providers is None else _list(providers),
         images=tuple(images or ()),
         weights=weights,
         size=size,
@@ -68,14 +86,15 @@ def bench(
         budget=budget,
         device=device,
         threads=threads,
+        **chosen,
     )
     options.check()
     report.require_matplotlib()
     report.prepare_folder(out)
     with progress_bar(silent=json) as progress:
-        result = compare.run(options, progress)
+        result = train.run(options, progress) if training else compare.run(options, progress)
     written = report.write(result, out)
     if json:
         typer.echo(report.to_json(result), nl=False)
         return
-    show(*report.tables(result), report.READING, f"written: {', '.join(map(str, written))}")
+    show(*report.tables(result), report.reading(result), f"written: {', '.join(map(str, written))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,6 +107,8 @@ def train(
         "backend": backend,
         "seed": seed,
     }
+    if not speaks():
+        logging.getLogger("resnet_fast").setLevel(logging.ERROR)  # why a block runs unfused is the same everywhere
     with reported():
         given = {key: value for key, value in flags.items() if value is not None} | recipes.parse(set or ())
         chosen = recipes.load(recipe or (None if data else "digits"), given)

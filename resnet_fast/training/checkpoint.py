@@ -23,10 +23,11 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ def export(model: nn.Module, path: Path, metadata: Mapping[str, str], world: Wor
 
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.first:
-        write_whole(path, _safe(tensors, metadata))
+        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), metadata))
 
 
 def folder_of(out: Path) -> Path:
@@ -236,7 +237,7 @@ def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[st
     if resume != "auto":
         place = Path(resume)
         return place, read_meta(place), []
-    complaints = []
+    complaints: list[str] = []
     for place in found(out):
         try:
             return place, read_meta(place), complaints
@@ -300,7 +301,10 @@ def _load_shards(place: Path, state: State) -> None:
     import torch.distributed.checkpoint as dcp
 
     parts = _state_dicts(state, None)
-    dcp.load(parts, checkpoint_id=str(place / SHARDS), no_dist=not torch.distributed.is_initialized())
+    alone = not torch.distributed.is_initialized()
+    with warnings.catch_warnings():  # that it loads in a single process: so it shall
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(parts, checkpoint_id=str(place / SHARDS), no_dist=alone)
     _set_state_dicts(state, parts, None)
 
 

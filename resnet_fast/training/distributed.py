@@ -104,6 +104,8 @@ class World:
 def world(device: str, parallel: str) -> Iterator[World]:
     """This process's place, from torchrun's environment, with the process group set up and taken down.
 
+    A group that is set up already is used, and left as it is: torchrun's environment serves to set up one.
+
     UserError for a device that is not there, and for ``fsdp`` in a single process without torchrun.
     """
     kind = torch.device(device)
@@ -118,8 +120,10 @@ def world(device: str, parallel: str) -> Iterator[World]:
             )
         kind = torch.device("cuda", local)
         torch.cuda.set_device(kind)
-    under_torchrun = "RANK" in os.environ
-    if parallel == "fsdp" and not under_torchrun:
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), kind)
+        return
+    if parallel == "fsdp" and "RANK" not in os.environ:
         raise UserError(
             "torchrun for --parallel fsdp",
             "a single process started without it",
@@ -218,7 +222,9 @@ def _is_consequence(error: BaseException) -> bool:
     """Whether ``error`` is how a process notices the end of another one: what gloo and NCCL then raise has no class."""
     return isinstance(error, (ElsewhereError, dist.DistError)) or (
         isinstance(error, RuntimeError)
-        and any(text in str(error) for text in ("gloo/", "Gloo", "Connection closed by peer", "Connection reset by peer"))
+        and any(
+            text in str(error) for text in ("gloo/", "Gloo", "Connection closed by peer", "Connection reset by peer")
+        )
     )
 
 

@@ -93,14 +93,16 @@ class Recipe:
         for name in ("subset", "steps", "classes"):
             if getattr(self, name) is not None:
                 self._at_least(1, name)
-        if self.epochs is not None and not self.epochs > 0:
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError("epochs > 0", str(self.epochs), "correct epochs")
-        self._at_least(0, "pad", "weight_decay", "warmup", "mixup", "cutmix", "lr", "seed")
+        self._at_least(0, "pad", "weight_decay", "warmup", "warmup_factor", "gamma", "mixup", "cutmix", "lr", "seed")
+        if self.norm_weight_decay is not None:
+            self._at_least(0, "norm_weight_decay")
         for name in ("label_smoothing", "ema", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"0 <= {name} < 1", str(getattr(self, name)), f"correct {name}")
-        if list(self.milestones) != sorted(self.milestones):
-            raise UserError("milestones in rising order", str(list(self.milestones)), "sort them")
+        if list(self.milestones) != sorted(self.milestones) or not all(map(math.isfinite, self.milestones)):
+            raise UserError("finite milestones in rising order", str(list(self.milestones)), "sort them")
         if self.milestones and self.schedule != "step":
             raise UserError("milestones with schedule: step", f"schedule: {self.schedule}", "drop one of them")
         if self.data == "folder" and not self.data_path:
@@ -200,7 +202,7 @@ def _yaml() -> Any:
 
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         if str(source) not in names():
             close = difflib.get_close_matches(str(source), names(), 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names())}"

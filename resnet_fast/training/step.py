@@ -94,7 +94,9 @@ class Step:
         self.normalise, self.world = normalise, world
         self.mix = mixing(recipe, classes)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16")
-        self.momenta = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
+        self.momenta = [
+            (m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None
+        ]
         self.clock = Clock()
         self.sums = Sums.empty(world.device)
 

@@ -157,7 +157,7 @@ def test_progress_reaches_its_end_and_provenance_is_there(monkeypatch: pytest.Mo
         ({"dtypes": ()}, "expected dtypes among"),
         ({"providers": ("tvm",)}, "got 'tvm'"),
         ({"providers": ()}, "expected providers among"),
-        ({"suite": "kernels"}, "expected a suite among models, blocks, ops, got 'kernels'"),
+        ({"suite": "kernels"}, "expected a suite among models, blocks, ops, train, got 'kernels'"),
         ({"rounds": 0}, "expected --rounds >= 1, got 0"),
         ({"size": -3}, "expected --size >= 1, got -3"),
         ({"threads": 0}, "expected --threads >= 1, got 0"),

@@ -1,0 +1,86 @@
+"""Runs small enough for a test, and what is left of one that ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fast.training import checkpoint, recipe, runlog
+from resnet_fast.training.loop import Options
+from resnet_fast.training.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    """A run sets torch's threads and leaves them so."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Recipe]:
+    """ResNet-20 on 64 digits of 8x8 pixels, 6 steps of 16 images: an epoch and a half."""
+
+    def make(**changes: Any) -> Recipe:
+        length = {} if "epochs" in changes else {"steps": 6}
+        return recipe.load(None, {"size": 8, "subset": 64, "batch": 16, "lr": 0.05} | length | changes)
+
+    return make
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[..., Options]:
+    """Options into ``tmp_path/NAME``, with a log line per step."""
+
+    def make(name: str = "run", **changes: Any) -> Options:
+        return Options(**({"out": tmp_path / name, "probe": False, "threads": 1, "log_every": 1} | changes))
+
+    return make
+
+
+@pytest.fixture
+def left() -> Callable[[Path], dict[str, Any]]:
+    """What must not depend on how often a run was stopped: the newest checkpoint's content, and the log of epochs."""
+
+    def read(out: Path) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        place = checkpoint.found(out)[0]
+        meta = checkpoint.read_meta(place)
+        clock = ("time", "seconds")
+        return {
+            "step": meta["step"],
+            "sums": meta["sums"],
+            "weights": {p.name: load_file(p) for p in sorted(place.glob("*.safetensors"))},
+            "state": torch.load(place / "state.pt", weights_only=True),
+            "epochs": [{k: v for k, v in e.items() if k not in clock} for e in runlog.of_kind(out, "epoch")],
+            "export": load_file(out / "model.safetensors"),
+        }
+
+    return read
+
+
+@pytest.fixture
+def same() -> Callable[[Any, Any], None]:
+    """Assert that two trees of tensors and plain values are bit for bit equal, and say where they are not."""
+
+    def check(a: Any, b: Any, where: str = "") -> None:
+        if isinstance(a, torch.Tensor):
+            assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b), where
+        elif isinstance(a, Mapping):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                check(a[key], b[key], f"{where}/{key}")
+        elif isinstance(a, (list, tuple)):
+            assert len(a) == len(b), where
+            for i, (left, right) in enumerate(zip(a, b, strict=True)):
+                check(left, right, f"{where}/{i}")
+        else:
+            assert a == b, where
+
+    return check
