@@ -106,9 +106,7 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
     for where, labels in (("training", y), ("validation", y_val)):
         check_labels(labels, recipe.classes or len(classes), f"{where} set of {recipe.data}")
     if recipe.subset is not None:
-        if recipe.subset > len(y):
-            raise UserError(f"subset <= {len(y)}, the training images", str(recipe.subset), "correct subset")
-        chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(recipe.seed))[: recipe.subset]
+        chosen = _subset(recipe, recipe.subset, len(y))
         x, y = x[chosen], y[chosen]
     x, x_val = _resized(x, recipe.size), _resized(x_val, recipe.size)
     flat = x.transpose(0, 1).flatten(1)
@@ -133,6 +131,13 @@ def check_labels(labels: Tensor, classes: int, where: str) -> None:
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
         got = f"{int(labels.min())} … {int(labels.max())} in the {where}"
         raise UserError(f"labels in 0 … {classes - 1}", got, "correct the labels, or raise classes")
+
+
+def _subset(recipe: Recipe, subset: int, size: int) -> Tensor:
+    """``subset`` of the numbers below ``size``, drawn by the recipe's seed."""
+    if subset > size:
+        raise UserError(f"subset <= {size}, the training images", str(subset), "correct subset")
+    return torch.randperm(size, generator=torch.Generator().manual_seed(recipe.seed))[:subset]
 
 
 def _resized(x: Tensor, size: int) -> Tensor:
@@ -198,7 +203,10 @@ def _read_idx(path: Path) -> Tensor:
         with tempfile.NamedTemporaryFile() as plain:
             plain.write(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             plain.flush()
-            return read_sn3_pascalvincent_tensor(plain.name)
+            found = read_sn3_pascalvincent_tensor(plain.name)
+        if (found.dtype, found.ndim) != (torch.uint8, 3 if "idx3" in path.name else 1):
+            raise ValueError(f"{found.dtype} in {found.ndim} dimensions")
+        return found
     except Exception as error:  # what torchvision raises for a damaged file varies: assertions, KeyError, ValueError
         raise UserError("an idx file of Fashion-MNIST", f"{path} ({error})", "fetch it again") from error
 
@@ -260,9 +268,10 @@ def _folder(recipe: Recipe) -> Data:
         classes, found = _class_files(root)
         train, val = _held_out(found)
         note = "no train and val folders: a fifth of each class is the validation set, the same for every seed"
-    if recipe.subset is not None and recipe.subset < len(train):
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))
-        train = [train[i] for i in order[: recipe.subset].tolist()]
+    if len(classes) < 2:
+        raise UserError("two class folders or more", f"only {classes[0]} in {root}", "name the folder above the classes")
+    if recipe.subset is not None:
+        train = [train[i] for i in _subset(recipe, recipe.subset, len(train)).tolist()]
     check_labels(torch.tensor([label for _, label in train]), recipe.classes or len(classes), str(root))
     return Data(
         root.name,

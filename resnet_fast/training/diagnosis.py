@@ -34,7 +34,7 @@ def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
     ``model`` itself is left as it is. ``autocast``: a context manager, as the step uses it.
     """
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in model.named_parameters():  # not the running statistics: they have seen the broken batch
         if isinstance(tensor, DTensor):  # this process's shard: the others may not be here, to bring theirs
             tensor = tensor.to_local()
         if _bad(tensor):

@@ -211,6 +211,7 @@ class _Run:
         else:
             torch.manual_seed(recipe.seed + world.rank)
         self.unreadable: set[str] = set(meta.get("unreadable", ()))
+        self.untold: set[str] = set()
         self.log = runlog.RunLog(options.out, self.start, options.tensorboard) if world.first else None
         self.saved_at, self.save_cost = time.perf_counter(), 0.0
         for text in complaints:
@@ -316,8 +317,9 @@ class _Run:
             assert parts is not None
             batch = plan.batch_size(number % per_epoch)
             rate = self.recipe.lr * self.recipe.factor(number, per_epoch)
-            self._count_unreadable(self.step(parts, batch, rate), number)
+            unreadable = self.step(parts, batch, rate)
             number += 1
+            self._count_unreadable(unreadable, number)
             ends_epoch = number % per_epoch == 0 or number == self.total
             if number % options.log_every == 0 or ends_epoch:
                 now = time.perf_counter()
@@ -424,7 +426,7 @@ class _Run:
         parts = loader.Prefetcher(loader.loader(self.data.val, sampler, self.workers, world.device), world.device)
         for _ in range(steps):
             part = next(parts, nothing)
-            self.unreadable.update(part.unreadable)
+            self.untold.update(part.unreadable)
             images, labels = part.images, part.labels
             if not len(labels):
                 if not sharded:
@@ -449,7 +451,7 @@ class _Run:
     def _gather_unreadable(self, number: int) -> None:
         """Names that other processes met with, told and counted here as well."""
         if not self.data.in_memory:
-            self._count_unreadable(sorted(self.world.union(self.unreadable)), number)
+            self._count_unreadable(sorted(self.world.union(self.unreadable | self.untold)), number)
 
     def _save(self, number: int, seconds: float) -> None:
         since = time.perf_counter()

@@ -49,3 +49,14 @@ def test_size_counts_a_storage_once() -> None:
 def test_each_device_names_its_method() -> None:
     assert "torch.profiler" in memory.method("cpu")
     assert memory.method("cuda:1") == "torch.cuda.max_memory_allocated"
+
+
+def test_on_a_gpu_the_peak_is_reset_first_and_what_was_there_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    calls = {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 30, "max_memory_allocated": 100}
+    for name, value in calls.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name, value=value: (seen.append(name), value)[1])
+    assert memory.peak(lambda: seen.append("call"), "cuda:0") == 70
+    assert seen == [
+        "synchronize", "reset_peak_memory_stats", "memory_allocated", "call", "synchronize", "max_memory_allocated"
+    ]  # fmt: skip
