@@ -128,7 +128,7 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
 
 def check_labels(labels: Tensor, classes: int, where: str) -> None:
     """UserError unless every label is in 0 … classes-1."""
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         got = f"{int(labels.min())} … {int(labels.max())} in the {where}"
         raise UserError(f"labels in 0 … {classes - 1}", got, "correct the labels, or raise classes")
 
@@ -269,7 +269,7 @@ def _folder(recipe: Recipe) -> Data:
         train, val = _held_out(found)
         note = "no train and val folders: a fifth of each class is the validation set, the same for every seed"
     if len(classes) < 2:
-        raise UserError("two class folders or more", f"only {classes[0]} in {root}", "name the folder above the classes")
+        raise UserError("two class folders or more", f"only {classes[0]} in {root}", "name the folder above them")
     if recipe.subset is not None:
         train = [train[i] for i in _subset(recipe, recipe.subset, len(train)).tolist()]
     check_labels(torch.tensor([label for _, label in train]), recipe.classes or len(classes), str(root))

@@ -28,7 +28,7 @@ from .recipe import Recipe, from_dict
 from .step import Normalise, Step, Sums
 
 SAVE_SHARE = 100
-"""A checkpoint is due when the run has gone on for this many times what the last one took: one hundredth of the time."""
+"""A checkpoint is due when the run has gone on for this many times what the last one took: 1 % of the time."""
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ class _Run:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float, int]:
-        """(mean loss, share of wrong answers, images) of the validation set, with averaged weights where there are any."""
+        """(mean loss, share of wrong answers, images) of the validation set; by averaged weights if there are any."""
         world, recipe = self.world, self.recipe
         net: nn.Module = self.model if self.step.ema is None else self.step.ema
         batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))

@@ -15,7 +15,10 @@ SUPPORTS_ZERO_INIT = ("resnet", "resnext", "wide")
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
-    """The net of ``recipe``, seeded, accelerated, on the CPU, with plain BatchNorm. UserError for options that the net does not have."""
+    """The net of ``recipe``, seeded, accelerated, on the CPU, with plain BatchNorm.
+
+    Raises UserError for options that the net does not have.
+    """
     from ..models import accelerate, registry
 
     extra: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """A training run as one frozen, printable value: which net on which data, and every number that the result depends on.
 
-A recipe is a YAML file (those in ``recipes/`` ship with the package) or the defaults, with ``key=value`` overrides on top.
-What changes how fast a run goes but not what it computes (workers, device, output folder) is not here: see
+A recipe is a YAML file (those in ``recipes/`` ship with the package) or the defaults, with ``key=value`` on top. What
+changes how fast a run goes but not what it computes (workers, device, output folder) is not here: see
 :class:`resnet_fast.training.loop.Options`. Two runs of one recipe on one device compute the same thing.
 """
 
@@ -249,8 +249,8 @@ def _typed(key: str, value: Any) -> Any:
                 pass
         if str in allowed and isinstance(value, (str, Path)):
             return str(value)
-        if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
-            if any(typing.get_origin(a) is tuple for a in allowed):
-                return tuple(float(v) for v in value)
+        several = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value)
+        if several and any(typing.get_origin(a) is tuple for a in allowed):
+            return tuple(float(v) for v in value)
     wanted = " or ".join("a list of numbers" if typing.get_origin(a) else a.__name__ for a in allowed)
     raise UserError(f"{key} as {wanted.replace('NoneType', 'null')}", repr(value), f"correct {key}")

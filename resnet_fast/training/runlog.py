@@ -66,7 +66,7 @@ class Lock:
 
 
 class RunLog:
-    """The log of a run that starts, or goes on, at ``step``. ``tensorboard``: also event files in ``out/tensorboard``."""
+    """The log of a run that starts, or goes on, at ``step``. ``tensorboard``: also event files."""
 
     def __init__(self, out: Path, step: int, tensorboard: bool):
         kept = [line for line in read(out) if line.get("step", 0) <= step] if step else []

@@ -153,8 +153,8 @@ class Step:
     def _statistics(self, number: int) -> Iterator[None]:
         """BatchNorm's momentum in part ``number`` of a step.
 
-        Its running statistics r become (1 - m) r + m * mean(b) with the parts' statistics b, as they do where every part
-        is a process of its own. One part after the other with momentum m that would be (1 - m)**n r + ….
+        Its running statistics r become (1 - m) r + m * mean(b) with the parts' statistics b, as they do where every
+        part is a process of its own. One part after the other with momentum m that would be (1 - m)**n r + ….
         """
         parts = self.recipe.accumulate
         if parts == 1:

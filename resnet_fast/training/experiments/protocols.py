@@ -144,8 +144,8 @@ EXPERIMENTS = (
         "responses",
         "Layer responses: how strongly a layer changes the signal",
         "How large is the standard deviation of each 3x3 layer's output, after BatchNorm, before ReLU and addition?",
-        "Residual nets have generally smaller responses than plain ones, and the deeper a residual net, the smaller the "
-        "responses of its layers (Figure 7).",
+        "Residual nets have generally smaller responses than plain ones, and the deeper a residual net, the smaller "
+        "the responses of its layers (Figure 7).",
         (PLAIN_20, PLAIN_56, RESNET_20, RESNET_56, RESNET_110),
         "section 4.2, Figure 7",
     ),

@@ -1,4 +1,4 @@
-"""What each experiment trains: nets that exist, by the paper's numbers in the full protocol, shared between experiments."""
+"""What each experiment trains: nets that exist, by the paper's numbers in the full protocol, shared where it can be."""
 
 from __future__ import annotations
 
