@@ -5,11 +5,14 @@ from __future__ import annotations
 import json as json_module
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from .output import progress_bar, show
 
 if TYPE_CHECKING:
@@ -109,7 +112,7 @@ def train(
     }
     if not speaks():
         logging.getLogger("resnet_fast").setLevel(logging.ERROR)  # why a block runs unfused is the same everywhere
-    with reported():
+    with _divergence(), reported():
         given = {key: value for key, value in flags.items() if value is not None} | recipes.parse(set or ())
         chosen = recipes.load(recipe or (None if data else "digits"), given)
         place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
@@ -147,6 +150,18 @@ def train(
         text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"
         print(text, file=sys.stderr)
         raise typer.Exit(_EXIT.get(result.stopped_by, 0))
+
+
+@contextmanager
+def _divergence() -> Iterator[None]:
+    """A loss that is no number is the recipe's doing, not an error of the program's own."""
+    from ..training.diagnosis import NotFinite
+
+    try:
+        yield
+    except NotFinite as error:
+        todo = "lower lr, lengthen warmup, or leave out amp; the checkpoints are as they were"
+        raise UserError("a loss that is a number", str(error), todo) from error
 
 
 _EXIT = {"SIGINT": 130, "SIGTERM": 143}

@@ -4,6 +4,7 @@
 
     out/checkpoints/step-00001200/      named only once everything in it is on the disk
         meta.json                       format, recipe, classes, step, sums, and size and SHA-256 of every other file
+                                        and of itself
         model.safetensors               the net, torchvision's names          } layout "full"
         ema.safetensors                 averaged weights, where there are any  }
         state.pt                        optimizer, gradient scaler, random states
@@ -91,16 +92,21 @@ def _sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write ``path`` at once: beside it, flushed, then renamed."""
+    """Write ``path`` at once: beside it, flushed, then renamed. UserError where that fails (a full disk, say)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise no_room(path, error) from error
+
+
+def no_room(path: Path, error: OSError) -> UserError:
+    """What ``error`` while writing ``path`` means to the one whose disk it is."""
+    return UserError(f"room and leave to write {path}", str(error.strerror), "mend that and go on with --resume auto")
 
 
 def _safe(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -111,16 +117,17 @@ def _safe(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | Non
     return save(values, metadata=dict(metadata) if metadata else None)
 
 
-def export(model: nn.Module, path: Path, metadata: Mapping[str, str], world: World) -> None:
+def export(model: nn.Module, path: Path, facts: Mapping[str, Any], world: World) -> None:
     """``model``'s weights under torchvision's names, as ``resnet-fast predict --weights`` reads them.
 
-    Every process calls it: shards are gathered.
+    ``facts`` go into the file's metadata as one JSON text: safetensors writes several entries in no fixed order, and
+    equal runs shall leave equal files. Every process calls it: shards are gathered.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.first:
-        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), metadata))
+        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {"resnet_fast": json.dumps(facts)}))
 
 
 def folder_of(out: Path) -> Path:
@@ -136,6 +143,8 @@ def save(out: Path, state: State, meta: Mapping[str, Any], world: World, sharded
     """Write the checkpoint of ``meta["step"]`` and remove all but the newest ``keep``. Returns its folder.
 
     Every process calls it. UserError where it could not be written (a full disk, say): the older ones are untouched.
+    Those of later steps go: the run, which is at this one, did not go on from them. So do the unfinished ones of a run
+    that was killed.
     """
     place = folder_of(out) / f"step-{meta['step']:08d}"
     temporary = place.with_name(f".{place.name}")
@@ -148,8 +157,10 @@ def save(out: Path, state: State, meta: Mapping[str, Any], world: World, sharded
     if world.first:
         failure = _guarded(lambda: _finish(place, temporary, state, meta, sharded), place)
         if failure is None:
-            for old in found(out)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
+            kept = [p for p in found(out) if p.name <= place.name][:keep]
+            for old in (*found(out), *folder_of(out).glob(".step-*")):
+                if old not in kept:
+                    shutil.rmtree(old, ignore_errors=True)
         else:
             shutil.rmtree(temporary, ignore_errors=True)
     world.raise_first(failure)
@@ -190,14 +201,19 @@ def _finish(place: Path, temporary: Path, state: State, meta: Mapping[str, Any],
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     digests = {str(p.relative_to(temporary)): [p.stat().st_size, _digest(p)] for p in files}
     layout = "sharded" if sharded else "full"
-    text = json.dumps({"format": FORMAT, "layout": layout, "files": digests} | dict(meta), indent=1)
-    (temporary / META).write_text(text)
+    whole = {"format": FORMAT, "layout": layout, "files": digests} | dict(meta)
+    (temporary / META).write_text(json.dumps(whole | {"sha256": _seal(whole)}, indent=1))
     for path in (*files, temporary / META, *{p.parent for p in files}, temporary):
         _sync(path)
     if place.exists():  # the same step saved again after a resume: equal by construction
         shutil.rmtree(place)
     os.rename(temporary, place)
     _sync(place.parent)
+
+
+def _seal(meta: Mapping[str, Any]) -> str:
+    """The digest of a meta.json's content, however it is laid out."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -221,6 +237,9 @@ def read_meta(place: Path) -> dict[str, Any]:
         raise Damaged("a checkpoint folder with meta.json", f"{place} ({error})", "name another one") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise Damaged(f"a checkpoint of the format {FORMAT!r}", f"{place}", "it was written by something else")
+    seal = meta.pop("sha256", None)  # the first checkpoints had none
+    if seal is not None and seal != _seal(meta):
+        raise Damaged("a whole checkpoint", f"{place / META} (other content)", "use an older checkpoint")
     for name, (size, digest) in meta["files"].items():
         path = place / name
         if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
@@ -232,7 +251,8 @@ def read_meta(place: Path) -> dict[str, Any]:
 def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[str]]:
     """(checkpoint to go on from, its meta, complaints about newer ones that are damaged).
 
-    ``auto``: the newest good one of ``out``, None if there is none; else the folder ``resume`` itself.
+    ``auto``: the newest good one of ``out``, None if there is none at all; else the folder ``resume`` itself. Raises
+    :class:`Damaged` where there are some and none is good: a run from the start would overwrite what is left.
     """
     if resume != "auto":
         place = Path(resume)
@@ -243,7 +263,10 @@ def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[st
             return place, read_meta(place), complaints
         except Damaged as error:
             complaints.append(str(error))
-    return None, {}, complaints
+    if complaints:
+        got = f"{len(complaints)} damaged ones, first {complaints[0]}"
+        raise Damaged(f"a good checkpoint in {folder_of(out)}", got, "remove that folder to start again")
+    return None, {}, []
 
 
 def load(place: Path, meta: Mapping[str, Any], state: State, world: World) -> None:
@@ -275,13 +298,10 @@ def _state_dicts(state: State, options: Any) -> dict[str, Any]:
 def _set_state_dicts(state: State, parts: Mapping[str, Any], options: Any) -> None:
     from torch.distributed.checkpoint import state_dict
 
-    state_dict.set_state_dict(
-        state.model,
-        state.optimizer,
-        model_state_dict=parts["model"],
-        optim_state_dict=parts["optimizer"],
-        options=options,
-    )
+    state_dict.set_model_state_dict(state.model, parts["model"], options=options)
+    held = [value for values in parts["optimizer"]["state"].values() for value in values.values()]
+    if any(isinstance(value, torch.Tensor) for value in held):  # without momentum SGD holds nothing
+        state_dict.set_optimizer_state_dict(state.model, state.optimizer, parts["optimizer"], options=options)
     if state.ema is not None:
         state_dict.set_model_state_dict(state.ema, parts["ema"], options=options)
 

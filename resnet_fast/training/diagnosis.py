@@ -34,9 +34,9 @@ def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
     ``model`` itself is left as it is. ``autocast``: a context manager, as the step uses it.
     """
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    for name, tensor in model.named_parameters():  # not the running statistics: they have seen the broken batch
-        if isinstance(tensor, DTensor):  # this process's shard: the others may not be here, to bring theirs
-            tensor = tensor.to_local()
+    for name, parameter in model.named_parameters():  # not the running statistics: they have seen the broken batch
+        # Of a sharded one this process's part: the others may not be here, to bring theirs.
+        tensor: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if _bad(tensor):
             return f"before this step {name} was broken already: {_describe(tensor)}; the last update overflowed"
     if _bad(x):

@@ -13,6 +13,7 @@ import datetime
 import inspect
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,9 +29,10 @@ PARALLEL = ("ddp", "fsdp")
 TIMEOUT = datetime.timedelta(minutes=10)
 """A process that waits this long for another ends with an error: longer than a validation, shorter than a night."""
 
-HOLD_S = 2.0
-"""How long another process than the first keeps back an error of its own: if all have it, the first one says it."""
-HOLD_ELSEWHERE_S = 10.0
+HOLD_S = 5.0
+"""How long another process than the first keeps back an error of its own: if all have it, the first one says it, and
+ends all of them as soon as it has ended itself, which takes Python some seconds on a busy machine."""
+HOLD_ELSEWHERE_S = 20.0
 """The same for an error that is another process's: the cause must be there before its consequences."""
 
 T = TypeVar("T")
@@ -100,11 +102,39 @@ class World:
         return set().union(*found)
 
 
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name that exactly the processes that are alive now agree on.
+
+    torchrun's store outlives a restart, and in it the addresses at which the processes before were to be found: whoever
+    reads them before they are overwritten waits for the dead (pytorch/pytorch#135712). torchrun's count of restarts is
+    each node's own. So every process leaves a fresh word, and the first one's is taken once it has heard all others.
+    """
+    word = uuid.uuid4().hex
+    until = time.monotonic() + TIMEOUT.total_seconds()
+    store.set(f"meet/{rank}", word)
+    while time.monotonic() < until:
+        if rank == 0:
+            others = range(1, size)
+            heard = [store.get(f"meet/{r}").decode() for r in others]
+            store.set("meet/heard", " ".join([word, *heard]))
+            if not others or store.check([f"meet/{word}/{r}" for r in others]):
+                return word
+        else:
+            first, *heard = store.get("meet/heard").decode().split()
+            if word in heard:
+                store.set(f"meet/{first}/{rank}", "")
+                return first
+        time.sleep(0.02)
+    raise UserError(
+        f"{size} processes", f"not all of them within {TIMEOUT}", "look for the first error in their output"
+    )
+
+
 @contextmanager
 def world(device: str, parallel: str) -> Iterator[World]:
     """This process's place, from torchrun's environment, with the process group set up and taken down.
 
-    A group that is set up already is used, and left as it is: torchrun's environment serves to set up one.
+    A group that is set up already is used, and left as it is.
 
     UserError for a device that is not there, and for ``fsdp`` in a single process without torchrun.
     """
@@ -132,7 +162,14 @@ def world(device: str, parallel: str) -> Iterator[World]:
     if size == 1 and parallel != "fsdp":
         yield World(device=kind)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo",
+        store=dist.PrefixStore(_meet(store, rank, size), store),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     try:
         yield World(rank, size, kind)
     finally:
@@ -220,12 +257,10 @@ def speaks() -> bool:
 
 def _is_consequence(error: BaseException) -> bool:
     """Whether ``error`` is how a process notices the end of another one: what gloo and NCCL then raise has no class."""
-    return isinstance(error, (ElsewhereError, dist.DistError)) or (
-        isinstance(error, RuntimeError)
-        and any(
-            text in str(error) for text in ("gloo/", "Gloo", "Connection closed by peer", "Connection reset by peer")
-        )
-    )
+    if isinstance(error, (ElsewhereError, dist.DistError)):
+        return True
+    said = ("gloo/", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 @contextmanager

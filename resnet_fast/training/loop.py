@@ -475,7 +475,14 @@ class _Run:
     def _export(self) -> None:
         """``model.safetensors``: the final weights, averaged ones where the run has them."""
         net = self.model if self.step.ema is None else self.step.ema.module
-        facts = {"model": self.recipe.model, "classes": "\n".join(self.data.classes)}
+        data = self.data
+        facts = {
+            "model": self.recipe.model,
+            "classes": data.classes,
+            "size": self.recipe.size,
+            "mean": data.mean,
+            "std": data.std,
+        }
         checkpoint.export(net, self.options.out / "model.safetensors", facts, self.world)
 
 

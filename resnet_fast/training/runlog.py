@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .checkpoint import write_whole
+from .checkpoint import no_room, write_whole
 
 NAME = "log.jsonl"
 
@@ -84,7 +84,10 @@ class RunLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise no_room(Path(self.file.name), error) from error
         if self.events is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from resnet_fast.training import checkpoint, recipe, runlog
+from resnet_fast.training import checkpoint, optim, recipe, runlog
 from resnet_fast.training.loop import Options
 from resnet_fast.training.recipe import Recipe
 
@@ -34,6 +35,18 @@ def tiny() -> Callable[..., Recipe]:
 
 
 @pytest.fixture
+def minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A net whose step takes a millisecond in place of the recipe's, in this process."""
+
+    def build(recipe: Recipe, classes: int) -> nn.Module:
+        torch.manual_seed(recipe.seed)
+        last = nn.Linear(144, recipe.classes or classes)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), last)
+
+    monkeypatch.setattr(optim, "build", build)
+
+
+@pytest.fixture
 def options(tmp_path: Path) -> Callable[..., Options]:
     """Options into ``tmp_path/NAME``, with a log line per step."""
 
@@ -53,11 +66,13 @@ def left() -> Callable[[Path], dict[str, Any]]:
         place = checkpoint.found(out)[0]
         meta = checkpoint.read_meta(place)
         clock = ("time", "seconds")
+        state = torch.load(place / "state.pt", weights_only=True)
+        state["random"] = state["random"]["torch"]  # the others' generators are not the run's
         return {
             "step": meta["step"],
             "sums": meta["sums"],
             "weights": {p.name: load_file(p) for p in sorted(place.glob("*.safetensors"))},
-            "state": torch.load(place / "state.pt", weights_only=True),
+            "state": state,
             "epochs": [{k: v for k, v in e.items() if k not in clock} for e in runlog.of_kind(out, "epoch")],
             "export": load_file(out / "model.safetensors"),
         }

@@ -1,8 +1,8 @@
 """Several processes compute what one does, and a run survives the loss of any of them.
 
 A batch is cut into processes x ``accumulate`` parts, and a part is all that BatchNorm sees: two processes and one with
-``accumulate=2`` do the same arithmetic on the same images, and differ by the order in which float32 gradients are summed
-(DDP adds halves of two processes, autograd adds the second part onto the first). The processes of a test talk over gloo.
+``accumulate=2`` do the same arithmetic on the same images, and differ by the order in which float32 gradients are
+summed: DDP adds the halves of two processes, autograd adds the second part onto the first. All talk over gloo.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
 
 TOLERANCE = 1e-4
-"""Of losses, and of weights and statistics by norm. One sum in another order is wrong by some 2**-24 = 6e-8 of it. A step
-passes it on times 1 + rate * curvature; were that 2, eight steps would make 1.5e-5 of it. Measured: see the prints."""
+"""Of losses, relatively, and of weights and statistics by norm. One sum in another order is wrong by some 2**-24 = 6e-8
+of it, and eight steps with rate 0.01 pass that on as it is; but now and then such an error turns a ReLU on or off, and
+its gradient appears or vanishes. One process whose weights are multiplied by 1 + 6e-8 * noise after its first step
+shows how much that is: of five seeds, four end 2e-5 from the undisturbed loss (with rate 0.05: 7e-3, hence 0.01)."""
 
 VALIDATION = 359
 """Images: a fifth of 1,797, which two, three and four processes cannot share evenly."""
@@ -74,9 +76,10 @@ def spread(processes: int, folder: Path, runs: list[dict[str, Any]]) -> tuple[in
 
 
 def command_line(out: Path, *more: str) -> list[str]:
-    """``resnet-fast train`` as the help text has it under torchrun, for the worker's recipe."""
-    base = ["--data=digits", "--size=8", "--batch=32", "--lr=0.05", "--set=subset=101", "--threads=1", "--log-every=1"]
-    return ["-m", "resnet_fast.cli.main", "train", f"--out={out}", "--device=cpu", "--no-tensorboard", *base, *more]
+    """``resnet-fast train`` as the help text has it under torchrun, with 43 steps an epoch."""
+    base = ["--data=digits", "--size=8", "--batch=32", "--lr=0.001", "--set=subset=1400", "--set=schedule=constant"]
+    how = ["--threads=1", "--log-every=1", "--device=cpu", "--no-tensorboard"]
+    return ["-m", "resnet_fast.cli.main", "train", f"--out={out}", *base, *how, *more]
 
 
 def losses(out: Path) -> list[float]:
@@ -176,7 +179,7 @@ def test_sharded_checkpoint_is_one_file_per_process(two: dict[str, Path]) -> Non
     assert (meta["layout"], meta["processes"], meta["step"]) == ("sharded", 2, 8)
     assert len([name for name in meta["files"] if name.endswith(".distcp")]) == 2
     next((newest / "shards").glob("*.distcp")).write_bytes(b"cut short")
-    with pytest.raises(checkpoint.Damaged, match="of .* bytes|bytes of"):
+    with pytest.raises(checkpoint.Damaged, match="or other content"):
         checkpoint.read_meta(newest)
 
 
@@ -275,20 +278,15 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="pr
 def test_killed_process_restarts_the_job_from_its_checkpoint(tmp_path: Path, alone: Callable[..., Path]) -> None:
     """Process 1 gets SIGKILL; torchrun starts both again, and the result is that of a run in which nothing happened."""
     out = tmp_path / "killed"
-    steps = 60
-    job = start(2, *command_line(out, f"--steps={steps}", "--save-steps=1", "--resume=auto"), restarts=2)
+    job = start(2, *command_line(out, "--steps=30", "--save-steps=1", "--resume=auto"), restarts=2)
     wait_for_step(out, 5, job)
     os.kill(processes_of(job)[1], signal.SIGKILL)
     said = end(job)
     assert job.returncode == 0, said
     runs = runlog.of_kind(out, "run")
-    assert len(runs) == 2 and 0 < runs[1]["step"] < steps, "it did not go on from a checkpoint"
+    assert len(runs) == 2 and 0 < runs[1]["step"] < 30, "it did not go on from a checkpoint"
     assert said.count("validation accuracy") == 1, said  # the first process alone prints
-    want = alone(2, "-long", steps=steps)
-    # Sixty steps pass a difference on for longer; those before the restart and just after it are held to the tolerance.
-    for a, b in list(zip(losses(out), losses(want), strict=True))[:10]:
-        assert a == pytest.approx(b, rel=TOLERANCE)
-    assert losses(out)[-1] == pytest.approx(losses(want)[-1], rel=0.05)
+    assert_same(out, alone(2, "-long", steps=30, lr=0.001, subset=1400, schedule="constant"))
 
 
 @needs_gloo
@@ -296,7 +294,7 @@ def test_killed_process_restarts_the_job_from_its_checkpoint(tmp_path: Path, alo
 def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> None:
     """As a scheduler ends a job. The same command goes on from there."""
     out = tmp_path / "stopped"
-    job = start(2, *command_line(out, "--steps=100000", "--set=schedule=constant"))
+    job = start(2, *command_line(out, "--steps=100000"))
     wait_for_step(out, 5, job)
     job.send_signal(signal.SIGTERM)
     said = end(job, 60)
@@ -307,8 +305,7 @@ def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> 
     assert f"after step {step}, saved" in said
     assert losses(out)[-1] > 0 and len(losses(out)) == step
 
-    more = ["--steps", str(step + 3), "--set=schedule=constant", "--resume=auto"]
-    on = start(2, *command_line(out, *more))
+    on = start(2, *command_line(out, f"--steps={step + 3}", "--resume=auto"))
     said = end(on)
     assert on.returncode == 0, said
     assert len(losses(out)) == step + 3
@@ -321,7 +318,6 @@ def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> 
     [
         (["--steps=3"], "expected an output folder without checkpoints"),
         (["--steps=3", "--set=schedule=cosin"], "expected schedule among"),
-        (["--steps=3", "--set=sync_bn=true"], "expected a GPU for sync_bn"),
     ],
 )
 def test_mistake_ends_all_processes_with_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -385,3 +381,8 @@ def test_fsdp_without_torchrun_says_how_to_start_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="expected torchrun for --parallel fsdp"), distributed.world("cpu", "fsdp"):
         pass
+
+
+def test_sync_bn_on_a_plain_cpu_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a GPU for sync_bn"):
+        worker.run(tmp_path / "run", {"sync_bn": True}, {})

@@ -110,7 +110,7 @@ def test_one_length_replaces_the_other() -> None:
 
 
 def test_no_length_changes_its_unit_unsaid() -> None:
-    with pytest.raises(UserError, match="expected every length in epochs, .* milestones in steps; set milestones too"):
+    with pytest.raises(UserError, match=r"expected every length in epochs, .* milestones in steps; set milestones too"):
         recipes.load("cifar-paper", {"epochs": 3})
     with pytest.raises(UserError, match="set warmup too"):
         recipes.load("digits", {"steps": 7})

@@ -67,7 +67,8 @@ def write(experiment: Experiment, runs: Sequence[Run], protocol: str, folder: Pa
 
 def sentence(verdict: Verdict) -> str:
     """What a verdict says, without a full stop."""
-    return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {verdict.because.capitalize()}"
+    because = verdict.because[0].upper() + verdict.because[1:]
+    return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {because}"
 
 
 def _draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:

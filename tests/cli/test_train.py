@@ -1,0 +1,132 @@
+"""``resnet-fast train`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fast.cli import main as cli
+from resnet_fast.cli import train as command
+from resnet_fast.training import checkpoint, recipe, runlog
+from resnet_fast.training.loop import Watch
+
+TINY = ["--size", "8", "--batch", "16", "--epochs", "0.75", "--set", "subset=64"]
+TINY += ["--device", "cpu", "--threads", "1", "--no-tensorboard"]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def say(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = cli.main(["train", *arguments])
+    done = capsys.readouterr()
+    return code, done.out, done.err
+
+
+def recipe_of(out: Path) -> recipe.Recipe:
+    return recipe.from_dict(runlog.of_kind(out, "run")[0]["recipe"])
+
+
+def test_list_has_a_line_per_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = say(["--list"], capsys)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == recipe.names()
+    assert "digits             cifar_resnet20 on digits, batch 64, 20 epochs, lr 0.1 cosine" in out
+    assert "cifar_resnet20 on cifar10, batch 128, 64000 steps, lr 0.1 step" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recipe", "digit"], "did you mean digits"),
+        (["--set", "momentun=0.9"], "did you mean momentum"),
+        (["--set", "lr"], "expected key=value, got 'lr'"),
+        (["--set", "lr=fast"], "expected lr as float, got 'fast'"),
+        (["--epochs", "1", "--set", "steps=3", "--set", "warmup=0"], "expected either epochs or steps"),
+        (["--model", "cifar_resnet21"], "did you mean"),
+        (["--data", "mnist"], "expected data among digits, "),
+        (["--data", "folder"], "give --data-path FOLDER"),
+        (["--device", "abacus"], "correct --device"),
+        (["--batch", "1439"], "a batch of at most 1438"),
+        (["--keep", "0"], "correct --keep"),
+        (["--epochs", "many"], "Invalid value"),
+        (["--parallel", "fsdp"], "torchrun for --parallel fsdp"),
+        (["--resume", "nowhere"], "a checkpoint folder with meta.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = say(["--out", str(tmp_path / "run"), "--device", "cpu", *arguments], capsys)
+    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_a_run_says_what_it_reached_and_where(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = say([*TINY, "--out", str(run), "--set", "weight_decay=1e-3", "--lr", "0.05"], capsys)
+    assert code == 0 and out.count("\n") == 1
+    best = min(line["val_error"] for line in runlog.of_kind(run, "epoch"))
+    assert f"(best {100 - 100 * best:.2f} %) after epoch 0.75, " in out
+    assert f"curves, log, checkpoints and model.safetensors in {run}" in out
+    assert err.count("validation loss") == 1 and "a fifth of the 1,797 images" in err
+    chosen = recipe_of(run)
+    assert (chosen.weight_decay, chosen.lr, chosen.batch, chosen.subset, chosen.data) == (1e-3, 0.05, 16, 64, "digits")
+
+
+def test_without_a_recipe_it_is_the_shipped_one_for_digits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = say(["--device", "cpu", "--stop-after", "1", "--threads", "1"], capsys)
+    run = Path("out/train/cifar_resnet20-digits")
+    assert code == 0 and recipe_of(run) == recipe.load("digits") and list((run / "tensorboard").iterdir())
+    assert "stopped by --stop-after after step 1, saved; go on with --resume auto" in err
+    assert "model.safetensors" not in out
+
+
+def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = say([*TINY, "--out", str(tmp_path), "--json"], capsys)
+    found = json.loads(out)
+    assert (code, err) == (0, "") and (found["out"], found["step"]) == (str(tmp_path), 3)
+    assert found["epochs"] == runlog.of_kind(tmp_path, "epoch") and len(found["epochs"]) == 1
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_is_in_the_exit_code_and_resume_goes_on(
+    name: str,
+    exit_code: int,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def send(tick: Any) -> None:
+        if tick.step == 2:
+            signal.raise_signal(getattr(signal, name))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "watch", lambda *a, **b: Watch(step=send))
+        code, _, err = say([*TINY, "--out", str(tmp_path)], capsys)
+    assert code == exit_code
+    assert err == f"stopped by {name} after step 2, saved; go on with --resume auto\n"
+    assert checkpoint.read_meta(checkpoint.found(tmp_path)[0])["step"] == 2
+    code, _, err = say([*TINY, "--out", str(tmp_path)], capsys)
+    assert code == 2 and "go on with --resume auto" in err
+    code, _, err = say([*TINY, "--out", str(tmp_path), "--resume", "auto"], capsys)
+    assert code == 0 and "going on after step 2 of 3" in err
+
+
+def test_a_loss_that_is_no_number_is_the_recipes_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = [*TINY, "--out", str(tmp_path), "--lr", "1e30", "--set", "warmup=0", "--set", "schedule=constant"]
+    code, out, err = say(arguments, capsys)
+    assert (code, out) == (2, "")
+    assert "expected a loss that is a number, got the loss is nan: " in err.splitlines()[-1]
+    assert "lower lr" in err and "Traceback" not in err

@@ -1,0 +1,362 @@
+"""A run that is stopped, killed or told to go on ends bit for bit where one that never stopped does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_fast.errors import UserError
+from resnet_fast.training import checkpoint, curves, optim, recipe, runlog
+from resnet_fast.training.loop import Options, Result, Tick, Watch, train
+from resnet_fast.training.recipe import Recipe
+
+Make = Callable[..., Any]
+DRAW = curves.write
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop does not depend on the net, nor on a picture. The slow tests are of processes that this does not reach,
+    and train the real one."""
+    if request.node.get_closest_marker("slow") is None:
+        request.getfixturevalue("minute")
+        monkeypatch.setattr(curves, "write", lambda out, title: None)
+
+
+def steps(out: Path, kind: str = "train") -> list[int]:
+    return [line["step"] for line in runlog.of_kind(out, kind)]
+
+
+def assert_log_is_whole(out: Path, last: int) -> None:
+    """A line per step, one per epoch, in order, each once; no note of one step twice."""
+    assert steps(out) == list(range(1, last + 1))
+    assert steps(out, "epoch") == sorted(set(steps(out, "epoch")))
+    notes = Counter(
+        (line["step"], line["text"]) for line in runlog.of_kind(out, "note") if "going on" not in line["text"]
+    )
+    assert not [note for note, count in notes.items() if count > 1]
+
+
+def test_a_run_leaves_what_it_promises(tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "write", DRAW)
+    ticks: list[Tick] = []
+    lines: list[dict[str, Any]] = []
+    done = train(tiny(), options(probe=True), Watch(ticks.append, lines.append))
+    assert done.finished and done.step == 6 and done.stopped_by == ""
+    assert [(t.step, t.steps, t.epoch) for t in ticks] == [(i, 6, i / 4) for i in range(1, 7)]
+    assert {p.name for p in done.out.iterdir()} == {
+        "log.jsonl",
+        "curves.png",
+        "checkpoints",
+        "model.safetensors",
+        "run.lock",
+    }
+    assert_log_is_whole(done.out, 6)
+    assert steps(done.out, "epoch") == [4, 6] and [e["epoch"] for e in done.epochs] == [1.0, 1.5]
+    assert [{k: e[k] for k in line} for line, e in zip(lines, done.epochs, strict=True)] == lines
+    (began,) = runlog.of_kind(done.out, "run")
+    assert recipe.from_dict(began["recipe"]) == tiny() and began["input_images_per_s"] > 0
+    assert (began["train_images"], began["val_images"], began["left_out_per_epoch"]) == (64, 359, 0)
+    assert checkpoint.read_meta(checkpoint.found(done.out)[0])["step"] == 6
+
+
+def test_an_epochs_figures_are_the_means_of_its_steps(tiny: Make, options: Make) -> None:
+    done = train(tiny(epochs=2, lr=0.1), options())
+    lines = runlog.of_kind(done.out, "train")
+    for number, epoch in enumerate(done.epochs):
+        four = lines[4 * number : 4 * number + 4]
+        assert epoch["train_loss"] == pytest.approx(sum(line["loss"] for line in four) / 4)
+        assert epoch["train_error"] == pytest.approx(sum(line["error"] for line in four) / 4)
+    rates = [line["rate"] for line in lines]
+    assert rates == [0.1 * tiny(epochs=2).factor(step, 4) for step in range(8)]
+
+
+def test_validation_is_that_of_the_exported_weights(tiny: Make, options: Make) -> None:
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import load_file
+
+    from resnet_fast.training import data
+    from resnet_fast.training.step import Normalise
+
+    done = train(tiny(ema=0.5), options())
+    net = optim.build(tiny(seed=1), 10)
+    net.load_state_dict(load_file(done.out / "model.safetensors"))
+    found = data.load(tiny())
+    samples = [found.val[(0, i)] for i in range(found.val_size)]
+    x = Normalise(found.mean, found.std, torch.device("cpu"), True)(torch.stack([s.pixels for s in samples]))
+    y = torch.tensor([s.label for s in samples])
+    with torch.no_grad():
+        out = net.eval()(x)
+    assert done.epochs[-1]["val_error"] == pytest.approx((out.argmax(1) != y).double().mean().item())
+    assert done.epochs[-1]["val_loss"] == pytest.approx(F.cross_entropy(out, y).item(), rel=1e-5)  # other batches
+
+
+def test_a_run_stopped_after_any_step_ends_as_one_that_was_not(
+    tiny: Make, options: Make, left: Make, same: Make
+) -> None:
+    chosen = tiny(steps=5, subset=48)
+    whole = train(chosen, options("whole"))
+    for stop in range(1, 5):
+        first = train(chosen, options(f"stop {stop}", stop_after=stop))
+        assert (first.finished, first.step, first.stopped_by) == (False, stop, "--stop-after")
+        assert not (first.out / "model.safetensors").exists()
+        second = train(chosen, options(f"stop {stop}", resume="auto"))
+        assert second.finished
+        same(left(second.out), left(whole.out))
+        assert_log_is_whole(second.out, 5)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ema": 0.7, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
+        {"momentum": 0.0, "norm_weight_decay": 0.0},
+        {"amp": "float16", "nesterov": True},
+        {"accumulate": 2, "amp": "bfloat16", "channels_last": False},
+    ],
+    ids=["averaged and mixed", "no momentum", "scaled", "in parts"],
+)
+def test_every_part_of_the_state_survives_a_stop(
+    values: dict[str, Any], tiny: Make, options: Make, left: Make, same: Make
+) -> None:
+    chosen = tiny(**values)
+    whole = train(chosen, options("whole", log_every=4))
+    for _ in range(3):
+        stopped = train(chosen, options(resume="auto", stop_after=2, log_every=4))
+    assert stopped.finished
+    same(left(stopped.out), left(whole.out))
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(tiny: Make, options: Make, left: Make, same: Make) -> None:
+    whole = train(tiny(), options("whole"))
+    run = options(save_steps=1, stop_after=5)
+    train(tiny(), run)
+    shutil.rmtree(checkpoint.found(run.out)[0])  # as if killed before it was saved, after the log was written
+    again = train(tiny(), options(resume="auto"))
+    assert_log_is_whole(again.out, 6)
+    same(left(again.out), left(whole.out))
+
+
+def test_an_older_checkpoint_by_name_rewinds_the_run(tiny: Make, options: Make, left: Make, same: Make) -> None:
+    run = options(save_steps=1, keep=9)
+    whole = left(train(tiny(), run).out)
+    older = checkpoint.found(run.out)[-2]
+    assert older.name == "step-00000002"
+    train(tiny(), options(resume=str(older), stop_after=1))
+    assert checkpoint.found(run.out)[0].name == "step-00000003" and steps(run.out)[-1] == 3
+    done = train(tiny(), options(resume="auto"))
+    assert_log_is_whole(done.out, 6)
+    same(left(done.out), whole)
+
+
+def test_a_finished_run_may_be_extended(tiny: Make, options: Make, left: Make, same: Make) -> None:
+    constant = {"schedule": "constant", "warmup": 0}
+    whole = train(tiny(epochs=2, **constant), options("whole"))
+    train(tiny(epochs=1, **constant), options())
+    again = train(tiny(epochs=1, **constant), options(resume="auto"))
+    assert again.finished and len(again.epochs) == 1  # nothing left to do
+    longer = train(tiny(epochs=2, **constant), options(resume="auto"))
+    assert longer.step == 8
+    same(left(longer.out), left(whole.out))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 0.2}, r"got lr: 0\.2 \(was 0\.05\)"),
+        ({"batch": 32, "seed": 1}, r"batch: 32 \(was 16\); seed: 1 \(was 0\)"),
+        ({"classes": 11}, r"expected the 10 classes of .*, got 11 in the data now"),
+        ({"model": "cifar_resnet32"}, r"model: cifar_resnet32 \(was cifar_resnet20\)"),
+    ],
+)
+def test_another_recipe_does_not_go_on_with_a_checkpoint(
+    changes: dict[str, Any], said: str, tiny: Make, options: Make
+) -> None:
+    run = options(stop_after=1)
+    train(tiny(), run)
+    before = (run.out / "log.jsonl").read_bytes()
+    with pytest.raises(UserError, match=said):
+        train(tiny(**changes), options(resume="auto"))
+    assert (run.out / "log.jsonl").read_bytes() == before
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tiny: Make, options: Make) -> None:
+    run = options(stop_after=1)
+    train(tiny(), run)
+    before = {p: p.read_bytes() for p in run.out.rglob("*") if p.is_file() and p.name != "run.lock"}
+    with pytest.raises(UserError, match=r"without checkpoints for a new run, got .*step-00000001; go on with --resume"):
+        train(tiny(), options())
+    assert {p: p.read_bytes() for p in run.out.rglob("*") if p.is_file() and p.name != "run.lock"} == before
+
+
+def test_two_runs_do_not_share_a_folder(tiny: Make, options: Make) -> None:
+    refused: list[str] = []
+
+    def second(tick: Tick) -> None:
+        if tick.step == 2:
+            with pytest.raises(UserError) as error:
+                train(tiny(), options(resume="auto"))
+            refused.append(str(error.value))
+
+    assert train(tiny(), options(), Watch(step=second)).finished
+    assert len(refused) == 1 and f"where process {os.getpid()} is at work" in refused[0]
+
+
+def test_an_output_folder_that_cannot_be_made(tiny: Make, options: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"expected a folder to write to, got .*file/run"):
+        train(tiny(), options("file/run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"threads": 0}, "threads >= 1"),
+        ({"keep": 0}, "keep >= 1"),
+        ({"log_every": 0}, "correct --log-every"),
+        ({"stop_after": 0}, "correct --stop-after"),
+        ({"workers": -1}, "workers >= 0"),
+        ({"save_steps": -1}, "save_steps >= 0"),
+        ({"parallel": "tp"}, "parallel among ddp, fsdp"),
+        ({"device": "abacus"}, "a device such as cpu or cuda:0"),
+        ({"device": "meta"}, "device cpu or cuda"),
+        ({"device": "cuda:99"}, "CUDA devices that PyTorch sees"),
+    ],
+)
+def test_an_option_that_cannot_be_used(changes: dict[str, Any], said: str, tiny: Make, options: Make) -> None:
+    with pytest.raises(UserError, match=said):
+        train(tiny(), options(**changes))
+    assert not options().out.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_after_its_step(name: str, tiny: Make, options: Make) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def send(tick: Tick) -> None:
+        if tick.step == 3:
+            signal.raise_signal(number)
+
+    done = train(tiny(), options(save_steps=100), Watch(step=send))
+    assert (done.finished, done.step, done.stopped_by) == (False, 3, name)
+    assert checkpoint.read_meta(checkpoint.found(done.out)[0])["step"] == 3 and steps(done.out) == [1, 2, 3]
+    assert signal.getsignal(number) == before
+    assert train(tiny(), options(resume="auto")).finished
+
+
+def test_a_second_signal_ends_it_at_once(tiny: Make, options: Make) -> None:
+    def send(tick: Tick) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), options(), Watch(step=send))
+    assert train(tiny(), options(resume="auto")).finished  # the lock is free
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tiny: Make, options: Make) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        done: Result = pool.submit(train, tiny(steps=1), options()).result()
+    assert done.finished
+
+
+def test_worker_processes_change_nothing(tiny: Make, options: Make, left: Make, same: Make) -> None:
+    here = train(tiny(), options("here", workers=0))
+    there = train(tiny(), options("there", workers=2))
+    same(left(there.out), left(here.out))
+
+
+def child(chosen: Recipe, run: Options) -> Any:
+    """A process that trains; its torch is imported already, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["resnet_fast.training.loop", "resnet_fast.models.registry", "sklearn.datasets"])
+    process = context.Process(target=train, args=(chosen, run))
+    process.start()
+    return process
+
+
+def wait_for(out: Path, step: int, process: Any, seconds: float = 120) -> None:
+    """Until ``step`` is in the log, or the process has ended."""
+    end = time.monotonic() + seconds
+    while process.is_alive() and (not steps(out) or steps(out)[-1] < step):
+        assert time.monotonic() < end, f"no step {step} in {seconds} s"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "length", "times"), [(0, 60, 7), (1, 30, 3)])
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
+    workers: int, length: int, times: int, tiny: Make, options: Make, left: Make, same: Make
+) -> None:
+    chosen = tiny(steps=length, subset=320, ema=0.9, mixup=0.4)
+    whole = train(chosen, options("whole"))
+    run = options("killed", save_steps=1, resume="auto", workers=workers)
+    reached, kills = 0, 0
+    for seed in range(times):
+        chance = random.Random(seed)
+        process = child(chosen, run)
+        wait_for(run.out, reached + chance.randint(1, 3), process)
+        time.sleep(chance.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        reached = steps(run.out)[-1]
+        place, meta, complaints = checkpoint.choose(run.out, "auto")
+        assert place is not None and complaints == [] and 0 <= reached - meta["step"] <= 1
+    assert kills == times and reached < length
+    process = child(chosen, run)
+    process.join()
+    assert process.exitcode == 0
+    same(left(run.out), left(whole.out))
+    assert_log_is_whole(run.out, length)
+    assert not list(checkpoint.folder_of(run.out).glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_command_and_its_workers(number: int, code: int, options: Make) -> None:
+    run = options()
+    command = [sys.executable, "-m", "resnet_fast.cli.main", "train", "--out", str(run.out), "--log-every", "1"]
+    command += ["--size", "8", "--batch", "16", "--epochs", "500", "--set", "subset=64", "--save-steps", "100000"]
+    command += ["--workers", "1", "--threads", "1", "--device", "cpu", "--no-tensorboard"]
+    # In a group of its own, all of which gets the signal, as a terminal or a scheduler sends it.
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while process.poll() is None and len(steps(run.out)) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, said
+    last = steps(run.out)[-1]
+    assert checkpoint.read_meta(checkpoint.found(run.out)[0])["step"] == last
+    name = signal.Signals(number).name
+    assert said.splitlines()[-1] == f"stopped by {name} after step {last}, saved; go on with --resume auto"
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_digits_are_read_by_the_shipped_recipe(options: Make) -> None:
+    start = time.monotonic()
+    done = train(recipe.load("digits"), options(threads=None, probe=True))
+    assert done.epochs[-1]["val_error"] <= 0.03 and time.monotonic() - start < 120

@@ -1,0 +1,110 @@
+"""The log: one line per event, no step twice, and one run per folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from resnet_fast.errors import UserError
+from resnet_fast.training import runlog
+from resnet_fast.training.runlog import Lock, RunLog
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.write("train", 1, loss=0.1 + 0.2, text="a\nb")
+    assert runlog.read(tmp_path)[0]["loss"] == 0.1 + 0.2  # before close, for whoever looks on
+    log.write("epoch", 2, val_error=0.5)
+    log.close()
+    assert [(line["kind"], line["step"]) for line in runlog.read(tmp_path)] == [("train", 1), ("epoch", 2)]
+    assert [line["val_error"] for line in runlog.of_kind(tmp_path, "epoch")] == [0.5]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_no_log_is_an_empty_one(tmp_path: Path) -> None:
+    assert runlog.read(tmp_path) == []
+
+
+def test_going_on_removes_what_came_after(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    for step in (1, 2, 3):
+        log.write("train", step)
+        log.write("note", step, text="x")
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # killed while it wrote
+    assert len(runlog.read(tmp_path)) == 6
+    log = RunLog(tmp_path, 2, tensorboard=False)
+    log.write("train", 3, again=True)
+    log.close()
+    lines = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 1),
+        ("note", 1),
+        ("train", 2),
+        ("note", 2),
+        ("train", 3),
+    ]
+    assert lines[-1]["again"]
+    RunLog(tmp_path, 0, tensorboard=False).close()
+    assert runlog.read(tmp_path) == []
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(tmp_path, 0, tensorboard=True)
+    for step in (1, 2):
+        log.write("train", step, loss=step / 4, text="no scalar")
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.close()
+    log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - closed below
+    with pytest.raises(UserError, match="expected room and leave to write /dev/full, got No space left on device"):
+        log.write("train", 1, loss=0.5)
+    with contextlib.suppress(OSError):  # what it still holds fits nowhere
+        log.file.close()
+
+
+def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "deep" / "run")
+    with pytest.raises(UserError, match=f"one run per output folder, got .*where process {os.getpid()} is at work"):
+        Lock(tmp_path / "deep" / "run")
+    lock.release()
+    Lock(tmp_path / "deep" / "run").release()
+
+
+def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    if (owner := os.fork()) == 0:
+        try:
+            os.close(theirs)
+            lock = Lock(tmp_path)
+            if os.fork() == 0:  # as a worker process of the run, which may outlive it for seconds
+                os.read(ours, 1)
+                os._exit(0)
+            os.kill(os.getpid(), 9)
+            lock.release()
+        finally:
+            os._exit(1)
+    os.close(ours)
+    assert os.waitpid(owner, 0)[1] == 9
+    Lock(tmp_path).release()
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("below", ["file", "file/deep"])
+def test_a_folder_that_cannot_be_written(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"expected a folder to write to, got .*{below} .*name another with --out"):
+        Lock(tmp_path / below)
