@@ -357,6 +357,7 @@ def test_a_signal_to_the_command_and_its_workers(number: int, code: int, options
 
 @pytest.mark.slow
 def test_digits_are_read_by_the_shipped_recipe(options: Make) -> None:
-    start = time.monotonic()
-    done = train(recipe.load("digits"), options(threads=None, probe=True))
-    assert done.epochs[-1]["val_error"] <= 0.03 and time.monotonic() - start < 120
+    start = time.process_time()
+    done = train(recipe.load("digits"), options())
+    assert done.epochs[-1]["val_error"] <= 0.03
+    assert time.process_time() - start < 120  # seconds of one core, whatever else the machine does
