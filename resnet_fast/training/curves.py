@@ -26,8 +26,9 @@ def draw(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Both errors of each run into ``axis``: ``runs`` maps a label to the ``epoch`` lines of its log."""
     for (label, lines), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
         epochs = [line["epoch"] for line in lines]
-        axis.plot(epochs, [100 * line["train_error"] for line in lines], color=colour, linewidth=0.8)
-        axis.plot(epochs, [100 * line["val_error"] for line in lines], color=colour, linewidth=2.4, label=label)
+        style = {"color": colour, "marker": "o" if len(lines) == 1 else ""}  # one epoch is a point, which has no line
+        axis.plot(epochs, [100 * line["train_error"] for line in lines], linewidth=0.8, markersize=3, **style)
+        axis.plot(epochs, [100 * line["val_error"] for line in lines], linewidth=2.4, label=label, **style)
     axis.set_xlabel("epoch")
     axis.set_ylabel("error (%)")
     axis.grid(alpha=0.3)
