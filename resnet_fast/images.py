@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,22 +124,29 @@ def _trim(pixels: Tensor) -> Tensor:
     return functional.center_crop(pixels, [min(height, longest), min(width, longest)])
 
 
-def preprocess(pixels: Tensor, size: int = 224) -> Tensor:
+RESIZE = 256 / 224
+"""The short side before the centre crop, over the crop's."""
+
+
+def preprocess(
+    pixels: Tensor,
+    size: int = 224,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    resize: float = RESIZE,
+) -> Tensor:
     """ImageNet evaluation preprocessing: uint8 (3, H, W) of any size >= 1 to normalised float32 (3, size, size).
 
-    The short side is scaled to ``size * 256 / 224`` (antialiased bilinear), then the centre is cut out: the evaluation
-    of torchvision's references/classification.
+    The short side is scaled to ``resize * size`` (antialiased bilinear), then the centre is cut out: by default the
+    evaluation of torchvision's references/classification. ``mean`` and ``std`` of one channel are those of a net that
+    was trained on grey pictures: it sees three equal channels.
     """
     from torchvision.transforms import v2
 
-    transform = v2.Compose(
-        [
-            v2.Resize(round(size * 256 / 224), antialias=True),
-            v2.CenterCrop(size),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
+    steps: list[Any] = [v2.Resize(round(size * resize), antialias=True), v2.CenterCrop(size)]
+    if len(mean) == 1:
+        steps.append(v2.Grayscale(num_output_channels=3))
+    transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     return transform(_trim(pixels))
 
 

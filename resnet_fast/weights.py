@@ -7,6 +7,7 @@ activations look like a trained net's, so that error figures measured on it mean
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 import zipfile
@@ -114,6 +115,25 @@ def read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError("a weights file", f"{path}, which is not a file", "check the path")
     return _unwrap(_load_file(path), path)
+
+
+FACTS = "resnet_fast"
+"""The entry of a safetensors file's metadata in which a training run says what its weights are of, as JSON."""
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What the training run that left ``path`` wrote of it: ``model`` and its variant, ``classes`` (their names), and
+    ``size``, ``mean``, ``std`` and ``resize`` of its images, as :func:`resnet_fast.images.preprocess` takes them.
+
+    Empty for other files. ``path`` is one that :func:`read` has read.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(FACTS)
+    return {} if text is None else json.loads(text)
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:

@@ -46,7 +46,9 @@ def top_classes(logits: Tensor, names: list[str], top: int) -> list[dict[str, An
 def predict(
     image: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
     weights: Annotated[Path, typer.Option(help="Weights of the net, .safetensors or .pth.")],
-    model: Annotated[str, typer.Option(help="The net that the weights were made for.")] = "resnet50",
+    model: Annotated[
+        str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Classes to print per picture.")] = 5,
     backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
     names: Annotated[Path | None, typer.Option(help="Text file of class names, one per line.")] = None,
@@ -61,16 +63,26 @@ def predict(
 
     if top < 1:
         raise UserError("--top >= 1", str(top), "correct --top")
-    size = registry.image_size(model)
+    net_name = model or "resnet50"
+    registry.image_size(net_name)  # an unknown net is said before files are read
     files = images.find(image)
     state = weight_files.read(weights)
     classes = weight_files.num_classes(state)
-    labels = class_names(classes, names)
-    net = weight_files.apply(registry.build(model, num_classes=classes), state).eval()
+    trained = weight_files.facts(weights)
+    if trained and model in (None, trained["model"]):
+        variant = {key: trained[key] for key in ("shortcut", "stride_in_1x1")}
+        stock = registry.build(trained["model"], num_classes=classes, **variant)
+        look = {key: trained[key] for key in ("size", "mean", "std", "resize")}
+        own_names = names is None and len(trained["classes"]) == classes
+        labels = trained["classes"] if own_names else class_names(classes, names)
+    else:
+        stock, look = registry.build(net_name, num_classes=classes), {"size": registry.image_size(net_name)}
+        labels = class_names(classes, names)
+    net = weight_files.apply(stock, state).eval()
     net = accelerate(net.to(memory_format=torch.channels_last), backend=backend)
     results: list[dict[str, Any]] = []
     for file in files:  # one by one: a folder may hold more pictures than memory does
-        x = images.preprocess(images.read(file).pixels, size)[None].contiguous(memory_format=torch.channels_last)
+        x = images.preprocess(images.read(file).pixels, **look)[None].contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             logits = net(x)[0]
         if not bool(torch.isfinite(logits).all()):

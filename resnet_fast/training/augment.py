@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from .. import images
 from .recipe import Recipe
 
 _MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads (seed, epoch, index) over the generator's seeds
@@ -42,7 +43,7 @@ class Augment:
     @staticmethod
     def validation(recipe: Recipe) -> Augment:
         """Short side to 256/224 of ``size``, centre crop: torchvision's evaluation."""
-        resize = v2.Resize(round(recipe.size * 256 / 224), antialias=True)
+        resize = v2.Resize(round(recipe.size * images.RESIZE), antialias=True)
         return Augment(v2.Compose([resize, v2.CenterCrop(recipe.size)]))
 
     @staticmethod

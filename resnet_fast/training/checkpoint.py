@@ -33,6 +33,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .. import weights
 from ..errors import UserError
 from .augment import seed_of
 from .distributed import World
@@ -127,7 +128,7 @@ def export(model: nn.Module, path: Path, facts: Mapping[str, Any], world: World)
 
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.first:
-        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {"resnet_fast": json.dumps(facts)}))
+        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {weights.FACTS: json.dumps(facts)}))
 
 
 def folder_of(out: Path) -> Path:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import images
 from ..errors import UserError
 from . import checkpoint, curves, distributed, loader, optim, runlog
 from .data import Data, check_files
@@ -476,13 +477,9 @@ class _Run:
         """``model.safetensors``: the final weights, averaged ones where the run has them."""
         net = self.model if self.step.ema is None else self.step.ema.module
         data = self.data
-        facts = {
-            "model": self.recipe.model,
-            "classes": data.classes,
-            "size": self.recipe.size,
-            "mean": data.mean,
-            "std": data.std,
-        }
+        facts = {key: getattr(self.recipe, key) for key in ("model", "shortcut", "stride_in_1x1", "size")}
+        facts |= {"classes": data.classes, "mean": data.mean, "std": data.std}
+        facts["resize"] = 1.0 if data.in_memory else images.RESIZE  # what the validation set went through
         checkpoint.export(net, self.options.out / "model.safetensors", facts, self.world)
 
 

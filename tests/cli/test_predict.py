@@ -102,3 +102,30 @@ def test_top_classes_are_sorted_probabilities() -> None:
     top = top_classes(torch.tensor([0.0, 3.0, 1.0]), ["a", "b", "c"], 2)
     assert [t["name"] for t in top] == ["b", "c"]
     assert top[0]["probability"] == pytest.approx(0.8437947)
+
+
+def test_a_training_runs_weights_know_their_net_classes_and_images(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from resnet_fast.training import data, loop, recipe
+    from resnet_fast.training.step import Normalise
+
+    small = {"data": "digits", "size": 8, "shortcut": "B", "subset": 64, "batch": 32, "steps": 2}
+    chosen = recipe.load(None, small)
+    loop.train(chosen, loop.Options(tmp_path / "run", probe=False, threads=1))
+    found = data.load(chosen)
+    sample = found.val[(0, 0)]
+    assert sample.pixels is not None
+    Image.fromarray(sample.pixels[0].numpy()).save(tmp_path / "digit.png")
+    result = _run(tmp_path / "digit.png", "--weights", tmp_path / "run" / "model.safetensors", "--top", 10, "--json")
+    assert result.exit_code == 0, result.output
+
+    net = registry.build(chosen.model, shortcut="B", num_classes=10)
+    net.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    normalise = Normalise(found.mean, found.std, torch.device("cpu"), True)
+    with torch.no_grad():
+        expected = net.eval()(normalise(sample.pixels[None]))[0].softmax(0)
+    (told,) = json.loads(result.stdout)
+    assert sorted(entry["name"] for entry in told["top"]) == [str(i) for i in range(10)]
+    for entry in told["top"]:  # grey to colour and back may round a pixel by 1 of 255
+        assert entry["probability"] == pytest.approx(expected[entry["class"]].item(), rel=0.02)
