@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import images, numerics, weights
+from resnet_fast import devices, images, numerics, weights
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 
@@ -63,7 +63,7 @@ class Options:
                 raise UserError(f"{name} >= 1", str(value), f"correct {name}")
         if not self.budget > 0:
             raise UserError("--budget > 0 seconds", str(self.budget), "correct --budget")
-        check_device(self.device)
+        devices.check_device(self.device)
 
     def _check_competitors(self) -> None:
         """UserError for a suite or a provider that is not there."""
@@ -77,28 +77,12 @@ class Options:
 
 def native_dtypes(device: str) -> tuple[str, ...]:
     """float32, and bfloat16 where ``device`` computes in it and does not emulate it."""
-    check_device(device)
+    devices.check_device(device)
     return ("float32", "bfloat16") if device != "cpu" or providers.cpu_has_bf16() else ("float32",)
 
 
 def _listed(values: Any) -> str:
     return ", ".join(map(repr, values)) or "none"
-
-
-def check_device(device: str) -> None:
-    """UserError unless ``device`` is ``cpu`` or a CUDA device that is there."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError("a device such as cpu or cuda:0", repr(device), "correct --device") from error
-    if kind not in ("cpu", "cuda"):
-        raise UserError("device cpu or cuda", repr(device), "correct --device")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"one of the {torch.cuda.device_count()} CUDA devices that PyTorch sees",
-            repr(device),
-            "use --device cpu, or see `resnet-fast env`",
-        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast import images
+from resnet_fast import devices, images
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 from resnet_fast.training import optim
@@ -90,7 +90,7 @@ REFERENCE = ("eager-nhwc", "eager-nchw", "compile")
 
 def default_providers(device: str) -> tuple[str, ...]:
     """All; on a CPU without ``compile``, which takes minutes there before its first step."""
-    compare.check_device(device)
+    devices.check_device(device)
     return tuple(n for n in NAMES if n != "compile" or torch.device(device).type == "cuda")
 
 

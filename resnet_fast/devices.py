@@ -8,7 +8,8 @@ footing, and the published peak is kept beside it in ``Ceiling.published``::
     modelled = published * measured(H100) / published(H100)      copy: 3.02 / 3.35 = 0.90,  bfloat16: 792 / 989.4 = 0.80
 
 Rates are dense (no 2:4 sparsity), two operations per multiply-add, sums in fp32 (int32 for int8). ``float32`` means
-TF32 products; ``float64`` the tensor cores' where there are any. Torch-free, except for :func:`calibrate_cpu`.
+TF32 products; ``float64`` the tensor cores' where there are any. Torch-free, except for :func:`calibrate_cpu` and
+:func:`check_device`.
 """
 
 from __future__ import annotations
@@ -276,3 +277,21 @@ def calibrate_cpu() -> Device:
             ("float64", Ceiling(f32.value / 2, "modelled")),
         ),
     )
+
+
+def check_device(device: str) -> None:
+    """UserError unless ``device`` is ``cpu`` or a CUDA device that is there."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError("a device such as cpu or cuda:0", repr(device), "correct --device") from error
+    if kind not in ("cpu", "cuda"):
+        raise UserError("device cpu or cuda", repr(device), "correct --device")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"one of the {torch.cuda.device_count()} CUDA devices that PyTorch sees",
+            repr(device),
+            "use --device cpu, or see `resnet-fast env`",
+        )

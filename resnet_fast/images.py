@@ -128,6 +128,13 @@ RESIZE = 256 / 224
 """The short side before the centre crop, over the crop's."""
 
 
+def centre(size: int, resize: float = RESIZE) -> list[Any]:
+    """Transforms that scale the short side to ``resize * size`` (antialiased bilinear) and cut the centre out."""
+    from torchvision.transforms import v2
+
+    return [v2.Resize(round(size * resize), antialias=True), v2.CenterCrop(size)]
+
+
 def preprocess(
     pixels: Tensor,
     size: int = 224,
@@ -143,7 +150,7 @@ def preprocess(
     """
     from torchvision.transforms import v2
 
-    steps: list[Any] = [v2.Resize(round(size * resize), antialias=True), v2.CenterCrop(size)]
+    steps = centre(size, resize)
     if len(mean) == 1:
         steps.append(v2.Grayscale(num_output_channels=3))
     transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UserError
 from .output import progress_bar, show
-from .train import watch
+from .train import EXIT, default_device, watch
 
 
 def reproduce(
@@ -36,8 +36,6 @@ def reproduce(
     report: Annotated[Path | None, typer.Option(help="Folder of the pages; by default that of the runs.")] = None,
 ) -> None:
     """Train the nets of the paper's experiments and write, per experiment, a page with figures, picture and verdict."""
-    import torch
-
     from ..training import recipe as recipes
     from ..training.checkpoint import write_whole
     from ..training.experiments import protocols, runs
@@ -54,7 +52,7 @@ def reproduce(
     root = out / protocol
     path = None if data_path is None else str(data_path)
     options: dict[str, Any] = {
-        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device or default_device(),
         "threads": threads,
         "workers": workers,
         "probe": False,
@@ -65,7 +63,7 @@ def reproduce(
             result = runs.train(case, recipe, root, seed, options, watch(progress, label=f"{case.label}: "))
         if not result.finished:
             show(f"stopped by {result.stopped_by} in run {number} of {len(left)}; the same command goes on")
-            raise typer.Exit(130 if result.stopped_by == "SIGINT" else 143)
+            raise typer.Exit(EXIT.get(result.stopped_by, EXIT["SIGTERM"]))
     command = " ".join(["resnet-fast reproduce", *names, *_options(protocol, seed, threads, set)])
     folder = report or root
     folder.mkdir(parents=True, exist_ok=True)

@@ -88,8 +88,6 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m resnet_fast.cli.main train …
     """
-    import torch
-
     from ..training import loop
     from ..training import recipe as recipes
     from ..training.distributed import reported, speaks
@@ -119,7 +117,7 @@ def train(
         options = loop.Options(
             out=place,
             resume=resume,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device or default_device(),
             parallel=parallel,
             workers=workers,
             threads=threads,
@@ -135,7 +133,7 @@ def train(
         with progress_bar(silent=silent, eta=True) as progress:
             result = loop.train(chosen, options, watch(progress, silent=silent))
     if not speaks():
-        raise typer.Exit(0 if result.finished else _EXIT.get(result.stopped_by, 0))
+        raise typer.Exit(0 if result.finished else EXIT.get(result.stopped_by, 0))
     if json:
         typer.echo(json_module.dumps({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
     elif result.epochs:
@@ -149,7 +147,14 @@ def train(
     if not result.finished:
         text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"
         print(text, file=sys.stderr)
-        raise typer.Exit(_EXIT.get(result.stopped_by, 0))
+        raise typer.Exit(EXIT.get(result.stopped_by, 0))
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
@@ -164,7 +169,7 @@ def _divergence() -> Iterator[None]:
         raise UserError("a loss that is a number", str(error), todo) from error
 
 
-_EXIT = {"SIGINT": 130, "SIGTERM": 143}
+EXIT = {"SIGINT": 130, "SIGTERM": 143}
 """What a shell reports for a program that these signals ended: a scheduler sees that the run is not finished."""
 
 

@@ -43,8 +43,7 @@ class Augment:
     @staticmethod
     def validation(recipe: Recipe) -> Augment:
         """Short side to 256/224 of ``size``, centre crop: torchvision's evaluation."""
-        resize = v2.Resize(round(recipe.size * images.RESIZE), antialias=True)
-        return Augment(v2.Compose([resize, v2.CenterCrop(recipe.size)]))
+        return Augment(v2.Compose(images.centre(recipe.size)))
 
     @staticmethod
     def training(recipe: Recipe) -> Augment:
@@ -54,7 +53,7 @@ class Augment:
         if recipe.augment == "imagenet":
             steps.append(v2.RandomResizedCrop(size, antialias=True))
         elif recipe.data == "folder":
-            steps += [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
+            steps += images.centre(size, resize=1.0)
         if recipe.augment == "crop" and recipe.pad:
             steps.append(v2.RandomCrop(size, padding=recipe.pad))
         if recipe.flip and recipe.augment != "none":

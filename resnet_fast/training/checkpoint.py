@@ -238,8 +238,7 @@ def read_meta(place: Path) -> dict[str, Any]:
         raise Damaged("a checkpoint folder with meta.json", f"{place} ({error})", "name another one") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise Damaged(f"a checkpoint of the format {FORMAT!r}", f"{place}", "it was written by something else")
-    seal = meta.pop("sha256", None)  # the first checkpoints had none
-    if seal is not None and seal != _seal(meta):
+    if meta.pop("sha256", None) != _seal(meta):
         raise Damaged("a whole checkpoint", f"{place / META} (other content)", "use an older checkpoint")
     for name, (size, digest) in meta["files"].items():
         path = place / name

@@ -75,15 +75,21 @@ class Data:
     """A training and a validation set. ``mean`` and ``std`` are per channel, of pixels scaled to 0-1."""
 
     name: str
-    train: Dataset[Sample]
-    val: Dataset[Sample]
-    train_size: int
-    val_size: int
+    train: InMemory | Files
+    val: InMemory | Files
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_memory: bool
     note: str = ""
+
+    @property
+    def train_size(self) -> int:
+        return len(self.train)
+
+    @property
+    def val_size(self) -> int:
+        return len(self.val)
 
 
 def load(recipe: Recipe) -> Data:
@@ -116,8 +122,6 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
         recipe.data,
         InMemory(x, y, Augment.training(recipe)),
         InMemory(x_val, y_val, Augment.none()),
-        len(y),
-        len(y_val),
         tuple(classes),
         mean,
         std,
@@ -277,8 +281,6 @@ def _folder(recipe: Recipe) -> Data:
         root.name,
         Files(train, Augment.training(recipe)),
         Files(val, Augment.validation(recipe)),
-        len(train),
-        len(val),
         tuple(classes),
         images.MEAN,
         images.STD,

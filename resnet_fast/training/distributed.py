@@ -55,10 +55,6 @@ class World:
         """Whether this process writes the files and prints."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            self.sum(torch.zeros(1))
-
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a CPU tensor over all processes, in place."""
         if self.size > 1:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import images
+from .. import devices, images
 from ..errors import UserError
 from . import checkpoint, curves, distributed, loader, optim, runlog
 from .data import Data, check_files
@@ -70,12 +70,7 @@ class Options:
         if self.parallel not in distributed.PARALLEL:
             allowed = ", ".join(distributed.PARALLEL)
             raise UserError(f"parallel among {allowed}", repr(self.parallel), "correct --parallel")
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError as error:
-            raise UserError("a device such as cpu or cuda:0", repr(self.device), "correct --device") from error
-        if kind not in ("cpu", "cuda"):
-            raise UserError("device cpu or cuda", repr(self.device), "correct --device")
+        devices.check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -332,6 +327,7 @@ class _Run:
             wanted, asked = self._agree(self._save_due(number), bool(stop.name) or full)
             if ends_epoch or asked or wanted:
                 since = time.perf_counter()
+                self._average()
                 if ends_epoch:
                     self._end_epoch(number, seen, self.seconds + since - began)
                     before = (0.0, 0.0, 0)
@@ -394,7 +390,6 @@ class _Run:
 
     def _end_epoch(self, number: int, seen: tuple[float, float, int], seconds: float) -> None:
         """Validate, log, draw, and begin to count anew."""
-        self._average()
         loss, error, images = self.validate()
         self._gather_unreadable(number)
         line = {
@@ -456,7 +451,6 @@ class _Run:
 
     def _save(self, number: int, seconds: float) -> None:
         since = time.perf_counter()
-        self._average()
         self._gather_unreadable(number)
         sums = self.world.sum(self.step.sums.values.cpu().clone())
         meta = {

@@ -32,7 +32,7 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
         recipe.model,
         shortcut=recipe.shortcut,
         stride_in_1x1=recipe.stride_in_1x1,
-        num_classes=recipe.classes or classes,
+        num_classes=classes,
         **extra,
     )
     if recipe.model not in registry.COMPARED:
@@ -94,9 +94,9 @@ def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Ten
 
     ways: list[Any] = []
     if recipe.mixup:
-        ways.append(v2.MixUp(alpha=recipe.mixup, num_classes=recipe.classes or classes))
+        ways.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
     if recipe.cutmix:
-        ways.append(v2.CutMix(alpha=recipe.cutmix, num_classes=recipe.classes or classes))
+        ways.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
     if not ways:
         return None
     return v2.RandomChoice(ways) if len(ways) > 1 else ways[0]

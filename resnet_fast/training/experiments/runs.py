@@ -54,16 +54,19 @@ def folder(out: Path, case: Case, seed: int) -> Path:
 def read(case: Case, out: Path, seed: int, recipe: Recipe) -> Run | None:
     """The finished run of ``case``; None if it is not finished. UserError if it was trained by another recipe."""
     place = folder(out, case, seed)
-    lines = runlog.of_kind(place, "run")
-    if not lines or not (place / "model.safetensors").exists():
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in runlog.read(place):
+        lines.setdefault(line["kind"], []).append(line)
+    if "run" not in lines or not (place / "model.safetensors").exists():
         return None
-    trained = from_dict(lines[-1]["recipe"])
+    facts = lines["run"][-1]
+    trained = from_dict(facts["recipe"])
     if trained != recipe:
         changed = [k for k, v in recipe.to_dict().items() if trained.to_dict()[k] != v and k != "data_path"]
         if changed:
             got = f"one with other {', '.join(changed)}"
             raise UserError(f"a run of this recipe in {place}", got, "name another folder with --out")
-    return Run(case, place, recipe, runlog.of_kind(place, "epoch"), lines[-1], runlog.of_kind(place, "train"))
+    return Run(case, place, recipe, lines["epoch"], facts, lines["train"])
 
 
 def missing(
