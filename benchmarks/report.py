@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnet_fast import files
 from resnet_fast.errors import UserError
 
 from . import train
@@ -229,17 +229,4 @@ def write(report: Report, out: Path, stem: str = "bench") -> list[Path]:
         "png": to_png(report),
     }
     prepare_folder(out)
-    return [_replace(out / f"{stem}.{suffix}", content) for suffix, content in contents.items()]
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the report from others
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    return [files.write_whole(out / f"{stem}.{suffix}", content) for suffix, content in contents.items()]

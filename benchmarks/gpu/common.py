@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from resnet_fast import files
 from resnet_fast.tuning import configs, tables
 
 from .. import harness, provenance
@@ -153,17 +154,7 @@ def _folder(out: Path | None, device: str) -> Path:
 def write(path: Path, text: str) -> None:
     """The whole file or the one that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the report from others
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.write_whole(path, text.encode())
 
 
 def read_rows(path: Path) -> list[Row]:

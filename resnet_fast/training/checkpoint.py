@@ -33,7 +33,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import weights
+from .. import files, weights
 from ..errors import UserError
 from .augment import seed_of
 from .distributed import World
@@ -83,25 +83,11 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(inner), gauss))
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_whole(path: Path, content: bytes) -> None:
-    """Write ``path`` at once: beside it, flushed, then renamed. UserError where that fails (a full disk, say)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """:func:`resnet_fast.files.write_whole`. UserError where that fails (a full disk, say)."""
     try:
-        temporary.write_bytes(content)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        files.write_whole(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise no_room(path, error) from error
 
 
@@ -199,17 +185,17 @@ def _finish(place: Path, temporary: Path, state: State, meta: Mapping[str, Any],
                 (temporary / f"{name}.safetensors").write_bytes(_safe(parts[name]))
     torch.save(rest, buffer)
     (temporary / "state.pt").write_bytes(buffer.getvalue())
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    digests = {str(p.relative_to(temporary)): [p.stat().st_size, _digest(p)] for p in files}
+    written = sorted(p for p in temporary.rglob("*") if p.is_file())
+    digests = {str(p.relative_to(temporary)): [p.stat().st_size, _digest(p)] for p in written}
     layout = "sharded" if sharded else "full"
     whole = {"format": FORMAT, "layout": layout, "files": digests} | dict(meta)
     (temporary / META).write_text(json.dumps(whole | {"sha256": _seal(whole)}, indent=1))
-    for path in (*files, temporary / META, *{p.parent for p in files}, temporary):
-        _sync(path)
+    for path in (*written, temporary / META, *{p.parent for p in written}, temporary):
+        files.sync(path)
     if place.exists():  # the same step saved again after a resume: equal by construction
         shutil.rmtree(place)
     os.rename(temporary, place)
-    _sync(place.parent)
+    files.sync(place.parent)
 
 
 def _seal(meta: Mapping[str, Any]) -> str:
