@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.errors import UserError
+from resnet_fast.errors import UserError, install_command
 from resnet_fast.spec import Verdict
 
 OURS = "resnet_fast"
-PEERS_EXTRA = 'pip install "resnet-fast[peers]"'
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
 def _installed(packages: tuple[str, ...]) -> Verdict:
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
-        return Verdict.no(" and ".join(packages), f"no {', '.join(missing)}", PEERS_EXTRA)
+        return Verdict.no(" and ".join(packages), f"no {', '.join(missing)}", install_command(missing[0], "peers"))
     return Verdict.yes()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_fast import files
-from resnet_fast.errors import UserError
+from resnet_fast.errors import UserError, missing_package
 
 from . import train
 from .compare import Report, Row, Timed
@@ -204,9 +204,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "matplotlib for the bar chart", f"no such package ({error})", 'pip install "resnet-fast[bench]"'
-        ) from error
+        raise missing_package("matplotlib", "which draws the bar chart", error, "bench") from error
 
 
 def prepare_folder(out: Path) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
+
 
 class UserError(ValueError):
     """Input that cannot be used. ``str()`` reads ``expected …, got …; <what to do>``; the CLI prints it on one line."""
@@ -13,3 +16,35 @@ class UserError(ValueError):
 
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve this call, or strict mode met a fallback."""
+
+
+def install_command(package: str, extra: str | None = None) -> str:
+    """Return the command that installs ``package`` and all else that the extra ``extra`` of this package lists.
+
+    The command names the packages themselves: an extra can be installed by its name only from a checkout, and that
+    would build this package again. The list is read from the installed metadata; where there is none (a checkout that
+    was never installed) the command names ``package`` alone.
+    """
+    names = [package]
+    try:
+        required = metadata.requires("resnet_fast") or []
+    except metadata.PackageNotFoundError:
+        required = []
+    for requirement in required:
+        name, _, marker = requirement.partition(";")
+        if extra is not None and re.search(rf"""extra\s*==\s*['"]{extra}['"]""", marker):
+            names.append(re.split(r"[^\w.-]", name.strip())[0])
+    return f"pip install {' '.join(dict.fromkeys(names))}"
+
+
+def missing_package(
+    package: str, purpose: str, error: ImportError, extra: str | None = None, instead: str = ""
+) -> UserError:
+    """Return the UserError for an optional package that cannot be imported.
+
+    ``package`` is its name for pip, ``purpose`` a phrase such as ``"which reads recipes"``, ``extra`` the extra of this
+    package that lists it, and ``instead`` a way to do without it.
+    """
+    todo = install_command(package, extra) + (f", or {instead}" if instead else "")
+    got = "no such package" if isinstance(error, ModuleNotFoundError) else f"a package that fails to import: {error}"
+    return UserError(f"{package}, {purpose}", got, todo)

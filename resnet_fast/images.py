@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,10 +45,12 @@ def bundled() -> list[Photo]:
     try:
         from skimage import data
     except ImportError as error:
-        raise UserError(
-            "scikit-image, whose photographs are the default input",
-            f"no such package ({error})",
-            'install it with pip install "resnet-fast[bench]", or give your own pictures with --images',
+        raise missing_package(
+            "scikit-image",
+            "whose photographs are the default input",
+            error,
+            "bench",
+            "give your own pictures with --images",
         ) from error
     return [Photo(name, torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)) for name in BUNDLED]
 

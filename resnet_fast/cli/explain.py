@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,7 @@ def _timm_net(name: str) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise UserError("timm to be installed", f"no module of that name ({error})", "pip install timm") from error
+        raise missing_package("timm", "which has that net", error, instead="leave out --timm") from error
     if not timm.is_model(name):
         raise UserError("the name of a timm model", repr(name), "timm.list_models('*resnet*') lists them")
     return timm.create_model(name, pretrained=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import roofline as model
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from .output import show
 
 if TYPE_CHECKING:
@@ -193,8 +193,7 @@ def _draw(path: Path, title: str, items: tuple[model.Work, ...], device: model.D
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        todo = 'pip install "resnet-fast[bench]", or leave out --plot'
-        raise UserError("matplotlib for the picture", f"no such package ({error})", todo) from error
+        raise missing_package("matplotlib", "which draws the picture", error, "bench", "leave out --plot") from error
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)

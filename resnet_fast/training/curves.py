@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import missing_package
 from . import runlog
 from .checkpoint import write_whole
 
@@ -19,7 +19,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError("matplotlib for the curves", "no such package", 'pip install "resnet-fast[train]"') from error
+        raise missing_package("matplotlib", "which draws the curves", error, "train") from error
 
 
 def draw(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

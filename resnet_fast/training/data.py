@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import images
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from .augment import Augment
 from .recipe import Recipe
 
@@ -157,9 +157,7 @@ def _digits(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise UserError(
-            "scikit-learn, which carries the digits", "no such package", 'pip install "resnet-fast[train]"'
-        ) from error
+        raise missing_package("scikit-learn", "which carries the digits", error, "train") from error
     found = datasets.load_digits()
     x = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     y = torch.from_numpy(found.target).long()

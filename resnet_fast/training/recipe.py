@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from ..flags import check_backend
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -196,7 +196,7 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise UserError("PyYAML, which reads recipes", "no such package", 'pip install "resnet-fast[train]"') from error
+        raise missing_package("pyyaml", "which reads recipes", error, "train") from error
     return yaml
 
 

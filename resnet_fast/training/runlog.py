@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from .checkpoint import no_room, write_whole
 
 NAME = "log.jsonl"
@@ -77,8 +77,8 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError(
-                    "tensorboard for --tensorboard", f"no such package ({error})", 'pip install "resnet-fast[train]"'
+                raise missing_package(
+                    "tensorboard", "which writes event files", error, "train", "give --no-tensorboard"
                 ) from error
             self.events = SummaryWriter(str(out / "tensorboard"), purge_step=step)
 

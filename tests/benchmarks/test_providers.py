@@ -82,10 +82,10 @@ def test_refusals_say_why(net: nn.Module, name: str, dtype: torch.dtype, device:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_absent_peer_names_the_extra(net: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_peer_says_what_to_install(net: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     verdict = BY_NAME[name].supports(net, torch.float32, 1, "cpu")
-    assert not verdict and f"no {name}" in verdict.reason and "resnet-fast[peers]" in verdict.reason
+    assert not verdict and f"no {name}" in verdict.reason and f"; pip install {name}" in verdict.reason
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -57,5 +57,7 @@ def test_a_png_of_the_log(tmp_path: Path) -> None:
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     curves.require_matplotlib()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"matplotlib for the curves, got no such package; pip install"):
+    with pytest.raises(
+        UserError, match=r"matplotlib, which draws the curves, got no such package; pip install matplotlib"
+    ):
         curves.require_matplotlib()
