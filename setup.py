@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import setuptools
+from packaging.specifiers import SpecifierSet
+from scikit_build_core import program_search
 from scikit_build_core.setuptools import wrapper
 
 TORCH_MINIMUM = (2, 11)  # the stable ABI that CMakeLists.txt targets
+CMAKE = SpecifierSet(">=3.25")
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -60,6 +63,20 @@ def no_toolchain() -> str:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return f"no Python.h in {sysconfig.get_path('include')} (Debian: apt-get install python3-dev)"
     return ""
+
+
+def require_cmake() -> None:
+    """Exit with one line where CMake, or a tool that runs its build, is missing: pip can install both."""
+    missing = []
+    if program_search.best_program(program_search.get_cmake_programs(), version=CMAKE) is None:
+        missing.append(f"no CMake {CMAKE}")
+    if not any(program_search.get_ninja_programs()) and not any(program_search.get_make_programs()):
+        missing.append("no ninja and no make")
+    if missing:
+        raise SystemExit(
+            f"expected the tools that compile resnet_fast, got {' and '.join(missing)}; run `pip install cmake ninja`, "
+            "or set RESNET_FAST_BUILD_NATIVE=0 (and RESNET_FAST_BUILD_HOST=0) to build without compiled parts"
+        )
 
 
 def refuse_or_say(what: str, reason: str, demanded: bool) -> None:
@@ -122,6 +139,9 @@ def main() -> None:
     if torch is None and not host:
         setuptools.setup(**arguments)  # nothing to compile: a py3-none-any wheel
         return
+    # Not where only metadata is asked for: with build isolation pip installs CMake after it has those.
+    if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
+        require_cmake()
     # _C is built against Python's limited API and torch's stable one, so one wheel serves every Python from 3.10;
     # _host is not (pybind11 needs the full API) and ties the wheel to the Python that built it.
     options: dict[str, Any] = {} if host else {"options": {"bdist_wheel": {"py_limited_api": "cp310"}}}

@@ -7,11 +7,13 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +32,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 BUILD = """
 import json, sys
-from scikit_build_core.setuptools import build_meta as backend
+import build_backend as backend
 target, *wanted = sys.argv[1:]  # setuptools rewrites sys.argv
 print("BUILT", json.dumps([getattr(backend, f"build_{what}")(target) for what in wanted]))
 """
@@ -65,15 +67,25 @@ def build(checkout: Path, *what: str, ok: bool = True, **switches: str) -> Any:
     return [target / name for name in names]
 
 
-@pytest.fixture
-def setup_file() -> ModuleType:
-    """setup.py as a module: its last line builds only when it is the program."""
-    pytest.importorskip("scikit_build_core")
-    spec = importlib.util.spec_from_file_location("resnet_fast_setup", ROOT / "setup.py")
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"resnet_fast_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def setup_file() -> ModuleType:
+    """setup.py as a module: its last line builds only when it is the program."""
+    pytest.importorskip("scikit_build_core")
+    return load(ROOT / "setup.py")
+
+
+@pytest.fixture
+def backend() -> ModuleType:
+    pytest.importorskip("scikit_build_core")
+    return load(ROOT / "build_backend.py")
 
 
 def requirement_names(requirements: list[str]) -> set[str]:
@@ -91,10 +103,49 @@ def test_torch_is_no_build_requirement() -> None:
     assert not requirement_names(PROJECT["build-system"]["requires"]) & {"torch", "torchvision", "triton"}
 
 
-def test_makefile_installs_what_the_build_requires() -> None:
+def test_build_tools_are_the_same_wherever_they_are_listed(backend: ModuleType) -> None:
     line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("BUILD_TOOLS"))
-    tools = set(line.partition(":=")[2].replace('"', "").split())
-    assert set(PROJECT["build-system"]["requires"]) <= tools
+    assert set(shlex.split(line.partition(":=")[2])) == set(backend.TOOLS)
+    assert set(PROJECT["build-system"]["requires"]) <= set(backend.TOOLS)
+    assert shlex.split(backend.INSTALL)[2:] == list(backend.TOOLS)
+    assert set(backend.TOOLS) <= set(PROJECT["project"]["optional-dependencies"]["dev"])
+
+
+def test_missing_build_tools_are_one_line_with_the_command() -> None:
+    # -S: no site-packages, as in an environment that has no build tool.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "import build_backend"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("expected the build tools of resnet_fast, got no scikit-build-core and no setuptools; run ")
+    assert "`pip install 'scikit-build-core[setuptools]>=1.0' " in line
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"), [("65.5.0", "setuptools 65.5.0"), ("77", ""), ("84.2.1.post1", ""), (None, "no setuptools")]
+)
+def test_build_tool_that_is_too_old(
+    installed: str | None, said: str, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        assert name == "setuptools"
+        if installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(backend.metadata, "version", version)
+    assert backend.lacking("setuptools>=77") == said
+
+
+def test_missing_cmake_is_one_line_with_the_command(setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup_file.require_cmake()
+    for what in ("cmake", "ninja", "make"):
+        monkeypatch.setattr(setup_file.program_search, f"get_{what}_programs", lambda: iter(()))
+    with pytest.raises(
+        SystemExit, match=r"got no CMake >=3.25 and no ninja and no make; run `pip install cmake ninja`"
+    ):
+        setup_file.require_cmake()
 
 
 def test_version_is_written_once() -> None:
@@ -182,7 +233,19 @@ def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
         kinds = (".py", ".cpp", ".cu", ".h", ".yaml")
         sources = [path for path in (checkout / folder).rglob("*") if path.suffix in kinds]
         assert {path.relative_to(checkout).as_posix() for path in sources} <= packed
-    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "Makefile"} <= packed
+    assert {"CMakeLists.txt", "setup.py", "build_backend.py", "pyproject.toml", "Makefile"} <= packed
+    assert {"README.md", "LICENSE"} <= packed
+    about = f"resnet_fast-{resnet_fast.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+        assert "License-Expression: Apache-2.0" in archive.read(f"{about}/METADATA").decode().splitlines()
+    # What a user has of torch stays: pip would install this wheel and nothing else beside it.
+    report = checkout / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", str(report), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    installed = [entry["metadata"]["name"] for entry in json.loads(report.read_text())["install"]]
+    assert installed == ["resnet_fast"]
 
 
 @pytest.mark.slow

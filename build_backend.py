@@ -1,0 +1,44 @@
+"""The build backend that pyproject.toml names: scikit-build-core's, behind a check that the build tools are installed.
+
+``pip install --no-build-isolation .`` builds with what the environment has. Without this check a missing tool ends in a
+traceback of pip's own; with it, in one line that says what to install.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+TOOLS = ("scikit-build-core[setuptools]>=1.0", "setuptools>=77", "pybind11>=2.13", "ninja", "cmake>=3.25")
+"""All that a build without isolation needs; the first two run the build, the others are for what it compiles."""
+
+INSTALL = f"pip install {' '.join(tool if tool.isalnum() else repr(tool) for tool in TOOLS)}"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def lacking(requirement: str) -> str:
+    """Say what is wrong with the installed distribution of ``requirement``; empty where it will do."""
+    name, _, minimum = requirement.partition(">=")
+    name = name.partition("[")[0]
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return f"no {name}"
+    return f"{name} {version}" if minimum and numbers(version) < numbers(minimum) else ""
+
+
+def check() -> None:
+    """Exit with one line where the tools that run the build are missing or too old."""
+    if found := [reason for tool in TOOLS[:2] if (reason := lacking(tool))]:
+        raise SystemExit(
+            f"expected the build tools of resnet_fast, got {' and '.join(found)}; run `{INSTALL}` first, or leave out "
+            "--no-build-isolation for the package without its native library"
+        )
+
+
+check()
+
+from scikit_build_core.setuptools.build_meta import *  # noqa: E402, F403 - pip calls the hooks by their names
