@@ -7,7 +7,6 @@ an error here, before anything is trained.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 
 from .. import images
 from ..errors import UserError, missing_package
+from . import arrays
 from .augment import Augment
 from .recipe import Recipe
 
@@ -96,14 +96,14 @@ def load(recipe: Recipe) -> Data:
     """The data of ``recipe``. Raises UserError for whatever would stop or spoil the run later."""
     if recipe.data == "folder":
         return _folder(recipe)
-    arrays = {
+    loaded = {
         "digits": _digits,
         "fashion-mnist": _fashion_mnist,
         "cifar10": _cifar,
         "cifar100": _cifar,
         "synthetic": _synthetic,
     }[recipe.data](recipe)
-    return _in_memory(recipe, *arrays)
+    return _in_memory(recipe, *loaded)
 
 
 def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], note: str) -> Data:
@@ -177,10 +177,10 @@ def _fashion_mnist(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
         root = Path(recipe.data_path)
         places = [root, root / "FashionMNIST" / "raw"]
     for place in places:
-        found = [_idx_file(place, stem) for stem in _IDX]
+        found = [arrays.idx_file(place, stem) for stem in _IDX]
         if all(found):
-            arrays = [_read_idx(path) for path in found if path is not None]
-            return _pair(arrays[0], arrays[1]), _pair(arrays[2], arrays[3]), FASHION, f"from {place}"
+            x, y, x_val, y_val = (arrays.read_idx(path) for path in found if path is not None)
+            return _pair(x, y), _pair(x_val, y_val), FASHION, f"from {place}"
     raise UserError(
         "Fashion-MNIST's four idx files (train-images-idx3-ubyte and its like, .gz or not)",
         f"none in {' or '.join(map(str, places))}",
@@ -191,28 +191,6 @@ def _fashion_mnist(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def _idx_file(folder: Path, stem: str) -> Path | None:
-    return next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
-
-
-def _read_idx(path: Path) -> Tensor:
-    """An idx file of bytes, as torchvision reads it; UserError if it is cut short or something else."""
-    import tempfile
-
-    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
-
-    try:
-        with tempfile.NamedTemporaryFile() as plain:
-            plain.write(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
-            plain.flush()
-            found = read_sn3_pascalvincent_tensor(plain.name)
-        if (found.dtype, found.ndim) != (torch.uint8, 3 if "idx3" in path.name else 1):
-            raise ValueError(f"{found.dtype} in {found.ndim} dimensions")
-        return found
-    except Exception as error:  # what torchvision raises for a damaged file varies: assertions, KeyError, ValueError
-        raise UserError("an idx file of Fashion-MNIST", f"{path} ({error})", "fetch it again") from error
-
-
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise UserError("as many labels as images", f"{len(y)} and {len(x)}", "fetch the files again")
@@ -221,23 +199,9 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cifar(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
     """torchvision's own files: ``data_path/cifar-10-batches-py`` or ``data_path/cifar-100-python``."""
-    from torchvision import datasets
-
-    root = recipe.data_path or "data"
-    cls = datasets.CIFAR10 if recipe.data == "cifar10" else datasets.CIFAR100
-    try:
-        train, val = cls(root, train=True), cls(root, train=False)
-    except Exception as error:  # RuntimeError where files are absent or damaged, pickle's errors where they are foreign
-        raise UserError(
-            f"torchvision's {cls.__name__} files below {root}",
-            " ".join(str(error).split()),
-            f"fetch {cls.url.rpartition('/')[2]}, unpack it there, and give that folder with --data-path",
-        ) from error
-
-    def tensors(found: Any) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
-
-    return tensors(train), tensors(val), train.classes, f"from {root}"
+    root = Path(recipe.data_path or "data")
+    train, val, classes = arrays.cifar(root, hundred=recipe.data == "cifar100")
+    return train, val, classes, f"from {root}"
 
 
 def _synthetic(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
