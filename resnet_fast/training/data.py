@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .. import images
 from ..errors import UserError, missing_package
-from . import arrays
+from . import arrays, folders
 from .augment import Augment
 from .recipe import Recipe
 
@@ -83,6 +83,12 @@ class Data:
     in_memory: bool
     note: str = ""
 
+    def summary(self) -> str:
+        """What is in it, in one line: a folder taken for a class by mistake shows here."""
+        shown = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+        sizes = f"{self.train_size:,} training and {self.val_size:,} validation images"
+        return f"{self.name}: {sizes} of {len(self.classes):,} classes ({shown})"
+
     @property
     def train_size(self) -> int:
         return len(self.train)
@@ -122,7 +128,7 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
         recipe.data,
         InMemory(x, y, Augment.training(recipe)),
         InMemory(x_val, y_val, Augment.none()),
-        tuple(classes),
+        _named(classes, recipe),
         mean,
         std,
         True,
@@ -217,72 +223,30 @@ def _synthetic(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
 
 
 def _folder(recipe: Recipe) -> Data:
-    """ImageNet's layout, ``data_path/{train,val}/<class>/*``; without the two, a fifth of each class is held out."""
+    """Folders of pictures, see :mod:`resnet_fast.training.folders`."""
     root = Path(recipe.data_path or "")
-    if not root.is_dir():
-        raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
-    train_root = root / "train"
-    val_root = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
-    note = ""
-    if train_root.is_dir() and val_root is not None:
-        classes, train = _class_files(train_root)
-        val_classes, val = _class_files(val_root)
-        if val_classes != classes:
-            odd = sorted(set(classes) ^ set(val_classes))
-            raise UserError(f"the same classes in {train_root} and {val_root}", f"{odd[:5]} in one of them", "add them")
-    else:
-        classes, found = _class_files(root)
-        train, val = _held_out(found)
-        note = "no train and val folders: a fifth of each class is the validation set, the same for every seed"
-    if len(classes) < 2:
-        raise UserError("two class folders or more", f"only {classes[0]} in {root}", "name the folder above them")
+    found = folders.find(root, recipe.follow_links)
+    train = found.train
     if recipe.subset is not None:
         train = [train[i] for i in _subset(recipe, recipe.subset, len(train)).tolist()]
-    check_labels(torch.tensor([label for _, label in train]), recipe.classes or len(classes), str(root))
+    labels = torch.tensor([label for _, label in found.train])
+    check_labels(labels, recipe.classes or len(found.classes), str(root))
     return Data(
-        root.name,
+        root.absolute().name,
         Files(train, Augment.training(recipe)),
-        Files(val, Augment.validation(recipe)),
-        tuple(classes),
+        Files(found.val, Augment.validation(recipe)),
+        _named(found.classes, recipe),
         images.MEAN,
         images.STD,
         False,
-        note,
+        "; ".join(found.notes),
     )
 
 
-def _class_files(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """torchvision's reading of class folders: (names, files with labels). UserError for an empty one, by name."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    try:
-        classes, numbers = find_classes(str(root))
-        files = make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True)
-    except OSError as error:
-        raise UserError("class folders with images in them", str(error), "correct --data-path") from error
-    filled = {label for _, label in files}
-    empty = [name for name, number in numbers.items() if number not in filled]
-    if empty:
-        raise UserError(
-            f"images ({', '.join(e.strip('.') for e in IMG_EXTENSIONS)}) in every class folder of {root}",
-            f"none in {', '.join(empty[:5])}",
-            "fill the folder or remove it",
-        )
-    return classes, files
-
-
-def _held_out(files: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(training, validation): every fifth file of each class in an order that is always the same, at least one."""
-    train, val = [], []
-    for label in sorted({label for _, label in files}):
-        mine = [f for f in files if f[1] == label]
-        if len(mine) < 2:
-            raise UserError("two images of a class or more", f"only {mine[0][0]}", "add images, or a val folder")
-        order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0)).tolist()
-        cut = max(1, len(mine) // 5)
-        val += [mine[i] for i in order[:cut]]
-        train += [mine[i] for i in order[cut:]]
-    return train, val
+def _named(names: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+    """One name per class of the net: where ``recipe.classes`` is more than the data have, the rest are numbers."""
+    wanted = recipe.classes or len(names)
+    return (*names[:wanted], *(f"class {i}" for i in range(len(names), wanted)))
 
 
 def check_files(data: Data) -> None:
