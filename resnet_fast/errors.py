@@ -48,3 +48,11 @@ def missing_package(
     todo = install_command(package, extra) + (f", or {instead}" if instead else "")
     got = "no such package" if isinstance(error, ModuleNotFoundError) else f"a package that fails to import: {error}"
     return UserError(f"{package}, {purpose}", got, todo)
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey or an encoding refuse: escapes in their place.
+
+    For names that come out of files: class names, file names.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -7,21 +7,27 @@ activations look like a trained net's, so that error figures measured on it mean
 
 from __future__ import annotations
 
-import json
+import argparse
 import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import facts as facts_of
 from .errors import UserError
+from .facts import Facts
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict")
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
+"""Entries of a checkpoint that hold a state dict. Averaged weights come first, as timm and torchvision's references
+validate by them and as our own training runs export them."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel and EMA, torch.compile, and Lightning put before each name."""
 
@@ -32,24 +38,52 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _load_file(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+@dataclass(frozen=True)
+class File:
+    """A weights file as it was read: its state dict, the facts in it (None where it has none), and ``entry``, which
+    of a checkpoint's entries the state dict was, with ``others`` beside it that would have served as well."""
 
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                "a complete safetensors file", f"{path} ({_first_line(error)})", "copy or download the file again"
-            ) from error
+    state: dict[str, Tensor]
+    facts: Facts | None = None
+    entry: str = ""
+    others: tuple[str, ...] = ()
+
+
+def _load_safetensors(path: Path) -> File:
+    from safetensors import SafetensorError, safe_open
+
     try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(facts_of.KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            "a complete safetensors file", f"{path} ({_first_line(error)})", "copy or download the file again"
+        ) from error
+    except Exception as error:  # torch, for a dtype that it does not have
+        raise UserError(
+            "a safetensors file of PyTorch's dtypes",
+            f"{path} ({type(error).__name__}: {_first_line(error)})",
+            "save it as float32",
+        ) from error
+    return File(_flat(state, path), None if text is None else facts_of.parse(text, str(path)))
+
+
+def _load_pickle(path: Path) -> Any:
+    whole = zipfile.is_zipfile(path)  # a cut archive has lost its table of contents
+    try:
+        if whole:
+            _check_archive(path)
         with warnings.catch_warnings():  # torch asks for a bug report about some foreign pickles
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # The options of the program that trained, beside torchvision's and timm's weights: a bag of attributes.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         # torch's own text advises to load with weights_only=False, which is what must not be done.
-        if zipfile.is_zipfile(path):  # a whole archive, so it was not cut
+        if whole:
             raise UserError(
                 "a file of tensors only",
                 f"{path}, which holds other Python objects and could run code when read",
@@ -61,6 +95,12 @@ def _load_file(path: Path) -> Any:
             "save model.state_dict() with torch.save, best as .safetensors",
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
+        if "weights_only" in str(error):  # tar archives of PyTorch before 0.4, and TorchScript: read by running them
+            raise UserError(
+                "a file of tensors only",
+                f"{path}, a TorchScript program or an archive of PyTorch before 0.4, which could run code when read",
+                "load it where it was made and save model.state_dict() alone, best as .safetensors",
+            ) from error
         raise UserError(
             "a complete PyTorch weights file", f"{path} ({_first_line(error)})", "copy or download the file again"
         ) from error
@@ -72,12 +112,39 @@ def _load_file(path: Path) -> Any:
         ) from error
 
 
-def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: out of its wrapper, without training prefixes."""
-    if isinstance(found, Mapping):
-        for key in WRAPPERS:
-            if isinstance(found.get(key), Mapping):
-                return _unwrap(found[key], path)
+def _check_archive(path: Path) -> None:
+    """UserError for an archive that is larger unpacked than it is: torch.save compresses nothing, a bomb does."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            "a complete PyTorch weights file", f"{path} ({_first_line(error)})", "copy or download the file again"
+        ) from error
+    if unpacked > path.stat().st_size:
+        raise UserError(
+            "an archive as torch.save writes it, not compressed",
+            f"{path}, which unpacks to {unpacked:,} bytes",
+            "save model.state_dict() with torch.save, best as .safetensors",
+        )
+
+
+def _unwrap(found: Any, path: Path) -> File:
+    """The state dict inside a checkpoint: out of its wrappers, without training prefixes."""
+    entries: list[str] = []
+    others: tuple[str, ...] = ()
+    while isinstance(found, Mapping) and len(entries) < 4:  # a checkpoint may hold itself
+        held = [key for key in WRAPPERS if isinstance(found.get(key), Mapping)]
+        if not held:
+            break
+        entries.append(held[0])
+        others = others or tuple(held[1:])
+        found = found[held[0]]
+    return File(_flat(found, path), None, ".".join(entries), others)
+
+
+def _flat(found: Any, path: Path) -> dict[str, Tensor]:
+    """``found`` as a state dict of plain tensors. UserError for everything else."""
     if not isinstance(found, Mapping) or not found:
         raise UserError(
             "a state dict (name -> tensor)", f"{path} with a {type(found).__name__}", "save model.state_dict()"
@@ -86,6 +153,13 @@ def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
     if foreign:
         raise UserError(
             "a state dict (name -> tensor)", f"{path} with {_some(foreign)} not a tensor", "save model.state_dict()"
+        )
+    odd = [name for name, tensor in found.items() if not _plain(tensor)]
+    if odd:
+        raise UserError(
+            "plain tensors, each with memory of its own",
+            f"{path} with {_some(odd)} sparse, quantized, without data, or larger than its data",
+            "save model.state_dict() of a dense model",
         )
     state = {name: tensor for name, tensor in found.items() if name != "n_averaged"}  # AveragedModel's step counter
     peeled = True
@@ -98,15 +172,24 @@ def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _plain(tensor: Tensor) -> bool:
+    """Is this dense, here, and no larger than what the file holds of it? An expanded tensor of a few bytes would decide
+    how large a net is built."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def _some(names: list[Any]) -> str:
     shown = ", ".join(str(n) for n in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """State dict of ``path`` on the CPU, unwrapped from ``{"state_dict": …}``, ``{"model": …}`` and name prefixes.
+def open_file(path: Path) -> File:
+    """Read ``path`` to the CPU, unwrapped from ``{"state_dict": …}``, ``{"model_ema": …}`` and name prefixes.
 
-    UserError if the file is absent, cut short, of another kind, or would have to be executed to be read.
+    UserError if the file is absent, cut short, of another kind, says nonsense of itself, or would have to be executed
+    to be read.
     """
     if path.suffix not in (".safetensors", *PICKLES):
         raise UserError(
@@ -114,32 +197,22 @@ def read(path: Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise UserError("a weights file", f"{path}, which is not a file", "check the path")
-    return _unwrap(_load_file(path), path)
+    return _load_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_load_pickle(path), path)
 
 
-FACTS = "resnet_fast"
-"""The entry of a safetensors file's metadata in which a training run says what its weights are of, as JSON."""
+def read(path: Path) -> dict[str, Tensor]:
+    """The state dict of :func:`open_file`."""
+    return open_file(path).state
 
 
-def facts(path: Path) -> dict[str, Any]:
-    """What the training run that left ``path`` wrote of it: ``model`` and its variant, ``classes`` (their names), and
-    ``size``, ``mean``, ``std`` and ``resize`` of its images, as :func:`resnet_fast.images.preprocess` takes them.
-
-    Empty for other files. ``path`` is one that :func:`read` has read.
-    """
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(FACTS)
-    return {} if text is None else json.loads(text)
+HEADS = ("fc.weight", "classifier.6.weight")
+"""Where a ResNet (or GoogLeNet) and a VGG net have one row per class."""
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:
-    """Number of classes: rows of ``fc.weight``. UserError if there is none."""
-    weight = state.get("fc.weight")
-    if weight is None or weight.ndim != 2:
+    """Number of classes: rows of the last layer, see :data:`HEADS`. UserError if there is none."""
+    weight = next((state[name] for name in HEADS if name in state), None)
+    if weight is None or weight.ndim != 2 or not len(weight):
         raise UserError(
             "a ResNet classifier with a 2-d fc.weight",
             f"weights named {_some(list(state))}",
@@ -169,19 +242,24 @@ def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"{tuple(state[first].shape)}" + (f" (and {_some(shapes[1:])} differ too)" if shapes[1:] else ""),
             OTHER_MODEL,
         )
-    kinds = [n for n in state if state[n].is_floating_point() != own[n].is_floating_point()]
+    kinds = [n for n in state if _kind(state[n]) != _kind(own[n])]
     if kinds:
         raise UserError(
             f"{kinds[0]} of dtype {own[kinds[0]].dtype}", f"{state[kinds[0]].dtype}", "export floating-point weights"
         )
-    bad = [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    # In the model's dtype: 1e300 is finite until it becomes float32, and float8 has no isfinite.
+    bad = [n for n, t in state.items() if t.is_floating_point() and not bool(t.to(own[n].dtype).isfinite().all())]
     if bad:
         raise UserError(
             "finite weights", f"NaN or infinity in {_some(bad)}", "use a checkpoint from before it diverged"
         )
-    negative = [n for n, t in state.items() if n.endswith("running_var") and bool((t < 0).any())]
+    negative = [n for n, t in state.items() if n.endswith("running_var") and bool((t.to(own[n].dtype) < 0).any())]
     if negative:
         raise UserError("variances >= 0", f"negative values in {_some(negative)}", "use an undamaged checkpoint")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def apply(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import json
+import math
 import os
 import pickle
+import struct
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +53,9 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
         lambda s: {"model": s, "optimizer": {"lr": 0.1}},
         lambda s: {f"module.{k}": v for k, v in s.items()},
         lambda s: {"state_dict": {f"module._orig_mod.{k}": v for k, v in s.items()}},
+        lambda s: {"model": {"fc.weight": torch.ones(9, 9)}, "model_ema": s, "args": argparse.Namespace(lr=0.1)},
+        lambda s: {"model": {"state_dict": {f"model.{k}": v for k, v in s.items()}}},
+        lambda s: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in s.items()},
         lambda s: {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in s.items()}},
     ],
 )
@@ -96,6 +106,127 @@ def test_bare_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert "weights_only" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
+class _Namespace(argparse.Namespace):
+    """What is allowed beside weights, with code in it."""
+
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return argparse.Namespace, (), {"lr": _Evil(self.target)}
+
+
+def test_options_beside_the_weights_may_not_run_code_either(tmp_path: Path) -> None:
+    state = _Net().state_dict()
+    torch.save({"model": state, "args": _Namespace(target=tmp_path / "ran")}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="could run code"):
+        weights.read(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_old_format_is_read(tmp_path: Path) -> None:
+    state = _Net().state_dict()
+    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert _same(dict(state), weights.read(tmp_path / "w.pth"))
+
+
+def test_which_entry_was_taken_is_known(tmp_path: Path) -> None:
+    state = _Net().state_dict()
+    torch.save({"model": state, "model_ema": {f"module.{k}": v + 1 for k, v in state.items()}}, tmp_path / "w.pth")
+    file = weights.open_file(tmp_path / "w.pth")
+    assert (file.entry, file.others) == ("model_ema", ("model",))
+    assert torch.equal(file.state["fc.bias"], state["fc.bias"] + 1)
+
+
+def _tar(path: Path) -> None:
+    """PyTorch's format before 0.4: a tar archive with pickles in it."""
+    with tarfile.open(path, "w:") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps({})
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def _script(path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(path))
+
+
+def _compressed(path: Path) -> None:
+    torch.save(_Net().state_dict(), path)
+    with zipfile.ZipFile(path) as archive:
+        held = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in held if name.endswith("data/0"))
+    held[name] = bytes(1 << 24)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in held.items():
+            archive.writestr(name, content)
+
+
+def _expanded(path: Path) -> None:
+    """A head of 2**50 classes in four bytes."""
+    state = _Net().state_dict()
+    state["fc.weight"] = torch.ones(1, 1).expand(2**50, 4)
+    torch.save(state, path)
+
+
+def _sparse(path: Path) -> None:
+    torch.save(_Net().state_dict() | {"fc.weight": torch.eye(4).to_sparse()}, path)
+
+
+def _meta(path: Path) -> None:
+    torch.save(_Net().state_dict() | {"fc.weight": torch.empty(2**40, 4, device="meta")}, path)
+
+
+def _nested(path: Path) -> None:
+    checkpoint: dict[str, object] = {}
+    checkpoint["model"] = checkpoint
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_tar, "before 0.4"),
+        (_script, "TorchScript"),
+        (_compressed, "not compressed"),
+        (_expanded, "larger than its data"),
+        (_sparse, "sparse"),
+        (_meta, "without data"),
+        (_nested, "not a tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_pytorch_file_of_another_kind(tmp_path: Path, write, message: str) -> None:  # type: ignore[no-untyped-def]
+    write(tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        weights.read(tmp_path / "w.pth")
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**63) + b"{}",  # a header larger than any memory
+        struct.pack("<Q", 2**31) + b"{}",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,  # deeper than a parser's stack
+        struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4]}} ' + bytes(4),
+        struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400000000]}}  ' + bytes(4),
+        struct.pack("<Q", 64) + b'{"a":{"dtype":"X99","shape":[1],"data_offsets":[0,4]}}          ' + bytes(4),
+    ],
+)
+def test_safetensors_that_lie_about_themselves(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"expected a complete safetensors file, got .*w\.safetensors") as caught:
+        weights.read(tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, json.dumps({"model": "resnet18"})])
+def test_facts_that_are_none_are_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+    save_file(_Net().state_dict(), tmp_path / "w.safetensors", metadata={"resnet_fast": text})
+    with pytest.raises(UserError, match=r"w\.safetensors says of its weights") as caught:
+        weights.open_file(tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("content", [b"<html>404</html>", b"hello world", b"\x80\x02.", bytes(range(256))])
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_bytes_of_another_kind(tmp_path: Path, name: str, content: bytes) -> None:
@@ -136,6 +267,9 @@ def _broken(change) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
         (lambda s: s["conv1.weight"].view(-1)[3:4].fill_(float("nan")), r"NaN or infinity in conv1\.weight"),
         (lambda s: s["bn1.running_mean"][0:1].fill_(float("inf")), r"NaN or infinity in bn1\.running_mean"),
         (lambda s: s["bn1.running_var"][0:1].fill_(-1), r"negative values in bn1\.running_var"),
+        (lambda s: s.update({"fc.bias": torch.full((5,), 1e300, dtype=torch.float64)}), r"infinity in fc\.bias"),
+        (lambda s: s.update({"fc.bias": torch.full((5,), math.nan).to(torch.float8_e5m2)}), r"NaN .* in fc\.bias"),
+        (lambda s: s.update({"fc.bias": torch.ones(5, dtype=torch.complex64)}), r"fc\.bias of dtype torch\.float32"),
         (lambda s: s.update({"fc.bias": torch.ones(5, dtype=torch.int64)}), r"fc\.bias of dtype torch\.float32"),
     ],
 )

@@ -33,8 +33,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import files, weights
+from .. import facts as facts_of
+from .. import files
 from ..errors import UserError
+from ..facts import Facts
 from .augment import seed_of
 from .distributed import World
 
@@ -104,7 +106,7 @@ def _safe(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | Non
     return save(values, metadata=dict(metadata) if metadata else None)
 
 
-def export(model: nn.Module, path: Path, facts: Mapping[str, Any], world: World) -> None:
+def export(model: nn.Module, path: Path, facts: Facts, world: World) -> None:
     """``model``'s weights under torchvision's names, as ``resnet-fast predict --weights`` reads them.
 
     ``facts`` go into the file's metadata as one JSON text: safetensors writes several entries in no fixed order, and
@@ -114,7 +116,7 @@ def export(model: nn.Module, path: Path, facts: Mapping[str, Any], world: World)
 
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.first:
-        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {weights.FACTS: json.dumps(facts)}))
+        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {facts_of.KEY: facts.to_json()}))
 
 
 def folder_of(out: Path) -> Path:

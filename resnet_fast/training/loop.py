@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import devices, images
+from .. import devices
 from ..errors import UserError
 from . import checkpoint, curves, distributed, loader, optim, runlog
 from .data import Data, check_files
@@ -291,7 +291,6 @@ class _Run:
             self._note(f"the input pipeline alone: {rate:,.0f} img/s with {self.workers} worker processes")
         if self.log is not None:
             self.log.write("run", self.start, **facts)
-        self.watch.note(self.data.summary())
         if self.data.note:
             self.watch.note(f"{self.data.name}: {self.data.note}")
         if plan.left_over:
@@ -457,6 +456,7 @@ class _Run:
         meta = {
             "step": number,
             "classes": self.classes,
+            "facts": self.data.facts(self.recipe).to_dict(),
             "recipe": self.recipe.to_dict(),
             "sums": sums.tolist(),
             "seconds": round(seconds, 3),
@@ -471,11 +471,7 @@ class _Run:
     def _export(self) -> None:
         """``model.safetensors``: the final weights, averaged ones where the run has them."""
         net = self.model if self.step.ema is None else self.step.ema.module
-        data = self.data
-        facts = {key: getattr(self.recipe, key) for key in ("model", "shortcut", "stride_in_1x1", "size")}
-        facts |= {"classes": data.classes, "mean": data.mean, "std": data.std}
-        facts["resize"] = 1.0 if data.in_memory else images.RESIZE  # what the validation set went through
-        checkpoint.export(net, self.options.out / "model.safetensors", facts, self.world)
+        checkpoint.export(net, self.options.out / "model.safetensors", self.data.facts(self.recipe), self.world)
 
 
 def _padded(batches: int, world: World) -> int:
