@@ -55,23 +55,22 @@ def bundled() -> list[Photo]:
     return [Photo(name, torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)) for name in BUNDLED]
 
 
-_HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN")
+def find(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
+    """Files among ``paths``; a folder gives every picture below it (in it, if not recursive), by name.
 
-
-def hidden(name: str) -> bool:
-    """Is that a file or folder that a program put beside the user's own: ``.git``, ``._a.jpg``, ``__MACOSX``?"""
-    return name.startswith(".") or name in _HIDDEN
-
-
-def find(paths: Sequence[Path]) -> list[Path]:
-    """Files among ``paths``; a folder gives every picture below it, by name. UserError for a missing path."""
+    UserError for a missing path.
+    """
     from PIL import Image
 
     Image.init()
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())
+            inside = sorted(
+                p
+                for p in path.glob("**/*" if recursive else "*")
+                if p.suffix.lower() in Image.EXTENSION and p.is_file()
+            )
             if not inside:
                 raise UserError(
                     "a folder with pictures", f"{path} without any", "name a folder that holds .jpg or .png files"

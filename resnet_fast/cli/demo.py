@@ -102,8 +102,7 @@ def demo(
 
     from .. import accelerate, explain
     from .. import images as pictures
-    from ..models import registry
-    from .predict import class_names
+    from ..models import registry, trained
 
     options = compare.Options(
         model=model,
@@ -135,7 +134,7 @@ def demo(
         found = {"answers": [asdict(a) | {"agree": a.agree, "within": a.within} for a in answers], "kernels": chosen}
         typer.echo(json_module.dumps(found | {"speed": speed.to_dict()}, indent=2))
         return
-    names = None if weights is None else class_names(stock.fc.out_features, None)
+    names = None if weights is None else list(trained.load(weights, model).facts.classes)
     show(
         RANDOM if weights is None else f"Weights: {weights}",
         answer_table(answers, names),

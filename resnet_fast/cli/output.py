@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,13 @@ def progress_bar(silent: bool = False, eta: bool = False) -> Iterator[Callable[[
     text, percent = TextColumn("{task.description}", markup=False), TextColumn("{task.percentage:>3.0f}%")
     times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()) if eta else (TimeElapsedColumn(),)
     console = Console(stderr=True)
-    bar = Progress(BarColumn(), percent, *times, text, console=console, transient=True, disable=not console.is_terminal)
+    bar = Progress(
+        *(BarColumn(), percent, *times, text),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # else what goes to a file or a pipe would land on stderr
+    )
     with bar as progress:
         task = progress.add_task("loading", total=None)
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)

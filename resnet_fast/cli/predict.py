@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import json as json_module
+import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import UserError
-from .output import show
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def class_names(classes: int, path: Path | None) -> list[str]:
-    """One name per class: from a text file, from ImageNet's list for a net of 1000 classes, or the class numbers."""
-    if path is not None:
-        try:
-            names = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("a text file of class names", f"{path} ({error})", "correct --names") from error
-        if len(names) != classes:
-            raise UserError(
-                f"{classes} class names, one per line", f"{len(names)} in {path}", "give one line per row of fc.weight"
-            )
-        return names
-    if classes == 1000:
-        from torchvision.models import ResNet50_Weights
-
-        return list(ResNet50_Weights.DEFAULT.meta["categories"])
-    return [f"class {i}" for i in range(classes)]
-
-
-def top_classes(logits: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:
-    """The ``top`` most likely classes of one picture, from its logits (classes,)."""
-    best = logits.double().softmax(0).topk(min(top, len(names)))
-    return [
-        {"class": int(i), "name": names[int(i)], "probability": float(p)}
-        for p, i in zip(best.values, best.indices, strict=True)
-    ]
+from ..errors import UserError, printable
+from .answers import Writer, csv_lines, json_array, tables
+from .output import progress_bar
 
 
 def predict(
@@ -50,52 +21,74 @@ def predict(
         str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
     ] = None,
     top: Annotated[int, typer.Option(help="Classes to print per picture.")] = 5,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file of class names, one per line; by default what the file says. Without both, ImageNet's for "
+            "a net of 1000 classes, else numbers."
+        ),
+    ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive/--no-recursive", help="Look into folders inside folders.")
+    ] = True,
+    batch: Annotated[int, typer.Option(help="Pictures at a time; their answers are printed together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.")] = None,
     backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
-    names: Annotated[Path | None, typer.Option(help="Text file of class names, one per line.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON array in place of tables.")] = False,
+    csv: Annotated[
+        str | None, typer.Option(help="Write a line per picture and class to this file, in place of tables; - prints.")
+    ] = None,
 ) -> None:
-    """The most likely classes of each picture."""
-    import torch
+    """The most likely classes of each picture, printed as they come.
 
-    from .. import accelerate, images
-    from .. import weights as weight_files
-    from ..models import registry
+    A picture that cannot be read is named on stderr and the others go on; the exit code is 2 then.
+    """
+    from .. import classify, devices, flags, images
+    from ..models import trained
 
-    if top < 1:
-        raise UserError("--top >= 1", str(top), "correct --top")
-    net_name = model or "resnet50"
-    registry.image_size(net_name)  # an unknown net is said before files are read
-    files = images.find(image)
-    state = weight_files.read(weights)
-    classes = weight_files.num_classes(state)
-    trained = weight_files.facts(weights)
-    if trained and model in (None, trained["model"]):
-        variant = {key: trained[key] for key in ("shortcut", "stride_in_1x1")}
-        stock = registry.build(trained["model"], num_classes=classes, **variant)
-        look = {key: trained[key] for key in ("size", "mean", "std", "resize")}
-        own_names = names is None and len(trained["classes"]) == classes
-        labels = trained["classes"] if own_names else class_names(classes, names)
-    else:
-        stock, look = registry.build(net_name, num_classes=classes), {"size": registry.image_size(net_name)}
-        labels = class_names(classes, names)
-    net = weight_files.apply(stock, state).eval()
-    net = accelerate(net.to(memory_format=torch.channels_last), backend=backend)
-    results: list[dict[str, Any]] = []
-    for file in files:  # one by one: a folder may hold more pictures than memory does
-        x = images.preprocess(images.read(file).pixels, **look)[None].contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
-            logits = net(x)[0]
-        if not bool(torch.isfinite(logits).all()):
-            raise UserError("finite outputs", f"NaN or infinity for {file}", "check the weights")
-        results.append({"image": str(file), "top": top_classes(logits, labels, top)})
-    if json:
-        typer.echo(json_module.dumps(results, indent=2))
-        return
-    from rich.table import Table
-    from rich.text import Text
+    for name, value in (("--top", top), ("--batch", batch), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} >= 1", str(value), f"correct {name}")
+    if json and csv == "-":
+        raise UserError("one format on stdout", "--json and --csv -", "name a file with --csv")
+    flags.check_backend(backend)
+    devices.check_device(device)
+    if threads is not None:
+        import torch
 
-    for result in results:
-        table = Table("class", "name", "probability", title=Text(result["image"]), title_justify="left")
-        for entry in result["top"]:
-            table.add_row(str(entry["class"]), Text(entry["name"]), f"{entry['probability']:.4f}")
-        show(table)
+        torch.set_num_threads(threads)
+    files = images.find(image, recursive)
+    classifier = trained.load(weights, model, names)
+    for text in classifier.said:
+        _say(text)
+    answers = classify.stream(classifier, files, top=top, batch=batch, device=device, backend=backend, note=_say)
+    done = bad = 0
+    with ExitStack() as stack:
+        writers: list[Writer] = []
+        if csv is not None:
+            writers.append(stack.enter_context(csv_lines(csv)))
+        if json:
+            writers.append(stack.enter_context(json_array()))
+        progress = stack.enter_context(progress_bar(silent=len(files) == 1, eta=True))
+        for group in answers:
+            for write in writers or [tables]:
+                write(group)
+            for answer in group:
+                if answer.top is None:
+                    bad += 1
+                    _say(f"not classified: {answer.refused}")
+            done += len(group)
+            progress(done, len(files), f"{done:,} of {len(files):,} pictures")
+    if bad:
+        raise UserError(
+            f"{len(files)} picture{'s' * (len(files) > 1)} that can be classified",
+            f"{bad} that cannot, named above",
+            "save them again as JPEG or PNG, or leave them out; the other answers stand",
+        )
+    if len(files) > 1:
+        _say(f"{done:,} pictures classified")
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +18,9 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from resnet_fast import images
-from resnet_fast.cli.predict import class_names, predict, top_classes
+from resnet_fast.classify import likeliest
+from resnet_fast.cli import main as cli
+from resnet_fast.cli.predict import predict
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 
@@ -93,15 +99,155 @@ def test_unusable_input(net: nn.Module, tmp_path: Path, changes: dict[str, objec
         raise result.exception
 
 
-def test_names_of_imagenet_and_of_unknown_classes() -> None:
-    assert class_names(1000, None)[281] == "tabby"
-    assert class_names(3, None) == ["class 0", "class 1", "class 2"]
+@pytest.fixture
+def folder(net: nn.Module, tmp_path: Path) -> Path:
+    """Nine pictures, the fourth of which is damaged."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(9):
+        Image.new("RGB", (40, 50), (25 * i, 200, 20)).save(place / f"{i}.png")
+    (place / "3.png").write_bytes((place / "3.png").read_bytes()[:60])
+    return place
+
+
+def _main(tmp_path: Path, *arguments: object) -> int:
+    given = ["predict", *arguments, "--weights", tmp_path / "w.pth", "--model", MODEL, "--batch", 2]
+    return cli.main([str(a) for a in given])
+
+
+@pytest.mark.parametrize("form", ["tables", "json", "csv", "csv file"])
+def test_a_damaged_picture_costs_its_own_answer_alone(
+    form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {"tables": [], "json": ["--json"], "csv": ["--csv", "-"], "csv file": ["--csv", tmp_path / "o.csv"]}[form]
+    assert _main(tmp_path, folder, "--top", 2, *extra) == 2
+    out, err = capsys.readouterr()
+    good = [str(folder / f"{i}.png") for i in range(9) if i != 3]
+    bad = str(folder / "3.png")
+    if form == "tables":
+        assert [line for line in out.splitlines() if line.endswith(".png")] == good
+    elif form == "json":
+        found = json.loads(out)
+        assert [f["image"] for f in found if "top" in f] == good
+        assert [f["image"] for f in found if "error" in f] == [bad]
+    else:
+        text = out if form == "csv" else (tmp_path / "o.csv").read_text()
+        assert form == "csv" or out == ""
+        lines = list(csv.DictReader(text.splitlines()))
+        assert [line["image"] for line in lines if line["rank"] == "1"] == good
+        assert [line["image"] for line in lines if line["error"]] == [bad]
+        assert all(0 < float(line["probability"]) <= 1 for line in lines if line["rank"])
+    assert err.count("3.png") == 1 and "got 1 that cannot" in err.splitlines()[-1]
+
+
+def test_answers_are_printed_before_the_next_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C keeps what there was, and the array is whole."""
+    read = images.read
+
+    def stopped_at_the_eighth(path: Path) -> images.Photo:
+        if path.name == "7.png":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(images, "read", stopped_at_the_eighth)
+    assert _main(tmp_path, folder, "--json") == 130
+    out, err = capsys.readouterr()
+    assert [Path(f["image"]).name for f in json.loads(out)] == ["0.png", "1.png", "2.png", "3.png", "4.png", "5.png"]
+    assert "Traceback" not in err
+
+
+def test_a_batch_changes_no_answer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "3.png").unlink()
+    assert _main(tmp_path, folder, "--json") == 0
+    together = json.loads(capsys.readouterr().out)
+    alone = []
+    for picture in sorted(folder.iterdir()):
+        assert _main(tmp_path, picture, "--json", "--threads", 1, "--device", "cpu") == 0
+        alone += json.loads(capsys.readouterr().out)
+    for a, b in zip(together, alone, strict=True):
+        assert a["image"] == b["image"]
+        assert [t["class"] for t in a["top"]] == [t["class"] for t in b["top"]]
+        assert [t["probability"] for t in a["top"]] == pytest.approx([t["probability"] for t in b["top"]], rel=1e-4)
+
+
+def test_assumptions_are_said_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _main(tmp_path, folder)
+    err = capsys.readouterr().err
+    for said in (f"net: {MODEL} (as asked)", "(its state_dict)", "classes: 7, numbers", "centre 32x32, mean 0.485"):
+        assert err.count(said) == 1
+
+
+def test_folders_inside_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "3.png").unlink()
+    (folder / "deep").mkdir()
+    (folder / "0.png").rename(folder / "deep" / "0.png")
+    assert _main(tmp_path, folder, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == 8
+    assert _main(tmp_path, folder, "--json", "--no-recursive") == 0
+    assert len(json.loads(capsys.readouterr().out)) == 7
+
+
+def test_a_csv_file_replaces_only_its_like(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (tmp_path / "w.pth").read_bytes()
+    assert _main(tmp_path, folder, "--csv", tmp_path / "w.pth") == 2
+    assert "another" in capsys.readouterr().err and (tmp_path / "w.pth").read_bytes() == before
+    for _ in range(2):
+        assert _main(tmp_path, folder / "0.png", "--csv", tmp_path / "o.csv", "--top", 1) == 0
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == 2
+    assert _main(tmp_path, folder / "0.png", "--csv", tmp_path / "none" / "o.csv") == 2
+    assert _main(tmp_path, folder / "0.png", "--csv", "-", "--json") == 2
+    assert "one format on stdout" in capsys.readouterr().err
+
+
+def test_what_overflows_inside_the_net_is_no_answer(
+    net: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fused convolutions turn NaN into 0 at their ReLU: finite weights, and outputs that mean nothing."""
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    state["layer1.0.conv1.weight"] = 1e38 * torch.randn_like(state["layer1.0.conv1.weight"]).abs().clamp(max=3)
+    torch.save(state, tmp_path / "w.pth")
+    assert _main(tmp_path, tmp_path / "red.png", tmp_path / "blue.png", "--json") == 2
+    out, err = capsys.readouterr()
+    assert [sorted(f) for f in json.loads(out)] == [["error", "image"]] * 2
+    assert "red.png (NaN or infinity in the net's outputs)" in err and "blue.png (NaN" in err
+
+
+def test_names_that_a_terminal_would_obey_are_escaped(
+    net: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "names.txt").write_text("\x1b[2Jclear\n" + "b\n" * 6)
+    odd = tmp_path / "a\x1b[31m.png"
+    (tmp_path / "red.png").rename(odd)
+    assert _main(tmp_path, odd, "--names", tmp_path / "names.txt", "--top", 7) == 0
+    out, err = capsys.readouterr()
+    assert "\\x1b[2Jclear" in out and "\x1b" not in out + err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_a_progress_bar_leaves_stdout_alone_and_a_reader_may_leave(folder: Path, tmp_path: Path) -> None:
+    import pty
+
+    command = [sys.executable, "-m", "resnet_fast.cli.main", "predict", folder, "--weights", tmp_path / "w.pth"]
+    command += ["--model", MODEL, "--batch", "2", "--json"]
+    terminal, theirs = pty.openpty()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=120, check=False)
+    os.close(theirs)
+    assert done.returncode == 2 and len(json.loads(done.stdout)) == 9
+    os.close(terminal)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.close()
+    told = run.stderr.read().decode()
+    assert run.wait(timeout=120) != 0 and "Error" not in told and "Traceback" not in told, told
 
 
 def test_top_classes_are_sorted_probabilities() -> None:
-    top = top_classes(torch.tensor([0.0, 3.0, 1.0]), ["a", "b", "c"], 2)
-    assert [t["name"] for t in top] == ["b", "c"]
-    assert top[0]["probability"] == pytest.approx(0.8437947)
+    top = likeliest(torch.tensor([0.0, 3.0, 1.0]), ["a", "b", "c"], 2)
+    assert [t.name for t in top] == ["b", "c"]
+    assert top[0].probability == pytest.approx(0.8437947)
 
 
 def test_a_training_runs_weights_know_their_net_classes_and_images(tmp_path: Path) -> None:

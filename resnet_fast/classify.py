@@ -1,0 +1,139 @@
+"""Pictures in, their most likely classes out, batch by batch: what is finished is there before the next is read.
+
+A picture that cannot be used (unreadable, or one whose outputs are no numbers) is an answer too, with its reason: the
+others do not suffer from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import images
+from .errors import UserError
+from .models.trained import Trained
+
+READERS = 8
+"""Threads that decode; Pillow decodes without holding Python's lock."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """One class of one picture: its number, its name, and its probability (softmax of the logits)."""
+
+    number: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``top``: the most likely classes of ``image``, the first the most likely; None, and why, where there are none."""
+
+    image: Path
+    top: tuple[Likely, ...] | None
+    refused: str = ""
+
+
+def likeliest(logits: Tensor, names: Sequence[str], top: int) -> tuple[Likely, ...]:
+    """The ``top`` most likely classes of one picture, from its logits (classes,)."""
+    best = logits.double().softmax(0).topk(min(top, len(names)))
+    return tuple(Likely(int(i), names[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True))
+
+
+def stream(
+    trained: Trained,
+    files: Sequence[Path],
+    *,
+    top: int = 5,
+    batch: int = 16,
+    device: str = "cpu",
+    backend: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[list[Answer]]:
+    """Answers for ``files`` in their order, up to ``batch`` at a time; ``trained``'s net is accelerated in place.
+
+    ``note`` hears where the net is not run as asked: see :func:`overflows`.
+    """
+    for name, value in (("top", top), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name} >= 1", str(value), f"correct --{name}")
+    target = torch.device(device)
+    net: nn.Module | None = None
+    with _reading(trained, files, 2 * batch) as pictures:
+        while True:
+            group = list(islice(pictures, batch))
+            if not group:
+                return
+            inputs = [x for _, x in group if isinstance(x, Tensor)]
+            logits = iter(())
+            if inputs:
+                x = torch.stack(inputs).to(device=target, memory_format=torch.channels_last)
+                if net is None:
+                    net = prepared(trained, x[:1], backend, note)
+                with torch.inference_mode():
+                    logits = iter(net(x).float().cpu())
+            yield [_answer(path, x, logits, trained.facts.classes, top) for path, x in group]
+
+
+def prepared(trained: Trained, x: Tensor, backend: str, note: Callable[[str], None] = lambda text: None) -> nn.Module:
+    """The accelerated net on ``x``'s device; the stock one where numbers overflow inside it, which is noted.
+
+    The ReLU of oneDNN's fused convolutions turns NaN into 0: what overflowed would come out as an answer. ``x``: a real
+    input (1, 3, size, size); what overflows in float32 does so by its weights, for one picture as for another.
+    """
+    trained.net.to(x.device)
+    with torch.inference_mode():
+        sound = bool(torch.isfinite(trained.net(x)).all())
+    if sound:
+        return trained.accelerated(backend)
+    note("numbers overflow inside the net: its stock layers run, which let NaN through to the outputs")
+    return trained.net
+
+
+def _answer(path: Path, x: Tensor | UserError, logits: Iterator[Tensor], names: Sequence[str], top: int) -> Answer:
+    if isinstance(x, UserError):
+        return Answer(path, None, x.got)
+    row = next(logits)
+    if not bool(torch.isfinite(row).all()):
+        return Answer(path, None, f"{path} (NaN or infinity in the net's outputs)")
+    return Answer(path, likeliest(row, names, top))
+
+
+@contextmanager
+def _reading(trained: Trained, files: Sequence[Path], ahead: int) -> Iterator[Iterator[tuple[Path, Any]]]:
+    """(file, input or complaint) in order, read by threads, at most ``ahead`` in memory; stops reading when left."""
+
+    def one(path: Path) -> Tensor | UserError:
+        try:
+            return trained.inputs(images.read(path).pixels)
+        except UserError as error:
+            return error
+
+    pool = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+
+    def ordered() -> Iterator[tuple[Path, Any]]:
+        waiting: deque[tuple[Path, Future[Any]]] = deque()
+        rest = iter(files)
+        while True:
+            while len(waiting) < ahead and (path := next(rest, None)) is not None:
+                waiting.append((path, pool.submit(one, path)))
+            if not waiting:
+                return
+            path, future = waiting.popleft()
+            yield path, future.result()
+
+    try:
+        yield ordered()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

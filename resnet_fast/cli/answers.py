@@ -1,0 +1,116 @@
+"""How ``resnet-fast predict`` writes its answers: each as it comes, flushed, as tables, a JSON array or CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from ..errors import UserError, printable
+from .output import show
+
+if TYPE_CHECKING:
+    from ..classify import Answer
+
+CSV_HEADER = ("image", "rank", "class", "name", "probability", "error")
+
+
+class Writer(Protocol):
+    """Writes some answers and hands them on to whoever reads the output."""
+
+    def __call__(self, answers: Sequence[Answer]) -> None: ...
+
+
+def tables(answers: Sequence[Answer]) -> None:
+    """A table per picture on stdout."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for answer in answers:
+        if answer.top is None:
+            continue
+        table = Table("class", "name", "probability")
+        for likely in answer.top:
+            table.add_row(str(likely.number), Text(likely.name), f"{likely.probability:.4f}")
+        show(Text(printable(str(answer.image)), no_wrap=True, overflow="ignore"), table)
+    sys.stdout.flush()
+
+
+@contextmanager
+def json_array() -> Iterator[Writer]:
+    """One array on stdout, one line per picture; closed also where the program is stopped."""
+    separator = "[\n"
+
+    def write(answers: Sequence[Answer]) -> None:
+        nonlocal separator
+        for answer in answers:
+            sys.stdout.write(separator + json.dumps(_plain(answer)))
+            separator = ",\n"
+        sys.stdout.flush()
+
+    try:
+        yield write
+    except BrokenPipeError:  # nobody is there to read the end
+        raise
+    except BaseException:
+        sys.stdout.write("[]\n" if separator == "[\n" else "\n]\n")
+        raise
+    else:
+        sys.stdout.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def _plain(answer: Answer) -> dict[str, Any]:
+    if answer.top is None:
+        return {"image": str(answer.image), "error": answer.refused}
+    top = [{"class": t.number, "name": t.name, "probability": t.probability} for t in answer.top]
+    return {"image": str(answer.image), "top": top}
+
+
+@contextmanager
+def csv_lines(target: str) -> Iterator[Writer]:
+    """A line per picture and class in the file ``target``, or on stdout for ``-``."""
+    if target == "-":
+        yield _csv_writer(sys.stdout)
+        return
+    path = Path(target)
+    check_replaceable(path, CSV_HEADER)
+    try:
+        file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    except OSError as error:
+        raise UserError("a file that can be written", f"{path} ({error.strerror})", "correct --csv") from error
+    with file:
+        yield _csv_writer(file)
+
+
+def check_replaceable(path: Path, header: Sequence[str]) -> None:
+    """UserError if ``path`` is there and is anything but an earlier CSV file of these columns."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            ours = file.readline(1000).rstrip("\r\n") == ",".join(header)
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        raise UserError("a new file, or a CSV file of this command", f"{path}, which is another", "correct --csv")
+
+
+def _csv_writer(file: IO[str]) -> Writer:
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(CSV_HEADER)
+    file.flush()
+
+    def write(answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            name = printable(str(answer.image))
+            if answer.top is None:
+                lines.writerow((name, "", "", "", "", printable(answer.refused)))
+            for rank, likely in enumerate(answer.top or (), 1):
+                lines.writerow((name, rank, likely.number, likely.name, f"{likely.probability:.6g}", ""))
+        file.flush()
+
+    return write
