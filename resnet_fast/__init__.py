@@ -3,8 +3,8 @@
     import resnet_fast
     model = resnet_fast.accelerate(torchvision.models.resnet50()).eval()      # or resnet_fast.resnet50()
 
-Importing this defines the ops ``torch.ops.resnet_fast.*`` and touches no device; torchvision is imported by the first
-factory or ``accelerate`` call.
+Importing this defines the ops ``torch.ops.resnet_fast.*``, or has the import of torch define them, and touches no
+device; torch and torchvision are imported by the first use of a name that needs them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .errors import BackendError, UserError
 from .tuning.shapes import ARCHS
+from .with_torch import define_ops
 
 if TYPE_CHECKING:
     from . import ops
@@ -72,21 +73,17 @@ _LAZY = {
 """Public name -> module and attribute that it stands for."""
 
 
-try:
-    importlib.import_module("torch")
-except (ImportError, OSError):
-    # The environment report has to work where torch is missing or broken; every name above then raises torch's error.
-    pass
-else:
-    importlib.import_module(".ops", __name__)
+define_ops()
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are first used and kept."""
-    if name in ARCHS:
+    if name == "ops":
+        value: Any = importlib.import_module(".ops", __name__)
+    elif name in ARCHS:
         from .models.resnet import FACTORIES
 
-        value: Any = FACTORIES[name]
+        value = FACTORIES[name]
     elif name in _LAZY:
         module, _, attribute = _LAZY[name].partition(":")
         value = getattr(importlib.import_module(f".{module}", __name__), attribute)

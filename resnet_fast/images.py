@@ -55,6 +55,14 @@ def bundled() -> list[Photo]:
     return [Photo(name, torch.from_numpy(getattr(data, name)().copy()).permute(2, 0, 1)) for name in BUNDLED]
 
 
+_HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "System Volume Information", "$RECYCLE.BIN")
+
+
+def hidden(name: str) -> bool:
+    """Is that a file or folder that a program put beside the user's own: ``.git``, ``._a.jpg``, ``__MACOSX``?"""
+    return name.startswith(".") or name in _HIDDEN
+
+
 def find(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
     """Files among ``paths``; a folder gives every picture below it (in it, if not recursive), by name.
 

@@ -46,6 +46,40 @@ def test_import_loads_no_backend_and_asks_no_device() -> None:
     assert float(spent) < 2.0  # generous for a busy machine; about a tenth of it on an idle one
 
 
+OPS_FOLLOW_TORCH = """
+import sys
+import resnet_fast
+assert "torch" not in sys.modules
+import torch
+assert "resnet_fast.ops" in sys.modules and torch.ops.resnet_fast.conv_bn_act.default is not None
+assert type(torch.__loader__).__module__ != "resnet_fast.with_torch" and torch.__spec__.loader is torch.__loader__
+assert resnet_fast.ops is sys.modules["resnet_fast.ops"]
+"""
+
+
+def test_torch_comes_later_and_the_ops_with_it() -> None:
+    """``import resnet_fast`` does not wait for torch; whoever imports torch afterwards finds the ops."""
+    run(OPS_FOLLOW_TORCH)
+    run("import resnet_fast; resnet_fast.ops.conv_bn_act; import torch; torch.ops.resnet_fast.stem.default")
+    run("import resnet_fast, importlib.util as u; spec = u.find_spec('torch'); assert spec.loader.is_package('torch')")
+
+
+BROKEN = """
+import sys, warnings
+import resnet_fast
+sys.modules["resnet_fast.ops"] = None
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import torch
+assert any("the ops of resnet_fast are not defined" in str(w.message) for w in said), said
+assert torch.ones(2).sum() == 2
+"""
+
+
+def test_ops_that_cannot_be_defined_leave_torch_usable() -> None:
+    run(BROKEN)
+
+
 def test_imports_point_down() -> None:
     """models > blocks > ops > dispatch > backends; the leaves import none of them."""
     ranks = {"models": 5, "blocks": 4, "ops": 3, "dispatch": 2, "backends": 1}

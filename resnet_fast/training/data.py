@@ -7,7 +7,6 @@ an error here, before anything is trained.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset
 from .. import images
 from ..errors import UserError, missing_package
 from ..facts import Facts
+from . import arrays, folders
 from .augment import Augment
 from .recipe import Recipe
 
@@ -84,6 +84,12 @@ class Data:
     in_memory: bool
     note: str = ""
 
+    def summary(self) -> str:
+        """What is in it, in one line: a folder taken for a class by mistake shows here."""
+        shown = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+        sizes = f"{self.train_size:,} training and {self.val_size:,} validation images"
+        return f"{self.name}: {sizes} of {len(self.classes):,} classes ({shown})"
+
     @property
     def train_size(self) -> int:
         return len(self.train)
@@ -112,14 +118,14 @@ def load(recipe: Recipe) -> Data:
     """The data of ``recipe``. Raises UserError for whatever would stop or spoil the run later."""
     if recipe.data == "folder":
         return _folder(recipe)
-    arrays = {
+    loaded = {
         "digits": _digits,
         "fashion-mnist": _fashion_mnist,
         "cifar10": _cifar,
         "cifar100": _cifar,
         "synthetic": _synthetic,
     }[recipe.data](recipe)
-    return _in_memory(recipe, *arrays)
+    return _in_memory(recipe, *loaded)
 
 
 def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], note: str) -> Data:
@@ -138,7 +144,7 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
         recipe.data,
         InMemory(x, y, Augment.training(recipe)),
         InMemory(x_val, y_val, Augment.none()),
-        tuple(classes),
+        _named(classes, recipe),
         mean,
         std,
         True,
@@ -193,10 +199,10 @@ def _fashion_mnist(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
         root = Path(recipe.data_path)
         places = [root, root / "FashionMNIST" / "raw"]
     for place in places:
-        found = [_idx_file(place, stem) for stem in _IDX]
+        found = [arrays.idx_file(place, stem) for stem in _IDX]
         if all(found):
-            arrays = [_read_idx(path) for path in found if path is not None]
-            return _pair(arrays[0], arrays[1]), _pair(arrays[2], arrays[3]), FASHION, f"from {place}"
+            x, y, x_val, y_val = (arrays.read_idx(path) for path in found if path is not None)
+            return _pair(x, y), _pair(x_val, y_val), FASHION, f"from {place}"
     raise UserError(
         "Fashion-MNIST's four idx files (train-images-idx3-ubyte and its like, .gz or not)",
         f"none in {' or '.join(map(str, places))}",
@@ -207,28 +213,6 @@ def _fashion_mnist(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def _idx_file(folder: Path, stem: str) -> Path | None:
-    return next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
-
-
-def _read_idx(path: Path) -> Tensor:
-    """An idx file of bytes, as torchvision reads it; UserError if it is cut short or something else."""
-    import tempfile
-
-    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
-
-    try:
-        with tempfile.NamedTemporaryFile() as plain:
-            plain.write(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
-            plain.flush()
-            found = read_sn3_pascalvincent_tensor(plain.name)
-        if (found.dtype, found.ndim) != (torch.uint8, 3 if "idx3" in path.name else 1):
-            raise ValueError(f"{found.dtype} in {found.ndim} dimensions")
-        return found
-    except Exception as error:  # what torchvision raises for a damaged file varies: assertions, KeyError, ValueError
-        raise UserError("an idx file of Fashion-MNIST", f"{path} ({error})", "fetch it again") from error
-
-
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise UserError("as many labels as images", f"{len(y)} and {len(x)}", "fetch the files again")
@@ -237,23 +221,9 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cifar(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
     """torchvision's own files: ``data_path/cifar-10-batches-py`` or ``data_path/cifar-100-python``."""
-    from torchvision import datasets
-
-    root = recipe.data_path or "data"
-    cls = datasets.CIFAR10 if recipe.data == "cifar10" else datasets.CIFAR100
-    try:
-        train, val = cls(root, train=True), cls(root, train=False)
-    except Exception as error:  # RuntimeError where files are absent or damaged, pickle's errors where they are foreign
-        raise UserError(
-            f"torchvision's {cls.__name__} files below {root}",
-            " ".join(str(error).split()),
-            f"fetch {cls.url.rpartition('/')[2]}, unpack it there, and give that folder with --data-path",
-        ) from error
-
-    def tensors(found: Any) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
-
-    return tensors(train), tensors(val), train.classes, f"from {root}"
+    root = Path(recipe.data_path or "data")
+    train, val, classes = arrays.cifar(root, hundred=recipe.data == "cifar100")
+    return train, val, classes, f"from {root}"
 
 
 def _synthetic(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
@@ -269,72 +239,30 @@ def _synthetic(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
 
 
 def _folder(recipe: Recipe) -> Data:
-    """ImageNet's layout, ``data_path/{train,val}/<class>/*``; without the two, a fifth of each class is held out."""
+    """Folders of pictures, see :mod:`resnet_fast.training.folders`."""
     root = Path(recipe.data_path or "")
-    if not root.is_dir():
-        raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
-    train_root = root / "train"
-    val_root = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
-    note = ""
-    if train_root.is_dir() and val_root is not None:
-        classes, train = _class_files(train_root)
-        val_classes, val = _class_files(val_root)
-        if val_classes != classes:
-            odd = sorted(set(classes) ^ set(val_classes))
-            raise UserError(f"the same classes in {train_root} and {val_root}", f"{odd[:5]} in one of them", "add them")
-    else:
-        classes, found = _class_files(root)
-        train, val = _held_out(found)
-        note = "no train and val folders: a fifth of each class is the validation set, the same for every seed"
-    if len(classes) < 2:
-        raise UserError("two class folders or more", f"only {classes[0]} in {root}", "name the folder above them")
+    found = folders.find(root, recipe.follow_links)
+    train = found.train
     if recipe.subset is not None:
         train = [train[i] for i in _subset(recipe, recipe.subset, len(train)).tolist()]
-    check_labels(torch.tensor([label for _, label in train]), recipe.classes or len(classes), str(root))
+    labels = torch.tensor([label for _, label in found.train])
+    check_labels(labels, recipe.classes or len(found.classes), str(root))
     return Data(
-        root.name,
+        root.absolute().name,
         Files(train, Augment.training(recipe)),
-        Files(val, Augment.validation(recipe)),
-        tuple(classes),
+        Files(found.val, Augment.validation(recipe)),
+        _named(found.classes, recipe),
         images.MEAN,
         images.STD,
         False,
-        note,
+        "; ".join(found.notes),
     )
 
 
-def _class_files(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """torchvision's reading of class folders: (names, files with labels). UserError for an empty one, by name."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
-    try:
-        classes, numbers = find_classes(str(root))
-        files = make_dataset(str(root), numbers, IMG_EXTENSIONS, allow_empty=True)
-    except OSError as error:
-        raise UserError("class folders with images in them", str(error), "correct --data-path") from error
-    filled = {label for _, label in files}
-    empty = [name for name, number in numbers.items() if number not in filled]
-    if empty:
-        raise UserError(
-            f"images ({', '.join(e.strip('.') for e in IMG_EXTENSIONS)}) in every class folder of {root}",
-            f"none in {', '.join(empty[:5])}",
-            "fill the folder or remove it",
-        )
-    return classes, files
-
-
-def _held_out(files: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(training, validation): every fifth file of each class in an order that is always the same, at least one."""
-    train, val = [], []
-    for label in sorted({label for _, label in files}):
-        mine = [f for f in files if f[1] == label]
-        if len(mine) < 2:
-            raise UserError("two images of a class or more", f"only {mine[0][0]}", "add images, or a val folder")
-        order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0)).tolist()
-        cut = max(1, len(mine) // 5)
-        val += [mine[i] for i in order[:cut]]
-        train += [mine[i] for i in order[cut:]]
-    return train, val
+def _named(names: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+    """One name per class of the net: where ``recipe.classes`` is more than the data have, the rest are numbers."""
+    wanted = recipe.classes or len(names)
+    return (*names[:wanted], *(f"class {i}" for i in range(len(names), wanted)))
 
 
 def check_files(data: Data) -> None:

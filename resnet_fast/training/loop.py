@@ -291,6 +291,7 @@ class _Run:
             self._note(f"the input pipeline alone: {rate:,.0f} img/s with {self.workers} worker processes")
         if self.log is not None:
             self.log.write("run", self.start, **facts)
+        self.watch.note(self.data.summary())
         if self.data.note:
             self.watch.note(f"{self.data.name}: {self.data.note}")
         if plan.left_over:

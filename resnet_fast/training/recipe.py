@@ -32,12 +32,14 @@ AMP = ("none", "bfloat16", "float16")
 class Recipe:
     """One training run. Lengths (``milestones``, ``warmup``) are in the unit that ``epochs`` or ``steps`` fixes.
 
-    ``batch`` counts images per optimizer step over all processes and all ``accumulate`` parts. ``subset`` keeps that
-    many training images, drawn by ``seed``. ``size`` is the side of the network's input; ``augment``: ``crop`` pads by
-    ``pad`` pixels, crops and flips (section 4.2 of the paper); ``imagenet`` crops a random part of random size and
-    flips. ``norm_weight_decay`` replaces ``weight_decay`` for norms and biases. ``warmup`` multiplies the learning rate
-    by ``warmup_factor`` at first, linearly up to 1 or, with ``warmup_shape="constant"``, until it ends. ``ema`` is the
-    decay per step of averaged weights, which validation then uses. ``dtype`` of autocast is ``amp``.
+    ``batch`` counts images per optimizer step over all processes and all ``accumulate`` parts. ``follow_links`` reads
+    what links in a folder of images point to. ``classes``, more than the data have, makes a wider classifier.
+    ``subset`` keeps that many training images, drawn by ``seed``. ``size`` is the side of the network's input.
+    ``augment``: ``crop`` pads by ``pad`` pixels, crops and flips (section 4.2 of the paper); ``imagenet`` crops a
+    random part of random size and flips. ``norm_weight_decay`` replaces ``weight_decay`` for norms and biases.
+    ``warmup`` multiplies the learning rate by ``warmup_factor`` at first, linearly up to 1 or, with
+    ``warmup_shape="constant"``, until it ends. ``ema`` is the decay per step of averaged weights, which validation then
+    uses. ``dtype`` of autocast is ``amp``.
     """
 
     model: str = "cifar_resnet20"
@@ -46,6 +48,7 @@ class Recipe:
     zero_init_residual: bool = False
     data: str = "digits"
     data_path: str | None = None
+    follow_links: bool = False
     classes: int | None = None
     size: int = 16
     subset: int | None = None

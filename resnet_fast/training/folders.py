@@ -1,0 +1,277 @@
+"""Folders of pictures: which folder is a class, which is half of the data, and which files are read.
+
+::
+
+    root/train/<class>/…    root/val/<class>/…      two halves; training, valid, validation, Test and the like, too
+    root/<class>/…                                  a fifth of each class is held out
+    root/train/<class>/…                            the same, of train
+
+Below a class folder every picture counts, at any depth, in torchvision's order. A folder whose name says that it is
+half of a data set is never taken for a class as long as it holds folders. Links are not followed unless asked; hidden
+files and folders (``.git``, ``__MACOSX``) do not count; every other file that is left out is counted and said.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..images import hidden
+
+Labelled = tuple[str, int]
+"""(path of a picture, number of its class)."""
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Of the files that are read, in lower case: those of torchvision's ImageFolder."""
+
+_AROUND = "(?:images?|imgs?|pictures?|photos?|pics?|datasets?|data|sets?|splits?|folders?|dirs?)*"
+_ROLES = {
+    role: re.compile(_AROUND + name + _AROUND)
+    for role, name in {
+        "train": "train(?:ing)?",
+        "val": "(?:val(?:id(?:at(?:e|ion))?)?|dev(?:elopment)?|eval(?:uation)?)",
+        "test": "test(?:ing)?",
+    }.items()
+}
+
+
+def role(name: str) -> str | None:
+    """``train``, ``val`` or ``test`` if a folder of that name is half of a data set: ``Valid``, ``train_images``."""
+    letters = re.sub(r"[\W\d_]+", "", name.lower())
+    return next((key for key, pattern in _ROLES.items() if pattern.fullmatch(letters)), None)
+
+
+@dataclass
+class Found:
+    """The pictures of a training and a validation set, their classes by number, and what is worth saying of them."""
+
+    classes: list[str]
+    train: list[Labelled]
+    val: list[Labelled]
+    notes: list[str]
+
+
+def find(root: Path, follow_links: bool = False) -> Found:
+    """The data set in ``root``. UserError wherever it is not clear which folder is a class, or one has no picture.
+
+    ``follow_links``: read what links below ``root`` point to, too. Cycles are not followed in any case.
+    """
+    if not root.is_dir():
+        raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
+    train_root, val_root, notes = _halves(root)
+    walk = _Walk(root, follow_links)
+    classes, train = _classes(train_root, walk)
+    if val_root is not None:
+        if train_root.samefile(val_root):
+            got = f"one: {train_root.name} and {val_root.name} are the same folder"
+            raise UserError("two folders, to train and to validate on", got, "correct the link")
+        val_classes, val = _classes(val_root, walk)
+        if val_classes != classes:
+            odd = sorted(set(classes) ^ set(val_classes))
+            raise UserError(f"the same classes in {train_root} and {val_root}", f"{odd[:5]} in one of them", "add them")
+    if len(classes) < 2:
+        raise UserError("two class folders or more", f"only {classes[0]} in {train_root}", "name the folder above them")
+    notes += _suspicions(train_root, classes, train)
+    if val_root is None:
+        train, val = _held_out(train)
+    notes += walk.complaints()
+    return Found(classes, train, val, notes)
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in ``root``, links to folders among them, in torchvision's order; none that is hidden."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if not hidden(entry.name) and _kind(entry) == "folder")
+    except OSError as error:
+        raise _unreadable(root, error) from error
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """``folder``, ``file``, or nothing for a pipe, a socket, a device and a link to nowhere."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+    except OSError:  # links in a circle
+        return ""
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError("folders that can be read", f"{path} ({error.strerror})", "mend that, or move it elsewhere")
+
+
+def _halves(root: Path) -> tuple[Path, Path | None, list[str]]:
+    """(folder of the training classes, of the validation classes or None, notes)."""
+    names = _folders(root)
+    by_role: dict[str | None, list[str]] = {}
+    for name in names:
+        by_role.setdefault(role(name), []).append(name)
+    train, val, test = (by_role.get(key, []) for key in ("train", "val", "test"))
+    held = val or test
+    if train and held:
+        if len(train) > 1 or len(held) > 1:
+            got = ", ".join(train + held)
+            raise UserError(f"one folder to train and one to validate on in {root}", got, "move the others elsewhere")
+        rest = [name for name in names if name not in (train[0], held[0])]
+        notes = [] if val else [f"{held[0]} is the validation set"]
+        notes += [f"{_some(rest)} beside {train[0]} and {held[0]} not used"] if rest else []
+        return root / train[0], root / held[0], notes
+    fifth = "a fifth of each class is the validation set, the same for every seed"
+    if train and names == train[:1]:
+        return root / train[0], None, [f"no validation folder beside {train[0]}: {fifth}"]
+    for name in train + held:
+        if _folders(root / name):
+            missing = "val" if name in train else "train"
+            raise UserError(
+                f"class folders, or one folder to train and one to validate on, in {root}",
+                f"{name}, which holds folders of its own, beside {_some([n for n in names if n != name]) or 'nothing'}",
+                f"name the other half {missing}, or move {name} elsewhere",
+            )
+    return root, None, [f"no train and val folders: {fifth}"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _suspicions(root: Path, classes: list[str], files: list[Labelled]) -> list[str]:
+    """What looks like classes one level down. UserError where those would be the halves of a data set."""
+    inside: list[set[str]] = [set() for _ in classes]
+    above = [len(os.path.join(root, name, "")) for name in classes]
+    for path, label in files:
+        first, *rest = path[above[label] :].split(os.sep, 1)
+        if rest:
+            inside[label].add(first)
+    halves = [(name, sub) for name, subs in zip(classes, inside, strict=True) for sub in sorted(subs) if role(sub)]
+    if {role(sub) for _, sub in halves} >= {"train"} and len({role(sub) for _, sub in halves}) > 1:
+        name, sub = halves[0]
+        got = f"{name}/{sub} and the like, which would be one class with both halves"
+        raise UserError(
+            f"train and val above the class folders of {root}", got, "turn it round: train/CLASS, val/CLASS"
+        )
+    if len(inside[0]) > 1 and all(subs == inside[0] for subs in inside):
+        return [f"every class holds the same folders ({_some(sorted(inside[0]))}): are those the classes?"]
+    return []
+
+
+def _classes(root: Path, walk: _Walk) -> tuple[list[str], list[Labelled]]:
+    """(names, files with labels) of the class folders in ``root``. UserError for an empty one, by name."""
+    names = _folders(root)
+    if not names:
+        raise UserError("class folders with images in them", f"none in {root}", "correct --data-path")
+    files: list[Labelled] = []
+    empty = []
+    for label, name in enumerate(names):
+        paths = walk.pictures(os.path.join(root, name))
+        files += [(path, label) for path in paths]
+        if not paths:
+            empty.append(name)
+    if empty:
+        left_out = "".join(f" ({text})" for text in walk.complaints())
+        raise UserError(
+            f"images ({', '.join(e.strip('.') for e in ENDINGS)}) in every class folder of {root}",
+            f"none in {', '.join(empty[:5])}",
+            f"fill the folder or remove it{left_out}",
+        )
+    return names, files
+
+
+@dataclass
+class _Walk:
+    """Finds pictures and counts what it leaves out."""
+
+    root: Path
+    follow: bool
+    endings: Counter[str] = field(default_factory=Counter)
+    links: int = 0
+    cycles: int = 0
+    odd: int = 0
+
+    def pictures(self, folder: str) -> list[str]:
+        """The picture files below ``folder``, in the order of torchvision's ImageFolder."""
+        if os.path.islink(folder) and not self.follow:
+            self.links += 1
+            return []
+        above = {_identity(p) for top in (self.root, Path(folder).parent) for p in _upwards(top)}
+        found: dict[str, list[str]] = {}
+        waiting = [(folder, above)]
+        while waiting:
+            place, above = waiting.pop()
+            inside = above | {_identity(place)}
+            if len(inside) == len(above):
+                self.cycles += 1
+                continue
+            found[place] = []
+            for entry in self._entries(place):
+                kind = _kind(entry)
+                if kind == "folder":
+                    waiting.append((entry.path, inside))
+                elif not kind:
+                    self.odd += 1
+                elif (ending := os.path.splitext(entry.name)[1].lower()) in ENDINGS:
+                    found[place].append(entry.path)
+                else:
+                    self.endings[ending] += 1
+        return [path for place in sorted(found) for path in sorted(found[place])]
+
+    def _entries(self, place: str) -> Iterator[os.DirEntry[str]]:
+        """What is in ``place``, without what is hidden and links that are not followed."""
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if hidden(entry.name):
+                        continue
+                    if entry.is_symlink() and not self.follow:
+                        self.links += 1
+                    else:
+                        yield entry
+        except OSError as error:
+            raise _unreadable(place, error) from error
+
+    def complaints(self) -> list[str]:
+        """What was left out, in words."""
+        out = []
+        if self.endings:
+            ordered = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
+            kinds = [f"{count:,} {ending or 'without one'}" for ending, count in ordered]
+            out.append(f"files left out for their ending: {_some(kinds)}")
+        if self.links:
+            out.append(f"links not followed: {self.links:,} (follow_links=true follows them)")
+        if self.cycles:
+            out.append(f"links back to a folder above, left out: {self.cycles:,}")
+        if self.odd:
+            out.append(f"pipes, sockets, devices and broken links left out: {self.odd:,}")
+        return out
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _upwards(folder: Path) -> list[Path]:
+    whole = folder.resolve()
+    return [whole, *whole.parents]
+
+
+def _held_out(files: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
+    """(training, validation): every fifth file of each class in an order that is always the same, at least one."""
+    by_class: dict[int, list[Labelled]] = {}
+    for file in files:
+        by_class.setdefault(file[1], []).append(file)
+    train: list[Labelled] = []
+    val: list[Labelled] = []
+    for _, mine in sorted(by_class.items()):
+        if len(mine) < 2:
+            raise UserError("two images of a class or more", f"only {mine[0][0]}", "add images, or a val folder")
+        order = torch.randperm(len(mine), generator=torch.Generator().manual_seed(0)).tolist()
+        cut = max(1, len(mine) // 5)
+        val += [mine[i] for i in order[:cut]]
+        train += [mine[i] for i in order[cut:]]
+    return train, val
