@@ -234,7 +234,7 @@ def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
         sources = [path for path in (checkout / folder).rglob("*") if path.suffix in kinds]
         assert {path.relative_to(checkout).as_posix() for path in sources} <= packed
     assert {"CMakeLists.txt", "setup.py", "build_backend.py", "pyproject.toml", "Makefile"} <= packed
-    assert {"README.md", "LICENSE"} <= packed
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/README.md"} <= packed
     about = f"resnet_fast-{resnet_fast.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
