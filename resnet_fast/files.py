@@ -1,10 +1,14 @@
-"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+"""Files that are whole or not there, written beside, flushed to the disk, then renamed; and JSON that is JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -31,3 +35,33 @@ def write_whole(path: Path, content: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """``value`` as JSON that every reader takes; ``layout`` as ``json.dumps`` has it (indent, separators, sort_keys).
+
+    NaN and the infinities, which JSON does not have, become ``null``: "measured, and no number".
+    """
+    return json.dumps(_finite(value), allow_nan=False, **layout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def json_value(text: str | bytes) -> Any:
+    """What JSON ``text`` says. ValueError for everything that is no JSON: bare NaN, and nesting without end, too."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

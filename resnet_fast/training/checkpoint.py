@@ -13,16 +13,21 @@
 
 A checkpoint is written into a hidden folder beside, each file flushed to the disk, and takes its name by a rename: a
 process killed at any instruction, or a disk that fills up, leaves the previous ones as they were. Reading checks every
-file against its digest; a damaged checkpoint is named, and the newest good one before it is used.
+file against its digest; a damaged checkpoint is named, and the newest good one before it is used. Reading runs nothing
+that a file says, and reads no file outside the folder.
+
+Only what a run wrote itself does it remove: folders of exactly these names whose sealed ``meta.json`` has the run's own
+name. A checkpoint that stands in the way is renamed, and the run says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
+import math
 import os
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -37,12 +42,19 @@ from .. import facts as facts_of
 from .. import files
 from ..errors import UserError
 from ..facts import Facts
+from . import shards
 from .augment import seed_of
+from .diagnosis import not_finite
 from .distributed import World
+from .recipe import from_dict
 
 FORMAT = "resnet_fast training checkpoint 1"
 META = "meta.json"
 SHARDS = "shards"
+LAYOUTS = {"full": ("model.safetensors", "state.pt"), "sharded": (f"{SHARDS}/{shards.METADATA}", "state.pt")}
+"""Layout -> the files that it has whatever the recipe."""
+NAME = re.compile(r"step-[0-9]{8,}")
+UNFINISHED = re.compile(r"\.step-[0-9]{8,}")
 
 
 class Damaged(UserError):
@@ -125,15 +137,58 @@ def folder_of(out: Path) -> Path:
 
 def found(out: Path) -> list[Path]:
     """Complete checkpoints of ``out``, the newest first."""
-    return sorted(folder_of(out).glob("step-*"), reverse=True)
+    return sorted(_named(out, NAME), key=step_of, reverse=True)
 
 
-def save(out: Path, state: State, meta: Mapping[str, Any], world: World, sharded: bool, keep: int) -> Path:
-    """Write the checkpoint of ``meta["step"]`` and remove all but the newest ``keep``. Returns its folder.
+def step_of(place: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(place.name.rpartition("step-")[2])
 
-    Every process calls it. UserError where it could not be written (a full disk, say): the older ones are untouched.
-    Those of later steps go: the run, which is at this one, did not go on from them. So do the unfinished ones of a run
-    that was killed.
+
+def _named(out: Path, name: re.Pattern[str]) -> list[Path]:
+    folder = folder_of(out)
+    return [p for p in folder.iterdir() if name.fullmatch(p.name) and p.is_dir()] if folder.is_dir() else []
+
+
+def _run_of(place: Path) -> str | None:
+    """The name of the run that wrote ``place``; None where its meta.json is not there, or not as it was written."""
+    try:
+        return str(_sealed(place).get("run", ""))
+    except Damaged:
+        return None
+
+
+def surplus(out: Path, run: str, step: int, keep: int) -> list[Path]:
+    """The checkpoints that :func:`save` removes at ``step``: all but the newest ``keep`` of those of ``run``."""
+    own = [p for p in found(out) if step_of(p) < step and not p.is_symlink() and _run_of(p) == run]
+    return own[max(keep - 1, 0) :]
+
+
+def set_aside(place: Path) -> Path:
+    """Rename ``place`` to a name that no run looks at, ``step-…-set-aside``; returns it. UserError where it cannot."""
+    names = (f"{place.name}-set-aside{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    new = next(place.with_name(name) for name in names if not os.path.lexists(place.with_name(name)))
+    try:
+        os.rename(place, new)
+    except OSError as error:
+        raise no_room(new, error) from error
+    return new
+
+
+def save(
+    out: Path,
+    state: State,
+    meta: Mapping[str, Any],
+    world: World,
+    sharded: bool,
+    keep: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write the checkpoint of ``meta["step"]`` and remove all but the newest ``keep`` of ``meta["run"]``.
+
+    Every process calls it. Returns its folder. UserError where it could not be written (a full disk, say): the older
+    ones are untouched. What an earlier process of the run left unfinished goes too. ``note`` hears of a folder that
+    stood in the way.
     """
     place = folder_of(out) / f"step-{meta['step']:08d}"
     temporary = place.with_name(f".{place.name}")
@@ -141,19 +196,31 @@ def save(out: Path, state: State, meta: Mapping[str, Any], world: World, sharded
     if sharded:
         failure = _guarded(lambda: _fresh(temporary) if world.first else None, place)
         world.raise_first(failure)
-        failure = _guarded(lambda: _save_shards(temporary, state), place)
+        failure = _guarded(lambda: shards.save(temporary / SHARDS, _state_dicts(state, None)), place)
         world.raise_first(failure)
     if world.first:
-        failure = _guarded(lambda: _finish(place, temporary, state, meta, sharded), place)
+        failure = _guarded(lambda: _finish(place, temporary, state, meta, sharded, note), place)
         if failure is None:
-            kept = [p for p in found(out) if p.name <= place.name][:keep]
-            for old in (*found(out), *folder_of(out).glob(".step-*")):
-                if old not in kept:
-                    shutil.rmtree(old, ignore_errors=True)
+            _tidy(out, str(meta.get("run", "")), meta["step"], keep)
         else:
             shutil.rmtree(temporary, ignore_errors=True)
     world.raise_first(failure)
     return place
+
+
+def _tidy(out: Path, run: str, step: int, keep: int) -> None:
+    """Remove what is surplus, each under a name that no reader takes for a checkpoint, and what is unfinished."""
+    for old in surplus(out, run, step, keep):
+        hidden = old.with_name(f".{old.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        try:
+            os.rename(old, hidden)
+        except OSError:
+            continue  # it stays, as a whole one
+        shutil.rmtree(hidden, ignore_errors=True)
+    for half in _named(out, UNFINISHED):
+        if _run_of(half) in (None, run):
+            shutil.rmtree(half, ignore_errors=True)
 
 
 def _guarded(work: Callable[[], None], place: Path) -> UserError | None:
@@ -172,8 +239,15 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(place: Path, temporary: Path, state: State, meta: Mapping[str, Any], sharded: bool) -> None:
-    """The files that the first process writes, their digests, and the rename."""
+def _finish(
+    place: Path,
+    temporary: Path,
+    state: State,
+    meta: Mapping[str, Any],
+    sharded: bool,
+    note: Callable[[str], None],
+) -> None:
+    """Write the files that the first process writes, their digests, and the rename."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     buffer = io.BytesIO()
@@ -191,18 +265,21 @@ def _finish(place: Path, temporary: Path, state: State, meta: Mapping[str, Any],
     digests = {str(p.relative_to(temporary)): [p.stat().st_size, _digest(p)] for p in written}
     layout = "sharded" if sharded else "full"
     whole = {"format": FORMAT, "layout": layout, "files": digests} | dict(meta)
-    (temporary / META).write_text(json.dumps(whole | {"sha256": _seal(whole)}, indent=1))
+    (temporary / META).write_text(files.json_text(whole | {"sha256": _seal(whole)}, indent=1))
     for path in (*written, temporary / META, *{p.parent for p in written}, temporary):
         files.sync(path)
-    if place.exists():  # the same step saved again after a resume: equal by construction
-        shutil.rmtree(place)
+    if os.path.lexists(place):
+        if not place.is_symlink() and _run_of(place) == meta.get("run", ""):
+            shutil.rmtree(place)  # the same step saved again: equal by construction
+        else:
+            note(f"{place} is not this run's: renamed to {set_aside(place).name}")
     os.rename(temporary, place)
     files.sync(place.parent)
 
 
 def _seal(meta: Mapping[str, Any]) -> str:
     """The digest of a meta.json's content, however it is laid out."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(files.json_text(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -218,33 +295,94 @@ def _slow(file: Any) -> str:
     return digest.hexdigest()
 
 
-def read_meta(place: Path) -> dict[str, Any]:
-    """A checkpoint's ``meta.json``, after every file of it was checked. Raises :class:`Damaged`."""
+def _sealed(place: Path) -> dict[str, Any]:
+    """The content of ``meta.json`` as it was written. Raises :class:`Damaged`."""
     try:
-        meta = json.loads((place / META).read_text())
+        meta = files.json_value((place / META).read_bytes())
     except (OSError, ValueError) as error:
         raise Damaged("a checkpoint folder with meta.json", f"{place} ({error})", "name another one") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise Damaged(f"a checkpoint of the format {FORMAT!r}", f"{place}", "it was written by something else")
     if meta.pop("sha256", None) != _seal(meta):
         raise Damaged("a whole checkpoint", f"{place / META} (other content)", "use an older checkpoint")
+    return meta
+
+
+def read_meta(place: Path) -> dict[str, Any]:
+    """A checkpoint's ``meta.json``, after every field and every file of it was checked. Raises :class:`Damaged`."""
+    meta = _sealed(place)
+    wrong = [name for name, right in FIELDS.items() if not right(meta[name] if name in meta else OPTIONAL.get(name))]
+    if wrong:
+        got = f"{place / META} with {wrong[0]} = {str(meta.get(wrong[0]))[:80]!r}"
+        raise Damaged(f"{wrong[0]} as a training run writes it", got, "use an older checkpoint")
+    try:
+        from_dict(meta["recipe"])
+    except UserError as error:
+        raise Damaged(error.expected, f"{error.got} in {place / META}", "use an older checkpoint") from error
+    absent = [name for name in LAYOUTS[meta["layout"]] if name not in meta["files"]]
+    if absent:
+        raise Damaged(f"{absent[0]} among its files", f"{place / META} without", "use an older checkpoint")
+    root = place.resolve()
     for name, (size, digest) in meta["files"].items():
         path = place / name
-        if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
-            what = "missing" if not path.is_file() else f"{path.stat().st_size} bytes of {size}, or other content"
-            raise Damaged("a whole checkpoint", f"{path} ({what})", "use an older checkpoint")
+        try:
+            if not path.resolve().is_relative_to(root):
+                raise Damaged(f"files inside {place}", f"{name!r} in its {META}", "use a checkpoint that you trust")
+            if not path.is_file():
+                what = "missing"
+            elif path.stat().st_size != size or _digest(path) != digest:
+                what = f"{path.stat().st_size} bytes of {size}, or other content"
+            else:
+                continue
+        except (OSError, RuntimeError) as error:  # not readable; a ring of links, a name too long
+            what = " ".join(str(error).split())
+        raise Damaged("a whole checkpoint", f"{path} ({what})", "use an older checkpoint")
     return meta
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _listing(value: Any) -> bool:
+    """Whether ``value`` maps names of files to sizes and digests."""
+    if not isinstance(value, dict) or any("\0" in name for name in value):
+        return False
+    pairs = [v for v in value.values() if isinstance(v, list) and len(v) == 2]
+    return len(pairs) == len(value) and all(_count(size) and isinstance(digest, str) for size, digest in pairs)
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "layout": lambda v: isinstance(v, str) and v in LAYOUTS,
+    "files": _listing,
+    "step": _count,
+    "classes": lambda v: _count(v) and v > 0,
+    "recipe": lambda v: isinstance(v, dict),
+    "seconds": _number,
+    "sums": lambda v: isinstance(v, list) and len(v) == 3 and all(map(_number, v)),
+    "unreadable": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    "run": lambda v: isinstance(v, str),
+}
+"""What a run reads of ``meta.json``, and what each has to be."""
+OPTIONAL: dict[str, Any] = {"unreadable": [], "run": ""}
 
 
 def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[str]]:
     """(checkpoint to go on from, its meta, complaints about newer ones that are damaged).
 
-    ``auto``: the newest good one of ``out``, None if there is none at all; else the folder ``resume`` itself. Raises
-    :class:`Damaged` where there are some and none is good: a run from the start would overwrite what is left.
+    ``auto``: the newest good one of ``out``, None if there is none at all; else the folder ``resume`` itself, or the
+    newest good one of the run in it. Raises :class:`Damaged` where there are some and none is good: a run from the
+    start would overwrite what is left.
     """
     if resume != "auto":
         place = Path(resume)
-        return place, read_meta(place), []
+        if (place / META).exists() or not found(place):
+            return place, read_meta(place), []
+        out = place
     complaints: list[str] = []
     for place in found(out):
         try:
@@ -258,18 +396,40 @@ def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[st
 
 
 def load(place: Path, meta: Mapping[str, Any], state: State, world: World) -> None:
-    """Restore ``state`` and the random generators from ``place`` in place, whatever number of processes wrote it."""
-    rest = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-    if meta["layout"] == "sharded":
-        _load_shards(place, state)
-    else:
-        _load_full(place, rest["optimizer"], state)
-    if rest["scaler"]:
-        state.scaler.load_state_dict(rest["scaler"])
-    if world.first:
-        set_random_states(rest["random"])
-    else:
+    """Restore ``state`` and the random generators from ``place`` in place, whatever number of processes wrote it.
+
+    The optimizer's hyperparameters stay: they are the recipe's. Raises :class:`Damaged` where the files, whole as they
+    are, hold something else than this net's state.
+    """
+    hyper = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    try:
+        with warnings.catch_warnings():  # torch asks for a bug report about some foreign pickles
+            warnings.simplefilter("ignore")
+            rest = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+        _check_scaler(rest["scaler"])
+        if meta["layout"] == "sharded":
+            _load_shards(place, meta, state)
+        else:
+            _load_full(place, rest["optimizer"], state)
+        if rest["scaler"]:
+            state.scaler.load_state_dict(rest["scaler"])
+        if world.first:
+            set_random_states(rest["random"])
+    except Exception as error:  # torch, safetensors and pickle raise anything for content of another kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise Damaged("a checkpoint of this net", f"{place} ({reason})", "use an older checkpoint") from error
+    for group, values in zip(state.optimizer.param_groups, hyper, strict=True):
+        group.update(values)
+    broken = not_finite(state.model, state.ema, state.optimizer)
+    if broken:
+        raise Damaged("finite weights", f"{place} with {broken}", "use an older checkpoint")
+    if not world.first:
         torch.manual_seed(seed_of(torch.initial_seed(), meta["step"], world.rank))
+
+
+def _check_scaler(content: Mapping[str, Any]) -> None:
+    if not all(_number(value) for value in content.values()) or content.get("scale", 1) <= 0:
+        raise ValueError(f"a gradient scaler of {dict(content)}")
 
 
 def _state_dicts(state: State, options: Any) -> dict[str, Any]:
@@ -294,25 +454,10 @@ def _set_state_dicts(state: State, parts: Mapping[str, Any], options: Any) -> No
         state_dict.set_model_state_dict(state.ema, parts["ema"], options=options)
 
 
-def _save_shards(temporary: Path, state: State) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    try:
-        dcp.save(_state_dicts(state, None), checkpoint_id=str(temporary / SHARDS))
-    except dcp.CheckpointException as error:  # not an Exception; the same in every process
-        rank, (cause, _) = min(error.failures.items())
-        reason = getattr(cause, "strerror", None) or cause
-        raise OSError(f"{reason}, in process {rank}") from error
-
-
-def _load_shards(place: Path, state: State) -> None:
-    import torch.distributed.checkpoint as dcp
-
+def _load_shards(place: Path, meta: Mapping[str, Any], state: State) -> None:
     parts = _state_dicts(state, None)
-    alone = not torch.distributed.is_initialized()
-    with warnings.catch_warnings():  # that it loads in a single process: so it shall
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(parts, checkpoint_id=str(place / SHARDS), no_dist=alone)
+    inside = {name.removeprefix(f"{SHARDS}/") for name in meta["files"] if name.startswith(f"{SHARDS}/")}
+    shards.load(place / SHARDS, inside, parts)
     _set_state_dicts(state, parts, None)
 
 
@@ -320,7 +465,24 @@ def _load_full(place: Path, optimizer: dict[str, Any], state: State) -> None:
     from safetensors.torch import load_file
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    parts = {"model": load_file(place / "model.safetensors"), "optimizer": optimizer}
+    own = _state_dicts(state, None)["optimizer"]  # sharded ones have the whole's shape
+    _check_like(own["state"], optimizer["state"], "optimizer")
+    whole = {"state": optimizer["state"], "param_groups": own["param_groups"]}
+    parts: dict[str, Any] = {"model": load_file(place / "model.safetensors"), "optimizer": whole}
     if state.ema is not None:
         parts["ema"] = load_file(place / "ema.safetensors")
     _set_state_dicts(state, parts, StateDictOptions(full_state_dict=True))
+
+
+def _check_like(own: Any, given: Any, where: str) -> None:
+    """ValueError unless ``given`` has the names, shapes and dtypes of ``own``."""
+    if isinstance(own, torch.Tensor):
+        if not isinstance(given, torch.Tensor) or (given.shape, given.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{where} is not {own.dtype} {tuple(own.shape)}")
+    elif isinstance(own, Mapping):
+        if not isinstance(given, Mapping) or own.keys() != given.keys():
+            raise ValueError(f"{where} has other entries")
+        for name, value in own.items():
+            _check_like(value, given[name], f"{where}/{name}")
+    elif type(own) is not type(given):
+        raise ValueError(f"{where} is not {type(own).__name__}")

@@ -28,6 +28,25 @@ def _bad(tensor: Any) -> bool:
 
 
 @torch.no_grad()
+def not_finite(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> str:
+    """The first weight, running statistic or optimizer state with a value that is no number, described; or "".
+
+    Of sharded tensors this process's part.
+    """
+    tensors = dict(model.state_dict())
+    if ema is not None:
+        tensors |= {f"averaged {name}": t for name, t in ema.state_dict().items()}
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
+    for parameter, values in optimizer.state.items():
+        tensors |= {f"the optimizer's {key} of {names.get(parameter, '?')}": v for key, v in values.items()}
+    for name, tensor in tensors.items():
+        held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if _bad(held):
+            return f"{name}: {_describe(held)}"
+    return ""
+
+
+@torch.no_grad()
 def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
     """One sentence: the first broken weight, input or layer output of ``model(x)`` on stock layers, in running order.
 

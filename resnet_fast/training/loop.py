@@ -6,6 +6,8 @@ file decides when to look, log, validate and save, and what happens to a run tha
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import signal
 import threading
 import time
@@ -208,12 +210,18 @@ class _Run:
             torch.manual_seed(recipe.seed + world.rank)
         self.unreadable: set[str] = set(meta.get("unreadable", ()))
         self.untold: set[str] = set()
+        self.name: str = meta.get("run") or secrets.token_hex(8)
+        """By which its checkpoints know that they are this run's."""
+        set_aside = world.shared(self._set_aside_later) if place is not None else []
         self.log = runlog.RunLog(options.out, self.start, options.tensorboard) if world.first else None
         self.saved_at, self.save_cost = time.perf_counter(), 0.0
         for text in complaints:
             self._note(f"a damaged checkpoint was passed over: {text}")
         if place is not None:
             self._note(f"going on after step {self.start} of {self.total}, from {place}")
+        if set_aside:
+            names = ", ".join(set_aside)
+            self._note(f"later checkpoints are kept under other names, at which no --resume auto looks: {names}")
 
     def _check_norms(self) -> None:
         from .. import flags
@@ -240,6 +248,22 @@ class _Run:
         if place is not None:
             check_resumable(self.recipe, self.classes, meta, place)
         return place, meta, complaints
+
+    def _set_aside_later(self) -> list[str]:
+        """Rename the checkpoints of later steps, which this run does not go on from; the newest gets the log of them.
+
+        They may be damaged, or not wanted; but what was computed is not thrown away, and a later ``--resume auto``
+        finds the newest checkpoint of the run as it goes on now.
+        """
+        later = [p for p in checkpoint.found(self.options.out) if checkpoint.step_of(p) > self.start]
+        new = [checkpoint.set_aside(place) for place in later]
+        log = self.options.out / runlog.NAME
+        if new and log.exists():
+            try:
+                shutil.copy2(log, new[0] / runlog.NAME)
+            except OSError as error:
+                raise checkpoint.no_room(new[0] / runlog.NAME, error) from error
+        return [place.name for place in new]
 
     def _build(self) -> None:
         """Net, optimizer, averaged weights and step, spread over the processes."""
@@ -455,6 +479,7 @@ class _Run:
         self._gather_unreadable(number)
         sums = self.world.sum(self.step.sums.values.cpu().clone())
         meta = {
+            "run": self.name,
             "step": number,
             "classes": self.classes,
             "facts": self.data.facts(self.recipe).to_dict(),
@@ -465,7 +490,12 @@ class _Run:
             "unreadable": sorted(self.unreadable),
         }
         sharded = self.options.parallel == "fsdp"
-        checkpoint.save(self.options.out, self.state, meta, self.world, sharded, self.options.keep)
+        out, keep = self.options.out, self.options.keep
+        if self.log is not None:
+            going = checkpoint.surplus(out, self.name, number, keep)
+            if len(going) > 1:  # more than the one that each new checkpoint replaces: fewer are kept than before
+                self._note(f"removing all but the newest {keep} (--keep): {', '.join(p.name for p in going)}")
+        checkpoint.save(out, self.state, meta, self.world, sharded, keep, self._note)
         self.saved_at = time.perf_counter()
         self.save_cost = self.saved_at - since
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from checkpointcases import META, advance, content, make, reseal, touching
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import checkpoint, curves
@@ -24,41 +25,6 @@ from resnet_fast.training.checkpoint import Damaged, State
 from resnet_fast.training.distributed import World
 from resnet_fast.training.loop import Options, Watch, train
 from resnet_fast.training.recipe import Recipe
-
-META = {"classes": 3, "recipe": {}, "sums": [0.1, 2.0, 3.0], "seconds": 1.5}
-
-
-def make(seed: int = 0, amp: bool = False, ema: bool = False, steps: int = 2, momentum: float = 0.9) -> State:
-    """A small net after ``steps`` steps of SGD."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
-    model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
-    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True) if ema else None
-    state = State(model, optimizer, torch.amp.GradScaler("cpu", enabled=amp, init_scale=4.0 + seed), averaged)
-    advance(state, steps)
-    return state
-
-
-def advance(state: State, steps: int) -> None:
-    for _ in range(steps):
-        x = torch.randn(2, 3, 4, 4) * (1 + random.random() + float(np.random.rand()))
-        state.scaler.scale(state.model(x).square().sum()).backward()
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad()
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)  # type: ignore[operator]
-
-
-def content(state: State) -> dict[str, Any]:
-    ema = None if state.ema is None else state.ema.state_dict()
-    return {
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict(),
-        "ema": ema,
-    }
 
 
 def save(out: Path, state: State, step: int, keep: int = 2, **meta: Any) -> Path:
@@ -98,13 +64,70 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000101"]
 
 
-def test_later_steps_that_the_run_did_not_go_on_from_are_removed(tmp_path: Path) -> None:
+def test_only_what_the_run_wrote_is_removed(tmp_path: Path) -> None:
+    state = make()
+    for step in (1, 2, 4):
+        save(tmp_path, state, step, keep=9, run="mine")
+    folder = checkpoint.folder_of(tmp_path)
+    shutil.copytree(folder / "step-00000004", folder / "step-best")
+    shutil.copytree(folder / "step-00000004", folder / "step-00000004-backup")
+    shutil.copytree(folder / "step-00000001", folder / ".step-00000001-before")
+    (folder / "step-notes").write_text("a file")
+    (folder / "step-00000000").mkdir()
+    (folder / "step-00000000" / "mine.txt").write_text("no checkpoint")
+    (folder / "step-00000005").symlink_to("step-00000004")
+    save(tmp_path, state, 3, keep=9, run="another")
+    save(tmp_path, state, 6, keep=1, run="mine")
+    assert names(tmp_path) == [
+        ".step-00000001-before",
+        "step-00000000",
+        "step-00000003",
+        "step-00000004-backup",
+        "step-00000005",
+        "step-00000006",
+        "step-best",
+        "step-notes",
+    ]
+
+
+def test_a_folder_in_the_way_is_renamed_and_named(tmp_path: Path) -> None:
+    place = checkpoint.folder_of(tmp_path) / "step-00000002"
+    place.mkdir(parents=True)
+    (place / "mine.txt").write_text("no checkpoint")
+    told: list[str] = []
+    checkpoint.save(tmp_path, make(), META | {"step": 2}, World(), False, 1, told.append)
+    assert names(tmp_path) == ["step-00000002", "step-00000002-set-aside"]
+    assert (place.with_name("step-00000002-set-aside") / "mine.txt").exists()
+    assert told == [f"{place} is not this run's: renamed to step-00000002-set-aside"]
+
+
+def test_later_steps_are_untouched_by_a_save(tmp_path: Path) -> None:
     state = make()
     for step in (10, 20, 30):
         save(tmp_path, state, step, keep=3)
-    # Gone on from 10, for the others are damaged or not wanted: a resume must not find them newer than this.
     save(tmp_path, state, 15, keep=1)
-    assert names(tmp_path) == ["step-00000015"]
+    assert names(tmp_path) == ["step-00000015", "step-00000020", "step-00000030"]
+
+
+def test_resume_from_an_older_one_keeps_the_later_ones_and_the_log(
+    tiny: Callable[..., Recipe], options: Callable[..., Options], minute: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves, "write", lambda out, title: None)
+    run = options(save_steps=1, keep=9)
+    train(tiny(steps=4), run)
+    older = checkpoint.found(run.out)[2]
+    told: list[str] = []
+    train(tiny(steps=4), options(resume=str(older), save_steps=1, keep=9, stop_after=1), Watch(note=told.append))
+    aside = [f"step-{step:08d}-set-aside" for step in (4, 3)]
+    assert f"later checkpoints are kept under other names, at which no --resume auto looks: {', '.join(aside)}" in told
+    assert [p.name for p in checkpoint.found(run.out)] == [f"step-{step:08d}" for step in (3, 2, 1)]
+    assert checkpoint.read_meta(checkpoint.folder_of(run.out) / aside[0])["step"] == 4
+    kept = (checkpoint.folder_of(run.out) / aside[0] / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept if '"train"' in line] == [1, 2, 3, 4]
+    told.clear()
+    assert train(tiny(steps=4), options(resume="auto", keep=1), Watch(note=told.append)).finished
+    assert "removing all but the newest 1 (--keep): step-00000003, step-00000002, step-00000001" in told
+    assert names(run.out) == ["step-00000003-set-aside", "step-00000004", "step-00000004-set-aside"]
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
@@ -172,6 +195,182 @@ def test_no_flipped_bit_of_meta_goes_unnoticed(tmp_path: Path) -> None:
         assert {key: meta.get(key) for key in good} == good  # the name of its digest, say, is no content
     path.write_bytes(body)
     assert checkpoint.read_meta(path.parent) == good
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_file_that_would_run_a_command_is_refused(name: str, tmp_path: Path) -> None:
+    place, proof = save(tmp_path / "run", make(), 1), tmp_path / "proof"
+    torch.save(touching(proof), place / name)
+    reseal(place)
+    with pytest.raises(Damaged, match="expected a checkpoint of this net") as error:
+        checkpoint.load(place, checkpoint.read_meta(place), make(1), World())
+    assert not proof.exists() and "\n" not in str(error.value)
+    (place / name).write_bytes(pickle.dumps(touching(proof)))
+    reseal(place)
+    with pytest.raises(Damaged, match="expected a checkpoint of this net"):
+        checkpoint.load(place, checkpoint.read_meta(place), make(1), World())
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "link/../../secret", "link", "absolute"])
+def test_a_listed_file_outside_the_checkpoint_is_not_read(name: str, tmp_path: Path) -> None:
+    place, secret = save(tmp_path, make(), 1), checkpoint.folder_of(tmp_path) / "secret"
+    secret.write_bytes(b"x")
+    if name == "link":
+        (place / "link").symlink_to(secret)
+    name = str(secret) if name == "absolute" else name
+    listed = checkpoint.read_meta(place)["files"] | {name: [1, checkpoint._digest(secret)]}
+    reseal(place, files=listed)
+    with pytest.raises(Damaged, match=r"expected files inside .*step-00000001, got '.*' in its meta\.json"):
+        checkpoint.choose(tmp_path, str(place))
+
+
+WRONG = [
+    ("step", ...),
+    ("step", -1),
+    ("step", "3"),
+    ("step", True),
+    ("step", 2.5),
+    ("classes", ...),
+    ("classes", 0),
+    ("classes", [3]),
+    ("recipe", ...),
+    ("recipe", []),
+    ("recipe", {"lr": "fast"}),
+    ("recipe", {"another": 1}),
+    ("seconds", ...),
+    ("seconds", "long"),
+    ("sums", ...),
+    ("sums", [1.0, 2.0]),
+    ("sums", [1.0, 2.0, None]),
+    ("layout", ...),
+    ("layout", "another"),
+    ("layout", ["full"]),
+    ("layout", "sharded"),
+    ("files", ...),
+    ("files", []),
+    ("files", {}),
+    ("files", {"state.pt": 3}),
+    ("files", {"state.pt": [3]}),
+    ("files", {"state\0": [3, "x"]}),
+    ("files", {"model.safetensors": ["3", "x"]}),
+    ("unreadable", 3),
+    ("unreadable", [3]),
+    ("run", 3),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_a_sealed_meta_with_a_wrong_field_is_damaged(field: str, value: Any, tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 1, unreadable=[])
+    reseal(place, **{field: value})
+    with pytest.raises(Damaged) as error:
+        checkpoint.choose(tmp_path, str(place))
+    assert str(place / "meta.json") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"step": NaN}', '{"step": Infinity}', "\xff", '"' + "9" * 5000])
+def test_a_meta_that_is_no_json_is_damaged(text: str, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(Damaged, match=r"expected a checkpoint folder with meta\.json"):
+        checkpoint.choose(tmp_path, str(tmp_path))
+
+
+def test_a_listed_file_that_cannot_be_looked_at_is_damage(tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 1)
+    listed = checkpoint.read_meta(place)["files"]
+    (place / "ring").symlink_to("ring")
+    for name in ("ring", "a" * 300, "state.pt/inner", "shards"):
+        reseal(place, files=listed | {name: [1, "x"]})
+        with pytest.raises(Damaged, match=r"expected a whole checkpoint, got .*step-00000001"):
+            checkpoint.read_meta(place)
+
+
+def spoil_state(place: Path, path: str, value: Any) -> None:
+    """Set the entry ``path`` of state.pt, or remove it."""
+    state = torch.load(place / "state.pt", weights_only=True)
+    *outer, last = path.split("/")
+    inner = state
+    for name in outer:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    torch.save(state, place / "state.pt")
+    reseal(place)
+
+
+OTHER_STATES = [
+    ("optimizer", ...),
+    ("optimizer", {}),
+    ("optimizer", [1]),
+    ("optimizer/state", {}),
+    ("optimizer/state/0.weight/momentum_buffer", ...),
+    ("optimizer/state/0.weight/momentum_buffer", torch.zeros(7)),
+    ("optimizer/state/0.weight/momentum_buffer", "text"),
+    ("optimizer/state/0.weight/momentum_buffer", torch.full((4, 3, 3, 3), torch.nan)),
+    ("scaler", ...),
+    ("scaler", {"scale": "large"}),
+    ("scaler/scale", 0.0),
+    ("scaler/scale", float("nan")),
+    ("random", ...),
+    ("random", [1, 2]),
+    ("random/torch", torch.zeros(3)),
+    ("random/numpy", ["MT19937", 3]),
+    ("random/python", "text"),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), OTHER_STATES)
+def test_a_state_of_something_else_is_one_line(path: str, value: Any, tmp_path: Path) -> None:
+    place = save(tmp_path, make(amp=True), 1)
+    spoil_state(place, path, value)
+    with pytest.raises(Damaged) as error:
+        checkpoint.load(place, checkpoint.read_meta(place), make(1, amp=True, steps=0), World())
+    assert str(place) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["list", "text", "names", "shapes", "nan", "empty", "header"])
+def test_weights_of_something_else_are_one_line(what: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    place = save(tmp_path, make(), 1)
+    weights = load_file(place / "model.safetensors")
+    if what == "names":
+        save_file({"x": torch.zeros(2)}, place / "model.safetensors")
+    elif what == "shapes":
+        save_file({name: torch.zeros(1) for name in weights}, place / "model.safetensors")
+    elif what == "nan":
+        save_file({name: t * torch.nan for name, t in weights.items()}, place / "model.safetensors")
+    else:
+        body = {"list": b"[]", "text": b"hello", "empty": b"", "header": b"\xff" * 16}[what]
+        (place / "model.safetensors").write_bytes(body)
+    reseal(place)
+    with pytest.raises(Damaged) as error:
+        checkpoint.load(place, checkpoint.read_meta(place), make(1), World())
+    assert str(place) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hyperparameters_are_the_recipes(tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 1)
+    state = torch.load(place / "state.pt", weights_only=True)
+    state["optimizer"]["param_groups"][0] |= {"momentum": "large", "weight_decay": -5.0}
+    torch.save(state, place / "state.pt")
+    reseal(place)
+    other = make(1)
+    checkpoint.load(place, checkpoint.read_meta(place), other, World())
+    (group,) = other.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 0.01)
+
+
+def test_a_runs_folder_is_a_name_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    state = make()
+    good, bad = save(tmp_path, state, 1), save(tmp_path, state, 2)
+    assert checkpoint.choose(tmp_path / "elsewhere", str(tmp_path))[0] == bad
+    damage(bad, "state.pt: truncated")
+    place, _, complaints = checkpoint.choose(tmp_path / "elsewhere", str(tmp_path))
+    assert place == good and len(complaints) == 1
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

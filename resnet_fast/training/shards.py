@@ -1,0 +1,122 @@
+"""The sharded layout: the files of torch.distributed.checkpoint, read without running anything that is in them.
+
+Its reader trusts what it reads: ``.metadata`` is a pickle, each plain value (a learning rate, say) is another, and both
+may name any function of Python's. Here the first may name the classes that the writer writes and no other, the second
+is read with ``weights_only=True``, and no entry may lie in a file that the checkpoint's ``meta.json`` does not list.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.serialization import _get_layout
+
+METADATA = ".metadata"
+
+_CLASSES = (
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.TensorProperties,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+)
+ADMITTED: dict[tuple[str, str], Any] = {
+    **{(cls.__module__, cls.__qualname__): cls for cls in _CLASSES},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    # Where the writer was, which nobody reads; the module's name depends on Python's version.
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+"""What a ``.metadata`` may name, and what it gets; besides these torch's dtypes."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ADMITTED:
+            return ADMITTED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does, and could run code")
+
+
+def read_metadata(folder: Path, files: Collection[str]) -> metadata.Metadata:
+    """The metadata of the checkpoint in ``folder``, each of whose entries lies in one of ``files`` (names there).
+
+    pickle.UnpicklingError or ValueError for anything else.
+    """
+    found = _Unpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
+    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
+        raise ValueError("it is not the metadata of torch.distributed.checkpoint")
+    for index, info in found.storage_data.items():
+        if not isinstance(index, metadata.MetadataIndex) or not isinstance(info, filesystem._StorageInfo):
+            raise ValueError("an entry is of another kind")
+        if info.relative_path not in files:
+            raise ValueError(f"{index.fqn} lies in {info.relative_path!r}, which is no file of this checkpoint")
+        if info.transform_descriptors or min(info.offset, info.length) < 0:
+            raise ValueError(f"{index.fqn} is stored in another way")
+    return found
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's, with metadata that was read already."""
+
+    def __init__(self, folder: Path, found: metadata.Metadata):
+        super().__init__(folder)
+        self.found = found
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        self.found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return self.found
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """torch's, which is given plain values that were read without running them, written anew."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        again = io.BytesIO()
+        torch.save(torch.load(value, map_location="cpu", weights_only=True), again)
+        again.seek(0)
+        super().load_bytes(read_item, again)
+
+
+def save(folder: Path, parts: dict[str, Any]) -> None:
+    """Write the shards that this process has of ``parts``. Every process calls it; OSError where one cannot write."""
+    try:
+        dcp.save(parts, checkpoint_id=str(folder))
+    except dcp.CheckpointException as error:  # not an Exception; the same in every process
+        raise OSError(_first(error)) from error
+
+
+def load(folder: Path, files: Collection[str], parts: dict[str, Any]) -> None:
+    """Read into ``parts`` in place, whatever number of processes wrote it. Every process calls it.
+
+    ValueError and its like where the files are of something else.
+    """
+    reader = _Reader(folder, read_metadata(folder, files))
+    alone = not torch.distributed.is_initialized()
+    try:
+        with warnings.catch_warnings():  # that it loads in a single process: so it shall
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(parts, storage_reader=reader, planner=_Planner(), no_dist=alone)
+    except dcp.CheckpointException as error:
+        raise ValueError(_first(error)) from error
+
+
+def _first(error: dcp.CheckpointException) -> str:
+    """The reason of the first process that failed."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"{getattr(cause, 'strerror', None) or cause}, in process {rank}"

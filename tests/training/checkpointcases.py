@@ -1,0 +1,75 @@
+"""A small net with its state, and what an attacker may leave in a checkpoint; shared by the tests of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from resnet_fast.training import checkpoint
+from resnet_fast.training.checkpoint import State
+
+META = {"classes": 3, "recipe": {}, "sums": [0.1, 2.0, 3.0], "seconds": 1.5}
+
+
+def make(seed: int = 0, amp: bool = False, ema: bool = False, steps: int = 2, momentum: float = 0.9) -> State:
+    """A small net after ``steps`` steps of SGD."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True) if ema else None
+    state = State(model, optimizer, torch.amp.GradScaler("cpu", enabled=amp, init_scale=4.0 + seed), averaged)
+    advance(state, steps)
+    return state
+
+
+def advance(state: State, steps: int) -> None:
+    for _ in range(steps):
+        x = torch.randn(2, 3, 4, 4) * (1 + random.random() + float(np.random.rand()))
+        state.scaler.scale(state.model(x).square().sum()).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)  # type: ignore[operator]
+
+
+def content(state: State) -> dict[str, Any]:
+    ema = None if state.ema is None else state.ema.state_dict()
+    return {
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "ema": ema,
+    }
+
+
+class touching:
+    """What creates the file ``proof`` where a pickle of it is read without restriction."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.proof}",)
+
+
+def reseal(place: Path, **changes: Any) -> None:
+    """Write a ``meta.json`` with ``changes`` that fits the files as they are now, as whoever spoils one with care
+    does. A change to ``...`` removes the field."""
+    path = place / checkpoint.META
+    meta = json.loads(path.read_text())
+    meta["files"] = {
+        str(p.relative_to(place)): [p.stat().st_size, checkpoint._digest(p)]
+        for p in sorted(place.rglob("*"))
+        if p.is_file() and p != path
+    }
+    meta = {name: value for name, value in (meta | changes).items() if value is not ... and name != "sha256"}
+    path.write_text(json.dumps(meta | {"sha256": checkpoint._seal(meta)}))
