@@ -11,15 +11,17 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import native
+from . import flags, native
 from ._version import __version__
-from .errors import BackendError
+from .errors import BackendError, UserError
 
 ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx_ne_convert")
 """Instruction sets that decide which CPU kernels can run, as Linux and :mod:`resnet_fast.native` name them."""
@@ -164,6 +166,34 @@ def _backends() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Switch:
+    """An environment variable: its value now, and what it may be."""
+
+    value: str
+    set: bool
+    default: str
+    choices: tuple[str, ...]
+    meaning: str
+
+    def __str__(self) -> str:
+        choices = f"choices {', '.join(self.choices)}; " if self.choices else ""
+        return f"{self.value or 'not set'} ({choices}default {self.default or 'none'}). {self.meaning}"
+
+
+def _switches() -> dict[str, Any]:
+    """Every switch, and what is set that is none."""
+
+    def switch(flag: flags.Flag) -> Switch:
+        value, default = flag.read(), flag.default
+        if flag is flags.CACHE_FOLDER:
+            value, default = str(flags.cache_folder()), str(flags.default_cache_folder())
+        return Switch(value, bool(os.environ.get(flag.name)), default, flag.choices, flag.meaning)
+
+    found: dict[str, Any] = {flag.name: _ask(partial(switch, flag)) for flag in flags.TABLE}
+    return found | {name: Failure(f"no such switch; {todo}") for name, todo in flags.unknown().items()}
+
+
 SECTIONS: dict[str, dict[str, Probe] | Probe] = {
     "versions": {
         "resnet_fast": lambda: __version__,
@@ -189,6 +219,7 @@ SECTIONS: dict[str, dict[str, Probe] | Probe] = {
     "native library": _native_library,
     "host module": _host_module,
     "backends": _backends,
+    "switches": _switches,
 }
 """Section -> its probes by name, or one probe that gives all lines of the section."""
 
@@ -198,7 +229,11 @@ def _ask(probe: Probe) -> Any:
         return probe()
     except Exception as error:
         text = " ".join(str(error).split())
-        if type(error) in (LookupError, BackendError):  # raised here or in native.py, with a sentence of its own
+        if type(error) in (
+            LookupError,
+            BackendError,
+            UserError,
+        ):  # raised here or in native.py, with a sentence of its own
             return Failure(text)
         return Failure(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
@@ -215,21 +250,34 @@ def to_json(value: Any) -> Any:
     """The report in JSON's types. A failure becomes ``{"available": false, "reason": ...}``."""
     if isinstance(value, Failure):
         return {"available": False, "reason": value.reason}
+    if isinstance(value, Switch):
+        return asdict(value)
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as text: one block per section, one line per fact."""
+def render(report: dict[str, Any], width: int | None = None) -> str:
+    """The report as text: one block per section, one line per fact, or several of at most ``width`` characters."""
     blocks = []
     for title, facts in report.items():
         if not isinstance(facts, dict):
-            blocks.append(f"{title}\n  {facts}")
+            blocks.append("\n".join([title, *_lines("  ", str(facts), width)]))
             continue
-        width = max((len(name) for name in facts), default=0)
-        blocks.append("\n".join([title, *(f"  {name:<{width}}  {_text(fact)}" for name, fact in facts.items())]))
+        longest = max((len(name) for name in facts), default=0)
+        lines = [line for name, fact in facts.items() for line in _lines(f"  {name:<{longest}}  ", _text(fact), width)]
+        blocks.append("\n".join([title, *lines]))
     return "\n\n".join(blocks)
+
+
+def _lines(label: str, text: str, width: int | None) -> list[str]:
+    """``text`` behind its label, folded between words, never inside a word."""
+    indent = " " * min(len(label), 30)
+    if width is None:
+        return [label + text]
+    # whole words: a name or a path can be searched for
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    return wrapper.wrap(label + text)
 
 
 def _text(fact: Any) -> str:

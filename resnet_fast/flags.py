@@ -1,11 +1,14 @@
 """Every environment switch: name, type, default, meaning. A value that cannot be read is an error, never a default.
 
-Read at the time of use, so that a test (or a notebook) may change ``os.environ`` after the import.
+Read at the time of use, so that a test (or a notebook) may change ``os.environ`` after the import. A variable with our
+prefix that is none of these is a typing error: :func:`unknown` finds it, the command line says so.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Flag:
-    """One environment switch. ``choices`` are the accepted values, in lower case."""
+    """One environment switch. ``choices`` are the accepted values, in lower case; without any it takes free text."""
 
     name: str
     default: str
@@ -29,12 +32,23 @@ class Flag:
         raw = os.environ.get(self.name)
         if raw is None or raw == "":
             return self.default
+        if not self.choices:
+            return self._path(raw)
         value = raw.strip().lower()
         if value not in self.choices:
             raise UserError(
                 f"{self.name} to be one of {', '.join(self.choices)}", repr(raw), f"unset it for {self.default!r}"
             )
         return value
+
+    def _path(self, raw: str) -> str:
+        """``raw`` itself, unless it cannot be the file or the folder that is meant."""
+        path = Path(raw).expanduser()
+        if self is LIBRARY_FILE and not path.is_file():
+            raise UserError(f"{self.name} to name a file", repr(raw), "unset it for the package's own library")
+        if self is CACHE_FOLDER and path.exists() and not path.is_dir():
+            raise UserError(f"{self.name} to name a folder", f"the file {raw!r}", "name a folder, or unset it")
+        return raw
 
     def enabled(self) -> bool:
         """For the on/off switches: is it ``1``?"""
@@ -79,18 +93,54 @@ DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tr
 ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
-"""Folder of what tuning measured; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
-
+"""Folder of what was measured here; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
 
 LIBRARY = "RESNET_FAST_LIBRARY"
 """File of a native library to load in place of the package's own: one that was built out of tree."""
 
+CACHE_FOLDER = Flag(CACHE, "", (), "folder of what tuning and explain measured here")
+LIBRARY_FILE = Flag(
+    LIBRARY, "", (), "file of a native library built out of tree, to load in place of the package's own"
+)
+
+_BUILT = ("auto", "0", "1")
+BUILD = (
+    Flag("RESNET_FAST_BUILD_NATIVE", "auto", _BUILT, "pip install: build the native library; 1 fails where it cannot"),
+    Flag("RESNET_FAST_BUILD_CUDA", "auto", _BUILT, "pip install: build its CUDA half"),
+    Flag("RESNET_FAST_BUILD_HOST", "0", _BUILT, "pip install: build the module of CPU facts, which needs no torch"),
+    Flag("RESNET_FAST_CUDA_ARCHS", "", (), "pip install: architectures of the CUDA half, as CMake spells them"),
+)
+"""What setup.py reads."""
+
+TABLE = (*ALL, CACHE_FOLDER, LIBRARY_FILE, *BUILD)
+"""Every variable that means something here."""
+
+PREFIX = "RESNET_FAST_"
+
+
+def unknown(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables with our prefix that no switch has, each with what to do about it: the close match, where there is one.
+
+    ``environment``: by default ``os.environ``.
+    """
+    known = [flag.name.removeprefix(PREFIX) for flag in TABLE]
+    found = {}
+    for name in sorted(os.environ if environment is None else environment):
+        word = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and word not in known:
+            close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+            found[name] = f"did you mean {PREFIX}{close[0]}?" if close else "`resnet-fast env` lists the switches"
+    return found
+
 
 def cache_folder() -> Path:
-    """The folder that :data:`CACHE` names, or the default. It need not exist."""
-    named = os.environ.get(CACHE)
-    if named:
-        return Path(named).expanduser()
+    """The folder that :data:`CACHE` names, or the default. It need not exist. UserError where a file has that name."""
+    named = CACHE_FOLDER.read()
+    return Path(named).expanduser() if named else default_cache_folder()
+
+
+def default_cache_folder() -> Path:
+    """Where the cache is if :data:`CACHE` does not name another folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
 
 

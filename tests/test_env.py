@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from resnet_fast import env, native
+from resnet_fast import env, flags, native
 
 BLOCK_TORCH = """
 import runpy, sys
@@ -107,3 +107,24 @@ def test_isa_agrees_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_absent_distribution_is_named() -> None:
     with pytest.raises(LookupError, match="no-such-thing is not installed"):
         env._distribution("no-such-thing")()
+
+
+def test_every_switch_with_value_default_and_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_FAST_STRICT", "1")
+    monkeypatch.setenv("RESNET_FAST_TF32", "maybe")
+    monkeypatch.setenv("RESNET_FAST_STRCT", "1")
+    switches = env.to_json(env.collect()["switches"])
+    assert set(switches) == {flag.name for flag in flags.TABLE} | {"RESNET_FAST_STRCT"}
+    strict = switches["RESNET_FAST_STRICT"]
+    assert strict["value"] == "1" and strict["set"] and strict["default"] == "0" and "raises" in strict["meaning"]
+    assert "expected RESNET_FAST_TF32 to be one of 0, 1, got 'maybe'" in switches["RESNET_FAST_TF32"]["reason"]
+    assert switches["RESNET_FAST_STRCT"]["reason"] == "no such switch; did you mean RESNET_FAST_STRICT?"
+    assert switches["RESNET_FAST_CACHE"]["value"] == str(flags.cache_folder())
+
+
+def test_folded_report_loses_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = env.collect()
+    folded = env.render(report, 80)
+    assert folded.split() == env.render(report).split()
+    words = max(len(word) for word in folded.split())
+    assert max(map(len, folded.splitlines())) <= max(80, 31 + words)

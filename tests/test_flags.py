@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from resnet_fast import flags
@@ -43,3 +46,31 @@ def test_check_backend() -> None:
     assert all(flags.check_backend(name) == name for name in flags.BACKENDS)
     with pytest.raises(UserError, match=r"expected a backend among auto, .*, got 'tpu'; use 'auto'"):
         flags.check_backend("tpu")
+
+
+def test_every_variable_of_the_build_is_in_the_table() -> None:
+    """setup.py runs where the package cannot be imported, so its names and choices are checked here."""
+    text = (Path(__file__).parents[1] / "setup.py").read_text()
+    read = set(re.findall(r"RESNET_FAST_(?:BUILD_[A-Z]+|CUDA_ARCHS)", text))
+    assert read == {flag.name for flag in flags.BUILD}
+    for name, choices in re.findall(r'switch\("(RESNET_FAST_[A-Z_]+)", ([^)]*)\)', text):
+        flag = next(flag for flag in flags.BUILD if flag.name == name)
+        assert sorted(re.findall(r'"(\w+)"', choices)) == sorted(flag.choices) and f'"{flag.default}"' in choices
+
+
+def test_unknown_variables_come_with_the_close_match() -> None:
+    found = flags.unknown({"RESNET_FAST_CAHCE": "x", "RESNET_FAST_FOO_BAR": "1", "RESNET_FAST_CACHE": "y", "HOME": "/"})
+    assert found == {
+        "RESNET_FAST_CAHCE": "did you mean RESNET_FAST_CACHE?",
+        "RESNET_FAST_FOO_BAR": "`resnet-fast env` lists the switches",
+    }
+
+
+def test_paths_that_cannot_be_meant_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="expected RESNET_FAST_CACHE to name a folder"):
+        flags.cache_folder()
+    monkeypatch.setenv("RESNET_FAST_LIBRARY", str(tmp_path / "absent.so"))
+    with pytest.raises(UserError, match="expected RESNET_FAST_LIBRARY to name a file"):
+        flags.LIBRARY_FILE.read()

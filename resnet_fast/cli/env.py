@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from typing import Annotated
 
 import typer
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
-    """Versions, devices and backends, and why each backend can or cannot run here."""
+    """Versions, devices, backends and why each can or cannot run here, and every environment switch."""
     from ..env import collect, render, to_json
 
     report = collect()
-    print(json.dumps(to_json(report), indent=2) if as_json else render(report))
+    # Plain lines where the report goes into a file or a bug report, folded ones where a person reads them.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(json.dumps(to_json(report), indent=2) if as_json else render(report, width))

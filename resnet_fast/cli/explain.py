@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError, missing_package
+from ..flags import BACKENDS
+from .options import one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +21,8 @@ def explain(
     model: Annotated[str, typer.Argument(help="A net's name; with --timm, the name of one of timm's ResNets.")],
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 1,
-    dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "float32",
-    backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
+    dtype: Annotated[str, one_of(DTYPES, "Element type")] = "float32",
+    backend: Annotated[str, one_of(BACKENDS, "Backend that has to run it")] = "auto",
     timm: Annotated[bool, typer.Option("--timm", help="Take the net from timm.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -28,8 +30,6 @@ def explain(
     for name, value in (("--image", image), ("--batch", batch)):
         if value is not None and value < 1:
             raise UserError(f"{name} >= 1", str(value), f"correct {name}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype among {', '.join(DTYPES)}", repr(dtype), "correct --dtype")
     import torch
 
     from .. import accelerate

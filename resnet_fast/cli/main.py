@@ -7,6 +7,7 @@ that one which cannot be imported leaves the others working.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,11 +16,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .. import flags
 from .._version import __version__
-from ..errors import BackendError, UserError
-from ..flags import DEBUG
-
-PROGRAM = "resnet-fast"
+from ..errors import UserError
+from .failures import BROKEN_PIPE, INTERRUPTED, PROGRAM, did_you_mean, failure, option_names
+from .output import accept_any_text, silence
 
 COMMANDS = {
     "demo": "resnet_fast.cli.demo:demo",
@@ -61,14 +62,20 @@ class _LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
-            return None
+            if cmd_name.startswith("-"):
+                return None  # an option, which typer refuses
+            close = did_you_mean(cmd_name, list(COMMANDS))
+            todo = close.removeprefix("; ") or f"`{PROGRAM} --help` describes them"
+            raise UserError(f"a command among {', '.join(COMMANDS)}", repr(cmd_name), todo)
         # An app with a single command is that command: typer's public way from a function to a command.
-        single = typer.Typer(add_completion=False)
+        single = typer.Typer(add_completion=False, context_settings=HELP)
         single.command(name=cmd_name)(_load(cmd_name))
         return typer.main.get_command(single)
 
 
-app = typer.Typer(name=PROGRAM, cls=_LazyGroup, add_completion=False)
+HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(name=PROGRAM, cls=_LazyGroup, add_completion=False, context_settings=HELP)
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,8 +92,20 @@ def _root(
     ] = False,
 ) -> None:
     """Drop-in ResNets with fused kernels: run them, time them, and see which kernel ran where and why."""
-    if ctx.invoked_subcommand is None and (text := ctx.get_help()):  # empty where rich has printed it already
-        print(text)
+    if ctx.invoked_subcommand is None:
+        if text := ctx.get_help():  # empty where rich has printed it already
+            print(text)
+    elif ctx.invoked_subcommand != "env":  # it reports every switch itself
+        _check_switches()
+
+
+def _check_switches() -> None:
+    """Say which variables with our prefix mean nothing, and refuse values that cannot be read, before any work."""
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+        for name, todo in flags.unknown().items():
+            _complain(f"warning: the environment sets {name}, which is no switch; {todo}")
+    for flag in flags.TABLE:
+        flag.read()
 
 
 def _complain(message: str) -> None:
@@ -95,7 +114,7 @@ def _complain(message: str) -> None:
 
 def _show_traceback() -> bool:
     try:
-        return DEBUG.enabled()
+        return flags.DEBUG.enabled()
     except UserError as error:
         _complain(str(error))
         return False
@@ -105,32 +124,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` if None) and return the exit code.
 
     0 done; 1 an error of the program's own; 2 a request that cannot be served, said in one line on stderr; 130
-    interrupted. ``RESNET_FAST_DEBUG=1`` prints the traceback before the line.
+    interrupted; 141 the reader of our output went away. ``RESNET_FAST_DEBUG=1`` prints the traceback before the line.
     """
-    command = typer.main.get_command(app)
+    accept_any_text()
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = command.main(
-            args=None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False
-        )
+        result = typer.main.get_command(app).main(args=given, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:  # typer turns a broken pipe into an exit
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        silence()
+        return BROKEN_PIPE
     except Exception as error:
         if _show_traceback():
             traceback.print_exc()
-        if isinstance(error, (UserError, BackendError)):
-            _complain(str(error))
-            return 2
-        # A command line that cannot be parsed. typer imports or vendors click, depending on its version; the base
-        # class of these errors has no public name, their method has.
-        if hasattr(error, "format_message"):
-            context = getattr(error, "ctx", None)
-            path = context.command_path if context is not None else PROGRAM
-            _complain(f"expected what '{path} --help' describes, got: {error.format_message()}")
-            return 2
-        hint = f"an error in {PROGRAM} itself; RESNET_FAST_DEBUG=1 shows where"
-        _complain(f"{type(error).__name__}: {error}; {hint}")
-        return 1
+        found = failure(error, *_asked_for(given))
+        _complain(found.line)
+        return found.code
+
+
+def _asked_for(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that was asked for, and its options."""
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name not in COMMANDS:
+        return PROGRAM, option_names(typer.main.get_command(app))
+    return f"{PROGRAM} {name}", option_names(_LazyGroup().get_command(None, name))
 
 
 if __name__ == "__main__":

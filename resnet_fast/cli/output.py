@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
+import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+_PLAIN = {"…": "...", "×": "x", "·": "*", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "≈": "~", "µ": "u", "μ": "u"}
+_PLAIN |= dict.fromkeys("–—−‑", "-") | dict.fromkeys("‘’", "'") | dict.fromkeys("“”„", '"') | dict.fromkeys("•●", "*")
+
+
+def _plain(character: str) -> str:
+    """A character in ASCII: a box's line as -, | or +, a letter without its accent, else as Python escapes it."""
+    if character in _PLAIN:
+        return _PLAIN[character]
+    name = unicodedata.name(character, "")
+    if name.startswith("BOX DRAWINGS"):
+        straight = "" if " AND " in name else name.split()[-1]
+        return {"HORIZONTAL": "-", "VERTICAL": "|"}.get(straight, "+")
+    letters = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return letters or character.encode("ascii", "backslashreplace").decode()
+
+
+def _transliterate(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_plain, error.object[error.start : error.end])), error.end
+
+
+def accept_any_text() -> None:
+    """Let stdout and stderr print whatever their encoding lacks, a dash in ASCII or half a file name, as near to it as
+    they can; a report must not be lost to one character."""
+    codecs.register_error("resnet_fast.plain", _transliterate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="resnet_fast.plain")
+
+
+def silence() -> None:
+    """Let what is still to be flushed vanish: nobody reads stdout any more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(*parts: RenderableType) -> None:

@@ -21,15 +21,17 @@ def reproduce(
         str, typer.Option(help="reduced (Fashion-MNIST, two CPU cores, an hour) or full (the paper's).")
     ] = "reduced",
     data_path: Annotated[
-        Path | None, typer.Option(help="Where the data lies: CIFAR-10 or ImageNet in the full protocol.")
+        Path | None, typer.Option(help="Where CIFAR-10 or ImageNet lies, for the full protocol; by default nowhere.")
     ] = None,
     set: Annotated[
         list[str] | None, typer.Option(help="Change a recipe key of every run, as key=value; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every run.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's choice.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read images; by default what suits the machine.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")] = Path(
         "out/reproduce"
     ),

@@ -18,6 +18,8 @@ from .output import show
 if TYPE_CHECKING:
     from rich.table import Table
 
+DTYPES = tuple(name for name, _ in model.H100.rates)
+
 READING = (
     "floor: bytes over bandwidth or operations over rate per launch, no cost for the launch (modelled from the "
     "ceilings above). predicted: with kernels as good as stock ones, {fused:.2f} of the floor's speed in fused "
@@ -35,10 +37,10 @@ def roofline(
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(model.gpus())}.")] = "h100",
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 256,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
-    dtype: Annotated[str, typer.Option(help="Element type of activations and weights.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "bfloat16",
     plan: Annotated[str, typer.Option(help=f"Fusion plan: {', '.join(model.PLANS)}.")] = "tail",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the roofline into this file, .png, .svg or .pdf.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png, .svg or .pdf; by default none.")] = None,
 ) -> None:
     """Floor and predicted time of every launch, block and fusion plan of a net on a GPU that need not be here."""
     device = model.gpu(gpu)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..spec import ITEMSIZE
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -20,8 +22,12 @@ def summary(
     ] = None,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
     batch: Annotated[int, typer.Option(help="Images per batch (one net only).")] = 1,
-    dtype: Annotated[str, typer.Option(help="Element type that bytes are counted for (one net only).")] = "float32",
-    shortcut: Annotated[str | None, typer.Option(help="Shortcut option of the paper: A, B or C.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help=f"Element type that bytes are counted for (one net only): {', '.join(ITEMSIZE)}.")
+    ] = "float32",
+    shortcut: Annotated[
+        str | None, typer.Option(help="Shortcut option of the paper: A, B or C; by default the net's own.")
+    ] = None,
     stride_in_1x1: Annotated[
         bool, typer.Option("--stride-in-1x1", help="The paper's v1: a bottleneck's stride on its first 1x1.")
     ] = False,

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..flags import BACKENDS
 from .output import progress_bar, show
 
 if TYPE_CHECKING:
     from ..training.loop import Tick
 
-RECIPE = "Recipe"
+RECIPE = "Recipe (by default as --recipe says)"
 RUN = "How to run it"
 
 
 def train(
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe that ships with the package (see --list), or a YAML file.", rich_help_panel=RECIPE),
+        typer.Option(help="A recipe out of --list, or a YAML file; by default digits.", rich_help_panel=RECIPE),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Net, see `resnet-fast summary`.", rich_help_panel=RECIPE)] = None,
     data: Annotated[
@@ -45,7 +46,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=RECIPE)] = None,
     amp: Annotated[str | None, typer.Option(help="none, bfloat16 or float16.", rich_help_panel=RECIPE)] = None,
     backend: Annotated[
-        str | None, typer.Option(help="auto, or one backend; reference is stock PyTorch.", rich_help_panel=RECIPE)
+        str | None, typer.Option(help=f"{', '.join(BACKENDS)}; reference is stock PyTorch.", rich_help_panel=RECIPE)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and crops.", rich_help_panel=RECIPE)] = None,
     set: Annotated[
@@ -56,14 +57,22 @@ def train(
         Path | None, typer.Option(help="Folder of the run; by default out/train/MODEL-DATA.", rich_help_panel=RUN)
     ] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on where the run in --out stopped; or a checkpoint.", rich_help_panel=RUN)
+        str,
+        typer.Option(
+            help="auto: go on with the run in --out; or a checkpoint. By default a new run.",
+            rich_help_panel=RUN,
+        ),
     ] = "",
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=RUN)
     ] = None,
     parallel: Annotated[str, typer.Option(help="Under torchrun: ddp, or fsdp (sharded).", rich_help_panel=RUN)] = "ddp",
-    workers: Annotated[int | None, typer.Option(help="Processes that read images.", rich_help_panel=RUN)] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the net.", rich_help_panel=RUN)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read images; by default what suits.", rich_help_panel=RUN)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.", rich_help_panel=RUN)
+    ] = None,
     strict_data: Annotated[
         bool, typer.Option("--strict-data", help="An unreadable image is an error, found first.", rich_help_panel=RUN)
     ] = False,
@@ -79,7 +88,7 @@ def train(
         bool, typer.Option("--deterministic", help="cuDNN's deterministic algorithms alone.", rich_help_panel=RUN)
     ] = False,
     stop_after: Annotated[
-        int | None, typer.Option(help="Save and stop after that many steps.", rich_help_panel=RUN)
+        int | None, typer.Option(help="Save and stop after that many steps; by default none.", rich_help_panel=RUN)
     ] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="Print the recipes and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the epochs as JSON instead of a table.")] = False,

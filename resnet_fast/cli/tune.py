@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .options import one_of
 from .output import progress_bar, show
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ def tune(
     model: Annotated[str, typer.Argument(help="A net's name.")],
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 1,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "bfloat16",
+    dtype: Annotated[str, one_of(DTYPES, "Element type")] = "bfloat16",
     train: Annotated[
         bool, typer.Option("--train", help="Measure a training step: every convolution's three directions.")
     ] = False,
-    only: Annotated[str | None, typer.Option(help="Measure the launches of this kernel only.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Kernel whose launches are measured, such as conv_bn_act_3x3; by default all."),
+    ] = None,
     budget: Annotated[float, typer.Option(help="Seconds to spend; the next run goes on with what is left.")] = 170.0,
     table: Annotated[
         Path | None, typer.Option(help="File to read and write; by default the one that calls on this GPU look into.")
@@ -39,8 +43,6 @@ def tune(
     for name, value, least in (("--batch", batch, 1), ("--image", image, 1), ("--budget", budget, 0)):
         if value is not None and not value >= least:
             raise UserError(f"{name} >= {least}", str(value), f"correct {name}")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype among {', '.join(DTYPES)}", repr(dtype), "correct --dtype")
     import torch
 
     from .. import accelerate

@@ -52,7 +52,7 @@ def test_timm_names_the_blocks_that_run_stock(capsys: pytest.CaptureFixture[str]
         (["resnet18", "--image", "0"], "expected --image >= 1, got 0"),
         (["resnet18", "--batch", "-1"], "expected --batch >= 1, got -1"),
         (["resnet18", "--dtype", "int8"], "expected --dtype among float32"),
-        (["resnet18", "--backend", "warp"], "expected a backend among"),
+        (["resnet18", "--backend", "warp"], "expected --backend among"),
         (["resnet18", "--backend", "cuda", "--image", "32"], "backend 'cuda' is not available"),
         (["vgg16", "--image", "32"], "expected a model with blocks of"),
         (["resnet18", "--timm", "--image", "x"], "got: "),
@@ -72,4 +72,4 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, capsys: 
 def test_without_timm_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     assert main(["explain", "resnet18", "--timm"]) == 2
-    assert "expected timm to be installed" in capsys.readouterr().err
+    assert "expected timm, " in capsys.readouterr().err

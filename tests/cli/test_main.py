@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
+import typer
 
 from resnet_fast._version import __version__
 from resnet_fast.cli import main as cli
@@ -73,7 +79,17 @@ def test_no_help_text_imports_torch() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["nonsense"], "nonsense"), (["--nonsense"], "--nonsense"), (["env", "--nonsense"], "resnet-fast env --help")],
+    [
+        (["nonsense"], "nonsense"),
+        (["benhc"], "did you mean bench?"),
+        (["--nonsense"], "--nonsense"),
+        (["--verison"], "did you mean --version?"),
+        (["env", "--nonsense"], "resnet-fast env --help"),
+        (["bench", "--bacth", "1"], "got --bacth; did you mean --batch?"),
+        (["explain", "resnet18", "--jsn"], "did you mean --json?"),
+        (["tune", "resnet18", "--dtype", "bloat16"], "did you mean bfloat16"),
+        (["bench", "--batch"], "'resnet-fast bench --help' describes"),
+    ],
 )
 def test_wrong_command_line_is_one_line_and_exit_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
@@ -88,7 +104,14 @@ def test_wrong_command_line_is_one_line_and_exit_2(
         (UserError("a name", "'x'", "use a name"), 2, "resnet-fast: expected a name, got 'x'; use a name\n"),
         (BackendError("no\nsuch backend"), 2, "resnet-fast: no such backend\n"),
         (TypeError("wrong"), 1, "TypeError: wrong"),
-        (FileNotFoundError(2, "No such file", "a.png"), 1, "a.png"),
+        (FileNotFoundError(2, "No such file", "a.png"), 2, "expected files that can be read and written, got No such"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "got No space left on device; free some space"),
+        (PermissionError(errno.EROFS, "Read-only file system", "out/x"), 2, "got Read-only file system: out/x"),
+        (OSError("odd"), 1, "OSError: odd; an error in resnet-fast itself"),
+        (MemoryError(), 2, "expected enough memory, got MemoryError; use a smaller net"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "got CUDA out of memory. Tried"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), 2, "expected enough memory"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 1, "shapes cannot be multiplied; an error in"),
     ],
 )
 def test_error_of_a_command(
@@ -127,8 +150,6 @@ def test_interrupt_is_quiet(command: Callable, capsys: pytest.CaptureFixture[str
 
 
 def test_exit_code_of_a_command_is_kept(command: Callable) -> None:
-    import typer
-
     def probe() -> None:
         raise typer.Exit(3)
 
@@ -152,3 +173,86 @@ def test_env_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["versions"]["resnet_fast"] == __version__
     assert cli.main(["env"]) == 0
     assert "backends" in capsys.readouterr().out.splitlines()
+
+
+def test_memory_names_the_options_that_the_command_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real allocation that no machine can serve."""
+    assert cli.main(["explain", "resnet18", "--batch", "100000000000"]) == 2
+    assert one_line(capsys.readouterr().err).endswith("lower --batch or --image\n")
+
+
+@contextlib.contextmanager
+def terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.BytesIO]:
+    """stdout and stderr as one stream of bytes in that encoding."""
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    yield written
+    stream.flush()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_text_fits_every_encoding(encoding: str, command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe() -> None:
+        """Prints a dash — and more."""
+        print("a — b … 3×3 é │─┼ ≤ 名 \udc80")
+
+    command(probe)
+    with terminal(encoding, monkeypatch) as written:
+        assert cli.main(["probe"]) == 0
+        assert cli.main(["probe", "--help"]) == 0
+    text = written.getvalue().decode(encoding)
+    if encoding == "ascii":
+        assert text.startswith("a - b ... 3x3 e |-+ <= \\u540d \\udc80\n") and "a dash - and more" in text
+    if encoding == "utf-8":
+        assert text.startswith("a — b … 3×3 é │─┼ ≤ 名 \\udc80\n")
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_in_ascii(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal("ascii", monkeypatch) as written:
+        assert cli.main([name, "--help"]) == 0
+    assert name in written.getvalue().decode("ascii")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "import sys; from resnet_fast.cli.main import main; sys.exit(main(['summary']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_variables_that_are_no_switch_are_named(
+    command: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(lambda: None)
+    monkeypatch.setenv("RESNET_FAST_BACKND", "onednn")
+    assert cli.main(["probe"]) == 0
+    assert "RESNET_FAST_BACKND, which is no switch; did you mean RESNET_FAST_BACKEND?" in one_line(
+        capsys.readouterr().err
+    )
+    monkeypatch.delenv("RESNET_FAST_BACKND")
+    monkeypatch.setenv("RESNET_FAST_STRICT", "yes")
+    assert cli.main(["probe"]) == 2
+    assert "expected RESNET_FAST_STRICT to be one of 0, 1, got 'yes'" in one_line(capsys.readouterr().err)
+    assert cli.main(["env"]) == 0
+    assert "RESNET_FAST_STRICT to be one of 0, 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "predict"])
+def test_every_option_tells_its_default(name: str) -> None:
+    """A value that is used where none is given, a sentence that says what happens then, or nothing to say: a flag."""
+    group = typer.main.get_command(cli.app)
+    silent = []
+    for option in group.get_command(None, name).params:  # type: ignore[attr-defined]
+        shown = option.default not in (None, [], ()) or option.required
+        text = f"{option.help} {getattr(option, 'rich_help_panel', '')}"
+        told = any(word in text for word in ("default", "repeatable", "Write ", "Draw "))
+        if not (shown or told or option.param_type_name == "argument"):
+            silent.append(option.opts[0])
+    assert not silent
