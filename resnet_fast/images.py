@@ -1,17 +1,20 @@
 """Photographs in, network input out.
 
-Any file that Pillow decodes becomes an 8-bit RGB tensor, whatever its mode, bit depth or EXIF orientation; the
-preprocessing is the one that torchvision's ImageNet weights were evaluated with (resize 256, centre crop 224, normalise
-by the ImageNet mean and deviation). Without files, three photographs that ship with scikit-image serve as input, so
-that a comparison never runs on noise.
+Any file that Pillow decodes by itself becomes an 8-bit RGB tensor, whatever its mode, bit depth or EXIF orientation;
+everything else is an error that names the file. The preprocessing is the one that torchvision's ImageNet weights were
+evaluated with (resize 256, centre crop 224, normalise by the ImageNet mean and deviation). Without files, three
+photographs that ship with scikit-image serve as input, so that a comparison never runs on noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch import Tensor
 from .errors import UserError, missing_package
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 BUNDLED = ("chelsea", "coffee", "rocket")
@@ -74,11 +78,8 @@ def find(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.glob("**/*" if recursive else "*")
-                if p.suffix.lower() in Image.EXTENSION and p.is_file()
-            )
+            below = path.glob("**/*" if recursive else "*")
+            inside = sorted(p for p in below if _is_picture(p, path, Image.EXTENSION))
             if not inside:
                 raise UserError(
                     "a folder with pictures", f"{path} without any", "name a folder that holds .jpg or .png files"
@@ -87,42 +88,138 @@ def find(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError("a picture or a folder of pictures", f"{path}, which does not exist", "check the path")
+            what = "which is no plain file" if os.path.lexists(path) else "which does not exist"
+            raise UserError("a picture or a folder of pictures", f"{path}, {what}", "check the path")
     return files
 
 
-def read(path: Path) -> Photo:
-    """Decode one file to RGB. UserError that names the file if it is no picture, damaged or cut short."""
-    from PIL import Image, ImageOps
+def _is_picture(path: Path, above: Path, kinds: Mapping[str, str]) -> bool:
+    """By its ending, for a plain file that is not hidden below ``above``."""
+    if kinds.get(path.suffix.lower(), _EXTERNAL[0]) in _EXTERNAL or any(map(hidden, path.relative_to(above).parts)):
+        return False
+    return path.is_file()
 
+
+_EXTERNAL = ("EPS", "WMF", "PDF", "MPEG", "BUFR", "GRIB", "HDF5")
+"""Pillow's formats that it hands to another program or cannot decode at all. EPS is one: Ghostscript executes it."""
+
+
+def read(path: Path) -> Photo:
+    """Decode one file to RGB: of several pictures in it the first, turned upright as its EXIF orientation says.
+
+    Grey pictures of more than 8 bits and of floats are scaled by the range that their values need, see :func:`_grey`.
+    UserError that names the file if it is no plain file, no picture, damaged, cut short, or too large.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    formats = [name for name in Image.ID if name not in _EXTERNAL]
     try:
-        with Image.open(path) as picture:
+        with _opened(path) as file, Image.open(file, formats=formats) as picture:
+            deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
             picture.load()
-            rgb = _to_rgb(ImageOps.exif_transpose(picture))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if deep:
+                _check_range(picture)
+            pixels = _pixels(picture)
+    except Exception as error:  # what a file can raise in Pillow's plugins: RuntimeError, struct.error, MemoryError, …
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no picture of a known kind"
         raise UserError(
             "a readable picture", f"{path} ({reason})", "save it again as JPEG or PNG, or leave it out"
         ) from error
-    import numpy as np
+    return Photo(path.name, pixels)
 
-    return Photo(path.name, torch.from_numpy(np.array(rgb)).permute(2, 0, 1))
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A plain file, opened; ValueError for anything else. A pipe is not waited for."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=opener) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("no plain file")
+        yield file
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """uint8 (3, H, W) of a picture that is loaded."""
+    import numpy as np
+    from PIL import Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    turn = turns.get(_orientation(picture))
+    upright = picture if turn is None else picture.transpose(turn)
+    upright.format = picture.format
+    return torch.from_numpy(np.array(_to_rgb(upright))).permute(2, 0, 1)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's number, 1 where there is none. ImageOps.exif_transpose writes all tags anew, and fails for an odd one."""
+    from PIL import ExifTags
+
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata, which say nothing of the pixels
+        return 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """8-bit RGB. Transparency is laid on white: dropping alpha would show whatever colour lies beneath it."""
-    import numpy as np
     from PIL import Image
 
-    if picture.mode == "I" or picture.mode.startswith("I;16"):  # 16-bit grey: convert() would clip, not scale
-        wide = np.asarray(picture).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no defined white")
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # convert() would clip, not scale
+        return Image.fromarray(_grey(picture)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return picture.convert("RGB")
+
+
+def _grey(picture: Image.Image) -> np.ndarray:
+    """(H, W) uint8 of grey values in integers of more than 8 bits, or in floats.
+
+    A file says how wide its integers are, not how many bits a camera filled. So white is the largest value of the
+    smallest of 8, 10, 12 and 16 bits that holds every pixel; for floats up to 1 it is 1. PGM and JPEG 2000 state their
+    white, and Pillow has scaled it to 16 bits. ValueError for negative, undefined and larger values.
+    """
+    import numpy as np
+
+    values = np.asarray(picture)
+    least, most = values.min(), values.max()
+    if not (np.isfinite(least) and np.isfinite(most) and least >= 0):
+        raise ValueError("negative or undefined pixels have no defined black")
+    if picture.mode == "F" and most <= 1:
+        white = 1
+    elif picture.mode != "F" and picture.format in ("PPM", "JPEG2000"):
+        white = _WHITE[-1]
+    else:
+        white = next((limit for limit in _WHITE if most <= limit), 0)
+    if not white:
+        raise ValueError(f"pixels above {_WHITE[-1]} have no defined white")
+    return np.rint(values.astype(np.float32) * 255 / white).astype(np.uint8)
+
+
+_WHITE = tuple(2**bits - 1 for bits in (8, 10, 12, 16))
+
+
+def _check_range(picture: Image.Image) -> None:
+    """ValueError where 16-bit colours use 12 bits or fewer: of each Pillow keeps the upper 8, so 16 levels or fewer."""
+    extrema = picture.getextrema()
+    if picture.mode in ("RGB", "RGBA", "LA", "RGBX") and isinstance(extrema[0], tuple):
+        colours = extrema[: 1 if picture.mode == "LA" else 3]
+        if max(high for _, high in colours) < 16:
+            raise ValueError("16-bit colours of which 12 bits or fewer are used, too dark to be told apart")
 
 
 def load(paths: Sequence[Path] | None = None, limit: int | None = None) -> list[Photo]:
@@ -149,7 +246,7 @@ def centre(size: int, resize: float = RESIZE) -> list[Any]:
     """Transforms that scale the short side to ``resize * size`` (antialiased bilinear) and cut the centre out."""
     from torchvision.transforms import v2
 
-    return [v2.Resize(round(size * resize), antialias=True), v2.CenterCrop(size)]
+    return [_trim, v2.Resize(round(size * resize), antialias=True), v2.CenterCrop(size)]
 
 
 def preprocess(
@@ -171,7 +268,7 @@ def preprocess(
     if len(mean) == 1:
         steps.append(v2.Grayscale(num_output_channels=3))
     transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    return transform(_trim(pixels))
+    return transform(pixels)
 
 
 def _augment(pixels: Tensor, size: int, seed: int) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resnet_fast import images
 from resnet_fast.errors import UserError
@@ -90,10 +94,232 @@ def test_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
         images.read(tmp_path / "x.jpg")
 
 
-def test_float_pixels_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "f.tiff")
-    with pytest.raises(UserError, match="no defined white"):
+def _levels(found: images.Photo) -> list[int]:
+    assert torch.equal(found.pixels[0], found.pixels[1]) and torch.equal(found.pixels[0], found.pixels[2])
+    return found.pixels[0].flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "levels"),
+    [
+        ([0, 1, 100, 255], [0, 1, 100, 255]),  # 8 bits, as they are
+        ([0, 1, 512, 1023], [0, 0, 128, 255]),  # 10 bits
+        ([0, 256, 512, 768], [0, 64, 128, 191]),
+        ([0, 16, 2048, 4095], [0, 1, 128, 255]),  # 12 bits
+        ([0, 256, 4096, 65535], [0, 1, 16, 255]),  # 16 bits
+    ],
+)
+@pytest.mark.parametrize("kind", ["uint16 png", "uint16 tiff", "int32 tiff", "float32 tiff"])
+def test_grey_of_more_than_8_bits_is_scaled_by_the_bits_it_uses(
+    kind: str, values: list[int], levels: list[int], tmp_path: Path
+) -> None:
+    dtype, ending = kind.split()
+    Image.fromarray(np.array([values], dtype=dtype)).save(tmp_path / f"g.{ending}")
+    assert _levels(images.read(tmp_path / f"g.{ending}")) == levels
+
+
+def test_a_stated_range_is_taken_as_stated(tmp_path: Path) -> None:
+    (tmp_path / "g.pgm").write_bytes(b"P5 3 1 1023\n" + np.array([0, 256, 1023], ">u2").tobytes())
+    assert _levels(images.read(tmp_path / "g.pgm")) == [0, 64, 255]
+    (tmp_path / "dark.pgm").write_bytes(b"P5 3 1 65535\n" + np.array([0, 256, 1023], ">u2").tobytes())
+    assert _levels(images.read(tmp_path / "dark.pgm")) == [0, 1, 4]
+
+
+def test_floats_up_to_one_are_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 0.25, 0.5]], np.float32)).save(tmp_path / "f.tiff")
+    assert _levels(images.read(tmp_path / "f.tiff")) == [0, 64, 128]
+    Image.fromarray(np.ones((1, 2), np.float32)).save(tmp_path / "f.tiff")
+    assert _levels(images.read(tmp_path / "f.tiff")) == [255, 255]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(np.nan, "black"), (np.inf, "black"), (-0.5, "black"), (-1, "black"), (65536, "white")]
+)
+def test_pixels_without_a_range_are_refused(value: float, reason: str, tmp_path: Path) -> None:
+    dtype = np.int32 if isinstance(value, int) else np.float32
+    Image.fromarray(np.array([[0, value]], dtype)).save(tmp_path / "f.tiff")
+    with pytest.raises(UserError, match=rf"f\.tiff \(.* no defined {reason}\)"):
         images.read(tmp_path / "f.tiff")
+
+
+def _png16(colours: np.ndarray) -> bytes:
+    """A PNG of 16 bits per channel, (H, W, 3) or (H, W, 4): Pillow writes none."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, channels = colours.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if channels == 3 else 6, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_are_scaled_or_refused_but_never_crushed(channels: int, tmp_path: Path) -> None:
+    colours = np.full((1, 2, channels), 65535)
+    colours[0, 0, :3] = 256, 32768, 65535
+    (tmp_path / "c.png").write_bytes(_png16(colours))
+    assert images.read(tmp_path / "c.png").pixels[:, 0, 0].tolist() == [1, 128, 255]
+    for bits in (8, 10, 12):
+        colours[..., :3] = 2**bits - 1
+        (tmp_path / "c.png").write_bytes(_png16(colours))
+        with pytest.raises(UserError, match=r"c\.png \(16-bit colours of which 12 bits or fewer are used"):
+            images.read(tmp_path / "c.png")
+
+
+def _exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of (tag, type, count, 4 bytes of value or offset)."""
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+
+_TURNED = (0x0112, 3, 1, b"\x06\0\0\0")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (0x0128, 2, 4, b"abc\0"),  # text where a number belongs
+        (0x011A, 3, 1, b"\1\0\0\0"),  # a number where a fraction belongs
+        (0x8769, 2, 4, b"abc\0"),  # text where an offset belongs
+        (0x8769, 4, 1, b"\xff\xff\xff\xff"),  # an offset outside
+        (0x9286, 99, 1, bytes(4)),  # a type that there is not
+        (0x010F, 4, 1, b"\1\0\0\0"),
+        (0x0132, 12, 3, b"\xff\xff\xff\xff"),
+    ],
+)
+def test_an_orientation_beside_an_odd_tag_is_applied(
+    odd: tuple[int, int, int, bytes], ending: str, tmp_path: Path
+) -> None:
+    exif = _exif(odd, _TURNED) if odd[0] < 0x0112 else _exif(_TURNED, odd)
+    Image.fromarray(_gradient(20, 30)).save(tmp_path / f"e.{ending}", exif=exif)
+    assert images.read(tmp_path / f"e.{ending}").pixels.shape == (3, 30, 20)
+
+
+def test_all_eight_orientations(tmp_path: Path) -> None:
+    for number in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        upright = Image.fromarray(_gradient(20, 30))
+        for ending in ("png", "tiff"):
+            upright.save(tmp_path / f"e.{ending}", exif=exif)
+            with Image.open(tmp_path / f"e.{ending}") as picture:
+                expected = np.array(ImageOps.exif_transpose(picture))
+            found = images.read(tmp_path / f"e.{ending}").pixels.permute(1, 2, 0).numpy()
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"Exif", b"Exif\0\0II", b"Exif\0\0XX*\0\x08\0\0\0", b"Exif\0\0" + b"\xff" * 40]
+)
+def test_damaged_metadata_leave_the_picture_as_it_is(content: bytes, tmp_path: Path) -> None:
+    Image.fromarray(_gradient(20, 30)).save(tmp_path / "e.png", exif=content or None)
+    assert images.read(tmp_path / "e.png").pixels.shape == (3, 20, 30)
+
+
+_ENDINGS = ("png", "jpg", "tiff", "webp", "gif", "bmp", "ppm", "tga", "ico", "jp2", "avif")
+
+
+def _saved(folder: Path, ending: str) -> Path:
+    path = folder / f"whole.{ending}"
+    try:
+        options = {"exif": _exif(_TURNED)} if ending in ("png", "jpg", "webp", "avif") else {}
+        Image.fromarray(_gradient(16, 24)).save(path, **options)
+    except (KeyError, ValueError):
+        pytest.skip(f"this Pillow writes no {ending}")
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", _ENDINGS)
+def test_a_damaged_file_is_read_or_named_and_nothing_else(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flipped, cut, doubled and zeroed bytes, more of them in the header, where sizes and types are."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**18)
+    whole = _saved(tmp_path, ending).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for turn in range(150):
+        content = bytearray(whole)
+        end = min(len(content), 200) if turn % 2 else len(content)
+        for _ in range(1 + turn % 5):
+            content[rng.integers(end)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.integers(256)])
+        if turn % 7 == 0:
+            content = content[: rng.integers(len(content))]
+        path = tmp_path / f"damaged.{ending}"
+        path.write_bytes(content)
+        try:
+            pixels = images.read(path).pixels
+            assert pixels.dtype == torch.uint8 and pixels.ndim == 3 and pixels.shape[0] == 3
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, struct.error, TypeError, MemoryError, RecursionError, OverflowError, SyntaxError, EOFError],
+)
+def test_whatever_pillow_raises_names_the_file(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("")
+
+    _saved(tmp_path, "png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(UserError, match=rf"whole\.png \({error.__name__.removeprefix('struct.')}\)"):
+        images.read(tmp_path / "whole.png")
+
+
+def test_a_decompression_bomb_is_named(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 2**20, 2**20, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4))
+    with pytest.raises(UserError, match=r"bomb\.png \(Image size .* exceeds limit"):
+        images.read(tmp_path / "bomb.png")
+
+
+def test_what_is_no_plain_file_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.jpg"))
+        for path in (tmp_path / "pipe.jpg", tmp_path / "socket.jpg", tmp_path, Path("/dev/zero")):
+            with pytest.raises(UserError, match="expected a readable picture"):
+                images.read(path)
+        for name in ("pipe.jpg", "socket.jpg"):
+            with pytest.raises(UserError, match=f"{name}, which is no plain file"):
+                images.find([tmp_path / name])
+    with pytest.raises(UserError, match="a folder with pictures"):
+        images.find([tmp_path])
+
+
+def test_postscript_is_not_handed_to_an_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's EPS runs Ghostscript, whatever the file is called."""
+
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("executed")
+
+    monkeypatch.setattr("subprocess.check_call", run)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
+    for name in ("a.eps", "b.jpg"):
+        Image.fromarray(_gradient()).save(tmp_path / name, "EPS")
+        with pytest.raises(UserError, match="no picture of a known kind"):
+            images.read(tmp_path / name)
+    (tmp_path / "b.jpg").unlink()
+    with pytest.raises(UserError, match="a folder with pictures"):
+        images.find([tmp_path])
+
+
+def test_hidden_pictures_are_not_found(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints/a.png", "__MACOSX/b.png", "sub/._c.png", "sub/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(_gradient()).save(tmp_path / name)
+    assert images.find([tmp_path]) == [tmp_path / "sub" / "d.png"]
+    assert images.find([tmp_path / ".ipynb_checkpoints"]) == [tmp_path / ".ipynb_checkpoints" / "a.png"]
 
 
 def test_folder_is_read_in_order_and_limited(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +277,34 @@ def test_an_unreadable_image_is_skipped_counted_and_told_once(
     assert [line["val_images"] for line in result.epochs] == [7, 7, 7]
     skipped = [text for text in told if text.startswith("skipped")]
     assert len(skipped) == 2 and "03.jpg" in skipped[0] and "01.jpg" in skipped[1]
+
+
+def test_a_pipe_that_takes_a_pictures_place_is_skipped(
+    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., Options]
+) -> None:
+    """After the files were listed: before, it is left out."""
+    found = data.load(tiny(data="folder", data_path=str(damaged), subset=None))
+    path = damaged / "train" / "cat" / "00.jpg"
+    path.unlink()
+    os.mkfifo(path)
+    sample = found.train[(0, 0)]
+    assert sample.pixels is None and sample.name == f"{path} (no plain file)"
+    with pytest.raises(UserError, match=r"3 that are not, such as .*00\.jpg \(no plain file\)"):
+        data.check_files(found)
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
+def test_an_extreme_picture_is_cut_before_it_is_enlarged(size: tuple[int, int], tmp_path: Path) -> None:
+    """Scaled until its short side is 224, 1 x 5000 pixels would be a gigabyte."""
+    pictures(tmp_path, {"cat": 2, "dog": 2})
+    for path in tmp_path.rglob("*.jpg"):
+        Image.new("RGB", size).save(path)
+    found = folder(tmp_path, size=224)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for half in (found.train, found.val):
+        sample = half[(0, 0)]
+        assert sample.pixels is not None and sample.pixels.shape == (3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
 def test_strict_data_is_an_error_before_the_first_step(
