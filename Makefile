@@ -11,9 +11,11 @@ BIN := $(VENV)/bin
 # The developer's build has the host module too; see setup.py.
 export RESNET_FAST_BUILD_HOST ?= auto
 
+# Two processes of one thread each: most tests are Python, whose second core would stand idle. torch's and NumPy's threads
+# would fight over the cores that the processes are on.
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # Triton decides at import whether it compiles or interprets, so kernels run in the interpreter in processes of their own.
-# NumPy's threads would fight over the cores that the processes are on.
-INTERPRET = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+INTERPRET = TRITON_INTERPRET=1 $(PYTEST)
 
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) $(shell find tests/emulator -type f ! -name "*.py*")
 CXX_SOURCES = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -56,12 +58,11 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/resnet-fast demo
 
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	$(PYTEST) -m "not slow" --cov --cov-report=term
 	$(INTERPRET) -m "interpret and not slow"
 
 test-slow: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m slow --ignore=tests/emulator
-	$(BIN)/python -m pytest -m slow -n 2 tests/emulator
+	$(PYTEST) -m slow
 	$(INTERPRET) -m "interpret and slow"
 
 dev: $(VENV)/.stamp-dev
