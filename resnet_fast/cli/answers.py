@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -73,17 +73,45 @@ def _plain(answer: Answer) -> dict[str, Any]:
 @contextmanager
 def csv_lines(target: str) -> Iterator[Writer]:
     """A line per picture and class in the file ``target``, or on stdout for ``-``."""
-    if target == "-":
-        yield _csv_writer(sys.stdout)
-        return
-    path = Path(target)
-    check_replaceable(path, CSV_HEADER)
-    try:
-        file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-    except OSError as error:
-        raise UserError("a file that can be written", f"{path} ({error.strerror})", "correct --csv") from error
-    with file:
-        yield _csv_writer(file)
+    with csv_file(target, CSV_HEADER) as lines:
+
+        def write(answers: Sequence[Answer]) -> None:
+            rows: list[tuple[Any, ...]] = []
+            for answer in answers:
+                name = printable(str(answer.image))
+                if answer.top is None:
+                    rows.append((name, "", "", "", "", printable(answer.refused)))
+                for rank, likely in enumerate(answer.top or (), 1):
+                    rows.append((name, rank, likely.number, likely.name, f"{likely.probability:.6g}", ""))
+            lines(rows)
+
+        yield write
+
+
+@contextmanager
+def csv_file(target: str, header: Sequence[str]) -> Iterator[Callable[[Sequence[Sequence[Any]]], None]]:
+    """A function that writes rows below ``header`` to the file ``target``, or to stdout for ``-``, and flushes them.
+
+    UserError where the file cannot be written, or is there and is not an earlier one with the same header.
+    """
+    with ExitStack() as stack:
+        if target == "-":
+            file: IO[str] = sys.stdout
+        else:
+            path = Path(target)
+            check_replaceable(path, header)
+            try:
+                file = stack.enter_context(path.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
+            except OSError as error:
+                raise UserError("a file that can be written", f"{path} ({error.strerror})", "correct --csv") from error
+        lines = csv.writer(file, lineterminator="\n")
+
+        def write(rows: Sequence[Sequence[Any]]) -> None:
+            lines.writerows(rows)
+            file.flush()
+
+        write([header])
+        yield write
 
 
 def check_replaceable(path: Path, header: Sequence[str]) -> None:
@@ -97,20 +125,3 @@ def check_replaceable(path: Path, header: Sequence[str]) -> None:
         ours = False
     if not ours:
         raise UserError("a new file, or a CSV file of this command", f"{path}, which is another", "correct --csv")
-
-
-def _csv_writer(file: IO[str]) -> Writer:
-    lines = csv.writer(file, lineterminator="\n")
-    lines.writerow(CSV_HEADER)
-    file.flush()
-
-    def write(answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            name = printable(str(answer.image))
-            if answer.top is None:
-                lines.writerow((name, "", "", "", "", printable(answer.refused)))
-            for rank, likely in enumerate(answer.top or (), 1):
-                lines.writerow((name, rank, likely.number, likely.name, f"{likely.probability:.6g}", ""))
-        file.flush()
-
-    return write

@@ -25,6 +25,7 @@ from .output import accept_any_text, silence
 COMMANDS = {
     "demo": "resnet_fast.cli.demo:demo",
     "predict": "resnet_fast.cli.predict:predict",
+    "validate": "resnet_fast.cli.validate:validate",
     "train": "resnet_fast.cli.train:train",
     "reproduce": "resnet_fast.cli.reproduce:reproduce",
     "bench": "resnet_fast.cli.bench:bench",

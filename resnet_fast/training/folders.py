@@ -85,6 +85,29 @@ def find(root: Path, follow_links: bool = False) -> Found:
     return Found(classes, train, val, notes)
 
 
+def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list[Labelled], list[str]]:
+    """(classes, files, notes) of the pictures in ``root`` to validate on: its validation half, or all class folders.
+
+    A single class will do, and there need not be a training half.
+    """
+    if not root.is_dir():
+        raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
+    names = _folders(root)
+    held = [name for name in names if role(name) == "val"] or [name for name in names if role(name) == "test"]
+    trains = [name for name in names if role(name) == "train"]
+    if len(held) == 1 and _folders(root / held[0]) and (trains or len(names) == 1):
+        place, notes = root / held[0], [f"of {held[0]}"]
+    else:
+        place, half, notes = _halves(root)
+        if half is not None:
+            place = half
+        else:
+            notes = [f"all class folders of {place}; the fifth that a run on them holds out is --held-out"]
+    walk = _Walk(root, follow_links)
+    classes, files = _classes(place, walk)
+    return classes, files, [*notes, *walk.complaints()]
+
+
 def _folders(root: Path) -> list[str]:
     """Names of the folders in ``root``, links to folders among them, in torchvision's order; none that is hidden."""
     try:

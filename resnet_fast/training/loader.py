@@ -144,8 +144,13 @@ def collate(samples: list[Sample]) -> Part:
 
 
 def workers_for(data: Data, device: torch.device, world: int) -> int:
+    """Worker processes for a run, see :func:`workers_of`."""
+    return workers_of(data.in_memory, device, world)
+
+
+def workers_of(in_memory: bool, device: torch.device, world: int) -> int:
     """Worker processes: none for data in memory beside a CPU that trains, else the cores of a process, at most 8."""
-    if data.in_memory and device.type == "cpu":
+    if in_memory and device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // world))

@@ -1,0 +1,172 @@
+"""``resnet-fast validate``: how often trained weights are right, per class, and how fast."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError, printable
+from .answers import csv_file
+from .output import progress_bar, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..training.evaluate import Evaluation, Verdict
+
+CSV_HEADER = ("image", "class", "answer", "probability", "right", "in_top5", "error")
+SHOWN = 40
+"""Classes in the printed table; JSON has all."""
+
+
+def validate(
+    file: Annotated[
+        Path, typer.Argument(help="Weights (.safetensors, .pth), a checkpoint's folder, or the folder of a run.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, fashion-mnist, cifar10, cifar100, or folder; by default what the weights were trained on."
+        ),
+    ] = None,
+    data_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the data lies, by default where the run had it. Of a folder: its validation half, or all."
+        ),
+    ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Of a folder without halves the fifth that a run does not train on.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
+    ] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="Text file of class names, one per line; by default what the file says.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at a time; by default the run's, else 64.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read images; by default one per core, at most 8.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.")] = None,
+    amp: Annotated[
+        str | None, typer.Option(help="Autocast to none, bfloat16 or float16; by default as the run validated.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    csv: Annotated[str | None, typer.Option(help="Write a line per image to this file.")] = None,
+) -> None:
+    """Top-1 and top-5 accuracy of weights, also per class, and the images per second that it took.
+
+    Unreadable images are named on stderr and counted; outputs that are not numbers make the exit code 2.
+    """
+    from .. import devices, flags
+    from ..facts import AMP
+    from ..training import evaluate, restored
+
+    for name, value, least in (("--batch", batch, 1), ("--threads", threads, 1), ("--workers", workers, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{name} >= {least}", str(value), f"correct {name}")
+    if amp is not None and amp not in AMP:
+        raise UserError(f"--amp among {', '.join(AMP)}", repr(amp), "correct --amp")
+    if csv == "-":
+        raise UserError("a file's name with --csv", "-, where the tables go", "name a file")
+    flags.check_backend(backend)
+    devices.check_device(device)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    net = restored.load(file, model, names)
+    on = evaluate.target(net, data, data_path, held_out)
+    for text in (*net.trained.said, *on.said):
+        _say(text)
+    with ExitStack() as stack:
+        lines = None if csv is None else stack.enter_context(csv_file(csv, CSV_HEADER))
+        progress = stack.enter_context(progress_bar(silent=json, eta=True))
+        tell = _teller(progress, lines, net.trained.facts.classes, len(on.images))
+        options: dict[str, Any] = {"batch": batch, "device": device, "backend": backend, "workers": workers}
+        result = evaluate.measure(net, on, **options, amp=amp, tell=tell, note=_say)
+    if json:
+        typer.echo(json_module.dumps({"weights": str(file)} | result.to_dict(), indent=2))
+    else:
+        show(_table(result), *_sentences(result, device))
+    if result.not_finite:
+        raise UserError(
+            "outputs that are numbers",
+            f"NaN or infinity for {result.not_finite} of {result.images} images, counted as wrong",
+            "check the weights",
+        )
+
+
+def _teller(
+    progress: Callable[[int, int, str], None],
+    lines: Callable[[Sequence[Sequence[Any]]], None] | None,
+    classes: Sequence[str],
+    total: int,
+) -> Callable[[list[Verdict], int, list[str]], None]:
+    """What is done with each batch: bad files named, a CSV line per image, the bar moved."""
+
+    def tell(verdicts: list[Verdict], done: int, unreadable: list[str]) -> None:
+        for text in unreadable:
+            _say(f"not read: {text}")
+        if lines is not None:
+            rows: list[Sequence[Any]] = [
+                (
+                    printable(v.name),
+                    classes[v.label],
+                    classes[v.answer],
+                    f"{v.probability:.6g}",
+                    +v.right,
+                    +v.in_top5,
+                    "",
+                )
+                if v.answer >= 0
+                else (printable(v.name), classes[v.label], "", "", 0, 0, "NaN or infinity in the outputs")
+                for v in verdicts
+            ]
+            lines([*rows, *(("", "", "", "", "", "", printable(text)) for text in unreadable)])
+        progress(done, total, f"{done:,} of {total:,} images")
+
+    return tell
+
+
+def _table(result: Evaluation) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..training.evaluate import TOP, worst
+
+    rows = worst(result, SHOWN)
+    title = "per class" if len(rows) == len(result.per_class) else f"the {SHOWN} classes with the lowest accuracy"
+    five = len(result.classes) > TOP
+    table = Table("class", "name", title=title, title_justify="left")
+    for heading in ("images", "top-1", *(["top-5"] if five else [])):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        shares = [f"{row['top1']:.2%}"] + ([f"{row['top5']:.2%}"] if five else [])
+        table.add_row(str(row["class"]), Text(row["name"]), f"{row['images']:,}", *shares)
+    return table
+
+
+def _sentences(result: Evaluation, device: str) -> list[str]:
+    from ..training.evaluate import TOP
+
+    five = f", top-5 {result.top5:.2%}" if len(result.classes) > TOP else ""
+    out = [f"top-1 {result.top1:.2%}{five} of {result.images:,} images; {result.wrong:,} wrong, loss {result.loss:.4f}"]
+    waits = f", of which {result.waiting:.0%} was waiting for images" if result.waiting > 0.05 else ""
+    out.append(f"measured: {result.images_per_s:,.1f} img/s on {device}, reading included{waits}")
+    if result.unreadable:
+        out.append(f"{len(result.unreadable):,} unreadable images not counted, named on stderr")
+    return out
+
+
+def _say(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""A trained net from what a run left: its weights, one of its checkpoints, or its whole folder.
+
+::
+
+    out/                            a run: model.safetensors if it is finished, else its newest good checkpoint
+    out/checkpoints/step-00001200   a checkpoint
+    model.safetensors, net.pth      weights, of a run or of anybody
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import facts as facts_of
+from .. import weights
+from ..errors import UserError
+from ..facts import Facts
+from ..models import trained
+from ..models.trained import Trained
+from . import checkpoint, recipe
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The net and, where a checkpoint tells it, the recipe that it was trained by."""
+
+    trained: Trained
+    recipe: Recipe | None = None
+
+
+def load(path: Path, model: str | None = None, names: Path | None = None) -> Restored:
+    """What ``path`` holds, see above; ``model`` and ``names`` as in :func:`resnet_fast.models.trained.load`.
+
+    Averaged weights go before the others, as they do in the run's own validation. UserError for a damaged checkpoint,
+    and for a folder that is neither a run's nor a checkpoint's.
+    """
+    if not path.is_dir():
+        return Restored(trained.load(path, model, names))
+    if (path / checkpoint.META).is_file():
+        return _checkpoint(path, checkpoint.read_meta(path), [], model, names)
+    weights_file = path / "model.safetensors"
+    places = checkpoint.found(path)
+    if weights_file.is_file():
+        kept = checkpoint.choose(path, "auto")[1] if places else {}
+        how = recipe.from_dict(kept["recipe"]) if kept else None
+        return Restored(trained.load(weights_file, model, names), how)
+    if not places:
+        raise UserError(
+            "weights, a checkpoint, or the folder of a run",
+            f"{path} without model.safetensors, {checkpoint.META} and {checkpoint.folder_of(path).name}",
+            "name the file of the weights",
+        )
+    place, meta, complaints = checkpoint.choose(path, "auto")
+    assert place is not None  # there are some, and choose raises where none is good
+    said = [f"passed over: {text}" for text in complaints]
+    return _checkpoint(place, meta, said, model, names)
+
+
+def _checkpoint(place: Path, meta: dict[str, Any], said: list[str], model: str | None, names: Path | None) -> Restored:
+    how = recipe.from_dict(meta["recipe"])
+    state, what = _state(place, meta)
+    said = [f"weights: {place}, step {meta['step']}{what}", *said]
+    return Restored(trained.build(state, _facts(place, meta, how), str(place), said, model, names), how)
+
+
+def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
+    """What the checkpoint says of itself; one of an earlier version does not, its data do."""
+    if "facts" in meta:
+        return facts_of.parse(json.dumps(meta["facts"]), str(place / checkpoint.META))
+    from . import data
+
+    return data.load(how).facts(how)
+
+
+def _state(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """(the weights, which they are)."""
+    if meta["layout"] == "sharded":
+        raise UserError(
+            "a checkpoint of the layout full, or the run's model.safetensors",
+            f"{place}, which is sharded",
+            "let the run finish (--resume auto), which writes model.safetensors",
+        )
+    averaged = place / "ema.safetensors"
+    if averaged.is_file():
+        return weights.read(averaged), ", averaged"
+    return weights.read(place / "model.safetensors"), ""
