@@ -120,7 +120,7 @@ def train(
     if not speaks():
         logging.getLogger("resnet_fast").setLevel(logging.ERROR)  # why a block runs unfused is the same everywhere
     with _divergence(), reported():
-        given = {key: value for key, value in flags.items() if value is not None} | recipes.parse(set or ())
+        given = recipes.combine({key: value for key, value in flags.items() if value is not None}, set or ())
         chosen = recipes.load(recipe or (None if data else "digits"), given)
         place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
         options = loop.Options(

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 import typing
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, missing_package
+from ..errors import UserError
 from ..flags import check_backend
+from . import recipe_text
+from .recipe_text import parse, shown
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -26,6 +29,37 @@ DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder", "synthetic")
 AUGMENT = ("none", "crop", "imagenet")
 SCHEDULES = ("constant", "step", "cosine")
 AMP = ("none", "bfloat16", "float16")
+
+RANGES: dict[str, tuple[float, float]] = {
+    "classes": (1, 10**6),
+    "size": (1, 8192),
+    "subset": (1, 10**9),
+    "pad": (0, 1024),
+    "batch": (1, 2**20),
+    "accumulate": (1, 2**20),
+    "epochs": (1e-6, 1e6),
+    "steps": (1, 10**9),
+    "lr": (0, 1e30),
+    "weight_decay": (0, 1e6),
+    "norm_weight_decay": (0, 1e6),
+    "gamma": (0, 1e3),
+    "milestones": (0, 1e9),
+    "warmup": (0, 1e9),
+    "warmup_factor": (0, 1e3),
+    "mixup": (0, 1e3),
+    "cutmix": (0, 1e3),
+    "seed": (0, 2**63 - 1),
+}
+"""The least and the most of each number, both allowed: beyond it no run can mean it, or PyTorch cannot take it (float32
+overflows at 3e38, a seed has 63 bits). What fits into memory is asked where the memory is used."""
+
+FRACTIONS = ("momentum", "label_smoothing", "ema")
+"""Numbers from 0 up to, but without, 1."""
+
+LEAST_BETA = 1e-3
+"""The least parameter of mixup's Beta distribution, except 0 for none: float32 draws NaN from much smaller ones."""
+
+MOST_MILESTONES = 1000
 
 
 @dataclass(frozen=True)
@@ -92,33 +126,44 @@ class Recipe:
         if (self.epochs is None) == (self.steps is None):
             got = f"epochs={self.epochs}, steps={self.steps}"
             raise UserError("either epochs or steps", got, "give one length and set the other to null")
-        self._at_least(1, "size", "batch", "accumulate")
-        for name in ("subset", "steps", "classes"):
-            if getattr(self, name) is not None:
-                self._at_least(1, name)
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise UserError("epochs > 0", str(self.epochs), "correct epochs")
-        self._at_least(0, "pad", "weight_decay", "warmup", "warmup_factor", "gamma", "mixup", "cutmix", "lr", "seed")
-        if self.norm_weight_decay is not None:
-            self._at_least(0, "norm_weight_decay")
-        for name in ("label_smoothing", "ema", "momentum"):
+        for name in RANGES:
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else () if value is None else (value,):
+                self._within(name, one)
+        for name in FRACTIONS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"0 <= {name} < 1", str(getattr(self, name)), f"correct {name}")
-        if list(self.milestones) != sorted(self.milestones) or not all(map(math.isfinite, self.milestones)):
-            raise UserError("finite milestones in rising order", str(list(self.milestones)), "sort them")
+        for name in ("mixup", "cutmix"):
+            if 0 < getattr(self, name) < LEAST_BETA:
+                raise UserError(f"{name} of 0 or >= {LEAST_BETA}", str(getattr(self, name)), f"correct {name}")
+        if list(self.milestones) != sorted(self.milestones) or len(self.milestones) > MOST_MILESTONES:
+            got = shown(list(self.milestones))
+            raise UserError(f"at most {MOST_MILESTONES} milestones in rising order", got, "sort them")
         if self.milestones and self.schedule != "step":
             raise UserError("milestones with schedule: step", f"schedule: {self.schedule}", "drop one of them")
+        if self.lr * max(1.0, self.warmup_factor, self._most_gamma()) > RANGES["lr"][1]:
+            got = f"lr {self.lr:g} with gamma {self.gamma:g} and warmup_factor {self.warmup_factor:g}"
+            raise UserError(f"a learning rate of at most {RANGES['lr'][1]:g} at any time", got, "lower one of them")
+        if self.nesterov and not self.momentum:
+            raise UserError("a momentum for nesterov", "momentum 0", "raise momentum, or set nesterov to false")
         if self.data == "folder" and not self.data_path:
             raise UserError("data_path, the folder of images", "none", "give --data-path FOLDER")
 
     def _among(self, name: str, allowed: Sequence[str]) -> None:
         if getattr(self, name) not in allowed:
-            raise UserError(f"{name} among {', '.join(allowed)}", repr(getattr(self, name)), f"correct {name}")
+            raise UserError(f"{name} among {', '.join(allowed)}", shown(getattr(self, name)), f"correct {name}")
 
-    def _at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) >= least or math.isinf(getattr(self, name)):
-                raise UserError(f"{name} >= {least}", str(getattr(self, name)), f"correct {name}")
+    def _within(self, name: str, value: float) -> None:
+        least, most = RANGES[name]
+        if not least <= value <= most:
+            raise UserError(f"{name} from {least:,} to {most:,}", shown(value), f"correct {name}")
+
+    def _most_gamma(self) -> float:
+        """The most that ``gamma`` multiplies the learning rate by, infinity where that is no float."""
+        try:
+            return self.gamma ** len(self.milestones)
+        except OverflowError:
+            return math.inf
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""
@@ -162,7 +207,7 @@ def load(source: str | Path | None = None, overrides: Mapping[str, Any] | None =
     a value of another type. Setting ``epochs`` removes ``steps``, and the other way round; where the recipe counts its
     warm-up or milestones in the other unit, they have to be set as well.
     """
-    values: dict[str, Any] = {} if source is None else _read(source)
+    values: dict[Any, Any] = {} if source is None else _read(source)
     changes = dict(overrides or {})
     for key, other in (("epochs", "steps"), ("steps", "epochs")):
         for chosen in (values, changes):
@@ -180,80 +225,93 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
     return replace(Recipe(), **{key: _typed(key, value) for key, value in values.items()})
 
 
-def parse(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["lr=0.1", "milestones=[30, 60]"]`` -> values, read as YAML. UserError without an equals sign."""
-    yaml = _yaml()
-    values = {}
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError("key=value", repr(text), "for instance --set lr=0.05")
-        try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError("a value that YAML can read", repr(value), f"correct --set {key}=") from error
-    return values
+def combine(named: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Values of options of their own, with those of ``--set`` (see :func:`resnet_fast.training.recipe_text.parse`).
+
+    UserError where the two give one key different values.
+    """
+    given = parse(assignments)
+    for key in given.keys() & named.keys():
+        if _typed(key, given[key]) != _typed(key, named[key]):
+            option = f"--{key.replace('_', '-')} {named[key]}"
+            raise UserError(f"one value of {key}", f"{option} and --set {key}={given[key]}", "leave one of them out")
+    return {**named, **given}
 
 
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise missing_package("pyyaml", "which reads recipes", error, "train") from error
-    return yaml
-
-
-def _read(source: str | Path) -> dict[str, Any]:
+def _read(source: str | Path) -> dict[Any, Any]:
     path = Path(source)
-    if not path.suffix and not path.is_file():
+    if not path.suffix and not os.path.isfile(path):
         if str(source) not in names():
-            close = difflib.get_close_matches(str(source), names(), 3)
+            close = difflib.get_close_matches(str(source)[:100], names(), 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names())}"
-            raise UserError("a recipe's name or a YAML file", repr(str(source)), hint)
+            raise UserError("a recipe's name or a YAML file", shown(str(source)), hint)
         path = FOLDER / f"{source}.yaml"
-    yaml = _yaml()
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError("a recipe in YAML", f"{path} ({reason})", "correct the file or its path") from error
-    if not isinstance(values, dict):
-        raise UserError("a recipe of key: value lines", f"{path} with {type(values).__name__}", "correct the file")
-    return values
+    return recipe_text.read(path)
 
 
 _HINTS = typing.get_type_hints(Recipe)
 
 
-def _typed(key: str, value: Any) -> Any:
+def _typed(key: Any, value: Any) -> Any:
     """``value`` as the field's type; UserError for an unknown key or another type."""
     if key not in _HINTS:
         known = [f.name for f in fields(Recipe)]
-        close = difflib.get_close_matches(str(key), known, 3)
+        close = difflib.get_close_matches(shown(key), known, 3)
         raise UserError(
             "a key of a recipe",
-            repr(key),
+            shown(key),
             f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}",
         )
     allowed = typing.get_args(_HINTS[key]) if isinstance(_HINTS[key], types.UnionType) else (_HINTS[key],)
-    if value is None and type(None) in allowed:
-        return None
-    if bool in allowed and isinstance(value, bool):
-        return value
-    if not isinstance(value, bool):
-        if int in allowed and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-            return int(value)
-        if float in allowed and isinstance(value, (int, float)):
-            return float(value)
-        if float in allowed and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        if str in allowed and isinstance(value, (str, Path)):
-            return str(value)
-        several = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value)
-        if several and any(typing.get_origin(a) is tuple for a in allowed):
-            return tuple(float(v) for v in value)
+    for kind in allowed:
+        try:
+            return _READERS[typing.get_origin(kind) or kind](value)
+        except (TypeError, ValueError, OverflowError):
+            pass
     wanted = " or ".join("a list of numbers" if typing.get_origin(a) else a.__name__ for a in allowed)
-    raise UserError(f"{key} as {wanted.replace('NoneType', 'null')}", repr(value), f"correct {key}")
+    raise UserError(f"{key} as {wanted.replace('NoneType', 'null')}", shown(value), f"correct {key}")
+
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return read
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):  # YAML 1.1 reads 1e-4 as text
+        raise TypeError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    """Text that can be a file's name: no zero byte, nothing that no encoding has."""
+    if not isinstance(value, (str, Path)) or b"\0" in os.fsencode(value):
+        raise TypeError
+    return str(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (list, tuple)) or any(isinstance(one, str) for one in value):
+        raise TypeError
+    return tuple(_number(one) for one in value)
+
+
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    types.NoneType: _exactly(types.NoneType),
+    bool: _exactly(bool),
+    int: _whole,
+    float: _number,
+    str: _text,
+    tuple: _numbers,
+}
+"""Type of a field -> what a value becomes; TypeError, ValueError or OverflowError where it is of another."""

@@ -1,0 +1,123 @@
+"""What a person wrote of a recipe, in a YAML file or after ``--set``, as plain values.
+
+A recipe is a short list of ``key: value`` lines. A file that is longer, nested deeper, or that refers to itself
+(anchors and aliases, which can stand for billions of values) is refused before it is built, and so is a key that is
+given twice: YAML would let the last one win in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, missing_package
+
+MOST_BYTES = 2**20
+MOST_DEPTH = 8
+
+
+class _Refused(Exception):
+    """What is wrong with a text, in words."""
+
+
+def parse(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["lr=0.1", "milestones=[30, 60]"]`` -> values, read as YAML.
+
+    UserError without an equals sign, for a key that is given twice, and for a value that YAML cannot read.
+    """
+    values: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise UserError("key=value", repr(text), "for instance --set lr=0.05")
+        if key in values:
+            raise UserError(f"{key} once", f"--set {texts[key]} and --set {text}", "leave one of them out")
+        texts[key] = text
+        try:
+            values[key] = _value(value.encode())
+        except _Refused as error:
+            raise UserError(
+                "a value that YAML can read", f"{shown(value)} ({error})", f"correct --set {key}="
+            ) from error
+    return values
+
+
+def read(path: Path) -> dict[Any, Any]:
+    """The mapping in the YAML file ``path``. UserError that names it if it is anything else."""
+    try:
+        if not os.path.isfile(path):
+            raise _Refused("no such file" if not os.path.lexists(path) else "no plain file")
+        with open(path, "rb") as file:
+            values = _value(file.read(MOST_BYTES + 1))
+    except (OSError, ValueError, _Refused) as error:
+        raise UserError("a recipe in YAML", f"{path} ({error})", "correct the file or its path") from error
+    if not isinstance(values, dict):
+        got = f"{path} with {'nothing' if values is None else type(values).__name__}"
+        raise UserError("a recipe of key: value lines", got, "correct the file")
+    return values
+
+
+def shown(value: Any) -> str:
+    """``repr(value)``, at most a line of it, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # numbers of thousands of digits, lists a thousand deep
+        return f"a value too long to print ({type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _value(content: bytes) -> Any:
+    """What ``content`` says. Raises :class:`_Refused`."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise missing_package("pyyaml", "which reads recipes", error, "train") from error
+    if len(content) > MOST_BYTES:
+        raise _Refused(f"more than {MOST_BYTES:,} bytes")
+    try:
+        _check_shape(yaml.parse(content, yaml.SafeLoader), yaml)
+        node = yaml.compose(content, yaml.SafeLoader)
+        if node is not None:
+            _check_keys(node, yaml)
+        return yaml.safe_load(content)
+    except _Refused:
+        raise
+    except Exception as error:  # beside YAMLError: ValueError for a date or a number that is none, IndexError for none
+        reason = " ".join(str(error).split())[:200]
+        raise _Refused(reason or type(error).__name__) from error
+
+
+def _check_shape(events: Iterable[Any], yaml: Any) -> None:
+    """Refuse what would be large or deep once it is built; reading events builds nothing."""
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused(f"line {event.start_mark.line + 1}: an alias, *{event.anchor}; write the value itself")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MOST_DEPTH:
+            raise _Refused(f"line {event.start_mark.line + 1}: values more than {MOST_DEPTH} levels deep")
+
+
+def _check_keys(node: Any, yaml: Any) -> None:
+    """Refuse a key that is given twice, in any mapping, naming both lines."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.tag == "tag:yaml.org,2002:merge":
+                    raise _Refused(f"line {line}: a merge key; write the values themselves")
+                if key.value in lines:
+                    raise _Refused(f"{shown(key.value)} twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+            _check_keys(value, yaml)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, yaml)
