@@ -1,14 +1,24 @@
-"""Files that are whole or not there, written beside, flushed to the disk, then renamed; and JSON that is JSON."""
+"""Files that are whole or not there, written beside, flushed to the disk, then renamed; and JSON that is JSON.
+
+A command that computes for minutes asks first whether it may write what it will write: :func:`check_target`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
+
+LARGEST = 256 * 2**20
+"""Bytes of a file that is looked into to see whether it is ours: ours are smaller."""
 
 
 def sync(path: Path) -> None:
@@ -21,20 +31,88 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Write ``path`` at once, or leave what was there before; returns it. OSError where that fails."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    """Write ``path`` at once, or leave what was there before; returns it. OSError where that fails.
+
+    A link stays one: what it points at is written. Others may read the file as far as the umask lets them.
+    """
+    whole = path.resolve()
+    temporary = whole.with_name(f".{whole.name[:200]}.{secrets.token_hex(4)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide the file from others
         sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        os.replace(temporary, whole)
+        sync(whole.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def check_target(
+    path: Path, what: str, ours: Callable[[bytes], bool], *, todo: str = "name another file", make_folder: bool = False
+) -> Path:
+    """Return ``path`` if it may be written: it is not there, is empty, or is of our own kind. UserError otherwise.
+
+    To be asked before the work whose result goes there. Nothing is created.
+
+    Args:
+        what: the file in words, ``a tuning table``.
+        ours: whether a file's bytes are an earlier one of this kind, which may be replaced.
+        todo: what the user can do.
+        make_folder: whether the writer creates the folder; else it has to be there.
+    """
+
+    def refuse(why: str, cause: BaseException | None = None) -> UserError:
+        error = UserError(f"{what} that can be written", f"{path} ({why})", todo)
+        error.__cause__ = cause
+        return error
+
+    try:
+        if path.is_dir():
+            raise refuse("a folder")
+        if path.exists() and not path.is_file():
+            raise refuse("no regular file")
+        if path.is_file() and path.stat().st_size:
+            content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+            if not content or not ours(content):
+                raise refuse(f"there already, and not {what}: it would be lost")
+            if not os.access(path, os.W_OK):
+                raise refuse("read-only")
+        check_folder(path.resolve().parent, make_folder)
+    except OSError as error:
+        raise refuse(error.strerror or str(error), error) from error
+    return path
+
+
+def check_folder(folder: Path, make: bool = True) -> None:
+    """OSError unless files can be written into ``folder``, or, with ``make``, into one that can be created there."""
+    while make and not os.path.lexists(folder):
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path`` among processes and threads that read, change and write it: ``<name>.lock`` beside it.
+
+    The system gives up the lock of a process that dies.
+    """
+    import filelock
+
+    beside = path.resolve().with_name(f"{path.name}.lock")
+    lock: filelock.BaseFileLock = filelock.FileLock(beside, thread_local=False)
+    try:
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: a file that is there or not, waited for a minute
+        lock = filelock.SoftFileLock(beside, timeout=60, thread_local=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def json_text(value: Any, **layout: Any) -> str:

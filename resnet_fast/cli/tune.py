@@ -60,10 +60,11 @@ def tune(
         "dtype": torch.float32 if train else kind,
         "memory_format": torch.channels_last,
     }
+    path = table or tuning.table_file(device)
+    tuning.check_table(path, device)
     net = accelerate(registry.build(model).train(train).to(**place), backend="triton")
     x = torch.randn(batch, 3, side, side).to(**place)
     rounded = torch.autocast(device.type, kind, enabled=train and kind.itemsize == 2)
-    path = table or tuning.table_file(device)
     reached = (0, 0)
     try:
         with progress_bar(silent=json, eta=True) as progress:
@@ -84,9 +85,11 @@ def tune(
         raise typer.Exit(130) from None
     if json:
         typer.echo(json_module.dumps(_to_dict(tuned), indent=2))
-        return
-    title = f"{model}, batch {batch}, {side}x{side}, {dtype}{', training' if train else ''}, {tuned.table.gpu}"
-    show(_table(tuned, title), *_notes(tuned))
+    else:
+        what = f"{model}, batch {batch}, {side}x{side}, {dtype}{', training' if train else ''}, {tuned.table.gpu}"
+        show(_table(tuned, what), *_notes(tuned))
+    if tuned.unsaved:
+        raise UserError("a table that can be written", f"{path} ({tuned.unsaved})", "free some space and run it again")
 
 
 def _to_dict(tuned: Tuned) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from the next call on: tuned, a launch is never slower than stock beyond noise.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import derived
+from .. import derived, files
 from ..errors import BackendError, UserError
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
 from ..tuning import choice, configs, launches, tables, training
@@ -61,7 +60,8 @@ class Tuned:
 
     ``measured`` launches now, ``kept`` from earlier runs, ``left`` that the budget did not reach. ``refused``: launch,
     candidate and reason. ``net_us`` and ``net_stock_us``: the sum over the model's fused layers, as tuned and on
-    PyTorch's kernels alone, once every launch of every layer is measured.
+    PyTorch's kernels alone, once every launch of every layer is measured. ``unsaved``: why what was measured is in this
+    report alone; empty where it is in ``path``.
     """
 
     table: tables.Table
@@ -74,6 +74,7 @@ class Tuned:
     refused: list[tuple[str, str, str]] = field(default_factory=list)
     net_us: float | None = None
     net_stock_us: float | None = None
+    unsaved: str = ""
 
     def rows(self) -> tuple[Row, ...]:
         """The launches with what is known of each."""
@@ -90,6 +91,8 @@ class Tuned:
         text = f"{self.measured} launches measured, {self.kept} known before, in {self.seconds:.0f} s; {self.path}"
         if self.left:
             text += f"; {self.left} left for the next run: the time budget was used up"
+        if self.unsaved:
+            text += f"; NOT written: {self.unsaved}"
         return text
 
 
@@ -257,9 +260,9 @@ def tune_launches(
     start = time.monotonic()
     name, model = gpus.table_of(device).gpu, gpus.device_of(device)
     path = path or tables.user_file(name)
-    _check_writable(path)
+    check_table(path, device)
     result = Tuned(tables.read(path, name), path, tuple(dict.fromkeys(wanted)))
-    result.table.versions |= {"torch": torch.__version__, "triton": _triton_version()}
+    versions = {"torch": torch.__version__, "triton": _triton_version()}
     todo = []
     for launch in result.launches:
         known = result.table.times(launch).keys()
@@ -276,9 +279,13 @@ def tune_launches(
                 break
             if on_progress is not None:
                 on_progress(done, len(todo), str(launch))
+            known = result.table.times(launch).keys()  # another run may have measured it meanwhile, into the same file
+            missing = [c for c in missing if str(c) not in known]
+            if not missing:
+                result.kept += 1
+                continue
             times = _measure(launch, missing, device, result)
-            result.table.entries[str(launch)] = result.table.times(launch) | times
-            result.table.save(path)
+            _keep(result, tables.Table(name, {str(launch): times}, versions))
             result.measured += 1
     finally:  # also after Ctrl-C: what was measured until then is used
         gpus.table_of.cache_clear()
@@ -287,18 +294,29 @@ def tune_launches(
     return result
 
 
-def _check_writable(path: Path) -> None:
-    """Fail before an hour of measuring, not after."""
+def check_table(path: Path, device: torch.device) -> None:
+    """Fail before an hour of measuring, not after: UserError unless what is measured on ``device`` may go to ``path``.
+
+    A file that is no tuning table of this GPU is left alone, but for a damaged one in the cache, ours by its place.
+    """
+    from ..backends.triton import device as gpus
+
+    name = gpus.table_of(device).gpu
+    if path != tables.user_file(name):
+        tables.check_target(path, name)
+        return
+    todo = "name another with --table, or set RESNET_FAST_CACHE to another folder"
+    files.check_target(path, "a tuning table", lambda content: True, todo=todo, make_folder=True)
+
+
+def _keep(result: Tuned, new: tables.Table) -> None:
+    """Add what was measured to the file and to the result; to the result alone, and say so, where the disk is full."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        problem = "" if os.access(path.parent, os.W_OK) else "not writable"
-        problem = "a folder" if path.is_dir() else problem
+        result.table = tables.add(result.path, result.table.with_times(new) if result.unsaved else new)
+        result.unsaved = ""
     except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise UserError(
-            "a table that can be written", f"{path} ({problem})", "name another, or set RESNET_FAST_CACHE to a folder"
-        )
+        result.table = result.table.with_times(new)
+        result.unsaved = error.strerror or str(error)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

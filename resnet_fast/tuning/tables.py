@@ -3,6 +3,8 @@
     resnet_fast/tuning/tables/<gpu>.json          written by ``make gpu-tune``, read-only for a user
     ~/.cache/resnet_fast/tuning/<gpu>.json        written by ``tune()``; RESNET_FAST_CACHE or XDG_CACHE_HOME move it
 
+Several tuning runs may share a file: each adds what it measured to what is there (:func:`add`).
+
 One entry per launch (its whole spec, as printed) holds the time of every candidate in microseconds, so that a diff
 reads like a report. A file for another GPU or another config space, or one that cannot be read, is ignored with a
 warning and replaced when something new is measured. Torch-free.
@@ -12,14 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import flags
+from .. import files, flags
 from ..spec import LaunchSpec
 from .configs import SPACE
 
@@ -53,8 +54,13 @@ class Table:
         """This table with ``other``'s launches in place of its own."""
         return Table(self.gpu, self.entries | other.entries, self.versions | other.versions)
 
+    def with_times(self, other: Table) -> Table:
+        """This table with ``other``'s times beside its own: of a launch that both have, every candidate of either."""
+        entries = {name: self.entries.get(name, {}) | times for name, times in other.entries.items()}
+        return Table(self.gpu, self.entries | entries, self.versions | other.versions)
+
     def save(self, path: Path) -> None:
-        """Write the whole table: beside the file first, then in its place, so that a cut loses nothing."""
+        """Write the whole table at once, so that a cut loses nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "space": SPACE,
@@ -63,15 +69,7 @@ class Table:
             "versions": self.versions,
             "launches": {name: dict(sorted(times.items(), key=_refused_last)) for name, times in self.entries.items()},
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with temporary.open("w") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        files.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _refused_last(item: tuple[str, float | None]) -> float:
@@ -93,8 +91,39 @@ def read(path: Path, gpu_name: str) -> Table:
     return Table(gpu_name, content["launches"], content.get("versions", {}))
 
 
+def add(path: Path, new: Table) -> Table:
+    """Add ``new``'s times to the table in ``path`` and return the two together; nothing that others added is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.locked(path):
+        both = read(path, new.gpu).with_times(new)
+        both.save(path)
+    return both
+
+
+def is_table(content: bytes) -> bool:
+    """Whether a file's bytes are a tuning table: of any GPU, of any version."""
+    try:
+        return _is_table(files.json_value(content))
+    except ValueError:
+        return False
+
+
+def _is_table(content: Any) -> bool:
+    return isinstance(content, dict) and {"space", "gpu", "launches"} <= content.keys()
+
+
+def check_target(path: Path, gpu_name: str) -> None:
+    """UserError unless ``path`` may be written: it is not there, or is a tuning table of this GPU."""
+
+    def ours(content: bytes) -> bool:
+        return is_table(content) and files.json_value(content)["gpu"] == gpu_name
+
+    todo = "name another file with --table, or leave it out"
+    files.check_target(path, f"a tuning table of {gpu_name}", ours, todo=todo, make_folder=True)
+
+
 def _problem(content: Any, gpu_name: str) -> str:
-    if not isinstance(content, dict) or not {"space", "gpu", "launches"} <= content.keys():
+    if not _is_table(content):
         return "not a tuning table"
     if content["space"] != SPACE:
         return f"expected config space {SPACE}, got {content['space']!r}"

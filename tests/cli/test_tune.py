@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from resnet_fast import files
+from resnet_fast.backends.triton import device as gpus
 from resnet_fast.cli import main as cli
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
@@ -73,6 +75,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, An
 
         monkeypatch.setattr(tuning, "default_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(tuning, "tune", tune)
+        monkeypatch.setattr(gpus, "table_of", lambda device: tables.Table(GPU))
         return seen
 
     return replace
@@ -172,6 +175,51 @@ def test_an_interrupt_says_how_far_it_got(replaced: Callable[..., Any], capsys: 
     assert "Traceback" not in err
 
 
+def test_a_file_that_is_no_table_is_left_as_it_is(
+    replaced: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replaced(lambda path, on_progress: pytest.fail("measured"))
+    (tmp_path / "README_copy.md").write_text("# mine")
+    code, out, err = say(["cifar_resnet20", "--table", str(tmp_path / "README_copy.md")], capsys)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "README_copy.md (there already, and not a tuning table of" in err and "name another file" in err
+    assert (tmp_path / "README_copy.md").read_text() == "# mine"
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_what_was_measured_is_printed_though_the_disk_is_full(
+    json_too: bool, replaced: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, on_progress: Any) -> tuning.Tuned:
+        found = tuned(path, on_progress)
+        found.unsaved = "No space left on device"
+        return found
+
+    replaced(full)
+    code, out, err = say(["cifar_resnet20", "--table", "t.json", *["--json"] * json_too], capsys)
+    assert code == 2 and "expected a table that can be written, got t.json (No space left on device)" in err
+    assert "64x64x64 w4 s4" in out
+    if json_too:
+        assert len(json.loads(out)["launches"]) == 3
+
+
+def test_a_table_that_cannot_be_written_later_keeps_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tuned(tmp_path / "t.json", None)
+    before = dict(found.table.entries)
+
+    def full(path: Path, content: bytes) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "write_whole", full)
+        tuning._keep(found, tables.Table(GPU, {"a": {"cudnn": 1.0}}))
+    assert found.unsaved == "No space left on device" and "NOT written" in str(found)
+    assert found.table.entries == before | {"a": {"cudnn": 1.0}}
+    tuning._keep(found, tables.Table(GPU, {"b": {"cudnn": 2.0}}))  # there is room again: all of it is written
+    assert found.unsaved == "" and tables.read(found.path, GPU).entries == found.table.entries
+    assert {"a", "b", *before} == set(found.table.entries)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """One block of three channels in place of a net."""
@@ -207,4 +255,4 @@ def test_a_kernel_that_the_net_does_not_launch(tiny: None, tmp_path: Path, capsy
 @pytest.mark.interpret
 def test_a_table_that_cannot_be_written(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = say(["cifar_resnet20", "--image", "4", "--table", str(tmp_path)], capsys)
-    assert code == 2 and f"expected a table that can be written, got {tmp_path} (a folder)" in err
+    assert code == 2 and "expected a tuning table of " in err and f"can be written, got {tmp_path} (a folder)" in err

@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_tuned_says_why(tmp_path: Path) -> None:
         resnet_fast.tune(net, x, only="stem")
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "table.json", tmp_path):
-        with pytest.raises(UserError, match=r"expected a table that can be written, got .*; name another"):
+        with pytest.raises(UserError, match=r"expected a tuning table .*can be written, got .*; name another"):
             resnet_fast.tune(net, x, path=path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 
 from resnet_fast import flags
+from resnet_fast.errors import UserError
 from resnet_fast.tuning import configs, shapes, tables
 from resnet_fast.tuning.routes import launch
-from resnet_fast.tuning.tables import Table, load, read, user_file
+from resnet_fast.tuning.tables import Table, add, check_target, load, read, user_file
 
 GPU = "NVIDIA H100 80GB HBM3"
 LAUNCH = launch(shapes.problems("resnet50", 8, dtype="bfloat16")["r50.layer3.0.conv2"])
@@ -122,7 +125,7 @@ def test_a_cut_leaves_the_old_file_and_nothing_else(
         raise KeyboardInterrupt
 
     if fails == "while replacing":
-        monkeypatch.setattr(Path, "replace", interrupted)
+        monkeypatch.setattr(os, "replace", interrupted)
         entries: dict[str, Any] = {"b": {"cudnn": 2.0}}
         expected: type[BaseException] = KeyboardInterrupt
     else:
@@ -204,3 +207,49 @@ def test_every_shipped_table_can_be_used() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert read(path, name).entries
+
+
+def test_two_runs_into_one_file_lose_nothing(tmp_path: Path) -> None:
+    """Interleaved: each read the file before the other wrote; and two candidates of one launch."""
+    path = tmp_path / "cache" / "table.json"
+    one, other = read(path, GPU), read(path, GPU)
+    assert one == other == Table(GPU)
+    add(path, Table(GPU, {"a": {"x": 1.0}}, {"torch": "1"}))
+    add(path, Table(GPU, {"b": {"y": None}}))
+    both = add(path, Table(GPU, {"a": {"y": 2.0}}, {"triton": "3"}))
+    assert both == read(path, GPU)
+    assert both.entries == {"a": {"x": 1.0, "y": 2.0}, "b": {"y": None}}
+    assert both.versions == {"torch": "1", "triton": "3"}
+
+
+ADD = """
+import sys
+from pathlib import Path
+from resnet_fast.tuning.tables import Table, add
+who, path = sys.argv[1], Path(sys.argv[2])
+for number in range(25):
+    add(path, Table("gpu", {f"{who}{number}": {"x": 1.0}, "shared": {f"{who}{number}": 2.0}}))
+"""
+
+
+def test_processes_add_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    running = [subprocess.Popen([sys.executable, "-c", ADD, who, str(path)]) for who in "ab"]
+    assert [process.wait(120) for process in running] == [0, 0]
+    entries = read(path, "gpu").entries
+    wanted = {f"{who}{number}" for who in "ab" for number in range(25)}
+    assert set(entries) == wanted | {"shared"} and set(entries["shared"]) == wanted
+
+
+def test_only_a_table_of_this_gpu_may_be_replaced(tmp_path: Path) -> None:
+    Table(GPU, {"a": {"x": 1.0}}).save(tmp_path / "mine.json")
+    Table("another", {"a": {"x": 1.0}}).save(tmp_path / "other.json")
+    (tmp_path / "README.md").write_text("# mine")
+    (tmp_path / "data.json").write_text('{"space": 1, "gpu": "x"}')
+    check_target(tmp_path / "mine.json", GPU)
+    check_target(tmp_path / "new" / "folder" / "t.json", GPU)
+    for name in ("other.json", "README.md", "data.json"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match=f"expected a tuning table of {GPU} that can be written, .*name another"):
+            check_target(tmp_path / name, GPU)
+        assert (tmp_path / name).read_bytes() == before
