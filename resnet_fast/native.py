@@ -25,8 +25,8 @@ HOST = "resnet_fast._host"
 EMULATOR = "resnet_fast._emulator"
 
 _HOW_TO_BUILD = {
-    LIBRARY: "run `pip install --no-build-isolation .` where torch 2.11 or newer and a C++ compiler are present",
-    **dict.fromkeys((HOST, EMULATOR), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` to build it"),
+    LIBRARY: "run `pip install --no-build-isolation .` in a clone, beside torch 2.11 or newer and a C++ compiler",
+    **dict.fromkeys((HOST, EMULATOR), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"),
 }
 
 
