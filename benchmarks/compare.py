@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import devices, images, numerics, weights
+from resnet_fast import devices, images, limits, numerics, weights
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 
@@ -58,9 +58,11 @@ class Options:
         if unknown or not self.dtypes:
             raise UserError(f"dtypes among {', '.join(DTYPES)}", _listed(unknown), "correct --dtype")
         self._check_competitors()
-        for name, value in (("--rounds", self.rounds), ("--size", self.size), ("--threads", self.threads)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} >= 1", str(value), f"correct {name}")
+        if self.rounds < 1:
+            raise UserError("--rounds >= 1", str(self.rounds), "correct --rounds")
+        limits.check_threads(self.threads)
+        side = registry.image_size(self.model) if self.size is None else self.size
+        limits.check_input(max(self.batches), side, names=("--batch", "--size"))
         if not self.budget > 0:
             raise UserError("--budget > 0 seconds", str(self.budget), "correct --budget")
         devices.check_device(self.device)

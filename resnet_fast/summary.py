@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import limits
 from .errors import UserError
 from .models import registry
 from .spec import ITEMSIZE, ConvSpec, Epilogue, conv_out
@@ -165,6 +166,7 @@ def trace(
     """
     if batch < 1 or image < 1:
         raise UserError("at least one image of at least one pixel", f"batch {batch}, image {image}", "raise it")
+    limits.check_input(batch, image, planes=0)
     if dtype not in ITEMSIZE:
         raise unknown_name("dtype", dtype, ITEMSIZE)
     recorder, handles, was_training = _Recorder(dtype, layout), [], model.training

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import limits
 from ..errors import UserError, missing_package
 from ..flags import BACKENDS
 from .options import one_of
@@ -27,9 +28,7 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Per layer of a net in eval mode: the problem, the backend chosen, why not the others, and the floor time."""
-    for name, value in (("--image", image), ("--batch", batch)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} >= 1", str(value), f"correct {name}")
+    limits.check_input(batch, image, planes=0)
     import torch
 
     from .. import accelerate
@@ -42,6 +41,7 @@ def explain(
 
         side = image or registry.image_size(model)
         net = registry.build(model)
+    limits.check_input(batch, side)
     element = getattr(torch, dtype)
     net = net.eval().to(element).to(memory_format=torch.channels_last)
     accelerate(net, backend=backend)

@@ -44,12 +44,12 @@ def predict(
 
     A picture that cannot be read is named on stderr and the others go on; the exit code is 2 then.
     """
-    from .. import classify, devices, flags, images
+    from .. import classify, devices, flags, images, limits
     from ..models import trained
 
-    for name, value in (("--top", top), ("--batch", batch), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} >= 1", str(value), f"correct {name}")
+    limits.check_count("--top", top, 1, sys.maxsize)
+    limits.check_input(batch, None)
+    limits.check_threads(threads)
     if json and csv == "-":
         raise UserError("one format on stdout", "--json and --csv -", "name a file with --csv")
     flags.check_backend(backend)
@@ -62,6 +62,7 @@ def predict(
     classifier = trained.load(weights, model, names)
     for text in classifier.said:
         _say(text)
+    limits.check_input(min(batch, len(files)), classifier.facts.size, names=("--batch", "size"))
     answers = classify.stream(classifier, files, top=top, batch=batch, device=device, backend=backend, note=_say)
     done = bad = 0
     with ExitStack() as stack:

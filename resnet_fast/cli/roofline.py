@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import limits
 from .. import roofline as model
 from ..errors import UserError, missing_package
 from .output import show
@@ -46,6 +47,7 @@ def roofline(
     device = model.gpu(gpu)
     if batch < 1:
         raise UserError("a batch of 1 or more images", str(batch), "correct --batch")
+    limits.check_input(batch, image, planes=0)
     items = model.net_work(name, plan, batch, image, dtype)
     plans = {p: model.net_work(name, p, batch, image, dtype) for p in model.PLANS}
     if plot is not None:

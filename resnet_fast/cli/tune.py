@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import limits
 from ..errors import UserError
 from .options import one_of
 from .output import progress_bar, show
@@ -40,9 +41,9 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, and no progress bar.")] = False,
 ) -> None:
     """Time every kernel that a net can run on here; the fastest, ours or PyTorch's, runs from then on."""
-    for name, value, least in (("--batch", batch, 1), ("--image", image, 1), ("--budget", budget, 0)):
-        if value is not None and not value >= least:
-            raise UserError(f"{name} >= {least}", str(value), f"correct {name}")
+    if not budget >= 0:
+        raise UserError("--budget >= 0", str(budget), "correct --budget")
+    limits.check_input(batch, image, planes=0)
     import torch
 
     from .. import accelerate
@@ -50,6 +51,7 @@ def tune(
     from ..models import registry
 
     side = image or registry.image_size(model)
+    limits.check_input(batch, side)
     if only is not None:
         tuning.check_kernel(only)
     device = tuning.default_device()

@@ -67,13 +67,13 @@ def validate(
 
     Unreadable images are named on stderr and counted; outputs that are not numbers make the exit code 2.
     """
-    from .. import devices, flags
+    from .. import devices, flags, limits
     from ..facts import AMP
     from ..training import evaluate, restored
 
-    for name, value, least in (("--batch", batch, 1), ("--threads", threads, 1), ("--workers", workers, 0)):
-        if value is not None and value < least:
-            raise UserError(f"{name} >= {least}", str(value), f"correct {name}")
+    limits.check_input(batch, None)
+    limits.check_threads(threads)
+    limits.check_workers(workers)
     if amp is not None and amp not in AMP:
         raise UserError(f"--amp among {', '.join(AMP)}", repr(amp), "correct --amp")
     if csv == "-":
@@ -88,6 +88,7 @@ def validate(
     on = evaluate.target(net, data, data_path, held_out)
     for text in (*net.trained.said, *on.said):
         _say(text)
+    limits.check_input(min(batch or 1, len(on.images)), net.trained.facts.size, names=("--batch", "size"))
     with ExitStack() as stack:
         lines = None if csv is None else stack.enter_context(csv_file(csv, CSV_HEADER))
         progress = stack.enter_context(progress_bar(silent=json, eta=True))

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import pickle
 import struct
 import zlib
@@ -40,7 +41,7 @@ def _content(path: Path) -> bytes:
 
 def idx_file(folder: Path, stem: str) -> Path | None:
     """``stem`` in ``folder``, gzipped or not; None where it is neither."""
-    return next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
+    return next((p for p in (folder / stem, folder / f"{stem}.gz") if os.path.isfile(p)), None)
 
 
 def read_idx(path: Path) -> Tensor:
@@ -91,7 +92,7 @@ def genuine(content: bytes, md5: str) -> bool:
 
 
 def _unpickle(path: Path, md5: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise _Foreign(f"no file {path}")
     content = _content(path)
     if not genuine(content, md5):

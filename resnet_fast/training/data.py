@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import images
+from .. import images, limits
 from ..errors import UserError, missing_package
 from ..facts import Facts
 from . import arrays, folders
@@ -116,6 +116,8 @@ class Data:
 
 def load(recipe: Recipe) -> Data:
     """The data of ``recipe``. Raises UserError for whatever would stop or spoil the run later."""
+    if recipe.classes is not None:
+        _check_classes(recipe.classes)
     if recipe.data == "folder":
         return _folder(recipe)
     loaded = {
@@ -136,6 +138,7 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
     if recipe.subset is not None:
         chosen = _subset(recipe, recipe.subset, len(y))
         x, y = x[chosen], y[chosen]
+    _check_pixels(recipe, len(x) + len(x_val), x.shape[1])
     x, x_val = _resized(x, recipe.size), _resized(x_val, recipe.size)
     flat = x.transpose(0, 1).flatten(1)
     mean = tuple((c.double().mean() / 255).item() for c in flat)
@@ -150,6 +153,22 @@ def _in_memory(recipe: Recipe, train: Any, val: Any, classes: Sequence[str], not
         True,
         note,
     )
+
+
+LEAST_FEATURES = 64
+"""What the classifier of any net sees of an image; its weights, their gradients and their momenta are as many each."""
+
+
+def _check_classes(classes: int) -> None:
+    needed = 3 * 4 * LEAST_FEATURES * classes
+    limits.check_memory(needed, f"a classifier of {classes:,} classes", "lower classes")
+
+
+def _check_pixels(recipe: Recipe, count: int, channels: int) -> None:
+    """UserError unless ``count`` images of the recipe's size fit into memory, twice while they are put together."""
+    needed = 2 * count * channels * recipe.size**2
+    what = f"{count:,} images of {recipe.size}x{recipe.size}"
+    limits.check_memory(needed, what, "lower size, or batch and subset")
 
 
 def check_labels(labels: Tensor, classes: int, where: str) -> None:
@@ -230,6 +249,7 @@ def _synthetic(recipe: Recipe) -> tuple[Any, Any, Sequence[str], str]:
     """Noise of the recipe's size, for speed runs: what is learnt from it means nothing."""
     generator = torch.Generator().manual_seed(recipe.seed)
     n, classes = recipe.subset or 16 * recipe.batch, recipe.classes or 1000
+    _check_pixels(recipe, n + n // 8, 3)
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         x = torch.randint(256, (count, 3, recipe.size, recipe.size), dtype=torch.uint8, generator=generator)

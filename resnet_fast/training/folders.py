@@ -63,7 +63,7 @@ def find(root: Path, follow_links: bool = False) -> Found:
 
     ``follow_links``: read what links below ``root`` point to, too. Cycles are not followed in any case.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False, too, for a name that no system takes
         raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
     train_root, val_root, notes = _halves(root)
     walk = _Walk(root, follow_links)
@@ -90,7 +90,7 @@ def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list
 
     A single class will do, and there need not be a training half.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
     names = _folders(root)
     held = [name for name in names if role(name) == "val"] or [name for name in names if role(name) == "test"]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .. import limits
 from ..errors import UserError
 from .augment import seed_of
 from .data import Data, Item, Sample
@@ -152,8 +153,7 @@ def workers_of(in_memory: bool, device: torch.device, world: int) -> int:
     """Worker processes: none for data in memory beside a CPU that trains, else the cores of a process, at most 8."""
     if in_memory and device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // world))
+    return max(1, min(8, limits.cores() // world))
 
 
 def loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:

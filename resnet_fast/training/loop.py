@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import devices
+from .. import devices, limits
 from ..errors import UserError
 from . import checkpoint, curves, distributed, loader, optim, runlog
 from .data import Data, check_files
@@ -61,14 +61,14 @@ class Options:
 
     def check(self) -> None:
         """UserError for the first option that cannot be used."""
-        for name in ("threads", "keep", "log_every", "stop_after"):
+        for name in ("keep", "log_every", "stop_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} >= 1", str(value), f"correct --{name.replace('_', '-')}")
-        for name in ("workers", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} >= 0", str(value), f"correct --{name.replace('_', '-')}")
+        if self.save_steps < 0:
+            raise UserError("save_steps >= 0", str(self.save_steps), "correct --save-steps")
+        limits.check_threads(self.threads)
+        limits.check_workers(self.workers)
         if self.parallel not in distributed.PARALLEL:
             allowed = ", ".join(distributed.PARALLEL)
             raise UserError(f"parallel among {allowed}", repr(self.parallel), "correct --parallel")
@@ -193,6 +193,8 @@ class _Run:
             check_files(self.data)
         parts = world.size * recipe.accumulate
         self.plan = loader.Plan(self.data.train_size, recipe.batch, parts, recipe.seed)
+        if world.device.type == "cpu":
+            limits.check_input(-(-recipe.batch // parts), recipe.size, names=("batch", "size"))
         self.total = recipe.total_steps(self.plan.steps_per_epoch)
         workers = options.workers
         self.workers = loader.workers_for(self.data, world.device, world.size) if workers is None else workers

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .. import limits
 from ..errors import UserError
 from ..flags import check_backend
 from . import recipe_text
@@ -32,11 +33,11 @@ AMP = ("none", "bfloat16", "float16")
 
 RANGES: dict[str, tuple[float, float]] = {
     "classes": (1, 10**6),
-    "size": (1, 8192),
+    "size": (1, limits.MOST_SIDE),
     "subset": (1, 10**9),
     "pad": (0, 1024),
-    "batch": (1, 2**20),
-    "accumulate": (1, 2**20),
+    "batch": (1, limits.MOST_BATCH),
+    "accumulate": (1, limits.MOST_BATCH),
     "epochs": (1e-6, 1e6),
     "steps": (1, 10**9),
     "lr": (0, 1e30),
