@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import importlib
-from collections.abc import Callable
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,14 +117,138 @@ def test_an_edit_reaches_the_graph(compiled: list[torch.Size]) -> None:
     assert len(compiled) == 5
 
 
+@contextmanager
+def missing_switch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch._C, "_jit_set_llga_enabled")
+        yield
+
+
+@contextmanager
+def no_torchscript() -> Iterator[None]:
+    torch.jit._state.disable()
+    try:
+        yield
+    finally:
+        torch.jit._state.enable()
+
+
+OFF: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "_jit_set_llga_enabled": missing_switch,
+    "PYTORCH_JIT=0": no_torchscript,
+    "optimized_execution": lambda: torch.jit.optimized_execution(False),
+}
+
+
 @torch.no_grad()
-def test_without_the_switch_the_parts_run(monkeypatch: pytest.MonkeyPatch, compiled: list[torch.Size]) -> None:
-    monkeypatch.setattr(module, "can_compile", lambda: False)
+@pytest.mark.parametrize("name", OFF)
+def test_what_torch_has_switched_off_is_noticed_and_said_once(
+    name: str, compiled: list[torch.Size], caplog: pytest.LogCaptureFixture
+) -> None:
+    module._say_once.cache_clear()
     stock = randomized("basic")
     x = torch.randn(1, 3, 48, 48)
     expected = stock(x)
-    torch.testing.assert_close(resnet_fast.accelerate(stock)(x), expected, rtol=1e-4, atol=1e-4)
+    fused = resnet_fast.accelerate(stock)
+    with OFF[name](), caplog.at_level("INFO", "resnet_fast"):
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
     assert not compiled
+    assert [name in m for m in caplog.messages if "part by part" in m] == [True]
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+    assert compiled == [x.shape]
+
+
+@torch.no_grad()
+def test_without_onednn_the_reference_runs(compiled: list[torch.Size]) -> None:
+    stock = randomized("basic")
+    x = torch.randn(1, 3, 48, 48)
+    expected = stock(x)
+    fused = resnet_fast.accelerate(stock)
+    with torch.backends.mkldnn.flags(enabled=False):
+        for _ in range(6):
+            torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+    assert not compiled
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_leaves_the_parts(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[torch.Size], caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[int] = []
+
+    def fail(call: object, x: torch.Tensor) -> object:
+        tried.append(1)
+        raise RuntimeError("could not create a primitive\nC++ stack")
+
+    monkeypatch.setattr(module, "_compile", fail)
+    stock = randomized("basic")
+    x = torch.randn(1, 3, 48, 48)
+    expected = stock(x)
+    fused = resnet_fast.accelerate(stock)
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+    assert tried == [1]
+    assert [m for m in caplog.messages if "could not create a primitive" in m and "stack" not in m]
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Weak references to the memory of every weight that a graph is compiled from."""
+    found: list[weakref.ref[Any]] = []
+    fold = module._Convolution.of
+
+    def of(conv: Any, norm: Any) -> Any:
+        folded = fold(conv, norm)
+        array = folded.weight.permute(0, 2, 3, 1).numpy().copy()  # which lives as long as the tensor's storage
+        found.append(weakref.ref(array))
+        return folded._replace(weight=torch.from_numpy(array).permute(0, 3, 1, 2))
+
+    monkeypatch.setattr(module._Convolution, "of", staticmethod(of))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", ["weights change", "clear_derived", "net dies"])
+def test_a_graph_frees_its_weights(end: str, compiled: list[torch.Size], memory: list[weakref.ref[Any]]) -> None:
+    net, x = resnet_fast.accelerate(randomized("basic")), torch.randn(1, 3, 32, 32)
+    net(x)
+    first = list(memory)
+    assert compiled == [x.shape] and first and all(ref() is not None for ref in first)
+    if end == "weights change":
+        net.layer1[0].conv1.weight.mul_(1.01)
+        net(x)
+        assert len(memory) == 2 * len(first)
+    elif end == "clear_derived":
+        resnet_fast.clear_derived()
+    else:
+        del net
+    gc.collect()
+    assert not [ref for ref in first if ref() is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident set is read from Linux' /proc")
+@torch.no_grad()
+def test_compiling_again_and_again_does_not_fill_the_memory(compiled: list[torch.Size]) -> None:
+    """Neither of one net whose weights change, nor of nets that come and go. One compile holds 20 MB of weights."""
+    libc = ctypes.CDLL(None)
+
+    def resident() -> float:
+        gc.collect()
+        libc.malloc_trim(0)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    x = torch.randn(1, 3, 32, 32)
+    sizes = []
+    for _ in range(4):
+        net = resnet_fast.accelerate(randomized("basic"))
+        for _ in range(3):
+            net.layer1[0].conv1.weight.mul_(1.01)
+            net(x)
+        sizes.append(resident())
+    assert len(compiled) == 12
+    assert sizes[-1] - sizes[0] < 30, sizes  # nine compiles, 180 MB of weights
 
 
 @torch.no_grad()

@@ -14,17 +14,21 @@ from folded fp32 weights; where this CPU runs 16-bit tensors in fp32, only the n
 
 from __future__ import annotations
 
-import threading
-import warnings
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import folding
-from ...calls import BlockCall, Conv, NetCall, Norm, StemCall
+from ...calls import BlockCall, Conv, NetCall, Norm, StemCall, convs_of, norms_of
+from ...locks import Lock
 from ...spec import NetSpec
 from .bottleneck import bottleneck
 from .conv_bn_act import Packed, compute_dtype, conv_bn_act, like_reference, nhwc
@@ -32,7 +36,8 @@ from .conv_bn_act import prepare as pack
 from .stem import stem
 
 CALLS_BEFORE_COMPILING = 4
-_compiling = threading.Lock()  # the switch that lets TorchScript use oneDNN's graph is process-wide
+log = logging.getLogger("resnet_fast")
+_compiling = Lock()  # the switch that lets TorchScript use oneDNN's graph is process-wide
 
 
 @dataclass
@@ -40,14 +45,31 @@ class State:
     """One input size of one net: packed parts until the graph is compiled, then the graph."""
 
     parts: list[list[Packed]] | None
-    graph: Any = None
+    graph: Callable[[Tensor], Tensor] | None = None
     calls: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    fails: bool = False  # compiling was tried and gave nothing
+    lock: Lock = field(default_factory=Lock)
 
 
-def can_compile() -> bool:
-    """Has this torch the switch? It is private, and TorchScript is no longer developed: without it, parts run apart."""
-    return hasattr(torch._C, "_jit_set_llga_enabled") and hasattr(torch._C, "_jit_llga_enabled")
+_NEEDED = ("_jit_set_llga_enabled", "_jit_llga_enabled", "_create_graph_by_tracing", "CompilationUnit")
+
+
+def compile_obstacle() -> str:
+    """Why no net can be compiled here and now; empty if it can. What it takes is private, and TorchScript is no longer
+    developed, so it may be gone; and a user may have switched TorchScript off."""
+    missing = [name for name in _NEEDED if not hasattr(torch._C, name)]
+    if missing:
+        return f"expected a torch with {', '.join(missing)}, got {torch.__version__}"
+    if not torch.jit._state._enabled:
+        return "TorchScript is switched off (PYTORCH_JIT=0)"
+    if not torch._C._get_graph_executor_optimize():
+        return "TorchScript's optimizations are switched off (torch.jit.optimized_execution)"
+    return ""
+
+
+@cache
+def _say_once(reason: str) -> None:
+    log.info("nets on oneDNN run part by part, not as one graph: %s", reason)
 
 
 def prepare(call: NetCall, spec: NetSpec, earlier: list[State]) -> State:
@@ -64,15 +86,12 @@ def prepare(call: NetCall, spec: NetSpec, earlier: list[State]) -> State:
 def net(call: NetCall, spec: NetSpec, state: State) -> Tensor:
     """The last block's output."""
     dtype = compute_dtype(call.x.dtype)
-    if state.graph is None and dtype == torch.float32 and can_compile():
-        with state.lock:
-            state.calls += 1
-            if state.calls > CALLS_BEFORE_COMPILING and state.graph is None:
-                state.graph = _compile(call, nhwc(call.x, dtype))
-                state.parts = None
     x = nhwc(call.x, dtype)
+    if state.graph is None and not state.fails and dtype == torch.float32:
+        _try_to_compile(call, x, state)
     parts = state.parts  # another thread may compile and drop them meanwhile
     if parts is None:
+        assert state.graph is not None
         y = state.graph(x)
     else:
         y = x
@@ -84,40 +103,81 @@ def net(call: NetCall, spec: NetSpec, state: State) -> Tensor:
     return like_reference(y, call.x.dtype, spec.layout)
 
 
-class _Convolution(nn.Module):
-    """A folded convolution as TorchScript sees it."""
+def _try_to_compile(call: NetCall, x: Tensor, state: State) -> None:
+    """Count a call, and compile at the fifth. Nobody waits: while another thread compiles, parts run one by one."""
+    reason = compile_obstacle()
+    if reason:
+        _say_once(reason)
+        return
+    if not state.lock.acquire(blocking=False):
+        return
+    try:
+        state.calls += 1
+        if state.calls <= CALLS_BEFORE_COMPILING or state.graph is not None or not _compiling.acquire(blocking=False):
+            return
+        try:
+            state.graph = _compile(call, x)
+            state.parts = None
+        except RuntimeError as error:
+            state.fails = True
+            log.warning("compiling a net for oneDNN failed, its parts run one by one: %s", str(error).splitlines()[0])
+        finally:
+            _compiling.release()
+    finally:
+        state.lock.release()
+
+
+@contextmanager
+def _fusing() -> Iterator[None]:
+    """Inside the ``with``, TorchScript may hand subgraphs to oneDNN."""
+    global _switch_before
+    _switch_before = torch._C._jit_llga_enabled()
+    torch._C._jit_set_llga_enabled(True)
+    try:
+        yield
+    finally:
+        _restore_switch()
+
+
+_switch_before: bool | None = None  # what a compile under way must put back
+
+
+def _restore_switch() -> None:
+    """Put the switch back; in a child process too, whose parent was compiling at the fork."""
+    global _switch_before
+    if _switch_before is not None:
+        torch._C._jit_set_llga_enabled(_switch_before)
+        _switch_before = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_switch)
+
+
+class _Convolution(NamedTuple):
+    """A folded convolution as plain tensors, which a trace takes up as constants."""
 
     weight: Tensor
     bias: Tensor
+    conv: Conv
 
-    def __init__(self, conv: Conv, norm: Norm):
-        super().__init__()
+    @staticmethod
+    def of(conv: Conv, norm: Norm) -> _Convolution:
         weight, bias = folding.fold(conv, norm)
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", bias)
-        self.conv = conv[2:]
+        return _Convolution(weight.contiguous(memory_format=torch.channels_last), bias, conv)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stride, padding, dilation, groups = self.conv
-        return F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, *self.conv.numbers())
 
 
-class _Parts(nn.Module):
-    """The net in the plainest operations, which is what the graph's patterns are made of."""
+def _plainly(call: NetCall) -> Callable[[Tensor], Tensor]:
+    """The net as a function in the plainest operations, which is what the graph's patterns are made of."""
+    pairs = [pair for part in call.parts for pair in zip(convs_of(part), norms_of(part), strict=True)]
+    folded = [_Convolution.of(conv, norm) for conv, norm in pairs]
 
-    def __init__(self, call: NetCall):
-        super().__init__()
-        self.parts = call.parts
-        self.convs = nn.ModuleList()
+    def forward(x: Tensor) -> Tensor:
+        convs = iter(folded)
         for part in call.parts:
-            pairs = (
-                zip(part.convs, part.norms, strict=True) if isinstance(part, BlockCall) else [(part.conv, part.norm)]
-            )
-            self.convs.extend(_Convolution(conv, norm) for conv, norm in pairs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        convs = iter(self.convs)
-        for part in self.parts:
             if isinstance(part, BlockCall):
                 y = x
                 for _ in part.main()[:-1]:
@@ -130,18 +190,20 @@ class _Parts(nn.Module):
                 x = F.max_pool2d(x, *part.pool) if isinstance(part, StemCall) else x
         return x
 
+    return forward
 
-def _compile(call: NetCall, x: Tensor) -> Any:
-    """Trace, freeze and fuse for inputs like ``x``. The executor observes one run and fuses in the next."""
-    with _compiling, torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript's own announcements of its retirement
+
+def _compile(call: NetCall, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Trace and fuse for inputs like ``x``. The executor observes one run and fuses in the next.
+
+    What ``torch.jit.trace`` and ``freeze`` make belongs to TorchScript's process-wide compilation unit, which never
+    lets go of a function or of the weights in it. A unit of the graph's own dies with the graph
+    (docs/notes/derived-weights.md).
+    """
+    with torch.inference_mode(False), torch.no_grad(), _fusing():
         example = torch.zeros_like(x)  # an inference tensor cannot be traced
-        before = torch._C._jit_llga_enabled()
-        torch._C._jit_set_llga_enabled(True)
-        try:
-            graph = torch.jit.freeze(torch.jit.trace(_Parts(call).eval(), example, check_trace=False))
-            for _ in range(3):
-                graph(example)
-        finally:
-            torch._C._jit_set_llga_enabled(before)
-    return graph
+        graph, _ = torch._C._create_graph_by_tracing(_plainly(call), (example,), lambda _: "", True, False)
+        run = torch._C.CompilationUnit().create_function("net", graph)
+        for _ in range(3):
+            run(example)
+    return run

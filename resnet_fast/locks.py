@@ -1,0 +1,47 @@
+"""Locks that a forked child process finds open.
+
+A fork copies a lock as it is. Where another thread of the parent held it, nobody in the child would ever release it: a
+``DataLoader``'s workers beside a serving thread would hang at their first call. What such a lock guards here is a
+cache, whose every step leaves it usable, so the child may go on with what it finds.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from weakref import WeakSet
+
+
+class Lock:
+    """A reentrant lock, new and open in a child process, whoever held it in the parent at the fork."""
+
+    __slots__ = ("__weakref__", "_lock", "acquire", "release")
+
+    def __init__(self) -> None:
+        self._renew()
+        _all.add(self)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+        self.acquire, self.release = self._lock.acquire, self._lock.release
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+
+_all: WeakSet[Lock] = WeakSet()
+
+
+def _renew_all() -> None:
+    for lock in list(_all):
+        lock._renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_renew_all)
