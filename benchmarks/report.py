@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_fast import files
 from resnet_fast.errors import UserError, missing_package
+from resnet_fast.files import json_text
 
 from . import train
 from .compare import Report, Row, Timed
@@ -151,7 +151,7 @@ def to_markdown(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    return json.dumps(report.to_dict(), indent=2) + "\n"
+    return json_text(report.to_dict(), indent=2) + "\n"
 
 
 def to_png(report: Report) -> bytes:

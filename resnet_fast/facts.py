@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import UserError
+from .files import json_text
 
 KEY = "resnet_fast"
 """The entry of the metadata that holds the JSON text."""
@@ -51,7 +52,7 @@ class Facts:
 
     def to_json(self) -> str:
         """The text that :func:`parse` reads."""
-        return json.dumps(self.to_dict())
+        return json_text(self.to_dict())
 
     @property
     def variant(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from resnet_fast import files
+from resnet_fast.files import json_text
 from resnet_fast.tuning import configs, tables
 
 from .. import harness, provenance
@@ -190,7 +191,7 @@ class Store:
     def add(self, row: Row) -> None:
         """On disk when this returns."""
         with self.path.open("a") as file:
-            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            file.write(json_text(row, separators=(",", ":")) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.rows[row["key"]] = row
@@ -290,7 +291,7 @@ def update_environment(settings: Settings, more: Row) -> None:
     now["command"] = f"python3 -m benchmarks.gpu.{settings.command}"
     if settings.on_gpu:
         now["cudnn"] = torch.backends.cudnn.version()
-    write(path, json.dumps(known | now | more, indent=1) + "\n")
+    write(path, json_text(known | now | more, indent=1) + "\n")
 
 
 def driver() -> str:

@@ -7,7 +7,6 @@ candidate is not measured again. A launch whose candidates crash or hang is a fa
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from resnet_fast.errors import BackendError
+from resnet_fast.files import json_text
 from resnet_fast.roofline import Device
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
 from resnet_fast.tuning import choice, configs, launches, tables
@@ -191,7 +191,7 @@ def main() -> int:
             pool.run(session.todo(everything, lambda case: complete(by_name[case.name], table, device)))
         found = summaries(settings)
         print_summaries(session, found)
-        common.write(settings.path / "tune_summary.json", json.dumps(found, indent=1) + "\n")
+        common.write(settings.path / "tune_summary.json", json_text(found, indent=1) + "\n")
     finally:
         report.write(settings)
     return session.finish(everything)

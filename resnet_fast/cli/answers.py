@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError, printable
+from ..files import json_text
 from .output import show
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def json_array() -> Iterator[Writer]:
     def write(answers: Sequence[Answer]) -> None:
         nonlocal separator
         for answer in answers:
-            sys.stdout.write(separator + json.dumps(_plain(answer)))
+            sys.stdout.write(separator + json_text(_plain(answer)))
             separator = ",\n"
         sys.stdout.flush()
 

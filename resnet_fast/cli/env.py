@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from typing import Annotated
 
 import typer
+
+from ..files import json_text
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
@@ -17,4 +18,4 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print the report a
     report = collect()
     # Plain lines where the report goes into a file or a bug report, folded ones where a person reads them.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(json.dumps(to_json(report), indent=2) if as_json else render(report, width))
+    print(json_text(to_json(report), indent=2) if as_json else render(report, width))

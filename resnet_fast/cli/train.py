@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json as json_module
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
+from ..files import json_text
 from ..flags import BACKENDS
 from .output import progress_bar, show
 
@@ -144,7 +144,7 @@ def train(
     if not speaks():
         raise typer.Exit(0 if result.finished else EXIT.get(result.stopped_by, 0))
     if json:
-        typer.echo(json_module.dumps({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
+        typer.echo(json_text({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
     elif result.epochs:
         last = result.epochs[-1]
         best = min(line["val_error"] for line in result.epochs)
@@ -155,7 +155,7 @@ def train(
         )
     if not result.finished:
         text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"
-        print(text, file=sys.stderr)
+        _tell(text)
         raise typer.Exit(EXIT.get(result.stopped_by, 0))
 
 
@@ -175,10 +175,10 @@ def _divergence() -> Iterator[None]:
         yield
     except NotFinite as error:
         todo = "lower lr, lengthen warmup, or leave out amp; the checkpoints are as they were"
-        raise UserError("a loss that is a number", str(error), todo) from error
+        raise UserError(error.expected, str(error), todo) from error
 
 
-EXIT = {"SIGINT": 130, "SIGTERM": 143}
+EXIT = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 """What a shell reports for a program that these signals ended: a scheduler sees that the run is not finished."""
 
 
@@ -190,19 +190,26 @@ def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
         return loop.Watch()
 
     def step(tick: Tick) -> None:
-        waits = f", waits for data {tick.waiting:.0%}" if tick.waiting > 0.05 else ""
-        text = f"{label}epoch {tick.epoch:.2f}  {tick.images_per_s:,.0f} img/s{waits}  loss {tick.loss:.3f}"
+        text = f"{label}epoch {tick.epoch:.2f}"
+        if tick.images_per_s:  # the first line of the log is written after some steps
+            waits = f", waits for data {tick.waiting:.0%}" if tick.waiting > 0.05 else ""
+            text += f"  {tick.images_per_s:,.0f} img/s{waits}  loss {tick.loss:.3f}"
         progress(tick.step, tick.steps, text)
 
     def epoch(line: dict[str, Any]) -> None:
-        print(
+        _tell(
             f"{label}epoch {line['epoch']:>6g}  training loss {line['train_loss']:.4f} error "
             f"{100 * line['train_error']:5.2f} %  validation loss {line['val_loss']:.4f} error "
-            f"{100 * line['val_error']:5.2f} %  {line['seconds']:.0f} s",
-            file=sys.stderr,
+            f"{100 * line['val_error']:5.2f} %  {line['seconds']:.0f} s"
         )
 
-    return loop.Watch(step, epoch, lambda text: print(f"{label}{text}", file=sys.stderr))
+    return loop.Watch(step, epoch, lambda text: _tell(f"{label}{text}"))
+
+
+def _tell(text: str) -> None:
+    """Print to stderr, unless nobody is there to read it (a closed terminal or pipe): the run goes on."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _one_line(recipe: Any, name: str) -> str:

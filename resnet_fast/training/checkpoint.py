@@ -127,8 +127,13 @@ def export(model: nn.Module, path: Path, facts: Facts, world: World) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    failure = None
     if world.first:
-        write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {facts_of.KEY: facts.to_json()}))
+        try:
+            write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {facts_of.KEY: facts.to_json()}))
+        except UserError as error:
+            failure = error
+    world.raise_first(failure)
 
 
 def folder_of(out: Path) -> Path:
@@ -348,6 +353,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _figures(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_number, value))
+
+
 def _listing(value: Any) -> bool:
     """Whether ``value`` maps names of files to sizes and digests."""
     if not isinstance(value, dict) or any("\0" in name for name in value):
@@ -363,12 +372,13 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "classes": lambda v: _count(v) and v > 0,
     "recipe": lambda v: isinstance(v, dict),
     "seconds": _number,
-    "sums": lambda v: isinstance(v, list) and len(v) == 3 and all(map(_number, v)),
+    "sums": lambda v: _figures(v),
     "unreadable": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
     "run": lambda v: isinstance(v, str),
+    "window": lambda v: v is None or (isinstance(v, dict) and _count(v.get("step")) and _figures(v.get("before"))),
 }
 """What a run reads of ``meta.json``, and what each has to be."""
-OPTIONAL: dict[str, Any] = {"unreadable": [], "run": ""}
+OPTIONAL: dict[str, Any] = {"unreadable": [], "run": "", "window": None}
 
 
 def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[str]]:

@@ -13,7 +13,14 @@ from ..models.accelerate import restore
 
 
 class NotFinite(RuntimeError):
-    """The loss became infinite or NaN; the message names the first layer whose output is not finite."""
+    """The loss, or a weight, became infinite or NaN; the message names the first layer whose output is not finite.
+
+    ``expected``: what there should have been.
+    """
+
+    def __init__(self, message: str, expected: str = "a loss that is a number"):
+        super().__init__(message)
+        self.expected = expected
 
 
 def _describe(tensor: Tensor) -> str:

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from .. import devices, limits
 from ..errors import UserError
-from . import checkpoint, curves, distributed, loader, optim, runlog
+from . import checkpoint, curves, diagnosis, distributed, loader, optim, runlog
 from .data import Data, check_files
 from .data import load as load_data
 from .distributed import World
 from .recipe import Recipe, from_dict
 from .step import Normalise, Step, Sums
+from .stopping import StopRequests
+from .validation import Validation
+from .window import Figures, Window
 
 SAVE_SHARE = 100
 """A checkpoint is due when the run has gone on for this many times what the last one took: 1 % of the time."""
@@ -109,39 +107,16 @@ class Result:
     epochs: list[dict[str, Any]] = field(repr=False)
 
 
-class _StopRequests:
-    """Remembers SIGTERM and SIGINT, to be looked at between steps. Only a program's main thread hears signals."""
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    @contextmanager
-    def heard(self) -> Iterator[_StopRequests]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if self.name:  # a second signal does not wait for the step
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-
 def train(recipe: Recipe, options: Options, watch: Watch | None = None) -> Result:
-    """Run ``recipe`` to its end, or until SIGTERM or Ctrl-C (then saved), and return how it went.
+    """Run ``recipe`` to its end, or until Ctrl-C, SIGTERM or SIGHUP (then saved), and return how it went.
 
     Writes ``log.jsonl``, ``curves.png``, ``checkpoints/`` and at last ``model.safetensors`` into ``options.out``.
 
     Raises:
         UserError: something about recipe, data, folder or checkpoint that cannot be used, before the first step
             wherever it can be known then.
-        resnet_fast.training.diagnosis.NotFinite: the loss is no longer a number; says which layer it began in.
+        resnet_fast.training.diagnosis.NotFinite: the loss is no longer a number, or a weight; says which layer it
+            began in.
     """
     options.check()
     curves.require_matplotlib()
@@ -203,6 +178,9 @@ class _Run:
         self._build()
         self.start = 0
         self.seconds = 0.0
+        self.saved_window: dict[str, Any] | None = meta.get("window")
+        self.failure: UserError | None = None
+        """The first failure to write what a run can do without until it is saved."""
         if place is not None:
             checkpoint.load(place, meta, self.state, world)
             self.start, self.seconds = meta["step"], meta["seconds"]
@@ -211,11 +189,11 @@ class _Run:
         else:
             torch.manual_seed(recipe.seed + world.rank)
         self.unreadable: set[str] = set(meta.get("unreadable", ()))
-        self.untold: set[str] = set()
+        self.validation = Validation(recipe, self.data, self.workers, world, options.parallel == "fsdp")
         self.name: str = meta.get("run") or secrets.token_hex(8)
         """By which its checkpoints know that they are this run's."""
         set_aside = world.shared(self._set_aside_later) if place is not None else []
-        self.log = runlog.RunLog(options.out, self.start, options.tensorboard) if world.first else None
+        self.log = self._open_log()
         self.saved_at, self.save_cost = time.perf_counter(), 0.0
         for text in complaints:
             self._note(f"a damaged checkpoint was passed over: {text}")
@@ -224,6 +202,29 @@ class _Run:
         if set_aside:
             names = ", ".join(set_aside)
             self._note(f"later checkpoints are kept under other names, at which no --resume auto looks: {names}")
+
+    def _open_log(self) -> runlog.RunLog | None:
+        """The log, in the first process; all end where it cannot be written."""
+        log, failure = None, None
+        if self.world.first:
+            try:
+                log = runlog.RunLog(self.options.out, self.start, self.options.tensorboard)
+            except UserError as error:
+                failure = error
+        self.world.raise_first(failure)
+        return log
+
+    def _write(self, work: Callable[[], object]) -> None:
+        """Do ``work``, which writes something. Where that fails, the run is saved after this step, and then ends."""
+        try:
+            work()
+        except UserError as error:
+            self.failure = self.failure or error
+
+    def _log(self, kind: str, step: int, **values: Any) -> None:
+        log = self.log
+        if log is not None:
+            self._write(lambda: log.write(kind, step, **values))
 
     def _check_norms(self) -> None:
         from .. import flags
@@ -286,12 +287,11 @@ class _Run:
 
     def _note(self, text: str) -> None:
         self.watch.note(text)
-        if self.log is not None:
-            self.log.write("note", self.start, text=text)
+        self._log("note", self.start, text=text)
 
     def go(self) -> Result:
         try:
-            with _StopRequests().heard() as stop:
+            with StopRequests().heard() as stop:
                 return self._steps(stop)
         finally:
             if self.log is not None:
@@ -315,15 +315,14 @@ class _Run:
             rate = loader.throughput(self.data.train, plan, self.workers)
             facts["input_images_per_s"] = round(rate)
             self._note(f"the input pipeline alone: {rate:,.0f} img/s with {self.workers} worker processes")
-        if self.log is not None:
-            self.log.write("run", self.start, **facts)
+        self._log("run", self.start, **facts)
         self.watch.note(self.data.summary())
         if self.data.note:
             self.watch.note(f"{self.data.name}: {self.data.note}")
         if plan.left_over:
             self.watch.note(f"{plan.left_over} images of each epoch are left out: a batch too small for its parts")
 
-    def _steps(self, stop: _StopRequests) -> Result:
+    def _steps(self, stop: StopRequests) -> Result:
         options, world, plan = self.options, self.world, self.plan
         self._begin()
         sampler = loader.PartSampler(plan, world.rank, self.recipe.accumulate, self.start, self.total)
@@ -331,9 +330,8 @@ class _Run:
         parts = loader.Prefetcher(source, world.device) if self.start < self.total else None
         per_epoch = plan.steps_per_epoch
         self.model.train()
-        began = logged_at = time.perf_counter()
-        paused = 0.0  # by validation and checkpoints, since the last log line
-        before = self.step.sums.read(world)
+        self.began = time.perf_counter()
+        self.window = Window.at(self.start, self.step.sums.read(world), self.saved_window)
         tick = Tick(self.start, self.total, self.start / per_epoch, float("nan"), float("nan"), 0.0, 0.0)
         number, stopped_by = self.start, ""
         while number < self.total:
@@ -344,30 +342,57 @@ class _Run:
             number += 1
             self._count_unreadable(unreadable, number)
             ends_epoch = number % per_epoch == 0 or number == self.total
+            seen = None
             if number % options.log_every == 0 or ends_epoch:
-                now = time.perf_counter()
                 seen = self.step.sums.read(world)
-                tick = self._log_train(number, rate, before, seen, now - logged_at - paused, parts, tick)
-                before, logged_at, paused = seen, now, 0.0
+                tick = self._log_train(number, rate, seen, parts)
             self.watch.step(replace(tick, step=number, epoch=number / per_epoch))
             full = options.stop_after is not None and number - self.start >= options.stop_after
-            wanted, asked = self._agree(self._save_due(number), bool(stop.name) or full)
+            lost = self.failure is not None
+            wanted, asked = self._agree(self._save_due(number), bool(stop.name) or full or lost)
             if ends_epoch or asked or wanted:
-                since = time.perf_counter()
-                self._average()
-                if ends_epoch:
-                    self._end_epoch(number, seen, self.seconds + since - began)
-                    before = (0.0, 0.0, 0)
-                self._save(number, self.seconds + time.perf_counter() - began)
-                paused += time.perf_counter() - since
+                self._pause(number, seen if ends_epoch else None)
             if asked and number < self.total:
                 stopped_by = stop.name or ("a request in another process" if not full else "--stop-after")
                 break
-        seconds = self.seconds + time.perf_counter() - began
         if number >= self.total:
             self._export()
         epochs = runlog.of_kind(options.out, "epoch") if world.first else []
-        return Result(options.out, number, number >= self.total, stopped_by, seconds, epochs)
+        return Result(options.out, number, number >= self.total, stopped_by, self._seconds(), epochs)
+
+    def _seconds(self) -> float:
+        """Of this run so far, those before it was resumed included."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def _pause(self, number: int, seen: Figures | None) -> None:
+        """What happens between steps: check the weights, validate where an epoch ends (``seen`` in it), save.
+
+        Raises the first failure to write the log or a picture, now that the run is saved.
+        """
+        since = time.perf_counter()
+        self._average()
+        self._check_weights(number)
+        if seen is not None:
+            self._end_epoch(number, seen, self._seconds())
+        try:
+            self._save(number, self._seconds())
+        except UserError as error:
+            if self.failure is None:
+                raise
+            got = f"{self.failure.got}; step {number} could not be saved either: {error.got}"
+            raise UserError(self.failure.expected, got, error.todo) from error
+        lost = self.failure
+        if lost is not None:
+            lost = UserError(lost.expected, f"{lost.got}; the run is saved after step {number}", lost.todo)
+        self.world.raise_first(lost)
+        self.window.paused += time.perf_counter() - since
+
+    def _check_weights(self, number: int) -> None:
+        """An update that overflowed is not saved: the loss of the next step, which would show it, may never come."""
+        broken = diagnosis.not_finite(self.model, self.step.ema, self.step.optimizer)
+        if broken:
+            broken = f"after the update of step {number} {broken}"
+        self.world.raise_first(diagnosis.NotFinite(broken, "weights that are numbers") if broken else None)
 
     def _agree(self, *flags: bool) -> tuple[bool, ...]:
         """Each flag, set if it is in any process: all save or stop after the same step."""
@@ -385,39 +410,22 @@ class _Run:
         for name in new:
             self.unreadable.add(name)
             self.watch.note(f"skipped, {len(self.unreadable)} so far: {name}")
-            if self.log is not None:
-                self.log.write("note", number, text=f"skipped: {name}")
+            self._log("note", number, text=f"skipped: {name}")
 
-    def _log_train(
-        self, number: int, rate: float, before: Any, seen: Any, took: float, parts: loader.Prefetcher, last: Tick
-    ) -> Tick:
-        """Log what happened since the last line; ``before`` and ``seen`` are (mean loss, share wrong, images)."""
-        images = seen[2] - before[2]
-        loss = (seen[0] * seen[2] - before[0] * before[2]) / max(images, 1)
-        error = (seen[1] * seen[2] - before[1] * before[2]) / max(images, 1)
-        steps = max(1, number - last.step)
-        clock, waited = self.step.clock.spent, parts.waited_s
-        host = took - waited - sum(clock.get(name, 0.0) for name in ("forward", "backward", "optimizer", "check"))
-        if self.log is not None:
-            self.log.write(
-                "train",
-                number,
-                epoch=round(number / self.plan.steps_per_epoch, 4),
-                loss=loss,
-                error=error,
-                rate=rate,
-                images_per_s=round(images / took, 1),
-                data_ms=round(1e3 * waited / steps, 3),
-                host_ms=round(1e3 * host / steps, 3),
-                step_ms=round(1e3 * took / steps, 3),
-            )
-        clock.clear()
+    def _log_train(self, number: int, rate: float, seen: Figures, parts: loader.Prefetcher) -> Tick:
+        """Log what happened since the last line."""
+        epoch, waited = number / self.plan.steps_per_epoch, parts.waited_s
+        line = self.window.line(number, seen, waited, self.step.clock.spent)
+        self._log("train", number, epoch=round(epoch, 4), rate=rate, **line)
+        self.step.clock.spent.clear()
         parts.waited_s = 0.0
-        return Tick(number, self.total, number / self.plan.steps_per_epoch, loss, error, images / took, waited / took)
+        share = line["data_ms"] / line["step_ms"] if line["step_ms"] else 0.0
+        return Tick(number, self.total, epoch, line["loss"], line["error"], line["images_per_s"], share)
 
-    def _end_epoch(self, number: int, seen: tuple[float, float, int], seconds: float) -> None:
+    def _end_epoch(self, number: int, seen: Figures, seconds: float) -> None:
         """Validate, log, draw, and begin to count anew."""
-        loss, error, images = self.validate()
+        net = self.model if self.step.ema is None else self.step.ema
+        loss, error, images = self.validation.measure(net, self.step)
         self._gather_unreadable(number)
         line = {
             "epoch": round(number / self.plan.steps_per_epoch, 4),
@@ -429,41 +437,12 @@ class _Run:
             "unreadable": len(self.unreadable),
             "seconds": round(seconds, 2),
         }
+        self._log("epoch", number, **line)
         if self.log is not None:
-            self.log.write("epoch", number, **line)
-            curves.write(self.options.out, f"{self.recipe.model} on {self.data.name}")
+            self._write(lambda: curves.write(self.options.out, f"{self.recipe.model} on {self.data.name}"))
         self.watch.epoch(line)
         self.step.sums = Sums.empty(self.world.device)
-
-    @torch.no_grad()
-    def validate(self) -> tuple[float, float, int]:
-        """(mean loss, share of wrong answers, images) of the validation set; by averaged weights if there are any."""
-        world, recipe = self.world, self.recipe
-        net: nn.Module = self.model if self.step.ema is None else self.step.ema
-        batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))
-        sampler = loader.ValidationSampler(self.data.val_size, batch, world.rank, world.size)
-        sums = Sums.empty(world.device)
-        net.eval()
-        sharded, nothing = self.options.parallel == "fsdp", loader.collate([])
-        steps = _padded(len(sampler), world) if sharded else len(sampler)
-        parts = loader.Prefetcher(loader.loader(self.data.val, sampler, self.workers, world.device), world.device)
-        for _ in range(steps):
-            part = next(parts, nothing)
-            self.untold.update(part.unreadable)
-            images, labels = part.images, part.labels
-            if not len(labels):
-                if not sharded:
-                    continue
-                # The others gather shards, which takes every process: this one looks at an image that does not count.
-                images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
-            with self.step.autocast():
-                out = net(self.step.normalise(images)).float()
-            if len(labels):
-                sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))
-        net.train()
-        if sharded:
-            distributed.reshard(net)
-        return sums.read(world)
+        self.window.new_epoch()
 
     def _average(self) -> None:
         """Running statistics, averaged weights' too, as all processes see them."""
@@ -474,7 +453,7 @@ class _Run:
     def _gather_unreadable(self, number: int) -> None:
         """Names that other processes met with, told and counted here as well."""
         if not self.data.in_memory:
-            self._count_unreadable(sorted(self.world.union(self.unreadable | self.untold)), number)
+            self._count_unreadable(sorted(self.world.union(self.unreadable | self.validation.unreadable)), number)
 
     def _save(self, number: int, seconds: float) -> None:
         since = time.perf_counter()
@@ -487,6 +466,7 @@ class _Run:
             "facts": self.data.facts(self.recipe).to_dict(),
             "recipe": self.recipe.to_dict(),
             "sums": sums.tolist(),
+            "window": self.window.to_dict(),
             "seconds": round(seconds, 3),
             "processes": self.world.size,
             "unreadable": sorted(self.unreadable),
@@ -505,10 +485,3 @@ class _Run:
         """``model.safetensors``: the final weights, averaged ones where the run has them."""
         net = self.model if self.step.ema is None else self.step.ema.module
         checkpoint.export(net, self.options.out / "model.safetensors", self.data.facts(self.recipe), self.world)
-
-
-def _padded(batches: int, world: World) -> int:
-    """The most batches that any process validates on."""
-    counts = torch.zeros(world.size)
-    counts[world.rank] = batches
-    return int(world.sum(counts).max())

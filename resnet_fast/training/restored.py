@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import facts as facts_of
-from .. import weights
+from .. import files, weights
 from ..errors import UserError
 from ..facts import Facts
 from ..models import trained
@@ -72,7 +71,7 @@ def _checkpoint(place: Path, meta: dict[str, Any], said: list[str], model: str |
 def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
     """What the checkpoint says of itself; one of an earlier version does not, its data do."""
     if "facts" in meta:
-        return facts_of.parse(json.dumps(meta["facts"]), str(place / checkpoint.META))
+        return facts_of.parse(files.json_text(meta["facts"]), str(place / checkpoint.META))
     from . import data
 
     return data.load(how).facts(how)

@@ -1,18 +1,21 @@
 """What a run wrote down: ``log.jsonl``, one JSON object per line, and the same figures for TensorBoard.
 
 ``kind`` is ``run`` (how it began or went on), ``train`` (every few steps), ``epoch`` (training and validation error) or
-``note``. A run that goes on from step s first removes what was logged after s, so that no step is there twice.
+``note``. A run that goes on from step s first removes what was logged after s, so that no step is there twice. A figure
+that is no number (the validation loss of a net that is about to diverge, say) is ``null``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import UserError, missing_package
 from .checkpoint import no_room, write_whole
 
@@ -20,17 +23,23 @@ NAME = "log.jsonl"
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The lines of ``out``'s log; a last line that a killed run left unfinished is not one."""
-    path = out / NAME
-    if not path.exists():
+    """The lines of ``out``'s log. What is none is left out: a line that a killed run left unfinished, or another's."""
+    try:
+        text = (out / NAME).read_text(errors="replace")
+    except FileNotFoundError:
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    except OSError as error:
+        raise UserError("a log to read", f"{out / NAME} ({error.strerror})", "mend or remove it") from error
+    return [line for line in map(_line, text.splitlines()) if line is not None]
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = files.json_value(text)
+    except ValueError:
+        return None
+    known = isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)
+    return line if known else None
 
 
 def of_kind(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -55,9 +64,14 @@ class Lock:
             raise UserError(
                 "one run per output folder", f"{out}, where process {owner} is at work", "name another with --out"
             ) from error
-        self.file.truncate(0)
-        self.file.write(str(os.getpid()))
-        self.file.flush()
+        try:
+            self.file.truncate(0)
+            self.file.write(str(os.getpid()))
+            self.file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            raise no_room(out / "run.lock", error) from error
         # A worker process that outlives a killed run for seconds must not hold its lock: the restarted run needs it.
         os.register_at_fork(after_in_child=self.file.close)
 
@@ -69,31 +83,72 @@ class RunLog:
     """The log of a run that starts, or goes on, at ``step``. ``tensorboard``: also event files."""
 
     def __init__(self, out: Path, step: int, tensorboard: bool):
-        kept = [line for line in read(out) if line.get("step", 0) <= step] if step else []
-        write_whole(out / NAME, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.file = open(out / NAME, "a", buffering=1)  # noqa: SIM115 - closed by close()
-        self.events: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise missing_package(
-                    "tensorboard", "which writes event files", error, "train", "give --no-tensorboard"
-                ) from error
-            self.events = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+        kept = [line for line in read(out) if line["step"] <= step] if step else []
+        self.events = Events(out / "tensorboard", step) if tensorboard else None
+        write_whole(out / NAME, "".join(files.json_text(line) + "\n" for line in kept).encode())
+        try:
+            self.file = open(out / NAME, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise no_room(out / NAME, error) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append a line, which is in the file when this returns. UserError where it cannot be written."""
         line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
         try:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(files.json_text(line) + "\n")
         except OSError as error:
             raise no_room(Path(self.file.name), error) from error
         if self.events is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.events.add_scalar(f"{kind}/{name}", value, step)
+            numbers = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, (int, float))}
+            self.events.write(numbers, step)
 
     def close(self) -> None:
-        self.file.close()
+        """Close the files; what could not be written before, and was said then, is given up."""
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.events is not None:
             self.events.close()
+
+
+class Events:
+    """An event file in ``folder`` for TensorBoard, which shows nothing from ``step`` on that older files have.
+
+    torch's SummaryWriter writes in a thread of its own, where a full disk is a traceback and an error some lines later.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise missing_package(
+                "tensorboard", "which writes event files", error, "train", "give --no-tensorboard"
+            ) from error
+        self.event, self.summary = Event, Summary
+        now = time.time()
+        self.path = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{now % 1:.6f}"
+        try:
+            folder.mkdir(exist_ok=True)
+            self.file = open(self.path, "wb")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise no_room(self.path, error) from error
+        self.records = RecordWriter(self.file)
+        self._append(Event(wall_time=now, file_version="brain.Event:2"))
+        self._append(Event(wall_time=now, step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """A figure per name. UserError where they cannot be written."""
+        values = [self.summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._append(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
+
+    def _append(self, event: Any) -> None:
+        try:
+            self.records.write(event.SerializeToString())
+            self.records.flush()
+        except OSError as error:
+            raise no_room(self.path, error) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()

@@ -69,7 +69,7 @@ class Table:
             "versions": self.versions,
             "launches": {name: dict(sorted(times.items(), key=_refused_last)) for name, times in self.entries.items()},
         }
-        files.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+        files.write_whole(path, (files.json_text(content, indent=1) + "\n").encode())
 
 
 def _refused_last(item: tuple[str, float | None]) -> float:

@@ -12,8 +12,8 @@ import torch
 
 from resnet_fast.cli import main as cli
 from resnet_fast.cli import train as command
-from resnet_fast.training import checkpoint, recipe, runlog
-from resnet_fast.training.loop import Watch
+from resnet_fast.training import checkpoint, optim, recipe, runlog
+from resnet_fast.training.loop import Tick, Watch
 
 TINY = ["--size", "8", "--batch", "16", "--epochs", "0.75", "--set", "subset=64"]
 TINY += ["--device", "cpu", "--threads", "1", "--no-tensorboard"]
@@ -106,7 +106,7 @@ def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str], tmp_
     assert found["epochs"] == runlog.of_kind(tmp_path, "epoch") and len(found["epochs"]) == 1
 
 
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_is_in_the_exit_code_and_resume_goes_on(
     name: str,
     exit_code: int,
@@ -128,6 +128,47 @@ def test_a_signal_is_in_the_exit_code_and_resume_goes_on(
     assert code == 2 and "go on with --resume auto" in err
     code, _, err = say([*TINY, "--out", str(tmp_path), "--resume", "auto"], capsys)
     assert code == 0 and "going on after step 2 of 3" in err
+
+
+def test_an_update_that_overflows_at_the_end_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = optim.set_rate
+    monkeypatch.setattr("resnet_fast.training.step.set_rate", lambda o, r: rate(o, 3e38 if r > 0.05 else r))
+    arguments = [*TINY, "--out", str(tmp_path), "--set", "weight_decay=1000"]  # the last rate is over 0.05
+    code, out, err = say(arguments, capsys)
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert "expected weights that are numbers, got after the update of step 3 " in last and "lower lr" in last
+    assert not (tmp_path / "model.safetensors").exists()
+    assert all(checkpoint.step_of(place) < 3 for place in checkpoint.found(tmp_path))
+
+
+def test_the_bar_says_nothing_before_it_is_measured() -> None:
+    said: list[str] = []
+    shown = command.watch(lambda done, total, text: said.append(text))
+    nan = float("nan")
+    shown.step(Tick(1, 30, 0.1, nan, nan, 0.0, 0.0))
+    shown.step(Tick(10, 30, 1.0, 2.5, 0.5, 1234.0, 0.25))
+    assert said == ["epoch 0.10", "epoch 1.00  1,234 img/s, waits for data 25%  loss 2.500"]
+
+
+def test_nobody_at_the_other_end_does_not_end_the_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone:
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        def flush(self) -> None:
+            pass
+
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    assert cli.main(["train", *TINY, "--out", str(tmp_path), "--stop-after", "2"]) == 0
+    assert checkpoint.read_meta(checkpoint.found(tmp_path)[0])["step"] == 2
 
 
 def test_a_loss_that_is_no_number_is_the_recipes_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from resnet_fast import files
 from resnet_fast.errors import UserError
 from resnet_fast.training import checkpoint, curves, optim, recipe, runlog
+from resnet_fast.training.diagnosis import NotFinite
 from resnet_fast.training.loop import Options, Result, Tick, Watch, train
 from resnet_fast.training.recipe import Recipe
+from resnet_fast.training.validation import Validation
 
 Make = Callable[..., Any]
 DRAW = curves.write
@@ -117,6 +122,169 @@ def test_a_run_stopped_after_any_step_ends_as_one_that_was_not(
         assert second.finished
         same(left(second.out), left(whole.out))
         assert_log_is_whole(second.out, 5)
+
+
+def test_log_lines_after_a_stop_are_those_of_one_that_did_not(tiny: Make, options: Make) -> None:
+    chosen = tiny(steps=11, subset=112)  # seven steps an epoch, a line every fifth
+    whole = train(chosen, options("whole", log_every=5))
+    for stop in (1, 4, 6, 8, 9, 10):
+        train(chosen, options(f"stop {stop}", log_every=5, stop_after=stop))
+        again = train(chosen, options(f"stop {stop}", log_every=5, resume="auto"))
+        assert figures(again.out) == figures(whole.out)
+    for _ in range(11):
+        train(chosen, options("each", log_every=5, resume="auto", stop_after=1))
+    assert figures(options("each").out) == figures(whole.out)
+
+
+def figures(out: Path) -> list[Any]:
+    """What the log says of training, without times."""
+    return [[line[key] for key in ("step", "epoch", "loss", "error", "rate")] for line in runlog.of_kind(out, "train")]
+
+
+def overflow(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the update of that step overflow, after the loss was found to be a number."""
+    from resnet_fast.training.step import Step
+
+    call, count = Step.__call__, 0
+
+    def broken(self: Step, *arguments: Any) -> list[str]:
+        nonlocal count
+        count += 1
+        found = call(self, *arguments)
+        if count == step:
+            with torch.no_grad():
+                self.inner[-1].bias[3] = torch.inf  # type: ignore[index]
+        return found
+
+    monkeypatch.setattr(Step, "__call__", broken)
+
+
+@pytest.mark.parametrize("where", ["the last step", "before a checkpoint", "at the end of an epoch"])
+def test_an_update_that_overflows_is_not_saved(
+    where: str, tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {"the last step": 6, "before a checkpoint": 2, "at the end of an epoch": 4}[where]
+    overflow(step, monkeypatch)
+    run = options(save_steps=2)
+    with pytest.raises(NotFinite, match=rf"^after the update of step {step} 4\.bias: 1 of 10 values not finite") as e:
+        train(tiny(), run)
+    assert e.value.expected == "weights that are numbers"
+    assert [checkpoint.step_of(p) for p in checkpoint.found(run.out)] == list(range(step - 2, 0, -2))[:2]
+    assert not (run.out / "model.safetensors").exists()
+    json_is_json(run.out)
+
+
+def json_is_json(out: Path) -> None:
+    for path in (*out.rglob("*.json"), *out.rglob("*.jsonl")):
+        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            files.json_value(text)
+
+
+def test_a_validation_loss_that_is_no_number_is_null(
+    tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Validation.measure
+    monkeypatch.setattr(Validation, "measure", lambda self, *a: (float("inf"), *measure(self, *a)[1:]))
+    done = train(tiny(), options())
+    assert [epoch["val_loss"] for epoch in done.epochs] == [None, None]
+    json_is_json(done.out)
+
+
+def no_room(*arguments: Any, **named: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_from(step: int, what: str, run: Options, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """A disk that has no room for ``what`` after ``step``."""
+
+    def fill(tick: Tick) -> None:
+        if tick.step == step:
+            place, name = {
+                "log.jsonl": (runlog.files, "json_text"),
+                "curves.png": (curves, "write_png"),
+                "events.out": (runlog.Events, "_append"),
+                "model.safetensors": (checkpoint, "export"),
+            }[what]
+
+            def failing(*arguments: Any, **named: Any) -> Any:
+                raise checkpoint.no_room(run.out / what, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+            monkeypatch.setattr(place, name, failing)
+
+    return Watch(step=fill)
+
+
+@pytest.mark.parametrize(("what", "saved"), [("log.jsonl", 4), ("events.out", 4), ("curves.png", 4)])
+def test_what_cannot_be_written_ends_the_run_after_it_is_saved(
+    what: str, saved: int, tiny: Make, options: Make, left: Make, same: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves, "write", DRAW)
+    whole = train(tiny(), options("whole"))
+    run = options(save_steps=100, tensorboard=True)
+    with monkeypatch.context() as patched:
+        watch = full_from(3, what, run, patched)
+        if what == "log.jsonl":
+            patched.setattr(runlog.RunLog, "write", log_that_fails(run, 4))
+            watch = Watch()
+        with pytest.raises(UserError, match=rf"room and leave to write .*{what}, got No space left on device; ") as e:
+            train(tiny(), run, watch)
+    assert f"the run is saved after step {saved}; mend that and go on with --resume auto" in str(e.value)
+    assert checkpoint.step_of(checkpoint.found(run.out)[0]) == saved
+    again = train(tiny(), options(resume="auto"))
+    if what != "log.jsonl":
+        same(left(again.out), left(whole.out))
+
+
+def log_that_fails(run: Options, step: int) -> Any:
+    """A log whose file is on a full disk from ``step`` on."""
+    write = runlog.RunLog.write
+
+    def failing(self: runlog.RunLog, kind: str, number: int, **values: Any) -> None:
+        if number >= step:
+            raise checkpoint.no_room(run.out / runlog.NAME, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        write(self, kind, number, **values)
+
+    return failing
+
+
+def test_where_nothing_can_be_written_both_are_said(tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = options(save_steps=1)
+    monkeypatch.setattr(runlog.RunLog, "write", log_that_fails(run, 3))
+
+    def fill(tick: Tick) -> None:
+        if tick.step == 3:
+            monkeypatch.setattr(os, "fsync", no_room)
+
+    with pytest.raises(UserError) as error:
+        train(tiny(), run, Watch(step=fill))
+    assert "log.jsonl, got No space left on device; step 3 could not be saved either: No space left" in str(error.value)
+    assert "the last good one, step-00000002, is untouched" in str(error.value)
+
+
+def test_final_weights_that_cannot_be_written_leave_the_last_checkpoint(
+    tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = options()
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UserError, match=r"to write .*model\.safetensors, got No space"),
+    ):
+        train(tiny(), run, full_from(6, "model.safetensors", run, patched))
+    assert checkpoint.step_of(checkpoint.found(run.out)[0]) == 6
+    assert train(tiny(), options(resume="auto")).finished and (run.out / "model.safetensors").exists()
+
+
+def test_an_output_folder_on_a_read_only_disk(tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = open
+
+    def read_only(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if str(path).endswith("run.lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, mode, *more, **named)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(UserError, match=r"expected a folder to write to, got .*Read-only file system"):
+        train(tiny(), options())
 
 
 @pytest.mark.parametrize(
@@ -242,7 +410,7 @@ def test_an_option_that_cannot_be_used(changes: dict[str, Any], said: str, tiny:
     assert not options().out.exists()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_ends_the_run_after_its_step(name: str, tiny: Make, options: Make) -> None:
     number = getattr(signal, name)
     before = signal.getsignal(number)
@@ -329,7 +497,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_command_and_its_workers(number: int, code: int, options: Make) -> None:
     run = options()
     command = [sys.executable, "-m", "resnet_fast.cli.main", "train", "--out", str(run.out), "--log-every", "1"]

@@ -103,6 +103,55 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
     os.close(theirs)
 
 
+def test_a_log_of_something_else_is_passed_over(tmp_path: Path) -> None:
+    lines = [
+        '{"kind": "train", "step": 1}',
+        "[]",
+        "3",
+        '{"kind": "train"}',
+        '{"step": 1}',
+        '{"step": "1", "kind": "x"}',
+    ]
+    body = "\n".join(
+        [*lines, '{"kind": "train", "step": 2, "loss": NaN}', "\xff", "[" * 99999, '{"kind": "x", "step": 3}']
+    )
+    (tmp_path / "log.jsonl").write_bytes(body.encode("latin-1"))
+    assert [line["step"] for line in runlog.read(tmp_path)] == [1, 3]
+    RunLog(tmp_path, 2, tensorboard=False).close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.write("epoch", 1, val_loss=float("inf"), more=[float("nan"), 2.0])
+    log.close()
+    (line,) = runlog.read(tmp_path)
+    assert (
+        line["val_loss"] is None and line["more"] == [None, 2.0] and "NaN" not in (tmp_path / "log.jsonl").read_text()
+    )
+
+
+def test_a_full_disk_for_events_is_said_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    log = RunLog(tmp_path, 0, tensorboard=True)
+    log.events.records._writer = open("/dev/full", "wb")  # noqa: SIM115 - closed below
+    with pytest.raises(UserError, match=r"room and leave to write .*events.*, got No space left on device"):
+        log.write("train", 1, loss=0.5)
+    log.close()
+    with contextlib.suppress(OSError):
+        log.events.records._writer.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_lock_on_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "getpid", full)
+    with pytest.raises(UserError, match=r"room and leave to write .*run\.lock, got No space left on device"):
+        Lock(tmp_path)
+
+
 @pytest.mark.parametrize("below", ["file", "file/deep"])
 def test_a_folder_that_cannot_be_written(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...files import json_text
 from .. import checkpoint, loop, runlog
 from ..recipe import Recipe, from_dict
 from .protocols import Case, Experiment
@@ -94,6 +95,4 @@ def train(
 
 def short_log(run: Run) -> str:
     """The run's ``run`` and ``epoch`` lines, as its log has them: what a page's figures can be checked against."""
-    import json
-
-    return "".join(json.dumps(line) + "\n" for line in (run.facts, *run.epochs))
+    return "".join(json_text(line) + "\n" for line in (run.facts, *run.epochs))

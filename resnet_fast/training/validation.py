@@ -1,0 +1,65 @@
+"""Validation: loss and error of a net on the validation set, over all processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import distributed, loader
+from .data import Data
+from .distributed import World
+from .recipe import Recipe
+from .step import Step, Sums
+from .window import Figures
+
+
+@dataclass
+class Validation:
+    """The validation set of a run, whose processes share it. ``unreadable`` gathers names of images left out."""
+
+    recipe: Recipe
+    data: Data
+    workers: int
+    world: World
+    sharded: bool
+    unreadable: set[str] = field(default_factory=set)
+
+    @torch.no_grad()
+    def measure(self, net: nn.Module, step: Step) -> Figures:
+        """(mean loss, share of wrong answers, images), by ``net`` as ``step`` prepares its images."""
+        world, recipe, data = self.world, self.recipe, self.data
+        batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))
+        sampler = loader.ValidationSampler(data.val_size, batch, world.rank, world.size)
+        sums = Sums.empty(world.device)
+        was_training = net.training
+        net.eval()
+        nothing = loader.collate([])
+        steps = _padded(len(sampler), world) if self.sharded else len(sampler)
+        parts = loader.Prefetcher(loader.loader(data.val, sampler, self.workers, world.device), world.device)
+        for _ in range(steps):
+            part = next(parts, nothing)
+            self.unreadable.update(part.unreadable)
+            images, labels = part.images, part.labels
+            if not len(labels):
+                if not self.sharded:
+                    continue
+                # The others gather shards, which takes every process: this one looks at an image that does not count.
+                images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
+            with step.autocast():
+                out = net(step.normalise(images)).float()
+            if len(labels):
+                sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))
+        net.train(was_training)
+        if self.sharded:
+            distributed.reshard(net)
+        return sums.read(world)
+
+
+def _padded(batches: int, world: World) -> int:
+    """The most batches that any process validates on."""
+    counts = torch.zeros(world.size)
+    counts[world.rank] = batches
+    return int(world.sum(counts).max())
