@@ -99,6 +99,20 @@ def test_no_requirement_is_a_pin() -> None:
     assert "torch>=2.11" in PROJECT["project"]["dependencies"]
 
 
+def test_extras_hold_what_the_code_asks_for_by_name() -> None:
+    """Each optional package that an error tells to install stands in the extra that the error names."""
+    asked = re.compile(r"missing_package\(\s*\"([\w-]+)\",\s*\"[^\"]*\",\s*error,\s*\"(\w+)\"")
+    found = [
+        pair
+        for folder in ("resnet_fast", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for pair in asked.findall(path.read_text(encoding="utf-8"))
+    ]
+    assert len(found) >= 5
+    for package, extra in found:
+        assert package in requirement_names(PROJECT["project"]["optional-dependencies"][extra]), package
+
+
 def test_torch_is_no_build_requirement() -> None:
     assert not requirement_names(PROJECT["build-system"]["requires"]) & {"torch", "torchvision", "triton"}
 

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BackendError, UserError
+from ..errors import BackendError, UserError, missing_package
 
 PROGRAM = "resnet-fast"
+
+OURS = ("", "resnet_fast")
+"""Modules whose absence is an error of the program, not of an installation; the first is one without a name."""
 
 USER, OWN, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 """Exit codes: a request that cannot be served; an error of the program's own; Ctrl-C; a reader that went away."""
@@ -48,6 +51,8 @@ def failure(error: BaseException, command: str = PROGRAM, options: Sequence[str]
         return Failure(str(error), USER)
     if hasattr(error, "format_message"):
         return Failure(_usage(error, command, options), USER)
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) not in OURS:
+        return Failure(str(missing_package(package, f"which {command} needs", error)), USER)
     if is_memory(error):
         return Failure(str(_memory(error, options)), USER)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _ANY_FILE):

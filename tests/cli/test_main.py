@@ -107,6 +107,8 @@ def test_wrong_command_line_is_one_line_and_exit_2(
         (FileNotFoundError(2, "No such file", "a.png"), 2, "expected files that can be read and written, got No such"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "got No space left on device; free some space"),
         (PermissionError(errno.EROFS, "Read-only file system", "out/x"), 2, "got Read-only file system: out/x"),
+        (ModuleNotFoundError("none", name="torch.nn"), 2, "expected torch, which resnet-fast probe needs, got no such"),
+        (ModuleNotFoundError("none", name="resnet_fast.gone"), 1, "an error in resnet-fast itself"),
         (OSError("odd"), 1, "OSError: odd; an error in resnet-fast itself"),
         (MemoryError(), 2, "expected enough memory, got MemoryError; use a smaller net"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "got CUDA out of memory. Tried"),
