@@ -6,6 +6,7 @@ import ast
 import contextlib
 import io
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,10 +112,22 @@ def test_code_compiles_and_names_what_the_package_has(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [ROOT / "docs" / "explain.md", ROOT / "docs" / "cpu.md"], ids=name)
+@pytest.mark.parametrize("page", [ROOT / "docs" / f"{stem}.md" for stem in ("api", "cpu", "explain")], ids=name)
 def test_code_of_a_page_runs_on_a_cpu(page: Path) -> None:
     for body in blocks(page, "python"):
         exec(compile(body, str(page), "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=name)
+def test_example_runs(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_public_name_is_described() -> None:
+    described = set(re.findall(r"\w+", " ".join(quoted(ROOT / "docs" / "api.md"))))
+    assert set(resnet_fast.__all__) - described == set()
 
 
 @pages
