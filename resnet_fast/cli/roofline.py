@@ -47,8 +47,8 @@ def roofline(
     device = model.gpu(gpu)
     if batch < 1:
         raise UserError("a batch of 1 or more images", str(batch), "correct --batch")
-    limits.check_input(batch, image, planes=0)
     items = model.net_work(name, plan, batch, image, dtype)
+    limits.check_input(batch, image, planes=0)
     plans = {p: model.net_work(name, p, batch, image, dtype) for p in model.PLANS}
     if plot is not None:
         _draw(plot, f"{name}, batch {batch}, {dtype}, plan {plan}", items, device, plan)
