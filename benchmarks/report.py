@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast import files
-from resnet_fast.errors import UserError, missing_package
+from resnet_fast import files, plots
+from resnet_fast.errors import UserError
 from resnet_fast.files import json_text
 
 from . import train
@@ -32,6 +31,8 @@ READING = (
     "PyTorch alone offers, in the same cell. Errors against fp64 on the same rounded weights and photographs: "
     "norm of the difference over the norm, and the largest difference over the largest output."
 )
+
+TITLE = "# resnet_fast beside its peers"
 
 TRAIN_HEADINGS = (*TIMES, "peak MiB", "loss, step 1", "last loss", "minus stock", "steps", "note")
 TRAIN_READING = (
@@ -139,7 +140,7 @@ def to_csv(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
     printed = layout(report)
-    lines = ["# resnet_fast beside its peers", "", reading(report), ""]
+    lines = [TITLE, "", reading(report), ""]
     for cell, rows in report.cells().items():
         lines += [f"## {title(cell, rows)}", "", f"| {' | '.join(printed.headings)} |"]
         lines += ["|" + "---|" * len(printed.headings)]
@@ -157,41 +158,60 @@ def to_json(report: Report) -> str:
 def to_png(report: Report) -> bytes:
     """Horizontal bars of images per second, one panel per cell, each bar with its ratio to the best stock path."""
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     cells = report.cells()
     heights = [len(rows) + 1.2 for rows in cells.values()]
-    figure = Figure(figsize=(9, 0.34 * sum(heights) + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(cells), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (cell, rows) in zip(axes, cells.items(), strict=True):
-        _panel(axis, title(cell, rows), rows)
-    axes[-1].set_xlabel("images per second (more is better); label: x the best stock PyTorch path")
+    size = (9, 0.34 * sum(heights) + 1.4)
+    figure, panels = plots.figure(len(cells), 1, size, height_ratios=heights)
+    fastest: dict[str, float] = {}
+    for (case, _, _), rows in cells.items():
+        fastest[case] = max(fastest.get(case, 0), *(_quartiles(row)[1] for row in rows))
+    for (axis,), (cell, rows) in zip(panels, cells.items(), strict=True):
+        _panel(axis, title(cell, rows), rows, fastest[cell[0]])  # panels of one net have one axis: bars compare
+    panels[-1][0].set_xlabel("images per second, from the median time per batch (more is better)")
     what = report.provenance
-    figure.suptitle(
-        f"{what.get('gpu', what.get('cpu'))}, threads: {what.get('threads')}, {what.get('date')}", fontsize=8
-    )
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=min(130.0, 60_000 / figure.get_figheight()))  # Agg ends at 2**16 pixels
-    return out.getvalue()
+    place = f"{what.get('gpu', what.get('cpu'))}, threads: {what.get('threads')}, {what.get('date')}"
+    figure.suptitle(f"Images per second by provider\n{place}", fontsize=9)
+    legend: list[Any] = [Patch(color=colour, label=label) for label, colour in BARS.items()]
+    legend += [Line2D([], [], color="black", linewidth=1, marker="|", label="quartiles")]
+    legend += [Line2D([], [], linestyle="none", label="(x): of the best stock path's speed")]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=8, frameon=False)
+    return plots.encode(figure, dpi=130)
 
 
-def _panel(axis: Any, heading: str, rows: list[Timed]) -> None:
+BARS = {"resnet_fast": "#d1495b", "stock PyTorch": "#30638e", "other programs": "#9aa5b1"}
+"""Whose a bar is, by its colour."""
+
+
+def _quartiles(row: Timed) -> tuple[float, float]:
+    """Images per second of the slower and of the faster quartile; zeros where the provider did not run."""
+    if row.images_per_s is None or not row.q1_ms or not row.q3_ms:
+        return (row.images_per_s or 0.0,) * 2
+    return 1e3 * row.batch / row.q3_ms, 1e3 * row.batch / row.q1_ms
+
+
+def _panel(axis: Any, heading: str, rows: list[Timed], most: float = 0.0) -> None:
+    """One cell's bars; ``most``: images per second that the axis has room for at least."""
     speeds = [row.images_per_s or 0.0 for row in rows]
-    colours = ["#d1495b" if r.provider == OURS else "#30638e" if r.stock else "#9aa5b1" for r in rows]
+    ours, stock, others = BARS.values()
+    colours = [ours if r.provider == OURS else stock if r.stock else others for r in rows]
     axis.barh(range(len(rows)), speeds, color=colours)
+    for place, row in enumerate(rows):
+        if row.images_per_s is not None:
+            axis.plot(_quartiles(row), (place, place), color="black", linewidth=1, marker="|", markersize=7)
     axis.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_title(heading, fontsize=9, loc="left")
-    axis.set_xlim(0, (max(speeds) or 1) * 1.25)
+    axis.set_xlim(0, (max(most, *(_quartiles(row)[1] for row in rows)) or 1) * 1.3)
     axis.spines[["top", "right"]].set_visible(False)
     for place, row in enumerate(rows):
         if row.images_per_s is None:
             text = "did not run, see the table"
         else:
             text = f"{row.images_per_s:.1f}" + (f"  ({row.ratio:.2f}x)" if row.ratio is not None else "")
-        axis.text(speeds[place], place, f" {text}", va="center", fontsize=8)
+        axis.text(_quartiles(row)[1], place, f"  {text}", va="center", fontsize=8)
 
 
 def _label(row: Timed) -> str:
@@ -201,21 +221,37 @@ def _label(row: Timed) -> str:
 
 def require_matplotlib() -> None:
     """UserError where matplotlib is absent; asked before a long run, not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_package("matplotlib", "which draws the bar chart", error, "bench") from error
+    plots.require_matplotlib("which draws the bar chart", "bench")
 
 
-def prepare_folder(out: Path) -> Path:
-    """Create ``out``; UserError where that or writing into it is impossible, before anything is measured."""
+def prepare_folder(out: Path, stem: str = "bench") -> Path:
+    """UserError, before anything is measured, where ``out`` cannot be created or written into, or where one of
+    ``<stem>.csv``, ``.md``, ``.json`` and ``.png`` is there and no report."""
+    todo = "name another with --out"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        files.check_folder(out)
     except OSError as error:
-        raise UserError("a folder to write to", f"{out} ({error.strerror})", "name another with --out") from error
+        raise UserError("a folder to write to", f"{out} ({error.strerror})", todo) from error
+    for suffix, ours in OURS_BY_SUFFIX.items():
+        files.check_target(out / f"{stem}.{suffix}", f"a report ({stem}.{suffix})", ours, todo=todo, make_folder=True)
     return out
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        found = files.json_value(content)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"rows", "samples_ns", "provenance"} <= found.keys()
+
+
+OURS_BY_SUFFIX: dict[str, Callable[[bytes], bool]] = {
+    "csv": lambda content: content.startswith(",".join(f.name for f in fields(Timed)).encode()),
+    "md": lambda content: content.startswith(TITLE.encode()),
+    "json": _is_json,
+    "png": plots.is_ours,
+}
+"""Whether a file's bytes are an earlier report, which may be replaced."""
 
 
 def write(report: Report, out: Path, stem: str = "bench") -> list[Path]:
@@ -226,5 +262,5 @@ def write(report: Report, out: Path, stem: str = "bench") -> list[Path]:
         "json": to_json(report).encode(),
         "png": to_png(report),
     }
-    prepare_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     return [files.write_whole(out / f"{stem}.{suffix}", content) for suffix, content in contents.items()]

@@ -93,8 +93,10 @@ def bench(
     report.prepare_folder(out)
     with progress_bar(silent=json) as progress:
         result = train.run(options, progress) if training else compare.run(options, progress)
-    written = report.write(result, out)
     if json:
         typer.echo(report.to_json(result), nl=False)
-        return
-    show(*report.tables(result), report.reading(result), f"written: {', '.join(map(str, written))}")
+    else:
+        show(*report.tables(result), report.reading(result))
+    written = report.write(result, out)  # after the tables: a disk that is full takes nothing from them
+    if not json:
+        show(f"written: {', '.join(map(str, written))}")

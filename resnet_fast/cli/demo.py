@@ -114,7 +114,7 @@ def demo(
     )
     options.check()
     report.require_matplotlib()
-    report.prepare_folder(out)
+    report.prepare_folder(out, "demo")
     photos = pictures.load(options.images, limit=8)
     size = registry.image_size(model)
     with progress_bar(silent=json) as progress:
@@ -129,10 +129,10 @@ def demo(
             chosen = summarise(explain(fused, x[:1]))
         speed = compare.run(options, progress, stock)
     speed.provenance["agreement"] = f"{sum(a.agree for a in answers)} of {len(answers)} top-1, see the tables"
-    written = report.write(speed, out, "demo")
     if json:
         found = {"answers": [asdict(a) | {"agree": a.agree, "within": a.within} for a in answers], "kernels": chosen}
         typer.echo(json_module.dumps(found | {"speed": speed.to_dict()}, indent=2))
+        report.write(speed, out, "demo")
         return
     names = None if weights is None else list(trained.load(weights, model).facts.classes)
     show(
@@ -142,5 +142,5 @@ def demo(
         *report.tables(speed),
         report.READING,
         explain_table(chosen),
-        f"Written: {', '.join(map(str, written))}",
     )
+    show(f"Written: {', '.join(map(str, report.write(speed, out, 'demo')))}")

@@ -59,6 +59,8 @@ def reproduce(
         "workers": workers,
         "probe": False,
     }
+    folder = report or root
+    pages.check_targets(chosen, folder)
     left = runs.missing(chosen, root, protocol, path, seed, changes)
     for number, (case, recipe) in enumerate(left, 1):
         with progress_bar(eta=True) as progress:
@@ -67,7 +69,6 @@ def reproduce(
             show(f"stopped by {result.stopped_by} in run {number} of {len(left)}; the same command goes on")
             raise typer.Exit(EXIT.get(result.stopped_by, EXIT["SIGTERM"]))
     command = " ".join(["resnet-fast reproduce", *names, *_options(protocol, seed, threads, set)])
-    folder = report or root
     folder.mkdir(parents=True, exist_ok=True)
     for experiment in chosen:
         found = []
@@ -75,15 +76,13 @@ def reproduce(
             run = runs.read(case, root, seed, case.recipe(protocol, path, seed, changes))
             assert run is not None, case
             found.append(run)
-        written = pages.write(experiment, found, protocol, folder, command)
+        page = pages.compose(experiment, found, protocol, command)
+        show(f"{experiment.name}: {folder / experiment.name}.md", *[f"  {pages.sentence(v)}" for v in page.verdicts])
+        page.save(folder)  # after its verdicts are printed: a disk that is full takes nothing from them
         for run in found:
             kept = folder / "logs" / f"{run.case.key}.jsonl"
             kept.parent.mkdir(exist_ok=True)
             write_whole(kept, runs.short_log(run).encode())
-        show(
-            f"{experiment.name}: {written.files[0]}",
-            *[f"  {pages.sentence(v)}" for v in written.verdicts],
-        )
 
 
 def _options(protocol: str, seed: int, threads: int | None, changes: list[str] | None) -> list[str]:

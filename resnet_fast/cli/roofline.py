@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import limits
+from .. import files, limits, plots
 from .. import roofline as model
-from ..errors import UserError, missing_package
+from ..errors import UserError
 from .output import show
 
 if TYPE_CHECKING:
@@ -45,28 +45,45 @@ def roofline(
 ) -> None:
     """Floor and predicted time of every launch, block and fusion plan of a net on a GPU that need not be here."""
     device = model.gpu(gpu)
+    if plot is not None:
+        plots.require_matplotlib("which draws the picture", "bench", "leave out --plot")
+        plots.check_target(plot, "correct --plot, such as roofline.png")
     if batch < 1:
         raise UserError("a batch of 1 or more images", str(batch), "correct --batch")
     items = model.net_work(name, plan, batch, image, dtype)
     limits.check_input(batch, image, planes=0)
     plans = {p: model.net_work(name, p, batch, image, dtype) for p in model.PLANS}
-    if plot is not None:
-        _draw(plot, f"{name}, batch {batch}, {dtype}, plan {plan}", items, device, plan)
     on_h100 = device is model.H100 and (name, dtype, image or 224) == ("resnet50", "bfloat16", 224)
     measured = list(_measured(batch)) if on_h100 else []
     if json:
         typer.echo(json_module.dumps(_json(name, batch, device, plan, plans, measured), indent=2))
-        return
+    else:
+        _show(name, batch, dtype, device, plan, plans, measured)
+    if plot is not None:
+        picture = _draw(f"{name}, batch {batch}, {dtype}, plan {plan}", items, device, plan)
+        files.write_whole(plot, plots.encode(picture, plot.suffix.lower(), 150))
+    if not json:
+        show(f"written: {plot}" if plot else "for the picture: --plot roofline.png")
+
+
+def _show(
+    name: str,
+    batch: int,
+    dtype: str,
+    device: model.Device,
+    plan: str,
+    plans: dict[str, tuple[model.Work, ...]],
+    measured: list[dict[str, Any]],
+) -> None:
     title = f"{name}, batch {batch}, {dtype}, on {device.name}"
     fit = model.calibration()
     show(
         _ceilings(device, dtype),
-        _launches(f"{title}: launches of plan {plan}", items, device, plan),
+        _launches(f"{title}: launches of plan {plan}", plans[plan], device, plan),
         _plans(f"{title}: plans", batch, plans, device),
         *(_line(row) for row in measured),
         READING.format(fused=fit.fused, launch=fit.launch_s * 1e6, error=fit.error),
         MEGABYTES,
-        f"written: {plot}" if plot else "for the picture: --plot roofline.png",
     )
 
 
@@ -191,47 +208,50 @@ def _json(
     }
 
 
-def _draw(path: Path, title: str, items: tuple[model.Work, ...], device: model.Device, plan: str) -> None:
-    """Intensity against rate, both logarithmic: the roofs, and a point per launch with operations, by kernel."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_package("matplotlib", "which draws the picture", error, "bench", "leave out --plot") from error
+def _draw(title: str, items: tuple[model.Work, ...], device: model.Device, plan: str) -> Any:
+    """Intensity against rate, both logarithmic: the roofs, and the launches with operations as points.
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    Launches of one kernel, intensity and rate are one point, whose area is their share of the predicted time. Points
+    are hollow and every kernel has a marker of its own, so that one on another is seen.
+    """
+    figure, ((axes,),) = plots.figure(1, 1, (9, 6.4))
     rate = device.rate(items[0].dtype)
-    low, high = 1.0, 10 * rate.value / device.bandwidth.value
-    roofs = {"copy": device.bandwidth} | ({"if all were in L2:": device.gpu.l2_bandwidth} if device.gpu else {})
-    for (label, roof), style in zip(roofs.items(), ("-", ":"), strict=False):  # a CPU has no L2 here
-        ridge = rate.value / roof.value
-        axes.plot(
-            [low, ridge],
-            [low * roof.value / 1e12, rate.value / 1e12],
-            style,
-            color="black",
-            label=f"{label} {roof.value / 1e12:.2f} TB/s ({roof.origin})",
-        )
-    flat = [rate.value / max(roof.value for roof in roofs.values()), high]
-    text = f"{items[0].dtype} {rate.value / 1e12:,.0f} TFLOP/s ({rate.origin})"
-    axes.plot(flat, [rate.value / 1e12] * 2, "--", color="black", label=text)
-    points: dict[str, list[tuple[float, float]]] = {}
+    total = model.predict(items, device, plan).seconds
+    points: dict[str, dict[tuple[float, float], float]] = {}
     for item in items:
         p = model.predict((item,), device, plan)
         if item.flops:
-            points.setdefault(item.kernel, []).append((p.floor.intensity, item.flops / p.seconds / 1e12))
-    for kernel, xy in points.items():
-        intensity, reached = zip(*xy, strict=True)
-        axes.scatter(intensity, reached, s=24, alpha=0.8, label=f"{kernel} (predicted)")
+            place = round(p.floor.intensity, 2), round(item.flops / p.seconds / 1e12, 3)
+            of_kernel = points.setdefault(item.kernel, {})
+            of_kernel[place] = of_kernel.get(place, 0) + p.seconds / total
+    every = [place for of_kernel in points.values() for place in of_kernel]
+    low, high = plots.limits([1.0, *(x for x, _ in every), 10 * rate.value / device.bandwidth.value])
+    roofs = {"memory: copy": device.bandwidth} | ({"if all were in L2:": device.gpu.l2_bandwidth} if device.gpu else {})
+    for (label, roof), style in zip(roofs.items(), ("-", ":"), strict=False):  # a CPU has no L2 here
+        ridge = rate.value / roof.value
+        text = f"{label} {roof.value / 1e12:.2f} TB/s ({roof.origin})"
+        axes.plot([low, ridge], [low * roof.value / 1e12, rate.value / 1e12], style, color="black", label=text)
+    flat = [rate.value / max(roof.value for roof in roofs.values()), high]
+    text = f"compute: {items[0].dtype} {rate.value / 1e12:,.0f} TFLOP/s ({rate.origin})"
+    axes.plot(flat, [rate.value / 1e12] * 2, "--", color="black", label=text)
+    roofs_shown = axes.legend(loc="upper left", fontsize=8, title="Roofs", title_fontsize=8)
+    looks = zip(points.items(), plots.COLOURS * len(points), plots.MARKERS * len(points), strict=False)
+    kernels = []
+    for (kernel, places), colour, marker in looks:
+        intensity, reached = zip(*places, strict=True)
+        area = [20 + 1500 * share for share in places.values()]
+        look = {"marker": marker, "facecolors": "none", "edgecolors": colour, "linewidths": 1.5, "clip_on": False}
+        axes.scatter(intensity, reached, s=area, **look)
+        label = f"{kernel}: {sum(places.values()):.1%} of the time"
+        kernels.append(axes.scatter([], [], s=40, label=label, **look))
+    rest = 1 - sum(share for places in points.values() for share in places.values())
+    shown = "Launches as predicted; area: share of the time"
+    shown += f"\nwithout operations, not shown: {rest:.0%}" if rest > 0.005 else ""
+    axes.legend(handles=kernels, loc="lower right", fontsize=8, title=shown, title_fontsize=8)
+    axes.add_artist(roofs_shown)
+    lowest = min([low * device.bandwidth.value / 1e12, *(y for _, y in every)])
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of memory traffic", ylabel="TFLOP/s")
-    axes.set_title(f"{title}, {device.name}", fontsize=10)
+    axes.set(xlim=(low, high), ylim=(lowest / 1.3, rate.value / 1e12 * 4))
+    axes.set_title(f"Roofline of {title}, {device.name}", fontsize=10)
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # matplotlib: an unknown suffix is a ValueError
-        raise UserError(
-            "a picture file to write", f"{path} ({error})", "correct --plot, such as roofline.png"
-        ) from error
+    return figure

@@ -2,58 +2,75 @@
 
 from __future__ import annotations
 
-import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import missing_package
+from .. import plots
+from ..plots import COLOURS, MARKERS
 from . import runlog
 from .checkpoint import write_whole
 
-COLOURS = ("#d1495b", "#30638e", "#00798c", "#edae49", "#6a4c93", "#5c5c5c")
+TICKS = (0, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+LINEAR_BELOW = 1.0
+"""Per cent; above it the axis is logarithmic, so that the first epoch and the last ones are told apart alike."""
 
 
 def require_matplotlib() -> None:
     """UserError where matplotlib is absent, before a run rather than after its first epoch."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_package("matplotlib", "which draws the curves", error, "train") from error
+    plots.require_matplotlib("which draws the curves", "train")
 
 
-def draw(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def draw(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> None:
     """Both errors of each run into ``axis``: ``runs`` maps a label to the ``epoch`` lines of its log."""
-    for (label, lines), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+    looks = zip(runs.items(), COLOURS * len(runs), MARKERS * len(runs), strict=False)
+    for (label, lines), colour, marker in looks:
         epochs = [line["epoch"] for line in lines]
-        style = {"color": colour, "marker": "o" if len(lines) == 1 else ""}  # one epoch is a point, which has no line
-        axis.plot(epochs, [100 * line["train_error"] for line in lines], linewidth=0.8, markersize=3, **style)
-        axis.plot(epochs, [100 * line["val_error"] for line in lines], linewidth=2.4, label=label, **style)
+        # One epoch is a point, which has no line; of many, a few markers are enough to follow a curve.
+        style = {"color": colour, "marker": marker, "markevery": max(1, len(lines) // 12), "clip_on": False}
+        train, val = ([100 * line[f"{part}_error"] for line in lines] for part in ("train", "val"))
+        axis.plot(epochs, train, linewidth=0.8, markersize=3, fillstyle="none", **style)
+        axis.plot(epochs, val, linewidth=2.0, markersize=5, label=label, **style)
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel("epoch")
     axis.set_ylabel("error (%)")
     axis.grid(alpha=0.3)
     axis.legend(title="thin: training, bold: validation", fontsize=8, title_fontsize=8)
 
 
-def figure(panels: int, width: float = 6.0) -> tuple[Any, list[Any]]:
-    """A figure of ``panels`` axes side by side, on the Agg canvas."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def show_whole(axes: Sequence[Any]) -> None:
+    """The same error axis for all panels, logarithmic above 1 %, from below the lowest point to above the highest."""
+    points = [float(y) for axis in axes for line in axis.get_lines() for y in line.get_ydata()]
+    points = [y for y in points if y == y] or [0.0, 100.0]
+    low, high = min(points) / 1.15, min(100.0, max(points) * 1.15)
+    shown = [t for t in TICKS if low <= t <= high]
+    for axis in axes:
+        axis.set_yscale("symlog", linthresh=LINEAR_BELOW)
+        axis.set_yticks(shown, [f"{t:g}" for t in shown])
+        axis.minorticks_off()
+        axis.set_ylim(low, high)
 
-    figure = Figure(figsize=(width * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+def headline(picture: Any, text: str) -> None:
+    """A title over all panels, in as many lines as it needs."""
+    picture.suptitle(textwrap.fill(text, int(12 * picture.get_figwidth())), fontsize=11)
+
+
+def figure(panels: int, width: float = 6.0) -> tuple[Any, list[Any]]:
+    """A figure of ``panels`` axes side by side."""
+    picture, (axes,) = plots.figure(1, panels, (width * panels, 4.4))
+    return picture, axes
 
 
 def write_png(figure: Any, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    write_whole(path, content.getvalue())
+    write_whole(path, plots.encode(figure))
 
 
 def write(out: Path, title: str) -> Path:
     """``out/curves.png`` from ``out``'s log."""
     picture, (axis,) = figure(1)
-    draw(axis, {title: runlog.of_kind(out, "epoch")})
+    draw(axis, {title: runlog.of_kind(out, "epoch")}, title)
+    show_whole([axis])
     write_png(picture, out / "curves.png")
     return out / "curves.png"

@@ -96,3 +96,17 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a folder to write to"):
         report.prepare_folder(tmp_path / "file")
+
+
+def test_chart_explains_colours_and_shows_quartiles_on_one_axis(measured: Report) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    slow, fast = report._quartiles(measured.rows[1])
+    assert (slow, fast) == pytest.approx((1e3 / 2.5, 1e3 / 1.5))
+    assert report._quartiles(measured.rows[2]) == (0, 0)
+    axis = Figure().subplots()
+    report._panel(axis, "title", measured.cells()["net", "float32", 1], most=2000)
+    assert [list(line.get_xdata()) for line in axis.get_lines()] == [pytest.approx([slow, fast])] * 2
+    assert axis.get_xlim()[1] > 2000
+    assert set(report.BARS) == {"resnet_fast", "stock PyTorch", "other programs"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from resnet_fast import files
 from resnet_fast.benchmarks import compare
 from resnet_fast.cli.bench import bench
+from resnet_fast.cli.main import main
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 
@@ -95,3 +98,38 @@ def test_out_that_cannot_be_written_is_refused_before_measuring(
     monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("measured"))
     result = _run(*SMALL, "--out", tmp_path / "file")
     assert isinstance(result.exception, UserError) and "a folder to write to" in str(result.exception)
+
+
+def test_a_file_that_is_no_report_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("measured"))
+    for name, content in (("bench.md", "# mine"), ("bench.csv", "a,b"), ("bench.json", "{}"), ("bench.png", "x")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(content)
+        result = _run(*SMALL, "--out", folder)
+        assert isinstance(result.exception, UserError) and f"{name} (there already, and not" in str(result.exception)
+        assert (folder / name).read_text() == content and len(os.listdir(folder)) == 1
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_measured_is_printed_though_it_cannot_be_written(
+    as_json: bool, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "write_whole", full)
+    arguments = [*SMALL, "--providers", "eager-nhwc", "--images", picture, "--threads", "1", "--out", tmp_path / "o"]
+    code = main(["bench", *map(str, arguments), *["--json"] * as_json])
+    out, err = capsys.readouterr()
+    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err and "free some space" in err
+    assert "eager-nhwc" in out and "written: " not in out
+    if as_json:
+        assert json.loads(out)["rows"][0]["median_ms"] > 0
+
+
+def test_an_own_report_is_replaced(tmp_path: Path, picture: Path) -> None:
+    arguments = (*SMALL, "--providers", "eager-nhwc", "--images", picture, "--threads", 1, "--out", tmp_path / "o")
+    for _ in range(2):
+        result = _run(*arguments)
+        assert result.exit_code == 0, result.output

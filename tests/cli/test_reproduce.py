@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from resnet_fast.cli.main import main
+from resnet_fast.training.experiments import report as pages
+from resnet_fast.training.experiments import runs
 
 TINY = ("data=digits", "size=8", "subset=64", "batch=32", "epochs=1", "warmup=0", "milestones=[]")
 
@@ -65,3 +67,35 @@ def test_full_protocol_without_files_says_what_is_missing(tmp_path: Path, capsys
     code = main(["reproduce", "shortcuts", "--protocol", "full", "--data-path", str(tmp_path), "--out", str(tmp_path)])
     assert code == 2
     assert "cifar-10-python.tar.gz" in capsys.readouterr().err
+
+
+def test_a_page_of_others_is_left_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "pages" / "logs").mkdir(parents=True)
+    for name in ("shortcuts.md", "shortcuts.png", "logs/cifar_resnet20.jsonl"):
+        (tmp_path / "pages" / name).write_text("mine")
+        assert main(["reproduce", "shortcuts", "--out", str(tmp_path), "--report", str(tmp_path / "pages")]) == 2
+        assert f"{name} (there already, and not" in capsys.readouterr().err
+        assert (tmp_path / "pages" / name).read_text() == "mine"
+        (tmp_path / "pages" / name).unlink()
+
+
+def test_out_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["reproduce", "flops", "--out", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Not a directory" in err
+
+
+def test_a_verdict_is_printed_though_the_page_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: pages.Page, folder: Path) -> tuple[Path, ...]:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(pages.Page, "save", full)
+    assert main(["reproduce", "flops", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("flops: ") and "No space left on device" in err

@@ -10,10 +10,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from resnet_fast import files
 from resnet_fast.cli import main
+from resnet_fast.cli import roofline as module
 from resnet_fast.cli.roofline import roofline
 from resnet_fast.errors import UserError
-from resnet_fast.roofline import ORIGINS, PLANS
+from resnet_fast.roofline import H100, ORIGINS, PLANS, net_work
 
 APP = typer.Typer()
 APP.command()(roofline)
@@ -104,3 +106,42 @@ def test_bad_input_is_a_user_error(args: list[str], message: str) -> None:
 def test_the_program_knows_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["roofline", "resnet50", "--gpu", "voodoo"]) == 2
     assert "choose one of h100" in capsys.readouterr().err
+
+
+def test_a_picture_of_others_is_left_and_said_before_anything(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "photo.png").write_bytes(b"a photo")
+    result = _run("--plot", str(tmp_path / "photo.png"))
+    assert isinstance(result.exception, UserError) and result.output == ""
+    assert "photo.png (there already, and not a picture" in str(result.exception)
+    assert (tmp_path / "photo.png").read_bytes() == b"a photo"
+
+
+def test_tables_are_printed_though_the_picture_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def full(path: Path, content: bytes) -> Path:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "write_whole", full)
+    assert main.main(["roofline", "resnet18", "--plot", str(tmp_path / "x.png")]) == 2
+    out, err = capsys.readouterr()
+    assert "plan tail" in out and "predicted img/s" in out and "No space left on device" in err and "written: " not in out
+
+
+@pytest.mark.parametrize("plan", ["tail", "separate", "train-conv-bn"])
+def test_nothing_of_the_picture_is_cut(plan: str) -> None:
+    """Every launch with operations is inside the axes; areas are shares of the time; both legends are there."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.legend import Legend
+
+    items = net_work("resnet50", plan, 256)
+    axes = module._draw("resnet50", items, H100, plan).axes[0]
+    points = [(x, y) for drawn in axes.collections for x, y in drawn.get_offsets()]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert len(points) > 5 and all(left < x < right and bottom < y < top for x, y in points)
+    texts = [text.get_text() for legend in axes.findobj(Legend) for text in legend.get_texts()]
+    assert {item.kernel for item in items if item.flops} <= {text.split(":")[0] for text in texts}
+    assert any("TFLOP/s (measured)" in text for text in texts) and axes.get_title().startswith("Roofline of resnet50")

@@ -61,3 +61,17 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         UserError, match=r"matplotlib, which draws the curves, got no such package; pip install matplotlib"
     ):
         curves.require_matplotlib()
+
+
+def test_panels_share_an_axis_that_cuts_nothing() -> None:
+    _, axes = curves.figure(2)
+    for axis, errors in zip(axes, ((0.9, 0.5), (0.004, 0.0)), strict=True):
+        lines = [{"epoch": i, "train_error": e, "val_error": e / 2} for i, e in enumerate(errors, 1)]
+        curves.draw(axis, {"run": lines}, "a panel")
+    curves.show_whole(axes)
+    (low, high), other = axes[0].get_ylim(), axes[1].get_ylim()
+    assert (low, high) == other and low <= 0 and 90 < high <= 100
+    assert axes[0].get_title() == "a panel" and "50" in [t.get_text() for t in axes[0].get_yticklabels()]
+    nothing, (axis,) = curves.figure(1)
+    curves.show_whole([axis])
+    del nothing

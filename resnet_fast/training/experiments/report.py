@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ... import files, plots
 from .. import curves
 from ..checkpoint import write_whole
 from ..recipe import Recipe
@@ -19,11 +20,22 @@ from .verdicts import Verdict
 
 
 @dataclass(frozen=True)
-class Written:
-    """The files of a report, and what it concludes."""
+class Page:
+    """An experiment written down, not saved yet: its text, its picture where it has one, and what it concludes."""
 
-    files: tuple[Path, ...]
+    name: str
+    text: str
+    picture: Any
     verdicts: tuple[Verdict, ...]
+
+    def save(self, folder: Path) -> tuple[Path, ...]:
+        """Write ``<name>.png`` and ``<name>.md`` into ``folder``; returns the page and the picture."""
+        page = folder / f"{self.name}.md"
+        picture = page.with_suffix(".png")
+        if self.picture is not None:
+            curves.write_png(self.picture, picture)
+        write_whole(page, self.text.encode())
+        return (page,) if self.picture is None else (page, picture)
 
 
 @cache
@@ -34,12 +46,32 @@ def _macs(net: str, shortcut: str | None, v1: bool, size: int) -> int:
     return compare([net], size, shortcut, v1)[0].conv_macs
 
 
-def write(experiment: Experiment, runs: Sequence[Run], protocol: str, folder: Path, command: str) -> Written:
-    """``<name>.md`` and ``<name>.png`` in ``folder``, from the logs of ``runs`` alone."""
+def check_targets(experiments: Sequence[Experiment], folder: Path) -> None:
+    """UserError where a page, its picture or its logs would take the place of a file that is not one of them."""
+    todo = "name another folder with --report or --out"
+    for experiment in experiments:
+
+        def is_page(content: bytes, title: str = experiment.title) -> bool:
+            return content.startswith(f"# {title}\n".encode())
+
+        def is_log(content: bytes) -> bool:
+            return content.startswith(b'{"kind": "run"')
+
+        page, kept = folder / f"{experiment.name}.md", [folder / "logs" / f"{c.key}.jsonl" for c in experiment.cases]
+        files.check_target(page, f"the page {experiment.name}", is_page, todo=todo, make_folder=True)
+        if experiment.cases:
+            what = f"the picture {experiment.name}"
+            files.check_target(page.with_suffix(".png"), what, plots.is_ours, todo=todo, make_folder=True)
+        for path in kept:
+            files.check_target(path, "the log of a run", is_log, todo=todo, make_folder=True)
+
+
+def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command: str) -> Page:
+    """The page of ``experiment``, from the logs of ``runs`` alone (of ``responses``, from their weights too)."""
     by_label = {run.case.label: run for run in runs}
     lines = [f"# {experiment.title}", "", f"**Question.** {experiment.question}", ""]
     lines += [f"**In the paper** ({experiment.source}). {experiment.found}", ""]
-    files: list[Path] = []
+    picture: Any = None
     found: list[Verdict] = []
     if experiment.name == "flops":
         lines += _flops()
@@ -51,18 +83,14 @@ def write(experiment: Experiment, runs: Sequence[Run], protocol: str, folder: Pa
         else:
             found = getattr(verdicts, experiment.name)(by_label)
         lines += ["**Here.**", "", *(f"- {sentence(v)}." for v in found), ""]
-        picture = folder / f"{experiment.name}.png"
-        lines += [f"![{experiment.title}]({picture.name})", ""]
+        lines += [f"![{experiment.title}]({experiment.name}.png)", ""]
         if measured:
             lines += [*_responses_table(measured), ""]
-            _draw_responses(measured, picture)
+            picture = _draw_responses(experiment, measured)
         else:
-            _draw(experiment, runs, picture)
+            picture = _draw(experiment, runs)
         lines += [*_runs_table(runs), "", *_differences(runs, protocol), "", *_repeat(runs, command)]
-        files.append(picture)
-    page = folder / f"{experiment.name}.md"
-    write_whole(page, ("\n".join(lines).rstrip() + "\n").encode())
-    return Written((page, *files), tuple(found))
+    return Page(experiment.name, "\n".join(lines).rstrip() + "\n", picture, tuple(found))
 
 
 def sentence(verdict: Verdict) -> str:
@@ -71,7 +99,7 @@ def sentence(verdict: Verdict) -> str:
     return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {because}"
 
 
-def _draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
+def _draw(experiment: Experiment, runs: Sequence[Run]) -> Any:
     """One panel of curves per group: plain beside residual, CIFAR nets beside the ImageNet family."""
     groups: dict[tuple[bool, bool], dict[str, list[dict[str, Any]]]] = {}
     plain_apart = experiment.name == "degradation"
@@ -80,26 +108,37 @@ def _draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
         groups.setdefault(key, {})[run.case.label] = run.epochs
     picture, axes = curves.figure(len(groups), 4.6)
     for axis, key in zip(axes, sorted(groups), strict=True):
-        curves.draw(axis, groups[key])
-        ceiling = max(100 * line["train_error"] for lines in groups[key].values() for line in lines[1:] or lines)
-        axis.set_ylim(0, min(100, 1.15 * ceiling))
-    curves.write_png(picture, path)
+        family = "ImageNet family" if key[0] else "CIFAR nets"
+        kind = f", {'residual' if key[1] else 'plain'}" if plain_apart else ""
+        curves.draw(axis, groups[key], f"{family}{kind}")
+    curves.show_whole(axes)
+    curves.headline(picture, experiment.title)
+    return picture
 
 
-def _draw_responses(measured: Mapping[str, Responses], path: Path) -> None:
+def _draw_responses(experiment: Experiment, measured: Mapping[str, Responses]) -> Any:
     """As Figure 7: above in the order of the layers, beside it in descending order."""
     picture, (ordered, descending) = curves.figure(2, 5.5)
-    for (label, found), colour in zip(measured.items(), curves.COLOURS, strict=False):
-        style = "--" if label.startswith("plain") else "-"
-        ordered.plot(range(1, len(found.std) + 1), found.std, style, color=colour, linewidth=1.1, label=label)
-        descending.plot(sorted(found.std, reverse=True), style, color=colour, linewidth=1.1, label=label)
-    ordered.set_xlabel("layer, in the order of the net")
-    descending.set_xlabel("layer, sorted by magnitude")
+    looks = zip(measured.items(), plots.COLOURS, plots.MARKERS, strict=False)
+    for (label, found), colour, marker in looks:
+        layers = range(1, len(found.std) + 1)
+        line = "--" if label.startswith("plain") else "-"
+        style = {"color": colour, "marker": marker, "markersize": 4, "fillstyle": "none", "label": label}
+        style |= {"linewidth": 1.1, "alpha": 0.85, "markevery": max(1, len(layers) // 10)}
+        ordered.plot(layers, found.std, line, **style)
+        descending.plot(layers, sorted(found.std, reverse=True), line, **style)
+    ordered.set_title("in the order of the net", fontsize=10)
+    descending.set_title("sorted by magnitude", fontsize=10)
+    every = [value for found in measured.values() for value in found.std if value > 0]
     for axis in (ordered, descending):
-        axis.set_ylabel("standard deviation of the response")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    curves.write_png(picture, path)
+        axis.set(xlabel="layer", ylabel="standard deviation of the response", yscale="log", ylim=plots.limits(every))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=8)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8, title="dashed: plain, solid: residual", title_fontsize=8)
+    curves.headline(picture, experiment.title)
+    return picture
 
 
 def _runs_table(runs: Sequence[Run]) -> list[str]:
