@@ -88,7 +88,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
         (["--gpu", "h10"], "did you mean h100"),
         (["--plan", "magic"], "fusion plan out of separate"),
         (["--batch", "0"], "1 or more images"),
-        (["--image", "0"], "at least 1x1 pixels"),
+        (["--image", "0"], "expected --image >= 1"),
         (["--dtype", "fp32"], "name of a dtype"),
         (["--gpu", "a100", "--dtype", "float8_e4m3fn"], "known rate for"),
         (["--plot", "/no/such/folder/x.png"], "picture file"),
@@ -128,7 +128,8 @@ def test_tables_are_printed_though_the_picture_cannot_be_written(
     monkeypatch.setattr(files, "write_whole", full)
     assert main.main(["roofline", "resnet18", "--plot", str(tmp_path / "x.png")]) == 2
     out, err = capsys.readouterr()
-    assert "plan tail" in out and "predicted img/s" in out and "No space left on device" in err and "written: " not in out
+    assert "plan tail" in out and "predicted img/s" in out and "written: " not in out
+    assert "No space left on device" in err
 
 
 @pytest.mark.parametrize("plan", ["tail", "separate", "train-conv-bn"])
