@@ -88,7 +88,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
         (["--gpu", "h10"], "did you mean h100"),
         (["--plan", "magic"], "fusion plan out of separate"),
         (["--batch", "0"], "1 or more images"),
-        (["--image", "0"], "expected --image >= 1"),
+        (["--image", "0"], "at least 1x1 pixels"),
         (["--dtype", "fp32"], "name of a dtype"),
         (["--gpu", "a100", "--dtype", "float8_e4m3fn"], "known rate for"),
         (["--plot", "/no/such/folder/x.png"], "picture file"),
