@@ -18,7 +18,7 @@ from typing import Any
 from .errors import UserError
 
 LARGEST = 256 * 2**20
-"""Bytes of a file that is looked into to see whether it is ours: ours are smaller."""
+"""Bytes of a file that is looked into to see whether it is ours: most of ours are smaller."""
 
 
 def sync(path: Path) -> None:
@@ -51,7 +51,13 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 
 def check_target(
-    path: Path, what: str, ours: Callable[[bytes], bool], *, todo: str = "name another file", make_folder: bool = False
+    path: Path,
+    what: str,
+    ours: Callable[[bytes], bool],
+    *,
+    todo: str = "name another file",
+    make_folder: bool = False,
+    largest: int = LARGEST,
 ) -> Path:
     """Return ``path`` if it may be written: it is not there, is empty, or is of our own kind. UserError otherwise.
 
@@ -62,6 +68,7 @@ def check_target(
         ours: whether a file's bytes are an earlier one of this kind, which may be replaced.
         todo: what the user can do.
         make_folder: whether the writer creates the folder; else it has to be there.
+        largest: bytes of a file that is looked into; a larger one is not ours.
     """
 
     def refuse(why: str, cause: BaseException | None = None) -> UserError:
@@ -75,7 +82,7 @@ def check_target(
         if path.exists() and not path.is_file():
             raise refuse("no regular file")
         if path.is_file() and path.stat().st_size:
-            content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+            content = path.read_bytes() if path.stat().st_size <= largest else b""
             if not content or not ours(content):
                 raise refuse(f"there already, and not {what}: it would be lost")
             if not os.access(path, os.W_OK):

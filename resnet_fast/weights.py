@@ -66,7 +66,7 @@ def _load_safetensors(path: Path) -> File:
             f"{path} ({type(error).__name__}: {_first_line(error)})",
             "save it as float32",
         ) from error
-    return File(_flat(state, path), None if text is None else facts_of.parse(text, str(path)))
+    return File(state_of(state, path), None if text is None else facts_of.parse(text, str(path)))
 
 
 def _load_pickle(path: Path) -> Any:
@@ -140,11 +140,12 @@ def _unwrap(found: Any, path: Path) -> File:
         entries.append(held[0])
         others = others or tuple(held[1:])
         found = found[held[0]]
-    return File(_flat(found, path), None, ".".join(entries), others)
+    return File(state_of(found, path), None, ".".join(entries), others)
 
 
-def _flat(found: Any, path: Path) -> dict[str, Tensor]:
-    """``found`` as a state dict of plain tensors. UserError for everything else."""
+def state_of(found: Any, path: Path) -> dict[str, Tensor]:
+    """``found`` as a state dict of plain tensors, without training prefixes. UserError, which names ``path``, for
+    everything else."""
     if not isinstance(found, Mapping) or not found:
         raise UserError(
             "a state dict (name -> tensor)", f"{path} with a {type(found).__name__}", "save model.state_dict()"

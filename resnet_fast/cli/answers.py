@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -115,13 +116,20 @@ def csv_file(target: str, header: Sequence[str]) -> Iterator[Callable[[Sequence[
 
 
 def check_replaceable(path: Path, header: Sequence[str]) -> None:
-    """UserError if ``path`` is there and is anything but an earlier CSV file of these columns."""
-    if not path.exists():
+    """UserError if ``path`` is there and is anything but an empty file or an earlier CSV file of these columns."""
+    if not os.path.lexists(path):
         return
-    try:
-        with path.open(encoding="utf-8") as file:
-            ours = file.readline(1000).rstrip("\r\n") == ",".join(header)
-    except (OSError, UnicodeDecodeError):
-        ours = False
+    ours = False
+    if path.is_file():  # no pipe, which would wait for a writer
+        try:
+            with path.open(encoding="utf-8") as file:
+                first = file.readline(1000).rstrip("\r\n")
+            ours = first == ",".join(header) or not path.stat().st_size
+        except (OSError, UnicodeDecodeError):
+            pass
     if not ours:
-        raise UserError("a new file, or a CSV file of this command", f"{path}, which is another", "correct --csv")
+        raise UserError(
+            "a new file, or a CSV file of this command",
+            f"{path} (there already, and something else: it would be lost)",
+            "name another with --csv",
+        )

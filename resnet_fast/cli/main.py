@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "resnet_fast.cli.demo:demo",
     "predict": "resnet_fast.cli.predict:predict",
     "validate": "resnet_fast.cli.validate:validate",
+    "export": "resnet_fast.cli.export:export",
     "train": "resnet_fast.cli.train:train",
     "reproduce": "resnet_fast.cli.reproduce:reproduce",
     "bench": "resnet_fast.cli.bench:bench",

@@ -16,7 +16,7 @@ from .output import progress_bar
 
 def predict(
     image: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    weights: Annotated[Path, typer.Option(help="Weights of the net, .safetensors or .pth.")],
+    weights: Annotated[Path, typer.Option(help="Weights (.safetensors, .pth), a checkpoint's folder, or a run's.")],
     model: Annotated[
         str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
     ] = None,
@@ -45,7 +45,7 @@ def predict(
     A picture that cannot be read is named on stderr and the others go on; the exit code is 2 then.
     """
     from .. import classify, devices, flags, images, limits
-    from ..models import trained
+    from ..training import restored
 
     limits.check_count("--top", top, 1, sys.maxsize)
     limits.check_input(batch, None)
@@ -59,7 +59,7 @@ def predict(
 
         torch.set_num_threads(threads)
     files = images.find(image, recursive)
-    classifier = trained.load(weights, model, names)
+    classifier = restored.load(weights, model, names).trained
     for text in classifier.said:
         _say(text)
     limits.check_input(min(batch, len(files)), classifier.facts.size, names=("--batch", "size"))

@@ -65,6 +65,16 @@ def load(path: Path, model: str | None = None, names: Path | None = None) -> Tra
     return build(file.state, file.facts, str(path), said, model, names)
 
 
+def untrained(model: str, seed: int = 0) -> Trained:
+    """A net with the random weights that ``seed`` gives and its builder's number of classes, which have no names."""
+    net = weights.seeded(lambda: registry.build(model), seed).eval()
+    classes = weights.num_classes(net.state_dict())
+    names = tuple(f"class {i}" for i in range(classes))
+    facts = Facts(model, registry.image_size(model), names, images.MEAN, images.STD, images.RESIZE)
+    said = (f"net: {model} (as asked)", f"weights: random, seed {seed}", _look(facts, False))
+    return Trained(net, facts, said, named=False)
+
+
 def build(
     state: Mapping[str, Tensor],
     facts: Facts | None,

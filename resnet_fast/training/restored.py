@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from .. import facts as facts_of
 from .. import files, weights
@@ -21,7 +23,7 @@ from ..errors import UserError
 from ..facts import Facts
 from ..models import trained
 from ..models.trained import Trained
-from . import checkpoint, recipe
+from . import checkpoint, recipe, shards
 from .recipe import Recipe
 
 
@@ -80,12 +82,33 @@ def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
 def _state(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """(the weights, which they are)."""
     if meta["layout"] == "sharded":
-        raise UserError(
-            "a checkpoint of the layout full, or the run's model.safetensors",
-            f"{place}, which is sharded",
-            "let the run finish (--resume auto), which writes model.safetensors",
-        )
+        return _shards(place, meta)
     averaged = place / "ema.safetensors"
     if averaged.is_file():
         return weights.read(averaged), ", averaged"
     return weights.read(place / "model.safetensors"), ""
+
+
+def _shards(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The weights among the shards, put together in this process."""
+    inside = {Path(name).name for name in meta["files"] if Path(name).parent == Path(checkpoint.SHARDS)}
+    try:
+        held = shards.read_metadata(place / checkpoint.SHARDS, inside).state_dict_metadata
+        tensors = {name: entry for name, entry in held.items() if isinstance(entry, TensorStorageMetadata)}
+        claimed = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors.values())
+        there = sum(size for size, _ in meta["files"].values())
+        if claimed > there:
+            raise ValueError(f"its tensors have {claimed:,} bytes, its files {there:,}")
+        which = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
+        state = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in tensors.items()
+            if name.startswith(which)
+        }
+        shards.load(place / checkpoint.SHARDS, inside, state)
+    except Exception as error:  # torch and pickle raise anything for content of another kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise checkpoint.Damaged("a checkpoint of a net", f"{place} ({reason})", "use an older checkpoint") from error
+    return weights.state_of({name.removeprefix(which): tensor for name, tensor in state.items()}, place), (
+        ", averaged" if which == "ema." else ""
+    )

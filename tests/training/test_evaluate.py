@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from resnet_fast.errors import UserError
 from resnet_fast.facts import Facts
 from resnet_fast.models import registry, trained
-from resnet_fast.training import checkpoint, evaluate, loop, restored, runlog
+from resnet_fast.training import checkpoint, data, evaluate, loop, optim, restored, runlog
+from resnet_fast.training.distributed import World
 from resnet_fast.training.recipe import Recipe
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
@@ -207,3 +208,24 @@ def test_a_folder_that_is_no_run(
         victim.write_bytes(victim.read_bytes()[:50])
     with pytest.raises(UserError, match=r"a good checkpoint in|or the folder of a run"):
         restored.load(run)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_sharded_checkpoint(tiny: Callable[..., Recipe], averaged: bool, tmp_path: Path) -> None:
+    how = tiny(ema=0.5 if averaged else 0.0)
+    model = optim.build(how, 10)
+    ema = optim.averaged(model, how)
+    state = checkpoint.State(model, optim.sgd(model, how), torch.amp.GradScaler("cpu", enabled=False), ema)
+    if ema is not None:
+        with torch.no_grad():
+            ema.module.fc.bias += 1  # type: ignore[operator, union-attr]
+    meta = {"step": 3, "classes": 10, "recipe": how.to_dict(), "sums": [0.0] * 3, "seconds": 0.0, "unreadable": []}
+    meta |= {"run": "a", "facts": data.load(how).facts(how).to_dict()}
+    place = checkpoint.save(tmp_path, state, meta, World(), sharded=True, keep=1)
+    found = restored.load(place)
+    assert found.recipe == how and found.trained.facts.data == "digits"
+    assert any(("averaged" in text) == averaged for text in found.trained.said if text.startswith("weights"))
+    expected = (model if ema is None else ema.module).state_dict()  # type: ignore[union-attr]
+    own = found.trained.net.state_dict()
+    assert own.keys() == expected.keys() and all(torch.equal(own[k], expected[k]) for k in own)
