@@ -14,14 +14,13 @@ from typing import Any
 
 from .errors import UserError
 from .files import json_text
+from .limits import MOST_SIDE
 
 KEY = "resnet_fast"
 """The entry of the metadata that holds the JSON text."""
 
 MAX_TEXT = 4 << 20
 """Characters: 20,000 classes with long names take a fifth of it."""
-MAX_SIZE = 8192
-"""Side of an image in pixels."""
 MAX_RESIZE = 8.0
 AMP = ("none", "bfloat16", "float16")
 
@@ -95,8 +94,8 @@ def parse(text: str, where: str) -> Facts:
 
 
 def _check(facts: Facts, where: str) -> None:
-    if not 1 <= facts.size <= MAX_SIZE:
-        raise refusal(f"size in 1 … {MAX_SIZE}", str(facts.size), where)
+    if not 1 <= facts.size <= MOST_SIDE:
+        raise refusal(f"size in 1 … {MOST_SIDE}", str(facts.size), where)
     if not 0 < facts.resize <= MAX_RESIZE or round(facts.size * facts.resize) < 1:
         raise refusal(f"resize above 0, up to {MAX_RESIZE:g}", str(facts.resize), where)
     if len(facts.mean) not in (1, 3) or len(facts.mean) != len(facts.std):

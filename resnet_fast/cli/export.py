@@ -46,18 +46,17 @@ def export(
 
     Class names and preprocessing go with it: extra file resnet_fast.json of a .pt2, metadata resnet_fast of ONNX.
     """
-    from .. import exporting, files
-    from ..facts import MAX_SIZE
+    from .. import exporting, files, limits
 
-    if size is not None and not 1 <= size <= MAX_SIZE:
-        raise UserError(f"--size in 1 … {MAX_SIZE}", str(size), "correct --size")
-    if batch < 1 or (batch != 1 and not static):
-        raise UserError("--batch >= 1 with --static", str(batch), "give --static, or leave --batch out")
+    limits.check_input(batch, size, names=("--batch", "--size"))
+    if batch != 1 and not static:
+        raise UserError("--batch with --static", "--batch alone", "give --static, or leave --batch out")
     exporting.check_target(out)
     classifier = _classifier(source, model, names)
     facts = classifier.facts if size is None else replace(classifier.facts, size=size)
     for text in classifier.said:
         _say(text)
+    limits.check_input(batch, facts.size, names=("--batch", "--size"))
     real, kind = _real(images, replace(classifier, facts=facts))
     checked = exporting.export(classifier.net, facts, out, batch=batch if static else None, opset=opset, inputs=real)
     if json:

@@ -60,7 +60,7 @@ def test_a_name_is_a_net_with_random_weights(tmp_path: Path, capsys: pytest.Capt
         (["cifar_resnet20", "--out", "w.safetensors"], "ending in .pt2 or .onnx"),
         (["cifar_resnet21", "--out", "net.pt2"], "did you mean"),
         (["none.pth", "--out", "net.pt2"], "none.pth"),
-        (["w.safetensors", "--out", "net.pt2", "--size", 0], "--size in 1"),
+        (["w.safetensors", "--out", "net.pt2", "--size", 0], "--size >= 1"),
         (["w.safetensors", "--out", "net.pt2", "--batch", 4], "give --static"),
         (["w.safetensors", "--out", "net.pt2", "--images", "none.png"], "none.png"),
         (["cifar_resnet20", "--out", "net.pt2", "--model", "resnet18"], "leave them out"),
