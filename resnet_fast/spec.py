@@ -497,7 +497,8 @@ class Impl:
 
     ``devices`` names the device types that it runs on, empty for all, and ``supports(spec)`` gives a :class:`Verdict`
     on a problem there. ``run(call, spec, state)`` executes a call record of :mod:`resnet_fast.calls` and returns the
-    output tensor, of the shape, dtype and layout that the spec states. ``state`` is what ``prepare(call, spec,
+    output tensor, of the shape, dtype and layout that the spec states; or a :class:`Verdict`, where the numbers in the
+    call's tensors rule it out, and nothing was written. ``state`` is what ``prepare(call, spec,
     earlier)`` computed from the call's parameters (folded, packed weights), kept until one of them changes; ``earlier``
     are the states of the same parameters for inputs of other sizes, to share parts with. An Impl that accepts a spec
     with ``grad`` either has ``training``, which then serves every spec with ``grad`` or batch statistics, or returns a

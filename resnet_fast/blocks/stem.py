@@ -6,7 +6,6 @@ CIFAR net has no pooling there: the op ``conv_bn_act``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
-from ..dispatch import record, select
+from ..dispatch import select
 from . import graph
 from . import stage as fused_stage
 from .fused import Fused, conv_record, is_altered, norm_record, untraceable
@@ -83,13 +82,6 @@ class Net(Fused):
             return forward(x)
         if self.training or not select.prefers_nhwc(x.device.type, self.backend):
             return forward(x)
-        on_onednn = x.device.type == "cpu" and select.requested(self.backend) == "auto"
-        if on_onednn and not math.isfinite(x.sum(dtype=torch.float32).item()):  # on a GPU, reading it would wait
-            record.fall_back(
-                "the net runs on reference: its input holds NaN or infinity, which oneDNN's ReLU would hide"
-            )
-            with select.use_backend("reference"):
-                return forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         if not ops.is_plain_inference(x):
             return forward(x)

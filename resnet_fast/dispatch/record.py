@@ -43,11 +43,15 @@ class Stock(NamedTuple):
     reason: str
 
 
-def ran(call: Any, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
-    """Count a call; a fallback from a faster backend is logged once per reason, or raises in strict mode."""
+def chosen(spec: Spec | NetSpec, choice: Choice) -> None:
+    """Before a call runs: a fallback from a faster backend is logged once per reason, or raises in strict mode."""
     if choice.fell_back:
         # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
         fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
+
+
+def ran(call: Any, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
+    """Count a call."""
     if isinstance(spec, NetSpec):  # its parts are what a reader of counters and explanations knows
         states = state if isinstance(state, list) else [None] * len(spec.parts)
         parts: list[tuple[Any, Any, Any]] = list(zip(call.parts, spec.parts, states, strict=True))

@@ -116,9 +116,19 @@ def prepare(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, earlier:
 
 
 def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> Tensor:
-    """Count the call and run it."""
+    """Run the call and count it. Where the implementation refuses the values at hand, the reference runs, counted.
+
+    That holds for a backend asked for by name too: a net whose input holds NaN returns NaN, as the stock net does.
+    """
+    record.chosen(spec, choice)
+    y = choice.impl.run(call, spec, state)
+    if isinstance(y, Verdict):
+        refused = tuple((name, reason) for name, reason in choice.refused if name != "reference")
+        choice = Choice(_reference(call.op), (*refused, (choice.impl.backend, y.reason)), y.reason)
+        record.chosen(spec, choice)
+        y, state = choice.impl.run(call, spec, None), None
     record.ran(call, spec, choice, state)
-    return choice.impl.run(call, spec, state)
+    return y
 
 
 def run(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice) -> Tensor:
@@ -128,7 +138,11 @@ def run(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice) -> Tensor:
 
 def trace(call: Call) -> Tensor:
     """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
-    return next(i for i in catalog.impls(call.op) if i.backend == "reference").run(call, None, None)
+    return _reference(call.op).run(call, None, None)
+
+
+def _reference(op: str) -> Impl:
+    return next(impl for impl in catalog.impls(op) if impl.backend == "reference")
 
 
 def trains(device: str, dtype: torch.dtype, backend: str) -> bool:

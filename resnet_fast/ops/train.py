@@ -72,6 +72,7 @@ def define(library: torch.library.Library, name: str, schema: str, bind: Bind) -
         call, options = bound(args)
         spec: Any = spec_of(call, grad=True)
         choice, training = chosen(call, spec, options)
+        record.chosen(spec, choice)
         y, saved, plan = training.forward(call, spec, options.save)
         record.ran(call, spec, choice, plan)
         return y, saved

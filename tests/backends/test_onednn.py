@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opcases import BLOCKS, LAYOUTS, OPS, assert_within_budget, lay_out, make
 from torch._prims_common import check_significant_strides
 
-from resnet_fast import BackendError, UserError, derived
+from resnet_fast import BackendError, derived
 from resnet_fast.backends import onednn
 from resnet_fast.backends.onednn.conv_bn_act import DTYPES
 from resnet_fast.dispatch import select
@@ -155,18 +155,6 @@ def test_large_means_and_small_variances() -> None:
     assert_within_budget(p)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_parameters_that_are_not_finite_are_an_error_not_a_zero(op: str, value: float) -> None:
-    names = ["gamma0", "beta0", "mean0"] + (["weight0"] if op != "bn_act" else [])
-    for name in names + (["var0"] if value != value else []):  # an infinite variance is a scale of zero
-        p = make(op)
-        p.tensors()[name].view(-1)[0] = value
-        with pytest.raises(UserError, match=r"finite weights and statistics.*reference"):
-            p.run("onednn")
-        assert value == float("inf") or p.run("reference").isnan().any(), name
-
-
 def test_infinite_pixels_come_out_as_in_eager() -> None:
     p = make("conv_bn_act", layout="nhwc")
     p.x[0, 0, 4, 4] = float("inf")
@@ -206,7 +194,7 @@ def test_input_sizes_of_one_layout_share_one_packed_weight() -> None:
         q = p.map(lambda k, t, n=n: torch.randn(n, *t.shape[1:]) if k == "x" else t)
         q.run("onednn")
     (entry,) = derived._cache[p.convs[0].weight].values()
-    assert len(entry.values) == 3 and len({id(plan.state[0].weight) for plan in entry.values.values()}) < 3
+    assert len(entry.values) == 3 and len({id(plan.state.convs[0].weight) for plan in entry.values.values()}) < 3
 
 
 @st.composite

@@ -43,9 +43,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     shapes: list[torch.Size] = []
     compile_graph = module._compile
 
-    def spy(call: object, x: torch.Tensor) -> object:
+    def spy(call: object, x: torch.Tensor, measured: list[int]) -> object:
         shapes.append(x.shape)
-        return compile_graph(call, x)
+        return compile_graph(call, x, measured)
 
     monkeypatch.setattr(module, "CALLS_BEFORE_COMPILING", 0)
     monkeypatch.setattr(module, "_compile", spy)
@@ -81,7 +81,7 @@ def test_graph_is_as_accurate_as_eager(name: str, dtype: torch.dtype, compiled: 
 def test_graph_equals_its_parts_and_comes_at_the_fifth_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     compile_graph = module._compile
-    monkeypatch.setattr(module, "_compile", lambda call, x: calls.append(len(outputs)) or compile_graph(call, x))
+    monkeypatch.setattr(module, "_compile", lambda *args: calls.append(len(outputs)) or compile_graph(*args))
     net, x = resnet_fast.accelerate(randomized("bottleneck")), torch.randn(1, 3, 64, 64)
     outputs: list[torch.Tensor] = []
     for _ in range(6):
@@ -93,7 +93,7 @@ def test_graph_equals_its_parts_and_comes_at_the_fifth_call(monkeypatch: pytest.
 
 @torch.inference_mode()
 def test_sizes_that_change_never_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_compile", lambda call, x: pytest.fail("compiled"))
+    monkeypatch.setattr(module, "_compile", lambda *args: pytest.fail("compiled"))
     net = resnet_fast.accelerate(randomized("basic"))
     for size in (32, 40, 48, 56, 64, 32, 40, 48):
         net(torch.randn(1, 3, size, size))
@@ -177,7 +177,7 @@ def test_a_compiler_that_fails_leaves_the_parts(
 ) -> None:
     tried: list[int] = []
 
-    def fail(call: object, x: torch.Tensor) -> object:
+    def fail(*args: object) -> object:
         tried.append(1)
         raise RuntimeError("could not create a primitive\nC++ stack")
 

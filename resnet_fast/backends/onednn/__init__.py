@@ -8,8 +8,8 @@ blocked layout that oneDNN wants for the input size at hand; both are derived te
 16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only
 the op's input and output are 16-bit: faster by an order of magnitude than ATen's fallback there, and more accurate.
 
-oneDNN's ReLU turns NaN into 0 (ATen's keeps it). A NaN that comes from the weights or statistics is an error when they
-are packed; one that comes with the input is lost.
+oneDNN's ReLU turns NaN into 0, where ATen's keeps it. So each call first makes sure that it holds none and computes
+none (:mod:`.bounds`); with NaN or infinity in its input or weights, or values that may overflow, the stock layers run.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
     return Verdict.yes()
 
 
-def _impl(name: str, run: Callable[[Any, Any, Any], Tensor], prepare: Callable[[Any, Any, list[Any]], Any]) -> Impl:
+def _impl(
+    name: str, run: Callable[[Any, Any, Any], Tensor | Verdict], prepare: Callable[[Any, Any, list[Any]], Any]
+) -> Impl:
     """An output without elements (an empty batch) has no primitive: there is nothing to prepare and nothing to run."""
 
     def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
         return prepare(call, spec, [e for e in earlier if e is not None]) if all(spec.out_shape()) else None
 
-    def run_some(call: Any, spec: Any, state: Any) -> Tensor:
+    def run_some(call: Any, spec: Any, state: Any) -> Tensor | Verdict:
         return call.x.new_empty(spec.out_shape()) if state is None else run(call, spec, state)
 
     return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), "BN folded, fused, packed weights")

@@ -11,14 +11,17 @@ import torch
 
 from ...calls import BnActCall, Conv
 from ...spec import PointwiseSpec
-from .conv_bn_act import Packed, compute_dtype, pack_one
+from . import bounds
+from .conv_bn_act import Folded, compute_dtype, pack_one
 from .conv_bn_act import conv_bn_act as bn_act
 
 __all__ = ["bn_act", "prepare"]
 
 
-def prepare(call: BnActCall, spec: PointwiseSpec, earlier: list[list[Packed]]) -> list[Packed]:
+def prepare(call: BnActCall, spec: PointwiseSpec, earlier: list[Folded]) -> Folded:
     """The norm folded into a depthwise convolution by one."""
     identity = torch.ones(spec.c, 1, 1, 1, device=call.x.device)
     conv = Conv(identity, None, (1, 1), (0, 0), (1, 1), spec.c)
-    return [pack_one(conv, call.norm, (spec.n, spec.c, spec.h, spec.w), compute_dtype(call.x.dtype))]
+    packed = pack_one(conv, call.norm, (spec.n, spec.c, spec.h, spec.w), compute_dtype(call.x.dtype))
+    found = bounds.UNCHANGED.then(packed.bounds)
+    return Folded.of([packed], found if call.residual is None else found.plus(bounds.UNCHANGED))

@@ -12,22 +12,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...calls import BlockCall
-from ...spec import BlockSpec
-from .conv_bn_act import Packed, compute_dtype, conv, conv_add, like_reference, nhwc
+from ...spec import BlockSpec, Verdict
+from . import bounds
+from .conv_bn_act import Folded, compute_dtype, conv, conv_add, like_reference, nhwc
 
 
-def bottleneck(call: BlockCall, spec: BlockSpec, state: list[Packed]) -> Tensor:
+def bottleneck(call: BlockCall, spec: BlockSpec, state: Folded) -> Tensor | Verdict:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    *inner, last = state[: len(spec.main)]
+    given = call.x if call.shortcut is None else call.shortcut
+    shortcut = x if call.shortcut is None else nhwc(given, dtype)
+    refusal = bounds.verdict((x,) if shortcut is x else (x, shortcut), state.reach)
+    if refusal is not None:
+        return refusal
+    owned = shortcut is not given or call.projection
+    *inner, last = state.convs[: len(spec.main)]
     y = x
     for p in inner:
         y = conv(y, p, relu=True)
+        if bounds.overflowed(y):
+            return bounds.OVERFLOW
     if call.projection:
-        shortcut, owned = conv(x, state[-1], relu=False), True
-    else:
-        given = call.x if call.shortcut is None else call.shortcut
-        shortcut = x if call.shortcut is None else nhwc(given, dtype)
-        owned = shortcut is not given
+        shortcut = conv(x, state.convs[-1], relu=False)
+        if bounds.overflowed(shortcut):
+            return bounds.OVERFLOW
     return like_reference(conv_add(y, last, shortcut, relu=True, overwrite=owned), call.x.dtype, spec.layout)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ... import folding
 from ...calls import BlockCall, BnActCall, Conv, ConvBnActCall, Norm, StemCall
-from ...errors import UserError
-from ...spec import BlockSpec, ConvSpec, PointwiseSpec, Spec
+from ...spec import BlockSpec, ConvSpec, PointwiseSpec, Spec, Verdict
+from . import bounds
+from .bounds import Bounds
 
 DTYPES = ("float32", "bfloat16", "float16")
 _fused = torch.ops.mkldnn
@@ -30,6 +31,19 @@ class Packed(NamedTuple):
     weight: Tensor
     bias: Tensor
     tail: tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
+    bounds: Bounds
+
+
+class Folded(NamedTuple):
+    """The convolutions of a call, and how large its inputs may be (:mod:`.bounds`)."""
+
+    convs: list[Packed]
+    bounds: Bounds
+    reach: float
+
+    @staticmethod
+    def of(convs: list[Packed], bounds: Bounds) -> Folded:
+        return Folded(convs, bounds, bounds.peak.reach())
 
 
 @cache
@@ -53,20 +67,13 @@ def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype)
     A derived tensor outlives the call that made it, so it is made outside inference mode.
     """
     with torch.inference_mode(False), torch.no_grad():
-        weight, bias = folding.fold(conv, norm)
-        if not (weight.isfinite().all() and bias.isfinite().all()):
-            # the primitive's ReLU would turn NaN into 0 and a broken net into a plausible one
-            raise UserError(
-                f"finite weights and statistics in the convolution of shape {tuple(weight.shape)} and its BatchNorm",
-                "NaN or infinity",
-                "check the checkpoint, or use backend 'reference', which lets NaN through to the output",
-            )
+        weight, bias = (t.to(dtype) for t in folding.fold(conv, norm))
         tail = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        packed = _fused._reorder_convolution_weight(weight.to(dtype).contiguous(), *tail, list(shape))
-        return Packed(packed, bias.to(dtype), tail)
+        packed = _fused._reorder_convolution_weight(weight.contiguous(), *tail, list(shape))
+        return Packed(packed, bias, tail, bounds.of_conv(weight, bias, conv.weight, conv.bias))
 
 
-def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[list[Packed]]) -> list[Packed]:
+def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[Folded]) -> Folded:
     """Every convolution of the call folded and packed, each for the size that reaches it.
 
     oneDNN chooses the blocked layout by input size, and running in another layout means a reorder of the weight at
@@ -80,7 +87,19 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: lis
         pack_one(conv, norm, (s.n, s.ci, s.h, s.w), dtype)  # type: ignore[union-attr]
         for conv, norm, s in zip(convs, norms, specs, strict=True)
     ]
-    return [_share(p, [state[i] for state in earlier]) for i, p in enumerate(packed)]
+    convs = [_share(p, [state.convs[i] for state in earlier]) for i, p in enumerate(packed)]
+    return Folded.of(convs, _bounds(call, convs))
+
+
+def _bounds(call: ConvBnActCall | StemCall | BlockCall, convs: list[Packed]) -> Bounds:
+    """The bounds of the call's main branch, one convolution behind the other, and of what is added to it."""
+    projection = isinstance(call, BlockCall) and call.projection
+    found = bounds.UNCHANGED
+    for p in convs[:-1] if projection else convs:
+        found = found.then(p.bounds)
+    if isinstance(call, StemCall) or (isinstance(call, ConvBnActCall) and call.residual is None):
+        return found
+    return found.plus(bounds.UNCHANGED.then(convs[-1].bounds) if projection else bounds.UNCHANGED)
 
 
 def _share(packed: Packed, kept: list[Packed]) -> Packed:
@@ -119,13 +138,17 @@ def like_reference(y: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
     return y.to(dtype=dtype, memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
-def conv_bn_act(call: ConvBnActCall | BnActCall, spec: ConvSpec | PointwiseSpec, state: list[Packed]) -> Tensor:
+def conv_bn_act(call: ConvBnActCall | BnActCall, spec: ConvSpec | PointwiseSpec, state: Folded) -> Tensor | Verdict:
     """act(bn(conv(x)) + residual)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    if call.residual is None:
-        y = conv(x, state[0], call.relu)
+    other = None if call.residual is None else nhwc(call.residual, dtype)
+    refusal = bounds.verdict((x,) if other is None else (x, other), state.reach)
+    if refusal is not None:
+        return refusal
+    (packed,) = state.convs
+    if other is None:
+        y = conv(x, packed, call.relu)
     else:
-        other = nhwc(call.residual, dtype)
-        y = conv_add(x, state[0], other, call.relu, overwrite=other is not call.residual)
+        y = conv_add(x, packed, other, call.relu, overwrite=other is not call.residual)
     return like_reference(y, call.x.dtype, spec.layout)

@@ -15,6 +15,7 @@ from folded fp32 weights; where this CPU runs 16-bit tensors in fp32, only the n
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,9 +30,10 @@ from torch import Tensor
 from ... import folding
 from ...calls import BlockCall, Conv, NetCall, Norm, StemCall, convs_of, norms_of
 from ...locks import Lock
-from ...spec import NetSpec
+from ...spec import NetSpec, Verdict
+from . import bounds
 from .bottleneck import bottleneck
-from .conv_bn_act import Packed, compute_dtype, conv_bn_act, like_reference, nhwc
+from .conv_bn_act import Folded, compute_dtype, conv_bn_act, like_reference, nhwc
 from .conv_bn_act import prepare as pack
 from .stem import stem
 
@@ -42,10 +44,14 @@ _compiling = Lock()  # the switch that lets TorchScript use oneDNN's graph is pr
 
 @dataclass
 class State:
-    """One input size of one net: packed parts until the graph is compiled, then the graph."""
+    """One input size of one net: packed parts until the graph is compiled, then the graph.
 
-    parts: list[list[Packed]] | None
-    graph: Callable[[Tensor], Tensor] | None = None
+    ``reaches``: what the inputs of some parts are measured against, by the part's number (:func:`bounds.stretches`).
+    """
+
+    parts: list[Folded] | None
+    reaches: dict[int, float]
+    graph: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     calls: int = 0
     fails: bool = False  # compiling was tried and gave nothing
     lock: Lock = field(default_factory=Lock)
@@ -75,32 +81,48 @@ def _say_once(reason: str) -> None:
 def prepare(call: NetCall, spec: NetSpec, earlier: list[State]) -> State:
     """Pack every part. ``earlier`` sizes share what they still hold in equal layout."""
     held = [e.parts for e in earlier if e.parts is not None]
-    return State(
-        [
-            pack(part._replace(x=call.x), part_spec, [parts[i] for parts in held])
-            for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
-        ]
-    )
+    parts = [
+        pack(part._replace(x=call.x), part_spec, [parts[i] for parts in held])
+        for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
+    ]
+    reaches = bounds.stretches([p.bounds for p in parts])
+    return State([p._replace(reach=reaches.get(i, math.inf)) for i, p in enumerate(parts)], reaches)
 
 
-def net(call: NetCall, spec: NetSpec, state: State) -> Tensor:
+def net(call: NetCall, spec: NetSpec, state: State) -> Tensor | Verdict:
     """The last block's output."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
     if state.graph is None and not state.fails and dtype == torch.float32:
         _try_to_compile(call, x, state)
     parts = state.parts  # another thread may compile and drop them meanwhile
+    y: Any = x
     if parts is None:
         assert state.graph is not None
-        y = state.graph(x)
+        y = _run_graph(state.graph, state.reaches, x)
     else:
-        y = x
         for part, part_spec, packed in zip(call.parts, spec.parts, parts, strict=True):
             run: Any = (
                 bottleneck if isinstance(part, BlockCall) else stem if isinstance(part, StemCall) else conv_bn_act
             )
             y = run(part._replace(x=y), part_spec, packed)
-    return like_reference(y, call.x.dtype, spec.layout)
+            if isinstance(y, Verdict):
+                break
+    return y if isinstance(y, Verdict) else like_reference(y, call.x.dtype, spec.layout)
+
+
+def _run_graph(
+    graph: Callable[[Tensor], tuple[Tensor, Tensor]], reaches: dict[int, float], x: Tensor
+) -> Tensor | Verdict:
+    """The graph's output, if no value on the way to it can have overflowed."""
+    first, *later = reaches.values()
+    refusal = bounds.verdict((x,), first)
+    if refusal is not None:
+        return refusal
+    y, norms = graph(x)
+    # Each norm is that of true values if the ones before it are within reach.
+    fits = all(norm <= reach for norm, reach in zip(norms.tolist(), later, strict=True))
+    return y if fits else bounds.OVERFLOW
 
 
 def _try_to_compile(call: NetCall, x: Tensor, state: State) -> None:
@@ -116,7 +138,7 @@ def _try_to_compile(call: NetCall, x: Tensor, state: State) -> None:
         if state.calls <= CALLS_BEFORE_COMPILING or state.graph is not None or not _compiling.acquire(blocking=False):
             return
         try:
-            state.graph = _compile(call, x)
+            state.graph = _compile(call, x, [i for i in state.reaches if i > 0])
             state.parts = None
         except RuntimeError as error:
             state.fails = True
@@ -170,14 +192,20 @@ class _Convolution(NamedTuple):
         return F.conv2d(x, self.weight, self.bias, *self.conv.numbers())
 
 
-def _plainly(call: NetCall) -> Callable[[Tensor], Tensor]:
-    """The net as a function in the plainest operations, which is what the graph's patterns are made of."""
+def _plainly(call: NetCall, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The net as a function in the plainest operations, which is what the graph's patterns are made of.
+
+    It returns the output and the norms of the inputs of the parts in ``measured``.
+    """
     pairs = [pair for part in call.parts for pair in zip(convs_of(part), norms_of(part), strict=True)]
     folded = [_Convolution.of(conv, norm) for conv, norm in pairs]
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         convs = iter(folded)
-        for part in call.parts:
+        norms = [x.new_empty(0)]
+        for i, part in enumerate(call.parts):
+            if i in measured:
+                norms.append(torch.linalg.vector_norm(x)[None])
             if isinstance(part, BlockCall):
                 y = x
                 for _ in part.main()[:-1]:
@@ -188,12 +216,12 @@ def _plainly(call: NetCall) -> Callable[[Tensor], Tensor]:
                 x = next(convs)(x)
                 x = torch.relu(x) if isinstance(part, StemCall) or part.relu else x
                 x = F.max_pool2d(x, *part.pool) if isinstance(part, StemCall) else x
-        return x
+        return x, torch.cat(norms)
 
     return forward
 
 
-def _compile(call: NetCall, x: Tensor) -> Callable[[Tensor], Tensor]:
+def _compile(call: NetCall, x: Tensor, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Trace and fuse for inputs like ``x``. The executor observes one run and fuses in the next.
 
     What ``torch.jit.trace`` and ``freeze`` make belongs to TorchScript's process-wide compilation unit, which never
@@ -202,7 +230,7 @@ def _compile(call: NetCall, x: Tensor) -> Callable[[Tensor], Tensor]:
     """
     with torch.inference_mode(False), torch.no_grad(), _fusing():
         example = torch.zeros_like(x)  # an inference tensor cannot be traced
-        graph, _ = torch._C._create_graph_by_tracing(_plainly(call), (example,), lambda _: "", True, False)
+        graph, _ = torch._C._create_graph_by_tracing(_plainly(call, measured), (example,), lambda _: "", True, False)
         run = torch._C.CompilationUnit().create_function("net", graph)
         for _ in range(3):
             run(example)

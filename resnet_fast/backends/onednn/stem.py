@@ -9,11 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...calls import StemCall
-from ...spec import ConvSpec
-from .conv_bn_act import Packed, compute_dtype, conv, like_reference, nhwc
+from ...spec import ConvSpec, Verdict
+from . import bounds
+from .conv_bn_act import Folded, compute_dtype, conv, like_reference, nhwc
 
 
-def stem(call: StemCall, spec: ConvSpec, state: list[Packed]) -> Tensor:
+def stem(call: StemCall, spec: ConvSpec, state: Folded) -> Tensor | Verdict:
     """maxpool(relu(bn(conv(x))))."""
     x = nhwc(call.x, compute_dtype(call.x.dtype))
-    return like_reference(F.max_pool2d(conv(x, state[0], relu=True), *call.pool), call.x.dtype, spec.layout)
+    refusal = bounds.verdict((x,), state.reach)
+    if refusal is not None:
+        return refusal
+    y = F.max_pool2d(conv(x, state.convs[0], relu=True), *call.pool)
+    return like_reference(y, call.x.dtype, spec.layout)
