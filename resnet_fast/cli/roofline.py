@@ -50,8 +50,8 @@ def roofline(
         plots.check_target(plot, "correct --plot, such as roofline.png")
     if batch < 1:
         raise UserError("a batch of 1 or more images", str(batch), "correct --batch")
+    limits.check_input(batch, None if image is None else max(1, image), planes=0)  # net_work says what is too small
     items = model.net_work(name, plan, batch, image, dtype)
-    limits.check_input(batch, image, planes=0)
     plans = {p: model.net_work(name, p, batch, image, dtype) for p in model.PLANS}
     on_h100 = device is model.H100 and (name, dtype, image or 224) == ("resnet50", "bfloat16", 224)
     measured = list(_measured(batch)) if on_h100 else []
