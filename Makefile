@@ -17,7 +17,7 @@ PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -
 # Triton decides at import whether it compiles or interprets, so kernels run in the interpreter in processes of their own.
 INTERPRET = TRITON_INTERPRET=1 $(PYTEST)
 
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) $(shell find tests/emulator -type f ! -name "*.py*")
+BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f) $(shell find tests/emulator -type f ! -name "*.py*")
 CXX_SOURCES = $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
@@ -38,6 +38,7 @@ help:
 # A stamp is written only after its recipe succeeded, so that a failed install is tried again.
 # torch first and by itself: the package is then built against the torch that it will run with.
 $(VENV)/.stamp-torch:
+	@$(PYTHON) -c 'import sys; sys.exit("expected Python 3.10 or later, got %d.%d; name another with PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "torch>=2.11" torchvision
 	$(INSTALL) $(BUILD_TOOLS)

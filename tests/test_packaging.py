@@ -162,6 +162,18 @@ def test_missing_cmake_is_one_line_with_the_command(setup_file: ModuleType, monk
         setup_file.require_cmake()
 
 
+def test_makefile_refuses_an_old_python_before_it_creates_anything() -> None:
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "sys.version_info" in line)
+    code = line.partition("-c '")[2].rpartition("'")[0]
+    for version, status in (((3, 9, 18), 1), ((3, 10, 0), 0), ((3, 13, 1), 0)):
+        fake = f"import sys; sys.version_info = {version}; {code}"
+        done = subprocess.run([sys.executable, "-c", fake], capture_output=True, text=True, timeout=60)
+        assert done.returncode == status
+        assert done.stderr == (
+            "" if status == 0 else "expected Python 3.10 or later, got 3.9; name another with PYTHON=\n"
+        )
+
+
 def test_version_is_written_once() -> None:
     attribute = PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
     assert attribute == "resnet_fast._version.__version__"
