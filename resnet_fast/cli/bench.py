@@ -23,7 +23,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="Net to measure; `resnet-fast summary` lists some.")] = "resnet50",
+    model: Annotated[str, typer.Option(help="Net to measure; `resnet-fast models` lists them.")] = "resnet50",
     batch: Annotated[
         str | None, typer.Option(help="Batch sizes, separated by commas; by default 1,16, and 16 for --suite train.")
     ] = None,

@@ -34,7 +34,7 @@ MEGABYTES = (
 
 
 def roofline(
-    name: Annotated[str, typer.Argument(help="The net; `resnet-fast summary` lists some.")] = "resnet50",
+    name: Annotated[str, typer.Argument(help="The net; `resnet-fast models` lists them.")] = "resnet50",
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(model.gpus())}.")] = "h100",
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 256,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,

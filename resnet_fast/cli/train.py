@@ -28,7 +28,7 @@ def train(
         str | None,
         typer.Option(help="A recipe out of --list, or a YAML file; by default digits.", rich_help_panel=RECIPE),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Net, see `resnet-fast summary`.", rich_help_panel=RECIPE)] = None,
+    model: Annotated[str | None, typer.Option(help="Net, see `resnet-fast models`.", rich_help_panel=RECIPE)] = None,
     data: Annotated[
         str | None,
         typer.Option(
