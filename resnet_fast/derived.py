@@ -1,22 +1,27 @@
 """Derived tensors (folded, packed weights): computed once, kept until a parameter that they came from changes.
 
-Nothing is stored on a module, so ``state_dict``, ``deepcopy`` and pickling never see a derived tensor; an entry dies
-with the parameter it hangs on. Before each use the sources are compared with a *stamp* taken when the entry was made:
+Nothing is stored on a module, so ``state_dict``, ``deepcopy`` and pickling never see a derived tensor; an entry is
+known by the identity of all its sources and dies with the first of them. Before each use the sources are compared with
+what they were when the entry was made:
 
-* identity, storage address and autograd version counter: every in-place operation that PyTorch tracks,
+* storage address, shape, strides, dtype and autograd version counter: every in-place operation that PyTorch tracks,
   ``load_state_dict``, optimizers, ``.to()``, ``p.data = …``;
 * on the CPU also the memory itself, since writes through ``.data`` and BatchNorm's own update of its running statistics
-  move no version counter: vectors in full, filters at 64 evenly spaced elements. A write
-  through ``.data`` to single elements between those is not seen: bump the version (``p.add_(0)`` under ``no_grad``) or
-  call :func:`clear`.
+  move no version counter: vectors in full, and of a filter tensor one element in each filter and in each input channel
+  (:class:`Samples`). Beside these each use compares the sums of another 1/64 of all filters (:class:`Sums`).
 
-Tensors made under ``inference_mode`` have no version counter, and a view with gaps has no evenly spaced elements: of
-these a copy is kept, and compared in full.
+So a write through ``.data`` to a vector, to a whole filter or to a whole input channel is seen at the next use, and
+one to any other elements within 64 uses. Until then results are those of the old weights: bump the version
+(``p.add_(0)`` under ``no_grad``) or call :func:`clear` where that matters. A write that keeps all sums of
+:class:`Sums` and all samples is never seen; it would have to be made for the purpose.
+
+Tensors made under ``inference_mode`` have no version counter, and a view with gaps is not one run of memory: of these a
+copy is kept, and compared in full.
 """
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -25,55 +30,137 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .locks import Lock
+
 T = TypeVar("T")
+Sources = tuple[Tensor | None, ...]
+
+USES_PER_ROUND = 64
+"""Within so many uses of an entry every element of its filters is compared."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAMPLES = 64  # each is a cache and a TLB miss at every call, after a net's worth of activations went by
-_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # first source -> number of sources -> entry
+_COLUMNS = 509  # 8-byte words per row; prime, so that moving filters or channels about changes the sums
+_ROWS = 64
+_cache: dict[tuple[int, ...], Entry] = {}  # identities of the sources -> entry
 _counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> version of the counter beside it
-_lock = threading.RLock()  # a server calls one net from several threads
 
 
-class _Stamp:
-    """What one source looked like. Holds on to its memory, so that the address cannot be given to another tensor."""
+class Samples:
+    """Elements of one run of memory, and what they were."""
 
-    __slots__ = (
-        "address", "copy", "data", "dtype", "identity", "seen", "shape", "storage", "stride", "version", "whole",
-    )  # fmt: skip
+    __slots__ = ("index", "seen", "words")
 
-    def __init__(self, t: Tensor):
-        self.identity = id(t)
-        self.address = t.data_ptr()
-        self.storage = t.untyped_storage()
+    def __init__(self, words: np.ndarray, index: np.ndarray | None):
+        self.words, self.index = words, index
+        self.seen = self._read()
+
+    def _read(self) -> bytes:
+        return self.words.tobytes() if self.index is None else self.words.take(self.index).tobytes()
+
+    def hold(self) -> bool:
+        return self._read() == self.seen
+
+    @staticmethod
+    def places(t: Tensor) -> np.ndarray:
+        """Places in memory of one element in each filter and in each input channel of ``t`` (Co, Ci, …)."""
+        co, ci = t.shape[:2]
+        window = t[0, 0].numel()
+        i = np.arange(max(co, ci))
+        place = i % co * t.stride(0) + i % ci * t.stride(1)
+        if t.dim() == 4:
+            at = (7 * i + window // 2) % window  # not always the same tap: a flipped filter keeps its centre
+            place += at // t.shape[3] * t.stride(2) + at % t.shape[3] * t.stride(3)
+        return np.sort(place)
+
+
+class Sums:
+    """Sums over chunks of many runs of memory, some of which are compared at each use, all within a round.
+
+    A chunk is summed as rows of 64-bit words, a sum per column, so that it matters where a value stands.
+    """
+
+    __slots__ = ("chunks", "next", "per_use", "seen")
+
+    def __init__(self, runs: list[np.ndarray]):
+        self.chunks: list[tuple[np.ndarray, np.ndarray]] = []
+        for run in runs:
+            octets = run.view(np.uint8)
+            rows = octets.size // (8 * _COLUMNS)
+            body = octets[: rows * 8 * _COLUMNS].view(np.int64).reshape(rows, _COLUMNS)
+            none = octets[:0]
+            self.chunks += [(body[at : at + _ROWS], none) for at in range(0, rows, _ROWS)]
+            if octets.size > body.nbytes:
+                self.chunks.append((body[:0], octets[body.nbytes :]))
+        self.seen = [self._read(i) for i in range(len(self.chunks))]
+        self.per_use = -(-len(self.chunks) // USES_PER_ROUND)
+        self.next = 0
+
+    def _read(self, i: int) -> int:
+        body, rest = self.chunks[i]
+        return hash((body.sum(0).tobytes() if body.size else b"", rest.tobytes()))
+
+    def hold(self) -> bool:
+        """Are the next chunks as they were?"""
+        for _ in range(self.per_use):
+            i = self.next
+            self.next = (i + 1) % len(self.chunks)
+            if self._read(i) != self.seen[i]:
+                return False
+        return True
+
+
+class Stamps:
+    """What the sources looked like. Holds on to their memory, so that no address can be given to another tensor."""
+
+    def __init__(self, sources: Sources):
+        tensors = [t for t in sources if t is not None]
+        self.counted = [i for i, t in enumerate(sources) if t is not None and not t.is_inference()]
+        self.given = [i for i, t in enumerate(sources) if t is not None]
+        self.storages = [t.untyped_storage() for t in tensors]
+        self.versions = [sources[i]._version for i in self.counted]  # type: ignore[union-attr]
+        self.addresses = [t.data_ptr() for t in tensors]
         # ``p.data = p.data[:32]`` or ``.permute(…)`` keep address and version
-        self.shape, self.stride, self.dtype = t.shape, t.stride(), t.dtype
-        self.version = None if t.is_inference() else t._version
-        self.data: np.ndarray | None = None  # a vector, or every so many elements of a filter
-        self.whole: Tensor | None = None  # compared in full with ``copy``
-        if t.device.type == "cpu" and t.numel():
-            dense = _is_dense(t)
-            words = torch.as_strided(t.detach(), (t.numel(),), (1,)) if dense else t.detach()
-            words = words.view(_BITS[t.element_size()])  # as integers: NaN equals itself, -0 is not 0
-            if self.version is None or not dense:
-                self.whole, self.copy = words, words.clone()
-            elif t.dim() == 1:
-                self.data = words.numpy()
-            else:
-                self.data = words[:: max(1, t.numel() // _SAMPLES)].numpy()
-        self.seen = None if self.data is None else self.data.tobytes()
+        self.shapes = [t.shape for t in tensors]
+        self.strides = [t.stride() for t in tensors]
+        self.dtypes = [t.dtype for t in tensors]
+        self.samples: list[Samples] = []
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        runs = [run for t in tensors if t.device.type == "cpu" and t.numel() for run in self._watch(t)]
+        self.sums = Sums(runs) if runs else None
 
-    def holds(self, t: Tensor) -> bool:
-        """Is ``t`` still as it was when the stamp was taken? Runs for every parameter at every call: one expression."""
+    def _watch(self, t: Tensor) -> list[np.ndarray]:
+        """Remember the memory of ``t``; what is to be summed comes back."""
+        bits = _BITS[t.element_size()]  # as integers: NaN equals itself, -0 is not 0
+        if t.is_inference() or not _is_dense(t):
+            words = t.detach().view(bits)
+            self.copies.append((words, words.clone()))
+            return []
+        run: np.ndarray = torch.as_strided(t.detach(), (t.numel(),), (1,)).view(bits).numpy()
+        if t.dim() < 2:
+            self.samples.append(Samples(run, None))
+            return []
+        self.samples.append(Samples(run, Samples.places(t)))
+        return [run]
+
+    def hold(self, sources: Sources) -> bool:
+        """Are the sources as they were? Runs for every parameter at every call, so most of it compares whole lists."""
+        tensors: list[Any] = [sources[i] for i in self.given]
         return (
-            id(t) == self.identity
-            and t.data_ptr() == self.address
-            and (t._version == self.version if self.version is not None else t.is_inference())
-            and t.shape == self.shape
-            and (self.data is None or self.data.tobytes() == self.seen)
-            and t.stride() == self.stride
-            and t.dtype == self.dtype
-            and (self.whole is None or torch.equal(self.whole, self.copy))
+            [t.data_ptr() for t in tensors] == self.addresses
+            and self._same_versions(sources)
+            and [t.shape for t in tensors] == self.shapes
+            and [t.stride() for t in tensors] == self.strides
+            and [t.dtype for t in tensors] == self.dtypes
+            and all([s.hold() for s in self.samples])
+            and (self.sums is None or self.sums.hold())
+            and all([torch.equal(words, copy) for words, copy in self.copies])
         )
+
+    def _same_versions(self, sources: Sources) -> bool:
+        try:
+            return [sources[i]._version for i in self.counted] == self.versions  # type: ignore[union-attr]
+        except RuntimeError:  # has become an inference tensor
+            return False
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -81,57 +168,85 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-class _Entry:
-    """The stamps of one set of sources and everything derived from them, by key, least recently used first."""
+class Entry:
+    """Everything derived from one set of sources, by key, least recently used first. Use under ``lock``.
 
-    __slots__ = ("stamps", "values")
+    ``notes``: whatever the user of the entry wants to remember beyond a change of the sources' values.
+    """
 
-    def __init__(self, sources: tuple[Tensor | None, ...]):
-        self.stamps = [None if t is None else _Stamp(t) for t in sources]
+    __slots__ = ("__weakref__", "_refs", "_stamps", "lock", "notes", "values")
+
+    def __init__(self, sources: Sources, identity: tuple[int, ...]):
+        def forget(_: object) -> None:
+            _cache.pop(identity, None)
+
+        # a callback may come at any time, in the middle of a locked section too: removing a key needs no lock
+        self._refs = [weakref.ref(t, forget) for t in sources if t is not None]
+        self._stamps: Stamps | None = None
+        self.lock = Lock()  # of this entry alone: what one net packs or compiles is no other net's business
         self.values: dict[Hashable, Any] = {}
+        self.notes: Any = None
 
-    def holds(self, sources: tuple[Tensor | None, ...]) -> bool:
-        stamps = self.stamps
-        if len(sources) != len(stamps):
-            return False
-        for t, stamp in zip(sources, stamps, strict=True):
-            if stamp is None:
-                if t is not None:
-                    return False
-            elif t is None or not stamp.holds(t):
-                return False
-        return True
+    def find(self, sources: Sources, key: Hashable) -> Any:
+        """What is kept under ``key``; None where there is nothing or a source changed, which drops everything."""
+        if self._stamps is None:
+            return None
+        if not self._stamps.hold(sources):
+            self._stamps = None
+            self.values = {}
+            return None
+        values = self.values
+        if key not in values:
+            return None
+        if len(values) > 1 and next(reversed(values)) != key:
+            values[key] = values.pop(key)
+        return values[key]
+
+    def make(self, sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T]) -> T:
+        """Compute and keep. ``make`` receives what is kept under other keys, so that it can share parts."""
+        if self._stamps is None:  # before the sources are read: what is written meanwhile counts as a change
+            self._stamps = Stamps(sources)
+        made = make(self.values)
+        self.values[key] = made
+        return made
+
+    def shrink(self, fits: Callable[[dict[Any, Any]], bool]) -> None:
+        """Drop the least recently used until ``fits(values)`` or one is left."""
+        while len(self.values) > 1 and not fits(self.values):
+            del self.values[next(iter(self.values))]
+
+    def leads(self, t: Tensor) -> bool:
+        """Is ``t`` the first of the sources?"""
+        return self._refs[0]() is t
 
 
-def get(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[dict[Any, Any]], T], keep: int = 8) -> T:
+def entry(sources: Sources) -> Entry:
+    """The entry of these very tensors; None among them stands for an absent one. At least one must be there."""
+    identity = tuple([0 if t is None else id(t) for t in sources])
+    found = _cache.get(identity)
+    if found is None:
+        if not any(identity):
+            raise ValueError("expected a tensor among the sources, got none; compute what depends on nothing directly")
+        found = _cache.setdefault(identity, Entry(sources, identity))
+    return found
+
+
+def get(sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T], keep: int = 8) -> T:
     """``make(values)``, computed when a source changed or ``key`` is new, otherwise the kept result.
 
     Args:
         sources: the parameters and buffers that the result is computed from, None where absent; at least one tensor.
         key: whatever else it depends on (input size, dtype).
-        make: computes it; receives what is kept for the same sources under other keys, so that it can share parts.
+        make: computes it, never None; receives what is kept for the same sources under other keys.
         keep: how many keys to keep per set of sources; the least recently used goes first.
     """
-    anchor = next((t for t in sources if t is not None), None)
-    if anchor is None:
-        raise ValueError("expected a tensor among the sources, got none; compute what depends on nothing directly")
-    with _lock:
-        # By number, since one parameter can lead several calls (a block, and the rest of a net from there on), which
-        # must not push each other out.
-        entries = _cache.setdefault(anchor, {})
-        entry = entries.get(len(sources))
-        if entry is None or not entry.holds(sources):
-            entry = entries[len(sources)] = _Entry(sources)
-        values: dict[Hashable, Any] = entry.values
-        if key in values:
-            if len(values) > 1 and next(reversed(values)) != key:
-                values[key] = values.pop(key)
-            return values[key]
-        made = make(values)
-        values[key] = made
-        if len(values) > keep:
-            del values[next(iter(values))]
-        return made
+    found = entry(sources)
+    with found.lock:
+        value = found.find(sources, key)
+        if value is None:
+            value = found.make(sources, key, make)
+            found.shrink(lambda values: len(values) <= keep)
+        return value
 
 
 def follow(t: Tensor, counter: Tensor | None) -> None:
@@ -151,11 +266,9 @@ def follow(t: Tensor, counter: Tensor | None) -> None:
 
 def values_of(t: Tensor) -> list[Any]:
     """Every value that is kept for sources that begin with ``t``."""
-    with _lock:
-        return [value for entry in _cache.get(t, {}).values() for value in entry.values.values()]
+    return [value for found in list(_cache.values()) if found.leads(t) for value in list(found.values.values())]
 
 
 def clear() -> None:
     """Forget every derived tensor; the next call computes them again."""
-    with _lock:
-        _cache.clear()
+    _cache.clear()

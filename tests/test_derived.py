@@ -112,6 +112,10 @@ CHANGES: dict[str, Callable[[Net], None]] = {
     "data_all": edit("conv.weight", lambda t: t.data.mul_(2)),
     "data_first": edit("conv.weight", lambda t: t.data.view(-1)[:1].fill_(50)),
     "data_one_filter": edit("conv.weight", lambda t: t.data[1].fill_(50)),
+    "data_one_input_channel": edit("conv.weight", lambda t: t.data[:, 5].mul_(2)),
+    "data_all_but_one_filter": edit("conv.weight", lambda t: t.data[1:].mul_(2)),
+    "data_two_filters_swapped": edit("conv.weight", lambda t: t.data.copy_(t.data[[1, 0, *range(2, 16)]])),
+    "data_filters_flipped": edit("conv.weight", lambda t: t.data.copy_(t.data.flip(3))),
     "data_one_of_a_vector": edit("bn.bias", lambda t: t.data[7:8].fill_(50)),
     "data_of_the_variance": edit("bn.running_var", lambda t: t.data[3:4].fill_(50)),
     "numpy": edit("bn.running_mean", lambda t: t.numpy().__setitem__(5, 9.0)),
@@ -147,6 +151,44 @@ def test_another_dtype_and_back(dtype: torch.dtype) -> None:
     torch.testing.assert_close(net.fused(x), net.stock(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(512, 512, 3, 3), (512, 64, 1, 1), (64, 512, 1, 1), (64, 1, 3, 3), (130, 70)])
+def test_a_write_to_any_one_filter_or_input_channel_is_seen_at_once(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    w = torch.randn(shape)
+    w = w.contiguous(memory_format=layout) if w.dim() == 4 else w
+    for dim in (0, 1):
+        for i in {*range(0, shape[dim], 37), shape[dim] - 1}:
+            counted((w,))
+            w.data.select(dim, i).add_(1)
+            assert counted((w,))[1], (dim, i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_write_to_any_one_element_is_seen_within_a_round(dtype: torch.dtype) -> None:
+    tensors = (torch.randn(128, 96, 3, 3).to(dtype), torch.randn(7, 5, 3, 3).to(dtype), torch.randn(96).to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    for t in tensors[:2]:
+        for _ in range(8):
+            counted(tensors)
+            i = int(torch.randint(t.numel(), (), generator=generator))
+            t.data.view(-1)[i] += 1
+            seen = [counted(tensors)[1] for _ in range(derived.USES_PER_ROUND)]
+            assert seen.count(True) == 1
+            t.data.view(-1)[i], t.data.view(-1)[-1 - i] = t.data.view(-1)[-1 - i].clone(), t.data.view(-1)[i].clone()
+            seen = [counted(tensors)[1] for _ in range(derived.USES_PER_ROUND)]
+            assert seen.count(True) == 1, "two elements changed places"
+
+
+def test_an_entry_dies_with_any_of_its_sources() -> None:
+    w, b = torch.randn(4, 3, 3, 3), torch.randn(4)
+    counted((w, b))
+    del b
+    gc.collect()
+    assert not derived._cache
+
+
 def counted(sources: tuple[Tensor | None, ...], key: object = 0, keep: int = 8) -> tuple[object, bool]:
     """What ``get`` returns, and whether it had to compute it."""
     made: list[object] = []
@@ -157,6 +199,11 @@ def counted(sources: tuple[Tensor | None, ...], key: object = 0, keep: int = 8) 
 
     value = derived.get(sources, key, make, keep)
     return value, bool(made)
+
+
+def entry_of(net: Net) -> derived.Entry:
+    (found,) = (e for e in derived._cache.values() if e.leads(net.conv.weight))
+    return found
 
 
 def test_a_hit_computes_nothing_and_returns_the_same_object() -> None:
@@ -177,16 +224,14 @@ def test_calls_that_begin_with_one_parameter_live_side_by_side() -> None:
 def test_other_steps_of_a_net_do_not_miss() -> None:
     net, x = Net(), torch.randn(2, 8, 5, 5)
     net.fused(x)
-    (entry,) = derived._cache[net.conv.weight].values()
+    entry = entry_of(net)
     kept = dict(entry.values)
     net.stock(x)
     net.state_dict()
     net.train()
     net.eval()
     net.fused(x + 1)
-    assert list(derived._cache[net.conv.weight].values()) == [entry] and all(
-        entry.values[k] is v for k, v in kept.items()
-    )
+    assert entry_of(net) is entry and all(entry.values[k] is v for k, v in kept.items())
 
 
 @pytest.mark.parametrize("strided", ["gap", "expanded", "step"])
@@ -214,9 +259,10 @@ def test_an_entry_made_in_inference_mode_serves_outside_it() -> None:
     net, x = Net(), torch.randn(2, 8, 5, 5)
     with torch.inference_mode():
         net.fused(x)
-    (entry,) = derived._cache[net.conv.weight].values()
+    entry = entry_of(net)
+    kept = dict(entry.values)
     torch.testing.assert_close(net.fused(x), net.stock(x), rtol=1e-4, atol=1e-5)
-    assert list(derived._cache[net.conv.weight].values()) == [entry]
+    assert entry_of(net) is entry and all(entry.values[k] is v for k, v in kept.items())
 
 
 def test_the_least_recently_used_key_goes_first() -> None:
@@ -298,6 +344,28 @@ def test_threads_share_one_entry() -> None:
     assert not failures
 
 
+def test_two_entries_are_made_at_the_same_time() -> None:
+    """What one net packs does not wait for what another packs."""
+    meeting = threading.Barrier(2, timeout=20)
+    sources = [(torch.randn(3),), (torch.randn(3),)]
+    threads = [threading.Thread(target=derived.get, args=(s, 0, lambda kept: meeting.wait() + 1)) for s in sources]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not meeting.broken
+
+
+def test_entries_that_share_sources_live_side_by_side() -> None:
+    """Two nets with one backbone and as many parameters each."""
+    shared, a, b = torch.randn(4), torch.randn(4), torch.randn(4)
+    first, second = counted((shared, a))[0], counted((shared, b))[0]
+    for _ in range(3):
+        assert counted((shared, a)) == (first, False) and counted((shared, b)) == (second, False)
+    b.add_(1)
+    assert counted((shared, a)) == (first, False) and counted((shared, b))[1]
+
+
 def test_a_followed_counter_makes_its_tensor_stale() -> None:
     """As on a GPU, where BatchNorm's own update of its statistics is seen by the counter beside them alone."""
     mean, counter, made = torch.zeros(3), torch.tensor(0), []
@@ -314,7 +382,7 @@ def test_a_followed_counter_makes_its_tensor_stale() -> None:
 
 
 def test_values_of_a_source() -> None:
-    t = torch.zeros(2)
+    t, other = torch.zeros(2), torch.ones(1)
     derived.get((t,), "a", lambda kept: "one")
-    derived.get((t, torch.ones(1)), "b", lambda kept: "two")
+    derived.get((t, other), "b", lambda kept: "two")
     assert derived.values_of(t) == ["one", "two"] and derived.values_of(torch.zeros(2)) == []

@@ -38,7 +38,6 @@ A failed capture is not tried again for the same key until something changes. Pa
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -53,6 +52,7 @@ from torch.autograd import forward_ad
 from .. import derived
 from ..dispatch import catalog, record, select
 from ..errors import BackendError
+from ..locks import Lock
 from .fused import is_altered, untraceable
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Recorder:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._last_use = torch.cuda.Event()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @staticmethod
     def is_recording() -> bool:
@@ -224,7 +224,7 @@ class Layers:
 
 
 _layers: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def forget(net: nn.Module) -> None:

@@ -1,4 +1,8 @@
-"""What ran: counters, the log of fallbacks, strict mode, and the tape that ``explain`` plays back."""
+"""What ran: counters, the log of fallbacks, strict mode, and the tape that ``explain`` plays back.
+
+The counters are the process's, and threads may count at the same time. Strict mode and the tape belong to the thread
+(and the asyncio task) that entered their ``with``, as ``torch.no_grad`` does.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +18,7 @@ import torch
 from .. import flags
 from ..calls import Call
 from ..errors import BackendError
+from ..locks import Lock
 from ..spec import NetSpec, Spec
 
 if TYPE_CHECKING:
@@ -23,8 +29,9 @@ log = logging.getLogger("resnet_fast")
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[str] = Counter()
 _logged: set[str] = set()
-_strict = False
-_tape: list[Ran | Stock] | None = None
+_counting = Lock()  # adding to a counter is a read and a write
+_strict: ContextVar[bool] = ContextVar("resnet_fast_strict", default=False)
+_tape: ContextVar[list[Ran | Stock] | None] = ContextVar("resnet_fast_tape", default=None)
 
 
 class Ran(NamedTuple):
@@ -57,10 +64,12 @@ def ran(call: Any, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
         parts: list[tuple[Any, Any, Any]] = list(zip(call.parts, spec.parts, states, strict=True))
     else:
         parts = [(call, spec, state)]
-    for part, part_spec, part_state in parts:
-        _calls[(part_spec.op, choice.impl.backend)] += 1
-        if _tape is not None:
-            _tape.append(Ran(part, part_spec, choice, part_state))
+    with _counting:
+        for _, part_spec, _ in parts:
+            _calls[(part_spec.op, choice.impl.backend)] += 1
+    recording = _tape.get()
+    if recording is not None:
+        recording += [Ran(part, part_spec, choice, part_state) for part, part_spec, part_state in parts]
 
 
 def stock(module: Any, op: str, reason: str) -> None:
@@ -68,63 +77,73 @@ def stock(module: Any, op: str, reason: str) -> None:
     if torch.compiler.is_compiling():
         return
     fall_back(f"{op} runs its stock layers: {reason}", quiet=False)
-    _calls[(op, "stock")] += 1
-    if _tape is not None:
-        _tape.append(Stock(module, reason))
+    count(op, "stock")
+    recording = _tape.get()
+    if recording is not None:
+        recording.append(Stock(module, reason))
 
 
 def fall_back(text: str, quiet: bool = False) -> None:
     """Count a fallback; log it once (``quiet``: as information only), or raise in strict mode."""
-    if _strict or flags.STRICT.enabled():
+    if _strict.get() or flags.STRICT.enabled():
         raise BackendError(f"strict mode: {text}")
-    _fallbacks[text] += 1
-    if text not in _logged:
+    with _counting:
+        _fallbacks[text] += 1
+        first = text not in _logged
         _logged.add(text)
+    if first:
         log.log(logging.INFO if quiet else logging.WARNING, text)
 
 
 def count(op: str, backend: str) -> None:
-    """Count a call that is no single op's: a replayed graph."""
-    _calls[(op, backend)] += 1
+    """Count a call of ``op``, or of what is no single op: a replayed graph."""
+    with _counting:
+        _calls[(op, backend)] += 1
 
 
 def watched() -> bool:
     """Is a tape being recorded, which wants to see every op?"""
-    return _tape is not None
+    return _tape.get() is not None
 
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Inside the ``with``, a fallback to slower or stock code raises BackendError instead of being counted."""
-    global _strict
-    before, _strict = _strict, True
+    """Inside the ``with``, a fallback to slower or stock code raises BackendError instead of being counted.
+
+    For this thread; ``RESNET_FAST_STRICT=1`` is for the process.
+    """
+    before = _strict.get()
+    _strict.set(True)
     try:
         yield
     finally:
-        _strict = before
+        _strict.set(before)
 
 
 def stats() -> dict[str, dict[str, int]]:
     """Since the start or the last :func:`reset_stats`: ``calls`` by ``op/backend``, ``fallbacks`` by reason."""
-    return {
-        "calls": {f"{op}/{backend}": n for (op, backend), n in sorted(_calls.items())},
-        "fallbacks": dict(_fallbacks),
-    }
+    with _counting:
+        return {
+            "calls": {f"{op}/{backend}": n for (op, backend), n in sorted(_calls.items())},
+            "fallbacks": dict(_fallbacks),
+        }
 
 
 def reset_stats() -> None:
     """Set every counter to zero, and let each fallback be logged again."""
-    _calls.clear()
-    _fallbacks.clear()
-    _logged.clear()
+    with _counting:
+        _calls.clear()
+        _fallbacks.clear()
+        _logged.clear()
 
 
 @contextmanager
 def tape() -> Iterator[list[Ran | Stock]]:
-    """Record what runs inside the ``with``, in order."""
-    global _tape
-    before, _tape = _tape, []
+    """Record what this thread runs inside the ``with``, in order."""
+    recording: list[Ran | Stock] = []
+    before = _tape.get()
+    _tape.set(recording)
     try:
-        yield _tape
+        yield recording
     finally:
-        _tape = before
+        _tape.set(before)

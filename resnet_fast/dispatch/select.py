@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..errors import BackendError
 from ..spec import ITEMSIZE, Impl, NetSpec, Spec, Verdict
 from . import catalog, record
 
-_override: str | None = None
+_override: ContextVar[str | None] = ContextVar("resnet_fast_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,22 @@ class Choice:
 def use_backend(name: str) -> Iterator[None]:
     """Inside the ``with``, every op runs on backend ``name`` or raises; ``auto`` restores dispatch's own choice.
 
-    Process-wide, like ``torch.backends`` switches: not for use from several threads at once.
+    For this thread (and asyncio task) and the graphs that autograd records in it, as ``torch.no_grad`` is;
+    ``RESNET_FAST_BACKEND`` is for the process.
     """
-    global _override
-    before, _override = _override, flags.check_backend(name)
+    before = _override.get()
+    _override.set(flags.check_backend(name))
     try:
         yield
     finally:
-        _override = before
+        _override.set(before)
 
 
 def requested(argument: str) -> str:
     """The backend asked for: by context, by the op's argument, by the environment, else ``auto``."""
-    if _override is not None:
-        return _override
+    override = _override.get()
+    if override is not None:
+        return override
     if argument != "auto":
         return argument
     return flags.BACKEND.read()

@@ -149,6 +149,8 @@ def run(call: Call, choice: select.Choice, options: Options) -> Tensor:
         )
     forward_op = getattr(torch.ops.resnet_fast, f"{call.op}_train").default
     backward_op = getattr(torch.ops.resnet_fast, f"{call.op}_backward").default
+    # The backward pass may run in a thread of autograd's, which the caller's ``use_backend`` does not reach.
+    options = options._replace(backend=select.requested(options.backend))
     leaves, statistics = Leaves.of(call).flat(), _training(choice).statistics
     if _wants_gradient(leaves):
         return _Step.apply(forward_op, backward_op, statistics, call, options, *leaves)[0]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -54,6 +57,65 @@ def test_use_backend_is_undone_by_an_exception_and_refuses_a_bad_name() -> None:
     assert select.requested("auto") == "auto"
     with pytest.raises(UserError, match=r"expected a backend among .*, got 'tpu'"), use_backend("tpu"):
         pass
+
+
+def in_threads(*works: Callable[[], object]) -> None:
+    """Run each in a thread of its own, all at the same time, and raise what one of them raised."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for future in [pool.submit(work) for work in works]:
+            future.result(timeout=60)
+
+
+def test_threads_have_different_backends() -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def work(first: str, second: str) -> None:
+        with use_backend(first):
+            both.wait()
+            assert select.requested("auto") == first
+            both.wait()
+            with use_backend(second):
+                both.wait()
+                assert select.requested("auto") == second
+            both.wait()
+            assert select.requested("auto") == first
+
+    # each leaves while the other is inside, which would put back the wrong one if there were one for all
+    in_threads(lambda: work("reference", "onednn"), lambda: work("onednn", "reference"))
+    assert select.requested("auto") == "auto"
+
+
+def test_a_backend_asked_for_in_one_thread_is_not_anothers() -> None:
+    inside, outside = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
+    p = make("conv_bn_act")
+    reset_stats()
+
+    def reference() -> None:
+        with use_backend("reference"), strict(), record.tape() as tape:
+            inside.wait()
+            outside.wait()
+            p.run()
+        assert len(tape) == 1
+
+    def auto() -> None:
+        inside.wait()
+        p.run()
+        make("conv_bn_act", dtype=torch.float64).run()  # a fallback, which the other thread alone refuses
+        outside.wait()
+
+    in_threads(reference, auto)
+    assert stats()["calls"] == {"conv_bn_act/onednn": 1, "conv_bn_act/reference": 2}
+
+
+def test_threads_lose_no_count() -> None:
+    reset_stats()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(*[lambda: [record.count("net", "replay") for _ in range(5000)]] * 4)
+    finally:
+        sys.setswitchinterval(before)
+    assert stats()["calls"] == {"net/replay": 20000}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,165 @@
+"""Locks in a forked child: open, whoever held them, and so is everything that the package does behind them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import resnet_fast
+from resnet_fast import derived
+from resnet_fast.backends.onednn import net as _  # noqa: F401 (its lock takes part)
+from resnet_fast.locks import Lock, _all
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """OpenMP's own pool does not survive a fork, in stock PyTorch neither; a DataLoader's workers use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_child(work: Callable[[], object], seconds: float = 60) -> None:
+    """Run ``work`` in a forked child; it must end well and in time."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail("the child hangs")
+
+
+@contextmanager
+def held(locks: list[Lock]) -> Iterator[None]:
+    """Another thread holds all of ``locks``."""
+    ready, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        for lock in locks:
+            lock.acquire()
+        ready.set()
+        done.wait()
+        for lock in locks:
+            lock.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return resnet_fast.accelerate(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).eval())
+
+
+def test_every_lock_of_the_package_is_renewed() -> None:
+    """Nothing in the package makes a lock of another kind."""
+    package = Path(resnet_fast.__file__).parent
+    made = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"threading\.R?Lock\(|threading\.Condition\(|multiprocessing\.R?Lock\(", path.read_text())
+    }
+    assert made == {"locks.py"}
+
+
+def test_a_child_finds_held_locks_open_and_a_net_runs_there() -> None:
+    net, x = small_net(), torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        expected = net(x)
+
+        def work() -> None:
+            for _ in range(6):  # the fifth may compile
+                torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+            small_net()(torch.randn(2, 3, 32, 32))
+            assert resnet_fast.stats()["calls"]
+
+        with held(list(_all)):
+            in_child(work)
+    derived.clear()
+
+
+def test_the_parent_keeps_its_locks() -> None:
+    lock = Lock()
+    with held([lock]):
+        in_child(lambda: None)
+        assert not lock.acquire(blocking=False)
+    assert lock.acquire(blocking=False)
+    lock.release()
+
+
+@pytest.mark.slow
+def test_children_of_a_serving_process_run_nets() -> None:
+    net, stop = small_net(), threading.Event()
+
+    def serve() -> None:
+        with torch.inference_mode():
+            while not stop.is_set():
+                net(torch.randn(1, 3, 32, 32))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with torch.inference_mode():
+            for _ in range(12):
+                in_child(lambda: net(torch.randn(1, 3, 32, 32)))
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Features(Dataset):
+    """What a frozen net makes of images, computed by the loader's workers."""
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.net(torch.full((1, 3, 32, 32), float(i)))[0]
+
+
+@pytest.mark.slow
+def test_workers_of_a_data_loader_run_a_net() -> None:
+    net = small_net()
+    with torch.no_grad():
+        expected = torch.stack([net(torch.full((1, 3, 32, 32), float(i)))[0] for i in range(4)])
+    with held(list(_all)):
+        loader = DataLoader(Features(net), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=60)
+        (found,) = list(loader)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
