@@ -153,7 +153,7 @@ def _require_onnx(opset: int | None) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise missing_package(package, purpose, error, "peers", "export to a .pt2 file") from error
+            raise missing_package(package, purpose, error, "export", "export to a .pt2 file") from error
     import onnx
 
     newest = onnx.defs.onnx_opset_version()
