@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import BatchNorm2d, Conv2d, Identity, Parameter, ReLU, SyncBatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import derived
 from ..calls import Conv, Norm
 from ..dispatch import record, select
+from . import pristine
 
 NORMS = "BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity"
+
+
+class StockMethod:
+    """A method of the stock class, under the name of the attribute that holds it: what TorchScript compiles.
+
+    TorchScript compiles a method of its class under the name it bears, so it gets a copy of the function, as it is in
+    the stock class at that moment.
+    """
+
+    def __init__(self, method: str = ""):
+        self._method = method  # by default the first of the class's ``stock_methods``
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type[Fused]) -> Any:
+        if not hasattr(owner, "stock_class"):
+            return self
+        f = getattr(owner.stock_class, self._method or owner.stock_methods[0])
+        copy = types.FunctionType(f.__code__, f.__globals__, self._name, f.__defaults__, f.__closure__)
+        copy.__annotations__, copy.__kwdefaults__ = f.__annotations__, f.__kwdefaults__
+        return copy if instance is None else types.MethodType(copy, instance)
 
 
 class Fused(nn.Module):
@@ -30,12 +53,18 @@ class Fused(nn.Module):
     layers: ClassVar[tuple[tuple[str, str], ...]]
     acts: ClassVar[tuple[str, ...]] = ("relu",)
     absent: ClassVar[tuple[str, ...]] = ()
+    stock_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the stock class, which a fused call passes by
+    watched: ClassVar[pristine.Watched]
     part: ClassVar[str] = (
         ""  # the child that stands for the op's layers in reports, where the op is not the whole module
     )
-    # TorchScript evaluates a property that is listed as a constant once, and compiles one branch of an ``if`` on it.
-    __constants__: ClassVar[list[str]] = ["scripts_fused"]
-    __jit_unused_properties__: ClassVar[list[str]] = ["backend", "save", "scripts_fused"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["backend", "save"]
+    stock_forward: Any = StockMethod()
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "stock_class"):
+            cls.watched = pristine.Watched(cls.stock_class, cls.stock_methods)
 
     def runs_stock(self, x: Tensor) -> bool:
         """Must this call run the stock layers? If so, the reason is counted (and raised in strict mode).
@@ -75,26 +104,27 @@ class Fused(nn.Module):
 
     def unfusable(self) -> str:
         """The part of :meth:`obstacle` that depends on the module alone."""
-        children = self._modules
+        reason = self.watched.changed()
+        if reason:
+            return reason
+        fields = self.__dict__
+        children = fields["_modules"]
         for conv, norm in self.layers:
-            reason = conv_obstacle(conv, children[conv]) or norm_obstacle(norm, children[norm])
+            if conv in fields or norm in fields:  # which hide the child of that name
+                hidden = conv if conv in fields else norm
+                return obstacle(f"{hidden} to be a child module", fields[hidden])
+            reason = conv_obstacle(conv, children.get(conv)) or norm_obstacle(norm, children.get(norm))
             if reason:
                 return reason
         for name in self.acts:
-            act = children[name]
-            if type(act) is not nn.ReLU or is_altered(act):
-                return _no(f"{name} to be a plain ReLU", act)
+            act = fields[name] if name in fields else children.get(name)
+            if type(act) is not ReLU or is_altered(act):
+                return obstacle(f"{name} to be a plain ReLU", act)
         for name in self.absent:
-            child = children.get(name)
-            if child is not None and type(child) is not nn.Identity:
-                return _no(f"{name} to be absent", child)
+            child = fields[name] if name in fields else children.get(name)
+            if child is not None and (type(child) is not nn.Identity or is_altered(child)):
+                return obstacle(f"{name} to be absent", child)
         return ""
-
-    @property
-    def scripts_fused(self) -> bool:
-        """May TorchScript compile the op call of this module, whose norms it takes for plain ones with statistics?"""
-        norms: list[Any] = [self._modules[norm] for _, norm in self.layers]
-        return not self.unfusable() and all(type(n) is not nn.Identity and n.running_mean is not None for n in norms)
 
     def parts(self, x: Tensor) -> tuple[Any, ...] | None:
         """This module as parts of a :class:`~resnet_fast.calls.NetCall`; None if it cannot be."""
@@ -111,17 +141,12 @@ class Fused(nn.Module):
         return self.__dict__.get("_resnet_fast_save", "raw")
 
 
-def renamed(function: Callable[..., Any], name: str) -> Any:
-    """A stock method under another name, since TorchScript compiles a method of its class under the name it bears."""
-    return types.FunctionType(
-        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
-    )
-
-
 def untraceable(x: Any) -> str:
     """Why a call with this input must see the stock layers: what traces or transforms it cannot read our ops."""
     if isinstance(x, torch.fx.Proxy):
         return "symbolic tracing by torch.fx takes the stock layers, whose node names are torchvision's"
+    if torch.compiler.is_exporting():
+        return "torch.export takes the stock layers, which quantizers and other runtimes know"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "torch.jit.trace and ONNX export take the stock layers, which other runtimes know"
     if torch.compiler.is_compiling():
@@ -141,36 +166,146 @@ def is_altered(m: nn.Module) -> bool:
         or d["_forward_pre_hooks"]
         or d["_backward_hooks"]
         or d["_backward_pre_hooks"]
-        or "forward" in d
+        or (len(d) != _FIELDS.get(type(m)) and overrides(d))
     )
 
 
-def _no(expected: str, got: nn.Module | None) -> str:
-    altered = got is not None and is_altered(got)
-    what = type(got).__name__ + (" with a hook or a replaced forward" if altered else "")
-    return f"expected {expected}, got {what}; it runs unfused"
+def overrides(fields: dict[str, Any]) -> bool:
+    """Does an instance with these attributes do something else than its class?"""
+    return (
+        "forward" in fields
+        or "_call_impl" in fields
+        or "_compiled_call_impl" in fields
+        or "_conv_forward" in fields
+        or "_check_input_dim" in fields
+    )
+
+
+_FIELDS: dict[type[nn.Module], int] = {
+    type(m): len(m.__dict__)
+    for m in (
+        nn.Conv2d(1, 1, 1, device="meta"),
+        nn.BatchNorm2d(1, device="meta"),
+        nn.SyncBatchNorm(1, device="meta"),
+        nn.ReLU(),
+        nn.Identity(),
+        nn.Sequential(),
+    )
+}
+"""How many attributes a layer has that nobody has added any to: one comparison instead of a search for each name."""
+
+
+def child(m: nn.Module, name: str) -> Any:
+    """What ``m.name`` is if it was set on the instance; None if it was not. A plain attribute comes before a module."""
+    fields = m.__dict__
+    return fields[name] if name in fields else fields["_modules"].get(name)
+
+
+def obstacle(expected: str, got: Any) -> str:
+    """The sentence that gives ``got`` as the reason why something runs unfused."""
+    return f"expected {expected}, got {_described(expected, got)}; it runs unfused"
+
+
+def _described(expected: str, got: Any) -> str:
+    """What stands there instead, in one line: a class by its full name where its short one would say the same."""
+    kind = type(got)
+    if got is None:
+        return "None"
+    if not isinstance(got, nn.Module):
+        return f"a {kind.__name__}" + (f" {got.__name__}" if hasattr(got, "__name__") else "")
+    name = kind.__name__
+    if is_altered(got):
+        return f"{name} with a hook or a replaced forward"
+    return f"{kind.__module__}.{kind.__qualname__}" if name in expected.split() else name
 
 
 def conv_obstacle(name: str, conv: Any) -> str:
     """Why this convolution cannot be part of a fused call; empty if it can."""
-    if type(conv) is not nn.Conv2d or is_altered(conv):
-        return _no(f"{name} to be a plain Conv2d", conv)
-    if conv.padding_mode != "zeros" or type(conv.padding) is str:
-        got = f"{conv.padding_mode} {conv.padding}"
+    if type(conv) is not Conv2d or is_altered(conv):
+        return obstacle(f"{name} to be a plain Conv2d", conv)
+    fields = conv.__dict__
+    stride, padding, dilation, parameters = (
+        fields["stride"],
+        fields["padding"],
+        fields["dilation"],
+        fields["_parameters"],
+    )
+    if fields["padding_mode"] != "zeros" or type(padding) is str:
+        got = f"{conv.padding_mode} {padding}"
         return f"expected {name} with zero padding given in pixels, got {got}; it runs unfused"
-    weight = conv._parameters.get("weight")
-    if type(weight) is not nn.Parameter and not torch.compiler.is_compiling():  # export swaps in fake tensors
-        return f"expected {name}'s weight to be a plain parameter, got {type(weight).__name__}; it runs unfused"
-    return ""
+    exact = (
+        type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2
+    )
+    if not exact and not (_is_pair(stride) and _is_pair(padding) and _is_pair(dilation)):
+        got = f"{stride}, {padding}, {dilation}"
+        return f"expected {name}'s stride, padding and dilation as one or two ints, got {got}; it runs unfused"
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:
+        return _no_parameter(name, fields)
+    if type(weight) is Parameter and (bias is None or type(bias) is Parameter):
+        if len(fields) != _FIELDS[Conv2d] and ("weight" in fields or "bias" in fields):
+            return _no_parameter(name, fields)
+        return "" if fields["out_channels"] else f"expected {name} to have output channels, got none; it runs unfused"
+    if weight is not None and torch.compiler.is_compiling():  # which swaps in fake tensors
+        return ""
+    return _no_parameter(name, fields)
+
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _no_parameter(name: str, fields: dict[str, Any]) -> str:
+    """The sentence for a layer one of whose tensors is not its plain parameter or buffer."""
+    for tensor in _TENSORS:
+        if tensor in fields:  # a plain attribute hides what bears the same name
+            got: Any = fields[tensor]
+        else:
+            got = fields["_parameters"].get(tensor, fields["_buffers"].get(tensor, _TENSORS))
+        if got is _TENSORS:
+            return f"expected {name}'s {tensor} to be a plain parameter or None, got none; it runs unfused"
+        if tensor in fields or (type(got) is not Parameter and got is not None):
+            kind = type(got)
+            what = f"{kind.__module__}.{kind.__qualname__}"
+            return f"expected {name}'s {tensor} to be a plain parameter, got {what}; it runs unfused"
+    return f"expected {name}'s weight to be a plain parameter, got None; it runs unfused"
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, (tuple, list)) and len(value) in (1, 2))
 
 
 def norm_obstacle(name: str, norm: Any) -> str:
     """Why this norm cannot be part of a fused call; empty if it can."""
     kind = type(norm)
-    fits = kind is nn.BatchNorm2d or kind is FrozenBatchNorm2d or kind is nn.Identity or kind is nn.SyncBatchNorm
-    if not fits or is_altered(norm):
-        return _no(f"{name} to be {NORMS}", norm)
-    return ""
+    learns = kind is BatchNorm2d or kind is SyncBatchNorm
+    if not (learns or kind is FrozenBatchNorm2d or kind is Identity) or is_altered(norm):
+        return obstacle(f"{name} to be {NORMS}", norm)
+    if kind is Identity:
+        return ""
+    fields = norm.__dict__
+    buffers = fields["_buffers"]
+    affine = fields["_parameters"] if learns else buffers
+    try:
+        weight, bias, mean, var = affine["weight"], affine["bias"], buffers["running_mean"], buffers["running_var"]
+        if learns:
+            buffers["num_batches_tracked"]
+    except KeyError as missing:
+        return f"expected {name}'s {missing.args[0]} to be a plain parameter or buffer, got none; it runs unfused"
+    if len(fields) != _FIELDS.get(kind) and any([t in fields for t in _TENSORS]):
+        return _no_parameter(name, fields)
+    if (mean is None) != (var is None):
+        return f"expected {name} with both running_mean and running_var or neither, got one; it runs unfused"
+    eps = fields["eps"]
+    if not (type(eps) is float or type(eps) is int) or not eps >= 0:
+        return f"expected {name}'s eps to be a number of at least 0, got {eps!r}; it runs unfused"
+    if not learns:
+        return ""
+    momentum = fields["momentum"]
+    if not (type(momentum) is float or momentum is None or type(momentum) is int):
+        return f"expected {name}'s momentum to be a number or None, got {momentum!r}; it runs unfused"
+    plain = (weight is None or type(weight) is Parameter) and (bias is None or type(bias) is Parameter)
+    return "" if plain or torch.compiler.is_compiling() else _no_parameter(name, fields)
 
 
 def sync_group(norm: Any) -> str:
@@ -188,13 +323,18 @@ def conv_record(conv: Any) -> Conv:
     d = conv.__dict__
     parameters = d["_parameters"]
     stride, padding, dilation = d["stride"], d["padding"], d["dilation"]
-    if not type(stride) is type(padding) is type(dilation) is tuple:  # libraries that dilate nets assign ints and lists
+    # libraries that dilate nets assign ints and lists
+    if not (
+        type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2
+    ):
         stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     return Conv(parameters["weight"], parameters["bias"], stride, padding, dilation, d["groups"])
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    return tuple(value) if len(value) == 2 else (value[0], value[0])
 
 
 def norm_record(norm: Any) -> Norm:

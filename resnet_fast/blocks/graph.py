@@ -8,7 +8,7 @@ addresses, not meaning, so it may only run while everything that Python would lo
 * parameters, buffers: the graphs are values derived from them (:mod:`resnet_fast.derived`), whose stamps see every
   change that PyTorch counts, ``load_state_dict``, ``.to()``. On the GPU a write through ``.data`` is not seen, and of
   BatchNorm's own update of its statistics only the batch counter beside them;
-* layers: :class:`Layers` compares their types, order, attributes and modes;
+* layers: :class:`Layers` compares their types, the forwards of these, order, attributes and modes;
 * the call: shape, dtype, layout, device, backend and torch's numerical switches are the key of a graph.
 
 Whatever changed, the next call records anew. Every call returns a tensor of its own.
@@ -41,7 +41,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -72,6 +72,7 @@ Forward = Callable[[Tensor], Tensor]
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "resnet_fast.")
 """Whose layers, in eval, do the same at each call with the same tensors and attributes."""
 
+_forward = attrgetter("forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -190,6 +191,8 @@ class Layers:
         self.obstacle = next(filter(None, (_layer_obstacle(name, m) for name, m in named)), "")
         self._modules = [m for _, m in named]
         self._types = list(map(type, self._modules))
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = list(map(_forward, self._classes))
         self._fields = [m.__dict__ for m in self._modules]
         self._sizes = list(map(len, self._fields))
         self._hooks = [fields[kind] for fields in self._fields for kind in _HOOKS]
@@ -215,6 +218,7 @@ class Layers:
             and not any(self._hooks)
             and list(map(len, self._fields)) == self._sizes  # an attribute more, as a replaced forward is
             and list(map(type, self._modules)) == self._types
+            and list(map(_forward, self._classes)) == self._forwards
             and self._children == self._members
         )
 
@@ -271,7 +275,7 @@ def _normal_course(x: Tensor) -> str:
     return untraceable(x) or ("" if x.numel() else "the batch is empty")
 
 
-def _call_obstacle(net: nn.Module, x: Tensor) -> str:
+def _call_obstacle(net: Net, x: Tensor) -> str:
     """Why a call that looks like inference cannot be replayed; empty if it can."""
     if type(x) is not Tensor:
         return f"expected a plain Tensor, got {type(x).__name__}"
@@ -281,7 +285,9 @@ def _call_obstacle(net: nn.Module, x: Tensor) -> str:
         return "a torch function mode is on (torch.set_default_device sets one), which a replay would pass by"
     if "_is_replica" in net.__dict__:
         return "DataParallel makes a new copy of the net for each call; use a process per GPU"
-    return ""
+    if not net.inner_methods.isdisjoint(net.__dict__):
+        return "a method of the net was replaced, which a replay would not run"
+    return net.watched.changed()
 
 
 def _layer_obstacle(name: str, m: nn.Module) -> str:

@@ -1,7 +1,5 @@
 """The paper's plain block and CIFAR net (:mod:`resnet_fast.models.paper`), fused."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,7 @@ class PlainBlock(Fused, stock.PlainBlock):
     layers = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
-        return self.fused_forward(x)
+        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
 
     @torch.jit.unused
     def fused_forward(self, x: Tensor) -> Tensor:
@@ -50,15 +46,12 @@ class CifarResNet(Net, stock.CifarResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
-            return self.fc(torch.flatten(self.avgpool(x), 1))
+            return self.stock_forward(x)
         return self.net_forward(x, self.layers_forward, self.head_forward)
 
     @torch.jit.unused
     def layers_forward(self, x: Tensor) -> Tensor:
         """conv1, layer1 … layer3, global average pooling, fc."""
-        if isinstance(x, torch.fx.Proxy):
-            return stock.CifarResNet.forward(self, x)
         x = self.stem_forward(x)
         return self.head_forward(self.layer3(self.layer2(self.layer1(x))))
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall
-from .fused import Fused, conv_obstacle, conv_record, is_altered, norm_obstacle, norm_record
+from .fused import Fused, child, conv_obstacle, conv_record, is_altered, norm_obstacle, norm_record
 
 
 class ResidualBlock(Fused):
     """A stock residual block whose forward is the op ``op``.
 
     A shortcut made of one plain 1x1 convolution and norm goes into the op. timm's pooled projection is an op of its own
-    behind its pooling; any other shortcut (option A's padded channels) is computed by its module and added by the op.
+    behind its pooling; any other shortcut (option A's padded channels, a function) is computed first and added by the
+    op.
     """
 
     @torch.jit.unused
@@ -24,7 +27,7 @@ class ResidualBlock(Fused):
             return self.stock_class.forward(self, x)
         children = self._modules
         pairs = [(children[conv], children[norm]) for conv, norm in self.layers]
-        downsample, shortcut, projection = children.get("downsample"), None, False
+        downsample, shortcut, projection = child(self, "downsample"), None, False
         if downsample is not None:
             parts = projection_parts(downsample)
             if parts is None:
@@ -43,7 +46,7 @@ class ResidualBlock(Fused):
         """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own."""
         children = self._modules
         pairs = [(children[conv], children[norm]) for conv, norm in self.layers]
-        downsample = children.get("downsample")
+        downsample = child(self, "downsample")
         if downsample is not None:
             shortcut = projection_parts(downsample)
             if shortcut is None or shortcut[0] is not None:
@@ -54,7 +57,7 @@ class ResidualBlock(Fused):
         return (BlockCall(x, convs, norms, downsample is not None, None),)
 
 
-def projection_parts(shortcut: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
+def projection_parts(shortcut: Any) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:
     """(what comes before, convolution, norm) of a shortcut that the ops can compute, or None.
 
     torchvision's is a Sequential of a convolution and a norm; timm may put an average pool or an Identity before them.

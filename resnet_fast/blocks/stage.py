@@ -7,8 +7,6 @@ around such blocks and not run as a whole (a detector, a segmentation net) would
 twice per stage.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
@@ -24,12 +22,13 @@ class Sequential(nn.Sequential):
 
     stock_class: ClassVar[type[nn.Module]] = nn.Sequential
 
-    def forward(self, x: Tensor) -> Tensor:
+    # The stock signature, for who calls it by keyword and for the names of fx's nodes.
+    def forward(self, input):  # type: ignore[no-untyped-def]
         if not torch.jit.is_scripting():
-            return self.eager_forward(x)
+            return self.eager_forward(input)
         for block in self:
-            x = block(x)
-        return x
+            input = block(input)
+        return input
 
     @torch.jit.unused
     def eager_forward(self, x: Tensor) -> Tensor:

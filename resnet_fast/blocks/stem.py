@@ -4,8 +4,6 @@ An ImageNet ResNet starts with conv 7x7/2, BN, ReLU and max-pool 3x3/2 (He et al
 CIFAR net has no pooling there: the op ``conv_bn_act``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,10 +14,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
-from ..dispatch import select
+from ..dispatch import record, select
 from . import graph
 from . import stage as fused_stage
-from .fused import Fused, conv_record, is_altered, norm_record, untraceable
+from .fused import Fused, child, conv_record, is_altered, norm_record, obstacle, untraceable
 
 STAGES = (nn.Sequential, fused_stage.Sequential)
 
@@ -32,10 +30,16 @@ class Net(Fused):
     layers = (("conv1", "bn1"),)
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
     pooled = True
+    inner_methods: ClassVar[frozenset[str]] = frozenset()  # of the net, which a call of all layers at once passes by
     per_image: ClassVar[frozenset[type[nn.Module]]] = frozenset(
         {*STAGES, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.Identity, nn.ReLU}
         | {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten}
     )
+
+    @torch.jit.unused
+    def stock_net(self, x: Tensor) -> Tensor:
+        """The stock net's forward, around whatever its blocks then do."""
+        return getattr(self.stock_class, self.stock_methods[0])(self, x)
 
     def stem_forward(self, x: Tensor) -> Tensor:
         """maxpool(relu(bn1(conv1(x)))) as one op call, or layer by layer with the reason counted."""
@@ -57,10 +61,14 @@ class Net(Fused):
         reason = super().unfusable()
         if reason or not self.pooled:
             return reason
-        pool: Any = self.maxpool
-        plain = type(pool) is nn.MaxPool2d and not is_altered(pool) and _int(pool.dilation) == 1
-        if not plain or pool.ceil_mode or pool.return_indices or min(map(_int, (pool.kernel_size, pool.stride))) < 1:
-            return f"expected maxpool to be a plain square MaxPool2d, got {pool}; the stem runs unfused"
+        pool: Any = child(self, "maxpool")
+        if type(pool) is not nn.MaxPool2d or is_altered(pool):
+            return obstacle("maxpool to be a plain square MaxPool2d", pool)
+        kernel, stride, padding, dilation = map(_int, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+        fits = min(kernel, stride) >= 1 and 0 <= 2 * padding <= kernel and dilation == 1
+        if not fits or pool.ceil_mode or pool.return_indices:
+            got = f"{pool}, ceil_mode={pool.ceil_mode}, return_indices={pool.return_indices}"
+            return f"expected maxpool to be a plain square MaxPool2d, got {got}; it runs unfused"
         return ""
 
     def net_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -74,7 +82,13 @@ class Net(Fused):
 
     def eager_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
         """``forward(x)``; in plain eval with ``x`` in NHWC, in tiles of the batch, all up to ``head`` in one call."""
-        if torch.compiler.is_compiling() or untraceable(x) or x.dim() != 4:
+        if untraceable(x):
+            return self.stock_net(x)
+        reason = self.watched.changed()
+        if reason:
+            record.stock(self, self.op, reason)
+            return self.stock_net(x)
+        if torch.compiler.is_compiling() or x.dim() != 4 or not self.inner_methods.isdisjoint(self.__dict__):
             return forward(x)
         if (torch.is_grad_enabled() or self.training) and select.trains_nhwc(x.device.type, x.dtype, self.backend):
             return forward(x.contiguous(memory_format=torch.channels_last))
@@ -131,8 +145,8 @@ class Net(Fused):
         children = self._modules
         found: list[Any] = [self.stem_call(x)]
         for name in self.stages:
-            stage = children[name]
-            if stage is None or type(stage) not in STAGES or is_altered(stage):
+            stage = child(self, name)
+            if type(stage) not in STAGES or is_altered(stage):
                 return None
             for block in stage._modules.values():
                 if not isinstance(block, Fused) or is_altered(block) or block.unfusable():
@@ -144,9 +158,7 @@ class Net(Fused):
         if any([part.batch_stats for part in found]):
             return None
         inner = {"conv1", "bn1", *self.acts, "maxpool", *self.stages}
-        head = [
-            m for name, child in children.items() if name not in inner and child is not None for m in child.modules()
-        ]
+        head = [m for name, part in children.items() if name not in inner and part is not None for m in part.modules()]
         if not all([type(m) in self.per_image and not m.training and not is_altered(m) for m in head]):
             return None
         return tuple(found)
@@ -155,7 +167,7 @@ class Net(Fused):
         """Elements per image of the largest tensor between two layers: after the stem's convolution or in stage 1."""
         conv: Any = self.conv1
         ho, wo = -(-h // conv.stride[0]), -(-w // conv.stride[1])
-        shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1  # type: ignore[arg-type]
+        shrink = _int(self.maxpool.stride) ** 2 if self.pooled else 1
         first = next(getattr(self, self.stages[0]).children(), None)
         widest = (
             max((m.weight.shape[0] for m in first.modules() if isinstance(m, nn.Conv2d)), default=0) if first else 0
@@ -175,34 +187,31 @@ class Net(Fused):
                 return False
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None:
                 return False
-        stages = [getattr(self, s) for s in self.stages]
+        stages: list[Any] = [child(self, s) for s in self.stages]
         return all(type(s) in STAGES and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages)
 
 
-def _int(value: int | tuple[int, ...]) -> int:
+def _int(value: Any) -> int:
     """A square window's side; -1 for a window that is not square."""
     if isinstance(value, int):
         return value
-    return value[0] if len(set(value)) == 1 else -1
+    return value[0] if isinstance(value, (tuple, list)) and len(set(value)) == 1 and len(value) <= 2 else -1
 
 
 class ResNet(Net, stock.ResNet):
     """torchvision's ResNet around fused blocks."""
 
     stock_class = stock.ResNet
+    stock_methods = ("_forward_impl",)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-            return self.fc(torch.flatten(self.avgpool(x), 1))
+            return self.stock_forward(x)
         return self.net_forward(x, self.layers_forward, self.head_forward)
 
     @torch.jit.unused
     def layers_forward(self, x: Tensor) -> Tensor:
         """conv1 … layer4, global average pooling, fc."""
-        if isinstance(x, torch.fx.Proxy):
-            return stock.ResNet._forward_impl(self, x)
         x = self.stem_forward(x)
         return self.head_forward(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 

@@ -1,9 +1,4 @@
-"""timm's blocks and net, fused. Imported only when a timm model is accelerated or unpickled.
-
-TorchScript compiles timm's own forward: its optional children differ from instance to instance.
-"""
-
-from __future__ import annotations
+"""timm's blocks and net, fused. Imported only when a timm model is accelerated or unpickled."""
 
 import torch
 from timm.layers import DropPath, SelectAdaptivePool2d
@@ -12,7 +7,7 @@ from timm.models import resnet as stock
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from .fused import renamed
+from .fused import StockMethod, child, is_altered, obstacle, untraceable
 from .residual import ResidualBlock
 from .stem import Net
 
@@ -23,9 +18,11 @@ class _TimmBlock(ResidualBlock):
     absent = _ADDITIONS
 
     def unfusable(self) -> str:
-        drop = self.drop_path
-        if self.training and drop is not None and type(drop) is not nn.Identity:
-            return f"expected drop_path to be absent in training, got {type(drop).__name__}; it runs unfused"
+        drop = child(self, "drop_path")
+        if drop is not None and (type(drop) not in (nn.Identity, DropPath) or is_altered(drop)):
+            return obstacle("drop_path to be absent or DropPath", drop)
+        if self.training and type(drop) is DropPath:
+            return obstacle("drop_path to be absent in training", drop)
         return super().unfusable()
 
 
@@ -36,8 +33,6 @@ class BasicBlock(_TimmBlock, stock.BasicBlock):
     op = "basic_block"
     layers = (("conv1", "bn1"), ("conv2", "bn2"))
     acts = ("act1", "act2")
-
-    stock_forward = renamed(stock.BasicBlock.forward, "stock_forward")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
@@ -51,8 +46,6 @@ class Bottleneck(_TimmBlock, stock.Bottleneck):
     layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     acts = ("act1", "act2", "act3")
 
-    stock_forward = renamed(stock.Bottleneck.forward, "stock_forward")
-
     def forward(self, x: Tensor) -> Tensor:
         return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
 
@@ -62,12 +55,14 @@ class ResNet(Net, stock.ResNet):
 
     stock_class = stock.ResNet
     acts = ("act1",)
+    stock_methods = ("forward", "forward_features")
+    inner_methods = frozenset({"forward_features"})
     per_image = Net.per_image | {SelectAdaptivePool2d, FastAdaptiveAvgPool, DropPath}
-    stock_forward_features = renamed(stock.ResNet.forward_features, "stock_forward_features")
+    stock_forward_features = StockMethod("forward_features")
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.forward_head(self.stock_forward_features(x))
+            return self.stock_forward(x)
         return self.net_forward(x, self.layers_forward, self.forward_head)
 
     @torch.jit.unused
@@ -83,7 +78,7 @@ class ResNet(Net, stock.ResNet):
     @torch.jit.unused
     def fused_features(self, x: Tensor) -> Tensor:
         """The stem and the stages, as one feature map."""
-        if isinstance(x, torch.fx.Proxy):
+        if untraceable(x) or self.watched.changed():
             return stock.ResNet.forward_features(self, x)
         x = self.stem_forward(x)
         stages = [getattr(self, name) for name in self.stages]

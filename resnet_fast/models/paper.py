@@ -5,8 +5,6 @@ with variance 2/fan_out, zero biases left to the norm), made by editing torchvis
 again. Depths and widths come from :data:`resnet_fast.tuning.shapes.ARCHS`, so table and module cannot drift apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -179,11 +179,3 @@ def test_records_are_read_afresh() -> None:
     assert (after.stride, after.dilation, after.padding) == ((2, 2), (3, 3), (1, 1))
     assert after.weight is layer.weight
     assert before.weight is not after.weight
-
-
-def test_renamed_is_the_same_code_under_another_name() -> None:
-    def double(x: int, factor: int = 2) -> int:
-        return factor * x
-
-    twice = fused.renamed(double, "twice")
-    assert (twice.__name__, twice(4), twice(4, 3), double.__name__) == ("twice", 8, 12, "double")

@@ -149,6 +149,24 @@ def test_what_runs_eagerly_is_counted(
         call(net)
 
 
+def test_a_replaced_class_is_not_replayed(
+    net: nn.Module, recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, relu, linear = image(), nn.ReLU.forward, nn.Linear.forward
+    with torch.no_grad():
+        net(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.ReLU, "forward", lambda self, t: 2 * relu(self, t))
+            assert torch.equal(net(x), eager(net, x))
+            assert "nn.modules.activation.ReLU.forward, got another" in fallbacks()
+        assert replays() == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(nn.Linear, "forward", lambda self, t: 2 * linear(self, t))
+            net(x)
+        net(x)
+    assert len(recorder.captures) == 3  # with the other Linear, and without it again
+
+
 def test_an_obstacle_that_goes_away(net: nn.Module, recorder: type[CpuRecorder]) -> None:
     with torch.no_grad():
         handle = net.layer3[0].conv1.register_forward_hook(lambda *args: None)

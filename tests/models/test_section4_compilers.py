@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet
 
 import resnet_fast
+from resnet_fast.models import paper
 
 Twin = Callable[..., tuple[nn.Module, nn.Module]]
 
@@ -145,24 +150,48 @@ def test_inductor(train: bool, nets: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_holds_our_ops_and_runs_for_any_batch(
+def test_export_shows_the_stock_layers_and_runs_for_any_batch(
     kind: str, strict: bool, twin: Twin, nets: SimpleNamespace
 ) -> None:
+    """Node by node the stock net's program: what quantizers and other runtimes look for."""
     stock, fused = twin(getattr(nets, kind)())
     x = torch.randn(2, 3, 32, 32)
+    resnet_fast.reset_stats()
     with torch.no_grad():
-        program = torch.export.export(
-            fused, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},), strict=strict
+        want, program = (
+            torch.export.export(m, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},), strict=strict)
+            for m in (stock, fused)
         )
-    found = [t for t in targets(program.graph) if t.startswith("resnet_fast.")]
-    assert len(found) == 6, targets(program.graph)
+    assert targets(program.graph) == targets(want.graph)
+    assert not resnet_fast.stats()["fallbacks"]
     for n in (1, 2, 5):
-        nets.assert_close_to_eager(program.module(), stock, torch.randn(n, 3, 32, 32))
+        y = torch.randn(n, 3, 32, 32)
+        nets.assert_equal(program.module()(y), want.module()(y))
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     nets.assert_close_to_eager(torch.export.load(file).module(), stock, x)
     assert sorted(program.state_dict) == sorted(stock.state_dict())
+
+
+@pytest.mark.slow
+def test_files_that_run_where_we_are_not_installed(twin: Twin, tmp_path: Path) -> None:
+    _, fused = twin()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(fused, (x,)), tmp_path / "net.pt2")
+        torch.jit.script(fused).save(tmp_path / "net.pt")
+        torch.save((x, fused(x)), tmp_path / "data.pt")
+    script = """
+import sys, torch
+sys.modules["resnet_fast"] = None
+x, want = torch.load("data.pt")
+for net in (torch.export.load("net.pt2").module(), torch.jit.load("net.pt")):
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_export_of_a_training_net(nets: SimpleNamespace) -> None:
@@ -176,15 +205,15 @@ def test_export_of_a_training_net(nets: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_script_holds_our_ops_and_keeps_the_model(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_script_shows_the_stock_layers_and_keeps_the_model(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
     stock, fused = twin(getattr(nets, kind)())
     classes = [type(m) for m in fused.modules()]
     scripted = torch.jit.script(fused)
     assert [type(m) for m in fused.modules()] == classes
-    op = "basic_block" if kind == "basic" else kind
-    assert str(scripted.inlined_graph).count(f"resnet_fast::{op}") == 5
+    assert "resnet_fast::" not in str(scripted.inlined_graph)
     x = torch.randn(2, 3, 32, 32)
-    nets.assert_close_to_eager(scripted, stock, x)
+    with torch.no_grad():
+        nets.assert_equal(scripted(x), stock(x))
     file = io.BytesIO()
     torch.jit.save(scripted, file)
     file.seek(0)
@@ -252,8 +281,6 @@ def test_script_of_an_edited_net(edit: Callable[[nn.Module], None], twin: Twin, 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20"])
 def test_script_of_the_papers_nets(name: str, twin: Twin, nets: SimpleNamespace) -> None:
-    from resnet_fast.models import paper
-
     stock, fused = twin(nets.randomize(getattr(paper, name)()))
     x = torch.randn(2, 3, 32, 32)
     nets.assert_close_to_eager(torch.jit.script(fused), stock, x)
@@ -279,6 +306,46 @@ def test_symbolic_trace_has_torchvisions_node_names(kind: str, twin: Twin, nets:
     ]
     x = torch.randn(2, 3, 32, 32)
     nets.assert_equal(got(x), stock(x))
+
+
+TRACED: dict[str, Callable[[], nn.Module]] = {
+    "net": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]),
+    "block": lambda: resnet.BasicBlock(3, 3),
+    "bottleneck": lambda: resnet.Bottleneck(3, 1, downsample=nn.Conv2d(3, 4, 1)),
+    "stage": lambda: nn.Sequential(resnet.BasicBlock(3, 3)),
+    "cifar": paper.cifar_resnet20,
+    "plain block": lambda: paper.PlainBlock(3, 4),
+    "timm": lambda: pytest.importorskip("timm").create_model("resnet18"),
+    "timm with additions": lambda: pytest.importorskip("timm").create_model("seresnet18"),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_symbolic_trace_is_the_stock_one_and_scripts(name: str, twin: Twin, nets: SimpleNamespace) -> None:
+    stock, fused = twin(TRACED[name]())
+    want, got = torch.fx.symbolic_trace(stock), torch.fx.symbolic_trace(fused)
+    assert got.code == want.code
+    x = torch.randn(2, 3, 32, 32)
+    for scripted in (torch.jit.script(got), torch.jit.script(fused)):
+        torch.testing.assert_close(scripted(x), stock(x))
+        torch.testing.assert_close(scripted.train()(x), stock.train()(x))
+        stock.eval()
+        scripted.eval()
+        stock.load_state_dict(fused.state_dict())
+
+
+def test_script_compiles_what_was_put_into_a_stock_class(
+    twin: Twin, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        return 2 * self.relu(self.bn1(self.conv1(x)))
+
+    monkeypatch.setattr(resnet.BasicBlock, "forward", doubled)
+    # TorchScript compiles once per class and kinds of children; no other test has a block with these.
+    stock, fused = twin(resnet.BasicBlock(3, 3, downsample=nn.Identity()))
+    x = torch.randn(2, 3, 8, 8)
+    nets.assert_equal(torch.jit.script(fused)(x), stock(x))
+    nets.assert_equal(fused(x), stock(x))
 
 
 @pytest.mark.parametrize("node", ["layer2.0.relu_1", "layer1.0.conv1", "layer3", "layer3.0.add", "relu", "flatten"])

@@ -1,0 +1,96 @@
+"""Are the classes that a fused call stands for still what their libraries made them?
+
+A fused call passes by ``nn.Conv2d.forward`` and its like. Where somebody has put a function of their own there, before
+or after ``accelerate``, the stock layers have to run. A function is the library's own if it bears the name of the class
+that it stands in and was defined in that class's module; so nothing has to be remembered from a time before anybody
+could have replaced it.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+_OWNERS: dict[str, Any] = {
+    "Module": nn.Module,
+    "Conv2d": nn.Conv2d,
+    "BatchNorm2d": nn.BatchNorm2d,
+    "SyncBatchNorm": nn.SyncBatchNorm,
+    "FrozenBatchNorm2d": FrozenBatchNorm2d,
+    "ReLU": nn.ReLU,
+    "Identity": nn.Identity,
+    "MaxPool2d": nn.MaxPool2d,
+    "Sequential": nn.Sequential,
+    "F": F,
+}
+
+LAYERS = (
+    "Module.__call__", "Module._call_impl", "Conv2d.__call__", "Conv2d.forward", "Conv2d._conv_forward",
+    "BatchNorm2d.__call__", "BatchNorm2d.forward", "BatchNorm2d._check_input_dim", "SyncBatchNorm.forward",
+    "FrozenBatchNorm2d.forward", "ReLU.__call__", "ReLU.forward", "Identity.forward", "MaxPool2d.forward",
+    "Sequential.forward", "F.conv2d", "F.batch_norm", "F.relu", "F.max_pool2d",
+)  # fmt: skip
+"""What every fused call passes by."""
+
+
+class Watched:
+    """The functions that a fused call in place of ``stock_class`` passes by, looked at before each."""
+
+    def __init__(self, stock_class: type[nn.Module], methods: Iterable[str]):
+        owners = _OWNERS | {"stock": stock_class}
+        names = [*LAYERS, *(f"stock.{name}" for name in ("__call__", *methods))]
+        self._places = [(owners[owner], name) for owner, _, name in (name.partition(".") for name in names)]
+        # One expression, several times as fast as a loop: this runs at every call of every block.
+        self._functions: Callable[[], tuple[Any, ...]] = eval(f"lambda: ({', '.join(names)})", owners)
+        self._seen: tuple[Any, ...] = ()
+        self._reason = ""
+
+    def changed(self) -> str:
+        """Why the stock layers must run: the function that is not its library's any more; empty if all are."""
+        return self._reason if self._functions() == self._seen else _look(self)
+
+    def look(self) -> str:
+        """Look closely at each function, and keep what was found for as long as they stay the same."""
+        self._seen = self._functions()
+        found = zip(self._places, self._seen, strict=True)
+        replaced = [_name(*place) for place, function in found if not _is_own(*place, function)]
+        self._reason = f"expected the library's own {replaced[0]}, got another; it runs unfused" if replaced else ""
+        return self._reason
+
+
+@torch.compiler.assume_constant_result
+def _look(watched: Watched) -> str:
+    return watched.look()
+
+
+def _is_own(owner: Any, name: str, function: Any) -> bool:
+    """Was this function defined under this name, in the module of the class (or in the module) that it stands in?"""
+    if isinstance(owner, types.ModuleType):
+        home: Any = owner.__name__.partition(".")[0]
+        if isinstance(function, types.BuiltinFunctionType):
+            return function.__name__ == name
+        own_module = isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] == home
+        return own_module and function.__globals__["__name__"].partition(".")[0] == home and _bears(function, name)
+    holder = next(c for c in owner.__mro__ if name in c.__dict__)
+    if not isinstance(function, types.FunctionType):
+        return False
+    written_there = function.__globals__ is vars(sys.modules[holder.__module__])
+    return written_there and function.__qualname__ == f"{holder.__qualname__}.{function.__name__}"
+
+
+def _bears(function: types.FunctionType, name: str) -> bool:
+    # torch makes max_pool2d and its like from two functions, by ``boolean_dispatch``
+    return function.__qualname__ == name or function.__globals__["__name__"] == "torch._jit_internal"
+
+
+def _name(owner: Any, name: str) -> str:
+    if isinstance(owner, types.ModuleType):
+        return f"{owner.__name__}.{name}"
+    return f"{owner.__module__}.{owner.__qualname__}.{name}"
