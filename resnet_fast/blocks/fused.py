@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Conv2d, Identity, Parameter, ReLU, SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -74,7 +75,7 @@ class Fused(nn.Module):
         reason = untraceable(x)
         if reason:
             return True
-        reason = self.unfusable() or self.unsynchronized(x) or self.unkept()
+        reason = self.unfusable() or self.unbatched(x) or self.unsynchronized(x) or self.unkept()
         if reason:
             record.stock(self, self.op, reason)
         return bool(reason)
@@ -89,6 +90,12 @@ class Fused(nn.Module):
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return ""
         return "expected weights that stay where they are, got FSDP2's; in inference it runs unfused"
+
+    def unbatched(self, x: Tensor) -> str:
+        """Why this input is for the stock layers: an image without a batch, which all but BatchNorm2d take."""
+        if x.dim() != 3 or any(isinstance(self._modules[norm], _BatchNorm) for _, norm in self.layers):
+            return ""
+        return f"expected a batch of images (N, C, H, W), got one of shape {tuple(x.shape)}; it runs unfused"
 
     def unsynchronized(self, x: Tensor) -> str:
         """Why the statistics of this block's SyncBatchNorm layers cannot be gathered by the op; empty if they can."""
