@@ -8,20 +8,15 @@ footing, and the published peak is kept beside it in ``Ceiling.published``::
     modelled = published * measured(H100) / published(H100)      copy: 3.02 / 3.35 = 0.90,  bfloat16: 792 / 989.4 = 0.80
 
 Rates are dense (no 2:4 sparsity), two operations per multiply-add, sums in fp32 (int32 for int8). ``float32`` means
-TF32 products; ``float64`` the tensor cores' where there are any. Torch-free, except for :func:`calibrate_cpu` and
-:func:`check_device`.
+TF32 products; ``float64`` the tensor cores' where there are any. Torch-free, except for :func:`check_device`. For
+this CPU see cpu.py.
 """
 
 from __future__ import annotations
 
 import difflib
-import platform
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any
 
 from .errors import UserError
 
@@ -67,13 +62,25 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """The caches of a CPU together: bytes that may be in them before and after a call, and bytes/s in and out."""
+
+    nbytes: int
+    bandwidth: Ceiling
+
+
+@dataclass(frozen=True)
 class Device:
-    """``bandwidth`` in bytes/s (read plus written); ``rates`` in FLOP/s (two per multiply-add) by dtype name."""
+    """``bandwidth`` in bytes/s (read plus written); ``rates`` in FLOP/s (two per multiply-add) by dtype name.
+
+    ``cache``: of a CPU, whose floors hold although a call finds its tensors in the caches and leaves its result there.
+    """
 
     name: str
     bandwidth: Ceiling
     rates: tuple[tuple[str, Ceiling], ...]
     gpu: Gpu | None = None
+    cache: Cache | None = None
 
     def rate(self, dtype: str) -> Ceiling:
         """The rate for ``dtype``; :class:`UserError` where none is known."""
@@ -227,56 +234,6 @@ def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_b
     )
     rates = tuple((dtype, scaled(c)) for dtype, c in H100.rates if arch >= 89 or not dtype.startswith("float8"))
     return Device(name, scaled(H100.bandwidth), rates, resources)
-
-
-def _best_rate(work: float, run: Callable[[], Any], budget_s: float) -> float:
-    """Highest ``work``/s over runs that together take about ``budget_s``: the best run is the least disturbed one."""
-    run()  # the first touches pages and builds oneDNN's primitive
-    best, end = float("inf"), time.perf_counter() + budget_s
-    while True:
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            return work / best
-
-
-@cache
-def calibrate_cpu() -> Device:
-    """This machine's copy bandwidth and matrix-product rates with torch's current threads; about 0.2 s, once.
-
-    Copy: 32 MiB to another 32 MiB, beyond the usual caches, bytes read plus written. Rates: the better of a small and
-    a large square product, because a large one fills many cores, and only a small one finds a quiet moment on a busy
-    machine. Where bfloat16 is emulated and slower, its ceiling is float32's, because a kernel may convert; float16 and
-    float64 are modelled from those two. Other load makes the ceilings too low, and so the floors too high.
-    """
-    import torch
-
-    def product(dtype: torch.dtype, size: int) -> float:
-        a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
-        return _best_rate(2 * size**3, partial(torch.mm, a, a, out=out), 0.03)
-
-    with torch.inference_mode():
-        source = torch.ones(8 * 2**20)
-        target = torch.empty_like(source)
-        bandwidth = _best_rate(2 * source.numel() * 4, lambda: target.copy_(source), 0.04)
-        small, half = product(torch.float32, 256), product(torch.bfloat16, 256)
-        full = max(small, product(torch.float32, 768))
-        if half > small:  # not emulated: the large product will not take long
-            half = max(half, product(torch.bfloat16, 768))
-    f32 = Ceiling(full, "measured")
-    bf16 = Ceiling(half, "measured") if half > full else Ceiling(full, "modelled")
-    return Device(
-        f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
-        bandwidth=Ceiling(bandwidth, "measured"),
-        rates=(
-            ("float32", f32),
-            ("bfloat16", bf16),
-            ("float16", Ceiling(bf16.value, "modelled")),
-            ("float64", Ceiling(f32.value / 2, "modelled")),
-        ),
-    )
 
 
 def check_device(device: str) -> None:

@@ -86,7 +86,8 @@ def _driver() -> str:
     return done.stdout.split()[0]
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The CPU by the name that its maker gives it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -144,7 +145,7 @@ def _devices() -> dict[str, Any]:
     """Every device torch can use. An accelerator is queried, never initialised for work."""
     import torch
 
-    found: dict[str, Any] = {"cpu": _cpu_model()}
+    found: dict[str, Any] = {"cpu": cpu_model()}
     if torch.version.cuda is not None and not torch.cuda.is_available():
         found["cuda"] = Failure("torch is built with CUDA and finds no usable GPU")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -208,7 +209,7 @@ SECTIONS: dict[str, dict[str, Probe] | Probe] = {
         "driver": _driver,
     },
     "cpu": {
-        "model": _cpu_model,
+        "model": cpu_model,
         "isa": _isa,
         "cpus": _usable_cpus,
         "torch threads": _torch_threads,

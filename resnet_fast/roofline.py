@@ -18,8 +18,11 @@ where a strided 1x1 skips three pixels of four; the global pool reads the last m
 are in. Neither counts what L2 holds between launches, nor the optimizer.
 
 The floor of a launch is ``max(nbytes / bandwidth, flops / rate)`` (Williams et al., Roofline, 2009), no cost for the
-launch; that of a net is the sum. A floor is a bound of the model, not of nature: bytes count as if no cache held
-anything before the call, so a problem that fits a cache may beat its floor when it runs again and again. A prediction
+launch; that of a net is the sum. On a GPU a floor is a bound of the model, not of nature: bytes count as if no cache
+held anything before the call, so a problem that fits a cache may beat its floor when it runs again and again. On a CPU
+it holds (cpu.py): ceilings are the best ever measured and an allowance; only bytes beyond what caches can hold before
+and after the call come from memory, the others from a cache; and products with the zeros of a padding do not count,
+because kernels leave them out. A prediction
 is ``floor / reached + launch_s`` per launch, with what stock kernels of that kind reached on an H100
 (:func:`calibration`): what a plan would give with kernels as good as those, and no more. L2 bandwidth is in neither:
 how often a launch reads an operand from L2 depends on its tile, which tuning/heuristic.py knows.
@@ -31,12 +34,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
+from .cpu import calibrate_cpu as calibrate_cpu
 from .devices import H100 as H100
 from .devices import ORIGINS as ORIGINS
 from .devices import Ceiling as Ceiling
 from .devices import Device as Device
 from .devices import Gpu as Gpu
-from .devices import calibrate_cpu as calibrate_cpu
 from .devices import detect as detect
 from .devices import gpu as gpu
 from .devices import gpus as gpus
@@ -75,7 +78,8 @@ class Work:
     """One kernel launch: ``part`` the layer or block it belongs to, ``name`` what of it, ``kernel`` which kind.
 
     ``nbytes``: least bytes read plus written; ``activations``: the same by the convention of the hand counts (see
-    above); ``flops``: two per multiply-add.
+    above); ``flops``: two per multiply-add; ``least_flops``: those without products with a padding's zeros, by default
+    all of them.
     """
 
     part: str
@@ -85,6 +89,22 @@ class Work:
     activations: int
     flops: int
     dtype: str
+    least_flops: int | None = None
+
+
+def _taps(size: int, filters: int, out: int, stride: int, padding: int, dilation: int) -> int:
+    """Along one side: pairs of an output and a filter tap that lies on the image, not on its padding."""
+    starts = (o * stride - padding for o in range(out))
+    return sum(sum(0 <= start + k * dilation < size for k in range(filters)) for start in starts)
+
+
+def _least_flops(convs: Iterable[ConvSpec]) -> int:
+    return sum(
+        2 * c.n * c.co * (c.ci // c.groups)
+        * _taps(c.h, c.r, c.ho, c.stride[0], c.padding[0], c.dilation[0])
+        * _taps(c.w, c.s, c.wo, c.stride[1], c.padding[1], c.dilation[1])
+        for c in convs
+    )  # fmt: skip
 
 
 def _size(c: ConvSpec) -> tuple[int, int, int]:
@@ -117,13 +137,15 @@ def _fused_launch(spec: LaunchSpec, part: str, names: dict[int, str]) -> Work:
     read = sum(_size(c)[0] for c in (spec.first, spec.projection) if c is not None)
     activations = (read + _size(spec.last)[2] * (2 if spec.residual else 1)) * ITEMSIZE[spec.dtype]
     name = "+".join(names.get(id(c), "conv") for c in spec.all_convs())
-    return Work(part, name, spec.kernel, spec.min_bytes(), activations, spec.flops(), spec.dtype)
+    least = _least_flops(spec.all_convs())
+    return Work(part, name, spec.kernel, spec.min_bytes(), activations, spec.flops(), spec.dtype, least)
 
 
 def _fused_block(spec: BlockSpec, part: str) -> Work:
     x, stored = _size(spec.main[0])[0], _size(spec.main[-1])[2]
     activations = (x + stored * (2 if spec.shortcut == "given" else 1)) * ITEMSIZE[spec.dtype]
-    return Work(part, "block", spec.op, spec.min_bytes(), activations, spec.flops(), spec.dtype)
+    least = _least_flops(spec.convs)
+    return Work(part, "block", spec.op, spec.min_bytes(), activations, spec.flops(), spec.dtype, least)
 
 
 def _separate(spec: Spec, part: str) -> Iterator[Work]:
@@ -137,7 +159,7 @@ def _separate(spec: Spec, part: str) -> Iterator[Work]:
         x, y, _ = _size(c)
         bare = c.with_(epilogue=Epilogue(norm=False))
         activations = (x + y) * ITEMSIZE[c.dtype]
-        yield Work(part, name, "conv", bare.min_bytes(), activations, c.flops(), c.dtype)
+        yield Work(part, name, "conv", bare.min_bytes(), activations, c.flops(), c.dtype, _least_flops([c]))
         yield from passes(name, c.epilogue, y)
         if c.epilogue.pool:
             yield _pool(c, part)
@@ -312,12 +334,18 @@ class Floor:
 
 def _floor(item: Work, device: Device, plan: str) -> Floor:
     rate = device.rate(item.dtype)
-    memory_s, compute_s = item.nbytes / device.bandwidth.value, item.flops / rate.value
+    memory_s, compute_s, origin = item.nbytes / device.bandwidth.value, item.flops / rate.value, device.bandwidth.origin
+    if device.cache is not None:
+        flops = item.flops if item.least_flops is None else item.least_flops
+        compute_s = flops / rate.value
+        memory_s = max(0, item.nbytes - 2 * device.cache.nbytes) / device.bandwidth.value
+        if memory_s < (cached_s := item.nbytes / device.cache.bandwidth.value):
+            memory_s, origin = cached_s, device.cache.bandwidth.origin
     memory = memory_s >= compute_s
     return Floor(
         seconds=max(memory_s, compute_s),
         bound="memory" if memory else "compute",
-        origin=device.bandwidth.origin if memory else rate.origin,
+        origin=origin if memory else rate.origin,
         memory_s=memory_s,
         compute_s=compute_s,
         nbytes=item.nbytes,

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is measured on this machine goes here, not into the user's cache."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_switches(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     """A developer's RESNET_FAST_BACKEND must not decide what a test sees."""
     for name in [name for name in os.environ if name.startswith("RESNET_FAST_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(cache_folder))
 
 
 @pytest.fixture(autouse=True)

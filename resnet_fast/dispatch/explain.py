@@ -120,6 +120,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         seen.add(layer)
     runs = len(tape) // max(1, len(rows))
     notes = (f"the batch of {x.shape[0]} ran in {runs} tiles; rows show one",) if runs > 1 else ()
+    floors = [row.floor_ms for row in rows if row.floor_ms is not None]
+    if floors:
+        notes = (*notes, f"sum of the floors above: {sum(floors):.3f} ms")
     return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape)))
 
 
@@ -164,7 +167,7 @@ def _plan(event: record.Ran) -> str:
 
 
 def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
-    """The ceilings to bound with: this CPU's, measured once per process."""
+    """The ceilings to bound with: this CPU's are measured once per process, and the best of all runs counts."""
     if device.type == "cuda" and (known := roofline.detect(torch.cuda.get_device_name(device))):
         copy, rate = known.bandwidth, known.rate("bfloat16")
         return known, (
@@ -174,10 +177,13 @@ def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
     if device.type != "cpu":
         return None, f"none known for {device}"
     cpu = roofline.calibrate_cpu()
+    assert cpu.cache is not None
     rates = ", ".join(f"{name} {c.value / 1e9:.0f} GFLOP/s ({c.origin})" for name, c in cpu.rates[:2])
-    return (
-        cpu,
-        f"modelled, from {cpu.name}: copy {cpu.bandwidth.value / 1e9:.1f} GB/s ({cpu.bandwidth.origin}), {rates}",
+    copy, near = cpu.bandwidth, cpu.cache.bandwidth
+    return cpu, (
+        f"lower bounds, from what {cpu.name}, can do at most: {rates}, memory {copy.value / 1e9:.0f} GB/s "
+        f"({copy.origin}) beyond twice {cpu.cache.nbytes / 2**20:.0f} MiB of caches, in them "
+        f"{near.value / 1e9:.0f} GB/s ({near.origin}). Measured: {copy.source}"
     )
 
 

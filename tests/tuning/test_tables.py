@@ -188,6 +188,7 @@ def test_file_names(name: str, file: str) -> None:
 
 def test_where_the_users_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RESNET_FAST_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     file = "nvidia-h100-80gb-hbm3.json"
     assert user_file(GPU) == tmp_path / ".cache" / "resnet_fast" / "tuning" / file
