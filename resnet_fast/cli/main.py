@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from .. import flags
 from .._version import __version__
-from ..errors import UserError
+from ..errors import UserError, printable
 from .failures import BROKEN_PIPE, INTERRUPTED, PROGRAM, did_you_mean, failure, option_names
 from .output import accept_any_text, silence
 
@@ -112,7 +112,7 @@ def _check_switches() -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"{PROGRAM}: {' '.join(message.split())}"), file=sys.stderr)
 
 
 def _show_traceback() -> bool:

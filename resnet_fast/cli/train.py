@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..files import json_text
 from ..flags import BACKENDS
 from .output import progress_bar, show
@@ -209,7 +209,7 @@ def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
 def _tell(text: str) -> None:
     """Print to stderr, unless nobody is there to read it (a closed terminal or pipe): the run goes on."""
     with suppress(OSError):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def _one_line(recipe: Any, name: str) -> str:

@@ -32,7 +32,7 @@ SCHEDULES = ("constant", "step", "cosine")
 AMP = ("none", "bfloat16", "float16")
 
 RANGES: dict[str, tuple[float, float]] = {
-    "classes": (1, 10**6),
+    "classes": (1, 10**5),
     "size": (1, limits.MOST_SIDE),
     "subset": (1, 10**9),
     "pad": (0, 1024),

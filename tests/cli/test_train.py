@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from resnet_fast.cli import main as cli
 from resnet_fast.cli import train as command
@@ -177,3 +178,16 @@ def test_a_loss_that_is_no_number_is_the_recipes_fault(capsys: pytest.CaptureFix
     assert (code, out) == (2, "")
     assert "expected a loss that is a number, got the loss is nan: " in err.splitlines()[-1]
     assert "lower lr" in err and "Traceback" not in err
+
+
+def test_names_of_folders_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("cat\x1b[2J", "dog\n"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "set" / name / f"{i}.png")
+    data = ["--size", "8", "--batch", "8", "--device", "cpu", "--threads", "1", "--workers", "0", "--no-tensorboard"]
+    data += ["--epochs", "1", "--data", "folder", "--data-path"]
+    code, _, err = say([*data, str(tmp_path / "set"), "--out", str(tmp_path / "run")], capsys)
+    assert code == 0 and r"(cat\x1b[2J, dog\n)" in err and "\x1b" not in err
+    code, _, err = say([*data, "no\x1b[2J", "--out", str(tmp_path / "other")], capsys)
+    assert code == 2 and "\x1b" not in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import data, folders, recipe
@@ -207,6 +209,9 @@ def test_a_run_says_its_classes_and_sizes(
     chosen = tiny(data="folder", data_path=str(tmp_path / "set"), subset=None, steps=1, classes=4)
     train(chosen, options(), Watch(note=told.append))
     assert "set: 16 training and 4 validation images of 4 classes (cat, dog, class 2, class 3)" in told
+    with safe_open(options().out / "model.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["resnet_fast"])
+    assert facts["classes"] == ["cat", "dog", "class 2", "class 3"]
     assert any("files left out for their ending: 1 .gif" in text for text in told)
     told.clear()
     train(tiny(steps=1), options("other"), Watch(note=told.append))
