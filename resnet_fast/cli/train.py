@@ -44,6 +44,21 @@ def train(
         int | None, typer.Option(help="Images per step, over all processes.", rich_help_panel=RECIPE)
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=RECIPE)] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="sgd, adamw or another of torch.optim, in lower case.", rich_help_panel=RECIPE),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Trained weights to begin with; a new head where classes differ.", rich_help_panel=RECIPE),
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="Classes of the net; by default those of the data.", rich_help_panel=RECIPE)
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(help="Train what comes after this stage of --weights: stem, layer1 …", rich_help_panel=RECIPE),
+    ] = None,
     amp: Annotated[str | None, typer.Option(help="none, bfloat16 or float16.", rich_help_panel=RECIPE)] = None,
     backend: Annotated[
         str | None, typer.Option(help=f"{', '.join(BACKENDS)}; reference is stock PyTorch.", rich_help_panel=RECIPE)
@@ -59,7 +74,7 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: go on with the run in --out; or a checkpoint. By default a new run.",
+            help="auto: go on with the run in --out; or a run's or a checkpoint's folder. By default a new run.",
             rich_help_panel=RUN,
         ),
     ] = "",
@@ -79,7 +94,9 @@ def train(
     save_steps: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: as often as costs 1 % of the time.", rich_help_panel=RUN)
     ] = 0,
-    keep: Annotated[int, typer.Option(help="Checkpoints that stay.", rich_help_panel=RUN)] = 2,
+    keep: Annotated[
+        int, typer.Option(help="Checkpoints of the run that stay, besides the best one.", rich_help_panel=RUN)
+    ] = 2,
     log_every: Annotated[int, typer.Option(help="Steps per line of the log.", rich_help_panel=RUN)] = 10,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard/--no-tensorboard", help="Event files too.", rich_help_panel=RUN)
@@ -91,13 +108,19 @@ def train(
         int | None, typer.Option(help="Save and stop after that many steps; by default none.", rich_help_panel=RUN)
     ] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="Print the recipes and stop.")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe as YAML, for --recipe, and stop.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, say what would be done, and stop.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the epochs as JSON instead of a table.")] = False,
 ) -> None:
     """Train a net with fused blocks: log, curves and checkpoints in one folder. Without options: digits, on the CPU.
 
     On several GPUs: torchrun --nproc-per-node 8 -m resnet_fast.cli.main train …
     """
-    from ..training import loop
+    from ..training import loop, recipe_text
     from ..training import recipe as recipes
     from ..training.distributed import reported, speaks
 
@@ -113,6 +136,10 @@ def train(
         "steps": steps,
         "batch": batch,
         "lr": lr,
+        "optimizer": optimizer,
+        "weights": None if weights is None else str(weights),
+        "classes": classes,
+        "freeze": freeze,
         "amp": amp,
         "backend": backend,
         "seed": seed,
@@ -121,7 +148,12 @@ def train(
         logging.getLogger("resnet_fast").setLevel(logging.ERROR)  # why a block runs unfused is the same everywhere
     with _divergence(), reported():
         given = recipes.combine({key: value for key, value in flags.items() if value is not None}, set or ())
-        chosen = recipes.load(recipe or (None if data else "digits"), given)
+        out, kept = _kept(out, resume) if recipe is None and data is None else (out, None)
+        note = _tell if speaks() else (lambda text: None)
+        chosen = recipes.load(recipe or kept or (None if data else "digits"), given, note)
+        if print_recipe:
+            typer.echo(recipe_text.dump(chosen.to_dict()), nl=False)
+            return
         place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
         options = loop.Options(
             out=place,
@@ -138,6 +170,10 @@ def train(
             deterministic=deterministic,
             stop_after=stop_after,
         )
+        if dry_run:
+            planned = loop.plan(chosen, options)
+            show(*planned if speaks() else ())
+            return
         silent = json or not speaks()
         with progress_bar(silent=silent, eta=True) as progress:
             result = loop.train(chosen, options, watch(progress, silent=silent))
@@ -157,6 +193,21 @@ def train(
         text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"
         _tell(text)
         raise typer.Exit(EXIT.get(result.stopped_by, 0))
+
+
+def _kept(out: Path | None, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
+    """(folder, recipe) of the run that is gone on with: its own where no other folder is named, its checkpoint's."""
+    from ..training import checkpoint
+
+    if not resume or (resume == "auto" and out is None):
+        return out, None
+    if resume != "auto" and out is None:
+        named = Path(resume)
+        inside = (named / checkpoint.META).exists() and named.parent.name == checkpoint.FOLDER
+        out = named.parent.parent if inside else named
+    assert out is not None
+    place, meta, _ = checkpoint.choose(out, resume)
+    return out, None if place is None else meta["recipe"]
 
 
 def default_device() -> str:

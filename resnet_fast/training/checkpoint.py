@@ -22,9 +22,9 @@ name. A checkpoint that stands in the way is renamed, and the run says so.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-import math
 import os
 import random
 import re
@@ -46,15 +46,15 @@ from . import shards
 from .augment import seed_of
 from .diagnosis import not_finite
 from .distributed import World
+from .fields import FIELDS, LAYOUTS, OPTIONAL, SHARDS, number
 from .recipe import from_dict
 
 FORMAT = "resnet_fast training checkpoint 1"
 META = "meta.json"
-SHARDS = "shards"
-LAYOUTS = {"full": ("model.safetensors", "state.pt"), "sharded": (f"{SHARDS}/{shards.METADATA}", "state.pt")}
-"""Layout -> the files that it has whatever the recipe."""
+FOLDER = "checkpoints"
 NAME = re.compile(r"step-[0-9]{8,}")
-UNFINISHED = re.compile(r"\.step-[0-9]{8,}")
+BEST = re.compile(r"best-[0-9]{8,}")
+UNFINISHED = re.compile(r"\.(step|best)-[0-9]{8,}")
 
 
 class Damaged(UserError):
@@ -137,7 +137,7 @@ def export(model: nn.Module, path: Path, facts: Facts, world: World) -> None:
 
 
 def folder_of(out: Path) -> Path:
-    return out / "checkpoints"
+    return out / FOLDER
 
 
 def found(out: Path) -> list[Path]:
@@ -147,7 +147,54 @@ def found(out: Path) -> list[Path]:
 
 def step_of(place: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(place.name.rpartition("step-")[2])
+    return int(place.name.rpartition("-")[2])
+
+
+def bests(out: Path) -> list[Path]:
+    """The best checkpoints of ``out``, the newest first; a killed run may leave the one before, too."""
+    return sorted(_named(out, BEST), key=step_of, reverse=True)
+
+
+def best_of(out: Path, run: str) -> Path | None:
+    """The best checkpoint of ``run``."""
+    return next((place for place in bests(out) if _run_of(place) == run), None)
+
+
+def keep_best(place: Path, out: Path) -> Path:
+    """Keep the checkpoint ``place`` as the best one of its run in ``out``, ``best-…``, and remove the one before.
+
+    Its files are linked, not copied, where the file system can. UserError where it cannot be written.
+    """
+    meta = _sealed(place)
+    best = folder_of(out) / f"best-{meta['step']:08d}"
+    hidden = best.with_name(f".{best.name}")
+    if _run_of(best) != meta.get("run", ""):
+        failure = _guarded(lambda: _link(place, hidden, best), best)
+        if failure is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise failure
+    for old in bests(out):
+        if old != best and not old.is_symlink() and _run_of(old) == meta.get("run", ""):
+            _remove(old)
+    return best
+
+
+def _link(place: Path, hidden: Path, best: Path) -> None:
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.copytree(place, hidden, copy_function=_link_or_copy)
+    files.sync(hidden)
+    if os.path.lexists(best):
+        set_aside(best)
+    os.rename(hidden, best)
+    files.sync(best.parent)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+        files.sync(Path(target))
 
 
 def _named(out: Path, name: re.Pattern[str]) -> list[Path]:
@@ -214,18 +261,21 @@ def save(
 
 
 def _tidy(out: Path, run: str, step: int, keep: int) -> None:
-    """Remove what is surplus, each under a name that no reader takes for a checkpoint, and what is unfinished."""
+    """Remove what is surplus, and what an earlier process left unfinished."""
     for old in surplus(out, run, step, keep):
-        hidden = old.with_name(f".{old.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        try:
-            os.rename(old, hidden)
-        except OSError:
-            continue  # it stays, as a whole one
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(old)
     for half in _named(out, UNFINISHED):
         if _run_of(half) in (None, run):
             shutil.rmtree(half, ignore_errors=True)
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint, under a name that no reader takes for one: a death in between leaves no half of it."""
+    hidden = old.with_name(f".{old.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(OSError):  # then it stays, as a whole one
+        os.rename(old, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _guarded(work: Callable[[], None], place: Path) -> UserError | None:
@@ -345,42 +395,6 @@ def read_meta(place: Path) -> dict[str, Any]:
     return meta
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _figures(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_number, value))
-
-
-def _listing(value: Any) -> bool:
-    """Whether ``value`` maps names of files to sizes and digests."""
-    if not isinstance(value, dict) or any("\0" in name for name in value):
-        return False
-    pairs = [v for v in value.values() if isinstance(v, list) and len(v) == 2]
-    return len(pairs) == len(value) and all(_count(size) and isinstance(digest, str) for size, digest in pairs)
-
-
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    "layout": lambda v: isinstance(v, str) and v in LAYOUTS,
-    "files": _listing,
-    "step": _count,
-    "classes": lambda v: _count(v) and v > 0,
-    "recipe": lambda v: isinstance(v, dict),
-    "seconds": _number,
-    "sums": lambda v: _figures(v),
-    "unreadable": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-    "run": lambda v: isinstance(v, str),
-    "window": lambda v: v is None or (isinstance(v, dict) and _count(v.get("step")) and _figures(v.get("before"))),
-}
-"""What a run reads of ``meta.json``, and what each has to be."""
-OPTIONAL: dict[str, Any] = {"unreadable": [], "run": "", "window": None}
-
-
 def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[str]]:
     """(checkpoint to go on from, its meta, complaints about newer ones that are damaged).
 
@@ -438,7 +452,7 @@ def load(place: Path, meta: Mapping[str, Any], state: State, world: World) -> No
 
 
 def _check_scaler(content: Mapping[str, Any]) -> None:
-    if not all(_number(value) for value in content.values()) or content.get("scale", 1) <= 0:
+    if not all(number(value) for value in content.values()) or content.get("scale", 1) <= 0:
         raise ValueError(f"a gradient scaler of {dict(content)}")
 
 

@@ -86,5 +86,5 @@ def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
         if not list(module.children()):
             module.register_forward_hook(lambda m, i, o, name=name: look(name, m, i, o))
     with autocast:
-        stock.train()(x)
+        stock(x)
     return found[0] if found else "every layer's output is finite: the loss itself overflowed"

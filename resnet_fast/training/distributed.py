@@ -225,7 +225,8 @@ def average_buffers(model: nn.Module, world: World) -> None:
     """
     if world.size == 1:
         return
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    awake = [m for m in model.modules() if m.training]  # frozen statistics are equal already, to the last bit
+    buffers = [b for m in awake for b in m.buffers(recurse=False) if b.is_floating_point()]
     if not buffers:
         return
     flat = torch.cat([b.detach().flatten().cpu() for b in buffers])

@@ -10,18 +10,20 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import devices, limits
+from .. import limits
 from ..errors import UserError
-from . import checkpoint, curves, diagnosis, distributed, loader, optim, runlog
+from . import checkpoint, curves, diagnosis, distributed, finetune, loader, optim, runlog
+from . import plan as plans
 from .data import Data, check_files
 from .data import load as load_data
 from .distributed import World
+from .options import Options, Result, Tick, Watch
 from .recipe import Recipe, from_dict
 from .step import Normalise, Step, Sums
 from .stopping import StopRequests
@@ -32,85 +34,11 @@ SAVE_SHARE = 100
 """A checkpoint is due when the run has gone on for this many times what the last one took: 1 % of the time."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run a recipe, none of which changes what it computes.
-
-    ``resume``: empty, ``auto`` or a checkpoint's folder. ``workers``: None chooses. ``save_steps``: steps between
-    checkpoints, 0 as often as costs a hundredth of the time; ``keep`` of them stay. ``log_every``: steps per log line.
-    ``stop_after``: end (saved, to go on later) after that many steps of this process. ``probe``: measure the input
-    pipeline by itself before the first step.
-    """
-
-    out: Path
-    resume: str = ""
-    device: str = "cpu"
-    parallel: str = "ddp"
-    workers: int | None = None
-    threads: int | None = None
-    strict_data: bool = False
-    save_steps: int = 0
-    keep: int = 2
-    log_every: int = 10
-    tensorboard: bool = False
-    probe: bool = True
-    deterministic: bool = False
-    stop_after: int | None = None
-
-    def check(self) -> None:
-        """UserError for the first option that cannot be used."""
-        for name in ("keep", "log_every", "stop_after"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} >= 1", str(value), f"correct --{name.replace('_', '-')}")
-        if self.save_steps < 0:
-            raise UserError("save_steps >= 0", str(self.save_steps), "correct --save-steps")
-        limits.check_threads(self.threads)
-        limits.check_workers(self.workers)
-        if self.parallel not in distributed.PARALLEL:
-            allowed = ", ".join(distributed.PARALLEL)
-            raise UserError(f"parallel among {allowed}", repr(self.parallel), "correct --parallel")
-        devices.check_device(self.device)
-
-
-@dataclass(frozen=True)
-class Tick:
-    """What a run says of itself after each step. ``loss`` and ``error`` are those of the last log line."""
-
-    step: int
-    steps: int
-    epoch: float
-    loss: float
-    error: float
-    images_per_s: float
-    waiting: float
-
-
-@dataclass
-class Watch:
-    """Who is told what, in the first process: each step, each epoch's log line, and sentences worth reading."""
-
-    step: Callable[[Tick], None] = lambda tick: None
-    epoch: Callable[[dict[str, Any]], None] = lambda line: None
-    note: Callable[[str], None] = lambda text: None
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. ``finished`` is False for one that was told to stop by ``stopped_by`` and may go on."""
-
-    out: Path
-    step: int
-    finished: bool
-    stopped_by: str
-    seconds: float
-    epochs: list[dict[str, Any]] = field(repr=False)
-
-
 def train(recipe: Recipe, options: Options, watch: Watch | None = None) -> Result:
     """Run ``recipe`` to its end, or until Ctrl-C, SIGTERM or SIGHUP (then saved), and return how it went.
 
-    Writes ``log.jsonl``, ``curves.png``, ``checkpoints/`` and at last ``model.safetensors`` into ``options.out``.
+    Writes ``log.jsonl``, ``curves.png``, ``checkpoints/``, ``best.safetensors`` (the weights of the best validation so
+    far) and at last ``model.safetensors`` into ``options.out``.
 
     Raises:
         UserError: something about recipe, data, folder or checkpoint that cannot be used, before the first step
@@ -136,7 +64,14 @@ def train(recipe: Recipe, options: Options, watch: Watch | None = None) -> Resul
                 lock.release()
 
 
-MAY_CHANGE = ("epochs", "steps", "data_path", "backend", "save", "accumulate")
+def plan(recipe: Recipe, options: Options) -> list[str]:
+    """What :func:`train` would do, in lines, with everything built and read, no step made and no file written."""
+    options.check()
+    with distributed.world(options.device, options.parallel) as world:
+        return _Run(recipe, options, Watch(), world).plan_lines()
+
+
+MAY_CHANGE = ("epochs", "steps", "data_path", "backend", "save", "accumulate", "weights")
 """What a resumed run may have otherwise than its checkpoint: its length, and where and how the same is computed."""
 
 
@@ -175,6 +110,7 @@ class _Run:
         self.workers = loader.workers_for(self.data, world.device, world.size) if workers is None else workers
         self.classes = recipe.classes or len(self.data.classes)
         place, meta, complaints = world.shared(self._where_to_begin)
+        self.place, self.complaints = place, complaints
         self._build()
         self.start = 0
         self.seconds = 0.0
@@ -188,20 +124,42 @@ class _Run:
                 self.step.sums.values.copy_(torch.tensor(meta["sums"], dtype=torch.float64))
         else:
             torch.manual_seed(recipe.seed + world.rank)
+        self.best: dict[str, Any] | None = meta.get("best")
+        """Step and validation error of the best checkpoint."""
         self.unreadable: set[str] = set(meta.get("unreadable", ()))
         self.validation = Validation(recipe, self.data, self.workers, world, options.parallel == "fsdp")
         self.name: str = meta.get("run") or secrets.token_hex(8)
         """By which its checkpoints know that they are this run's."""
-        set_aside = world.shared(self._set_aside_later) if place is not None else []
+        self.log: runlog.RunLog | None = None
+
+    def plan_lines(self) -> list[str]:
+        """See :func:`plan`."""
+        out = self.options.out
+        going = f", going on from {self.place}" if self.place is not None else ""
+        built = (self.recipe, self.data, self.plan, self.model, self.step.optimizer)
+        found = plans.lines(*built, total=self.total, start=self.start, where=out)
+        return [*found[:-1], found[-1] + going, *([f"head: {self.origin}"] if self.origin else [])]
+
+    def _enter(self) -> None:
+        """Begin to write: rename what is in the way, open the log, say from where the run goes on."""
+        place = self.place
+        set_aside = self.world.shared(self._set_aside_later) if place is not None else []
         self.log = self._open_log()
         self.saved_at, self.save_cost = time.perf_counter(), 0.0
-        for text in complaints:
+        for text in self.complaints:
             self._note(f"a damaged checkpoint was passed over: {text}")
+        if self.origin:
+            self._note(self.origin)
         if place is not None:
             self._note(f"going on after step {self.start} of {self.total}, from {place}")
         if set_aside:
             names = ", ".join(set_aside)
             self._note(f"later checkpoints are kept under other names, at which no --resume auto looks: {names}")
+        if self.best is not None:
+            if self.best["step"] == self.start:
+                self._keep_best()
+            elif not self.world.shared(self._has_best):
+                self.best = None  # it is elsewhere, or was of steps that this run does not go on from
 
     def _open_log(self) -> runlog.RunLog | None:
         """The log, in the first process; all end where it cannot be written."""
@@ -258,7 +216,9 @@ class _Run:
         They may be damaged, or not wanted; but what was computed is not thrown away, and a later ``--resume auto``
         finds the newest checkpoint of the run as it goes on now.
         """
-        later = [p for p in checkpoint.found(self.options.out) if checkpoint.step_of(p) > self.start]
+        out = self.options.out
+        places = (*checkpoint.found(out), *checkpoint.bests(out))
+        later = [p for p in places if checkpoint.step_of(p) > self.start]
         new = [checkpoint.set_aside(place) for place in later]
         log = self.options.out / runlog.NAME
         if new and log.exists():
@@ -272,7 +232,14 @@ class _Run:
         """Net, optimizer, averaged weights and step, spread over the processes."""
         recipe, world, options = self.recipe, self.world, self.options
         sharded = options.parallel == "fsdp"
-        model = optim.build(recipe, self.classes).to(world.device)
+        model = optim.build(recipe, self.classes)
+        self.origin = ""
+        """What became of the weights that the run begins with."""
+        if recipe.weights and self.place is None:  # a checkpoint has them as they are by now
+            self.origin = finetune.load(model, recipe, self.classes)
+        if recipe.freeze:
+            finetune.freeze(model, recipe.freeze)
+        model = model.to(world.device)
         if recipe.channels_last and not sharded:  # FSDP2 takes contiguous parameters alone
             model = model.to(memory_format=torch.channels_last)
         ema = optim.averaged(model, recipe)
@@ -280,7 +247,7 @@ class _Run:
             distributed.shard(ema.module)  # type: ignore[arg-type]
         self.model = model
         spread = distributed.spread(model, world, options.parallel, recipe.sync_bn)
-        optimizer = optim.sgd(model, recipe)
+        optimizer = optim.optimizer(model, recipe)
         normalise = Normalise(self.data.mean, self.data.std, world.device, recipe.channels_last)
         self.step = Step(recipe, spread, optimizer, normalise, world, self.classes, ema)
         self.state = checkpoint.State(model, optimizer, self.step.scaler, ema)
@@ -291,6 +258,7 @@ class _Run:
 
     def go(self) -> Result:
         try:
+            self._enter()
             with StopRequests().heard() as stop:
                 return self._steps(stop)
         finally:
@@ -330,6 +298,7 @@ class _Run:
         parts = loader.Prefetcher(source, world.device) if self.start < self.total else None
         per_epoch = plan.steps_per_epoch
         self.model.train()
+        finetune.hold(self.model, self.recipe.freeze)
         self.began = time.perf_counter()
         self.window = Window.at(self.start, self.step.sums.read(world), self.saved_window)
         tick = Tick(self.start, self.total, self.start / per_epoch, float("nan"), float("nan"), 0.0, 0.0)
@@ -372,15 +341,21 @@ class _Run:
         since = time.perf_counter()
         self._average()
         self._check_weights(number)
+        better = False
         if seen is not None:
-            self._end_epoch(number, seen, self._seconds())
+            error = self._end_epoch(number, seen, self._seconds())
+            better = self.best is None or error < self.best["val_error"]
+            if better:
+                self.best = {"step": number, "val_error": error}
         try:
             self._save(number, self._seconds())
-        except UserError as error:
+            if better:
+                self._keep_best()
+        except UserError as failure:
             if self.failure is None:
                 raise
-            got = f"{self.failure.got}; step {number} could not be saved either: {error.got}"
-            raise UserError(self.failure.expected, got, error.todo) from error
+            got = f"{self.failure.got}; step {number} could not be saved either: {failure.got}"
+            raise UserError(self.failure.expected, got, failure.todo) from failure
         lost = self.failure
         if lost is not None:
             lost = UserError(lost.expected, f"{lost.got}; the run is saved after step {number}", lost.todo)
@@ -422,8 +397,8 @@ class _Run:
         share = line["data_ms"] / line["step_ms"] if line["step_ms"] else 0.0
         return Tick(number, self.total, epoch, line["loss"], line["error"], line["images_per_s"], share)
 
-    def _end_epoch(self, number: int, seen: Figures, seconds: float) -> None:
-        """Validate, log, draw, and begin to count anew."""
+    def _end_epoch(self, number: int, seen: Figures, seconds: float) -> float:
+        """Validate, log, draw, and begin to count anew. Returns the share of wrong answers in the validation set."""
         net = self.model if self.step.ema is None else self.step.ema
         loss, error, images = self.validation.measure(net, self.step)
         self._gather_unreadable(number)
@@ -443,6 +418,7 @@ class _Run:
         self.watch.epoch(line)
         self.step.sums = Sums.empty(self.world.device)
         self.window.new_epoch()
+        return error
 
     def _average(self) -> None:
         """Running statistics, averaged weights' too, as all processes see them."""
@@ -467,6 +443,7 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "sums": sums.tolist(),
             "window": self.window.to_dict(),
+            "best": self.best,
             "seconds": round(seconds, 3),
             "processes": self.world.size,
             "unreadable": sorted(self.unreadable),
@@ -481,7 +458,20 @@ class _Run:
         self.saved_at = time.perf_counter()
         self.save_cost = self.saved_at - since
 
-    def _export(self) -> None:
-        """``model.safetensors``: the final weights, averaged ones where the run has them."""
+    def _has_best(self) -> bool:
+        place = checkpoint.best_of(self.options.out, self.name)
+        return self.best is not None and place is not None and checkpoint.step_of(place) == self.best["step"]
+
+    def _keep_best(self) -> None:
+        """Keep the checkpoint of this step, which was saved just now, as the best one, and its weights as a file."""
+        assert self.best is not None
+        out = self.options.out
+        place = checkpoint.folder_of(out) / f"step-{self.best['step']:08d}"
+        source = place if place.exists() or self.place is None else self.place  # the latter where it lies elsewhere
+        self.world.shared(lambda: checkpoint.keep_best(source, out))
+        self._export("best.safetensors")
+
+    def _export(self, name: str = "model.safetensors") -> None:
+        """The weights as they are, averaged ones where the run has them."""
         net = self.model if self.step.ema is None else self.step.ema.module
-        checkpoint.export(net, self.options.out / "model.safetensors", self.data.facts(self.recipe), self.world)
+        checkpoint.export(net, self.options.out / name, self.data.facts(self.recipe), self.world)

@@ -1,14 +1,16 @@
-"""What a recipe's numbers become: the net, SGD with its parameter groups, the schedule, averaged weights, mixing."""
+"""What a recipe's numbers become: the net, the optimizer with its parameter groups, averaged weights, mixing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..tuning.shapes import unknown_name
 from .recipe import Recipe
 
 SUPPORTS_ZERO_INIT = ("resnet", "resnext", "wide")
@@ -41,7 +43,7 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups of SGD: all, or convolutions and fc apart from norms and biases."""
+    """Parameter groups of what is trained: all, or convolutions and fc apart from norms and biases."""
     everything = [p for p in model.parameters() if p.requires_grad]
     if recipe.norm_weight_decay is None:
         return [{"params": everything, "weight_decay": recipe.weight_decay}]
@@ -53,11 +55,42 @@ def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum (section 3.4)."""
-    return torch.optim.SGD(
-        groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, foreach=True
-    )
+def kinds() -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers of this PyTorch that a recipe can name, in lower case: those with a rate and weight decay."""
+    found = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    return {
+        name: kind
+        for name, kind in found.items()
+        if issubclass(kind, torch.optim.Optimizer) and {"lr", "weight_decay"} <= set(signature(kind).parameters)
+    }
+
+
+def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer of ``recipe`` for the parameters of ``model`` that are trained: SGD as in section 3.4, or another.
+
+    ``momentum`` is SGD's and RMSprop's, or the first of Adam's betas, whose second is ``beta2``. UserError for a name
+    that PyTorch does not have, and for what the optimizer cannot do.
+    """
+    if recipe.optimizer not in kinds():
+        raise unknown_name("optimizer", recipe.optimizer, sorted(kinds()))
+    kind = kinds()[recipe.optimizer]
+    takes = signature(kind).parameters
+    values: dict[str, Any] = {"lr": recipe.lr}
+    if "momentum" in takes:
+        values["momentum"] = recipe.momentum
+    if "betas" in takes:
+        values["betas"] = (recipe.momentum, recipe.beta2)
+    if "nesterov" in takes or recipe.nesterov:
+        values["nesterov"] = recipe.nesterov
+    if "foreach" in takes:
+        values["foreach"] = True
+    try:
+        return kind(groups(model, recipe), **values)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            "an optimizer that can train this net", f"{recipe.optimizer} ({reason})", "name another"
+        ) from error
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,7 +13,7 @@ import os
 import types
 import typing
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
 """The least and the most of each number, both allowed: beyond it no run can mean it, or PyTorch cannot take it (float32
 overflows at 3e38, a seed has 63 bits). What fits into memory is asked where the memory is used."""
 
-FRACTIONS = ("momentum", "label_smoothing", "ema")
+FRACTIONS = ("momentum", "beta2", "label_smoothing", "ema")
 """Numbers from 0 up to, but without, 1."""
 
 LEAST_BETA = 1e-3
@@ -67,20 +67,24 @@ MOST_MILESTONES = 1000
 class Recipe:
     """One training run. Lengths (``milestones``, ``warmup``) are in the unit that ``epochs`` or ``steps`` fixes.
 
-    ``batch`` counts images per optimizer step over all processes and all ``accumulate`` parts. ``follow_links`` reads
-    what links in a folder of images point to. ``classes``, more than the data have, makes a wider classifier.
-    ``subset`` keeps that many training images, drawn by ``seed``. ``size`` is the side of the network's input.
-    ``augment``: ``crop`` pads by ``pad`` pixels, crops and flips (section 4.2 of the paper); ``imagenet`` crops a
-    random part of random size and flips. ``norm_weight_decay`` replaces ``weight_decay`` for norms and biases.
-    ``warmup`` multiplies the learning rate by ``warmup_factor`` at first, linearly up to 1 or, with
-    ``warmup_shape="constant"``, until it ends. ``ema`` is the decay per step of averaged weights, which validation then
-    uses. ``dtype`` of autocast is ``amp``.
+    ``weights`` is a file of trained weights to begin with: its head is replaced where it has another number of
+    classes. ``freeze`` (``stem``, ``layer1`` …) leaves everything up to that stage as it is in there. ``optimizer`` is
+    one of torch.optim's in lower case; ``momentum`` and ``beta2`` are Adam's betas too. ``batch`` counts images per
+    optimizer step over all processes and all ``accumulate`` parts. ``follow_links`` reads what links in a folder of
+    images point to. ``classes``, more than the data have, makes a wider classifier. ``subset`` keeps that many
+    training images, drawn by ``seed``. ``size`` is the side of the network's input. ``augment``: ``crop`` pads by
+    ``pad`` pixels, crops and flips (section 4.2 of the paper); ``imagenet`` crops a random part of random size and
+    flips. ``norm_weight_decay`` replaces ``weight_decay`` for norms and biases. ``warmup`` multiplies the learning
+    rate by ``warmup_factor`` at first, linearly up to 1 or, with ``warmup_shape="constant"``, until it ends. ``ema``
+    is the decay per step of averaged weights, which validation then uses. ``dtype`` of autocast is ``amp``.
     """
 
     model: str = "cifar_resnet20"
     shortcut: str | None = None
     stride_in_1x1: bool = False
     zero_init_residual: bool = False
+    weights: str | None = None
+    freeze: str | None = None
     data: str = "digits"
     data_path: str | None = None
     follow_links: bool = False
@@ -95,7 +99,9 @@ class Recipe:
     epochs: float | None = 20.0
     steps: int | None = None
     lr: float = 0.1
+    optimizer: str = "sgd"
     momentum: float = 0.9
+    beta2: float = 0.999
     nesterov: bool = False
     weight_decay: float = 1e-4
     norm_weight_decay: float | None = None
@@ -147,6 +153,8 @@ class Recipe:
             raise UserError(f"a learning rate of at most {RANGES['lr'][1]:g} at any time", got, "lower one of them")
         if self.nesterov and not self.momentum:
             raise UserError("a momentum for nesterov", "momentum 0", "raise momentum, or set nesterov to false")
+        if self.freeze and not self.weights:
+            raise UserError("weights for what is frozen", f"freeze {self.freeze} without", "give --weights FILE")
         if self.data == "folder" and not self.data_path:
             raise UserError("data_path, the folder of images", "none", "give --data-path FOLDER")
 
@@ -201,24 +209,39 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(source: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of that name or YAML file (the defaults if None), with ``overrides`` on top.
+def load(
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Recipe:
+    """The recipe of that name, YAML file or values (the defaults if None), with ``overrides`` on top.
 
     Raises UserError for a recipe that is not there, a file that is no mapping, an unknown key (with close matches), or
     a value of another type. Setting ``epochs`` removes ``steps``, and the other way round; where the recipe counts its
-    warm-up or milestones in the other unit, they have to be set as well.
+    warm-up or milestones in the other unit, they keep their share of the length, and ``note`` hears of it.
     """
-    values: dict[Any, Any] = {} if source is None else _read(source)
+    values: dict[Any, Any] = {} if source is None else dict(source) if isinstance(source, Mapping) else _read(source)
     changes = dict(overrides or {})
     for key, other in (("epochs", "steps"), ("steps", "epochs")):
         for chosen in (values, changes):
             if chosen.get(key) is not None and chosen.get(other) is None:
                 chosen[other] = None
-        stale = [k for k in ("milestones", "warmup") if values.get(k) and k not in changes]
-        if values.get(other) is not None and changes.get(key) is not None and stale:
-            got = f"{key} in place of {other}, with the recipe's {' and '.join(stale)} in {other}"
-            raise UserError(f"every length in {key}", got, f"set {' and '.join(stale)} too")
+        if values.get(other) is not None and changes.get(key) is not None:
+            scaled = _scaled(values, _typed(key, changes[key]) / max(_typed(other, values[other]), 1e-9), set(changes))
+            if scaled:
+                changes |= scaled
+                lengths = ", ".join(f"{name} {value}" for name, value in scaled.items())
+                note(f"{key} {changes[key]} for {other} {values[other]}, and in proportion: {lengths}")
     return replace(Recipe(), **{key: _typed(key, value) for key, value in (values | changes).items()})
+
+
+def _scaled(values: Mapping[str, Any], share: float, given: Collection[str]) -> dict[str, Any]:
+    """The lengths of a recipe other than ``given``, times ``share``."""
+    stale = [name for name in ("warmup", "milestones") if values.get(name) and name not in given]
+    old = {name: _typed(name, values[name]) for name in stale}
+    return {
+        k: [round(m * share, 6) for m in v] if isinstance(v, tuple) else round(v * share, 6) for k, v in old.items()
+    }
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@ given twice: YAML would let the last one win in silence.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ def read(path: Path) -> dict[Any, Any]:
     return values
 
 
+def dump(values: Mapping[str, Any]) -> str:
+    """``values`` as the YAML that :func:`read` reads, a key per line."""
+    return _yaml().safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise missing_package("pyyaml", "which reads recipes", error, "train") from error
+    return yaml
+
+
 def shown(value: Any) -> str:
     """``repr(value)``, at most a line of it, whatever it is."""
     try:
@@ -72,10 +85,7 @@ def shown(value: Any) -> str:
 
 def _value(content: bytes) -> Any:
     """What ``content`` says. Raises :class:`_Refused`."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise missing_package("pyyaml", "which reads recipes", error, "train") from error
+    yaml = _yaml()
     if len(content) > MOST_BYTES:
         raise _Refused(f"more than {MOST_BYTES:,} bytes")
     try:

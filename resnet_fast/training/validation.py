@@ -34,7 +34,7 @@ class Validation:
         batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))
         sampler = loader.ValidationSampler(data.val_size, batch, world.rank, world.size)
         sums = Sums.empty(world.device)
-        was_training = net.training
+        modes = [(module, module.training) for module in net.modules()]  # frozen norms are in eval mode already
         net.eval()
         nothing = loader.collate([])
         steps = _padded(len(sampler), world) if self.sharded else len(sampler)
@@ -52,7 +52,8 @@ class Validation:
                 out = net(step.normalise(images)).float()
             if len(labels):
                 sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))
-        net.train(was_training)
+        for module, mode in modes:
+            module.training = mode
         if self.sharded:
             distributed.reshard(net)
         return sums.read(world)

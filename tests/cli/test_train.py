@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpointcases import reseal
 from PIL import Image
 
 from resnet_fast.cli import main as cli
@@ -170,6 +171,62 @@ def test_nobody_at_the_other_end_does_not_end_the_run(
     monkeypatch.setattr("sys.stderr", Gone())
     assert cli.main(["train", *TINY, "--out", str(tmp_path), "--stop-after", "2"]) == 0
     assert checkpoint.read_meta(checkpoint.found(tmp_path)[0])["step"] == 2
+
+
+def test_a_printed_recipe_can_be_given_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = say(["--steps", "9", "--lr", "1e-5", "--set", "milestones=[]", "--print-recipe"], capsys)
+    assert code == 0 and err == "steps 9 for epochs 20, and in proportion: warmup 0.45\n"
+    (tmp_path / "mine.yaml").write_text(out)
+    assert say(["--recipe", str(tmp_path / "mine.yaml"), "--print-recipe"], capsys) == (0, out, "")
+    assert recipe.load(tmp_path / "mine.yaml").lr == 1e-5
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = say([*TINY, "--optimizer", "adamw", "--dry-run"], capsys)
+    assert (code, err) == (0, "") and list(tmp_path.iterdir()) == []
+    said = dict(line.split(": ", 1) for line in out.splitlines())
+    assert said["net"] == "cifar_resnet20, 269,722 parameters" and said["folder"] == "out/train/cifar_resnet20-digits"
+    assert said["optimizer"] == "AdamW, betas (0.9, 0.999), weight_decay 0.0001"
+    assert said["steps"] == "3 of 16 images, 4 per epoch, 0.75 epochs"
+    code, _, err = say([*TINY, "--dry-run", "--resume", "nowhere"], capsys)
+    assert code == 2 and "a checkpoint folder with meta.json" in err
+
+
+def test_fine_tuning_from_a_runs_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = say([*TINY, "--out", str(tmp_path / "first")], capsys)
+    assert code == 0, err
+    more = ["--weights", str(tmp_path / "first" / "model.safetensors"), "--classes", "12", "--freeze", "layer2"]
+    code, _, err = say([*TINY, *more, "--optimizer", "adamw", "--out", str(tmp_path / "second")], capsys)
+    assert code == 0 and "but for its head: 10 classes there, a new layer for 12 here" in err
+    chosen = recipe_of(tmp_path / "second")
+    assert (chosen.classes, chosen.freeze, chosen.optimizer) == (12, "layer2", "adamw")
+
+
+@pytest.mark.parametrize("named", ["run", "checkpoint"])
+def test_resume_takes_a_runs_folder(named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert say([*TINY, "--out", str(run), "--set", "ema=0.5", "--stop-after", "2"], capsys)[0] == 0
+    place = run if named == "run" else checkpoint.found(run)[0]
+    code, out, err = say(["--resume", str(place), "--threads", "1", "--device", "cpu", "--no-tensorboard"], capsys)
+    assert code == 0 and "going on after step 2 of 3" in err and f"in {run}" in out
+    assert say(["--resume", "auto", "--out", str(run), "--print-recipe"], capsys)[1].count("ema: 0.5") == 1
+    code, _, err = say(["--resume", str(run), "--lr", "1.0"], capsys)
+    assert code == 2 and "lr: 1.0 (was 0.1)" in err
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": ...}, {"step": "2"}, {"recipe": {"lr": []}}, {"files": {}}, {"sums": [1]}]
+)
+def test_a_checkpoint_with_other_fields_is_one_line(
+    changes: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert say([*TINY, "--out", str(tmp_path), "--stop-after", "1"], capsys)[0] == 0
+    reseal(checkpoint.found(tmp_path)[0], **changes)
+    code, out, err = say([*TINY, "--out", str(tmp_path), "--resume", "auto"], capsys)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "meta.json" in err
 
 
 def test_a_loss_that_is_no_number_is_the_recipes_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -90,6 +90,44 @@ def test_only_what_the_run_wrote_is_removed(tmp_path: Path) -> None:
     ]
 
 
+def test_the_best_one_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    state = make()
+    for step in (1, 2, 3):
+        place = save(tmp_path, state, step, keep=1, run="mine")
+        if step < 3:
+            assert checkpoint.keep_best(place, tmp_path).name == f"best-{step:08d}"
+    assert names(tmp_path) == ["best-00000002", "step-00000003"]
+    best = checkpoint.best_of(tmp_path, "mine")
+    assert best is not None and checkpoint.read_meta(best)["step"] == 2
+    assert checkpoint.best_of(tmp_path, "another") is None
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["step-00000003"]  # at which --resume auto looks
+    checkpoint.load(best, checkpoint.read_meta(best), make(1), World())
+    other = save(tmp_path, state, 4, keep=1, run="another")
+    checkpoint.keep_best(other, tmp_path)
+    assert names(tmp_path) == ["best-00000002", "best-00000004", "step-00000003", "step-00000004"]
+
+
+def test_the_best_one_needs_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = save(tmp_path, make(), 1, run="mine")
+    monkeypatch.setattr(os, "link", full)
+    best = checkpoint.keep_best(place, tmp_path)
+    shutil.rmtree(place)
+    assert checkpoint.read_meta(best)["step"] == 1
+
+
+def test_a_best_one_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make()
+    checkpoint.keep_best(save(tmp_path, state, 1, run="mine"), tmp_path)
+    place = save(tmp_path, state, 2, run="mine")
+    monkeypatch.setattr(os, "mkdir", full)
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoint.keep_best(place, tmp_path)
+    assert names(tmp_path) == ["best-00000001", "step-00000001", "step-00000002"]
+
+
 def test_a_folder_in_the_way_is_renamed_and_named(tmp_path: Path) -> None:
     place = checkpoint.folder_of(tmp_path) / "step-00000002"
     place.mkdir(parents=True)
@@ -119,6 +157,7 @@ def test_resume_from_an_older_one_keeps_the_later_ones_and_the_log(
     told: list[str] = []
     train(tiny(steps=4), options(resume=str(older), save_steps=1, keep=9, stop_after=1), Watch(note=told.append))
     aside = [f"step-{step:08d}-set-aside" for step in (4, 3)]
+    aside.append("best-00000004-set-aside")
     assert f"later checkpoints are kept under other names, at which no --resume auto looks: {', '.join(aside)}" in told
     assert [p.name for p in checkpoint.found(run.out)] == [f"step-{step:08d}" for step in (3, 2, 1)]
     assert checkpoint.read_meta(checkpoint.folder_of(run.out) / aside[0])["step"] == 4
@@ -127,7 +166,7 @@ def test_resume_from_an_older_one_keeps_the_later_ones_and_the_log(
     told.clear()
     assert train(tiny(steps=4), options(resume="auto", keep=1), Watch(note=told.append)).finished
     assert "removing all but the newest 1 (--keep): step-00000003, step-00000002, step-00000001" in told
-    assert names(run.out) == ["step-00000003-set-aside", "step-00000004", "step-00000004-set-aside"]
+    assert names(run.out) == ["best-00000004", *sorted([*aside, "step-00000004"])]
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:

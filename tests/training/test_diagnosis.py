@@ -32,7 +32,7 @@ def planted(recipe: Recipe, value: float) -> nn.Module:
 
 def stepper(recipe: Recipe, model: nn.Module) -> Step:
     normalise = Normalise((0.5,), (0.25,), torch.device("cpu"), True)
-    return Step(recipe, model, optim.sgd(model, recipe), normalise, World(), 10)
+    return Step(recipe, model, optim.optimizer(model, recipe), normalise, World(), 10)
 
 
 @pytest.mark.parametrize("amp", ["none", "bfloat16", "float16"])

@@ -342,7 +342,7 @@ def test_running_statistics_of_parts_equal_those_of_processes() -> None:
     norm = model.bn1
     norm.running_mean.fill_(0.5)
     step = Step(
-        chosen, model, optim.sgd(model, chosen), Normalise((0.5,), (0.5,), torch.device("cpu"), True), World(), 10
+        chosen, model, optim.optimizer(model, chosen), Normalise((0.5,), (0.5,), torch.device("cpu"), True), World(), 10
     )
     pixels = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)
     parts = [loader.Part(p, torch.arange(4)) for p in pixels]

@@ -23,7 +23,7 @@ from resnet_fast import files
 from resnet_fast.errors import UserError
 from resnet_fast.training import checkpoint, curves, optim, recipe, runlog
 from resnet_fast.training.diagnosis import NotFinite
-from resnet_fast.training.loop import Options, Result, Tick, Watch, train
+from resnet_fast.training.loop import Options, Result, Tick, Watch, plan, train
 from resnet_fast.training.recipe import Recipe
 from resnet_fast.training.validation import Validation
 
@@ -66,6 +66,7 @@ def test_a_run_leaves_what_it_promises(tiny: Make, options: Make, monkeypatch: p
         "curves.png",
         "checkpoints",
         "model.safetensors",
+        "best.safetensors",
         "run.lock",
     }
     assert_log_is_whole(done.out, 6)
@@ -122,6 +123,71 @@ def test_a_run_stopped_after_any_step_ends_as_one_that_was_not(
         assert second.finished
         same(left(second.out), left(whole.out))
         assert_log_is_whole(second.out, 5)
+
+
+def errors_of(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have validation find these shares of wrong answers, one epoch after the other."""
+    left = iter(values)
+    monkeypatch.setattr(Validation, "measure", lambda self, net, step: (1.0, next(left), 359))
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 5, 8, 9])
+def test_the_best_epoch_is_kept(
+    stop: int, tiny: Make, options: Make, same: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    errors_of([0.5, 0.25, 0.25, 0.75], monkeypatch)
+    chosen, run = tiny(epochs=4, lr=0.01), options(save_steps=1, keep=1)
+    if stop:
+        train(chosen, options(save_steps=1, keep=1, stop_after=stop))
+        run = options(save_steps=1, keep=1, resume="auto")
+        if stop in (4, 8):  # killed between the checkpoint and what is kept of it
+            shutil.rmtree(checkpoint.bests(run.out)[0])
+            (run.out / "best.safetensors").unlink()
+    done = train(chosen, run)
+    assert sorted(p.name for p in checkpoint.folder_of(done.out).iterdir()) == ["best-00000008", "step-00000016"]
+    best = checkpoint.bests(done.out)[0]
+    assert checkpoint.read_meta(best)["best"] == {"step": 8, "val_error": 0.25}
+    same(load_file(done.out / "best.safetensors"), load_file(best / "model.safetensors"))
+    with pytest.raises(AssertionError):
+        same(load_file(done.out / "best.safetensors"), load_file(done.out / "model.safetensors"))
+
+
+def test_going_on_from_the_best_one(tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors_of([0.25, 0.5, 0.5, 0.125, 0.5], monkeypatch)
+    chosen = tiny(epochs=3, lr=0.01)
+    first = train(chosen, options(keep=1))
+    best = checkpoint.bests(first.out)[0]
+    assert best.name == "best-00000004"
+    train(chosen, options(keep=1, resume=str(best)))
+    assert sorted(p.name for p in checkpoint.folder_of(first.out).iterdir()) == [
+        "best-00000008",
+        "step-00000012",
+        "step-00000012-set-aside",
+    ]
+
+
+def test_a_plan_writes_nothing(tiny: Make, options: Make) -> None:
+    run = options()
+    lines = plan(tiny(epochs=2, lr=0.1, schedule="step", milestones=[1]), run)
+    assert lines == [
+        "net: cifar_resnet20, 1,570 parameters",
+        "data: digits: 64 training and 359 validation images of 10 classes (0, 1, 2, 3, 4, …)",
+        lines[2],
+        lines[3],
+        "steps: 8 of 16 images, 4 per epoch, 2 epochs",
+        "optimizer: SGD, momentum 0.9, nesterov False, weight_decay 0.0001",
+        "learning rate: 0.1 at step 1, 0.01 at step 5, 0.01 at step 8",
+        f"folder: {run.out}",
+    ]
+    counts = [int(part.split()[-1]) for part in lines[2].split(": ")[1].split(", ")]
+    assert len(counts) == 10 and sum(counts) == 64 and lines[3].startswith("validation images per class: 0 ")
+    assert not run.out.exists()
+    train(tiny(), options(stop_after=2))
+    before = {p: p.stat().st_mtime_ns for p in run.out.rglob("*")}
+    assert plan(tiny(), options(resume="auto"))[-1].endswith("step-00000002")
+    assert {p: p.stat().st_mtime_ns for p in run.out.rglob("*")} == before
 
 
 def test_log_lines_after_a_stop_are_those_of_one_that_did_not(tiny: Make, options: Make) -> None:

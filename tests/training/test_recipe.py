@@ -11,6 +11,7 @@ import pytest
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import recipe as recipes
+from resnet_fast.training import recipe_text
 from resnet_fast.training.recipe import Recipe
 
 
@@ -109,11 +110,41 @@ def test_one_length_replaces_the_other() -> None:
     assert recipes.load("digits", {"epochs": 0.001}).total_steps(23) == 1
 
 
-def test_no_length_changes_its_unit_unsaid() -> None:
-    with pytest.raises(UserError, match=r"expected every length in epochs, .* milestones in steps; set milestones too"):
-        recipes.load("cifar-paper", {"epochs": 3})
-    with pytest.raises(UserError, match="set warmup too"):
-        recipes.load("digits", {"steps": 7})
+def test_lengths_in_another_unit_keep_their_share_and_it_is_said() -> None:
+    told: list[str] = []
+    chosen = recipes.load("cifar-paper", {"epochs": 4}, told.append)
+    assert (chosen.epochs, chosen.steps, chosen.milestones) == (4.0, None, (2.0, 3.0))
+    assert told == ["epochs 4 for steps 64000, and in proportion: milestones [2.0, 3.0]"]
+    chosen = recipes.load("reduced-cifar", {"steps": 100}, told.append)
+    assert (chosen.warmup, chosen.milestones, chosen.factor(12, 312), chosen.factor(49, 312)) == (
+        12.5,
+        (50, 75),
+        1.0,
+        1.0,
+    )
+    assert chosen.factor(50, 312) == pytest.approx(0.1) and chosen.factor(75, 312) == pytest.approx(0.01)
+    assert told[1] == "steps 100 for epochs 8, and in proportion: warmup 12.5, milestones [50.0, 75.0]"
+    assert recipes.load("digits", {"steps": 7, "warmup": 2}, told.append).warmup == 2
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("length", [{"steps": 1}, {"steps": 10}, {"epochs": 0.5}, {"epochs": 7}])
+def test_any_recipe_takes_either_length(name: str, length: dict[str, Any]) -> None:
+    chosen = recipes.load(name, length | {"data_path": "x"})
+    assert [chosen.factor(step, 50) >= 0 for step in range(chosen.total_steps(50))]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_printed_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
+    chosen = recipes.load(name, {"data_path": 'a folder: of "mine" # ü'})
+    (tmp_path / "mine.yaml").write_text(recipe_text.dump(chosen.to_dict()), encoding="utf-8")
+    assert recipes.load(tmp_path / "mine.yaml") == chosen
+
+
+def test_what_is_frozen_has_weights() -> None:
+    with pytest.raises(UserError, match="expected weights for what is frozen, got freeze layer1 without"):
+        recipes.load("digits", {"freeze": "layer1"})
 
 
 def test_overrides_are_read_as_yaml_and_beat_the_file() -> None:

@@ -36,7 +36,7 @@ def batch(*sizes: int, unreadable: tuple[str, ...] = ()) -> list[Part]:
 
 
 def stepper(recipe: Recipe, model: nn.Module, ema: Any = None) -> Step:
-    return Step(recipe, model, optim.sgd(model, recipe), Normalise(MEAN, STD, CPU, True), World(), 10, ema)
+    return Step(recipe, model, optim.optimizer(model, recipe), Normalise(MEAN, STD, CPU, True), World(), 10, ema)
 
 
 def wide(recipe: Recipe) -> Step:

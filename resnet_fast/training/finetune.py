@@ -1,0 +1,85 @@
+"""Going on from trained weights: a new head where the classes differ, and the first stages frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import weights
+from ..errors import UserError, printable
+from ..facts import Facts
+from .recipe import Recipe
+
+STEM = ("stem", "conv1")
+"""What ``freeze`` calls everything before ``layer1``."""
+
+
+def load(model: nn.Module, recipe: Recipe, classes: int) -> str:
+    """Copy the weights of ``recipe.weights`` into ``model`` and return a sentence on what became of its head.
+
+    The file is torchvision's, a run's ``model.safetensors``, or another state dict. Where it has another number of
+    classes, ``model`` keeps its own last layer, freshly initialised. UserError for weights of another net; the model
+    is unchanged then.
+    """
+    path = Path(recipe.weights or "")
+    file = weights.open_file(path)
+    _check_net(file.facts, recipe, path)
+    state, given = dict(file.state), weights.num_classes(file.state)
+    if given == classes:
+        said = f"its head of {given:,} classes included{_other_names(file.facts, classes)}"
+    else:
+        own = model.state_dict()
+        (head,) = [n.removesuffix(".weight") for n in weights.HEADS if n in own]
+        state |= {name: value for name, value in own.items() if name.startswith(f"{head}.")}
+        said = f"but for its head: {given:,} classes there, a new layer for {classes:,} here"
+    weights.apply(model, state)
+    return f"weights of {path}, {said}"
+
+
+def _check_net(facts: Facts | None, recipe: Recipe, path: Path) -> None:
+    """UserError for a net whose tensors would fit and mean something else."""
+    if facts is None:
+        return
+    theirs = (facts.model, facts.shortcut, facts.stride_in_1x1)
+    if theirs != (recipe.model, recipe.shortcut, recipe.stride_in_1x1):
+        names = ("", "shortcut ", "stride_in_1x1 ")
+        got = ", ".join(f"{name}{printable(str(value))}" for name, value in zip(names, theirs, strict=True))
+        raise UserError(
+            f"weights of {recipe.model} as the recipe has it", f"{path} ({got})", "correct --model or --set"
+        )
+
+
+def _other_names(facts: Facts | None, classes: int) -> str:
+    return "" if facts is None or len(facts.classes) != classes else f" ({printable(', '.join(facts.classes[:3]))}, …)"
+
+
+def freeze(model: nn.Module, upto: str) -> None:
+    """Take the gradient from every parameter up to and including the stage ``upto``, and keep its norms in eval mode.
+
+    UserError for a net without that stage. Calls of ``train()`` on the net wake the norms: :func:`hold` again then.
+    """
+    for child in _frozen(model, upto):
+        child.requires_grad_(False)
+    hold(model, upto)
+
+
+def hold(model: nn.Module, upto: str | None) -> None:
+    """Put the norms of frozen stages into eval mode: they normalise by the statistics that came with the weights."""
+    for child in _frozen(model, upto) if upto else ():
+        for module in child.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def _frozen(model: nn.Module, upto: str) -> list[nn.Module]:
+    """The children of ``model`` from the first to the stage ``upto``."""
+    children = dict(model.named_children())
+    stages = [name for name in children if name.startswith("layer")]
+    if not stages or upto not in (*STEM, *stages):
+        known = ", ".join((STEM[0], *stages)) if stages else "none in this net"
+        raise UserError(f"freeze among {known}", repr(upto), "correct --freeze")
+    names = list(children)
+    end = names.index(stages[0]) if upto in STEM else names.index(upto) + 1
+    return [children[name] for name in names[:end]]

@@ -1,0 +1,69 @@
+"""What a run would do, in lines: for whoever wants to see that before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import printable
+from .data import Data, Files
+from .loader import Plan
+from .recipe import Recipe
+
+MOST_CLASSES = 20
+"""Classes whose counts are printed one by one."""
+
+
+def lines(
+    recipe: Recipe,
+    data: Data,
+    plan: Plan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    total: int,
+    start: int,
+    where: Path,
+) -> list[str]:
+    """One sentence per thing: net, data, classes, steps, learning rates, folder."""
+    sizes = [p.numel() for p in model.parameters()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f", {trained:,} of them trained" if trained < sum(sizes) else ""
+    epochs = total / plan.steps_per_epoch
+    return [
+        f"net: {recipe.model}, {sum(sizes):,} parameters{frozen}",
+        f"data: {data.summary()}",
+        *_counts("training", data.train, data.classes),
+        *_counts("validation", data.val, data.classes),
+        f"steps: {total:,} of {recipe.batch:,} images, {plan.steps_per_epoch:,} per epoch, {epochs:g} epochs"
+        + (f"; {start:,} of them done" if start else ""),
+        f"optimizer: {type(optimizer).__name__}, {_hyper(optimizer)}",
+        f"learning rate: {', '.join(_rates(recipe, plan.steps_per_epoch, total))}",
+        f"folder: {where}",
+    ]
+
+
+def _counts(which: str, dataset: Any, classes: Sequence[str]) -> list[str]:
+    labels = torch.tensor([label for _, label in dataset.files]) if isinstance(dataset, Files) else dataset.labels
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    if len(classes) > MOST_CLASSES:
+        return [f"{which} images per class: {min(counts):,} to {max(counts):,}, in {len(classes):,} classes"]
+    named = (f"{printable(name)} {count:,}" for name, count in zip(classes, counts, strict=False))
+    return [f"{which} images per class: {', '.join(named)}"]
+
+
+def _hyper(optimizer: torch.optim.Optimizer) -> str:
+    group = optimizer.param_groups[0]
+    shown = {key: group[key] for key in ("momentum", "betas", "nesterov", "weight_decay") if key in group}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+
+def _rates(recipe: Recipe, per_epoch: int, total: int) -> list[str]:
+    """The learning rate at the first step, at the peak, at each drop, and at the last step."""
+    unit = 1 if recipe.steps is not None else per_epoch
+    turns = {0, round(recipe.warmup * unit), *(round(m * unit) for m in recipe.milestones), total - 1}
+    seen = sorted(step for step in turns if 0 <= step < total)
+    return [f"{recipe.lr * recipe.factor(step, per_epoch):.3g} at step {step + 1:,}" for step in seen]
