@@ -191,7 +191,8 @@ def _grey(picture: Image.Image) -> np.ndarray:
 
     A file says how wide its integers are, not how many bits a camera filled. So white is the largest value of the
     smallest of 8, 10, 12 and 16 bits that holds every pixel; for floats up to 1 it is 1. PGM and JPEG 2000 state their
-    white, and Pillow has scaled it to 16 bits. ValueError for negative, undefined and larger values.
+    white, and Pillow has scaled it to 16 bits. A value that the file says is clear becomes white. ValueError for
+    negative, undefined and larger values.
     """
     import numpy as np
 
@@ -207,7 +208,11 @@ def _grey(picture: Image.Image) -> np.ndarray:
         white = next((limit for limit in _WHITE if most <= limit), 0)
     if not white:
         raise ValueError(f"pixels above {_WHITE[-1]} have no defined white")
-    return np.rint(values.astype(np.float32) * 255 / white).astype(np.uint8)
+    levels = np.rint(values.astype(np.float32) * 255 / white).astype(np.uint8)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        levels[values == clear] = 255
+    return levels
 
 
 _WHITE = tuple(2**bits - 1 for bits in (8, 10, 12, 16))

@@ -118,6 +118,11 @@ def test_grey_of_more_than_8_bits_is_scaled_by_the_bits_it_uses(
     assert _levels(images.read(tmp_path / f"g.{ending}")) == levels
 
 
+def test_a_grey_level_that_is_clear_becomes_white(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 300, 65535]], np.uint16)).save(tmp_path / "t.png", transparency=300)
+    assert _levels(images.read(tmp_path / "t.png")) == [0, 255, 255]
+
+
 def test_a_stated_range_is_taken_as_stated(tmp_path: Path) -> None:
     (tmp_path / "g.pgm").write_bytes(b"P5 3 1 1023\n" + np.array([0, 256, 1023], ">u2").tobytes())
     assert _levels(images.read(tmp_path / "g.pgm")) == [0, 64, 255]
@@ -176,6 +181,7 @@ def _exif(*entries: tuple[int, int, int, bytes]) -> bytes:
 _TURNED = (0x0112, 3, 1, b"\x06\0\0\0")
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 @pytest.mark.parametrize(
     "odd",

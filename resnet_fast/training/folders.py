@@ -7,8 +7,8 @@
     root/train/<class>/…                            the same, of train
 
 Below a class folder every picture counts, at any depth, in torchvision's order. A folder whose name says that it is
-half of a data set is never taken for a class as long as it holds folders. Links are not followed unless asked; hidden
-files and folders (``.git``, ``__MACOSX``) do not count; every other file that is left out is counted and said.
+half of a data set is never taken for a class as long as it holds folders. Links below the root are not followed unless
+asked. Hidden files and folders (``.git``, ``__MACOSX``) do not count. What else is left out is counted and said.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def find(root: Path, follow_links: bool = False) -> Found:
     if not os.path.isdir(root):  # False, too, for a name that no system takes
         raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
     train_root, val_root, notes = _halves(root)
+    for half in (train_root, val_root):
+        _check_link(root, half, follow_links)
     walk = _Walk(root, follow_links)
     classes, train = _classes(train_root, walk)
     if val_root is not None:
@@ -103,9 +105,17 @@ def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list
             place = half
         else:
             notes = [f"all class folders of {place}; the fifth that a run on them holds out is --held-out"]
+    _check_link(root, place, follow_links)
     walk = _Walk(root, follow_links)
     classes, files = _classes(place, walk)
     return classes, files, [*notes, *walk.complaints()]
+
+
+def _check_link(root: Path, half: Path | None, follow: bool) -> None:
+    """UserError where a half of ``root`` is a link that is not to be followed. ``root`` itself, named, may be one."""
+    if half is not None and half != root and half.is_symlink() and not follow:
+        todo = "set follow_links=true, or name the folder that holds both halves"
+        raise UserError(f"a folder {half.name} in {root}", f"a link to {os.readlink(half)}", todo)
 
 
 def _folders(root: Path) -> list[str]:
@@ -186,6 +196,7 @@ def _suspicions(root: Path, classes: list[str], files: list[Labelled]) -> list[s
 def _classes(root: Path, walk: _Walk) -> tuple[list[str], list[Labelled]]:
     """(names, files with labels) of the class folders in ``root``. UserError for an empty one, by name."""
     names = _folders(root)
+    walk.look_beside(root)
     if not names:
         raise UserError("class folders with images in them", f"none in {root}", "correct --data-path")
     files: list[Labelled] = []
@@ -215,6 +226,12 @@ class _Walk:
     links: int = 0
     cycles: int = 0
     odd: int = 0
+    beside: int = 0
+
+    def look_beside(self, root: Path) -> None:
+        """Count the pictures in ``root`` itself, which are of no class."""
+        names = [name for name in os.listdir(root) if not hidden(name) and os.path.isfile(os.path.join(root, name))]
+        self.beside += sum(os.path.splitext(name)[1].lower() in ENDINGS for name in names)
 
     def pictures(self, folder: str) -> list[str]:
         """The picture files below ``folder``, in the order of torchvision's ImageFolder."""
@@ -264,6 +281,8 @@ class _Walk:
             ordered = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
             kinds = [f"{count:,} {ending or 'without one'}" for ending, count in ordered]
             out.append(f"files left out for their ending: {_some(kinds)}")
+        if self.beside:
+            out.append(f"pictures beside the class folders left out: {self.beside:,}")
         if self.links:
             out.append(f"links not followed: {self.links:,} (follow_links=true follows them)")
         if self.cycles:

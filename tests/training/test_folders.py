@@ -114,7 +114,7 @@ def test_train_and_val_that_are_the_same_folder(tmp_path: Path) -> None:
     pictures(tmp_path, {"train/cat": 2, "train/dog": 2})
     (tmp_path / "val").symlink_to("train")
     with pytest.raises(UserError, match="train and val are the same folder"):
-        folders.find(tmp_path)
+        folders.find(tmp_path, follow_links=True)
 
 
 def test_hidden_folders_and_files_do_not_count(tmp_path: Path) -> None:
@@ -160,6 +160,25 @@ def test_links_are_followed_only_if_asked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"got none in emu; .* \(links not followed: 3 "):
         folders.find(tmp_path / "set")
     assert folders.find(tmp_path / "set", follow_links=True).classes == ["cat", "dog", "emu"]
+
+
+def test_a_half_that_is_a_link_is_followed_only_if_asked(tmp_path: Path) -> None:
+    pictures(tmp_path, {f"set/train/{name}": 2 for name in ("cat", "dog")} | {"far/cat": 1, "far/dog": 1})
+    (tmp_path / "set" / "val").symlink_to(tmp_path / "far")
+    for read in (folders.find, folders.to_validate):
+        with pytest.raises(UserError, match=r"expected a folder val in .*, got a link to .*far; set follow_links=true"):
+            read(tmp_path / "set")
+    assert counts(folders.find(tmp_path / "set", follow_links=True)) == (4, 2)
+    (tmp_path / "link").symlink_to("set")
+    (tmp_path / "set" / "val").unlink()
+    assert folders.find(tmp_path / "link").classes == ["cat", "dog"]  # the root is named, not found
+
+
+def test_pictures_of_no_class_are_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, {".": 3, "cat": 2, "dog": 2})
+    (tmp_path / "README.md").write_text("x")
+    found = folders.find(tmp_path)
+    assert counts(found) == (2, 2) and found.notes[-1] == "pictures beside the class folders left out: 3"
 
 
 def test_a_recipe_may_follow_links(tmp_path: Path) -> None:
