@@ -46,7 +46,7 @@ def quoted(page: Path) -> list[str]:
 
 def commands(page: Path) -> Iterator[str]:
     """The arguments of every command line of the program, from blocks and from text."""
-    lines = [line for body in blocks(page, "") for line in body.splitlines()]
+    lines = [line for body in blocks(page, "") for line in re.sub(r"\\\n\s*", " ", body).splitlines()]
     for line in [*lines, *quoted(page)]:
         if (found := PROGRAM.match(line)) and not re.search(r"resnet-fast: ", line):
             yield line[found.end() :]
