@@ -20,6 +20,10 @@ from . import pristine
 NORMS = "BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity"
 
 
+KNOWN: dict[type[nn.Module], type[Fused]] = {}
+"""Stock class -> the fused class that stands for it, of the libraries whose blocks were asked for."""
+
+
 class StockMethod:
     """A method of the stock class, under the name of the attribute that holds it: what TorchScript compiles.
 
@@ -65,6 +69,7 @@ class Fused(nn.Module):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "stock_class"):
+            KNOWN[cls.stock_class] = cls
             cls.watched = pristine.Watched(cls.stock_class, cls.stock_methods)
 
     def runs_stock(self, x: Tensor) -> bool:

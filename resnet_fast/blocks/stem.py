@@ -15,7 +15,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
 from ..dispatch import record, select
-from . import graph
+from . import graph, unfused
 from . import stage as fused_stage
 from .fused import Fused, child, conv_record, is_altered, norm_record, obstacle, untraceable
 
@@ -76,8 +76,12 @@ class Net(Fused):
 
         ``head``: what follows the last stage.
         """
-        if not torch.compiler.is_compiling() and self.__dict__.get(graph.FLAG):
-            return graph.run(self, x, lambda x: self.eager_forward(x, forward, head))
+        if not torch.compiler.is_compiling():
+            others = unfused.of(self)
+            if others and not untraceable(x):
+                unfused.count(others)
+            if self.__dict__.get(graph.FLAG):
+                return graph.run(self, x, lambda x: self.eager_forward(x, forward, head))
         return self.eager_forward(x, forward, head)
 
     def eager_forward(self, x: Tensor, forward: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:

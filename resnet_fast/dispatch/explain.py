@@ -111,13 +111,15 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     for event in tape:
         if isinstance(event, record.Stock):
             layer = ".".join(filter(None, (modules.get(id(event.module), "?"), getattr(event.module, "part", ""))))
-            row = Row(layer, getattr(event.module, "op", "-"), "", "stock", {"fused": event.reason})
+            row = Row(layer, event.op, "", "stock", {"fused": event.reason})
         else:
             layer = _name(event.call, names)
             row = _row(layer, event, device)
         if layer not in seen:  # a batch that ran in tiles passes each layer several times
             rows.append(row)
         seen.add(layer)
+    order = {name: i for i, name in enumerate(modules.values())}
+    rows.sort(key=lambda row: order.get(row.layer, -1))  # blocks that no fused class stands for are counted first
     runs = len(tape) // max(1, len(rows))
     notes = (f"the batch of {x.shape[0]} ran in {runs} tiles; rows show one",) if runs > 1 else ()
     floors = [row.floor_ms for row in rows if row.floor_ms is not None]
@@ -201,7 +203,8 @@ def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple
     covered: set[int] = set()
     for event in tape:
         if isinstance(event, record.Stock):
-            layers = getattr(event.module, event.module.part) if event.module.part else event.module
+            part = getattr(event.module, "part", "")
+            layers = getattr(event.module, part) if part else event.module
             covered |= {id(p) for p in layers.parameters()}
         elif isinstance(event.call, BlockCall):
             covered |= {id(c.weight) for c in event.call.convs}

@@ -48,6 +48,7 @@ class Stock(NamedTuple):
 
     module: Any
     reason: str
+    op: str
 
 
 def chosen(spec: Spec | NetSpec, choice: Choice) -> None:
@@ -72,15 +73,18 @@ def ran(call: Any, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
         recording += [Ran(part, part_spec, choice, part_state) for part, part_spec, part_state in parts]
 
 
-def stock(module: Any, op: str, reason: str) -> None:
-    """Count a module that runs its stock forward. Silent while a compiler traces (it would count traces, not calls)."""
+def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
+    """Count a module that runs its stock forward. Silent while a compiler traces (it would count traces, not calls).
+
+    ``quiet``: logged as information only.
+    """
     if torch.compiler.is_compiling():
         return
-    fall_back(f"{op} runs its stock layers: {reason}", quiet=False)
+    fall_back(f"{op} runs its stock layers: {reason}", quiet)
     count(op, "stock")
     recording = _tape.get()
     if recording is not None:
-        recording.append(Stock(module, reason))
+        recording.append(Stock(module, reason, op))
 
 
 def fall_back(text: str, quiet: bool = False) -> None:

@@ -37,6 +37,8 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
 
     Names, parameters, buffers, hooks and ``state_dict`` stay as they are; only the modules' classes change, each to a
     subclass of what it was. What cannot be fused runs its stock layers, and :func:`resnet_fast.explain` says why.
+    Blocks of other classes (subclasses, other libraries' residual blocks) stay as they are, which is logged once per
+    class and counted at each call of the net.
     Calling it again changes the backend and what is saved, and switches CUDA graphs on or off.
 
     Args:
@@ -54,10 +56,11 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
     Raises:
         UserError: not a module, no residual block in it that is known, an unknown backend or ``save``, or
             ``cuda_graph`` for a model without a whole net.
+        BackendError: in strict mode, a block of another class; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
-    from ..blocks import graph, stage, stem
+    from ..blocks import graph, stage, stem, unfused
 
     flags.check_backend(backend)
     if save not in SAVES:
@@ -72,6 +75,9 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
             f"{type(model).__name__} without any",
             "call accelerate(model) without it, and torch.cuda.make_graphed_callables on what has fixed shapes",
         )
+    if any(type(m) in classes or type(m) in fused for m in model.modules()):
+        unfused.announce(model)
+    unfused.forget(model)
     found = 0
     for module in model.modules():
         cls = type(module)
