@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import Annotated
 
 import typer
 
 from ..files import json_text
+from .output import terminal_width
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
@@ -17,5 +16,4 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print the report a
 
     report = collect()
     # Plain lines where the report goes into a file or a bug report, folded ones where a person reads them.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(json_text(to_json(report), indent=2) if as_json else render(report, width))
+    print(json_text(to_json(report), indent=2) if as_json else render(report, terminal_width()))

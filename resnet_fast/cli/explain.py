@@ -11,9 +11,13 @@ from .. import limits
 from ..errors import UserError, missing_package
 from ..flags import BACKENDS
 from .options import one_of
+from .output import show, terminal_width
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
+
+    from ..dispatch.explain import Explanation
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -47,7 +51,25 @@ def explain(
     accelerate(net, backend=backend)
     x = torch.randn(batch, 3, side, side).to(dtype=element, memory_format=torch.channels_last)
     explanation = run(net, x)
-    typer.echo(json_module.dumps(explanation.to_dict(), indent=2) if json else str(explanation))
+    if json:
+        typer.echo(json_module.dumps(explanation.to_dict(), indent=2))
+    elif terminal_width() is None:
+        typer.echo(str(explanation))
+    else:
+        show(_table(explanation), *explanation.remarks())
+
+
+def _table(explanation: Explanation) -> Table:
+    from rich.table import Table
+
+    from ..dispatch.explain import HEAD
+
+    table = Table()
+    for heading in HEAD:
+        table.add_column(heading, justify="right" if heading in ("GFLOP", "MB", "floor ms") else "left")
+    for line in explanation.cells():
+        table.add_row(*line)
+    return table
 
 
 def _timm_net(name: str) -> nn.Module:

@@ -53,14 +53,26 @@ def silence() -> None:
 
 
 def show(*parts: RenderableType) -> None:
-    """Print to stdout; where that is no terminal there is no width, so nothing wraps or is cut."""
+    """Print to stdout: on a terminal tables fold to its width and nothing of them is cut (fitting.py); where stdout is
+    no terminal there is no width, and each row is one line, for programs that read it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .fitting import fit
+
+    width = terminal_width()
+    console = Console(width=width or 1000)
+    for part in parts:
+        for one in fit(part, width) if width and isinstance(part, Table) else [part]:
+            console.print(one, highlight=False, markup=False)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=1000)
-    for part in parts:
-        console.print(part, highlight=False, markup=False)
+    return console.width if console.is_terminal else None
 
 
 @contextlib.contextmanager

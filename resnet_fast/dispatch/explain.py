@@ -32,6 +32,9 @@ class Row:
     detail: str = ""
 
 
+HEAD = ("layer", "op", "spec", "backend", "GFLOP", "MB", "floor ms", "bound")
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What ran where. ``str()`` is a table, ``to_dict()`` goes into JSON."""
@@ -49,9 +52,9 @@ class Explanation:
             "notes": self.notes,
         }
 
-    def __str__(self) -> str:
-        head = ("layer", "op", "spec", "backend", "GFLOP", "MB", "floor ms", "bound")
-        body = [
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's lines, the headings :data:`HEAD` left out."""
+        return [
             (
                 r.layer,
                 r.op,
@@ -64,23 +67,30 @@ class Explanation:
             )
             for r in self.rows
         ]
-        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+
+    def __str__(self) -> str:
+        body = self.cells()
+        widths = [max(len(line[i]) for line in (HEAD, *body)) for i in range(len(HEAD))]
         lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *body)
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (HEAD, *body)
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join([*lines, "", *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """What stands below the table: what was chosen in each layer, the ceilings, and why not the other backends."""
         reasons: dict[str, list[str]] = {}
         for r in self.rows:
             for name, why in r.why_not.items():
                 reasons.setdefault(f"not {name}: {why}" if r.backend != "stock" else f"stock layers: {why}", []).append(
                     r.layer
                 )
-        lines += ["", *(f"{r.layer}: {r.detail}" for r in self.rows if r.detail)]
+        lines = [f"{r.layer}: {r.detail}" for r in self.rows if r.detail]
         lines += [f"floors: {self.ceilings}", *self.notes]
         for reason, layers in reasons.items():
             where = "every layer" if len(layers) == len(self.rows) else ", ".join(dict.fromkeys(layers))
             lines.append(f"{reason}  [{where}]")
-        return "\n".join(lines)
+        return lines
 
 
 def _number(value: float | None) -> str:
