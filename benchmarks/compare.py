@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resnet_fast import devices, images, limits, numerics, weights
 from resnet_fast.errors import UserError
-from resnet_fast.models import registry
+from resnet_fast.models import registry, trained
 
 from . import harness, provenance, providers, suites
 
@@ -181,8 +181,7 @@ def thread_count(n: int | None) -> Iterator[None]:
 def network(name: str, photos: list[images.Photo], path: Path | None, size: int, seed: int) -> nn.Module:
     """The stock model in eval mode: with the user's weights, or seeded random ones calibrated on the photographs."""
     if path is not None:
-        state = weights.read(path)
-        return weights.apply(registry.build(name, num_classes=weights.num_classes(state)), state).eval()
+        return trained.load(path, name).net
     model = weights.seeded(lambda: registry.build(name), seed)
     return weights.calibrate(model, images.batch(photos, max(4, len(photos)), size, seed)).eval()
 

@@ -6,7 +6,6 @@ others do not suffer from it.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import images
+from . import images, limits
 from .errors import UserError
 from .models.trained import Trained
 
@@ -120,7 +119,7 @@ def _reading(trained: Trained, files: Sequence[Path], ahead: int) -> Iterator[It
         except UserError as error:
             return error
 
-    pool = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(READERS, limits.cores()))
 
     def ordered() -> Iterator[tuple[Path, Any]]:
         waiting: deque[tuple[Path, Future[Any]]] = deque()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError, printable
-from .output import show
+from .output import say, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +54,7 @@ def export(
     classifier = _classifier(source, model, names)
     facts = classifier.facts if size is None else replace(classifier.facts, size=size)
     for text in classifier.said:
-        _say(text)
+        say(text)
     limits.check_input(batch, facts.size, names=("--batch", "--size"))
     real, kind = _real(images, replace(classifier, facts=facts))
     checked = exporting.export(classifier.net, facts, out, batch=batch if static else None, opset=opset, inputs=real)
@@ -102,7 +101,3 @@ def _real(paths: list[Path] | None, classifier: Trained) -> tuple[Tensor | None,
             raise
         return None, "random ones alone (scikit-image, which has photographs, is not installed)"
     return torch.stack([classifier.inputs(photo.pixels) for photo in photos]), f"{len(photos)} pictures among them"
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from ..errors import printable
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -73,6 +75,11 @@ def terminal_width() -> int | None:
 
     console = Console()
     return console.width if console.is_terminal else None
+
+
+def say(text: str) -> None:
+    """Print a sentence to stderr, at once and without what a terminal would obey."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError, printable
+from ..errors import UserError
 from .answers import Writer, csv_lines, json_array, tables
-from .output import progress_bar
+from .output import progress_bar, say
 
 
 def predict(
@@ -61,9 +61,9 @@ def predict(
     files = images.find(image, recursive)
     classifier = restored.load(weights, model, names).trained
     for text in classifier.said:
-        _say(text)
+        say(text)
     limits.check_input(min(batch, len(files)), classifier.facts.size, names=("--batch", "size"))
-    answers = classify.stream(classifier, files, top=top, batch=batch, device=device, backend=backend, note=_say)
+    answers = classify.stream(classifier, files, top=top, batch=batch, device=device, backend=backend, note=say)
     done = bad = 0
     with ExitStack() as stack:
         writers: list[Writer] = []
@@ -78,7 +78,7 @@ def predict(
             for answer in group:
                 if answer.top is None:
                     bad += 1
-                    _say(f"not classified: {answer.refused}")
+                    say(f"not classified: {answer.refused}")
             done += len(group)
             progress(done, len(files), f"{done:,} of {len(files):,} pictures")
     if bad:
@@ -88,8 +88,4 @@ def predict(
             "save them again as JPEG or PNG, or leave them out; the other answers stand",
         )
     if len(files) > 1:
-        _say(f"{done:,} pictures classified")
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+        say(f"{done:,} pictures classified")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from ..errors import UserError, printable
 from .answers import csv_file
-from .output import progress_bar, show
+from .output import progress_bar, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,14 +86,14 @@ def validate(
     net = restored.load(file, model, names)
     on = evaluate.target(net, data, data_path, held_out)
     for text in (*net.trained.said, *on.said):
-        _say(text)
+        say(text)
     limits.check_input(min(batch or 1, len(on.images)), net.trained.facts.size, names=("--batch", "size"))
     with ExitStack() as stack:
         lines = None if csv is None else stack.enter_context(csv_file(csv, CSV_HEADER))
         progress = stack.enter_context(progress_bar(silent=json, eta=True))
         tell = _teller(progress, lines, net.trained.facts.classes, len(on.images))
         options: dict[str, Any] = {"batch": batch, "device": device, "backend": backend, "workers": workers}
-        result = evaluate.measure(net, on, **options, amp=amp, tell=tell, note=_say)
+        result = evaluate.measure(net, on, **options, amp=amp, tell=tell, note=say)
     if json:
         typer.echo(json_module.dumps({"weights": str(file)} | result.to_dict(), indent=2))
     else:
@@ -117,7 +116,7 @@ def _teller(
 
     def tell(verdicts: list[Verdict], done: int, unreadable: list[str]) -> None:
         for text in unreadable:
-            _say(f"not read: {text}")
+            say(f"not read: {text}")
         if lines is not None:
             rows: list[Sequence[Any]] = [
                 (
@@ -167,7 +166,3 @@ def _sentences(result: Evaluation, device: str) -> list[str]:
     if result.unreadable:
         out.append(f"{len(result.unreadable):,} unreadable images not counted, named on stderr")
     return out
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)

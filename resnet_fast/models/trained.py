@@ -134,7 +134,7 @@ def _names(
 def names_of_file(path: Path, classes: int) -> tuple[str, ...]:
     """The lines of a text file, one name per class. UserError for another number of them."""
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("a text file of class names", f"{path} ({error})", "correct --names") from error
     if len(names) != classes:

@@ -152,7 +152,8 @@ def target(
         found = data_sets.load(Recipe(data=kind, data_path=path, size=facts.size))
         names, val, said = found.classes, found.val, [found.note] if found.note else []
     numbers, how_matched = match(names, restored.trained)
-    return _relabelled(val, numbers, facts, (f"images: {len(val):,} of {kind}", *said, how_matched))
+    where = kind if data_path is None else str(data_path)
+    return _relabelled(val, numbers, facts, (f"images: {len(val):,} of {where}", *said, how_matched))
 
 
 def _folder(facts: Facts, path: Path | None, held_out: bool) -> tuple[Sequence[str], Files, list[str]]:
@@ -269,9 +270,9 @@ def measure(
         result.unreadable += part.unreadable
         if len(part.labels):
             x = normalise(part.images)
-            if net is None:
-                net = prepared(restored.trained, x[:1], backend, note)
             with torch.no_grad(), torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                if net is None:
+                    net = prepared(restored.trained, x[:1], backend, note)
                 logits = net(x).float()
             verdicts, loss, broken = _judge(logits, part.labels.cpu(), on)
             losses += loss

@@ -98,7 +98,7 @@ def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list
     held = [name for name in names if role(name) == "val"] or [name for name in names if role(name) == "test"]
     trains = [name for name in names if role(name) == "train"]
     if len(held) == 1 and _folders(root / held[0]) and (trains or len(names) == 1):
-        place, notes = root / held[0], [f"of {held[0]}"]
+        place, notes = root / held[0], [f"its validation half, {held[0]}"]
     else:
         place, half, notes = _halves(root)
         if half is not None:

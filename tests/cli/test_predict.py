@@ -272,6 +272,9 @@ def test_a_training_runs_weights_know_their_net_classes_and_images(tmp_path: Pat
     with torch.no_grad():
         expected = net.eval()(normalise(sample.pixels[None]))[0].softmax(0)
     (told,) = json.loads(result.stdout)
+    for other in (tmp_path / "run", max((tmp_path / "run" / "checkpoints").iterdir())):
+        again = _run(tmp_path / "digit.png", "--weights", other, "--top", 10, "--json")
+        assert json.loads(again.stdout) == [told], other
     assert sorted(entry["name"] for entry in told["top"]) == [str(i) for i in range(10)]
     for entry in told["top"]:  # grey to colour and back may round a pixel by 1 of 255
         assert entry["probability"] == pytest.approx(expected[entry["class"]].item(), rel=0.02)
