@@ -27,7 +27,7 @@ import resnet_fast
 from resnet_fast import devices, images
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
-from resnet_fast.training import optim
+from resnet_fast.training import optim, plan
 from resnet_fast.training.augment import Augment
 from resnet_fast.training.data import Sample
 from resnet_fast.training.distributed import World
@@ -115,6 +115,10 @@ class Options(compare.Options):
         if "float16" in self.dtypes and torch.device(self.device).type == "cpu":
             got = "float16 on the CPU"
             raise UserError("training in float32 or bfloat16 there", got, "use --dtype bfloat16, or --device cuda")
+        if torch.device(self.device).type == "cpu":
+            side = registry.image_size(self.model) if self.size is None else self.size
+            widest = "none" if "float32" in self.dtypes else "bfloat16"
+            plan.check_room(self.model, max(self.batches), side, widest, ("--batch", "--size"))
 
     def _check_competitors(self) -> None:
         known = f"providers among {', '.join(NAMES)} for --suite {suites.TRAIN}"

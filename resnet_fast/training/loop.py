@@ -104,7 +104,11 @@ class _Run:
         parts = world.size * recipe.accumulate
         self.plan = loader.Plan(self.data.train_size, recipe.batch, parts, recipe.seed)
         if world.device.type == "cpu":
-            limits.check_input(-(-recipe.batch // parts), recipe.size, names=("batch", "size"))
+            images = -(-recipe.batch // parts)
+            if recipe.freeze is None:
+                plans.check_room(recipe.model, images, recipe.size, recipe.amp)
+            else:
+                limits.check_input(images, recipe.size, names=("batch", "size"))
         self.total = recipe.total_steps(self.plan.steps_per_epoch)
         workers = options.workers
         self.workers = loader.workers_for(self.data, world.device, world.size) if workers is None else workers
