@@ -35,8 +35,8 @@ TRAIN = ["train", "--device", "cpu", "--out", "never"]
         (["bench", "--threads", "100000"], "expected --threads <= "),
         (["bench", "--suite", "train", "--batch", "1000000000"], "expected --batch <= 1,048,576"),
         (
-            ["bench", "--suite", "train", "--model", "resnet18", "--batch", "8"],
-            "a training step of 8 images of 224x224",
+            ["bench", "--suite", "train", "--model", "resnet18", "--batch", "6"],
+            "a training step of 6 images of 224x224",
         ),
         (
             [
