@@ -196,14 +196,19 @@ def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False)
 
 
 def shard(model: nn.Module) -> None:
-    """FSDP2 in place: each residual block a unit of its own, the rest another."""
+    """FSDP2 in place: each residual block a unit of its own, the rest another.
+
+    Frozen parameters stay whole in each process: they have neither gradient nor optimizer state, which sharding saves.
+    """
     from torch.distributed.fsdp import fully_shard
 
+    frozen = {p for p in model.parameters() if not p.requires_grad}
     for name, stage in model.named_children():
         if name.startswith("layer"):
             for block in stage.children():
-                fully_shard(block)
-    fully_shard(model)
+                if any(p.requires_grad for p in block.parameters()):
+                    fully_shard(block, ignored_params=frozen)
+    fully_shard(model, ignored_params=frozen)
 
 
 def reshard(model: nn.Module) -> None:

@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from resnet_fast.errors import UserError
+from resnet_fast.models import registry
 from resnet_fast.training import checkpoint, distributed, loader, optim, recipe, runlog
 from resnet_fast.training.distributed import World
 from resnet_fast.training.step import Normalise, Step
@@ -203,6 +204,26 @@ def test_two_processes_then_one_then_four_equal_one_run(four: dict[str, Path], a
 def test_four_shards_go_on_from_two_processes(name: str, four: dict[str, Path], alone: Callable[..., Path]) -> None:
     """From a sharded checkpoint, and from the whole one that DDP writes."""
     assert_same(four[name], alone(4, "-short-ema", steps=6, ema=0.5))
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_frozen_stages_stay_as_they_came_however_a_net_is_spread(tmp_path: Path, alone: Callable[..., Path]) -> None:
+    """With averaged weights, under DDP and FSDP, where frozen parameters are not sharded; stopped and gone on with."""
+    torch.manual_seed(1)
+    weights = dict(registry.build("cifar_resnet20", num_classes=7).state_dict())
+    save_file(weights, tmp_path / "weights.safetensors")
+    tuned = {"weights": str(tmp_path / "weights.safetensors"), "freeze": "layer1", "ema": 0.5, "steps": 4}
+    runs: list[dict[str, Any]] = [{"out": tmp_path / "ddp", "recipe": tuned}]
+    fsdp = {"out": tmp_path / "fsdp", "recipe": tuned}
+    runs += [fsdp | {"options": {"parallel": "fsdp"} | more} for more in ({"stop_after": 2}, {"resume": "auto"})]
+    code, said = spread(2, tmp_path, runs)
+    assert code == 0, said
+    for name in ("ddp", "fsdp"):
+        assert_same(tmp_path / name, alone(2, "-frozen", **tuned))
+        found = load_file(tmp_path / name / "model.safetensors")
+        kept = [n for n in found if n.startswith(("conv1", "bn1", "layer1"))]
+        assert len(kept) > 20 and all(torch.equal(found[n], weights[n]) for n in kept)
 
 
 @needs_gloo
