@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from typing import Any, ClassVar
 
@@ -228,7 +229,7 @@ def _described(expected: str, got: Any) -> str:
     name = kind.__name__
     if is_altered(got):
         return f"{name} with a hook or a replaced forward"
-    return f"{kind.__module__}.{kind.__qualname__}" if name in expected.split() else name
+    return f"{kind.__module__}.{kind.__qualname__}" if name in re.findall(r"\w+", expected) else name
 
 
 def conv_obstacle(name: str, conv: Any) -> str:

@@ -53,7 +53,7 @@ from .. import derived
 from ..dispatch import catalog, record, select
 from ..errors import BackendError
 from ..locks import Lock
-from .fused import is_altered, untraceable
+from .fused import Fused, is_altered, untraceable
 
 if TYPE_CHECKING:
     from .stem import Net
@@ -188,7 +188,10 @@ class Layers:
 
     def __init__(self, net: nn.Module):
         named = [(name, m) for name, m in net.named_modules() if m is not net]
-        self.obstacle = next(filter(None, (_layer_obstacle(name, m) for name, m in named)), "")
+        self.obstacle = next(
+            filter(None, (_layer_obstacle(name, m) for name, m in named)), _function_of("the net", net)
+        )
+        self._own = net.__dict__
         self._modules = [m for _, m in named]
         self._types = list(map(type, self._modules))
         self._classes = list(dict.fromkeys(self._types))
@@ -217,6 +220,7 @@ class Layers:
             values == self._values
             and not any(self._hooks)
             and list(map(len, self._fields)) == self._sizes  # an attribute more, as a replaced forward is
+            and self._own["_modules"].keys().isdisjoint(self._own)  # a plain attribute hides a child of its name
             and list(map(type, self._modules)) == self._types
             and list(map(_forward, self._classes)) == self._forwards
             and self._children == self._members
@@ -299,6 +303,14 @@ def _layer_obstacle(name: str, m: nn.Module) -> str:
         return f"{name} is in training mode; call eval() on the whole net"
     if not cls.__module__.startswith(_LIBRARIES):
         return f"{name} is a {cls.__module__}.{cls.__qualname__}, whose Python code a replay would not run"
+    return _function_of(name, m) if isinstance(m, Fused) else ""
+
+
+def _function_of(name: str, m: nn.Module) -> str:
+    """The sentence for a function in place of a child, which may be exchanged unseen; empty if there is none."""
+    for attribute, value in m.__dict__.items():
+        if attribute != "forward" and callable(value) and not isinstance(value, type):
+            return f"{attribute} of {name} is a function, which a replay would not run"
     return ""
 
 

@@ -167,6 +167,31 @@ def test_a_replaced_class_is_not_replayed(
     assert len(recorder.captures) == 3  # with the other Linear, and without it again
 
 
+def function_as_classifier(model: nn.Module) -> None:
+    del model.fc
+    model.fc = torch.sin
+
+
+def function_that_hides_the_classifier(model: nn.Module) -> None:
+    object.__setattr__(model, "fc", torch.sin)
+
+
+def function_as_shortcut(model: nn.Module) -> None:
+    model.layer1[0].downsample = torch.sin
+
+
+@pytest.mark.parametrize("edit", [function_as_classifier, function_that_hides_the_classifier, function_as_shortcut])
+def test_a_function_in_place_of_a_layer_is_not_replayed(
+    edit: Callable[[nn.Module], None], net: nn.Module, recorder: type[CpuRecorder]
+) -> None:
+    x = image()
+    with torch.no_grad():
+        net(x)
+        edit(net)
+        assert torch.equal(net(x), eager(net, x))
+    assert replays() == 1 and "is a function, which a replay would not run" in fallbacks()
+
+
 def test_an_obstacle_that_goes_away(net: nn.Module, recorder: type[CpuRecorder]) -> None:
     with torch.no_grad():
         handle = net.layer3[0].conv1.register_forward_hook(lambda *args: None)

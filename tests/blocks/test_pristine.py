@@ -321,4 +321,7 @@ def test_a_class_of_the_same_name_is_named_in_full() -> None:
     other.__module__ = "library.layers"
     reason = fused.conv_obstacle("conv1", other(8, 8, 3))
     assert reason == "expected conv1 to be a plain Conv2d, got library.layers.Conv2d; it runs unfused"
+    norm = types.new_class("BatchNorm2d", (nn.BatchNorm2d,))
+    norm.__module__ = "library.norms"
+    assert fused.norm_obstacle("bn1", norm(8)).endswith("got library.norms.BatchNorm2d; it runs unfused")
     assert fused.obstacle("relu to be a plain ReLU", None).endswith("got None; it runs unfused")
