@@ -70,7 +70,7 @@ def _load_safetensors(path: Path) -> File:
 
 
 def _load_pickle(path: Path) -> Any:
-    whole = zipfile.is_zipfile(path)  # a cut archive has lost its table of contents
+    whole = _is_archive(path)  # a cut archive has lost its table of contents
     try:
         if whole:
             _check_archive(path)
@@ -110,6 +110,13 @@ def _load_pickle(path: Path) -> Any:
             f"{path} ({type(error).__name__} while reading)",
             "copy or download the file again",
         ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a table of contents that claims several disks
+        return False
 
 
 def _check_archive(path: Path) -> None:

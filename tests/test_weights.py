@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import random
 import struct
 import tarfile
 import zipfile
@@ -199,6 +200,42 @@ def test_a_pytorch_file_of_another_kind(tmp_path: Path, write, message: str) -> 
     with pytest.raises(UserError, match=message) as caught:
         weights.read(tmp_path / "w.pth")
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_an_archive_on_several_disks(tmp_path: Path) -> None:
+    torch.save(_Net().state_dict(), tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    disks = content.rindex(b"PK\x06\x07") + 16  # in the locator of the table of contents
+    content[disks : disks + 4] = struct.pack("<I", 2)
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"got .*w\.pth"):
+        weights.read(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "old.pth"])
+def test_damaged_bytes_are_an_error_of_the_file_or_other_weights(tmp_path: Path, name: str) -> None:
+    path, state = tmp_path / name, _Net().state_dict()
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata={"resnet_fast": json.dumps({"model": "resnet18"})})
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name != "old.pth")
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 3, 20))):
+            place = draw.randrange(len(content))
+            change = draw.choice(("set", "cut", "add"))
+            if change == "set":
+                content[place] = draw.randrange(256)
+            elif change == "cut":
+                del content[place : place + draw.randrange(1, 30)]
+            else:
+                content[place:place] = draw.randbytes(draw.randrange(1, 9))
+        path.write_bytes(content)
+        try:
+            weights.open_file(path)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 900
 
 
 @pytest.mark.parametrize(
