@@ -216,7 +216,7 @@ def test_a_sharded_checkpoint(tiny: Callable[..., Recipe], averaged: bool, tmp_p
     how = tiny(ema=0.5 if averaged else 0.0)
     model = optim.build(how, 10)
     ema = optim.averaged(model, how)
-    state = checkpoint.State(model, optim.sgd(model, how), torch.amp.GradScaler("cpu", enabled=False), ema)
+    state = checkpoint.State(model, optim.optimizer(model, how), torch.amp.GradScaler("cpu", enabled=False), ema)
     if ema is not None:
         with torch.no_grad():
             ema.module.fc.bias += 1  # type: ignore[operator, union-attr]
