@@ -21,7 +21,8 @@ KEY = "resnet_fast"
 
 MAX_TEXT = 4 << 20
 """Characters: 20,000 classes with long names take a fifth of it."""
-MAX_RESIZE = 8.0
+MAX_RESIZE = 2.0
+"""The short side over the crop: 256 of 224 is usual. A picture of extreme shape has four times its square."""
 AMP = ("none", "bfloat16", "float16")
 
 

@@ -172,6 +172,18 @@ def test_a_batch_changes_no_answer(folder: Path, tmp_path: Path, capsys: pytest.
         assert [t["probability"] for t in a["top"]] == pytest.approx([t["probability"] for t in b["top"]], rel=1e-4)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_a_cpus_answers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "3.png").unlink()
+    found = []
+    for device in ("cpu", "cuda"):
+        assert _main(tmp_path, folder, "--json", "--device", device) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for a, b in zip(*found, strict=True):
+        by_class = [{t["class"]: t["probability"] for t in answer["top"]} for answer in (a, b)]
+        assert by_class[0] == pytest.approx(by_class[1], rel=1e-2, abs=1e-4)
+
+
 def test_assumptions_are_said_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _main(tmp_path, folder)
     err = capsys.readouterr().err

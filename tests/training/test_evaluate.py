@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -106,6 +107,43 @@ def test_classes_are_matched_by_name(classifier: Callable[..., Path], tmp_path: 
             answers.append(int(net(found.trained.inputs(images.read(Path(name)).pixels)[None]).argmax()))
     assert result.wrong == sum(a != b for a, b in zip(answers, on.labels.tolist(), strict=True))
     assert result.top5 == 1.0 and result.images == 12 and set(result.per_class) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_known_set_is_matched_by_name_and_normalised_as_the_weights_ask(channels: int, tmp_path: Path) -> None:
+    """Fashion-MNIST's files; weights with its classes in reverse order, of grey pictures or of colour."""
+    drawn = torch.Generator().manual_seed(0)
+    for stem, n in (("train", 12), ("t10k", 20)):
+        pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=drawn)
+        head = b"\0\0\x08" + b"".join(v.to_bytes(4, "big") for v in (n, 28, 28))
+        (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(head[:3] + b"\x03" + head[3:] + pixels.numpy().tobytes())
+        labels = bytes(i % 10 for i in range(n))
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels)
+    told = Facts(
+        "cifar_resnet20", 16, data.FASHION[::-1], (0.4,) * channels, (0.3,) * channels, 1.0, data="fashion-mnist"
+    )
+    net = registry.build("cifar_resnet20", num_classes=10).eval()
+    save_file(net.state_dict(), tmp_path / "w.safetensors", metadata={"resnet_fast": told.to_json()})
+    found = restored.load(tmp_path / "w.safetensors")
+    on = evaluate.target(found, None, tmp_path)
+    assert on.labels.tolist() == [9 - i % 10 for i in range(20)]
+    seen: list[evaluate.Verdict] = []
+    evaluate.measure(found, on, workers=0, batch=7, tell=lambda verdicts, done, bad: seen.extend(verdicts))
+    resized = torchvision.transforms.v2.functional.resize(pixels[:, None], [16, 16], antialias=True)
+    with torch.no_grad():
+        shares = net((resized.expand(-1, 3, -1, -1) / 255 - 0.4) / 0.3).softmax(1)
+    assert [v.answer for v in seen] == shares.argmax(1).tolist()
+    assert [v.probability for v in seen] == pytest.approx(shares.amax(1).tolist(), rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+def test_a_gpu_measures_what_a_cpu_does(classifier: Callable[..., Path], amp: str, tmp_path: Path) -> None:
+    _pictures(tmp_path / "data", 8)
+    path = classifier(*COLOURS)
+    results = [_evaluate(path, None, tmp_path / "data", device=device, amp=amp) for device in ("cpu", "cuda")]
+    assert abs(results[0].wrong - results[1].wrong) <= (1 if amp == "none" else 3)  # a near tie may turn
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-3 if amp == "none" else 0.05)
 
 
 def test_wnids_and_imagenets_names_are_classes_of_imagenet(tmp_path: Path) -> None:
