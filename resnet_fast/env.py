@@ -7,6 +7,7 @@ answer, with a native library that does not load. It is plain text, to be pasted
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import subprocess
@@ -290,4 +291,6 @@ def _text(fact: Any) -> str:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a device may have letters that a terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(render(collect()))

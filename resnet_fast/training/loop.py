@@ -201,6 +201,7 @@ class _Run:
 
     def _where_to_begin(self) -> tuple[Path | None, dict[str, Any], list[str]]:
         out, resume = self.options.out, self.options.resume
+        runlog.check_place(out)
         if not resume:
             if checkpoint.found(out):
                 raise UserError(

@@ -42,6 +42,18 @@ def _line(text: str) -> dict[str, Any] | None:
     return line if known else None
 
 
+WRITTEN = (NAME, "curves.png", "best.safetensors", "model.safetensors")
+"""What a run writes into its folder under fixed names."""
+
+
+def check_place(out: Path) -> None:
+    """UserError where a run in ``out`` would write over files that no run wrote: there is no line of a run's log."""
+    there = [name for name in WRITTEN if (out / name).exists() and (out / name).stat().st_size]
+    if there and not read(out):
+        got = f"{out}, where {', '.join(there)} would be lost: there is no log of a run beside"
+        raise UserError("an output folder that is a run's, or new", got, "name another with --out")
+
+
 def of_kind(out: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read(out) if line["kind"] == kind]
 

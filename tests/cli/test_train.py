@@ -248,3 +248,12 @@ def test_names_of_folders_do_not_steer_the_terminal(capsys: pytest.CaptureFixtur
     assert code == 0 and r"(cat\x1b[2J, dog\n)" in err and "\x1b" not in err
     code, _, err = say([*data, "no\x1b[2J", "--out", str(tmp_path / "other")], capsys)
     assert code == 2 and "\x1b" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "model.safetensors"])
+def test_files_that_no_run_wrote_are_left(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("mine")
+    code, out, err = say([*TINY, "--out", str(tmp_path)], capsys)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"where {name} would be lost" in err and "name another with --out" in err
+    assert (tmp_path / name).read_text() == "mine"
