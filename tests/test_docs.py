@@ -235,3 +235,12 @@ def test_figures_of_the_readme_are_labelled() -> None:
     assert [
         row for row in table if not re.search(r"measured|counted|modelled", row.rstrip("| ").rpartition("|")[2])
     ] == []
+
+
+def test_pages_that_code_names_exist() -> None:
+    named = re.compile(r"\bdocs/[\w/.-]+\.(?:md|json|png)")
+    kinds = {".py", ".cu", ".h", ".cpp", ".txt", ".yaml", ".toml"}
+    folders = [ROOT / folder for folder in ("resnet_fast", "benchmarks", "csrc", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in kinds] + [ROOT / "setup.py"]
+    wanted = {page for path in files for page in named.findall(path.read_text(encoding="utf-8"))}
+    assert len(wanted) > 5 and [page for page in wanted if not (ROOT / page).exists()] == []
