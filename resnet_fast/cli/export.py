@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError, printable
-from .output import say, show
+from .output import progress_bar, say, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,12 +57,15 @@ def export(
         say(text)
     limits.check_input(batch, facts.size, names=("--batch", "--size"))
     real, kind = _real(images, replace(classifier, facts=facts))
-    checked = exporting.export(classifier.net, facts, out, batch=batch if static else None, opset=opset, inputs=real)
+    fixed = batch if static else None
+    with progress_bar(silent=json) as progress:
+        progress(0, 1, f"writing and comparing {out.name}")
+        checked = exporting.export(classifier.net, facts, out, batch=fixed, opset=opset, inputs=real)
     if json:
-        told = {"out": str(out), "bytes": out.stat().st_size, "size": facts.size, "batch": batch if static else None}
+        told = {"out": str(out), "bytes": out.stat().st_size, "size": facts.size, "batch": fixed}
         print(files.json_text(told | asdict(checked), indent=2))
         return
-    shape = f"({batch if static else 'N'}, 3, {facts.size}, {facts.size})"
+    shape = f"({fixed or 'N'}, 3, {facts.size}, {facts.size})"
     result = "not run: onnxruntime is not installed, the file was only checked"
     if checked.runner:
         result = (

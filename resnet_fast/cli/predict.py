@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
+from ..flags import BACKENDS
 from .answers import Writer, csv_lines, json_array, tables
+from .options import one_of
 from .output import progress_bar, say
 
 
@@ -34,7 +36,7 @@ def predict(
     batch: Annotated[int, typer.Option(help="Pictures at a time; their answers are printed together.")] = 16,
     device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
+    backend: Annotated[str, one_of(BACKENDS, "Backend that has to run it")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON array in place of tables.")] = False,
     csv: Annotated[
         str | None, typer.Option(help="Write a line per picture and class to this file, in place of tables; - prints.")
@@ -44,7 +46,7 @@ def predict(
 
     A picture that cannot be read is named on stderr and the others go on; the exit code is 2 then.
     """
-    from .. import classify, devices, flags, images, limits
+    from .. import classify, devices, images, limits
     from ..training import restored
 
     limits.check_count("--top", top, 1, sys.maxsize)
@@ -52,7 +54,6 @@ def predict(
     limits.check_threads(threads)
     if json and csv == "-":
         raise UserError("one format on stdout", "--json and --csv -", "name a file with --csv")
-    flags.check_backend(backend)
     devices.check_device(device)
     if threads is not None:
         import torch

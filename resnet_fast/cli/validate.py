@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError, printable
+from ..facts import AMP
+from ..flags import BACKENDS
 from .answers import csv_file
+from .options import one_of
 from .output import progress_bar, say, show
 
 if TYPE_CHECKING:
@@ -55,10 +58,8 @@ def validate(
         int | None, typer.Option(help="Processes that read images; by default one per core, at most 8.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.")] = None,
-    amp: Annotated[
-        str | None, typer.Option(help="Autocast to none, bfloat16 or float16; by default as the run validated.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, or the one backend that has to run it.")] = "auto",
+    amp: Annotated[str | None, one_of(AMP, "Dtype of autocast, by default that of the run's validation")] = None,
+    backend: Annotated[str, one_of(BACKENDS, "Backend that has to run it")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     csv: Annotated[str | None, typer.Option(help="Write a line per image to this file.")] = None,
 ) -> None:
@@ -66,18 +67,14 @@ def validate(
 
     Unreadable images are named on stderr and counted; outputs that are not numbers make the exit code 2.
     """
-    from .. import devices, flags, limits
-    from ..facts import AMP
+    from .. import devices, limits
     from ..training import evaluate, restored
 
     limits.check_input(batch, None)
     limits.check_threads(threads)
     limits.check_workers(workers)
-    if amp is not None and amp not in AMP:
-        raise UserError(f"--amp among {', '.join(AMP)}", repr(amp), "correct --amp")
     if csv == "-":
         raise UserError("a file's name with --csv", "-, where the tables go", "name a file")
-    flags.check_backend(backend)
     devices.check_device(device)
     if threads is not None:
         import torch

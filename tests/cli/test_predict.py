@@ -84,7 +84,7 @@ def test_table_shows_names_from_a_file(net: nn.Module, tmp_path: Path) -> None:
         ({"model": "cifar_resnet32"}, "this model's names"),
         ({"model": "resnet5"}, "resnet5"),
         ({"top": 0}, "expected --top >= 1, got 0"),
-        ({"backend": "turbo"}, "expected a backend among .* got 'turbo'"),
+        ({"backend": "turbo"}, "expected --backend among .* got 'turbo'"),
         ({"names": "red.png"}, "text file of class names"),
         ({"names": "short.txt"}, "expected 7 class names, one per line, got 2"),
     ],
