@@ -82,9 +82,34 @@ class Fused(nn.Module):
         if reason:
             return True
         reason = self.unfusable() or self.unbatched(x) or self.unsynchronized(x) or self.unkept()
+        quiet = not reason
+        if torch.is_grad_enabled():
+            reason = reason or self.unequal(x)
         if reason:
-            record.stock(self, self.op, reason)
+            record.stock(self, self.op, reason, quiet)
         return bool(reason)
+
+    def unequal(self, x: Tensor) -> str:
+        """Why the op's gradients would not be the stock layers' bit for bit, as they must be without training kernels.
+
+        Empty if they would be, or nothing needs a gradient. The reference computes BatchNorm in the order of operations
+        of ``batch_norm``, and FrozenBatchNorm2d has another.
+        """
+        got = self.unlike_reference()
+        if not got:
+            return ""
+        names = {"downsample", *(name for pair in self.layers for name in pair)} & self._modules.keys()
+        layers = [m for name in names if (m := self._modules[name]) is not None]
+        if not x.requires_grad and not any(p.requires_grad for m in layers for p in m.parameters()):
+            return ""
+        if select.trains(x.device.type, x.dtype, self.backend):
+            return ""
+        return f"expected layers that the reference repeats bit for bit in training, got {got}; it runs unfused"
+
+    def unlike_reference(self) -> str:
+        """What the reference rounds in another order than this module's own layers; empty if nothing."""
+        frozen = any(type(self._modules.get(norm)) is FrozenBatchNorm2d for _, norm in self.layers)
+        return "FrozenBatchNorm2d" if frozen else ""
 
     def unkept(self) -> str:
         """Why nothing that inference derives from the weights can be kept; empty if it can.

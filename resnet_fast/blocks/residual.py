@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall
@@ -41,6 +42,17 @@ class ResidualBlock(Fused):
         convs = tuple([conv_record(conv) for conv, _ in pairs])
         norms = tuple([norm_record(norm) for _, norm in pairs])
         return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend, self.save)
+
+    def unlike_reference(self) -> str:
+        """FrozenBatchNorm2d, or a shortcut that would be computed before the convolutions, where the stock block
+        computes it after them: the gradients of its input are then summed in another order."""
+        downsample = child(self, "downsample")
+        parts = None if downsample is None else projection_parts(downsample)
+        if downsample is not None and (parts is None or parts[0] is not None):
+            return "a shortcut with a layer besides its projection"
+        if parts is not None and type(parts[2]) is FrozenBatchNorm2d:
+            return "FrozenBatchNorm2d"
+        return super().unlike_reference()
 
     def parts(self, x: Tensor) -> tuple[BlockCall, ...] | None:
         """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own."""
