@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -587,6 +589,51 @@ def test_a_signal_to_the_command_and_its_workers(number: int, code: int, options
     name = signal.Signals(number).name
     assert said.splitlines()[-1] == f"stopped by {name} after step {last}, saved; go on with --resume auto"
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_leaves_a_saved_run(options: Make) -> None:
+    """As a lost connection does: the kernel sends SIGHUP, and whatever is printed from then on fails."""
+    run = options()
+    own_terminal = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", own_terminal, "-m", "resnet_fast.cli.main", "train", "--out", str(run.out)]
+    command += [
+        "--log-every",
+        "1",
+        "--size",
+        "8",
+        "--batch",
+        "16",
+        "--epochs",
+        "5000",
+        "--set",
+        "subset=64",
+        "--save-steps",
+        "100000",
+    ]
+    command += ["--threads", "1", "--device", "cpu", "--no-tensorboard"]
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    threading.Thread(target=_drain, args=(ours,), daemon=True).start()
+    try:
+        end = time.monotonic() + 120
+        while process.poll() is None and len(steps(run.out)) < 5:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        os.close(ours)
+    assert process.wait(60) == 129
+    assert checkpoint.step_of(checkpoint.found(run.out)[0]) == steps(run.out)[-1]
+
+
+def _drain(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
 
 
 @pytest.mark.slow
