@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import flags, native
+from . import flags, limits, native
 from ._version import __version__
 from .errors import BackendError, UserError
 
@@ -107,10 +107,6 @@ def _isa() -> dict[str, bool]:
             # The kernel does not list avx_ne_convert on every version: absent here says nothing about the CPU.
             return {name: name in flags for name in ISA if name != "avx_ne_convert"}
     raise LookupError("/proc/cpuinfo lists no flags and there is no host module")
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _torch_threads() -> int:
@@ -212,7 +208,7 @@ SECTIONS: dict[str, dict[str, Probe] | Probe] = {
     "cpu": {
         "model": cpu_model,
         "isa": _isa,
-        "cpus": _usable_cpus,
+        "cpus": limits.cores,
         "torch threads": _torch_threads,
         "torch capability": _torch_capability,
         "onednn": _onednn,
