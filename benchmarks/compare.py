@@ -213,12 +213,17 @@ def speeds(
 
 
 def run(
-    options: Options, progress: Progress = lambda done, total, what: None, model: nn.Module | None = None
+    options: Options,
+    progress: Progress = lambda done, total, what: None,
+    model: nn.Module | None = None,
+    report: Report | None = None,
 ) -> Report:
     """Measure every cell of ``options``. UserError for options that cannot be used, before anything is measured.
 
     ``model``: a stock net in eval mode, float32, CPU, to measure in place of the one that the options build.
+    ``report``: an empty one to fill; after an error or an interrupt it holds the cells that were measured until then.
     """
+    report = Report() if report is None else report
     options.check()
     competitors = providers.select(options.providers)
     size = options.size or registry.image_size(options.model)
@@ -229,7 +234,7 @@ def run(
         largest = max(*options.batches, min(REFERENCE_IMAGES, len(photos)))
         x = images.batch(photos, largest, size, options.seed)
         cases = suites.cases(options.suite, options.model, model, x)
-        report = Report(provenance=origin(options, photos, size))
+        report.provenance.update(origin(options, photos, size))
         cells = [(c, d, b) for c in cases for d in options.dtypes for b in options.batches]
         steps = Steps(progress, len(cells), len(competitors) * (1 + options.rounds))
         start = time.monotonic()

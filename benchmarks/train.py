@@ -156,15 +156,21 @@ class Report(compare.Report):
     row_type: ClassVar[type[compare.Timed]] = Row
 
 
-def run(options: Options, progress: compare.Progress = lambda done, total, what: None) -> Report:
-    """Measure every cell of ``options``. UserError for options that cannot be used, before anything is measured."""
+def run(
+    options: Options, progress: compare.Progress = lambda done, total, what: None, report: Report | None = None
+) -> Report:
+    """Measure every cell of ``options``. UserError for options that cannot be used, before anything is measured.
+
+    ``report``: an empty one to fill; after an error or an interrupt it holds the cells that were measured until then.
+    """
+    report = Report() if report is None else report
     options.check()
     competitors = tuple(t for t in TRAINERS if t.name in options.providers)
     size = options.size or registry.image_size(options.model)
     photos = images.load(options.images, limit=max(options.batches))
     with compare.thread_count(options.threads), _device(options.device) as device:
         model = compare.network(options.model, photos, options.weights, size, options.seed)
-        report = Report(provenance=compare.origin(options, photos, size))
+        report.provenance.update(compare.origin(options, photos, size))
         report.provenance.update(memory=memory.method(options.device), steps=options.steps, learning_rate=RATE)
         cells = list(itertools.product(options.dtypes, options.batches))
         per_cell = len(competitors) * (options.steps + 1 + options.rounds)

@@ -91,12 +91,22 @@ def bench(
     options.check()
     report.require_matplotlib()
     report.prepare_folder(out)
-    with progress_bar(silent=json) as progress:
-        result = train.run(options, progress) if training else compare.run(options, progress)
-    if json:
-        typer.echo(report.to_json(result), nl=False)
-    else:
-        show(*report.tables(result), report.reading(result))
+    result: Any = train.Report() if training else compare.Report()
+
+    def show_result() -> None:
+        if json:
+            typer.echo(report.to_json(result), nl=False)
+        else:
+            show(*report.tables(result), report.reading(result))
+
+    try:
+        with progress_bar(silent=json) as progress:
+            (train if training else compare).run(options, progress, report=result)
+    except BaseException:  # Ctrl-C, or too little memory for the last batch size: what was measured is not lost
+        if result.rows:
+            show_result()
+        raise
+    show_result()
     written = report.write(result, out)  # after the tables: a disk that is full takes nothing from them
     if not json:
         show(f"written: {', '.join(map(str, written))}")

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,22 @@ def test_an_own_report_is_replaced(tmp_path: Path, picture: Path) -> None:
     for _ in range(2):
         result = _run(*arguments)
         assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 2)])
+def test_cells_measured_before_an_end_are_printed(
+    error: BaseException, code: int, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    whole = compare._Cell.run
+
+    def second_fails(self: compare._Cell, *arguments: Any) -> None:
+        if self.batch == 2:
+            raise error
+        whole(self, *arguments)
+
+    monkeypatch.setattr(compare._Cell, "run", second_fails)
+    arguments = [*SMALL, "--providers", "eager-nhwc", "--images", picture, "--threads", "1", "--out", tmp_path / "o"]
+    assert main(["bench", *map(str, arguments)]) == code
+    out = capsys.readouterr().out
+    assert "batch 1, cpu" in out and "batch 2" not in out and "written: " not in out
