@@ -60,6 +60,8 @@ def test_it_reproduces_what_the_run_logged(
     ends = {place: int(place.name.partition("-")[2]) for place in checkpoint.found(run)}
     paths = {run: last, run / "model.safetensors": last} | {p: step for p, step in ends.items() if step in epochs}
     assert len(paths) == 2 + len(epochs)
+    (best,) = checkpoint.bests(run)
+    paths |= {best: checkpoint.step_of(best), run / "best.safetensors": checkpoint.step_of(best)}
     for path, step in paths.items():
         logged = epochs[step]
         result = _evaluate(path)
