@@ -368,7 +368,7 @@ def test_autocast_equals_stock_on_the_reference(kind: str, nets: SimpleNamespace
     """Training and eval under bfloat16 autocast, running statistics kept in float32."""
     stock = getattr(nets, kind)().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(2, 3, 64, 64)  # of fewer pixels, oneDNN's own bf16 weight gradients vary from run to run
 
     def run(model: nn.Module) -> list[object]:
         with torch.autocast("cpu", torch.bfloat16):
