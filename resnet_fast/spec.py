@@ -492,6 +492,19 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Upkeep:
+    """What the states of an implementation cost.
+
+    ``elements(call, spec, earlier)``: how many weights ``prepare`` would fold and pack, those shared with ``earlier``
+    states left out. ``nbytes(states)``: memory that the states hold, what they share counted once. A state that has
+    grown since it was prepared says so by ``grown``.
+    """
+
+    elements: Callable[[Any, Any, list[Any]], int]
+    nbytes: Callable[[list[Any]], int]
+
+
+@dataclass(frozen=True)
 class Impl:
     """One backend's implementation of one op.
 
@@ -500,7 +513,8 @@ class Impl:
     output tensor, of the shape, dtype and layout that the spec states; or a :class:`Verdict`, where the numbers in the
     call's tensors rule it out, and nothing was written. ``state`` is what ``prepare(call, spec,
     earlier)`` computed from the call's parameters (folded, packed weights), kept until one of them changes; ``earlier``
-    are the states of the same parameters for inputs of other sizes, to share parts with. An Impl that accepts a spec
+    are the states of the same parameters for inputs of other sizes, to share parts with. With ``upkeep``, preparing
+    must pay (:mod:`resnet_fast.worth`) unless the backend was asked for by name. An Impl that accepts a spec
     with ``grad`` either has ``training``, which then serves every spec with ``grad`` or batch statistics, or returns a
     result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
     """
@@ -514,3 +528,4 @@ class Impl:
     devices: tuple[str, ...] = ()
     note: str = ""
     training: Training | None = None
+    upkeep: Upkeep | None = None

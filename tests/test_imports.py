@@ -102,7 +102,7 @@ def test_imports_point_down() -> None:
 
 
 def test_the_leaves_import_no_layer() -> None:
-    for leaf in ("spec", "folding", "flags", "errors", "calls", "derived"):
+    for leaf in ("spec", "folding", "flags", "errors", "calls", "derived", "locks", "worth"):
         layers = [name for name in ("models", "blocks", "ops", "dispatch", "backends")]
         text = (ROOT / "resnet_fast" / f"{leaf}.py").read_text()
         assert not [n for n in layers if f"from .{n}" in text or f"from resnet_fast.{n}" in text], leaf

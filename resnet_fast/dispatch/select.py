@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,7 @@ def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: A
     record.chosen(spec, choice)
     y = choice.impl.run(call, spec, state)
     if isinstance(y, Verdict):
-        refused = tuple((name, reason) for name, reason in choice.refused if name != "reference")
-        choice = Choice(_reference(call.op), (*refused, (choice.impl.backend, y.reason)), y.reason)
+        choice = replace(stock(spec, choice, y.reason), fell_back=y.reason)
         record.chosen(spec, choice)
         y, state = choice.impl.run(call, spec, None), None
     record.ran(call, spec, choice, state)
@@ -142,6 +141,12 @@ def run(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice) -> Tensor:
 def trace(call: Call) -> Tensor:
     """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
     return _reference(call.op).run(call, None, None)
+
+
+def stock(spec: Spec | NetSpec, choice: Choice, reason: str) -> Choice:
+    """In place of ``choice``, what the stock layers do: the reference. No fallback: it is the faster one for now."""
+    refused = tuple((name, why) for name, why in choice.refused if name != "reference")
+    return Choice(_reference(spec.op), (*refused, (choice.impl.backend, reason)))
 
 
 def _reference(op: str) -> Impl:

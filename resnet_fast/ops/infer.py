@@ -3,31 +3,50 @@
 What is kept hangs on the call's parameters (:mod:`resnet_fast.derived`, which sees every change of them) under all else
 that decides: the input's shape, strides, dtype and device, the numbers of the call, the backend asked for and the
 backends that work. A call like an earlier one costs one look-up.
+
+Where preparing costs more than a call or two, it has to pay (:mod:`resnet_fast.worth`); until it does, the call runs on
+the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain`` wants to see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from .. import derived
+from .. import derived, worth
 from ..calls import Call, NetCall
-from ..dispatch import catalog, select
-from ..spec import NetSpec, Spec
+from ..dispatch import catalog, record, select
+from ..spec import BlockSpec, Impl, NetSpec, Spec
 from .check import spec_of
 
 BLOCK_SIZES, NET_SIZES = 8, 3
-"""Input sizes kept at a time: a detector's blocks see many, a classifier's whole net a batch and a remainder."""
+"""Input sizes kept at a time by backends that do not count the memory of their states."""
+
+COPIES = 3
+"""Memory that the states of one set of parameters may take, in fp32 copies of its weights."""
+
+SIZES = 64
+"""Input sizes kept at a time at most, however little memory they take."""
+
+NOT_YET = (
+    "expected more calls with these weights and this input size, to make up for folding and packing them; until then "
+    "the stock layers' operations run, use_backend('onednn') packs at once"
+)
 
 
-class Plan(NamedTuple):
-    """All that is needed to run a call."""
+@dataclass(slots=True)
+class Plan:
+    """All that is needed to run a call. ``earns``: what a call adds to the account of its parameters; ``used``: when it
+    last did."""
 
     spec: Spec | NetSpec
     choice: select.Choice
     state: Any
+    earns: float = 0.0
+    used: int = 0
 
 
 def infer(call: Call, backend: str) -> Tensor:
@@ -49,19 +68,99 @@ def infer_tiles(call: NetCall, tile: int, backend: str) -> Iterator[Tensor]:
 def _plan(call: Call | NetCall, backend: str) -> Plan:
     x = call.x
     parameters = call.parameters()
-    numbers = call.numbers()
     anchored = any(p is not None for p in parameters)
     if not anchored or not catalog.prepares(x.device.type) or call.batch_stats:
         spec = spec_of(call, grad=False)
         choice = select.choose(spec, x.device.type, backend)
         return Plan(spec, choice, select.prepare(call, spec, choice, []))
-    fixed = (type(call), numbers, x.dtype, x.device, select.requested(backend), catalog.fingerprint())
+    fixed = (type(call), call.numbers(), x.dtype, x.device, select.requested(backend), catalog.fingerprint())
+    key = (fixed, x.shape, x.stride())
+    entry = derived.entry(parameters)
+    with entry.lock:
+        plan: Plan | None = entry.find(parameters, key)
+        if plan is None:
+            plan = _new(entry, call, parameters, key, backend)
+        elif getattr(plan.state, "grown", False):
+            plan.state.grown = False
+            _shrink(entry, plan)
+        if entry.notes is not None:
+            plan.used = entry.notes.earn(plan.earns)
+    return plan
+
+
+def _new(
+    entry: derived.Entry,
+    call: Call | NetCall,
+    parameters: derived.Sources,
+    key: tuple[Any, ...],
+    backend: str,
+) -> Plan:
+    """A plan for a call that none is kept for: kept from now on, or for this call alone where that does not pay."""
+    spec = spec_of(call, grad=False)
+    choice = select.choose(spec, call.x.device.type, backend)
+    upkeep = choice.impl.upkeep
+    earlier = [plan.state for other, plan in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
+    work = worth.of_stock_call(spec.flops(), _convolutions(spec)) if upkeep else 0.0
+    if upkeep and select.requested(backend) == "auto" and not record.watched():
+        if entry.notes is None:
+            entry.notes = worth.Account(worth.PACK * upkeep.elements(call, spec, []))
+        version = None if entry.values else _version(parameters)
+        elements = upkeep.elements(call, spec, earlier)
+        room = _has_room(entry, choice.impl, spec, elements, entry.notes.seen(key))
+        if not room or not entry.notes.pays(worth.PACK * elements, version):
+            return Plan(spec, select.stock(spec, choice, NOT_YET), None, worth.earned_by(work, packed=False))
 
     def make(kept: dict[Any, Plan]) -> Plan:
-        spec = spec_of(call, grad=False)
-        choice = select.choose(spec, x.device.type, backend)
-        earlier = [plan.state for key, plan in kept.items() if key[0] == fixed]
-        return Plan(spec, choice, select.prepare(call, spec, choice, earlier))
+        state = select.prepare(call, spec, choice, earlier)
+        return Plan(spec, choice, state, worth.earned_by(work, packed=True))
 
-    keep = NET_SIZES if isinstance(call, NetCall) else BLOCK_SIZES
-    return derived.get(parameters, (fixed, x.shape, x.stride()), make, keep)
+    plan = entry.make(parameters, key, make)
+    _shrink(entry, plan)
+    return plan
+
+
+def _shrink(entry: derived.Entry, plan: Plan) -> None:
+    """Drop the plans used least recently until the rest keeps to its share of memory."""
+    impl = plan.choice.impl
+    if impl.upkeep is None:
+        keep = NET_SIZES if isinstance(plan.spec, NetSpec) else BLOCK_SIZES
+        entry.shrink(lambda values: len(values) <= keep)
+    else:
+        most = _most(plan.spec)
+        entry.shrink(lambda values: len(values) <= SIZES and _nbytes(impl, values) <= most)
+
+
+def _has_room(entry: derived.Entry, impl: Impl, spec: Spec | NetSpec, elements: int, seen: int) -> bool:
+    """May so many elements be packed besides what is kept, or in place of a plan that was used less recently than this
+    call was ``seen``? Otherwise sizes that come in turn would push each other out, and none would be there in time."""
+    if not elements or not entry.values or _nbytes(impl, entry.values) + 4 * elements <= _most(spec):
+        return True
+    oldest: Plan = next(iter(entry.values.values()))
+    return oldest.used < seen
+
+
+def _most(spec: Spec | NetSpec) -> int:
+    return COPIES * 4 * _weights(spec)
+
+
+def _nbytes(impl: Impl, plans: dict[Hashable, Plan]) -> int:
+    states = [plan.state for plan in plans.values() if plan.choice.impl is impl]
+    return impl.upkeep.nbytes(states) if impl.upkeep else 0
+
+
+def _convolutions(spec: Spec | NetSpec) -> int:
+    if isinstance(spec, NetSpec):
+        return sum(map(_convolutions, spec.parts))
+    return len(spec.convs) if isinstance(spec, BlockSpec) else 1
+
+
+def _weights(spec: Spec | NetSpec) -> int:
+    """Elements of all filters, and of the norms."""
+    if isinstance(spec, (NetSpec, BlockSpec)):
+        return sum(map(_weights, spec.parts if isinstance(spec, NetSpec) else spec.convs))
+    return spec.params()
+
+
+def _version(parameters: derived.Sources) -> Hashable:
+    """Changes with most edits of the parameters: enough to tell weights that stay from weights that do not."""
+    return tuple([0 if t is None or t.is_inference() else t._version for t in parameters])

@@ -19,8 +19,9 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_fast
-from resnet_fast import derived, numerics
+from resnet_fast import derived, numerics, worth
 from resnet_fast.models import paper
+from resnet_fast.spec import ConvSpec, NetSpec
 
 module = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's own name is the function
 
@@ -47,7 +48,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         shapes.append(x.shape)
         return compile_graph(call, x, measured)
 
-    monkeypatch.setattr(module, "CALLS_BEFORE_COMPILING", 0)
+    monkeypatch.setattr(module, "calls_before_compiling", lambda spec: 0)
     monkeypatch.setattr(module, "_compile", spy)
     return shapes
 
@@ -78,24 +79,34 @@ def test_graph_is_as_accurate_as_eager(name: str, dtype: torch.dtype, compiled: 
 
 
 @torch.inference_mode()
-def test_graph_equals_its_parts_and_comes_at_the_fifth_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_equals_its_parts_and_comes_when_it_is_earned(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     compile_graph = module._compile
     monkeypatch.setattr(module, "_compile", lambda *args: calls.append(len(outputs)) or compile_graph(*args))
+    monkeypatch.setattr(worth, "COMPILE", worth.COMPILE / 15)
     net, x = resnet_fast.accelerate(randomized("bottleneck")), torch.randn(1, 3, 64, 64)
-    outputs: list[torch.Tensor] = []
-    for _ in range(6):
+    outputs = [net(x)]
+    (plan,) = derived.values_of(net.conv1.weight)
+    patience = module.calls_before_compiling(plan.spec)
+    assert module.CALLS_BEFORE_COMPILING < patience < 20
+    for _ in range(patience + 1):
         outputs.append(net(x))
-    assert calls == [4]
+    assert calls == [patience]
     for out in outputs[1:]:
         torch.testing.assert_close(out, outputs[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_large_call_earns_the_graph_at_the_fifth() -> None:
+    spec = NetSpec((ConvSpec(n=32, h=224, w=224, ci=64, co=64, r=3, s=3, padding=(1, 1)),))
+    assert module.calls_before_compiling(spec) == 4 == module.CALLS_BEFORE_COMPILING
+
+
 @torch.inference_mode()
-def test_sizes_that_change_never_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_come_in_turn_never_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_compile", lambda *args: pytest.fail("compiled"))
-    net = resnet_fast.accelerate(randomized("basic"))
-    for size in (32, 40, 48, 56, 64, 32, 40, 48):
+    monkeypatch.setattr(module, "calls_before_compiling", lambda spec: 1)
+    net = resnet_fast.accelerate(randomized("basic"), backend="onednn")
+    for size in (32, 40, 48, 56, 64) * 3:
         net(torch.randn(1, 3, size, size))
 
 
@@ -103,7 +114,7 @@ def test_sizes_that_change_never_compile(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_edit_reaches_the_graph(compiled: list[torch.Size]) -> None:
     stock = randomized("basic")
     x = torch.randn(2, 3, 48, 48)
-    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    fused = resnet_fast.accelerate(copy.deepcopy(stock), backend="onednn")
     fused(x)
     for edit in (
         lambda n: n.layer3[0].conv2.weight.mul_(0.5),
@@ -211,7 +222,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
 @torch.no_grad()
 @pytest.mark.parametrize("end", ["weights change", "clear_derived", "net dies"])
 def test_a_graph_frees_its_weights(end: str, compiled: list[torch.Size], memory: list[weakref.ref[Any]]) -> None:
-    net, x = resnet_fast.accelerate(randomized("basic")), torch.randn(1, 3, 32, 32)
+    net, x = resnet_fast.accelerate(randomized("basic"), backend="onednn"), torch.randn(1, 3, 32, 32)
     net(x)
     first = list(memory)
     assert compiled == [x.shape] and first and all(ref() is not None for ref in first)
@@ -242,7 +253,7 @@ def test_compiling_again_and_again_does_not_fill_the_memory(compiled: list[torch
     x = torch.randn(1, 3, 32, 32)
     sizes = []
     for _ in range(4):
-        net = resnet_fast.accelerate(randomized("basic"))
+        net = resnet_fast.accelerate(randomized("basic"), backend="onednn")
         for _ in range(3):
             net.layer1[0].conv1.weight.mul_(1.01)
             net(x)
@@ -259,12 +270,15 @@ def test_compiling_leaves_the_process_wide_switch_alone(compiled: list[torch.Siz
 
 
 @torch.no_grad()
-def test_other_sizes_live_side_by_side_and_the_oldest_goes(compiled: list[torch.Size]) -> None:
+def test_the_memory_of_many_sizes_is_bounded(compiled: list[torch.Size]) -> None:
+    """A graph takes two copies of the weights, and no more than three are kept: a second graph ends the first."""
     derived.clear()
     stock = randomized("basic")
-    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    fused = resnet_fast.accelerate(copy.deepcopy(stock), backend="onednn")
     for size in (32, 40, 48, 56, 32):
         x = torch.randn(1, 3, size, size)
-        torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)
-    assert len(compiled) == 5  # three sizes are kept, so the first was compiled again
-    assert len(derived.values_of(fused.conv1.weight)) == 3
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)
+        states = [plan.state for plan in derived.values_of(fused.conv1.weight)]
+        assert module.nbytes(states) <= 3.1 * states[-1].weights
+    assert len(compiled) == 5

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import YES, Impl, NetSpec, PointwiseSpec, Spec, Verdict
+from ...spec import YES, Impl, NetSpec, PointwiseSpec, Spec, Upkeep, Verdict
 from ..refusals import inference_only
 from .basic_block import basic_block
 from .bn_act import bn_act
 from .bn_act import prepare as prepare_norm
 from .bottleneck import bottleneck
-from .conv_bn_act import DTYPES, conv_bn_act, prepare
+from .conv_bn_act import DTYPES, conv_bn_act, elements, nbytes, prepare
+from .net import elements as elements_of_net
+from .net import nbytes as nbytes_of_net
 from .net import net
 from .net import prepare as prepare_net
 from .stem import stem
@@ -51,24 +53,39 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
 
 
 def _impl(
-    name: str, run: Callable[[Any, Any, Any], Tensor | Verdict], prepare: Callable[[Any, Any, list[Any]], Any]
+    name: str,
+    run: Callable[[Any, Any, Any], Tensor | Verdict],
+    prepare: Callable[[Any, Any, list[Any]], Any],
+    upkeep: Upkeep | None,
 ) -> Impl:
     """An output without elements (an empty batch) has no primitive: there is nothing to prepare and nothing to run."""
 
     def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
-        return prepare(call, spec, [e for e in earlier if e is not None]) if all(spec.out_shape()) else None
+        return prepare(call, spec, _some(earlier)) if all(spec.out_shape()) else None
 
     def run_some(call: Any, spec: Any, state: Any) -> Tensor | Verdict:
         return call.x.new_empty(spec.out_shape()) if state is None else run(call, spec, state)
 
-    return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), "BN folded, fused, packed weights")
+    if upkeep is not None:
+        elements, nbytes = upkeep.elements, upkeep.nbytes
+        upkeep = Upkeep(
+            lambda call, spec, earlier: elements(call, spec, _some(earlier)) if all(spec.out_shape()) else 0,
+            lambda states: nbytes(_some(states)),
+        )
+    note = "BN folded, fused, packed weights"
+    return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), note, upkeep=upkeep)
 
 
+def _some(states: list[Any]) -> list[Any]:
+    return [state for state in states if state is not None]
+
+
+_PACKED = Upkeep(elements, nbytes)
 IMPLS = (
-    _impl("conv_bn_act", conv_bn_act, prepare),
-    _impl("bn_act", bn_act, prepare_norm),
-    _impl("stem", stem, prepare),
-    _impl("bottleneck", bottleneck, prepare),
-    _impl("basic_block", basic_block, prepare),
-    _impl("net", net, prepare_net),
+    _impl("conv_bn_act", conv_bn_act, prepare, _PACKED),
+    _impl("bn_act", bn_act, prepare_norm, None),
+    _impl("stem", stem, prepare, _PACKED),
+    _impl("bottleneck", bottleneck, prepare, _PACKED),
+    _impl("basic_block", basic_block, prepare, _PACKED),
+    _impl("net", net, prepare_net, Upkeep(elements_of_net, nbytes_of_net)),
 )

@@ -9,14 +9,15 @@ in fp32; a 16-bit output is rounded once, after bias, add and ReLU.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import folding
-from ...calls import BlockCall, BnActCall, Conv, ConvBnActCall, Norm, StemCall
+from ...calls import BlockCall, BnActCall, Conv, ConvBnActCall, Norm, StemCall, convs_of, norms_of
 from ...spec import BlockSpec, ConvSpec, PointwiseSpec, Spec, Verdict
 from . import bounds
 from .bounds import Bounds
@@ -32,6 +33,7 @@ class Packed(NamedTuple):
     bias: Tensor
     tail: tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
     bounds: Bounds
+    layout: bytes  # :func:`_layout` of the weight
 
 
 class Folded(NamedTuple):
@@ -70,7 +72,7 @@ def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype)
         weight, bias = (t.to(dtype) for t in folding.fold(conv, norm))
         tail = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         packed = _fused._reorder_convolution_weight(weight.contiguous(), *tail, list(shape))
-        return Packed(packed, bias, tail, bounds.of_conv(weight, bias, conv.weight, conv.bias))
+        return Packed(packed, bias, tail, bounds.of_conv(weight, bias, conv.weight, conv.bias), _layout(packed))
 
 
 def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[Folded]) -> Folded:
@@ -79,16 +81,68 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: lis
     oneDNN chooses the blocked layout by input size, and running in another layout means a reorder of the weight at
     every call (docs/notes/weight-layouts.md), so sizes are kept apart; sizes whose layouts agree share one copy.
     """
-    blocks = isinstance(call, BlockCall)
-    convs, norms = (call.convs, call.norms) if blocks else ((call.conv,), (call.norm,))  # type: ignore[union-attr]
-    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    dtype = compute_dtype(call.x.dtype)
-    packed = [
-        pack_one(conv, norm, (s.n, s.ci, s.h, s.w), dtype)  # type: ignore[union-attr]
-        for conv, norm, s in zip(convs, norms, specs, strict=True)
-    ]
-    convs = [_share(p, [state.convs[i] for state in earlier]) for i, p in enumerate(packed)]
+    convs = []
+    for i, (conv, norm, shape) in enumerate(_problems(call, spec)):
+        dtype = compute_dtype(call.x.dtype)
+        kept = [state.convs[i] for state in earlier]
+        packed = _shared(conv, shape, dtype, kept)
+        if packed is None:
+            packed = pack_one(conv, norm, shape, dtype)
+            if len(_layouts) >= _KEEP:
+                _layouts.clear()
+            _layouts[_problem(conv, shape, dtype)] = packed.layout
+            packed = next((k for k in kept if k.layout == packed.layout), packed)
+        convs.append(packed)
     return Folded.of(convs, _bounds(call, convs))
+
+
+def elements(
+    call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[Folded], counted: set[Hashable] | None = None
+) -> int:
+    """How many weights :func:`prepare` would have to fold and pack.
+
+    ``counted``: problems whose layout will be known by then, and probably be that of an ``earlier`` state.
+    """
+    dtype = compute_dtype(call.x.dtype)
+    found, counted = 0, set() if counted is None else counted
+    for i, (conv, _, shape) in enumerate(_problems(call, spec)):
+        if earlier:
+            problem = _problem(conv, shape, dtype)
+            if problem in counted or _shared(conv, shape, dtype, [state.convs[i] for state in earlier]) is not None:
+                continue
+            counted.add(problem)
+        found += conv.weight.numel()
+    return found
+
+
+def _problems(
+    call: ConvBnActCall | StemCall | BlockCall, spec: Spec
+) -> Iterator[tuple[Conv, Norm, tuple[int, int, int, int]]]:
+    """Each convolution, its norm and the shape of the input that reaches it."""
+    specs: Any = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    for conv, norm, s in zip(convs_of(call), norms_of(call), specs, strict=True):
+        yield conv, norm, (s.n, s.ci, s.h, s.w)
+
+
+def nbytes(states: list[Folded]) -> int:
+    """Memory of the packed weights, those that several states share counted once."""
+    weights = {id(p.weight): p.weight for state in states for p in state.convs}
+    return sum(w.numel() * w.element_size() for w in weights.values())
+
+
+_KEEP = 4096
+_layouts: dict[Hashable, bytes] = {}  # problem -> the layout that oneDNN was seen to choose for it
+
+
+def _problem(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype) -> Hashable:
+    """All that oneDNN's choice of a layout depends on."""
+    return conv.weight.shape, conv.numbers(), shape, dtype, torch.get_num_threads()
+
+
+def _shared(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype, kept: list[Packed]) -> Packed | None:
+    """One of ``kept`` that has the layout for this size, if that is known from an earlier packing of any weights."""
+    layout = _layouts.get(_problem(conv, shape, dtype)) if kept else None
+    return None if layout is None else next((k for k in kept if k.layout == layout), None)
 
 
 def _bounds(call: ConvBnActCall | StemCall | BlockCall, convs: list[Packed]) -> Bounds:
@@ -100,12 +154,6 @@ def _bounds(call: ConvBnActCall | StemCall | BlockCall, convs: list[Packed]) -> 
     if isinstance(call, StemCall) or (isinstance(call, ConvBnActCall) and call.residual is None):
         return found
     return found.plus(bounds.UNCHANGED.then(convs[-1].bounds) if projection else bounds.UNCHANGED)
-
-
-def _share(packed: Packed, kept: list[Packed]) -> Packed:
-    """``packed``, or an earlier one of the same layout, so that many input sizes do not hold as many copies."""
-    layout = _layout(packed.weight)
-    return next((k for k in kept if _layout(k.weight) == layout), packed)
 
 
 def _layout(weight: Tensor) -> bytes:

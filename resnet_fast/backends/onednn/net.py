@@ -7,8 +7,9 @@ measured on an AVX2 machine), 53 times per ResNet-50, and as much Python lies be
 which ATen exposes through TorchScript, keeps the compiled primitives instead: 46.8 ms against 50.1 for ResNet-50 at
 batch 1, 44.4 against 46.2 ms per image at batch 16 in tiles of four (measured; docs/notes/one-graph.md).
 
-Compiling takes about a second and is good for one input size, so a size runs its parts one by one, with weights packed
-as for any other call, until it comes for the fifth time. Sizes that keep changing never compile. The graph is traced
+Compiling takes about a second and is good for one input size and one set of weights, so a size runs its parts one by
+one, with weights packed as for any other call, until these calls have earned it (:mod:`resnet_fast.worth`): the fifth
+at the earliest, about the twentieth at batch 1. Sizes and weights that keep changing never compile. The graph is traced
 from folded fp32 weights; where this CPU runs 16-bit tensors in fp32, only the net's input and output are 16-bit.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,13 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import folding
+from ... import folding, worth
 from ...calls import BlockCall, Conv, NetCall, Norm, StemCall, convs_of, norms_of
 from ...locks import Lock
-from ...spec import NetSpec, Verdict
+from ...spec import BlockSpec, NetSpec, Verdict
 from . import bounds
 from .bottleneck import bottleneck
 from .conv_bn_act import Folded, compute_dtype, conv_bn_act, like_reference, nhwc
+from .conv_bn_act import elements as elements_of
+from .conv_bn_act import nbytes as packed_nbytes
 from .conv_bn_act import prepare as pack
 from .stem import stem
 
@@ -51,8 +54,12 @@ class State:
 
     parts: list[Folded] | None
     reaches: dict[int, float]
+    weights: int  # bytes of one packed copy of all parts
+    turn: list[int]  # which of the net's states ran last; all of them share it
     graph: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     calls: int = 0
+    patience: int = -1  # calls to come before it is compiled; counted when first needed
+    grown: bool = False  # the graph holds more than the parts did
     fails: bool = False  # compiling was tried and gave nothing
     lock: Lock = field(default_factory=Lock)
 
@@ -86,7 +93,24 @@ def prepare(call: NetCall, spec: NetSpec, earlier: list[State]) -> State:
         for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
     ]
     reaches = bounds.stretches([p.bounds for p in parts])
-    return State([p._replace(reach=reaches.get(i, math.inf)) for i, p in enumerate(parts)], reaches)
+    parts = [p._replace(reach=reaches.get(i, math.inf)) for i, p in enumerate(parts)]
+    return State(parts, reaches, packed_nbytes(parts), earlier[0].turn if earlier else [0])
+
+
+def elements(call: NetCall, spec: NetSpec, earlier: list[State]) -> int:
+    """How many weights :func:`prepare` would have to fold and pack."""
+    held = [e.parts for e in earlier if e.parts is not None]
+    counted: set[Hashable] = set()
+    return sum(
+        elements_of(part._replace(x=call.x), part_spec, [parts[i] for parts in held], counted)
+        for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
+    )
+
+
+def nbytes(states: list[State]) -> int:
+    """Memory of packed weights and of graphs; a graph holds the folded weights and oneDNN's reordered copy of them."""
+    packed = [folded for state in states for folded in state.parts or ()]
+    return packed_nbytes(packed) + sum(2 * state.weights for state in states if state.parts is None)
 
 
 def net(call: NetCall, spec: NetSpec, state: State) -> Tensor | Verdict:
@@ -94,7 +118,7 @@ def net(call: NetCall, spec: NetSpec, state: State) -> Tensor | Verdict:
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
     if state.graph is None and not state.fails and dtype == torch.float32:
-        _try_to_compile(call, x, state)
+        _try_to_compile(call, x, spec, state)
     parts = state.parts  # another thread may compile and drop them meanwhile
     y: Any = x
     if parts is None:
@@ -125,8 +149,15 @@ def _run_graph(
     return y if fits else bounds.OVERFLOW
 
 
-def _try_to_compile(call: NetCall, x: Tensor, state: State) -> None:
-    """Count a call, and compile at the fifth. Nobody waits: while another thread compiles, parts run one by one."""
+def calls_before_compiling(spec: NetSpec) -> int:
+    """How many calls of one size and one set of weights, one after another, earn the net's compilation."""
+    convolutions = sum(len(part.convs) if isinstance(part, BlockSpec) else 1 for part in spec.parts)
+    work = worth.of_stock_call(spec.flops(), convolutions)
+    return max(CALLS_BEFORE_COMPILING, math.ceil(worth.COMPILE * convolutions / worth.earned_by(work, packed=True)))
+
+
+def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: State) -> None:
+    """Count a call, and compile when enough have come. Nobody waits: while another thread compiles, parts run apart."""
     reason = compile_obstacle()
     if reason:
         _say_once(reason)
@@ -134,12 +165,17 @@ def _try_to_compile(call: NetCall, x: Tensor, state: State) -> None:
     if not state.lock.acquire(blocking=False):
         return
     try:
+        if state.turn[0] != id(state):  # sizes that come in turn stay as they are: a graph each would take much memory
+            state.turn[0] = id(state)
+            state.calls = 0
         state.calls += 1
-        if state.calls <= CALLS_BEFORE_COMPILING or state.graph is not None or not _compiling.acquire(blocking=False):
+        if state.patience < 0:
+            state.patience = calls_before_compiling(spec)
+        if state.calls <= state.patience or state.graph is not None or not _compiling.acquire(blocking=False):
             return
         try:
             state.graph = _compile(call, x, [i for i in state.reaches if i > 0])
-            state.parts = None
+            state.parts, state.grown = None, True
         except RuntimeError as error:
             state.fails = True
             log.warning("compiling a net for oneDNN failed, its parts run one by one: %s", str(error).splitlines()[0])

@@ -1,0 +1,82 @@
+"""When preparing pays: whatever comes, inference is never much slower than the stock layers.
+
+Packing a net's weights takes as long as a few of its calls and compiling it as long as dozens, and both are lost when
+the weights or the input size change. So they must be earned. Work is counted in FLOPs that the stock layers do in the
+same time, since clocks would make what runs depend on the machine's load:
+
+    a call on the stock layers        its FLOPs + LAYER per convolution           earns ALLOWED of it
+    a call with packed weights        the same                                    earns ALLOWED + SAVED of it
+    folding and packing               PACK per element of the weights             costs that
+    compiling a net                   COMPILE per convolution                     costs that
+
+An :class:`Account` begins with what its first packing costs and as much again, so a new net is fast from its first call
+and at a second input size. Afterwards it packs when it has the means, and in between the stock layers run: at no time
+has it taken more than 1 + ALLOWED of what they would have, its first packings apart. Weights that were changed since
+the last call are packed when they come for the second time: a teacher's that change before each call are never.
+
+Where the numbers come from: docs/notes/derived-weights.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+LAYER = 6e6
+PACK = 600.0
+COMPILE = 1.2e9
+ALLOWED, SAVED = 0.1, 0.2
+FIRST = 2.0
+"""Packings of all weights that a new net may do at once."""
+MOST = 8.0
+"""Packings of all weights that can be saved up for."""
+
+
+def of_stock_call(flops: float, convolutions: int) -> float:
+    """The work of one call on the stock layers."""
+    return flops + LAYER * convolutions
+
+
+def earned_by(work: float, packed: bool) -> float:
+    """What a call of so much work earns."""
+    return work * (ALLOWED + SAVED if packed else ALLOWED)
+
+
+KEYS = 256
+"""Kinds of call, which nothing is prepared for, that an account knows again."""
+
+
+class Account:
+    """What one set of parameters has earned, beyond any change of their values. ``whole``: packing all of them."""
+
+    __slots__ = ("_calls", "_seen", "balance", "latest", "whole")
+
+    def __init__(self, whole: float):
+        self.whole = whole
+        self.balance = FIRST * whole
+        self.latest: Hashable = None  # the weights' version in the last call that had nothing to use
+        self._calls = 0
+        self._seen: dict[Hashable, int] = {}
+
+    def earn(self, work: float) -> int:
+        """Add what a call earned. Returns the number of the call."""
+        self.balance = min(self.balance + work, MOST * self.whole)
+        self._calls += 1
+        return self._calls
+
+    def seen(self, key: Hashable) -> int:
+        """The number of the last call with ``key`` that nothing was kept for; 0 if there was none."""
+        before = self._seen.pop(key, 0)
+        self._seen[key] = self._calls + 1
+        if len(self._seen) > KEYS:
+            del self._seen[next(iter(self._seen))]
+        return before
+
+    def pays(self, cost: float, version: Hashable) -> bool:
+        """Pay for preparing these weights, if that is worth it now. ``version``: None where they did not change."""
+        first, same = self.latest is None, version is None or version == self.latest
+        if version is not None:
+            self.latest = version
+        if self.balance < cost or not (first or same):
+            return False
+        self.balance -= cost
+        return True

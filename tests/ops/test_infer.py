@@ -1,0 +1,224 @@
+"""How often inference packs weights: in each pattern of use no oftener than it pays, and within bounded memory."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import resnet_fast
+from resnet_fast import derived, reset_stats, stats, use_backend, worth
+from resnet_fast.ops.infer import COPIES
+
+packing = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
+compiling = importlib.import_module("resnet_fast.backends.onednn.net")
+
+CONVOLUTIONS = 12
+PARTS = 5
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of the input of every convolution that was packed."""
+    shapes: list[tuple[int, ...]] = []
+    pack_one = packing.pack_one
+
+    def spy(conv: object, norm: object, shape: tuple[int, ...], dtype: torch.dtype) -> object:
+        shapes.append(shape)
+        return pack_one(conv, norm, shape, dtype)
+
+    derived.clear()
+    packing._layouts.clear()
+    monkeypatch.setattr(packing, "pack_one", spy)
+    monkeypatch.setattr(compiling, "calls_before_compiling", lambda spec: 10**9)
+    return shapes
+
+
+def stock_net() -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
+
+
+def image(n: int = 1, size: int = 32) -> Tensor:
+    return torch.randn(n, 3, size, size)
+
+
+def change(net: nn.Module) -> None:
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.001)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def compare(fused: nn.Module, stock: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)
+
+
+def both() -> tuple[nn.Module, nn.Module]:
+    stock = stock_net()
+    return resnet_fast.accelerate(copy.deepcopy(stock)), stock
+
+
+def earns(monkeypatch: pytest.MonkeyPatch, calls: float) -> None:
+    """One call with packed weights earns ``calls`` packings of all of them."""
+    monkeypatch.setattr(worth, "earned_by", lambda work, packed: worth.PACK * 5e6 * (calls if packed else 0))
+
+
+def test_one_size_and_one_set_of_weights_is_packed_once(packs: list[tuple[int, ...]]) -> None:
+    fused, stock = both()
+    for _ in range(5):
+        compare(fused, stock, image())
+    assert len(packs) == CONVOLUTIONS
+
+
+def test_weights_that_change_before_each_call_are_not_packed(packs: list[tuple[int, ...]]) -> None:
+    """A mean teacher. The first call packs, as every net's does."""
+    fused, stock = both()
+    compare(fused, stock, image())
+    reset_stats()
+    for _ in range(20):
+        change(fused)
+        change(stock)
+        compare(fused, stock, image())
+    assert len(packs) == CONVOLUTIONS
+    calls = stats()["calls"]
+    assert sum(calls.values()) == 20 * PARTS and all(name.endswith("/reference") for name in calls)
+    assert not stats()["fallbacks"]
+
+
+def test_validation_after_training_packs_at_its_second_call(
+    packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earns(monkeypatch, 1.0)
+    fused, stock = both()
+    for epoch in range(3):
+        for _ in range(6):
+            compare(fused, stock, image())
+        assert len(packs) == CONVOLUTIONS * (epoch + 1)
+        change(fused)
+        change(stock)
+
+
+def test_four_batch_sizes_in_turn_are_packed_once_each_at_the_most(packs: list[tuple[int, ...]]) -> None:
+    fused, stock = both()
+    counts = []
+    for _ in range(6):
+        for n in (1, 2, 3, 4):
+            compare(fused, stock, image(n))
+        counts.append(len(packs))
+    assert counts[-1] <= 4 * CONVOLUTIONS
+    assert len(derived.values_of(fused.conv1.weight)) <= 4
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_24_image_sizes_in_turn_do_not_push_each_other_out(
+    free: bool, packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is earned: what does not fit stays on the stock layers, and what is packed is used."""
+    if free:
+        earns(monkeypatch, 100.0)
+    fused, stock = both()
+    counts = []
+    for round_ in range(4):
+        for size in range(32, 128, 4):
+            if round_ == 3:
+                compare(fused, stock, image(size=size))
+            else:
+                with torch.no_grad():
+                    fused(image(size=size))
+        counts.append(len(packs))
+    assert not free or counts[1] == counts[3]
+    states = [plan.state for plan in derived.values_of(fused.conv1.weight)]
+    assert compiling.nbytes(states) <= (COPIES + 0.1) * states[0].weights
+    assert len(states) >= 2
+
+
+def test_a_size_that_stays_takes_the_place_of_one_that_does_not_come_again(
+    packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earns(monkeypatch, 100.0)
+    fused, stock = both()
+    with torch.no_grad():
+        for size in range(32, 128, 4):
+            fused(image(size=size))
+    before = len(packs)
+    for _ in range(4):
+        compare(fused, stock, image(size=200))
+    assert before < len(packs) <= before + CONVOLUTIONS
+    reset_stats()
+    compare(fused, stock, image(size=200))
+    assert all(name.endswith("/onednn") for name in stats()["calls"])
+
+
+def test_two_nets_with_one_backbone_do_not_push_each_other_out(packs: list[tuple[int, ...]]) -> None:
+    one, stock = both()
+    other, other_stock = copy.copy(one), copy.copy(stock)
+    for net in (other, other_stock):
+        net._modules = dict(net._modules)
+    torch.manual_seed(1)
+    other_stock.layer4 = ResNet(BasicBlock, [1, 1, 1, 1]).eval().layer4
+    other.layer4 = resnet_fast.accelerate(copy.deepcopy(other_stock.layer4))
+    for _ in range(4):
+        compare(one, stock, image())
+        compare(other, other_stock, image())
+    assert len(packs) == 2 * CONVOLUTIONS
+
+
+def test_what_is_asked_for_by_name_and_what_explain_shows_is_packed_at_once(packs: list[tuple[int, ...]]) -> None:
+    fused, _ = both()
+    with torch.no_grad(), use_backend("onednn"):
+        for n in range(3):
+            change(fused)
+            fused(image())
+            assert len(packs) == (n + 1) * CONVOLUTIONS
+    change(fused)
+    assert {row.backend for row in resnet_fast.explain(fused, image()).rows} == {"onednn"}
+    assert len(packs) == 4 * CONVOLUTIONS
+
+
+def test_blocks_alone_keep_to_the_same_rule(packs: list[tuple[int, ...]]) -> None:
+    """As in a detector's body, whose stages are called one by one."""
+    fused, stock = both()
+    x = torch.randn(1, 64, 8, 8)
+    with torch.no_grad():
+        for _ in range(10):
+            change(fused)
+            change(stock)
+            torch.testing.assert_close(fused.layer1(x), stock.layer1(x), rtol=1e-4, atol=1e-4)
+    assert len(packs) == 2
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["four batch sizes", "24 image sizes", "weights change"])
+def test_no_pattern_of_use_is_much_slower_than_stock(pattern: str) -> None:
+    """Interleaved, so that a busy machine slows both; the limit is far above the tenth that is aimed at."""
+    stock = stock_net()
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    sizes = {
+        "four batch sizes": [(n, 64) for n in (1, 2, 3, 4)],
+        "24 image sizes": [(1, 32 + 4 * i) for i in range(24)],
+    }
+    xs = [image(*size) for size in sizes.get(pattern, [(1, 64)])]
+    ours = theirs = 0.0
+    for i in range(96):
+        x = xs[i % len(xs)]
+        if pattern == "weights change":
+            change(stock)
+            change(fused)
+        theirs += seconds(lambda x=x: stock(x))
+        ours += seconds(lambda x=x: fused(x))
+    assert ours <= 1.5 * theirs
