@@ -95,8 +95,12 @@ def check_target(
 
 def check_folder(folder: Path, make: bool = True) -> None:
     """OSError unless files can be written into ``folder``, or, with ``make``, into one that can be created there."""
-    while make and not os.path.lexists(folder):
-        folder = folder.parent
+    while make:
+        try:
+            os.lstat(folder)
+            break
+        except FileNotFoundError:  # any other error, a name that is too long for instance, would meet the writer too
+            folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
 

@@ -49,6 +49,9 @@ def test_anything_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
             check(tmp_path / name)
     with pytest.raises(UserError, match="Not a directory"):
         check(tmp_path / "README.md" / "x" / "y", make_folder=True)
+    for path in (tmp_path / ("n" * 300), tmp_path / ("n" * 300) / "x"):
+        with pytest.raises(UserError, match="File name too long"):
+            check(path, make_folder=True)
     assert (tmp_path / "README.md").read_text() == "# mine\n"
 
 
