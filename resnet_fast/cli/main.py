@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -132,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accept_any_text()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        result = typer.main.get_command(app).main(args=given, prog_name=PROGRAM, standalone_mode=False)
+        with warnings.catch_warnings():
+            # Pillow warns, with lines of its own source, of damaged metadata; what costs a picture is an error of ours
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            result = typer.main.get_command(app).main(args=given, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):

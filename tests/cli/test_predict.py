@@ -300,3 +300,18 @@ def test_a_training_runs_weights_know_their_net_classes_and_images(tmp_path: Pat
     assert sorted(entry["name"] for entry in told["top"]) == [str(i) for i in range(10)]
     for entry in told["top"]:  # grey to colour and back may round a pixel by 1 of 255
         assert entry["probability"] == pytest.approx(expected[entry["class"]].item(), rel=0.02)
+
+
+def test_damaged_metadata_print_no_warning(
+    net: nn.Module, tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An EXIF tag of three doubles that are outside the file: Pillow warns, with a line of its own source."""
+    tag = b"\x32\x01\x0c\0\x03\0\0\0\xff\xff\xff\xff"
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + tag + bytes(4)
+    Image.new("RGB", (40, 50)).save(tmp_path / "odd.jpg", exif=exif)
+    arguments = [str(tmp_path / "odd.jpg"), "--weights", str(tmp_path / "w.pth"), "--model", MODEL]
+    assert cli.main(["predict", *arguments]) == 0
+    assert not [str(w.message) for w in recwarn.list if "PIL" in w.filename]
+    assert "Warning" not in capsys.readouterr().err
+    images.read(tmp_path / "odd.jpg")
+    assert [str(w.message) for w in recwarn.list if "PIL" in w.filename]  # so there was something to be silent about
