@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Conv2d, Identity, Parameter, ReLU, SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack as _function_modes
+from torch.utils._device import DeviceContext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import derived
@@ -81,7 +83,7 @@ class Fused(nn.Module):
         reason = untraceable(x)
         if reason:
             return True
-        reason = self.unfusable() or self.unbatched(x) or self.unsynchronized(x) or self.unkept()
+        reason = self.unfusable() or self.unserved(x) or self.unsynchronized(x) or self.unkept()
         quiet = not reason
         if torch.is_grad_enabled():
             reason = reason or self.unequal(x)
@@ -122,8 +124,13 @@ class Fused(nn.Module):
             return ""
         return "expected weights that stay where they are, got FSDP2's; in inference it runs unfused"
 
-    def unbatched(self, x: Tensor) -> str:
-        """Why this input is for the stock layers: an image without a batch, which all but BatchNorm2d take."""
+    def unserved(self, x: Tensor) -> str:
+        """Why this input is for the stock layers: its class has a say in each operation, or it is an image without a
+        batch, which all layers but BatchNorm2d take."""
+        if type(x) is not Tensor and _has_a_say(x):
+            kind = type(x)
+            got = f"{kind.__module__}.{kind.__qualname__}, whose __torch_function__ wants to see each operation"
+            return f"expected a Tensor, got {got}; it runs unfused"
         if x.dim() != 3 or any(isinstance(self._modules[norm], _BatchNorm) for _, norm in self.layers):
             return ""
         return f"expected a batch of images (N, C, H, W), got one of shape {tuple(x.shape)}; it runs unfused"
@@ -193,7 +200,17 @@ def untraceable(x: Any) -> str:
         return "torch.func transforms take the stock layers, which have their rules"
     if _has_any_global_hook():
         return "a global module hook wants to see every inner layer"
+    if torch._C._len_torch_function_stack() and any(type(m) is not DeviceContext for m in _function_modes()):
+        return "a torch function mode is on, which wants to see each operation"
     return ""
+
+
+_plain_function = getattr(Tensor.__torch_function__, "__func__", None)
+
+
+def _has_a_say(x: Any) -> bool:
+    own = getattr(type(x).__torch_function__, "__func__", None)  # None: torch's own, for DTensor and its like
+    return own is not None and own is not _plain_function and not torch.compiler.is_compiling()
 
 
 def is_altered(m: nn.Module) -> bool:

@@ -325,3 +325,44 @@ def test_a_class_of_the_same_name_is_named_in_full() -> None:
     norm.__module__ = "library.norms"
     assert fused.norm_obstacle("bn1", norm(8)).endswith("got library.norms.BatchNorm2d; it runs unfused")
     assert fused.obstacle("relu to be a plain ReLU", None).endswith("got None; it runs unfused")
+
+
+class Shifted(torch.overrides.TorchFunctionMode):
+    """Changes what ReLU returns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return y + 1 if func is F.relu else y
+
+
+class Doubling(torch.Tensor):
+    """Doubles what ReLU returns."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return y * 2 if func is F.relu else y
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_function_modes_and_tensor_classes_see_each_operation(train: bool) -> None:
+    plain = net().train(train)
+    model = resnet_fast.accelerate(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), Shifted():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    resnet_fast.reset_stats()
+    y = x.as_subclass(Doubling)
+    with torch.no_grad():
+        got, want = model(y), plain(y)
+    assert type(got) is type(want) is Doubling
+    torch.testing.assert_close(got.as_subclass(Tensor), want.as_subclass(Tensor), rtol=1e-4, atol=1e-4)
+    assert f"got {__name__}.Doubling, whose __torch_function__ wants" in str(resnet_fast.stats()["fallbacks"])
+
+
+def test_a_default_device_is_no_obstacle() -> None:
+    model = resnet_fast.accelerate(net())
+    with torch.no_grad(), torch.device("cpu"), resnet_fast.strict():
+        resnet_fast.reset_stats()
+        model(torch.randn(1, 3, 32, 32))
+    assert set(resnet_fast.stats()["calls"]) == {"basic_block/onednn", "stem/onednn"}
