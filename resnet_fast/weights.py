@@ -73,7 +73,7 @@ def _load_pickle(path: Path) -> Any:
     whole = _is_archive(path)  # a cut archive has lost its table of contents
     try:
         if whole:
-            _check_archive(path)
+            check_archive(path)
         with warnings.catch_warnings():  # torch asks for a bug report about some foreign pickles
             warnings.simplefilter("ignore")
             # The options of the program that trained, beside torchvision's and timm's weights: a bag of attributes.
@@ -119,7 +119,7 @@ def _is_archive(path: Path) -> bool:
         return False
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """UserError for an archive that is larger unpacked than it is: torch.save compresses nothing, a bomb does."""
     try:
         with zipfile.ZipFile(path) as archive:

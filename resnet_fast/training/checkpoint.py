@@ -30,6 +30,7 @@ import random
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ import torch
 from torch import nn
 
 from .. import facts as facts_of
-from .. import files
+from .. import files, weights
 from ..errors import UserError
 from ..facts import Facts
 from . import shards
@@ -317,7 +318,7 @@ def _finish(
     torch.save(rest, buffer)
     (temporary / "state.pt").write_bytes(buffer.getvalue())
     written = sorted(p for p in temporary.rglob("*") if p.is_file())
-    digests = {str(p.relative_to(temporary)): [p.stat().st_size, _digest(p)] for p in written}
+    digests = {str(p.relative_to(temporary)): [p.stat().st_size, digest_of(p)] for p in written}
     layout = "sharded" if sharded else "full"
     whole = {"format": FORMAT, "layout": layout, "files": digests} | dict(meta)
     (temporary / META).write_text(files.json_text(whole | {"sha256": _seal(whole)}, indent=1))
@@ -337,7 +338,8 @@ def _seal(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(files.json_text(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
 
@@ -385,7 +387,7 @@ def read_meta(place: Path) -> dict[str, Any]:
                 raise Damaged(f"files inside {place}", f"{name!r} in its {META}", "use a checkpoint that you trust")
             if not path.is_file():
                 what = "missing"
-            elif path.stat().st_size != size or _digest(path) != digest:
+            elif path.stat().st_size != size or digest_of(path) != digest:
                 what = f"{path.stat().st_size} bytes of {size}, or other content"
             else:
                 continue
@@ -398,17 +400,17 @@ def read_meta(place: Path) -> dict[str, Any]:
 def choose(out: Path, resume: str) -> tuple[Path | None, dict[str, Any], list[str]]:
     """(checkpoint to go on from, its meta, complaints about newer ones that are damaged).
 
-    ``auto``: the newest good one of ``out``, None if there is none at all; else the folder ``resume`` itself, or the
-    newest good one of the run in it. Raises :class:`Damaged` where there are some and none is good: a run from the
-    start would overwrite what is left.
+    ``auto``: the newest good one of ``out``, else the best one, None if there is none at all. Other than ``auto``: the
+    folder ``resume`` itself, or the newest good one of the run in it. Raises :class:`Damaged` where there are some and
+    none is good: a run from the start would overwrite what is left.
     """
     if resume != "auto":
         place = Path(resume)
-        if (place / META).exists() or not found(place):
+        if (place / META).exists() or not (found(place) or bests(place)):
             return place, read_meta(place), []
         out = place
     complaints: list[str] = []
-    for place in found(out):
+    for place in (*found(out), *bests(out)):
         try:
             return place, read_meta(place), complaints
         except Damaged as error:
@@ -427,6 +429,8 @@ def load(place: Path, meta: Mapping[str, Any], state: State, world: World) -> No
     """
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     try:
+        if zipfile.is_zipfile(place / "state.pt"):
+            weights.check_archive(place / "state.pt")
         with warnings.catch_warnings():  # torch asks for a bug report about some foreign pickles
             warnings.simplefilter("ignore")
             rest = torch.load(place / "state.pt", map_location="cpu", weights_only=True)

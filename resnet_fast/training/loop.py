@@ -203,10 +203,11 @@ class _Run:
         out, resume = self.options.out, self.options.resume
         runlog.check_place(out)
         if not resume:
-            if checkpoint.found(out):
+            there = (*checkpoint.found(out), *checkpoint.bests(out))
+            if there:
                 raise UserError(
                     "an output folder without checkpoints for a new run",
-                    f"{out}, which has {checkpoint.found(out)[0].name}",
+                    f"{out}, which has {there[0].name}",
                     "go on with --resume auto, or name another with --out",
                 )
             return None, {}, []
@@ -284,6 +285,8 @@ class _Run:
             "left_out_per_epoch": plan.left_over,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
+        if self.origin:
+            facts["weights_sha256"] = checkpoint.digest_of(Path(self.recipe.weights or ""))
         if options.probe and self.world.first and self.start < self.total:
             rate = loader.throughput(self.data.train, plan, self.workers)
             facts["input_images_per_s"] = round(rate)

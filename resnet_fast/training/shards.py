@@ -11,6 +11,7 @@ import io
 import pathlib
 import pickle
 import warnings
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ class _Planner(dcp.DefaultLoadPlanner):
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         again = io.BytesIO()
+        with zipfile.ZipFile(value) as archive:  # torch.save compresses nothing
+            if sum(info.file_size for info in archive.infolist()) > len(value.getbuffer()):
+                raise ValueError(f"{read_item.dest_index.fqn} unpacks to more than there is")
+        value.seek(0)
         torch.save(torch.load(value, map_location="cpu", weights_only=True), again)
         again.seek(0)
         super().load_bytes(read_item, again)

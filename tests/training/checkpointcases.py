@@ -67,7 +67,7 @@ def reseal(place: Path, **changes: Any) -> None:
     path = place / checkpoint.META
     meta = json.loads(path.read_text())
     meta["files"] = {
-        str(p.relative_to(place)): [p.stat().st_size, checkpoint._digest(p)]
+        str(p.relative_to(place)): [p.stat().st_size, checkpoint.digest_of(p)]
         for p in sorted(place.rglob("*"))
         if p.is_file() and p != path
     }

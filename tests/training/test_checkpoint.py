@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ def test_the_best_one_is_kept_besides_the_newest(tmp_path: Path) -> None:
     other = save(tmp_path, state, 4, keep=1, run="another")
     checkpoint.keep_best(other, tmp_path)
     assert names(tmp_path) == ["best-00000002", "best-00000004", "step-00000003", "step-00000004"]
+
+
+def test_where_the_newest_are_damaged_the_best_one_is_gone_on_with(tmp_path: Path) -> None:
+    state = make()
+    best = checkpoint.keep_best(save(tmp_path, state, 1, run="mine"), tmp_path)
+    damage(save(tmp_path, state, 2, keep=1, run="mine"), "state.pt: truncated")
+    place, meta, complaints = checkpoint.choose(tmp_path, "auto")
+    assert place == best and meta["step"] == 1 and len(complaints) == 1
 
 
 def test_the_best_one_needs_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +260,15 @@ def test_a_file_that_would_run_a_command_is_refused(name: str, tmp_path: Path) -
     assert not proof.exists()
 
 
+def test_a_state_that_unpacks_without_end_is_refused(tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 1)
+    with zipfile.ZipFile(place / "state.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/more", bytes(10**7))
+    reseal(place)
+    with pytest.raises(Damaged, match=r"which unpacks to 10,\d+,\d+ bytes"):
+        checkpoint.load(place, checkpoint.read_meta(place), make(1), World())
+
+
 @pytest.mark.parametrize("name", ["../secret", "link/../../secret", "link", "absolute"])
 def test_a_listed_file_outside_the_checkpoint_is_not_read(name: str, tmp_path: Path) -> None:
     place, secret = save(tmp_path, make(), 1), checkpoint.folder_of(tmp_path) / "secret"
@@ -258,7 +276,7 @@ def test_a_listed_file_outside_the_checkpoint_is_not_read(name: str, tmp_path: P
     if name == "link":
         (place / "link").symlink_to(secret)
     name = str(secret) if name == "absolute" else name
-    listed = checkpoint.read_meta(place)["files"] | {name: [1, checkpoint._digest(secret)]}
+    listed = checkpoint.read_meta(place)["files"] | {name: [1, checkpoint.digest_of(secret)]}
     reseal(place, files=listed)
     with pytest.raises(Damaged, match=r"expected files inside .*step-00000001, got '.*' in its meta\.json"):
         checkpoint.choose(tmp_path, str(place))

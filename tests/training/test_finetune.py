@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
-from resnet_fast.training import checkpoint, curves, finetune, optim
+from resnet_fast.training import checkpoint, curves, finetune, optim, runlog
 from resnet_fast.training.loop import Watch, plan, train
 from resnet_fast.training.recipe import Recipe
 
@@ -130,6 +131,8 @@ def test_a_stopped_run_needs_its_weights_no_more(
     told: list[str] = []
     whole = train(recipe, options("whole"), Watch(note=told.append))
     assert sum("a new layer for 10 here" in text for text in told) == 1
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [line.get("weights_sha256") for line in runlog.of_kind(whole.out, "run")] == [digest]
     train(recipe, options(stop_after=3))
     path.unlink()
     same(left(train(recipe, options(resume="auto")).out), left(whole.out))
