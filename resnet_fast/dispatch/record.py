@@ -89,7 +89,7 @@ def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
 
 def fall_back(text: str, quiet: bool = False) -> None:
     """Count a fallback; log it once (``quiet``: as information only), or raise in strict mode."""
-    if _strict.get() or flags.STRICT.enabled():
+    if is_strict():
         raise BackendError(f"strict mode: {text}")
     with _counting:
         _fallbacks[text] += 1
@@ -108,6 +108,11 @@ def count(op: str, backend: str) -> None:
 def watched() -> bool:
     """Is a tape being recorded, which wants to see every op?"""
     return _tape.get() is not None
+
+
+def is_strict() -> bool:
+    """Is a fallback an error, in this thread or in the process?"""
+    return _strict.get() or flags.STRICT.enabled()
 
 
 @contextmanager

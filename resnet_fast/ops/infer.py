@@ -5,7 +5,8 @@ that decides: the input's shape, strides, dtype and device, the numbers of the c
 backends that work. A call like an earlier one costs one look-up.
 
 Where preparing costs more than a call or two, it has to pay (:mod:`resnet_fast.worth`); until it does, the call runs on
-the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain`` wants to see.
+the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain`` wants to see
+and what runs in strict mode.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ def infer_tiles(call: NetCall, tile: int, backend: str) -> Iterator[Tensor]:
     for x in call.x.split(tile) if tile < call.x.shape[0] else (call.x,):
         part = call._replace(x=x)
         if plan is None or plan.spec.n != x.shape[0]:
-            plan = _plan(part, backend)
+            plan = _plan(part, backend, max(1, call.x.shape[0] // tile))
         yield select.execute(part, plan.spec, plan.choice, plan.state)
 
 
-def _plan(call: Call | NetCall, backend: str) -> Plan:
+def _plan(call: Call | NetCall, backend: str, times: int = 1) -> Plan:
+    """What runs ``call`` and, with other numbers in ``x``, ``times`` calls in all."""
     x = call.x
     parameters = call.parameters()
     anchored = any(p is not None for p in parameters)
@@ -84,7 +86,7 @@ def _plan(call: Call | NetCall, backend: str) -> Plan:
             plan.state.grown = False
             _shrink(entry, plan)
         if entry.notes is not None:
-            plan.used = entry.notes.earn(plan.earns)
+            plan.used = entry.notes.earn(times * plan.earns)
     return plan
 
 
@@ -101,7 +103,8 @@ def _new(
     upkeep = choice.impl.upkeep
     earlier = [plan.state for other, plan in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
     work = worth.of_stock_call(spec.flops(), _convolutions(spec)) if upkeep else 0.0
-    if upkeep and select.requested(backend) == "auto" and not record.watched():
+    at_once = select.requested(backend) != "auto" or record.watched() or record.is_strict()
+    if upkeep and not at_once:
         if entry.notes is None:
             entry.notes = worth.Account(worth.PACK * upkeep.elements(call, spec, []))
         version = None if entry.values else _version(parameters)
