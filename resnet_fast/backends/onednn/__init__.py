@@ -31,6 +31,7 @@ from .net import elements as elements_of_net
 from .net import nbytes as nbytes_of_net
 from .net import net
 from .net import prepare as prepare_net
+from .profiling import is_running, profiled
 from .stem import stem
 
 
@@ -64,7 +65,9 @@ def _impl(
         return prepare(call, spec, _some(earlier)) if all(spec.out_shape()) else None
 
     def run_some(call: Any, spec: Any, state: Any) -> Tensor | Verdict:
-        return call.x.new_empty(spec.out_shape()) if state is None else run(call, spec, state)
+        if state is None:
+            return call.x.new_empty(spec.out_shape())
+        return profiled(spec, lambda: run(call, spec, state)) if is_running() else run(call, spec, state)
 
     if upkeep is not None:
         elements, nbytes = upkeep.elements, upkeep.nbytes
