@@ -7,7 +7,7 @@ others do not suffer from it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import images, limits
 from .errors import UserError
@@ -58,17 +58,14 @@ def stream(
     batch: int = 16,
     device: str = "cpu",
     backend: str = "auto",
-    note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[list[Answer]]:
-    """Answers for ``files`` in their order, up to ``batch`` at a time; ``trained``'s net is accelerated in place.
-
-    ``note`` hears where the net is not run as asked: see :func:`overflows`.
-    """
+    """Answers for ``files`` in their order, up to ``batch`` at a time; ``trained``'s net is accelerated in place."""
     for name, value in (("top", top), ("batch", batch)):
         if value < 1:
             raise UserError(f"{name} >= 1", str(value), f"correct --{name}")
     target = torch.device(device)
-    net: nn.Module | None = None
+    trained.net.to(target)
+    net = trained.accelerated(backend)
     with _reading(trained, files, 2 * batch) as pictures:
         while True:
             group = list(islice(pictures, batch))
@@ -78,26 +75,9 @@ def stream(
             logits = iter(())
             if inputs:
                 x = torch.stack(inputs).to(device=target, memory_format=torch.channels_last)
-                if net is None:
-                    net = prepared(trained, x[:1], backend, note)
                 with torch.inference_mode():
                     logits = iter(net(x).float().cpu())
             yield [_answer(path, x, logits, trained.facts.classes, top) for path, x in group]
-
-
-def prepared(trained: Trained, x: Tensor, backend: str, note: Callable[[str], None] = lambda text: None) -> nn.Module:
-    """The accelerated net on ``x``'s device; the stock one where numbers overflow inside it, which is noted.
-
-    The ReLU of oneDNN's fused convolutions turns NaN into 0: what overflowed would come out as an answer. ``x``: a real
-    input (1, 3, size, size); what overflows in float32 does so by its weights, for one picture as for another.
-    """
-    trained.net.to(x.device)
-    with torch.inference_mode():
-        sound = bool(torch.isfinite(trained.net(x)).all())
-    if sound:
-        return trained.accelerated(backend)
-    note("numbers overflow inside the net: its stock layers run, which let NaN through to the outputs")
-    return trained.net
 
 
 def _answer(path: Path, x: Tensor | UserError, logits: Iterator[Tensor], names: Sequence[str], top: int) -> Answer:

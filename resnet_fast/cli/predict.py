@@ -64,7 +64,7 @@ def predict(
     for text in classifier.said:
         say(text)
     limits.check_input(min(batch, len(files)), classifier.facts.size, names=("--batch", "size"))
-    answers = classify.stream(classifier, files, top=top, batch=batch, device=device, backend=backend, note=say)
+    answers = classify.stream(classifier, files, top=top, batch=batch, device=device, backend=backend)
     done = bad = 0
     with ExitStack() as stack:
         writers: list[Writer] = []

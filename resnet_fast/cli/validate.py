@@ -90,7 +90,7 @@ def validate(
         progress = stack.enter_context(progress_bar(silent=json, eta=True))
         tell = _teller(progress, lines, net.trained.facts.classes, len(on.images))
         options: dict[str, Any] = {"batch": batch, "device": device, "backend": backend, "workers": workers}
-        result = evaluate.measure(net, on, **options, amp=amp, tell=tell, note=say)
+        result = evaluate.measure(net, on, **options, amp=amp, tell=tell)
     if json:
         typer.echo(json_module.dumps({"weights": str(file)} | result.to_dict(), indent=2))
     else:

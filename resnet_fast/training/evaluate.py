@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from .. import images
-from ..classify import prepared
 from ..errors import UserError, printable
 from ..facts import Facts
 from ..models.trained import Trained
@@ -245,7 +244,6 @@ def measure(
     workers: int | None = None,
     amp: str | None = None,
     tell: Callable[[list[Verdict], int, list[str]], None] = lambda verdicts, done, unreadable: None,
-    note: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Run the net on every image of ``on``. ``amp``: dtype of autocast, by default that of the run's validation.
 
@@ -261,7 +259,8 @@ def measure(
     sampler = loader.ValidationSampler(len(on.images), max(batch, 1), 0, 1)
     parts = loader.Prefetcher(loader.loader(_Numbered(on.images), sampler, workers, place), place)
     result = Evaluation(facts.classes)
-    net: nn.Module | None = None
+    restored.trained.net.to(place)
+    net = restored.trained.accelerated(backend)
     done, losses = 0, 0.0
     began = warm = time.perf_counter()
     first, waited_before = 0, 0.0
@@ -271,8 +270,6 @@ def measure(
         if len(part.labels):
             x = normalise(part.images)
             with torch.no_grad(), torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None):
-                if net is None:
-                    net = prepared(restored.trained, x[:1], backend, note)
                 logits = net(x).float()
             verdicts, loss, broken = _judge(logits, part.labels.cpu(), on)
             losses += loss

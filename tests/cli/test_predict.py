@@ -218,7 +218,7 @@ def test_a_csv_file_replaces_only_its_like(folder: Path, tmp_path: Path, capsys:
 def test_what_overflows_inside_the_net_is_no_answer(
     net: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fused convolutions turn NaN into 0 at their ReLU: finite weights, and outputs that mean nothing."""
+    """Finite weights, and outputs that mean nothing."""
     state = {k: v.clone() for k, v in net.state_dict().items()}
     state["layer1.0.conv1.weight"] = 1e38 * torch.randn_like(state["layer1.0.conv1.weight"]).abs().clamp(max=3)
     torch.save(state, tmp_path / "w.pth")
