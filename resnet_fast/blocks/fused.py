@@ -63,6 +63,7 @@ class Fused(nn.Module):
     absent: ClassVar[tuple[str, ...]] = ()
     stock_methods: ClassVar[tuple[str, ...]] = ("forward",)  # of the stock class, which a fused call passes by
     watched: ClassVar[pristine.Watched]
+    own_methods: ClassVar[dict[str, Any]]  # as this package wrote them, by name
     part: ClassVar[str] = (
         ""  # the child that stands for the op's layers in reports, where the op is not the whole module
     )
@@ -71,8 +72,9 @@ class Fused(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "stock_class"):
+        if "stock_class" in cls.__dict__:  # FSDP2 derives a class of its own from ours
             KNOWN[cls.stock_class] = cls
+            cls.own_methods = {name: getattr(cls, name) for name in (*cls.stock_methods, "__call__")}
             cls.watched = pristine.Watched(cls.stock_class, cls.stock_methods)
 
     def runs_stock(self, x: Tensor) -> bool:
@@ -123,6 +125,11 @@ class Fused(nn.Module):
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return ""
         return "expected weights that stay where they are, got FSDP2's; in inference it runs unfused"
+
+    def is_own(self) -> bool:
+        """Does calling this module run this class's code? Not if a subclass or somebody's function took its place."""
+        cls = type(self)
+        return all([getattr(cls, name) is method for name, method in cls.own_methods.items()])
 
     def unserved(self, x: Tensor) -> str:
         """Why this input is for the stock layers: its class has a say in each operation, or it is an image without a

@@ -53,6 +53,7 @@ from .. import derived
 from ..dispatch import catalog, record, select
 from ..errors import BackendError
 from ..locks import Lock
+from . import pristine
 from .fused import Fused, is_altered, untraceable
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ def _call_obstacle(net: Net, x: Tensor) -> str:
         return "a torch function mode is on (torch.set_default_device sets one), which a replay would pass by"
     if "_is_replica" in net.__dict__:
         return "DataParallel makes a new copy of the net for each call; use a process per GPU"
-    if not net.inner_methods.isdisjoint(net.__dict__):
+    if net.has_other_methods():
         return "a method of the net was replaced, which a replay would not run"
     return net.watched.changed()
 
@@ -299,6 +300,8 @@ def _layer_obstacle(name: str, m: nn.Module) -> str:
     cls = type(m)
     if is_altered(m):
         return f"{name} has a hook or a replaced forward, which a replay would not run"
+    if cls.forward is not nn.Module.forward and not pristine.is_own(cls, "forward", cls.forward):
+        return f"the forward of {name}'s class was replaced, which a replay would not run"
     if m.training:
         return f"{name} is in training mode; call eval() on the whole net"
     if not cls.__module__.startswith(_LIBRARIES):

@@ -60,7 +60,7 @@ class Watched:
         """Look closely at each function, and keep what was found for as long as they stay the same."""
         self._seen = self._functions()
         found = zip(self._places, self._seen, strict=True)
-        replaced = [_name(*place) for place, function in found if not _is_own(*place, function)]
+        replaced = [_name(*place) for place, function in found if not is_own(*place, function)]
         self._reason = f"expected the library's own {replaced[0]}, got another; it runs unfused" if replaced else ""
         return self._reason
 
@@ -70,7 +70,7 @@ def _look(watched: Watched) -> str:
     return watched.look()
 
 
-def _is_own(owner: Any, name: str, function: Any) -> bool:
+def is_own(owner: Any, name: str, function: Any) -> bool:
     """Was this function defined under this name, in the module of the class (or in the module) that it stands in?"""
     if isinstance(owner, types.ModuleType):
         home: Any = owner.__name__.partition(".")[0]

@@ -92,7 +92,7 @@ class Net(Fused):
         if reason:
             record.stock(self, self.op, reason)
             return self.stock_net(x)
-        if torch.compiler.is_compiling() or x.dim() != 4 or not self.inner_methods.isdisjoint(self.__dict__):
+        if torch.compiler.is_compiling() or x.dim() != 4 or self.has_other_methods():
             return forward(x)
         if (torch.is_grad_enabled() or self.training) and select.trains_nhwc(x.device.type, x.dtype, self.backend):
             return forward(x.contiguous(memory_format=torch.channels_last))
@@ -114,6 +114,10 @@ class Net(Fused):
             tiles = list(ops.infer_tiles(NetCall(x, segment), tile, self.backend))
             x = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
         return head(x)
+
+    def has_other_methods(self) -> bool:
+        """Was a method replaced, on this net or its class, that a call of all layers at once would pass by?"""
+        return bool(self.inner_methods) and not (self.is_own() and self.inner_methods.isdisjoint(self.__dict__))
 
     def tile(self, n: int, elements: int, x: Tensor) -> int:
         return select.batch_tile(n, elements, x.dtype, x.device.type, self.backend)
@@ -150,10 +154,10 @@ class Net(Fused):
         found: list[Any] = [self.stem_call(x)]
         for name in self.stages:
             stage = child(self, name)
-            if type(stage) not in STAGES or is_altered(stage):
+            if type(stage) not in STAGES or is_altered(stage) or not fused_stage.is_own():
                 return None
             for block in stage._modules.values():
-                if not isinstance(block, Fused) or is_altered(block) or block.unfusable():
+                if not isinstance(block, Fused) or is_altered(block) or not block.is_own() or block.unfusable():
                     return None
                 parts = block.parts(x)
                 if parts is None:
@@ -192,7 +196,10 @@ class Net(Fused):
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None:
                 return False
         stages: list[Any] = [child(self, s) for s in self.stages]
-        return all(type(s) in STAGES and all(isinstance(b, Fused) and not b.unfusable() for b in s) for s in stages)
+        return all(
+            type(s) in STAGES and all(isinstance(b, Fused) and b.is_own() and not b.unfusable() for b in s)
+            for s in stages
+        )
 
 
 def _int(value: Any) -> int:

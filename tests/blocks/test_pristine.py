@@ -366,3 +366,31 @@ def test_a_default_device_is_no_obstacle() -> None:
         resnet_fast.reset_stats()
         model(torch.randn(1, 3, 32, 32))
     assert set(resnet_fast.stats()["calls"]) == {"basic_block/onednn", "stem/onednn"}
+
+
+@pytest.mark.parametrize("where", ["layer1.0", "layer2", "", "timm", "timm features"])
+def test_a_function_put_into_a_fused_class_is_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks an accelerated module for its class gets ours."""
+    model = resnet_fast.accelerate(timm_net() if where.startswith("timm") else net())
+    x = torch.randn(2, 3, 64, 64)
+    cls = type(model.get_submodule("" if where.startswith("timm") else where))
+    name = "forward_features" if where == "timm features" else "forward"
+    original, seen = getattr(cls, name), []
+    with torch.no_grad():
+        want = model(x)
+        monkeypatch.setattr(cls, name, lambda self, x: (seen.append(1), original(self, x).cos())[1])
+        got = model(x)
+    assert seen and not torch.allclose(got, want, atol=1e-3)
+
+
+def test_a_class_derived_from_a_fused_one_runs_its_own_forward() -> None:
+    model, x = resnet_fast.accelerate(net()), torch.randn(2, 3, 32, 32)
+
+    class Derived(type(model.layer1[0])):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).cos()
+
+    with torch.no_grad():
+        want = model(x)
+        model.layer1[0].__class__ = Derived
+        assert not torch.allclose(model(x), want, atol=1e-3)
