@@ -7,6 +7,7 @@ features.
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 import resnet_fast
 
+conv_bn_act = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
 NAN, INF = math.nan, math.inf
 Run = Callable[[nn.Module, Tensor], Any]
 
@@ -239,3 +241,25 @@ def test_inductor(nets: SimpleNamespace) -> None:
     x[1, 2, 7, 5] = NAN
     (where,) = assert_same_kinds(nn.Sequential(nets.basic().eval().layer1[0]), x, run)
     assert where[1].any() and not where[0].any()
+
+
+def test_fp16_values_out_of_range_are_infinite_or_right(nets: SimpleNamespace) -> None:
+    """Without fp16 arithmetic a net computes in fp32 between fp16 tensors: what is finite is right, where the stock
+    net's fp16 tensors already overflow, and what does not fit the output's fp16 is infinite there."""
+    net = nets.bottleneck().eval().half()
+    with torch.no_grad():
+        for block in net.layer1:
+            block.bn3.weight.mul_(1e4)
+        for norm in (net.layer2[0].bn1, net.layer2[0].downsample[1]):
+            norm.weight.div_(1e4)
+        x = torch.randn(2, 3, 32, 32).half()
+        stock, exact = net(x), copy.deepcopy(net).double()(x.double())
+        out = resnet_fast.accelerate(copy.deepcopy(net))(x)
+        if conv_bn_act.compute_dtype(torch.float16) == torch.float32:
+            assert exact.isfinite().all() and out.isfinite().all() and not stock.isfinite().all()
+            torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+        else:
+            assert torch.equal(out.isnan(), stock.isnan())
+        (where,) = kinds(sequential(resnet_fast.accelerate(copy.deepcopy(net)), x))  # fp16 between blocks
+        (want,) = kinds(sequential(net, x))
+        assert torch.equal(where, want)
