@@ -177,8 +177,13 @@ def train(
         silent = json or not speaks()
         with progress_bar(silent=silent, eta=True) as progress:
             result = loop.train(chosen, options, watch(progress, silent=silent))
-    if not speaks():
-        raise typer.Exit(0 if result.finished else EXIT.get(result.stopped_by, 0))
+    if speaks():
+        _report(result, json)
+    raise typer.Exit(0 if result.finished else EXIT.get(result.stopped_by, 0))
+
+
+def _report(result: Any, json: bool) -> None:
+    """Print what a run reached, and where it stopped."""
     if json:
         typer.echo(json_text({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
     elif result.epochs:
@@ -190,9 +195,7 @@ def train(
             f"{' and model.safetensors' if result.finished else ''} in {result.out}"
         )
     if not result.finished:
-        text = f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto"
-        _tell(text)
-        raise typer.Exit(EXIT.get(result.stopped_by, 0))
+        _tell(f"stopped by {result.stopped_by} after step {result.step}, saved; go on with --resume auto")
 
 
 def _kept(out: Path | None, resume: str) -> tuple[Path | None, dict[str, Any] | None]:

@@ -338,7 +338,7 @@ def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["--steps=3"], "expected an output folder without checkpoints"),
-        (["--steps=3", "--set=schedule=cosin"], "expected schedule among"),
+        (["--steps=3", "--set=augment=crops"], "expected augment among"),
     ],
 )
 def test_mistake_ends_all_processes_with_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
