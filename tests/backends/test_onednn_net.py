@@ -9,6 +9,7 @@ import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,24 @@ def test_compiling_again_and_again_does_not_fill_the_memory(compiled: list[torch
         sizes.append(resident())
     assert len(compiled) == 12
     assert sizes[-1] - sizes[0] < 30, sizes  # nine compiles, 180 MB of weights
+
+
+def test_threads_run_a_net_while_one_of_them_compiles(compiled: list[torch.Size]) -> None:
+    stock = randomized("basic")
+    fused = resnet_fast.accelerate(copy.deepcopy(stock))
+    xs = [torch.randn(n, 3, 32, 32) for n in (1, 2)]
+    with torch.no_grad():
+        expected = [stock(x) for x in xs]
+
+    def work(k: int) -> None:
+        with torch.no_grad():
+            for i in range(12):
+                j = (i // 4 + k) % 2
+                torch.testing.assert_close(fused(xs[j]), expected[j], rtol=1e-4, atol=1e-4)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert compiled
 
 
 @torch.no_grad()
