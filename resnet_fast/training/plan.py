@@ -51,7 +51,7 @@ MOST_PLANES = 30_000
 """Values per pixel of the input that no net here exceeds in a step: CIFAR's net of 1202 layers has 28,031."""
 SHARE = 0.75
 """Of the least bytes that a net's fused forward pass moves, which are about what a step keeps for its backward pass:
-measured peaks on a CPU were 0.79 to 1.5 of it, of seven nets and dtypes."""
+measured peaks on a CPU were 0.76 to 1.5 of it, of seven nets and dtypes."""
 
 
 def check_room(
