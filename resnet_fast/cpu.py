@@ -10,7 +10,6 @@ many, its ceiling is far above what the chip does, but it is none that a call co
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -127,7 +126,7 @@ def best(threads: int) -> tuple[dict[str, float], str]:
             machines = _kept(path)
             before = machines.get(name, now)
             machines[name] = {what: max(rate, before[what]) for what, rate in now.items()}
-            text = json.dumps({"unit": "FLOP/s and bytes/s, the best measured", "machines": machines}, indent=1)
+            text = files.json_text({"unit": "FLOP/s and bytes/s, the best measured", "machines": machines}, indent=1)
             files.write_whole(path, (text + "\n").encode())
         return machines[name], f"kept in {path}"
     except OSError as error:
