@@ -103,7 +103,7 @@ def _file() -> Path:
 def _kept(path: Path) -> dict[str, dict[str, float]]:
     """The best rates by machine; empty where there is no file, or one that cannot be read."""
     try:
-        content = files.json_value(path.read_bytes())
+        content = files.json_value(files.read_plain(path))
     except (OSError, ValueError):
         return {}
     machines = content.get("machines") if isinstance(content, dict) else None

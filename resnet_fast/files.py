@@ -5,10 +5,12 @@ A command that computes for minutes asks first whether it may write what it will
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,23 @@ from .errors import UserError
 
 LARGEST = 256 * 2**20
 """Bytes of a file that is looked into to see whether it is ours: most of ours are smaller."""
+
+
+def read_plain(path: Path, most: int = LARGEST) -> bytes:
+    """The bytes of a plain file, at most ``most``. OSError for anything else: a pipe is not waited for, a device not
+    read without end."""
+
+    def refuse(number: int, why: str) -> OSError:
+        return OSError(number, why, str(path))
+
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise refuse(errno.EINVAL, "No plain file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise refuse(errno.EFBIG, f"More than {most:,} bytes")
+    return content
 
 
 def sync(path: Path) -> None:

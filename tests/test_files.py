@@ -55,6 +55,19 @@ def test_anything_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "# mine\n"
 
 
+def test_only_a_plain_file_is_read_and_no_more_of_it_than_allowed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert files.read_plain(tmp_path / "file", 5) == files.read_plain(tmp_path / "link") == b"12345"
+    for name, why in (("pipe", "No plain file"), ("zero", "No plain file"), ("none", "No such file")):
+        with pytest.raises(OSError, match=why):
+            files.read_plain(tmp_path / name)
+    with pytest.raises(OSError, match="More than 4 bytes"):
+        files.read_plain(tmp_path / "file", 4)
+
+
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(files.LARGEST + 1)

@@ -7,6 +7,7 @@ that one which cannot be imported leaves the others working.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 import traceback
@@ -112,15 +113,24 @@ def _check_switches() -> None:
         flag.read()
 
 
+def _check_given(arguments: Sequence[str]) -> None:
+    """Refuse empty arguments: an empty path is the current folder to Python; to a shell it is an unset variable."""
+    for before, word in itertools.pairwise(arguments):
+        option, equals, value = word.partition("=")
+        if word == "" or (equals and not value and option.startswith("--")):
+            raise UserError(f"something after {option or before}", "an empty text", "give a value, or leave it out")
+
+
 def _complain(message: str) -> None:
     print(printable(f"{PROGRAM}: {' '.join(message.split())}"), file=sys.stderr)
 
 
-def _show_traceback() -> bool:
+def _show_traceback(error: Exception) -> bool:
     try:
         return flags.DEBUG.enabled()
-    except UserError as error:
-        _complain(str(error))
+    except UserError as unreadable:
+        if str(unreadable) != str(error):  # which is said anyway
+            _complain(str(unreadable))
         return False
 
 
@@ -133,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accept_any_text()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_given(given)
         with warnings.catch_warnings():
             # Pillow warns, with lines of its own source, of damaged metadata; what costs a picture is an error of ours
             warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -147,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence()
         return BROKEN_PIPE
     except Exception as error:
-        if _show_traceback():
+        if _show_traceback(error):
             traceback.print_exc()
         found = failure(error, *_asked_for(given))
         _complain(found.line)

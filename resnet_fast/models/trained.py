@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import facts as facts_of
-from .. import images, weights
+from .. import files, images, weights
 from ..errors import UserError, printable
 from ..facts import Facts
 from . import registry
@@ -131,10 +131,14 @@ def _names(
     return tuple(f"class {i}" for i in range(classes)), (), False, "numbers (--names FILE gives names)"
 
 
+MOST_NAMES = 16 * 2**20
+"""Bytes of a file of class names: 20,000 long ones take a fiftieth of it."""
+
+
 def names_of_file(path: Path, classes: int) -> tuple[str, ...]:
     """The lines of a text file, one name per class. UserError for another number of them."""
     try:
-        names = path.read_text(encoding="utf-8-sig").splitlines()
+        names = files.read_plain(path, MOST_NAMES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("a text file of class names", f"{path} ({error})", "correct --names") from error
     if len(names) != classes:

@@ -217,6 +217,16 @@ def surplus(out: Path, run: str, step: int, keep: int) -> list[Path]:
     return own[max(keep - 1, 0) :]
 
 
+def check_own(out: Path, place: Path, meta: Mapping[str, Any]) -> None:
+    """UserError where a run that goes on from ``place`` would write over another run's log and weights in ``out``."""
+    if place.resolve().parent == folder_of(out).resolve():
+        return
+    others = [p for p in (*found(out), *bests(out)) if _run_of(p) != meta.get("run", "")]
+    if others:
+        got = f"{out} with {others[0].name} of another run than {place}"
+        raise UserError("an output folder of the run that goes on, or a new one", got, "name another with --out")
+
+
 def set_aside(place: Path) -> Path:
     """Rename ``place`` to a name that no run looks at, ``step-…-set-aside``; returns it. UserError where it cannot."""
     names = (f"{place.name}-set-aside{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
@@ -355,7 +365,7 @@ def _slow(file: Any) -> str:
 def _sealed(place: Path) -> dict[str, Any]:
     """The content of ``meta.json`` as it was written. Raises :class:`Damaged`."""
     try:
-        meta = files.json_value((place / META).read_bytes())
+        meta = files.json_value(files.read_plain(place / META))
     except (OSError, ValueError) as error:
         raise Damaged("a checkpoint folder with meta.json", f"{place} ({error})", "name another one") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:

@@ -214,6 +214,7 @@ class _Run:
         place, meta, complaints = checkpoint.choose(out, resume)
         if place is not None:
             check_resumable(self.recipe, self.classes, meta, place)
+            checkpoint.check_own(out, place, meta)
         return place, meta, complaints
 
     def _set_aside_later(self) -> list[str]:

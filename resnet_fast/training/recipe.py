@@ -222,6 +222,7 @@ def load(
     """
     values: dict[Any, Any] = {} if source is None else dict(source) if isinstance(source, Mapping) else _read(source)
     changes = dict(overrides or {})
+    said = []
     for key, other in (("epochs", "steps"), ("steps", "epochs")):
         for chosen in (values, changes):
             if chosen.get(key) is not None and chosen.get(other) is None:
@@ -231,8 +232,11 @@ def load(
             if scaled:
                 changes |= scaled
                 lengths = ", ".join(f"{name} {value}" for name, value in scaled.items())
-                note(f"{key} {changes[key]} for {other} {values[other]}, and in proportion: {lengths}")
-    return replace(Recipe(), **{key: _typed(key, value) for key, value in (values | changes).items()})
+                said.append(f"{key} {changes[key]} for {other} {values[other]}, and in proportion: {lengths}")
+    recipe = replace(Recipe(), **{key: _typed(key, value) for key, value in (values | changes).items()})
+    for text in said:  # of a recipe that is none, its error alone is worth saying
+        note(text)
+    return recipe
 
 
 def _scaled(values: Mapping[str, Any], share: float, given: Collection[str]) -> dict[str, Any]:

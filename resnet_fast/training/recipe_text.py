@@ -8,6 +8,7 @@ given twice: YAML would let the last one win in silence.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from ..errors import UserError, missing_package
 
 MOST_BYTES = 2**20
 MOST_DEPTH = 8
+
+
+_OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]*[0-7][0-9_]*|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""``010``, which PyYAML reads as 8, and ``1:30``, which it reads as 90: a person means something else by them."""
 
 
 class _Refused(Exception):
@@ -111,6 +116,11 @@ def _check_shape(events: Iterable[Any], yaml: Any) -> None:
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _OLD_NUMBER.fullmatch(event.value):
+            line = event.start_mark.line + 1
+            raise _Refused(
+                f"line {line}: {event.value[:40]}, which YAML 1.1 reads in base 8 or 60; write it in decimals"
+            )
         if depth > MOST_DEPTH:
             raise _Refused(f"line {event.start_mark.line + 1}: values more than {MOST_DEPTH} levels deep")
 

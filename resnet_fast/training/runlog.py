@@ -20,12 +20,14 @@ from ..errors import UserError, missing_package
 from .checkpoint import no_room, write_whole
 
 NAME = "log.jsonl"
+MOST = 2**31
+"""Bytes of a log that is read: ten million lines."""
 
 
 def read(out: Path) -> list[dict[str, Any]]:
     """The lines of ``out``'s log. What is none is left out: a line that a killed run left unfinished, or another's."""
     try:
-        text = (out / NAME).read_text(errors="replace")
+        text = files.read_plain(out / NAME, MOST).decode(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -88,7 +88,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     todo = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"
-    return UserError(expected=f"the name of a {kind}", got=repr(name), todo=todo)
+    return UserError(expected=f"the name of {'an' if kind[0] in 'aeiou' else 'a'} {kind}", got=repr(name), todo=todo)
 
 
 def arch(name: str) -> Arch:

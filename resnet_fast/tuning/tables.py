@@ -79,11 +79,11 @@ def _refused_last(item: tuple[str, float | None]) -> float:
 def read(path: Path, gpu_name: str) -> Table:
     """The table in ``path``; an empty one where there is no file, and with a warning where the file cannot be used."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(files.read_plain(path).decode())
         problem = _problem(content, gpu_name)
     except FileNotFoundError:
         return Table(gpu_name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         warnings.warn(f"{path} is ignored ({problem}); the next tuning run replaces it", RuntimeWarning, stacklevel=2)

@@ -89,6 +89,9 @@ def test_no_help_text_imports_torch() -> None:
         (["explain", "resnet18", "--jsn"], "did you mean --json?"),
         (["tune", "resnet18", "--dtype", "bloat16"], "did you mean bfloat16"),
         (["bench", "--batch"], "'resnet-fast bench --help' describes"),
+        (["train", "--out", "", "--steps", "1"], "expected something after --out, got an empty text; give a value"),
+        (["train", "--out=", "--steps", "1"], "expected something after --out, got an empty text"),
+        (["predict", "", "--weights", "w.pth"], "expected something after predict, got an empty text"),
     ],
 )
 def test_wrong_command_line_is_one_line_and_exit_2(
@@ -96,6 +99,14 @@ def test_wrong_command_line_is_one_line_and_exit_2(
 ) -> None:
     assert cli.main(arguments) == 2
     assert said in one_line(capsys.readouterr().err)
+
+
+def test_a_bad_value_of_the_debug_switch_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RESNET_FAST_DEBUG", "yes")
+    assert cli.main(["models"]) == 2
+    assert "RESNET_FAST_DEBUG to be one of 0, 1" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_names_of_a_file_go_before(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("x\ny\n")
     found = trained.load(_file(tmp_path / "w.safetensors"), names=tmp_path / "names.txt")
     assert found.facts.classes == ("x", "y")
+
+
+def test_names_are_of_a_plain_file_that_is_not_endless(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(trained.MOST_NAMES + 1)
+    for path, why in (
+        (tmp_path / "pipe", "No plain file"),
+        (Path("/dev/zero"), "No plain file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "large", "More than"),
+    ):
+        with pytest.raises(UserError, match=rf"expected a text file of class names, got .*{why}"):
+            trained.names_of_file(path, 2)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,31 @@ def test_later_steps_are_untouched_by_a_save(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000015", "step-00000020", "step-00000030"]
 
 
+def test_a_pipe_in_place_of_meta_json_is_not_waited_for(tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 10)
+    save(tmp_path, make(), 20)
+    (place / "meta.json").unlink()
+    os.mkfifo(place / "meta.json")
+    with pytest.raises(Damaged, match="No plain file"):
+        checkpoint.read_meta(place)
+    assert checkpoint.choose(tmp_path, "auto")[0] == checkpoint.found(tmp_path)[0]
+    save(tmp_path, make(), 30, keep=1)
+    assert names(tmp_path) == ["step-00000010", "step-00000030"]  # not known to be the run's: it stays
+
+
+def test_a_run_goes_on_from_elsewhere_over_no_other_run(
+    tiny: Callable[..., Recipe], options: Callable[..., Options]
+) -> None:
+    mine, theirs = options("mine"), options("theirs")
+    train(tiny(), mine)
+    train(tiny(), theirs)
+    before = {p: p.read_bytes() for p in mine.out.rglob("*") if p.is_file() and p.name != "run.lock"}
+    with pytest.raises(UserError, match=r"of the run that goes on, or a new one, got .*mine with step-.* another run"):
+        train(tiny(), options("mine", resume=str(theirs.out)))
+    assert {p: p.read_bytes() for p in mine.out.rglob("*") if p.is_file() and p.name != "run.lock"} == before
+    assert train(tiny(), options("new", resume=str(theirs.out))).finished
+
+
 def test_resume_from_an_older_one_keeps_the_later_ones_and_the_log(
     tiny: Callable[..., Recipe], options: Callable[..., Options], minute: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("lr: 1" + "0" * 5000 + "\n", "integer"),
         ("---\nlr: 1\n---\nlr: 2\n", "expected a single document"),
         ("lr: 0.1\nlr", "could not find expected ':'"),
+        ("batch: 010\n", "line 1: 010, which YAML 1.1 reads in base 8 or 60; write it in decimals"),
+        ("lr: 0.1\nmilestones: [1:30, 2]\n", "line 2: 1:30, which YAML 1.1 reads in base 8 or 60"),
+        ("lr: -1:30.5\n", "line 1: -1:30.5, which YAML"),
         ("\0" * 100, "special characters are not allowed"),
         ("# " + "x" * 2**20, "more than 1,048,576 bytes"),
     ],
@@ -186,6 +189,30 @@ def test_a_file_in_utf_8_and_16_is_read_in_any_locale(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "r.yaml").write_text("data: folder\ndata_path: Bäume/松\n", encoding=encoding)
         assert recipes.load(tmp_path / "r.yaml").data_path == "Bäume/松"
+
+
+def test_numbers_as_people_write_them_are_read_and_text_in_quotes_stays() -> None:
+    assert recipes.parse(["a=0", "b=10", "c=0.5", "d=1e-4", "e='010'", "f=0x10"]) == {
+        "a": 0,
+        "b": 10,
+        "c": 0.5,
+        "d": "1e-4",
+        "e": "010",
+        "f": 16,
+    }
+    with pytest.raises(
+        UserError, match=r"a value that YAML can read, got '064' \(line 1: 064, which YAML 1\.1 reads in"
+    ):
+        recipes.parse(["batch=064"])
+
+
+def test_what_follows_from_a_length_is_said_of_a_recipe_alone() -> None:
+    told: list[str] = []
+    with pytest.raises(UserError, match="lr from 0 to"):
+        recipes.load("digits", {"steps": 1, "lr": 1e300}, told.append)
+    assert told == []
+    recipes.load("digits", {"steps": 1}, told.append)
+    assert len(told) == 1 and told[0].startswith("steps 1 for epochs")
 
 
 def test_a_key_set_twice_is_refused() -> None:

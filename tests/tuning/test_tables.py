@@ -73,6 +73,7 @@ def test_no_file_is_an_empty_table_without_a_warning(tmp_path: Path) -> None:
         ("", "JSONDecodeError"),
         ('{"space": 1, "gpu"', "JSONDecodeError"),
         ("[]", "not a tuning table"),
+        ("[" * 100_000, "RecursionError"),
         ("{}", "not a tuning table"),
         (json.dumps(content(gpu="NVIDIA A100")), f"expected measurements of {GPU}, got 'NVIDIA A100'"),
         (
