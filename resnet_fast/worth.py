@@ -19,7 +19,9 @@ Where the numbers come from: docs/notes/derived-weights.md.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 LAYER = 6e6
 PACK = 600.0
@@ -29,6 +31,27 @@ FIRST = 2.0
 """Packings of all weights that a new net may do at once."""
 MOST = 8.0
 """Packings of all weights that can be saved up for."""
+
+
+_at_once: ContextVar[bool] = ContextVar("resnet_fast_worth_at_once", default=False)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Inside the ``with``, weights are packed at their first call, whether it pays or not.
+
+    For results that depend, to the last bit, on weights and inputs alone and not on the calls before: validation.
+    """
+    before = _at_once.set(True)
+    try:
+        yield
+    finally:
+        _at_once.reset(before)
+
+
+def is_at_once() -> bool:
+    """Whether this thread is inside :func:`at_once`."""
+    return _at_once.get()
 
 
 def of_stock_call(flops: float, convolutions: int) -> float:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Kineto reads it when a process profiles for the first time, whichever test that is in; benchmarks/memory.py says why.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -96,11 +96,12 @@ class Fused(nn.Module):
     def unequal(self, x: Tensor) -> str:
         """Why the op's gradients would not be the stock layers' bit for bit, as they must be without training kernels.
 
-        Empty if they would be, or nothing needs a gradient. The reference computes BatchNorm in the order of operations
-        of ``batch_norm``, and FrozenBatchNorm2d has another.
+        Empty if they would be, nothing needs a gradient, or a backend was asked for by name, which is then what runs.
+        The reference computes BatchNorm in the order of operations of ``batch_norm``, and FrozenBatchNorm2d has
+        another.
         """
         got = self.unlike_reference()
-        if not got:
+        if not got or select.requested(self.backend) != "auto":
             return ""
         names = {"downsample", *(name for pair in self.layers for name in pair)} & self._modules.keys()
         layers = [m for name in names if (m := self._modules[name]) is not None]

@@ -5,8 +5,8 @@ that decides: the input's shape, strides, dtype and device, the numbers of the c
 backends that work. A call like an earlier one costs one look-up.
 
 Where preparing costs more than a call or two, it has to pay (:mod:`resnet_fast.worth`); until it does, the call runs on
-the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain`` wants to see
-and what runs in strict mode.
+the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain`` wants to see,
+what runs in strict mode, and what must not depend on earlier calls (:func:`resnet_fast.worth.at_once`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def _new(
     upkeep = choice.impl.upkeep
     earlier = [plan.state for other, plan in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
     work = worth.of_stock_call(spec.flops(), _convolutions(spec)) if upkeep else 0.0
-    at_once = select.requested(backend) != "auto" or record.watched() or record.is_strict()
+    named = select.requested(backend) != "auto"
+    at_once = named or worth.is_at_once() or record.watched() or record.is_strict()
     if upkeep and not at_once:
         if entry.notes is None:
             entry.notes = worth.Account(worth.PACK * upkeep.elements(call, spec, []))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .. import images
+from .. import images, worth
 from ..errors import UserError, printable
 from ..facts import Facts
 from ..models.trained import Trained
@@ -269,7 +269,8 @@ def measure(
         result.unreadable += part.unreadable
         if len(part.labels):
             x = normalise(part.images)
-            with torch.no_grad(), torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            cast = torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None)
+            with torch.no_grad(), cast, worth.at_once():  # as the run validated
                 logits = net(x).float()
             verdicts, loss, broken = _judge(logits, part.labels.cpu(), on)
             losses += loss

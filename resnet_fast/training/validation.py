@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import worth
 from . import distributed, loader
 from .data import Data
 from .distributed import World
@@ -48,7 +49,7 @@ class Validation:
                     continue
                 # The others gather shards, which takes every process: this one looks at an image that does not count.
                 images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
-            with step.autocast():
+            with step.autocast(), worth.at_once():  # a resumed run's figures are those of one that went through
                 out = net(step.normalise(images)).float()
             if len(labels):
                 sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))

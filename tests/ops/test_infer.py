@@ -93,6 +93,18 @@ def test_weights_that_change_before_each_call_are_not_packed(packs: list[tuple[i
     assert not stats()["fallbacks"]
 
 
+def test_at_once_results_depend_on_weights_and_input_alone(packs: list[tuple[int, ...]]) -> None:
+    fused, x = both()[0], image()
+    with torch.no_grad(), worth.at_once():
+        for i in range(1, 4):
+            change(fused)
+            later = fused(x)
+            assert len(packs) == i * CONVOLUTIONS
+            assert torch.equal(later, copy.deepcopy(fused)(x))  # whose first call this is
+            del packs[i * CONVOLUTIONS :]
+    assert not worth.is_at_once()
+
+
 def test_validation_after_training_packs_at_its_second_call(
     packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
