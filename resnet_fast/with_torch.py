@@ -25,6 +25,8 @@ class _Loader(importlib.abc.Loader):
         self._inner = inner
 
     def __getattr__(self, name: str) -> Any:  # a spec that is only looked at has the loader's other methods too
+        if name == "_inner":  # a copy is asked for things before it has any
+            raise AttributeError(name)
         return getattr(self._inner, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:

@@ -62,6 +62,7 @@ def test_torch_comes_later_and_the_ops_with_it() -> None:
     run(OPS_FOLLOW_TORCH)
     run("import resnet_fast; resnet_fast.ops.conv_bn_act; import torch; torch.ops.resnet_fast.stem.default")
     run("import resnet_fast, importlib.util as u; spec = u.find_spec('torch'); assert spec.loader.is_package('torch')")
+    run("import resnet_fast, copy, importlib.util as u; copy.deepcopy(u.find_spec('torch')).loader.is_package('torch')")
 
 
 BROKEN = """

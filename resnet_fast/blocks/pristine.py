@@ -29,15 +29,20 @@ _OWNERS: dict[str, Any] = {
     "MaxPool2d": nn.MaxPool2d,
     "Sequential": nn.Sequential,
     "F": F,
+    "torch": torch,
+    "Tensor": torch.Tensor,
 }
 
 LAYERS = (
     "Module.__call__", "Module._call_impl", "Conv2d.__call__", "Conv2d.forward", "Conv2d._conv_forward",
     "BatchNorm2d.__call__", "BatchNorm2d.forward", "BatchNorm2d._check_input_dim", "SyncBatchNorm.forward",
     "FrozenBatchNorm2d.forward", "ReLU.__call__", "ReLU.forward", "Identity.forward", "MaxPool2d.forward",
-    "Sequential.forward", "F.conv2d", "F.batch_norm", "F.relu", "F.max_pool2d",
+    "Sequential.forward", "F.conv2d", "F.batch_norm", "F.relu", "F.max_pool2d", "torch.batch_norm", "torch.relu",
+    "torch.relu_", "torch.max_pool2d", "Tensor.__iadd__", "Conv2d.__getattr__", "BatchNorm2d.__getattr__",
 )  # fmt: skip
 """What every fused call passes by."""
+
+_INHERITED = ("__call__", "_call_impl", "__getattr__")  # as no library's layers but Module itself define them
 
 
 class Watched:
@@ -45,7 +50,7 @@ class Watched:
 
     def __init__(self, stock_class: type[nn.Module], methods: Iterable[str]):
         owners = _OWNERS | {"stock": stock_class}
-        names = [*LAYERS, *(f"stock.{name}" for name in ("__call__", *methods))]
+        names = [*LAYERS, *(f"stock.{name}" for name in ("__call__", "__getattr__", *methods))]
         self._places = [(owners[owner], name) for owner, _, name in (name.partition(".") for name in names)]
         # One expression, several times as fast as a loop: this runs at every call of every block.
         self._functions: Callable[[], tuple[Any, ...]] = eval(f"lambda: ({', '.join(names)})", owners)
@@ -78,7 +83,16 @@ def is_own(owner: Any, name: str, function: Any) -> bool:
             return function.__name__ == name
         own_module = isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] == home
         return own_module and function.__globals__["__name__"].partition(".")[0] == home and _bears(function, name)
-    holder = next(c for c in owner.__mro__ if name in c.__dict__)
+    if isinstance(function, types.MethodDescriptorType):
+        return function.__name__ == name and issubclass(owner, function.__objclass__)
+    holders = [c for c in owner.__mro__ if name in c.__dict__]
+    if name in _INHERITED or (owner is nn.BatchNorm2d and name == "forward"):
+        # who puts a function back by assignment leaves it in the class that had inherited it
+        return any(_wrote(c, function) for c in holders)
+    return _wrote(holders[0], function)
+
+
+def _wrote(holder: type, function: Any) -> bool:
     if not isinstance(function, types.FunctionType):
         return False
     written_there = function.__globals__ is vars(sys.modules[holder.__module__])

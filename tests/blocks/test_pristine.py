@@ -55,6 +55,12 @@ PLACES: dict[str, tuple[Any, str, Callable[[], nn.Module]]] = {
     "F.relu": (F, "relu", net),
     "F.conv2d": (F, "conv2d", net),
     "F.batch_norm": (F, "batch_norm", net),
+    "torch.batch_norm": (torch, "batch_norm", net),
+    "torch.max_pool2d": (torch, "max_pool2d", net),
+    "Tensor.__iadd__": (Tensor, "__iadd__", net),
+    "Module.__getattr__": (nn.Module, "__getattr__", net),
+    "Conv2d.__getattr__": (nn.Conv2d, "__getattr__", net),
+    "BasicBlock.__getattr__": (stock.BasicBlock, "__getattr__", net),
 }
 
 
@@ -128,6 +134,30 @@ def test_another_class_of_the_library_lends_its_forward() -> None:
     finally:
         nn.ReLU.forward = original  # type: ignore[method-assign]
         del nn.ReLU.approximate
+
+
+@pytest.mark.parametrize("owner, name", [(nn.BatchNorm2d, "forward"), (nn.Conv2d, "__call__"), (Tensor, "__iadd__")])
+def test_an_inherited_function_may_be_put_back_by_assignment(owner: Any, name: str) -> None:
+    model, x = resnet_fast.accelerate(net()), torch.randn(1, 3, 32, 32)
+    original = getattr(owner, name)
+    assert name not in vars(owner)
+    try:
+        setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs))
+        assert model.layer1[0].unfusable() != ""
+        setattr(owner, name, original)
+        with torch.no_grad(), resnet_fast.strict():
+            model(x)
+    finally:
+        delattr(owner, name)
+
+
+def test_a_norm_that_borrows_another_forward_runs_it() -> None:
+    original = nn.SyncBatchNorm.forward
+    try:
+        nn.SyncBatchNorm.forward = nn.BatchNorm2d.forward  # type: ignore[method-assign]
+        assert resnet_fast.accelerate(net()).layer1[0].unfusable() != ""
+    finally:
+        nn.SyncBatchNorm.forward = original  # type: ignore[method-assign]
 
 
 def test_nothing_is_replaced_in_a_fresh_process() -> None:
