@@ -87,7 +87,9 @@ def export(
     temporary = Path(name)
     try:
         if out.suffix == ".pt2":
-            torch.export.save(program, name, extra_files={EXTRA: facts.to_json()})
+            content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+            torch.export.save(program, content, extra_files={EXTRA: facts.to_json()})
+            temporary.write_bytes(content.getbuffer())
             runner, run = _load_pt2(temporary)
         else:
             _save_onnx(program, temporary, facts, opset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_outputs_that_differ_leave_no_file(net: nn.Module, tmp_path: Path, monke
     with pytest.raises(UserError, match=r"agree with the net within 0\.0001 .* got 0\.001"):
         exporting.export(net, FACTS, tmp_path / "net.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_full_disk_is_said_and_leaves_the_earlier_export(suffix: str, net: nn.Module, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    exporting.export(net, FACTS, tmp_path / f"net{suffix}")
+    earlier = (tmp_path / f"net{suffix}").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(earlier) // 2, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"expected room and leave to write .*, got File too large"):
+            exporting.export(net, FACTS, tmp_path / f"net{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [earlier]
 
 
 def test_weights_that_overflow_are_not_exported(net: nn.Module, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from .. import flags
 from .._version import __version__
 from ..errors import UserError, printable
 from .failures import BROKEN_PIPE, INTERRUPTED, PROGRAM, did_you_mean, failure, option_names
-from .output import accept_any_text, silence
+from .output import accept_any_text, fill_closed_streams, silence
 
 COMMANDS = {
     "demo": "resnet_fast.cli.demo:demo",
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 1 an error of the program's own; 2 a request that cannot be served, said in one line on stderr; 130
     interrupted; 141 the reader of our output went away. ``RESNET_FAST_DEBUG=1`` prints the traceback before the line.
     """
+    fill_closed_streams()
     accept_any_text()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -48,6 +48,18 @@ def accept_any_text() -> None:
             stream.reconfigure(errors="resnet_fast.plain")
 
 
+def fill_closed_streams() -> None:
+    """Put the null device in the place of standard streams that are closed (``>&-``): what is printed goes nowhere, and
+    not into a file that happens to be opened under their number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+
 def silence() -> None:
     """Let what is still to be flushed vanish: nobody reads stdout any more."""
     with contextlib.suppress(OSError, ValueError):

@@ -114,12 +114,19 @@ class Data:
         )
 
 
+WITHOUT_FILES = ("digits", "synthetic")
+"""Data that a folder cannot be given for."""
+
+
 def load(recipe: Recipe) -> Data:
     """The data of ``recipe``. Raises UserError for whatever would stop or spoil the run later."""
     if recipe.classes is not None:
         _check_classes(recipe.classes)
     if recipe.data == "folder":
         return _folder(recipe)
+    if recipe.data in WITHOUT_FILES and recipe.data_path:
+        got = f"{recipe.data_path} with data {recipe.data}, which needs no files"
+        raise UserError("data_path with data that lie in files", got, "give --data folder, or leave out --data-path")
     loaded = {
         "digits": _digits,
         "fashion-mnist": _fashion_mnist,

@@ -134,7 +134,9 @@ def target(
     all class folders; with ``held_out`` the fifth of each class that a run on such a folder does not train on.
     """
     facts, how = restored.trained.facts, restored.recipe
-    kind = data or (how.data if how else "") or facts.data or ("folder" if data_path else "")
+    known = (how.data if how else "") or facts.data
+    elsewhere = data_path is not None and known in ("", *data_sets.WITHOUT_FILES)
+    kind = data or ("folder" if elsewhere else known)
     if not kind:
         raise UserError(
             "images to validate on", "weights that do not say what they were trained on", "give --data or --data-path"

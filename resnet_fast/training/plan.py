@@ -36,7 +36,8 @@ def lines(
     epochs = total / plan.steps_per_epoch
     return [
         f"net: {recipe.model}, {sum(sizes):,} parameters{frozen}",
-        f"data: {data.summary()}",
+        f"data: {printable(data.summary())}",
+        *([f"note: {printable(data.note)}"] if data.note else []),
         *_counts("training", data.train, data.classes),
         *_counts("validation", data.val, data.classes),
         f"steps: {total:,} of {recipe.batch:,} images, {plan.steps_per_epoch:,} per epoch, {epochs:g} epochs"

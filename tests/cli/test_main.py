@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +231,21 @@ def test_help_in_ascii(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal("ascii", monkeypatch) as written:
         assert cli.main([name, "--help"]) == 0
     assert name in written.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams_are_the_null_device(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """Nothing is printed into a file that got a closed stream's number, nor to stdout in place of stderr."""
+    shell = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
+    plot = tmp_path / "out.png"
+    line = f'"{sys.executable}" -m resnet_fast.cli.main "$@" {shell}'
+    for arguments, code in ((["roofline", "cifar_resnet20", "--plot", str(plot)], 0), (["nonsense"], 2)):
+        done = subprocess.run(["sh", "-c", line, "sh", *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert 1 not in closed or not done.stdout
+        assert 2 not in closed or (not done.stderr and "expected" not in done.stdout)
+        assert "itself" not in done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

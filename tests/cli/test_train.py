@@ -191,8 +191,32 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert said["net"] == "cifar_resnet20, 269,722 parameters" and said["folder"] == "out/train/cifar_resnet20-digits"
     assert said["optimizer"] == "AdamW, betas (0.9, 0.999), weight_decay 0.0001"
     assert said["steps"] == "3 of 16 images, 4 per epoch, 0.75 epochs"
+    assert said["note"].startswith("a fifth of the 1,797 images is the validation set")
     code, _, err = say([*TINY, "--dry-run", "--resume", "nowhere"], capsys)
     assert code == 2 and "a checkpoint folder with meta.json" in err
+
+
+def test_a_dry_run_says_what_a_folder_leaves_out_and_obeys_no_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("a\nb", "\x1b[31mred"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+        (tmp_path / name / "notes.txt").touch()
+    place = ["--data", "folder", "--data-path", str(tmp_path), "--batch", "4", "--size", "8"]
+    code, out, err = say([*place, "--model", "cifar_resnet20", "--epochs", "1", "--dry-run"], capsys)
+    assert (code, err) == (0, "") and "\x1b" not in out
+    said = dict(line.split(": ", 1) for line in out.splitlines())
+    assert said["data"].endswith("of 2 classes (\\x1b[31mred, a\\nb)")
+    assert "no train and val folders: a fifth" in said["note"] and "left out for their ending: 2 .txt" in said["note"]
+
+
+def test_a_folder_is_not_passed_over_for_data_that_need_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = say([*TINY, "--data-path", str(tmp_path), "--dry-run"], capsys)
+    assert code == 2 and f"got {tmp_path} with data digits, which needs no files; give --data folder" in err
 
 
 def test_fine_tuning_from_a_runs_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

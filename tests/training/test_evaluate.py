@@ -211,12 +211,22 @@ def test_outputs_that_are_no_numbers_are_wrong_answers(classifier: Callable[...,
         (("folder", Path("none")), "which is no folder"),
         (("mnist", None), "data among digits"),
         (("digits", None), "classes of the weights"),
+        (("digits", Path("photos")), "data that lie in files, got photos with data digits, which needs no files"),
     ],
 )
 def test_data_that_do_not_fit(classifier: Callable[..., Path], where: tuple[Any, Any], message: str) -> None:
     found = restored.load(classifier(*COLOURS))
     with pytest.raises(UserError, match=message):
         evaluate.target(found, *where)
+
+
+def test_a_folder_is_measured_where_the_weights_are_of_data_without_files(tmp_path: Path) -> None:
+    net = registry.build("cifar_resnet20", num_classes=3)
+    told = Facts("cifar_resnet20", 16, tuple(COLOURS), (0.5,) * 3, (0.25,) * 3, 1.0, data="digits")
+    save_file(net.state_dict(), tmp_path / "w.safetensors", metadata={"resnet_fast": told.to_json()})
+    _pictures(tmp_path / "data" / "val", 2)
+    found = evaluate.target(restored.load(tmp_path / "w.safetensors"), None, tmp_path / "data")
+    assert len(found.images) == 6
 
 
 def test_weights_of_unknown_origin_need_to_be_told_the_data(classifier: Callable[..., Path]) -> None:
