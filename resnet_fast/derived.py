@@ -22,7 +22,7 @@ copy is kept, and compared in full.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -267,6 +267,17 @@ def follow(t: Tensor, counter: Tensor | None) -> None:
 def values_of(t: Tensor) -> list[Any]:
     """Every value that is kept for sources that begin with ``t``."""
     return [value for found in list(_cache.values()) if found.leads(t) for value in list(found.values.values())]
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Forget what was derived from any of ``tensors``, and with it every weak reference to them.
+
+    ``torch.utils.swap_tensors`` refuses a tensor that has one.
+    """
+    found = {id(t) for t in tensors}
+    for identity in list(_cache):
+        if not found.isdisjoint(identity):
+            _cache.pop(identity, None)
 
 
 def clear() -> None:

@@ -77,6 +77,19 @@ class Fused(nn.Module):
             cls.own_methods = {name: getattr(cls, name) for name in (*cls.stock_methods, "__call__")}
             cls.watched = pristine.Watched(cls.stock_class, cls.stock_methods)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._release()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _release(self) -> None:
+        """Let go of the weights if PyTorch is about to swap them, which it does not with weak references about."""
+        if torch.__future__.get_swap_module_params_on_conversion():
+            derived.release(self.parameters())
+
     def runs_stock(self, x: Tensor) -> bool:
         """Must this call run the stock layers? If so, the reason is counted (and raised in strict mode).
 

@@ -7,9 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import roofline
 from ..calls import BlockCall, BnActCall, Call
+from ..errors import UserError
 from . import record
 
 
@@ -97,26 +99,33 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def explain(model: nn.Module, x: Tensor) -> Explanation:
+def explain(model: nn.Module, x: Any) -> Explanation:
     """Run ``model(x)`` once without autograd, in the mode it is in, and report every block of an accelerated net.
 
     Buffers (running statistics) and random state are put back, so a model in training may be explained too.
 
     Args:
         model: a module that :func:`resnet_fast.accelerate` has been called on.
-        x: an input of the shape, dtype, layout and device in question.
+        x: an input of the shape, dtype, layout and device in question; whatever the model takes as its one argument,
+            a detector's list of images too.
+
+    Raises:
+        UserError: no tensor in ``x``.
     """
+    first = next((t for t in tree_leaves(x) if isinstance(t, Tensor)), None)
+    if first is None:
+        raise UserError("a tensor, or a structure of tensors", type(x).__name__, "pass what the model is called with")
     names = {id(p): name.rsplit(".", 1)[0] for name, p in model.named_parameters()}
     modules = {id(m): name for name, m in model.named_modules()}
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    random_devices = [x.device] if x.device.type == "cuda" else []
+    random_devices = [first.device] if first.device.type == "cuda" else []
     with record.tape() as tape, torch.no_grad(), torch.random.fork_rng(devices=random_devices):
         try:
             model(x)
         finally:
             for buffer, before in buffers:
                 _put_back(buffer, before)
-    device, ceilings = _device(x.device)
+    device, ceilings = _device(first.device)
     rows, seen = [], set()
     for event in tape:
         if isinstance(event, record.Stock):
@@ -131,11 +140,12 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     order = {name: i for i, name in enumerate(modules.values())}
     rows.sort(key=lambda row: order.get(row.layer, -1))  # blocks that no fused class stands for are counted first
     runs = len(tape) // max(1, len(rows))
-    notes = (f"the batch of {x.shape[0]} ran in {runs} tiles; rows show one",) if runs > 1 else ()
+    batch = f"the batch of {x.shape[0]} ran in {runs} tiles" if x is first else f"each layer ran {runs} times"
+    notes = (f"{batch}; rows show one",) if runs > 1 else ()
     floors = [row.floor_ms for row in rows if row.floor_ms is not None]
     if floors:
         notes = (*notes, f"sum of the floors above: {sum(floors):.3f} ms")
-    return Explanation(tuple(rows), str(x.device), ceilings, (*notes, *_untouched(model, tape)))
+    return Explanation(tuple(rows), str(first.device), ceilings, (*notes, *_untouched(model, tape)))
 
 
 @runtime_checkable

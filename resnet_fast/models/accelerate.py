@@ -121,9 +121,11 @@ def _replay_no_more(net: nn.Module) -> None:
 
 def restore(model: M) -> M:
     """Undo :func:`accelerate` exactly, in place: every module gets its stock class back. Returns ``model``."""
+    from .. import derived
     from ..blocks import stage
     from ..blocks.fused import Fused
 
+    derived.release(model.parameters())
     for module in model.modules():
         if isinstance(module, (Fused, stage.Sequential)):
             module.__dict__.pop("_resnet_fast_backend", None)

@@ -57,3 +57,25 @@ def test_a_stock_block_gives_its_reason(net: nn.Module) -> None:
         handle.remove()
     (row,) = [r for r in told.rows if r.backend == "stock"]
     assert row.layer == "layer1.0" and "hook" in row.why_not["fused"] and "stock layers: " in str(told)
+
+
+class Detector(nn.Module):
+    """Takes a list of images, as torchvision's detectors do."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        return self.net(torch.stack(images))
+
+
+def test_a_list_of_images(net: nn.Module) -> None:
+    detector = Detector(net.eval())
+    told = resnet_fast.explain(detector, list(torch.randn(2, 3, 32, 32)))
+    assert told.device == "cpu" and len(told.rows) == 9 and "net.layer2.0" in {r.layer for r in told.rows}
+
+
+def test_what_holds_no_tensor_is_refused(net: nn.Module) -> None:
+    with pytest.raises(resnet_fast.UserError, match="expected a tensor, or a structure of tensors, got str"):
+        resnet_fast.explain(net, "cat.jpg")

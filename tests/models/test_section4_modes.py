@@ -88,6 +88,33 @@ def test_double_back_and_forth_follows_the_values(twin: Twin, nets: SimpleNamesp
     nets.assert_close_to_eager(fused, stock, x)
 
 
+@pytest.mark.parametrize("part", ["net", "stages"])
+def test_parameters_are_swapped_as_in_a_stock_net(part: str, twin: Twin, x: torch.Tensor) -> None:
+    """``torch.utils.swap_tensors`` refuses whatever has a weak reference, and kept weights have one to their source."""
+    stock, fast = twin()
+    other = {k: t * 1.25 if t.is_floating_point() else t.clone() for k, t in stock.state_dict().items()}
+    kept = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for change in (
+            lambda m: m.double().float(),
+            lambda m: m.load_state_dict(other),
+            lambda m: m.to(memory_format=torch.channels_last),
+        ):
+            with torch.no_grad():
+                if part == "net":
+                    fast(x)
+                else:
+                    fast.layer2(fast.layer1(torch.randn(1, fast.conv1.out_channels, 8, 8)))
+            change(stock)
+            change(fast)
+            with torch.no_grad():
+                torch.testing.assert_close(fast(x), stock(x), rtol=1e-4, atol=1e-4)
+        resnet_fast.restore(fast).double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(kept)
+
+
 @pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
 def test_to_memory_format(
