@@ -52,6 +52,8 @@ from .recipe import from_dict
 
 FORMAT = "resnet_fast training checkpoint 1"
 META = "meta.json"
+PARTS = {META, "model.safetensors", "ema.safetensors", "state.pt", SHARDS, "log.jsonl"}
+"""Names in a checkpoint's folder, whole or not; the last where it was set aside."""
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-[0-9]{8,}")
 BEST = re.compile(r"best-[0-9]{8,}")
@@ -181,7 +183,7 @@ def keep_best(place: Path, out: Path) -> Path:
 
 
 def _link(place: Path, hidden: Path, best: Path) -> None:
-    shutil.rmtree(hidden, ignore_errors=True)
+    _clear(hidden)
     shutil.copytree(place, hidden, copy_function=_link_or_copy)
     files.sync(hidden)
     if os.path.lexists(best):
@@ -276,15 +278,32 @@ def _tidy(out: Path, run: str, step: int, keep: int) -> None:
     for old in surplus(out, run, step, keep):
         _remove(old)
     for half in _named(out, UNFINISHED):
-        if _run_of(half) in (None, run):
+        if _run_of(half) in (None, run) and _only_ours(half):
             shutil.rmtree(half, ignore_errors=True)
+
+
+def _only_ours(half: Path) -> bool:
+    """Whether a hidden folder, which no ``meta.json`` need be in yet, holds nothing but a checkpoint's files."""
+    try:
+        return not half.is_symlink() and {p.name for p in half.iterdir()} <= PARTS
+    except OSError:
+        return False
+
+
+def _clear(hidden: Path) -> None:
+    """Make way for a checkpoint that is to be written: remove a half of one, rename anything else."""
+    if os.path.lexists(hidden):
+        if hidden.is_dir() and _only_ours(hidden):
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            set_aside(hidden)
 
 
 def _remove(old: Path) -> None:
     """Remove a checkpoint, under a name that no reader takes for one: a death in between leaves no half of it."""
     hidden = old.with_name(f".{old.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    with contextlib.suppress(OSError):  # then it stays, as a whole one
+    with contextlib.suppress(OSError, UserError):  # then it stays, as a whole one
+        _clear(hidden)
         os.rename(old, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -301,7 +320,7 @@ def _guarded(work: Callable[[], None], place: Path) -> UserError | None:
 
 
 def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    _clear(folder)
     folder.mkdir(parents=True)
 
 

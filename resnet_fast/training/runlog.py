@@ -66,7 +66,7 @@ class Lock:
     def __init__(self, out: Path):
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self.file = open(out / "run.lock", "a+")  # noqa: SIM115 - held open on purpose
+            self.file = open(out / "run.lock", "a+", encoding="latin-1")  # noqa: SIM115 - held open on purpose
         except OSError as error:
             raise UserError("a folder to write to", f"{out} ({error.strerror})", "name another with --out") from error
         try:
@@ -79,6 +79,11 @@ class Lock:
                 "one run per output folder", f"{out}, where process {owner} is at work", "name another with --out"
             ) from error
         try:
+            self.file.seek(0)
+            if self.file.read(100).strip("0123456789"):
+                self.file.close()
+                got = f"{out / 'run.lock'}, which no run wrote and would be lost"
+                raise UserError("an output folder that is a run's, or new", got, "name another with --out")
             self.file.truncate(0)
             self.file.write(str(os.getpid()))
             self.file.flush()

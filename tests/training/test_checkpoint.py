@@ -168,6 +168,28 @@ def test_a_pipe_in_place_of_meta_json_is_not_waited_for(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000010", "step-00000030"]  # not known to be the run's: it stays
 
 
+def test_a_hidden_folder_with_other_files_in_it_stays(tmp_path: Path) -> None:
+    folder = checkpoint.folder_of(tmp_path)
+    for name in (".step-00000010", ".step-00000020", ".step-00000090", ".best-00000020"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "mine.txt").write_text(name)
+    (folder / ".step-00000080").mkdir()
+    (folder / ".step-00000080" / "state.pt").touch()  # what a killed process left
+    state = make()
+    for step in (10, 20, 30):
+        checkpoint.keep_best(save(tmp_path, state, step, keep=1), tmp_path)
+    assert names(tmp_path) == [
+        ".best-00000020-set-aside",
+        ".step-00000010-set-aside",
+        ".step-00000020-set-aside",
+        ".step-00000090",
+        "best-00000030",
+        "step-00000030",
+    ]
+    kept = {p.parent.name.removesuffix("-set-aside"): p.read_text() for p in folder.glob("*/mine.txt")}
+    assert len(kept) == 4 and all(name == text for name, text in kept.items())
+
+
 def test_a_run_goes_on_from_elsewhere_over_no_other_run(
     tiny: Callable[..., Recipe], options: Callable[..., Options]
 ) -> None:

@@ -103,6 +103,18 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
     os.close(theirs)
 
 
+def test_a_file_of_the_locks_name_that_no_run_wrote_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"precious \xff")
+    (tmp_path / "run.lock").symlink_to("mine")
+    with pytest.raises(
+        UserError, match=r"an output folder that is a run's, or new, got .*run\.lock, which no run wrote"
+    ):
+        runlog.Lock(tmp_path)
+    assert (tmp_path / "mine").read_bytes() == b"precious \xff"
+    (tmp_path / "mine").write_text("12345")  # a process that ended long ago
+    runlog.Lock(tmp_path).release()
+
+
 def test_a_log_of_something_else_is_passed_over(tmp_path: Path) -> None:
     lines = [
         '{"kind": "train", "step": 1}',
