@@ -413,6 +413,11 @@ def _pair(value: Any) -> tuple[int, int]:
     return tuple(value) if len(value) == 2 else (value[0], value[0])
 
 
+def counts(norm: Any) -> bool:
+    """Does a call of this norm count a batch? Its record may then be made once per call."""
+    return (type(norm) is BatchNorm2d or type(norm) is SyncBatchNorm) and norm.__dict__["training"]
+
+
 def norm_record(norm: Any) -> Norm:
     """What the norm's own forward would hand to ``batch_norm``.
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import ops
 from ..calls import ConvBnActCall
 from ..models import paper as stock
-from .fused import Fused, conv_record, norm_record
+from .fused import Fused, conv_record, counts, norm_record
 from .stem import Net
 
 
@@ -25,12 +25,16 @@ class PlainBlock(Fused, stock.PlainBlock):
         """The two ops, or the stock forward with the reason counted."""
         if self.runs_stock(x):
             return stock.PlainBlock.forward(self, x)
-        for call in self.parts(x):
+        for call in self.calls(x):
             x = ops.run(call._replace(x=x), self.backend)
         return x
 
-    def parts(self, x: Tensor) -> tuple[ConvBnActCall, ...]:
-        """The two calls, as parts of a :class:`~resnet_fast.calls.NetCall`."""
+    def parts(self, x: Tensor) -> tuple[ConvBnActCall, ...] | None:
+        """The two calls, as parts of a :class:`~resnet_fast.calls.NetCall`; None if a norm counts batches."""
+        return None if any([counts(getattr(self, norm)) for _, norm in self.layers]) else self.calls(x)
+
+    def calls(self, x: Tensor) -> tuple[ConvBnActCall, ...]:
+        """The two calls, both with the input ``x``."""
         pairs = [(conv_record(getattr(self, conv)), norm_record(getattr(self, norm))) for conv, norm in self.layers]
         return tuple([ConvBnActCall(x, conv, norm, None, True) for conv, norm in pairs])
 

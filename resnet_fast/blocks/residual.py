@@ -10,7 +10,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import BlockCall, ConvBnActCall
-from .fused import Fused, child, conv_obstacle, conv_record, is_altered, norm_obstacle, norm_record
+from .fused import Fused, child, conv_obstacle, conv_record, counts, is_altered, norm_obstacle, norm_record
 
 
 class ResidualBlock(Fused):
@@ -55,7 +55,8 @@ class ResidualBlock(Fused):
         return super().unlike_reference()
 
     def parts(self, x: Tensor) -> tuple[BlockCall, ...] | None:
-        """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own."""
+        """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own or a
+        norm counts batches."""
         children = self._modules
         pairs = [(children[conv], children[norm]) for conv, norm in self.layers]
         downsample = child(self, "downsample")
@@ -64,6 +65,8 @@ class ResidualBlock(Fused):
             if shortcut is None or shortcut[0] is not None:
                 return None
             pairs.append(shortcut[1:])
+        if any([counts(norm) for _, norm in pairs]):
+            return None
         convs = tuple([conv_record(conv) for conv, _ in pairs])
         norms = tuple([norm_record(norm) for _, norm in pairs])
         return (BlockCall(x, convs, norms, downsample is not None, None),)

@@ -17,7 +17,7 @@ from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
 from ..dispatch import record, select
 from . import graph, unfused
 from . import stage as fused_stage
-from .fused import Fused, child, conv_record, is_altered, norm_record, obstacle, untraceable
+from .fused import Fused, child, conv_record, counts, is_altered, norm_record, obstacle, untraceable
 
 STAGES = (nn.Sequential, fused_stage.Sequential)
 
@@ -148,9 +148,9 @@ class Net(Fused):
 
     def parts(self, x: Tensor) -> tuple[Any, ...] | None:
         """Stem and blocks as the parts of one call; None unless all are plain, unwatched and treat images apart."""
-        if self.unfusable():
-            return None
         children = self._modules
+        if self.unfusable() or counts(children["bn1"]):
+            return None
         found: list[Any] = [self.stem_call(x)]
         for name in self.stages:
             stage = child(self, name)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast.models import paper
 
 Twin = Callable[..., tuple[nn.Module, nn.Module]]
 Edit = Callable[[nn.Module], object]
@@ -86,6 +87,31 @@ def test_double_back_and_forth_follows_the_values(twin: Twin, nets: SimpleNamesp
     for model in (stock, fused):
         model.half().float()
     nets.assert_close_to_eager(fused, stock, x)
+
+
+@pytest.mark.parametrize("place", ["bn1", "layer1.0.bn2", "layer2", "layer2.0.downsample.1"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_is_counted_once(place: str, momentum: float | None, twin: Twin, x: torch.Tensor) -> None:
+    """A norm in training inside a net in eval, without gradients: as who estimates the statistics anew runs it."""
+    stock, fast = twin()
+    for model in (stock, fast):
+        for norm in norms(model):
+            norm.momentum = momentum
+        model.get_submodule(place).train()
+        with torch.no_grad():
+            for scale in (1, 2, 3):
+                model(x * scale)
+    for (name, got), expected in zip(fast.named_buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_batch_is_counted_once_in_a_plain_net() -> None:
+    fast = resnet_fast.accelerate(paper.cifar_plain20()).eval()
+    fast.layer2[0].bn2.train()
+    with torch.no_grad():
+        fast(torch.randn(2, 3, 32, 32))
+    assert [norm.num_batches_tracked.item() for norm in norms(fast)].count(1) == 1
+    assert fast.layer2[0].bn2.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("part", ["net", "stages"])
