@@ -384,6 +384,8 @@ def _slow(file: Any) -> str:
 def _sealed(place: Path) -> dict[str, Any]:
     """The content of ``meta.json`` as it was written. Raises :class:`Damaged`."""
     try:
+        if (place / META).is_symlink():
+            raise Damaged(f"files inside {place}", f"a link {META}", "use a checkpoint that you trust")
         meta = files.json_value(files.read_plain(place / META))
     except (OSError, ValueError) as error:
         raise Damaged("a checkpoint folder with meta.json", f"{place} ({error})", "name another one") from error
@@ -401,6 +403,8 @@ def read_meta(place: Path) -> dict[str, Any]:
     if wrong:
         got = f"{place / META} with {wrong[0]} = {str(meta.get(wrong[0]))[:80]!r}"
         raise Damaged(f"{wrong[0]} as a training run writes it", got, "use an older checkpoint")
+    if (NAME.fullmatch(place.name) or BEST.fullmatch(place.name)) and meta["step"] != step_of(place):
+        raise Damaged(f"a checkpoint of step {step_of(place)}", f"{place} of step {meta['step']}", "rename the folder")
     try:
         from_dict(meta["recipe"])
     except UserError as error:

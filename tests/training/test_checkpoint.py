@@ -168,6 +168,25 @@ def test_a_pipe_in_place_of_meta_json_is_not_waited_for(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000010", "step-00000030"]  # not known to be the run's: it stays
 
 
+def test_a_checkpoint_is_of_the_step_that_it_is_named_by(tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 10)
+    shutil.copytree(place, place.with_name("step-99999999"))
+    with pytest.raises(Damaged, match=r"a checkpoint of step 99999999, got .* of step 10; rename the folder"):
+        checkpoint.read_meta(place.with_name("step-99999999"))
+    found, meta, complaints = checkpoint.choose(tmp_path, "auto")
+    assert (found, meta["step"], len(complaints)) == (place, 10, 1)
+    shutil.copytree(place, tmp_path / "copy")
+    assert checkpoint.read_meta(tmp_path / "copy")["step"] == 10
+
+
+def test_a_link_in_place_of_meta_json_is_not_followed(tmp_path: Path) -> None:
+    place = save(tmp_path, make(), 10)
+    (place / "meta.json").rename(tmp_path / "outside.json")
+    (place / "meta.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(Damaged, match=r"files inside .*, got a link meta\.json"):
+        checkpoint.read_meta(place)
+
+
 def test_a_hidden_folder_with_other_files_in_it_stays(tmp_path: Path) -> None:
     folder = checkpoint.folder_of(tmp_path)
     for name in (".step-00000010", ".step-00000020", ".step-00000090", ".best-00000020"):
