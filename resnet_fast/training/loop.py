@@ -6,6 +6,7 @@ file decides when to look, log, validate and save, and what happens to a run tha
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 import time
@@ -425,6 +426,8 @@ class _Run:
         if self.log is not None:
             self._write(lambda: curves.write(self.options.out, f"{self.recipe.model} on {self.data.name}"))
         self.watch.epoch(line)
+        if number == self.total and images and not math.isfinite(loss):  # no further step would show it
+            raise diagnosis.NotFinite(f"{loss} after the last step, {number}", "a validation loss that is a number")
         self.step.sums = Sums.empty(self.world.device)
         self.window.new_epoch()
         return error

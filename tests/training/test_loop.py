@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -248,14 +249,26 @@ def json_is_json(out: Path) -> None:
             files.json_value(text)
 
 
-def test_a_validation_loss_that_is_no_number_is_null(
-    tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_validation_loss_that_is_no_number_is_null_and_no_end_of_a_run(
+    bad: int, tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Validation.measure
-    monkeypatch.setattr(Validation, "measure", lambda self, *a: (float("inf"), *measure(self, *a)[1:]))
-    done = train(tiny(), options())
-    assert [epoch["val_loss"] for epoch in done.epochs] == [None, None]
-    json_is_json(done.out)
+    measure, run, count = Validation.measure, options(), itertools.count()
+
+    def broken(self: Validation, *arguments: Any) -> Any:
+        found = measure(self, *arguments)
+        return (float("inf"), *found[1:]) if next(count) == bad else found
+
+    monkeypatch.setattr(Validation, "measure", broken)
+    if bad == 0:
+        train(tiny(), run)
+    else:
+        with pytest.raises(NotFinite, match=r"^inf after the last step, 6$"):
+            train(tiny(), run)
+    losses = [epoch["val_loss"] for epoch in runlog.of_kind(run.out, "epoch")]
+    assert [loss is None for loss in losses] == [bad == 0, bad == 1]
+    assert (run.out / "model.safetensors").exists() == (bad == 0)
+    json_is_json(run.out)
 
 
 def no_room(*arguments: Any, **named: Any) -> Any:
