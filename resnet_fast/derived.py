@@ -66,7 +66,8 @@ class Samples:
         co, ci = t.shape[:2]
         window = t[0, 0].numel()
         i = np.arange(max(co, ci))
-        place = i % co * t.stride(0) + i % ci * t.stride(1)
+        # channels beyond the number of filters all in the first filter, whose elements share cache lines
+        place = np.where(i < co, i, 0) * t.stride(0) + i % ci * t.stride(1)
         if t.dim() == 4:
             at = (7 * i + window // 2) % window  # not always the same tap: a flipped filter keeps its centre
             place += at // t.shape[3] * t.stride(2) + at % t.shape[3] * t.stride(3)
