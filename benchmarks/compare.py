@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import devices, images, limits, numerics, weights
+from resnet_fast import devices, limits, numerics
 from resnet_fast.errors import UserError
+from resnet_fast.io import images, weights
 from resnet_fast.models import registry, trained
 
 from . import harness, provenance, providers, suites

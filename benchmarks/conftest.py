@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast import images
 from resnet_fast.benchmarks import compare, providers, suites
+from resnet_fast.io import images
 
 MODEL = "resnet50"
 COMPETITORS = ("eager-nhwc", providers.OURS)

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_fast import files, plots
 from resnet_fast.errors import UserError
-from resnet_fast.files import json_text
+from resnet_fast.io import plots, safe_files
+from resnet_fast.io.safe_files import json_text
 
 from . import train
 from .compare import Report, Row, Timed
@@ -229,17 +229,19 @@ def prepare_folder(out: Path, stem: str = "bench") -> Path:
     ``<stem>.csv``, ``.md``, ``.json`` and ``.png`` is there and no report."""
     todo = "name another with --out"
     try:
-        files.check_folder(out)
+        safe_files.check_folder(out)
     except OSError as error:
         raise UserError("a folder to write to", f"{out} ({error.strerror})", todo) from error
     for suffix, ours in OURS_BY_SUFFIX.items():
-        files.check_target(out / f"{stem}.{suffix}", f"a report ({stem}.{suffix})", ours, todo=todo, make_folder=True)
+        safe_files.check_target(
+            out / f"{stem}.{suffix}", f"a report ({stem}.{suffix})", ours, todo=todo, make_folder=True
+        )
     return out
 
 
 def _is_json(content: bytes) -> bool:
     try:
-        found = files.json_value(content)
+        found = safe_files.json_value(content)
     except ValueError:
         return False
     return isinstance(found, dict) and {"rows", "samples_ns", "provenance"} <= found.keys()
@@ -263,4 +265,4 @@ def write(report: Report, out: Path, stem: str = "bench") -> list[Path]:
         "png": to_png(report),
     }
     out.mkdir(parents=True, exist_ok=True)
-    return [files.write_whole(out / f"{stem}.{suffix}", content) for suffix, content in contents.items()]
+    return [safe_files.write_whole(out / f"{stem}.{suffix}", content) for suffix, content in contents.items()]

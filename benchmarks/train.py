@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast import devices, images
+from resnet_fast import devices
 from resnet_fast.errors import UserError
+from resnet_fast.io import images
 from resnet_fast.models import registry
 from resnet_fast.training import optim, plan
 from resnet_fast.training.augment import Augment

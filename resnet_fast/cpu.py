@@ -17,9 +17,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from . import files, flags
+from . import flags
 from .devices import Cache, Ceiling, Device
 from .env import cpu_model
+from .io import safe_files
 
 ALLOWANCE = 1.15
 """What a kernel may do better than the best of ours: the rates measured are those of good kernels, not of the chip."""
@@ -103,7 +104,7 @@ def _file() -> Path:
 def _kept(path: Path) -> dict[str, dict[str, float]]:
     """The best rates by machine; empty where there is no file, or one that cannot be read."""
     try:
-        content = files.json_value(files.read_plain(path))
+        content = safe_files.json_value(safe_files.read_plain(path))
     except (OSError, ValueError):
         return {}
     machines = content.get("machines") if isinstance(content, dict) else None
@@ -122,12 +123,14 @@ def best(threads: int) -> tuple[dict[str, float], str]:
     now, name, path = measure(), _machine(threads), _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.locked(path):
+        with safe_files.locked(path):
             machines = _kept(path)
             before = machines.get(name, now)
             machines[name] = {what: max(rate, before[what]) for what, rate in now.items()}
-            text = files.json_text({"unit": "FLOP/s and bytes/s, the best measured", "machines": machines}, indent=1)
-            files.write_whole(path, (text + "\n").encode())
+            text = safe_files.json_text(
+                {"unit": "FLOP/s and bytes/s, the best measured", "machines": machines}, indent=1
+            )
+            safe_files.write_whole(path, (text + "\n").encode())
         return machines[name], f"kept in {path}"
     except OSError as error:
         best_known = _kept(path).get(name, now)

@@ -138,7 +138,7 @@ def real(precision: str = "bfloat16", batch: int = 2) -> tuple[LaunchSpec, ...]:
 
 def calibrated(name: str, batch: int, image: int, device: str, dtype: str) -> tuple[nn.Module, torch.Tensor]:
     """A seeded stock net in eval mode whose BatchNorms know their inputs, NHWC, and a batch."""
-    from resnet_fast import weights
+    from resnet_fast.io import weights
     from resnet_fast.models import registry
 
     model = weights.seeded(lambda: registry.build(name)).to(device)

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from resnet_fast import files
-from resnet_fast.files import json_text
+from resnet_fast.io import safe_files
+from resnet_fast.io.safe_files import json_text
 from resnet_fast.tuning import configs, tables
 
 from .. import harness, provenance
@@ -155,7 +155,7 @@ def _folder(out: Path | None, device: str) -> Path:
 def write(path: Path, text: str) -> None:
     """The whole file or the one that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(path, text.encode())
+    safe_files.write_whole(path, text.encode())
 
 
 def read_rows(path: Path) -> list[Row]:

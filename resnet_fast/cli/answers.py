@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError, printable
-from ..files import json_text
+from ..io.safe_files import json_text
 from .output import show
 
 if TYPE_CHECKING:
-    from ..classify import Answer
+    from ..tools.classify import Answer
 
 CSV_HEADER = ("image", "rank", "class", "name", "probability", "error")
 

@@ -101,7 +101,7 @@ def demo(
     from resnet_fast.benchmarks import compare, report, side_by_side
 
     from .. import accelerate, explain
-    from .. import images as pictures
+    from ..io import images as pictures
     from ..models import registry, trained
 
     options = compare.Options(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import json_text
+from ..io.safe_files import json_text
 from .output import terminal_width
 
 

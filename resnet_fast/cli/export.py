@@ -45,7 +45,9 @@ def export(
 
     Class names and preprocessing go with it: extra file resnet_fast.json of a .pt2, metadata resnet_fast of ONNX.
     """
-    from .. import exporting, files, limits
+    from .. import limits
+    from ..io import safe_files
+    from ..tools import exporting
 
     limits.check_input(batch, size, names=("--batch", "--size"))
     if batch != 1 and not static:
@@ -63,7 +65,7 @@ def export(
         checked = exporting.export(classifier.net, facts, out, batch=fixed, opset=opset, inputs=real)
     if json:
         told = {"out": str(out), "bytes": out.stat().st_size, "size": facts.size, "batch": fixed}
-        print(files.json_text(told | asdict(checked), indent=2))
+        print(safe_files.json_text(told | asdict(checked), indent=2))
         return
     shape = f"({fixed or 'N'}, 3, {facts.size}, {facts.size})"
     result = "not run: onnxruntime is not installed, the file was only checked"
@@ -95,7 +97,7 @@ def _real(paths: list[Path] | None, classifier: Trained) -> tuple[Tensor | None,
     """(real inputs to compare on, what the comparison runs on in words)."""
     import torch
 
-    from .. import images
+    from ..io import images
 
     try:
         photos = images.load(paths, limit=8)

@@ -46,7 +46,9 @@ def predict(
 
     A picture that cannot be read is named on stderr and the others go on; the exit code is 2 then.
     """
-    from .. import classify, devices, images, limits
+    from .. import devices, limits
+    from ..io import images
+    from ..tools import classify
     from ..training import restored
 
     limits.check_count("--top", top, 1, sys.maxsize)

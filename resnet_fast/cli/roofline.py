@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import files, limits, plots
+from .. import limits
 from .. import roofline as model
 from ..errors import UserError
+from ..io import plots, safe_files
 from .output import show
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def roofline(
         _show(name, batch, dtype, device, plan, plans, measured)
     if plot is not None:
         picture = _draw(f"{name}, batch {batch}, {dtype}, plan {plan}", items, device, plan)
-        files.write_whole(plot, plots.encode(picture, plot.suffix.lower(), 150))
+        safe_files.write_whole(plot, plots.encode(picture, plot.suffix.lower(), 150))
     if not json:
         show(f"written: {plot}" if plot else "for the picture: --plot roofline.png")
 

@@ -12,7 +12,7 @@ from ..spec import ITEMSIZE
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..summary import Row, Summary
+    from ..tools.summary import Row, Summary
 
 
 def summary(
@@ -35,7 +35,7 @@ def summary(
 ) -> None:
     """Layers, parameters, multiply-adds and minimal bytes of a net; with no name, the paper's figures recounted."""
     from ..errors import UserError
-    from ..summary import compare, summarize
+    from ..tools.summary import compare, summarize
     from .output import show
 
     if names and len(names) == 1:
@@ -79,7 +79,7 @@ def _comparison(rows: list[Row]) -> tuple[Table | str, ...]:
     """The table and its notes, numbered where a figure needs one."""
     from rich.table import Table
 
-    from ..summary import COUNTED
+    from ..tools.summary import COUNTED
 
     table = Table("net", "variant", title="per image", title_justify="left")
     for column in ("image", "params", "multiply-adds", "convolutions alone", "published"):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError, printable
-from ..files import json_text
 from ..flags import BACKENDS
+from ..io.safe_files import json_text
 from .output import progress_bar, show
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError, printable
-from ..facts import AMP
 from ..flags import BACKENDS
+from ..io.weight_facts import AMP
 from .answers import csv_file
 from .options import one_of
 from .output import progress_bar, say, show

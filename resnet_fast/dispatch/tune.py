@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import derived, files
+from .. import derived
 from ..errors import BackendError, UserError
+from ..io import safe_files
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
 from ..tuning import choice, configs, launches, tables, training
 from ..tuning.configs import Config
@@ -306,7 +307,7 @@ def check_table(path: Path, device: torch.device) -> None:
         tables.check_target(path, name)
         return
     todo = "name another with --table, or set RESNET_FAST_CACHE to another folder"
-    files.check_target(path, "a tuning table", lambda content: True, todo=todo, make_folder=True)
+    safe_files.check_target(path, "a tuning table", lambda content: True, todo=todo, make_folder=True)
 
 
 def _keep(result: Tuned, new: tables.Table) -> None:

@@ -89,7 +89,7 @@ def timm_entries(names: Sequence[str]) -> Iterator[Entry]:
     import torch
 
     from ..blocks.fused import Fused
-    from ..summary import trace
+    from ..tools.summary import trace
     from .accelerate import accelerate, restore
 
     for name in names:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import facts as facts_of
-from .. import files, images, weights
 from ..errors import UserError, printable
-from ..facts import Facts
+from ..io import images, safe_files, weight_facts, weights
+from ..io.weight_facts import Facts
 from . import registry
 from .accelerate import accelerate
 
@@ -53,7 +52,7 @@ class Trained:
 
 
 def load(path: Path, model: str | None = None, names: Path | None = None) -> Trained:
-    """The classifier in ``path``, a file that :func:`resnet_fast.weights.open_file` reads.
+    """The classifier in ``path``, a file that :func:`resnet_fast.io.weights.open_file` reads.
 
     ``model``: its net, in place of what the file says; ``names``: a text file with one class name per line. Raises
     UserError for whatever does not fit together.
@@ -89,7 +88,7 @@ def build(
     try:
         net = registry.build(name, num_classes=classes, **variant)
     except UserError as error:
-        raise facts_of.refusal(error.expected, error.got, where) from error
+        raise weight_facts.refusal(error.expected, error.got, where) from error
     weights.apply(net, state)
     labels, wnids, named, told = _names(name, classes, facts, where, names)
     known = facts is not None
@@ -103,7 +102,7 @@ def _net(facts: Facts | None, where: str, model: str | None) -> tuple[str, dict[
     """(name, variant, where that is from)."""
     if facts is not None and model in (None, facts.model):
         if facts.model not in registry.names():
-            raise facts_of.refusal("the name of a net", repr(facts.model)[:60], where)
+            raise weight_facts.refusal("the name of a net", repr(facts.model)[:60], where)
         return facts.model, facts.variant, "as the file says"
     plain: dict[str, Any] = {"shortcut": None, "stride_in_1x1": False}
     if model is not None:
@@ -121,7 +120,7 @@ def _names(
     if facts is not None:
         if len(facts.classes) > classes:
             got = f"{len(facts.classes)} names"
-            raise facts_of.refusal(f"at most {classes} class names, the rows of the last layer,", got, where)
+            raise weight_facts.refusal(f"at most {classes} class names, the rows of the last layer,", got, where)
         rest = tuple(f"class {i}" for i in range(len(facts.classes), classes))
         told = "names as the file says" + (f" for the first {len(facts.classes)}, numbers for the rest" if rest else "")
         return (*map(printable, facts.classes), *rest), (), True, told
@@ -138,7 +137,7 @@ MOST_NAMES = 16 * 2**20
 def names_of_file(path: Path, classes: int) -> tuple[str, ...]:
     """The lines of a text file, one name per class. UserError for another number of them."""
     try:
-        names = files.read_plain(path, MOST_NAMES).decode("utf-8-sig").splitlines()
+        names = safe_files.read_plain(path, MOST_NAMES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("a text file of class names", f"{path} ({error})", "correct --names") from error
     if len(names) != classes:

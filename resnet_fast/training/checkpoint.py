@@ -39,10 +39,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import facts as facts_of
-from .. import files, weights
 from ..errors import UserError
-from ..facts import Facts
+from ..io import safe_files, weight_facts, weights
+from ..io.weight_facts import Facts
 from . import shards
 from .augment import seed_of
 from .diagnosis import not_finite
@@ -101,9 +100,9 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """:func:`resnet_fast.files.write_whole`. UserError where that fails (a full disk, say)."""
+    """:func:`resnet_fast.io.safe_files.write_whole`. UserError where that fails (a full disk, say)."""
     try:
-        files.write_whole(path, content)
+        safe_files.write_whole(path, content)
     except OSError as error:
         raise no_room(path, error) from error
 
@@ -133,7 +132,7 @@ def export(model: nn.Module, path: Path, facts: Facts, world: World) -> None:
     failure = None
     if world.first:
         try:
-            write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {facts_of.KEY: facts.to_json()}))
+            write_whole(path, _safe(cast("dict[str, torch.Tensor]", tensors), {weight_facts.KEY: facts.to_json()}))
         except UserError as error:
             failure = error
     world.raise_first(failure)
@@ -185,11 +184,11 @@ def keep_best(place: Path, out: Path) -> Path:
 def _link(place: Path, hidden: Path, best: Path) -> None:
     _clear(hidden)
     shutil.copytree(place, hidden, copy_function=_link_or_copy)
-    files.sync(hidden)
+    safe_files.sync(hidden)
     if os.path.lexists(best):
         set_aside(best)
     os.rename(hidden, best)
-    files.sync(best.parent)
+    safe_files.sync(best.parent)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -197,7 +196,7 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-        files.sync(Path(target))
+        safe_files.sync(Path(target))
 
 
 def _named(out: Path, name: re.Pattern[str]) -> list[Path]:
@@ -350,21 +349,21 @@ def _finish(
     digests = {str(p.relative_to(temporary)): [p.stat().st_size, digest_of(p)] for p in written}
     layout = "sharded" if sharded else "full"
     whole = {"format": FORMAT, "layout": layout, "files": digests} | dict(meta)
-    (temporary / META).write_text(files.json_text(whole | {"sha256": _seal(whole)}, indent=1))
+    (temporary / META).write_text(safe_files.json_text(whole | {"sha256": _seal(whole)}, indent=1))
     for path in (*written, temporary / META, *{p.parent for p in written}, temporary):
-        files.sync(path)
+        safe_files.sync(path)
     if os.path.lexists(place):
         if not place.is_symlink() and _run_of(place) == meta.get("run", ""):
             shutil.rmtree(place)  # the same step saved again: equal by construction
         else:
             note(f"{place} is not this run's: renamed to {set_aside(place).name}")
     os.rename(temporary, place)
-    files.sync(place.parent)
+    safe_files.sync(place.parent)
 
 
 def _seal(meta: Mapping[str, Any]) -> str:
     """The digest of a meta.json's content, however it is laid out."""
-    return hashlib.sha256(files.json_text(meta, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(safe_files.json_text(meta, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of(path: Path) -> str:
@@ -386,7 +385,7 @@ def _sealed(place: Path) -> dict[str, Any]:
     try:
         if (place / META).is_symlink():
             raise Damaged(f"files inside {place}", f"a link {META}", "use a checkpoint that you trust")
-        meta = files.json_value(files.read_plain(place / META))
+        meta = safe_files.json_value(safe_files.read_plain(place / META))
     except (OSError, ValueError) as error:
         raise Damaged("a checkpoint folder with meta.json", f"{place} ({error})", "name another one") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import plots
-from ..plots import COLOURS, MARKERS
+from ..io import plots
+from ..io.plots import COLOURS, MARKERS
 from . import runlog
 from .checkpoint import write_whole
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import images, limits
+from .. import limits
 from ..errors import UserError, missing_package
-from ..facts import Facts
+from ..io import images
+from ..io.weight_facts import Facts
 from . import arrays, folders
 from .augment import Augment
 from .recipe import Recipe

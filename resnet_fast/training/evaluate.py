@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .. import images, worth
+from .. import worth
 from ..errors import UserError, printable
-from ..facts import Facts
+from ..io import images
+from ..io.weight_facts import Facts
 from ..models.trained import Trained
 from . import data as data_sets
 from . import folders, loader

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import weights
 from ..errors import UserError, printable
-from ..facts import Facts
+from ..io import weights
+from ..io.weight_facts import Facts
 from .recipe import Recipe
 
 STEM = ("stem", "conv1")

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..images import hidden
+from ..io.images import hidden
 
 Labelled = tuple[str, int]
 """(path of a picture, number of its class)."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import limits, summary
+from .. import limits
 from ..errors import printable
+from ..tools import summary
 from .data import Data, Files
 from .loader import Plan
 from .recipe import Recipe

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .. import facts as facts_of
-from .. import files, weights
 from ..errors import UserError
-from ..facts import Facts
+from ..io import safe_files, weight_facts, weights
+from ..io.weight_facts import Facts
 from ..models import trained
 from ..models.trained import Trained
 from . import checkpoint, recipe, shards
@@ -73,7 +72,7 @@ def _checkpoint(place: Path, meta: dict[str, Any], said: list[str], model: str |
 def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
     """What the checkpoint says of itself; one of an earlier version does not, its data do."""
     if "facts" in meta:
-        return facts_of.parse(files.json_text(meta["facts"]), str(place / checkpoint.META))
+        return weight_facts.parse(safe_files.json_text(meta["facts"]), str(place / checkpoint.META))
     from . import data
 
     return data.load(how).facts(how)

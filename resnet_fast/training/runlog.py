@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import files
 from ..errors import UserError, missing_package
+from ..io import safe_files
 from .checkpoint import no_room, write_whole
 
 NAME = "log.jsonl"
@@ -27,7 +27,7 @@ MOST = 2**31
 def read(out: Path) -> list[dict[str, Any]]:
     """The lines of ``out``'s log. What is none is left out: a line that a killed run left unfinished, or another's."""
     try:
-        text = files.read_plain(out / NAME, MOST).decode(errors="replace")
+        text = safe_files.read_plain(out / NAME, MOST).decode(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -37,7 +37,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def _line(text: str) -> dict[str, Any] | None:
     try:
-        line = files.json_value(text)
+        line = safe_files.json_value(text)
     except ValueError:
         return None
     known = isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int)
@@ -104,7 +104,7 @@ class RunLog:
     def __init__(self, out: Path, step: int, tensorboard: bool):
         kept = [line for line in read(out) if line["step"] <= step] if step else []
         self.events = Events(out / "tensorboard", step) if tensorboard else None
-        write_whole(out / NAME, "".join(files.json_text(line) + "\n" for line in kept).encode())
+        write_whole(out / NAME, "".join(safe_files.json_text(line) + "\n" for line in kept).encode())
         try:
             self.file = open(out / NAME, "a", buffering=1)  # noqa: SIM115 - closed by close()
         except OSError as error:
@@ -114,7 +114,7 @@ class RunLog:
         """Append a line, which is in the file when this returns. UserError where it cannot be written."""
         line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
         try:
-            self.file.write(files.json_text(line) + "\n")
+            self.file.write(safe_files.json_text(line) + "\n")
         except OSError as error:
             raise no_room(Path(self.file.name), error) from error
         if self.events is not None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import files, flags
+from .. import flags
+from ..io import safe_files
 from ..spec import LaunchSpec
 from .configs import SPACE
 
@@ -69,7 +70,7 @@ class Table:
             "versions": self.versions,
             "launches": {name: dict(sorted(times.items(), key=_refused_last)) for name, times in self.entries.items()},
         }
-        files.write_whole(path, (files.json_text(content, indent=1) + "\n").encode())
+        safe_files.write_whole(path, (safe_files.json_text(content, indent=1) + "\n").encode())
 
 
 def _refused_last(item: tuple[str, float | None]) -> float:
@@ -79,7 +80,7 @@ def _refused_last(item: tuple[str, float | None]) -> float:
 def read(path: Path, gpu_name: str) -> Table:
     """The table in ``path``; an empty one where there is no file, and with a warning where the file cannot be used."""
     try:
-        content = json.loads(files.read_plain(path).decode())
+        content = json.loads(safe_files.read_plain(path).decode())
         problem = _problem(content, gpu_name)
     except FileNotFoundError:
         return Table(gpu_name)
@@ -94,7 +95,7 @@ def read(path: Path, gpu_name: str) -> Table:
 def add(path: Path, new: Table) -> Table:
     """Add ``new``'s times to the table in ``path`` and return the two together; nothing that others added is lost."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.locked(path):
+    with safe_files.locked(path):
         both = read(path, new.gpu).with_times(new)
         both.save(path)
     return both
@@ -103,7 +104,7 @@ def add(path: Path, new: Table) -> Table:
 def is_table(content: bytes) -> bool:
     """Whether a file's bytes are a tuning table: of any GPU, of any version."""
     try:
-        return _is_table(files.json_value(content))
+        return _is_table(safe_files.json_value(content))
     except ValueError:
         return False
 
@@ -116,10 +117,10 @@ def check_target(path: Path, gpu_name: str) -> None:
     """UserError unless ``path`` may be written: it is not there, or is a tuning table of this GPU."""
 
     def ours(content: bytes) -> bool:
-        return is_table(content) and files.json_value(content)["gpu"] == gpu_name
+        return is_table(content) and safe_files.json_value(content)["gpu"] == gpu_name
 
     todo = "name another file with --table, or leave it out"
-    files.check_target(path, f"a tuning table of {gpu_name}", ours, todo=todo, make_folder=True)
+    safe_files.check_target(path, f"a tuning table of {gpu_name}", ours, todo=todo, make_folder=True)
 
 
 def _problem(content: Any, gpu_name: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fast.benchmarks import compare, providers
 from resnet_fast.errors import UserError
-from resnet_fast.images import Photo
+from resnet_fast.io.images import Photo
 from resnet_fast.spec import Verdict
 
 TINY = compare.Options(model="cifar_resnet20", batches=(1, 4), rounds=2, providers=("good",))

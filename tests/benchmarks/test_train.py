@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from resnet_fast.benchmarks import compare, report, train
 from resnet_fast.cli.bench import bench
 from resnet_fast.errors import UserError
-from resnet_fast.images import Photo
+from resnet_fast.io.images import Photo
 from resnet_fast.models import registry
 
 TINY = train.Options(model="cifar_resnet20", size=16, batches=(4,), rounds=2, steps=3)

@@ -15,11 +15,11 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from resnet_fast import files
 from resnet_fast.benchmarks import compare
 from resnet_fast.cli.bench import bench
 from resnet_fast.cli.main import main
 from resnet_fast.errors import UserError
+from resnet_fast.io import safe_files
 from resnet_fast.models import registry
 
 SMALL = ("--model", "cifar_resnet20", "--batch", "1,2", "--rounds", 1, "--dtype", "float32")
@@ -119,7 +119,7 @@ def test_what_was_measured_is_printed_though_it_cannot_be_written(
     def full(path: Path, content: bytes) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_whole", full)
+    monkeypatch.setattr(safe_files, "write_whole", full)
     arguments = [*SMALL, "--providers", "eager-nhwc", "--images", picture, "--threads", "1", "--out", tmp_path / "o"]
     code = main(["bench", *map(str, arguments), *["--json"] * as_json])
     out, err = capsys.readouterr()

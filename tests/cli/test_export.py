@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from resnet_fast import exporting
 from resnet_fast.cli import main as cli
-from resnet_fast.facts import Facts
+from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
+from resnet_fast.tools import exporting
 
 FACTS = Facts("cifar_resnet20", 16, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0, "B")
 

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from resnet_fast import images
-from resnet_fast.classify import likeliest
 from resnet_fast.cli import main as cli
 from resnet_fast.cli.predict import predict
 from resnet_fast.errors import UserError
+from resnet_fast.io import images
 from resnet_fast.models import registry
+from resnet_fast.tools.classify import likeliest
 
 MODEL = "cifar_resnet20"
 

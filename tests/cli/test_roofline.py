@@ -10,11 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from resnet_fast import files
 from resnet_fast.cli import main
 from resnet_fast.cli import roofline as module
 from resnet_fast.cli.roofline import roofline
 from resnet_fast.errors import UserError
+from resnet_fast.io import safe_files
 from resnet_fast.roofline import H100, ORIGINS, PLANS, net_work
 
 APP = typer.Typer()
@@ -125,7 +125,7 @@ def test_tables_are_printed_though_the_picture_cannot_be_written(
     def full(path: Path, content: bytes) -> Path:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_whole", full)
+    monkeypatch.setattr(safe_files, "write_whole", full)
     assert main.main(["roofline", "resnet18", "--plot", str(tmp_path / "x.png")]) == 2
     out, err = capsys.readouterr()
     assert "plan tail" in out and "predicted img/s" in out and "written: " not in out

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from resnet_fast import files
 from resnet_fast.backends.triton import device as gpus
 from resnet_fast.cli import main as cli
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
+from resnet_fast.io import safe_files
 from resnet_fast.models import registry
 from resnet_fast.spec import Verdict
 from resnet_fast.tuning import shapes, tables
@@ -211,7 +211,7 @@ def test_a_table_that_cannot_be_written_later_keeps_the_times(tmp_path: Path, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(files, "write_whole", full)
+        broken.setattr(safe_files, "write_whole", full)
         tuning._keep(found, tables.Table(GPU, {"a": {"cudnn": 1.0}}))
     assert found.unsaved == "No space left on device" and "NOT written" in str(found)
     assert found.table.entries == before | {"a": {"cudnn": 1.0}}

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from resnet_fast.cli import main as cli
-from resnet_fast.facts import Facts
+from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
 
 

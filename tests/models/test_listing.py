@@ -9,7 +9,7 @@ import pytest
 
 from resnet_fast.errors import UserError
 from resnet_fast.models import listing, registry
-from resnet_fast.summary import compare
+from resnet_fast.tools.summary import compare
 
 SMALL = ("resnet18", "resnext50_32x4d", "wide_resnet50_2", "plain18", "cifar_resnet20", "cifar_plain20", "vgg16")
 LARGE = tuple(name for name in registry.names() if name not in (*SMALL, "cifar_resnet1202"))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from resnet_fast.errors import UserError
-from resnet_fast.facts import Facts
+from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry, trained
 
 FACTS = Facts("cifar_resnet20", 16, ("cat", "dog"), (0.5,), (0.25,), 1.0, shortcut="B", data="folder")

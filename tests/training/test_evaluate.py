@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from resnet_fast.errors import UserError
-from resnet_fast.facts import Facts
+from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry, trained
 from resnet_fast.training import checkpoint, data, evaluate, loop, optim, restored, runlog
 from resnet_fast.training.distributed import World
@@ -104,7 +104,7 @@ def test_classes_are_matched_by_name(classifier: Callable[..., Path], tmp_path: 
     answers = []
     with torch.no_grad():
         for name, _ in on.images.files:  # type: ignore[union-attr]
-            from resnet_fast import images
+            from resnet_fast.io import images
 
             answers.append(int(net(found.trained.inputs(images.read(Path(name)).pixels)[None]).argmax()))
     assert result.wrong == sum(a != b for a, b in zip(answers, on.labels.tolist(), strict=True))

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast import files
 from resnet_fast.errors import UserError
+from resnet_fast.io import safe_files
 from resnet_fast.training import checkpoint, curves, optim, recipe, runlog
 from resnet_fast.training.diagnosis import NotFinite
 from resnet_fast.training.loop import Options, Result, Tick, Watch, plan, train
@@ -248,7 +248,7 @@ def test_an_update_that_overflows_is_not_saved(
 def json_is_json(out: Path) -> None:
     for path in (*out.rglob("*.json"), *out.rglob("*.jsonl")):
         for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
-            files.json_value(text)
+            safe_files.json_value(text)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from resnet_fast import limits, summary
+from resnet_fast import limits
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
+from resnet_fast.tools import summary
 from resnet_fast.training import plan
 
 

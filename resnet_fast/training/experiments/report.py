@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ... import files, plots
+from ...io import plots, safe_files
 from .. import curves
 from ..checkpoint import write_whole
 from ..recipe import Recipe
@@ -41,7 +41,7 @@ class Page:
 @cache
 def _macs(net: str, shortcut: str | None, v1: bool, size: int) -> int:
     """Multiply-adds per image of a net's convolutions, counted by shapes."""
-    from ...summary import compare
+    from ...tools.summary import compare
 
     return compare([net], size, shortcut, v1)[0].conv_macs
 
@@ -58,12 +58,12 @@ def check_targets(experiments: Sequence[Experiment], folder: Path) -> None:
             return content.startswith(b'{"kind": "run"')
 
         page, kept = folder / f"{experiment.name}.md", [folder / "logs" / f"{c.key}.jsonl" for c in experiment.cases]
-        files.check_target(page, f"the page {experiment.name}", is_page, todo=todo, make_folder=True)
+        safe_files.check_target(page, f"the page {experiment.name}", is_page, todo=todo, make_folder=True)
         if experiment.cases:
             what = f"the picture {experiment.name}"
-            files.check_target(page.with_suffix(".png"), what, plots.is_ours, todo=todo, make_folder=True)
+            safe_files.check_target(page.with_suffix(".png"), what, plots.is_ours, todo=todo, make_folder=True)
         for path in kept:
-            files.check_target(path, "the log of a run", is_log, todo=todo, make_folder=True)
+            safe_files.check_target(path, "the log of a run", is_log, todo=todo, make_folder=True)
 
 
 def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command: str) -> Page:
@@ -234,7 +234,7 @@ def _repeat(runs: Sequence[Run], command: str) -> list[str]:
 
 def _flops() -> list[str]:
     """The comparison that ``resnet-fast summary`` prints, with each net's share of VGG-19's multiply-adds."""
-    from ...summary import COUNTED, compare
+    from ...tools.summary import COUNTED, compare
 
     rows = compare()
     vgg = next(row.macs for row in rows if row.name == "vgg19")

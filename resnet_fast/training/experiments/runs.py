@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files import json_text
+from ...io.safe_files import json_text
 from .. import checkpoint, loop, runlog
 from ..recipe import Recipe, from_dict
 from .protocols import Case, Experiment

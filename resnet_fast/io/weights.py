@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import facts as facts_of
-from .errors import UserError
-from .facts import Facts
+from ..errors import UserError
+from . import weight_facts
+from .weight_facts import Facts
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict")
@@ -54,7 +54,7 @@ def _load_safetensors(path: Path) -> File:
 
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(facts_of.KEY)
+            text = (file.metadata() or {}).get(weight_facts.KEY)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
@@ -66,7 +66,7 @@ def _load_safetensors(path: Path) -> File:
             f"{path} ({type(error).__name__}: {_first_line(error)})",
             "save it as float32",
         ) from error
-    return File(state_of(state, path), None if text is None else facts_of.parse(text, str(path)))
+    return File(state_of(state, path), None if text is None else weight_facts.parse(text, str(path)))
 
 
 def _load_pickle(path: Path) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import files
-from .errors import UserError, missing_package
+from ..errors import UserError, missing_package
+from . import safe_files
 
 COLOURS = ("#d1495b", "#30638e", "#00798c", "#edae49", "#6a4c93", "#5c5c5c")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -58,7 +58,7 @@ def check_target(path: Path, todo: str) -> None:
     """UserError unless a picture may be written to ``path``: its kind is known, and no other file is lost."""
     if path.suffix.lower() not in KINDS:
         raise UserError(f"a picture file, {', '.join(KINDS)}", str(path), todo)
-    files.check_target(path, "a picture file of this program", is_ours, todo=todo)
+    safe_files.check_target(path, "a picture file of this program", is_ours, todo=todo)
 
 
 def limits(values: Sequence[float], margin: float = 1.1) -> tuple[float, float]:

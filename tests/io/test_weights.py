@@ -1,4 +1,4 @@
-"""resnet_fast/weights.py: what is read, what is refused and why, and that nothing is half applied."""
+"""resnet_fast/io/weights.py: what is read, what is refused and why, and that nothing is half applied."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resnet_fast import weights
 from resnet_fast.errors import UserError
+from resnet_fast.io import weights
 
 
 class _Net(nn.Module):

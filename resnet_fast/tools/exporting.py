@@ -1,9 +1,9 @@
 """A trained net as a file that runs without this package: torch.export's ``.pt2``, or ONNX.
 
-The stock layers are exported, so that every runtime knows every operator. Beside the program lies what it was made of:
-net, class names and preprocessing, the JSON text of :class:`resnet_fast.facts.Facts`, as the entry ``resnet_fast`` of
-ONNX's metadata and as the extra file ``resnet_fast.json`` of a ``.pt2``. A file takes its name once it was loaded
-again and gave the net's own outputs.
+The stock layers are exported, so that every runtime knows every operator. The file also holds
+what the program was made from (net, class names, preprocessing): the JSON text of
+:class:`resnet_fast.io.weight_facts.Facts`, in ONNX as the metadata entry ``resnet_fast``, in a ``.pt2`` as the extra
+file ``resnet_fast.json``. A file gets its name only after it was loaded again and gave the net's own outputs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import facts as facts_of
-from . import files
-from .errors import UserError, missing_package
-from .facts import Facts
-from .models.accelerate import restore
+from ..errors import UserError, missing_package
+from ..io import safe_files, weight_facts
+from ..io.weight_facts import Facts
+from ..models.accelerate import restore
 
-EXTRA = f"{facts_of.KEY}.json"
+EXTRA = f"{weight_facts.KEY}.json"
 SUFFIXES = (".pt2", ".onnx")
 INPUT, OUTPUT = "input", "logits"
 OLDEST_OPSET = 18
@@ -96,9 +95,9 @@ def export(
             runner, run = _load_onnx(temporary)
         checked = _compare(net, runner, run, _inputs(facts.size, batch, inputs))
         temporary.chmod(0o644)  # mkstemp's 0600 would hide the file from others
-        files.sync(temporary)
+        safe_files.sync(temporary)
         os.replace(temporary, out)
-        files.sync(out.parent)
+        safe_files.sync(out.parent)
     except OSError as error:
         raise UserError(f"room and leave to write {out}", str(error.strerror), "mend that") from error
     finally:
@@ -115,7 +114,7 @@ def check_target(out: Path) -> None:
     def ours(content: bytes) -> bool:
         return facts_in(content, out.suffix) is not None
 
-    files.check_target(out, "an exported net", ours, todo="name another with --out", largest=2 << 30)
+    safe_files.check_target(out, "an exported net", ours, todo="name another with --out", largest=2 << 30)
 
 
 def facts_in(content: bytes, suffix: str) -> Facts | None:
@@ -124,13 +123,13 @@ def facts_in(content: bytes, suffix: str) -> Facts | None:
         if suffix == ".pt2":
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 inside = [info for info in archive.infolist() if info.filename.endswith(f"/extra/{EXTRA}")]
-                if len(inside) != 1 or inside[0].file_size > facts_of.MAX_TEXT:
+                if len(inside) != 1 or inside[0].file_size > weight_facts.MAX_TEXT:
                     return None
-                return facts_of.parse(archive.read(inside[0]).decode(), "it")
+                return weight_facts.parse(archive.read(inside[0]).decode(), "it")
         import onnx
 
         held = {entry.key: entry.value for entry in onnx.load_model_from_string(content).metadata_props}
-        return facts_of.parse(held[facts_of.KEY], "it") if facts_of.KEY in held else None
+        return weight_facts.parse(held[weight_facts.KEY], "it") if weight_facts.KEY in held else None
     except Exception:  # zipfile, protobuf and onnx raise anything for content of another kind
         return None
 
@@ -181,7 +180,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, facts: Facts, 
         raise UserError(f"a net that can be written in opset {opset}", f"opset {got}", "choose a later one")
     for node in written.model.graph:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-    written.model.metadata_props[facts_of.KEY] = facts.to_json()
+    written.model.metadata_props[weight_facts.KEY] = facts.to_json()
     written.save(str(path), external_data=False)
 
 

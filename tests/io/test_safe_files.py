@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast import files
 from resnet_fast.errors import UserError
+from resnet_fast.io import safe_files
 
 
 def ours(content: bytes) -> bool:
@@ -19,7 +19,7 @@ def ours(content: bytes) -> bool:
 
 
 def check(path: Path, make_folder: bool = False) -> Path:
-    return files.check_target(path, "a report", ours, make_folder=make_folder)
+    return safe_files.check_target(path, "a report", ours, make_folder=make_folder)
 
 
 def test_a_new_an_empty_and_an_own_file_may_be_written(tmp_path: Path) -> None:
@@ -60,19 +60,19 @@ def test_only_a_plain_file_is_read_and_no_more_of_it_than_allowed(tmp_path: Path
     (tmp_path / "link").symlink_to("file")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    assert files.read_plain(tmp_path / "file", 5) == files.read_plain(tmp_path / "link") == b"12345"
+    assert safe_files.read_plain(tmp_path / "file", 5) == safe_files.read_plain(tmp_path / "link") == b"12345"
     for name, why in (("pipe", "No plain file"), ("zero", "No plain file"), ("none", "No such file")):
         with pytest.raises(OSError, match=why):
-            files.read_plain(tmp_path / name)
+            safe_files.read_plain(tmp_path / name)
     with pytest.raises(OSError, match="More than 4 bytes"):
-        files.read_plain(tmp_path / "file", 4)
+        safe_files.read_plain(tmp_path / "file", 4)
 
 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
-        file.truncate(files.LARGEST + 1)
+        file.truncate(safe_files.LARGEST + 1)
     with pytest.raises(UserError, match="there already"):
-        files.check_target(tmp_path / "large", "a report", lambda content: True)
+        safe_files.check_target(tmp_path / "large", "a report", lambda content: True)
 
 
 def test_write_whole_keeps_links_and_follows_the_umask(tmp_path: Path) -> None:
@@ -80,25 +80,25 @@ def test_write_whole_keeps_links_and_follows_the_umask(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     before = os.umask(0o027)
     try:
-        files.write_whole(tmp_path / "link", b"new")
+        safe_files.write_whole(tmp_path / "link", b"new")
     finally:
         os.umask(before)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
-    files.write_whole(tmp_path / ("n" * 250), b"a name as long as the system takes")
+    safe_files.write_whole(tmp_path / ("n" * 250), b"a name as long as the system takes")
     assert len(list(tmp_path.iterdir())) == 3
 
 
 COUNT = """
 import sys, time
 from pathlib import Path
-from resnet_fast import files
+from resnet_fast.io import safe_files
 path = Path(sys.argv[1])
 for _ in range(20):
-    with files.locked(path):
+    with safe_files.locked(path):
         number = int(path.read_text())
         time.sleep(0.002)
-        files.write_whole(path, str(number + 1).encode())
+        safe_files.write_whole(path, str(number + 1).encode())
 """
 
 
@@ -115,7 +115,7 @@ def test_a_lock_holds_between_threads(tmp_path: Path) -> None:
 
     def work() -> None:
         for _ in range(50):
-            with files.locked(path):
+            with safe_files.locked(path):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 inside[0] -= 1

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import UserError, missing_package
+from ..errors import UserError, missing_package
 
 if TYPE_CHECKING:
     import numpy as np

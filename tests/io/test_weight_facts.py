@@ -1,4 +1,4 @@
-"""resnet_fast/facts.py: what a file says of itself is checked before anything is built from it."""
+"""resnet_fast/io/weight_facts.py: what a file says of itself is checked before anything is built from it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from resnet_fast import facts
 from resnet_fast.errors import UserError
-from resnet_fast.facts import Facts
+from resnet_fast.io import weight_facts
+from resnet_fast.io.weight_facts import Facts
 
 GOOD = Facts("resnet18", 64, ("cat", "dog"), (0.5,), (0.25,), 1.0, "A", False, "bfloat16", "digits")
 
 
 def test_round_trip() -> None:
-    assert facts.parse(GOOD.to_json(), "w") == GOOD
+    assert weight_facts.parse(GOOD.to_json(), "w") == GOOD
 
 
 def test_what_files_do_not_say_has_a_default_and_what_later_ones_say_is_passed_over() -> None:
     least = {key: GOOD.to_dict()[key] for key in ("model", "size", "classes", "mean", "std", "resize")}
-    read = facts.parse(json.dumps(least | {"later": {"deep": [1]}}), "w")
+    read = weight_facts.parse(json.dumps(least | {"later": {"deep": [1]}}), "w")
     assert (read.shortcut, read.stride_in_1x1, read.amp, read.data) == (None, False, "none", "")
 
 
@@ -57,7 +57,7 @@ def test_what_files_do_not_say_has_a_default_and_what_later_ones_say_is_passed_o
 )
 def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        facts.parse(json.dumps(GOOD.to_dict() | change), "w.safetensors")
+        weight_facts.parse(json.dumps(GOOD.to_dict() | change), "w.safetensors")
     assert "w.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -66,9 +66,9 @@ def test_a_missing_value_is_named(key: str) -> None:
     values = GOOD.to_dict()
     del values[key]
     with pytest.raises(UserError, match=f"expected {key} .* got none"):
-        facts.parse(json.dumps(values), "w")
+        weight_facts.parse(json.dumps(values), "w")
 
 
 def test_a_text_too_long_is_not_even_parsed() -> None:
     with pytest.raises(UserError, match="characters"):
-        facts.parse(" " * (facts.MAX_TEXT + 1), "w")
+        weight_facts.parse(" " * (weight_facts.MAX_TEXT + 1), "w")

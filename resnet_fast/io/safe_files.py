@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 LARGEST = 256 * 2**20
 """Bytes of a file that is looked into to see whether it is ours: most of ours are smaller."""

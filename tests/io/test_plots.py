@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from resnet_fast import plots
 from resnet_fast.errors import UserError
+from resnet_fast.io import plots
 
 
 @pytest.mark.parametrize("kind", list(plots.KINDS))

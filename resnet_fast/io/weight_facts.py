@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import UserError
-from .files import json_text
-from .limits import MOST_SIDE
+from ..errors import UserError
+from ..limits import MOST_SIDE
+from .safe_files import json_text
 
 KEY = "resnet_fast"
 """The entry of the metadata that holds the JSON text."""
@@ -31,7 +31,7 @@ class Facts:
     """``model`` and its variant; ``classes``: names in the order of fc's rows; how its images are prepared.
 
     ``size``, ``mean``, ``std`` (of pixels scaled to 0-1; one value for grey pictures) and ``resize`` are what
-    :func:`resnet_fast.images.preprocess` takes. ``amp`` is the dtype of autocast that the run validated in, ``data``
+    :func:`resnet_fast.io.images.preprocess` takes. ``amp`` is the dtype of autocast that the run validated in, ``data``
     the set that it was trained on, empty where the file does not say.
     """
 
@@ -61,7 +61,7 @@ class Facts:
 
     @property
     def look(self) -> dict[str, Any]:
-        """What :func:`resnet_fast.images.preprocess` takes besides the pixels."""
+        """What :func:`resnet_fast.io.images.preprocess` takes besides the pixels."""
         return {key: getattr(self, key) for key in ("size", "mean", "std", "resize")}
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import limits
-from .errors import UserError
-from .models import registry
-from .spec import ITEMSIZE, ConvSpec, Epilogue, conv_out
-from .tuning.shapes import ARCHS, unknown_name
+from .. import limits
+from ..errors import UserError
+from ..models import registry
+from ..spec import ITEMSIZE, ConvSpec, Epilogue, conv_out
+from ..tuning.shapes import ARCHS, unknown_name
 
 COUNTED = (
     "Multiply-adds are those of convolutions and fully connected layers (what the paper calls FLOPs); "

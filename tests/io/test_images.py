@@ -1,4 +1,4 @@
-"""resnet_fast/images.py: every kind of picture becomes the same kind of tensor, or an error that names the file."""
+"""resnet_fast/io/images.py: every kind of picture becomes the same kind of tensor, or an error that names the file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from resnet_fast import images
 from resnet_fast.errors import UserError
+from resnet_fast.io import images
 
 
 def _gradient(height: int = 40, width: int = 60) -> np.ndarray:

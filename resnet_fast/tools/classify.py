@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import images, limits
-from .errors import UserError
-from .models.trained import Trained
+from .. import limits
+from ..errors import UserError
+from ..io import images
+from ..models.trained import Trained
 
 READERS = 8
 """Threads that decode; Pillow decodes without holding Python's lock."""

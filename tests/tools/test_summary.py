@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 from resnet_fast.spec import Epilogue
-from resnet_fast.summary import PUBLISHED, Summary, build_meta, compare, stages, summarize, trace
+from resnet_fast.tools.summary import PUBLISHED, Summary, build_meta, compare, stages, summarize, trace
 from resnet_fast.tuning import shapes
 
 G = 10**9
