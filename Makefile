@@ -81,7 +81,7 @@ format: $(VENV)/.stamp-dev
 
 # From a bare checkout, with the machine's own Python; results in benchmarks/results/<gpu>, resumed by the next run.
 gpu-check gpu-tune gpu-bench: gpu-%:
-	$(PYTHON) -m benchmarks.gpu.$* --budget $(BUDGET) --device $(DEVICE) $(ARGS)
+	$(PYTHON) -m resnet_fast.benchmarks.gpu.$* --budget $(BUDGET) --device $(DEVICE) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage htmlcov

@@ -127,8 +127,8 @@ def cmake_arguments(torch: Path | None, host: bool) -> list[str]:
 
 
 def packages() -> list[str]:
-    """resnet_fast, and the top-level benchmarks/ as its subpackage."""
-    own = setuptools.find_packages(include=["resnet_fast", "resnet_fast.*"])
+    """resnet_fast, and benchmarks/ as its subpackage; in a checkout, resnet_fast/benchmarks is a link to it."""
+    own = setuptools.find_packages(include=["resnet_fast", "resnet_fast.*"], exclude=["resnet_fast.benchmarks*"])
     return own + [f"resnet_fast.{name}" for name in setuptools.find_packages(include=["benchmarks", "benchmarks.*"])]
 
 

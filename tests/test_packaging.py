@@ -43,7 +43,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of the sources, so that a build leaves nothing in the tree under test."""
     target = tmp_path / "checkout"
     skip = shutil.ignore_patterns(".*", "__pycache__", "*.so", "build", "dist", "*.egg-info", "results")
-    shutil.copytree(ROOT, target, ignore=skip)
+    shutil.copytree(ROOT, target, symlinks=True, ignore=skip)
     return target
 
 
@@ -185,6 +185,15 @@ def test_benchmarks_is_a_subpackage() -> None:
     import resnet_fast.benchmarks
 
     assert Path(resnet_fast.benchmarks.__file__).parent.name == "benchmarks"
+    assert (ROOT / "resnet_fast" / "benchmarks").resolve() == ROOT / "benchmarks"  # in a checkout that is not installed
+
+
+def test_benchmarks_have_one_import_name() -> None:
+    """The folder at the top is importable as ``benchmarks`` too: a second copy of every class."""
+    other = re.compile(r"^\s*(?:from|import) benchmarks\b|-m benchmarks\b", re.MULTILINE)
+    places = [ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
+    places += [path for folder in ("resnet_fast", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in places if path != Path(__file__) and other.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("name", ["RESNET_FAST_BUILD_NATIVE", "RESNET_FAST_BUILD_CUDA"])

@@ -1,4 +1,4 @@
-"""The three commands for a machine with a GPU: ``python3 -m benchmarks.gpu.check``, ``.tune`` and ``.bench``.
+"""The commands for a GPU: ``python3 -m resnet_fast.benchmarks.gpu.check``, ``.tune`` and ``.bench``.
 
     supervisor (common.py)          one per command: budget, order, results on disk; runs no kernel itself
         │  name of a case ▲ row

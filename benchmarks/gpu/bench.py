@@ -1,4 +1,4 @@
-"""``python3 -m benchmarks.gpu.bench``: how fast is it on this GPU, next to what the card can do and to stock PyTorch?
+"""``python3 -m resnet_fast.benchmarks.gpu.bench``: measure this GPU, stock PyTorch and our kernels on it.
 
     ceilings    copies, matrix products, launches of this card
     nets        ResNet-50 inference, every competitor in one interleaved run per batch

@@ -1,4 +1,4 @@
-"""``python3 -m benchmarks.gpu.check``: does everything that needs a GPU work on this one?
+"""``python3 -m resnet_fast.benchmarks.gpu.check``: check everything that needs a GPU.
 
     build     the native library, out of tree, where the toolkit is there; what follows runs with it
     first     one config of every kernel, so that even a cut run has seen them all

@@ -117,7 +117,7 @@ def context(device: str) -> str:
 def settings_from(command: str, what: str, argv: Sequence[str] | None = None) -> Settings:
     """Read the command line. For ``--device cpu`` the process starts again with Triton's interpreter switched on."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog=f"python3 -m benchmarks.gpu.{command}", description=what)
+    parser = argparse.ArgumentParser(prog=f"python3 -m resnet_fast.benchmarks.gpu.{command}", description=what)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds to spend, at most 520; default 500")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does every part work?")
@@ -288,7 +288,7 @@ def update_environment(settings: Settings, more: Row) -> None:
         known = {}
     now = provenance.collect(settings.device)
     now |= {"gpu": gpu_name(settings.device), "driver": driver(), "config_space": configs.SPACE}
-    now["command"] = f"python3 -m benchmarks.gpu.{settings.command}"
+    now["command"] = f"python3 -m resnet_fast.benchmarks.gpu.{settings.command}"
     if settings.on_gpu:
         now["cudnn"] = torch.backends.cudnn.version()
     write(path, json_text(known | now | more, indent=1) + "\n")

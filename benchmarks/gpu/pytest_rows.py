@@ -1,4 +1,4 @@
-"""A pytest plugin that writes each test's result when it is there: ``-p benchmarks.gpu.pytest_rows --rows FILE``.
+"""A pytest plugin that writes each result when it is there: ``-p resnet_fast.benchmarks.gpu.pytest_rows --rows FILE``.
 
 A JUnit file is written at the end of a session, which a cut or a crashed process does not reach.
 """

@@ -1,4 +1,4 @@
-"""``python3 -m benchmarks.gpu.tune``: measure every way to run the launches of the usual nets; fills the shipped table.
+"""``python3 -m resnet_fast.benchmarks.gpu.tune``: measure the launches of the usual nets into the shipped table.
 
 One case per launch, the nets and batches in the order of importance, within each the most expensive launch first. The
 table (``resnet_fast/tuning/tables/<gpu>.json``) is what a run resumes from: a launch with a time or a refusal for every

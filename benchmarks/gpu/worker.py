@@ -30,7 +30,7 @@ START_LIMIT_S = 120.0
 
 
 def main() -> None:
-    """``python -m benchmarks.gpu.worker MODULE SETTINGS``."""
+    """``python3 -m resnet_fast.benchmarks.gpu.worker MODULE SETTINGS``."""
     _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

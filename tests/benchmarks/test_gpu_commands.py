@@ -63,7 +63,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def command_line(name: str, out: Path) -> list[str]:
-    return [sys.executable, "-m", f"benchmarks.gpu.{name}", "--device", "cpu", "--quick", "--out", str(out)]
+    return [sys.executable, "-m", f"resnet_fast.benchmarks.gpu.{name}", "--device", "cpu", "--quick", "--out", str(out)]
 
 
 def run(name: str, out: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
