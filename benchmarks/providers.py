@@ -115,7 +115,7 @@ def _compiled(model: nn.Module, x: Tensor) -> Prepared:
 
 
 def _ours(model: nn.Module, x: Tensor) -> Prepared:
-    from resnet_fast import accelerate, explain, worth
+    from resnet_fast import accelerate, explain, packing_budget
     from resnet_fast.backends.onednn.conv_bn_act import compute_dtype
 
     net = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's attribute is the function
@@ -131,12 +131,13 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
     if precision != x.dtype:
         note += f"; ran in {dtype_name(precision)}: this CPU has no native {dtype_name(x.dtype)}"
     call = inference(module, x)
-    before, worth.COMPILE = worth.COMPILE, 0.0  # compiles here, as torch.compile did, not when it has paid
+    # Compile now, as torch.compile did, and not once that pays.
+    before, packing_budget.COMPILE = packing_budget.COMPILE, 0.0
     try:
         for _ in range(net.CALLS_BEFORE_COMPILING + 1):
             call()
     finally:
-        worth.COMPILE = before
+        packing_budget.COMPILE = before
     return Prepared(call, dtype_name(precision), note)
 
 

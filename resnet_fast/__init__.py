@@ -19,13 +19,13 @@ from .with_torch import define_ops
 
 if TYPE_CHECKING:
     from . import ops
-    from .derived import clear as clear_derived
     from .dispatch.explain import Explanation, explain
     from .dispatch.record import reset_stats, stats, strict
     from .dispatch.select import use_backend
     from .dispatch.tune import Tuned, tune
     from .models.accelerate import accelerate, restore
     from .models.resnet import Factory
+    from .parameter_cache import clear as clear_derived
 
     resnet18: Factory
     resnet34: Factory
@@ -61,7 +61,7 @@ _LAZY = {
     "Explanation": "dispatch.explain:Explanation",
     "Tuned": "dispatch.tune:Tuned",
     "accelerate": "models.accelerate:accelerate",
-    "clear_derived": "derived:clear",
+    "clear_derived": "parameter_cache:clear",
     "explain": "dispatch.explain:explain",
     "reset_stats": "dispatch.record:reset_stats",
     "restore": "models.accelerate:restore",

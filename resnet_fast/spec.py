@@ -514,7 +514,7 @@ class Impl:
     call's tensors rule it out, and nothing was written. ``state`` is what ``prepare(call, spec,
     earlier)`` computed from the call's parameters (folded, packed weights), kept until one of them changes; ``earlier``
     are the states of the same parameters for inputs of other sizes, to share parts with. With ``upkeep``, preparing
-    must pay (:mod:`resnet_fast.worth`) unless the backend was asked for by name. An Impl that accepts a spec
+    must pay (:mod:`resnet_fast.packing_budget`) unless the backend was asked for by name. An Impl that accepts a spec
     with ``grad`` either has ``training``, which then serves every spec with ``grad`` or batch statistics, or returns a
     result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
     """

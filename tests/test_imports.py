@@ -96,14 +96,14 @@ def test_imports_point_down() -> None:
             level = len(line.split()[1]) - len(line.split()[1].lstrip("."))
             if line.startswith("from resnet_fast") or level == len(parts):
                 target = words[0] or line.split()[3].strip("(,")
-                stock = parts == ("blocks", "paper.py") and target == "models"  # the modules that it replaces
-                if ranks.get(target, 0) > ranks[parts[0]] and not stock:
+                if ranks.get(target, 0) > ranks[parts[0]]:
                     wrong.append(f"{path.name}: {line}")
     assert not wrong
 
 
 def test_the_leaves_import_no_layer() -> None:
-    for leaf in ("spec", "folding", "flags", "errors", "calls", "derived", "locks", "worth"):
+    shared = ("parameter_cache", "packing_budget", "paper_nets")
+    for leaf in ("spec", "folding", "flags", "errors", "calls", "locks", *shared):
         layers = [name for name in ("models", "blocks", "ops", "dispatch", "backends")]
         text = (ROOT / "resnet_fast" / f"{leaf}.py").read_text()
         assert not [n for n in layers if f"from .{n}" in text or f"from resnet_fast.{n}" in text], leaf

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resnet_fast
-from resnet_fast import derived
+from resnet_fast import parameter_cache
 from resnet_fast.backends.onednn import net as _  # noqa: F401 (its lock takes part)
 from resnet_fast.locks import Lock, _all
 
@@ -108,7 +108,7 @@ def test_a_child_finds_held_locks_open_and_a_net_runs_there() -> None:
 
         with held(list(_all)):
             in_child(work)
-    derived.clear()
+    parameter_cache.clear()
 
 
 def test_the_parent_keeps_its_locks() -> None:

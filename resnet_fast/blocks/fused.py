@@ -15,7 +15,7 @@ from torch.overrides import _get_current_function_mode_stack as _function_modes
 from torch.utils._device import DeviceContext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .. import derived
+from .. import parameter_cache
 from ..calls import Conv, Norm
 from ..dispatch import record, select
 from . import pristine
@@ -88,7 +88,7 @@ class Fused(nn.Module):
     def _release(self) -> None:
         """Let go of the weights if PyTorch is about to swap them, which it does not with weak references about."""
         if torch.__future__.get_swap_module_params_on_conversion():
-            derived.release(self.parameters())
+            parameter_cache.release(self.parameters())
 
     def runs_stock(self, x: Tensor) -> bool:
         """Must this call run the stock layers? If so, the reason is counted (and raised in strict mode).
@@ -434,7 +434,7 @@ def norm_record(norm: Any) -> Norm:
     mean, var = buffers["running_mean"], buffers["running_var"]
     if not fields["training"]:
         if mean is not None and mean.device.type != "cpu" and not torch.compiler.is_compiling():
-            derived.follow(mean, buffers["num_batches_tracked"])
+            parameter_cache.follow(mean, buffers["num_batches_tracked"])
         return Norm(weight, bias, mean, var, mean is None and var is None, norm.momentum or 0.0, norm.eps)
     momentum = norm.momentum
     if norm.track_running_stats:

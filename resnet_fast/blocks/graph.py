@@ -5,8 +5,8 @@
 A small batch leaves a GPU waiting for Python between launches; a replay submits all of them at once. A graph repeats
 addresses, not meaning, so it may only run while everything that Python would look at is as it was at the recording:
 
-* parameters, buffers: the graphs are values derived from them (:mod:`resnet_fast.derived`), whose stamps see every
-  change that PyTorch counts, ``load_state_dict``, ``.to()``. On the GPU a write through ``.data`` is not seen, and of
+* parameters, buffers: the graphs are kept in :mod:`resnet_fast.parameter_cache`, whose stamps see every change that
+  PyTorch counts, ``load_state_dict``, ``.to()``. On the GPU a write through ``.data`` is not seen, and of
   BatchNorm's own update of its statistics only the batch counter beside them;
 * layers: :class:`Layers` compares their types, the forwards of these, order, attributes and modes;
 * the call: shape, dtype, layout, device, backend and torch's numerical switches are the key of a graph.
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import derived
+from .. import parameter_cache
 from ..dispatch import catalog, record, select
 from ..errors import BackendError
 from ..locks import Lock
@@ -333,7 +333,7 @@ def _graph(net: Net, x: Tensor, eager: Forward) -> Graph | str:
     nhwc = comes_nhwc or select.prefers_nhwc(x.device.type, net.backend)
     layout = torch.channels_last if nhwc else torch.contiguous_format
     key = (x.shape, layout, x.dtype, x.device, select.requested(net.backend), catalog.fingerprint(), _switches())
-    return derived.get(sources, key, lambda kept: _record(x, layout, eager, sources, kept), GRAPHS)
+    return parameter_cache.get(sources, key, lambda kept: _record(x, layout, eager, sources, kept), GRAPHS)
 
 
 def _switches() -> tuple[Any, ...]:
@@ -380,7 +380,7 @@ def _read_by_net(tensors: tuple[Tensor | None, ...]) -> list[Any]:
     for t in tensors:
         if t is not None:
             found.append(t.untyped_storage())
-            found += derived.values_of(t)
+            found += parameter_cache.values_of(t)
     return found
 
 

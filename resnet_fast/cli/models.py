@@ -14,7 +14,7 @@ from .output import progress_bar, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..models.listing import Entry
+    from ..models.listing import ListedNet
 
 
 def models(
@@ -31,7 +31,7 @@ def models(
     from ..models import listing
 
     if timm:
-        found: list[Entry] = []
+        found: list[ListedNet] = []
         names = listing.timm_names(patterns or ())
         with progress_bar(silent=json) as progress:
             for number, name in enumerate(names):
@@ -48,7 +48,7 @@ def models(
     show(table(found), *notes)
 
 
-def table(found: Sequence[Entry]) -> Table:
+def table(found: Sequence[ListedNet]) -> Table:
     """One row per net; of a net whose blocks do not all run fused, how many do."""
     from rich.table import Table
 

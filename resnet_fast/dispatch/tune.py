@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import derived
+from .. import parameter_cache
 from ..errors import BackendError, UserError
 from ..io import safe_files
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
@@ -290,7 +290,7 @@ def tune_launches(
             result.measured += 1
     finally:  # also after Ctrl-C: what was measured until then is used
         gpus.table_of.cache_clear()
-        derived.clear()
+        parameter_cache.clear()
     result.seconds = time.monotonic() - start
     return result
 

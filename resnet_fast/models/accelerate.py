@@ -21,10 +21,10 @@ def fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     from ..blocks import basic_block, bottleneck, stem
 
     fused = [basic_block.BasicBlock, bottleneck.Bottleneck, stem.ResNet]
-    if "resnet_fast.models.paper" in sys.modules:
-        from ..blocks import paper
+    if "resnet_fast.paper_nets" in sys.modules:
+        from ..blocks import paper_nets
 
-        fused += [paper.PlainBlock, paper.CifarResNet]
+        fused += [paper_nets.PlainBlock, paper_nets.CifarResNet]
     if "timm.models.resnet" in sys.modules:
         from ..blocks import timm
 
@@ -121,11 +121,11 @@ def _replay_no_more(net: nn.Module) -> None:
 
 def restore(model: M) -> M:
     """Undo :func:`accelerate` exactly, in place: every module gets its stock class back. Returns ``model``."""
-    from .. import derived
+    from .. import parameter_cache
     from ..blocks import stage
     from ..blocks.fused import Fused
 
-    derived.release(model.parameters())
+    parameter_cache.release(model.parameters())
     for module in model.modules():
         if isinstance(module, (Fused, stage.Sequential)):
             module.__dict__.pop("_resnet_fast_backend", None)

@@ -27,7 +27,7 @@ COMPARED |= {"googlenet": (6_624_904, 1_498_376_192)}
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedNet:
     """One net. ``params``: parameters; ``macs``: multiply-adds of convolutions and fully connected layers for one image
     of ``image`` pixels a side (None where they cannot be counted); ``source``: a key of :data:`SOURCES`; ``blocks`` and
     ``fused``: residual blocks, and how many of them run fused."""
@@ -41,21 +41,21 @@ class Entry:
     fused: int
 
 
-def entries(patterns: Sequence[str] = ()) -> list[Entry]:
+def entries(patterns: Sequence[str] = ()) -> list[ListedNet]:
     """Our nets whose name matches one of ``patterns`` (see :func:`matching`), or all of them. No torch."""
     return [_entry(name) for name in matching(registry.names(), patterns)]
 
 
-def _entry(name: str) -> Entry:
+def _entry(name: str) -> ListedNet:
     image = registry.image_size(name)
     if name in COMPARED:
-        return Entry(name, "compared", image, *COMPARED[name], 0, 0)
+        return ListedNet(name, "compared", image, *COMPARED[name], 0, 0)
     arch, convs = shapes.ARCHS[name], shapes.problems(name).values()
     features, classes = arch.planes[-1] * arch.expansion, 1000 if arch.stem == "imagenet" else 10
     params = sum(c.co * c.gemm_k + 2 * c.co for c in convs) + (features + 1) * classes
     macs = sum(c.macs() for c in convs) + features * classes
     source = "torchvision" if arch.stem == "imagenet" and arch.shortcut else "paper"
-    return Entry(name, source, image, params, macs, sum(arch.depths), sum(arch.depths))
+    return ListedNet(name, source, image, params, macs, sum(arch.depths), sum(arch.depths))
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -83,7 +83,7 @@ def timm_names(patterns: Sequence[str] = ()) -> list[str]:
     return matching(timm.list_models(module="resnet"), patterns)
 
 
-def timm_entries(names: Sequence[str]) -> Iterator[Entry]:
+def timm_entries(names: Sequence[str]) -> Iterator[ListedNet]:
     """Those of ``names`` that have blocks which run fused, each built on the meta device."""
     import timm
     import torch
@@ -107,4 +107,4 @@ def timm_entries(names: Sequence[str]) -> Iterator[Entry]:
         except (UserError, RuntimeError):  # a layer that is no 2-d convolution, or looks at values
             macs = None
         params = sum(p.numel() for p in net.parameters())
-        yield Entry(name, "timm", image, params, macs, len(blocks), fused)
+        yield ListedNet(name, "timm", image, params, macs, len(blocks), fused)

@@ -46,10 +46,10 @@ def build(name: str, *, shortcut: str | None = None, stride_in_1x1: bool = False
     if name not in ARCHS or (_in_torchvision(ARCHS[name]) and shortcut is None and not stride_in_1x1):
         return getattr(models, name)(**kwargs)
 
-    from . import paper
+    from .. import paper_nets
 
     if _in_torchvision(ARCHS[name]):
-        return paper.imagenet_resnet(name, shortcut=shortcut or "B", stride_in_1x1=stride_in_1x1, **kwargs)
+        return paper_nets.imagenet_resnet(name, shortcut=shortcut or "B", stride_in_1x1=stride_in_1x1, **kwargs)
     if shortcut is not None:
         kwargs["shortcut"] = shortcut
-    return getattr(paper, name)(**kwargs)
+    return getattr(paper_nets, name)(**kwargs)

@@ -35,7 +35,7 @@ def factory(name: str) -> Factory:
         backend: see :func:`resnet_fast.accelerate`.
         **kwargs: what the stock builder takes. torchvision's nets: ``weights``, ``progress``, ``num_classes``,
             ``zero_init_residual``, ``replace_stride_with_dilation``, ``norm_layer``, …, and the paper's
-            ``shortcut="A"`` (B, C) and ``stride_in_1x1=True``. The paper's nets: see :mod:`resnet_fast.models.paper`.
+            ``shortcut="A"`` (B, C) and ``stride_in_1x1=True``. The paper's nets: see :mod:`resnet_fast.paper_nets`.
     """
     return build
 

@@ -1,12 +1,13 @@
 """Inference: check, Spec, choice and derived weights of a call, computed once and kept until something changes.
 
-What is kept hangs on the call's parameters (:mod:`resnet_fast.derived`, which sees every change of them) under all else
-that decides: the input's shape, strides, dtype and device, the numbers of the call, the backend asked for and the
-backends that work. A call like an earlier one costs one look-up.
+What is kept hangs on the call's parameters (:mod:`resnet_fast.parameter_cache`, which sees every change of them)
+under all else that decides: the input's shape, strides, dtype and device, the numbers of the call, the backend asked
+for and the backends that work. A call like an earlier one costs one look-up.
 
-Where preparing costs more than a call or two, it has to pay (:mod:`resnet_fast.worth`); until it does, the call runs on
-the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain`` wants to see,
-what runs in strict mode, and what must not depend on earlier calls (:func:`resnet_fast.worth.at_once`).
+Where preparing costs more than a call or two, it has to pay (:mod:`resnet_fast.packing_budget`); until it does, the
+call runs on the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain``
+wants to see, what runs in strict mode, and what must not depend on earlier calls
+(:func:`resnet_fast.packing_budget.at_once`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import derived, worth
+from .. import packing_budget, parameter_cache
 from ..calls import Call, NetCall
 from ..dispatch import catalog, record, select
 from ..spec import BlockSpec, Impl, NetSpec, Spec
@@ -77,7 +78,7 @@ def _plan(call: Call | NetCall, backend: str, times: int = 1) -> Plan:
         return Plan(spec, choice, select.prepare(call, spec, choice, []))
     fixed = (type(call), call.numbers(), x.dtype, x.device, select.requested(backend), catalog.fingerprint())
     key = (fixed, x.shape, x.stride())
-    entry = derived.entry(parameters)
+    entry = parameter_cache.entry(parameters)
     with entry.lock:
         plan: Plan | None = entry.find(parameters, key)
         if plan is None:
@@ -91,9 +92,9 @@ def _plan(call: Call | NetCall, backend: str, times: int = 1) -> Plan:
 
 
 def _new(
-    entry: derived.Entry,
+    entry: parameter_cache.CacheEntry,
     call: Call | NetCall,
-    parameters: derived.Sources,
+    parameters: parameter_cache.Sources,
     key: tuple[Any, ...],
     backend: str,
 ) -> Plan:
@@ -102,28 +103,28 @@ def _new(
     choice = select.choose(spec, call.x.device.type, backend)
     upkeep = choice.impl.upkeep
     earlier = [plan.state for other, plan in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
-    work = worth.of_stock_call(spec.flops(), _convolutions(spec)) if upkeep else 0.0
+    work = packing_budget.of_stock_call(spec.flops(), _convolutions(spec)) if upkeep else 0.0
     named = select.requested(backend) != "auto"
-    at_once = named or worth.is_at_once() or record.watched() or record.is_strict()
+    at_once = named or packing_budget.is_at_once() or record.watched() or record.is_strict()
     if upkeep and not at_once:
         if entry.notes is None:
-            entry.notes = worth.Account(worth.PACK * upkeep.elements(call, spec, []))
+            entry.notes = packing_budget.PackingBudget(packing_budget.PACK * upkeep.elements(call, spec, []))
         version = None if entry.values else _version(parameters)
         elements = upkeep.elements(call, spec, earlier)
         room = _has_room(entry, choice.impl, spec, elements, entry.notes.seen(key))
-        if not room or not entry.notes.pays(worth.PACK * elements, version):
-            return Plan(spec, select.stock(spec, choice, NOT_YET), None, worth.earned_by(work, packed=False))
+        if not room or not entry.notes.pays(packing_budget.PACK * elements, version):
+            return Plan(spec, select.stock(spec, choice, NOT_YET), None, packing_budget.earned_by(work, packed=False))
 
     def make(kept: dict[Any, Plan]) -> Plan:
         state = select.prepare(call, spec, choice, earlier)
-        return Plan(spec, choice, state, worth.earned_by(work, packed=True))
+        return Plan(spec, choice, state, packing_budget.earned_by(work, packed=True))
 
     plan = entry.make(parameters, key, make)
     _shrink(entry, plan)
     return plan
 
 
-def _shrink(entry: derived.Entry, plan: Plan) -> None:
+def _shrink(entry: parameter_cache.CacheEntry, plan: Plan) -> None:
     """Drop the plans used least recently until the rest keeps to its share of memory."""
     impl = plan.choice.impl
     if impl.upkeep is None:
@@ -134,7 +135,7 @@ def _shrink(entry: derived.Entry, plan: Plan) -> None:
         entry.shrink(lambda values: len(values) <= SIZES and _nbytes(impl, values) <= most)
 
 
-def _has_room(entry: derived.Entry, impl: Impl, spec: Spec | NetSpec, elements: int, seen: int) -> bool:
+def _has_room(entry: parameter_cache.CacheEntry, impl: Impl, spec: Spec | NetSpec, elements: int, seen: int) -> bool:
     """May so many elements be packed besides what is kept, or in place of a plan that was used less recently than this
     call was ``seen``? Otherwise sizes that come in turn would push each other out, and none would be there in time."""
     if not elements or not entry.values or _nbytes(impl, entry.values) + 4 * elements <= _most(spec):
@@ -165,6 +166,6 @@ def _weights(spec: Spec | NetSpec) -> int:
     return spec.params()
 
 
-def _version(parameters: derived.Sources) -> Hashable:
+def _version(parameters: parameter_cache.Sources) -> Hashable:
     """Changes with most edits of the parameters: enough to tell weights that stay from weights that do not."""
     return tuple([0 if t is None or t.is_inference() else t._version for t in parameters])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .. import worth
+from .. import packing_budget
 from ..errors import UserError, printable
 from ..io import images
 from ..io.weight_facts import Facts
@@ -273,7 +273,7 @@ def measure(
         if len(part.labels):
             x = normalise(part.images)
             cast = torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None)
-            with torch.no_grad(), cast, worth.at_once():  # as the run validated
+            with torch.no_grad(), cast, packing_budget.at_once():  # as the run validated
                 logits = net(x).float()
             verdicts, loss, broken = _judge(logits, part.labels.cpu(), on)
             losses += loss

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import worth
+from .. import packing_budget
 from . import distributed, loader
 from .data import Data
 from .distributed import World
@@ -49,7 +49,8 @@ class Validation:
                     continue
                 # The others gather shards, which takes every process: this one looks at an image that does not count.
                 images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
-            with step.autocast(), worth.at_once():  # a resumed run's figures are those of one that went through
+            # Pack at once, so that a resumed run's figures equal those of a run that was not interrupted.
+            with step.autocast(), packing_budget.at_once():
                 out = net(step.normalise(images)).float()
             if len(labels):
                 sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opcases import BLOCKS, LAYOUTS, OPS, assert_within_budget, lay_out, make
 from torch._prims_common import check_significant_strides
 
-from resnet_fast import BackendError, derived
+from resnet_fast import BackendError, parameter_cache
 from resnet_fast.backends import onednn
 from resnet_fast.backends.onednn.conv_bn_act import DTYPES
 from resnet_fast.dispatch import select
@@ -188,12 +188,12 @@ def test_availability_follows_the_switch() -> None:
 
 
 def test_input_sizes_of_one_layout_share_one_packed_weight() -> None:
-    derived.clear()
+    parameter_cache.clear()
     p = make("conv_bn_act", n=2, ci=16, co=16)
     for n in (2, 3, 4):
         q = p.map(lambda k, t, n=n: torch.randn(n, *t.shape[1:]) if k == "x" else t)
         q.run("onednn")
-    plans = derived.values_of(p.convs[0].weight)
+    plans = parameter_cache.values_of(p.convs[0].weight)
     assert len(plans) == 3 and len({id(plan.state.convs[0].weight) for plan in plans}) < 3
 
 

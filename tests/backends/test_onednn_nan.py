@@ -162,12 +162,12 @@ def test_the_bounds_hold(op: str) -> None:
 
 def _state(p: Problem) -> Any:
     """What is kept for a call after it ran."""
-    from resnet_fast import derived
+    from resnet_fast import parameter_cache
 
-    derived.clear()
+    parameter_cache.clear()
     p.run("onednn")
     anchor = next(t for k, t in p.tensors().items() if k != "x")
-    return derived.values_of(p.convs[0].weight if p.convs else anchor)[0].state
+    return parameter_cache.values_of(p.convs[0].weight if p.convs else anchor)[0].state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,8 +20,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_fast
-from resnet_fast import derived, numerics, worth
-from resnet_fast.models import paper
+from resnet_fast import numerics, packing_budget, paper_nets, parameter_cache
 from resnet_fast.spec import ConvSpec, NetSpec
 
 module = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's own name is the function
@@ -33,9 +32,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "dilated": lambda: ResNet(
         Bottleneck, [1, 1, 2, 2], num_classes=10, replace_stride_with_dilation=[False, True, True]
     ),
-    "plain": paper.plain18,
-    "cifar plain": paper.cifar_plain20,
-    "cifar": lambda: paper.cifar_resnet20(shortcut="B"),
+    "plain": paper_nets.plain18,
+    "cifar plain": paper_nets.cifar_plain20,
+    "cifar": lambda: paper_nets.cifar_resnet20(shortcut="B"),
 }
 
 
@@ -84,10 +83,10 @@ def test_graph_equals_its_parts_and_comes_when_it_is_earned(monkeypatch: pytest.
     calls: list[int] = []
     compile_graph = module._compile
     monkeypatch.setattr(module, "_compile", lambda *args: calls.append(len(outputs)) or compile_graph(*args))
-    monkeypatch.setattr(worth, "COMPILE", worth.COMPILE / 15)
+    monkeypatch.setattr(packing_budget, "COMPILE", packing_budget.COMPILE / 15)
     net, x = resnet_fast.accelerate(randomized("bottleneck")), torch.randn(1, 3, 64, 64)
     outputs = [net(x)]
-    (plan,) = derived.values_of(net.conv1.weight)
+    (plan,) = parameter_cache.values_of(net.conv1.weight)
     patience = module.calls_before_compiling(plan.spec)
     assert module.CALLS_BEFORE_COMPILING < patience < 20
     for _ in range(patience + 1):
@@ -291,13 +290,13 @@ def test_compiling_leaves_the_process_wide_switch_alone(compiled: list[torch.Siz
 @torch.no_grad()
 def test_the_memory_of_many_sizes_is_bounded(compiled: list[torch.Size]) -> None:
     """A graph takes two copies of the weights, and no more than three are kept: a second graph ends the first."""
-    derived.clear()
+    parameter_cache.clear()
     stock = randomized("basic")
     fused = resnet_fast.accelerate(copy.deepcopy(stock), backend="onednn")
     for size in (32, 40, 48, 56, 32):
         x = torch.randn(1, 3, size, size)
         for _ in range(2):
             torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)
-        states = [plan.state for plan in derived.values_of(fused.conv1.weight)]
+        states = [plan.state for plan in parameter_cache.values_of(fused.conv1.weight)]
         assert module.nbytes(states) <= 3.1 * states[-1].weights
     assert len(compiled) == 5

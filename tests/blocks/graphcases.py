@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import resnet_fast
+from resnet_fast import paper_nets
 from resnet_fast.blocks import graph
-from resnet_fast.models import paper
 
 
 def randomized(model: nn.Module) -> nn.Module:
@@ -35,7 +35,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 def small() -> nn.Module:
     """A CIFAR net with one block per stage."""
-    model = paper.cifar_resnet20(shortcut="B")
+    model = paper_nets.cifar_resnet20(shortcut="B")
     for stage in (model.layer1, model.layer2, model.layer3):
         del stage[1:]
     return randomized(model)

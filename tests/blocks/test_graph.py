@@ -29,9 +29,8 @@ from graphcases import (
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import derived
+from resnet_fast import paper_nets, parameter_cache
 from resnet_fast.blocks import graph
-from resnet_fast.models import paper
 
 
 def test_replays_follow_the_input_and_outputs_stay(net: nn.Module, recorder: type[CpuRecorder]) -> None:
@@ -51,7 +50,7 @@ def test_every_kind_of_net(name: str, recorder: type[CpuRecorder], monkeypatch: 
     elif name == "resnet18":
         model = resnet_fast.resnet18(num_classes=10)
     else:
-        model = getattr(paper, name)()
+        model = getattr(paper_nets, name)()
     model = resnet_fast.accelerate(randomized(model), cuda_graph=True)
     monkeypatch.setattr(recorder, "net", model, raising=False)
     x = image()
@@ -227,10 +226,10 @@ def test_a_graph_keeps_the_weights_that_it_reads(net: nn.Module, monkeypatch: py
     monkeypatch.setattr(graph.Graph, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
     with torch.no_grad():
         net(image(1))
-        plans = derived.values_of(net.conv1.weight)
+        plans = parameter_cache.values_of(net.conv1.weight)
         for n in range(2, 7):
             net(image(n))
-        kept = derived.values_of(net.conv1.weight)
+        kept = parameter_cache.values_of(net.conv1.weight)
     assert plans and any(all(p is not k for k in kept) for p in plans)
     assert all(any(p is read for read in made[0]._reads) for p in plans)
     assert any(isinstance(r, torch.UntypedStorage) and r.data_ptr() == net.fc.weight.data_ptr() for r in made[0]._reads)

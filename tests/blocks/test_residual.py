@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resnet_fast
 from resnet_fast.blocks.residual import projection_parts
-from resnet_fast.models.paper import PadShortcut
+from resnet_fast.paper_nets import PadShortcut
 
 
 def hooked(m: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_fast
-from resnet_fast.models import paper
+from resnet_fast import paper_nets
 
 
 def net(block: type[BasicBlock | Bottleneck] = BasicBlock) -> nn.Module:
@@ -89,7 +89,7 @@ def test_when_images_may_depend_on_one_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20", "plain18"])
 def test_the_papers_nets_may_be_tiled(name: str) -> None:
-    assert resnet_fast.accelerate(getattr(paper, name)().eval()).images_are_independent()
+    assert resnet_fast.accelerate(getattr(paper_nets, name)().eval()).images_are_independent()
 
 
 def test_a_hook_on_the_net_itself_does_not_matter() -> None:

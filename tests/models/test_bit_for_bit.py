@@ -14,7 +14,7 @@ from torchvision.models import resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
-from resnet_fast.models import paper
+from resnet_fast import paper_nets
 
 
 def untidy(model: nn.Module) -> nn.Module:
@@ -52,7 +52,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "pooled shortcuts of bottlenecks": lambda: timm_net("resnet26d", features_only=True),
     "FrozenBatchNorm2d in basic blocks": lambda: frozen(resnet.BasicBlock),
     "FrozenBatchNorm2d in bottlenecks": lambda: frozen(resnet.Bottleneck),
-    "padded shortcuts": lambda: paper.cifar_resnet20(shortcut="A"),
+    "padded shortcuts": lambda: paper_nets.cifar_resnet20(shortcut="A"),
 }
 
 

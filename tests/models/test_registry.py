@@ -9,8 +9,9 @@ import pytest
 import torch
 import torchvision
 
+from resnet_fast import paper_nets
 from resnet_fast.errors import UserError
-from resnet_fast.models import paper, registry
+from resnet_fast.models import registry
 
 
 def test_names_cover_torchvision_the_paper_and_what_it_compares_with() -> None:
@@ -45,7 +46,7 @@ def test_variants_reach_the_net() -> None:
         a = registry.build("resnet50", shortcut="A")
         c = registry.build("cifar_resnet20", shortcut="C")
     assert (v1.layer2[0].conv1.stride, a.layer2[0].conv1.stride) == ((2, 2), (1, 1))
-    assert isinstance(a.layer2[0].downsample, paper.PadShortcut)
+    assert isinstance(a.layer2[0].downsample, paper_nets.PadShortcut)
     assert isinstance(c.layer1[1].downsample, torch.nn.Sequential)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast import paper_nets
 from resnet_fast.blocks.fused import Fused
-from resnet_fast.models import paper, registry, resnet
+from resnet_fast.models import registry, resnet
 from resnet_fast.tuning.shapes import ARCHS
 
 TEN = [
@@ -255,18 +256,18 @@ def test_the_papers_variants(name: str, shortcut: str, stride_in_1x1: bool, nets
 
 @pytest.mark.parametrize("name", [n for n in PAPER if not n.endswith(("110", "1202", "plain34", "56"))])
 def test_the_papers_own_nets(name: str, nets: SimpleNamespace) -> None:
-    check_paper_net(nets.randomize(getattr(paper, name)(num_classes=10)), torch.randn(2, 3, 32, 32), nets)
+    check_paper_net(nets.randomize(getattr(paper_nets, name)(num_classes=10)), torch.randn(2, 3, 32, 32), nets)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PAPER if n.endswith(("110", "1202", "plain34", "56"))])
 def test_the_papers_deepest_nets(name: str, nets: SimpleNamespace) -> None:
-    check_paper_net(nets.randomize(getattr(paper, name)(num_classes=10)), torch.randn(2, 3, 16, 16), nets)
+    check_paper_net(nets.randomize(getattr(paper_nets, name)(num_classes=10)), torch.randn(2, 3, 16, 16), nets)
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
 def test_cifar_shortcuts(shortcut: str, nets: SimpleNamespace) -> None:
-    model = nets.randomize(paper.cifar_resnet20(shortcut=shortcut))
+    model = nets.randomize(paper_nets.cifar_resnet20(shortcut=shortcut))
     check_paper_net(model, torch.randn(2, 3, 32, 32), nets)
 
 

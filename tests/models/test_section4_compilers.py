@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import resnet
 
 import resnet_fast
-from resnet_fast.models import paper
+from resnet_fast import paper_nets
 
 Twin = Callable[..., tuple[nn.Module, nn.Module]]
 
@@ -259,7 +259,7 @@ def own_pool(model: nn.Module) -> None:
 
 
 def padded_shortcut(model: nn.Module) -> None:
-    from resnet_fast.models.paper import PadShortcut
+    from resnet_fast.paper_nets import PadShortcut
 
     model.layer2[0].downsample = PadShortcut(2, 64, 128)
 
@@ -281,7 +281,7 @@ def test_script_of_an_edited_net(edit: Callable[[nn.Module], None], twin: Twin, 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20"])
 def test_script_of_the_papers_nets(name: str, twin: Twin, nets: SimpleNamespace) -> None:
-    stock, fused = twin(nets.randomize(getattr(paper, name)()))
+    stock, fused = twin(nets.randomize(getattr(paper_nets, name)()))
     x = torch.randn(2, 3, 32, 32)
     nets.assert_close_to_eager(torch.jit.script(fused), stock, x)
 
@@ -313,8 +313,8 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
     "block": lambda: resnet.BasicBlock(3, 3),
     "bottleneck": lambda: resnet.Bottleneck(3, 1, downsample=nn.Conv2d(3, 4, 1)),
     "stage": lambda: nn.Sequential(resnet.BasicBlock(3, 3)),
-    "cifar": paper.cifar_resnet20,
-    "plain block": lambda: paper.PlainBlock(3, 4),
+    "cifar": paper_nets.cifar_resnet20,
+    "plain block": lambda: paper_nets.PlainBlock(3, 4),
     "timm": lambda: pytest.importorskip("timm").create_model("resnet18"),
     "timm with additions": lambda: pytest.importorskip("timm").create_model("seresnet18"),
 }

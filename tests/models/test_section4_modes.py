@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast.models import paper
+from resnet_fast import paper_nets
 
 Twin = Callable[..., tuple[nn.Module, nn.Module]]
 Edit = Callable[[nn.Module], object]
@@ -106,7 +106,7 @@ def test_a_batch_is_counted_once(place: str, momentum: float | None, twin: Twin,
 
 
 def test_a_batch_is_counted_once_in_a_plain_net() -> None:
-    fast = resnet_fast.accelerate(paper.cifar_plain20()).eval()
+    fast = resnet_fast.accelerate(paper_nets.cifar_plain20()).eval()
     fast.layer2[0].bn2.train()
     with torch.no_grad():
         fast(torch.randn(2, 3, 32, 32))

@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv3x3
 import resnet_fast
 from resnet_fast import numerics
 from resnet_fast.devices import Device, Gpu
-from resnet_fast.models.paper import CifarResNet
+from resnet_fast.paper_nets import CifarResNet
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning import training
 from resnet_fast.tuning.configs import Config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import resnet_fast
-from resnet_fast import derived, reset_stats, stats, strict, use_backend, worth
+from resnet_fast import packing_budget, parameter_cache, reset_stats, stats, strict, use_backend
 from resnet_fast.ops.infer import COPIES
 
 packing = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
@@ -33,7 +33,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(shape)
         return pack_one(conv, norm, shape, dtype)
 
-    derived.clear()
+    parameter_cache.clear()
     packing._layouts.clear()
     monkeypatch.setattr(packing, "pack_one", spy)
     monkeypatch.setattr(compiling, "calls_before_compiling", lambda spec: 10**9)
@@ -68,7 +68,8 @@ def both() -> tuple[nn.Module, nn.Module]:
 
 def earns(monkeypatch: pytest.MonkeyPatch, calls: float) -> None:
     """One call with packed weights earns ``calls`` packings of all of them."""
-    monkeypatch.setattr(worth, "earned_by", lambda work, packed: worth.PACK * 5e6 * (calls if packed else 0))
+    whole = packing_budget.PACK * 5e6
+    monkeypatch.setattr(packing_budget, "earned_by", lambda work, packed: whole * (calls if packed else 0))
 
 
 def test_one_size_and_one_set_of_weights_is_packed_once(packs: list[tuple[int, ...]]) -> None:
@@ -95,14 +96,14 @@ def test_weights_that_change_before_each_call_are_not_packed(packs: list[tuple[i
 
 def test_at_once_results_depend_on_weights_and_input_alone(packs: list[tuple[int, ...]]) -> None:
     fused, x = both()[0], image()
-    with torch.no_grad(), worth.at_once():
+    with torch.no_grad(), packing_budget.at_once():
         for i in range(1, 4):
             change(fused)
             later = fused(x)
             assert len(packs) == i * CONVOLUTIONS
             assert torch.equal(later, copy.deepcopy(fused)(x))  # whose first call this is
             del packs[i * CONVOLUTIONS :]
-    assert not worth.is_at_once()
+    assert not packing_budget.is_at_once()
 
 
 def test_validation_after_training_packs_at_its_second_call(
@@ -126,7 +127,7 @@ def test_four_batch_sizes_in_turn_are_packed_once_each_at_the_most(packs: list[t
             compare(fused, stock, image(n))
         counts.append(len(packs))
     assert counts[-1] <= 4 * CONVOLUTIONS
-    assert len(derived.values_of(fused.conv1.weight)) <= 4
+    assert len(parameter_cache.values_of(fused.conv1.weight)) <= 4
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -147,7 +148,7 @@ def test_24_image_sizes_in_turn_do_not_push_each_other_out(
                     fused(image(size=size))
         counts.append(len(packs))
     assert not free or counts[1] == counts[3]
-    states = [plan.state for plan in derived.values_of(fused.conv1.weight)]
+    states = [plan.state for plan in parameter_cache.values_of(fused.conv1.weight)]
     assert compiling.nbytes(states) <= (COPIES + 0.1) * states[0].weights
     assert len(states) >= 2
 

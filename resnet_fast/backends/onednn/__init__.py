@@ -2,7 +2,7 @@
 
 BatchNorm is folded into the weight and bias in fp32 (:mod:`resnet_fast.folding`) and the weight is packed into the
 blocked layout that oneDNN wants for the input size at hand; both are derived tensors, kept until a parameter changes
-(:mod:`resnet_fast.derived`). Activations are NHWC. The primitives are reached through ATen
+(:mod:`resnet_fast.parameter_cache`). Activations are NHWC. The primitives are reached through ATen
 (``torch.ops.mkldnn._convolution_pointwise``, what Inductor's freezing emits as well).
 
 16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only

@@ -8,9 +8,10 @@ which ATen exposes through TorchScript, keeps the compiled primitives instead: 4
 batch 1, 44.4 against 46.2 ms per image at batch 16 in tiles of four (measured; docs/notes/one-graph.md).
 
 Compiling takes about a second and is good for one input size and one set of weights, so a size runs its parts one by
-one, with weights packed as for any other call, until these calls have earned it (:mod:`resnet_fast.worth`): the fifth
-at the earliest, about the twentieth at batch 1. Sizes and weights that keep changing never compile. The graph is traced
-from folded fp32 weights; where this CPU runs 16-bit tensors in fp32, only the net's input and output are 16-bit.
+one, with weights packed as for any other call, until these calls have earned it
+(:mod:`resnet_fast.packing_budget`): the fifth at the earliest, about the twentieth at batch 1.
+Sizes and weights that keep changing never compile. The graph is traced from folded fp32 weights; where this CPU runs
+16-bit tensors in fp32, only the net's input and output are 16-bit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import folding, worth
+from ... import folding, packing_budget
 from ...calls import BlockCall, Conv, NetCall, Norm, StemCall, convs_of, norms_of
 from ...locks import Lock
 from ...spec import BlockSpec, NetSpec, Verdict
@@ -152,8 +153,9 @@ def _run_graph(
 def calls_before_compiling(spec: NetSpec) -> int:
     """How many calls of one size and one set of weights, one after another, earn the net's compilation."""
     convolutions = sum(len(part.convs) if isinstance(part, BlockSpec) else 1 for part in spec.parts)
-    work = worth.of_stock_call(spec.flops(), convolutions)
-    return max(CALLS_BEFORE_COMPILING, math.ceil(worth.COMPILE * convolutions / worth.earned_by(work, packed=True)))
+    work = packing_budget.of_stock_call(spec.flops(), convolutions)
+    earned = packing_budget.earned_by(work, packed=True)
+    return max(CALLS_BEFORE_COMPILING, math.ceil(packing_budget.COMPILE * convolutions / earned))
 
 
 def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: State) -> None:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1, conv3x3
 
-from ..errors import UserError
-from ..tuning import shapes
+from .errors import UserError
+from .tuning import shapes
 
 Norm = Callable[..., nn.Module]
 

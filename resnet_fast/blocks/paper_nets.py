@@ -1,11 +1,11 @@
-"""The paper's plain block and CIFAR net (:mod:`resnet_fast.models.paper`), fused."""
+"""The paper's plain block and CIFAR net (:mod:`resnet_fast.paper_nets`), fused."""
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from .. import paper_nets as stock
 from ..calls import ConvBnActCall
-from ..models import paper as stock
 from .fused import Fused, conv_record, counts, norm_record
 from .stem import Net
 

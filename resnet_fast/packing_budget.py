@@ -1,20 +1,21 @@
-"""When preparing pays: whatever comes, inference is never much slower than the stock layers.
+"""Decide when packing and compiling a net's weights pays, so that inference is never much slower than stock layers.
 
-Packing a net's weights takes as long as a few of its calls and compiling it as long as dozens, and both are lost when
-the weights or the input size change. So they must be earned. Work is counted in FLOPs that the stock layers do in the
-same time, since clocks would make what runs depend on the machine's load:
+Packing a net's weights takes as long as a few of its calls, and compiling it as long as dozens. Both are lost when the
+weights or the input size change, so both are paid for from a budget that calls fill. Work is counted in FLOPs that the
+stock layers do in the same time. Clocks would make what runs depend on the load of the machine:
 
     a call on the stock layers        its FLOPs + LAYER per convolution           earns ALLOWED of it
     a call with packed weights        the same                                    earns ALLOWED + SAVED of it
     folding and packing               PACK per element of the weights             costs that
     compiling a net                   COMPILE per convolution                     costs that
 
-An :class:`Account` begins with what its first packing costs and as much again, so a new net is fast from its first call
-and at a second input size. Afterwards it packs when it has the means, and in between the stock layers run: at no time
-has it taken more than 1 + ALLOWED of what they would have, its first packings apart. Weights that were changed since
-the last call are packed when they come for the second time: a teacher's that change before each call are never.
+A :class:`PackingBudget` starts with the cost of two packings of all weights, so a new net is fast from its first call
+and at a second input size. After that it packs when the balance covers the cost; until then the stock layers run. At no
+time has the net taken more than 1 + ALLOWED times the stock layers' time, not counting its first packings. Weights that
+changed since the last call are packed when they are seen for the second time: weights that change before each call (a
+teacher's moving average) are never packed.
 
-Where the numbers come from: docs/notes/derived-weights.md.
+The measurements behind these constants are in docs/notes/derived-weights.md.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ def earned_by(work: float, packed: bool) -> float:
 
 
 KEYS = 256
-"""Kinds of call, which nothing is prepared for, that an account knows again."""
+"""Kinds of call, which nothing is prepared for, that an budget knows again."""
 
 
-class Account:
+class PackingBudget:
     """What one set of parameters has earned, beyond any change of their values. ``whole``: packing all of them."""
 
     __slots__ = ("_calls", "_seen", "balance", "latest", "whole")

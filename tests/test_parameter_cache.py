@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import clear_derived, derived
+from resnet_fast import clear_derived, parameter_cache
 
 
 @pytest.fixture(autouse=True)
@@ -174,10 +174,10 @@ def test_a_write_to_any_one_element_is_seen_within_a_round(dtype: torch.dtype) -
             counted(tensors)
             i = int(torch.randint(t.numel(), (), generator=generator))
             t.data.view(-1)[i] += 1
-            seen = [counted(tensors)[1] for _ in range(derived.USES_PER_ROUND)]
+            seen = [counted(tensors)[1] for _ in range(parameter_cache.USES_PER_ROUND)]
             assert seen.count(True) == 1
             t.data.view(-1)[i], t.data.view(-1)[-1 - i] = t.data.view(-1)[-1 - i].clone(), t.data.view(-1)[i].clone()
-            seen = [counted(tensors)[1] for _ in range(derived.USES_PER_ROUND)]
+            seen = [counted(tensors)[1] for _ in range(parameter_cache.USES_PER_ROUND)]
             assert seen.count(True) == 1, "two elements changed places"
 
 
@@ -186,7 +186,7 @@ def test_an_entry_dies_with_any_of_its_sources() -> None:
     counted((w, b))
     del b
     gc.collect()
-    assert not derived._cache
+    assert not parameter_cache._cache
 
 
 def counted(sources: tuple[Tensor | None, ...], key: object = 0, keep: int = 8) -> tuple[object, bool]:
@@ -197,12 +197,12 @@ def counted(sources: tuple[Tensor | None, ...], key: object = 0, keep: int = 8) 
         made.append(object())
         return made[-1]
 
-    value = derived.get(sources, key, make, keep)
+    value = parameter_cache.get(sources, key, make, keep)
     return value, bool(made)
 
 
-def entry_of(net: Net) -> derived.Entry:
-    (found,) = (e for e in derived._cache.values() if e.leads(net.conv.weight))
+def entry_of(net: Net) -> parameter_cache.CacheEntry:
+    (found,) = (e for e in parameter_cache._cache.values() if e.leads(net.conv.weight))
     return found
 
 
@@ -286,10 +286,10 @@ def test_a_change_drops_every_key() -> None:
 def test_an_entry_dies_with_its_parameter() -> None:
     net = Net()
     net.fused(torch.randn(1, 8, 4, 4))
-    assert len(derived._cache) == 1
+    assert len(parameter_cache._cache) == 1
     del net
     gc.collect()
-    assert len(derived._cache) == 0
+    assert len(parameter_cache._cache) == 0
 
 
 def test_nothing_is_stored_on_the_module() -> None:
@@ -308,7 +308,7 @@ def test_clear_forgets() -> None:
 
 def test_a_source_must_be_a_tensor() -> None:
     with pytest.raises(ValueError, match="expected a tensor among the sources, got none; "):
-        derived.get((None, None), 0, lambda kept: 0)
+        parameter_cache.get((None, None), 0, lambda kept: 0)
 
 
 def test_a_failed_computation_leaves_nothing_behind() -> None:
@@ -318,7 +318,7 @@ def test_a_failed_computation_leaves_nothing_behind() -> None:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        derived.get((w,), 0, fail)
+        parameter_cache.get((w,), 0, fail)
     assert counted((w,))[1]
 
 
@@ -348,7 +348,9 @@ def test_two_entries_are_made_at_the_same_time() -> None:
     """What one net packs does not wait for what another packs."""
     meeting = threading.Barrier(2, timeout=20)
     sources = [(torch.randn(3),), (torch.randn(3),)]
-    threads = [threading.Thread(target=derived.get, args=(s, 0, lambda kept: meeting.wait() + 1)) for s in sources]
+    threads = [
+        threading.Thread(target=parameter_cache.get, args=(s, 0, lambda kept: meeting.wait() + 1)) for s in sources
+    ]
     for t in threads:
         t.start()
     for t in threads:
@@ -371,18 +373,18 @@ def test_a_followed_counter_makes_its_tensor_stale() -> None:
     mean, counter, made = torch.zeros(3), torch.tensor(0), []
 
     def value() -> int:
-        derived.follow(mean, counter)
-        return derived.get((mean,), "key", lambda kept: made.append(1) or len(made))
+        parameter_cache.follow(mean, counter)
+        return parameter_cache.get((mean,), "key", lambda kept: made.append(1) or len(made))
 
     assert [value(), value()] == [1, 1]
     counter.add_(1)
     assert [value(), value()] == [2, 2]
-    derived.follow(mean, None)
+    parameter_cache.follow(mean, None)
     assert value() == 2
 
 
 def test_values_of_a_source() -> None:
     t, other = torch.zeros(2), torch.ones(1)
-    derived.get((t,), "a", lambda kept: "one")
-    derived.get((t, other), "b", lambda kept: "two")
-    assert derived.values_of(t) == ["one", "two"] and derived.values_of(torch.zeros(2)) == []
+    parameter_cache.get((t,), "a", lambda kept: "one")
+    parameter_cache.get((t, other), "b", lambda kept: "two")
+    assert parameter_cache.values_of(t) == ["one", "two"] and parameter_cache.values_of(torch.zeros(2)) == []

@@ -1,22 +1,23 @@
-"""Derived tensors (folded, packed weights): computed once, kept until a parameter that they came from changes.
+"""Cache of values derived from parameters (folded, packed weights), dropped as soon as a parameter changes.
 
-Nothing is stored on a module, so ``state_dict``, ``deepcopy`` and pickling never see a derived tensor; an entry is
-known by the identity of all its sources and dies with the first of them. Before each use the sources are compared with
-what they were when the entry was made:
+Nothing is stored on a module, so ``state_dict``, ``deepcopy`` and pickling never see a derived tensor. An entry is
+identified by its source tensors and is dropped when the first of them is deleted. Before each use the sources are
+compared with their state when the entry was made:
 
-* storage address, shape, strides, dtype and autograd version counter: every in-place operation that PyTorch tracks,
-  ``load_state_dict``, optimizers, ``.to()``, ``p.data = …``;
-* on the CPU also the memory itself, since writes through ``.data`` and BatchNorm's own update of its running statistics
-  move no version counter: vectors in full, and of a filter tensor one element in each filter and in each input channel
-  (:class:`Samples`). Beside these each use compares the sums of another 1/64 of all filters (:class:`Sums`).
+* storage address, shape, strides, dtype and autograd version counter. This covers every in-place operation that PyTorch
+  tracks, ``load_state_dict``, optimizers, ``.to()`` and ``p.data = ...``;
+* on the CPU also the values, because writes through ``.data`` and BatchNorm's update of its running statistics change
+  no version counter. Vectors are compared in full. Of a filter tensor, one element of each filter and each input
+  channel is compared at every use (:class:`FilterSamples`), and the sums of another 1/64 of all filters
+  (:class:`FilterSums`).
 
-So a write through ``.data`` to a vector, to a whole filter or to a whole input channel is seen at the next use, and
-one to any other elements within 64 uses. Until then results are those of the old weights: bump the version
-(``p.add_(0)`` under ``no_grad``) or call :func:`clear` where that matters. A write that keeps all sums of
-:class:`Sums` and all samples is never seen; it would have to be made for the purpose.
+A write through ``.data`` to a vector, a whole filter or a whole input channel is therefore detected at the next use,
+and one to any other elements within 64 uses. Until then results use the old weights. Where that matters, bump the
+version (``p.add_(0)`` under ``no_grad``) or call :func:`clear`. A write that preserves all samples and all sums is
+never detected; it would have to be constructed for that purpose.
 
-Tensors made under ``inference_mode`` have no version counter, and a view with gaps is not one run of memory: of these a
-copy is kept, and compared in full.
+Tensors made under ``inference_mode`` have no version counter, and a view with gaps is not one run of memory. For these
+a copy is kept and compared in full.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ USES_PER_ROUND = 64
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 509  # 8-byte words per row; prime, so that moving filters or channels about changes the sums
 _ROWS = 64
-_cache: dict[tuple[int, ...], Entry] = {}  # identities of the sources -> entry
+_cache: dict[tuple[int, ...], CacheEntry] = {}  # identities of the sources -> entry
 _counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> version of the counter beside it
 
 
-class Samples:
+class FilterSamples:
     """Elements of one run of memory, and what they were."""
 
     __slots__ = ("index", "seen", "words")
@@ -74,8 +75,8 @@ class Samples:
         return np.sort(place)
 
 
-class Sums:
-    """Sums over chunks of many runs of memory, some of which are compared at each use, all within a round.
+class FilterSums:
+    """FilterSums over chunks of many runs of memory, some of which are compared at each use, all within a round.
 
     A chunk is summed as rows of 64-bit words, a sum per column, so that it matters where a value stands.
     """
@@ -124,10 +125,10 @@ class Stamps:
         self.shapes = [t.shape for t in tensors]
         self.strides = [t.stride() for t in tensors]
         self.dtypes = [t.dtype for t in tensors]
-        self.samples: list[Samples] = []
+        self.samples: list[FilterSamples] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
         runs = [run for t in tensors if t.device.type == "cpu" and t.numel() for run in self._watch(t)]
-        self.sums = Sums(runs) if runs else None
+        self.sums = FilterSums(runs) if runs else None
 
     def _watch(self, t: Tensor) -> list[np.ndarray]:
         """Remember the memory of ``t``; what is to be summed comes back."""
@@ -138,9 +139,9 @@ class Stamps:
             return []
         run: np.ndarray = torch.as_strided(t.detach(), (t.numel(),), (1,)).view(bits).numpy()
         if t.dim() < 2:
-            self.samples.append(Samples(run, None))
+            self.samples.append(FilterSamples(run, None))
             return []
-        self.samples.append(Samples(run, Samples.places(t)))
+        self.samples.append(FilterSamples(run, FilterSamples.places(t)))
         return [run]
 
     def hold(self, sources: Sources) -> bool:
@@ -169,7 +170,7 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-class Entry:
+class CacheEntry:
     """Everything derived from one set of sources, by key, least recently used first. Use under ``lock``.
 
     ``notes``: whatever the user of the entry wants to remember beyond a change of the sources' values.
@@ -221,14 +222,14 @@ class Entry:
         return self._refs[0]() is t
 
 
-def entry(sources: Sources) -> Entry:
+def entry(sources: Sources) -> CacheEntry:
     """The entry of these very tensors; None among them stands for an absent one. At least one must be there."""
     identity = tuple([0 if t is None else id(t) for t in sources])
     found = _cache.get(identity)
     if found is None:
         if not any(identity):
             raise ValueError("expected a tensor among the sources, got none; compute what depends on nothing directly")
-        found = _cache.setdefault(identity, Entry(sources, identity))
+        found = _cache.setdefault(identity, CacheEntry(sources, identity))
     return found
 
 
