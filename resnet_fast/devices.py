@@ -9,14 +9,16 @@ footing, and the published peak is kept beside it in ``Ceiling.published``::
 
 Rates are dense (no 2:4 sparsity), two operations per multiply-add, sums in fp32 (int32 for int8). ``float32`` means
 TF32 products; ``float64`` the tensor cores' where there are any. Torch-free, except for :func:`check_device`. For
-this CPU see cpu.py.
+this CPU's rates see roofline/cpu_ceilings.py.
 """
 
 from __future__ import annotations
 
 import difflib
+import platform
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .errors import UserError
 
@@ -105,7 +107,9 @@ L2_REACHED = 0.6
 """What all multiprocessors together are assumed to read of the L2's width times its clock; not measured yet."""
 
 LAUNCH = Ceiling(
-    2e-6, "modelled", "an assumption: about a third of the time per launch that roofline.calibration() fits on an H100"
+    2e-6,
+    "modelled",
+    "an assumption: about a third of the time per launch that roofline.prediction.calibration() fits on an H100",
 )
 
 
@@ -234,6 +238,16 @@ def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_b
     )
     rates = tuple((dtype, scaled(c)) for dtype, c in H100.rates if arch >= 89 or not dtype.startswith("float8"))
     return Device(name, scaled(H100.bandwidth), rates, resources)
+
+
+def cpu_model() -> str:
+    """Return this CPU's model name as its maker gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def check_device(device: str) -> None:

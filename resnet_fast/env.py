@@ -22,6 +22,7 @@ from typing import Any
 
 from . import flags, limits, native
 from ._version import __version__
+from .devices import cpu_model
 from .errors import BackendError, UserError
 
 ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx_ne_convert")
@@ -85,16 +86,6 @@ def _driver() -> str:
     except FileNotFoundError:
         raise LookupError("nvidia-smi is not on PATH: no NVIDIA driver") from None
     return done.stdout.split()[0]
-
-
-def cpu_model() -> str:
-    """The CPU by the name that its maker gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _isa() -> dict[str, bool]:

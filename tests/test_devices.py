@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resnet_fast import devices, roofline
+from resnet_fast import devices
 from resnet_fast.devices import H100, ORIGINS, Ceiling, Device, Gpu, detect, gpu, gpus, unknown_gpu
 from resnet_fast.errors import UserError
 
@@ -119,7 +119,3 @@ def test_unknown_gpu_is_an_h100_by_multiprocessors() -> None:
     assert (g.arch, g.sms, g.shared_per_block, g.l2_bytes, g.max_threads_per_sm) == (86, 66, 101376, 6 << 20, 1536)
     assert "float8_e4m3fn" not in dict(half.rates)
     hash(half)
-
-
-def test_roofline_gives_access_to_all_of_it() -> None:
-    assert (roofline.gpu, roofline.gpus, roofline.detect, roofline.unknown_gpu) == (gpu, gpus, detect, unknown_gpu)

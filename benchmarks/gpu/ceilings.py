@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from resnet_fast.roofline import Device
+from resnet_fast.devices import Device
 
 from .common import Case, Row, Settings, Skipped
 from .timing import graphed, seconds

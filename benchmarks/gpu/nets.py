@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fast import roofline
-from resnet_fast.roofline import Device
+from resnet_fast.devices import Device
+from resnet_fast.roofline import floors
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import choice, configs, heuristic, routes, shapes
 from resnet_fast.tuning.configs import Config
@@ -128,7 +128,7 @@ class Net:
             how = f"chosen launches, {known} of {len(chosen)} parts from measurements; without pooling and fc"
             return sum(c.seconds for c in chosen), how
         problems = shapes.problems(self.net, self.batch, self.image, self.dtype).values()
-        floor = roofline.net_floor(problems, device, peer.plan).seconds
+        floor = floors.net_floor(problems, device, peer.plan).seconds
         if self.training:  # forward, gradients of inputs and gradients of weights move about the same bytes
             return 3 * floor, f"roofline, three times the forward pass by plan {peer.plan}"
         return floor, f"roofline, plan {peer.plan}"
@@ -181,7 +181,7 @@ def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str,
                 del calls[stock_name]
         found = timing.cold(calls, settings.on_gpu, rounds=2 if settings.quick else 40)
     us = {n: timing.quartiles(samples) for n, samples in found.items()}
-    floor = roofline.floor_seconds(spec, device, "conv")
+    floor = floors.floor_seconds(spec, device, "conv")
     row: Row = {"status": "measured", "batch": batch, "conv": name, "times": times, "launch": str(launch)}
     row |= {"config": str(config or "none admitted"), "config_from": source, "us": us, "errors": errors}
     row |= {"floor_us": round(floor.seconds * 1e6, 3), "bound": floor.bound, "floor_origin": floor.origin}

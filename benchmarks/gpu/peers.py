@@ -26,7 +26,7 @@ Maker = Callable[[nn.Module, Tensor], Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Peer:
-    """A competitor at inference. ``plan``: the byte model of roofline.py that its kernels come to, None for ours;
+    """A competitor at inference. ``plan``: the plan of roofline/byte_model.py that its kernels come to, None for ours;
     ``compiles``: it takes tens of seconds to get ready."""
 
     name: str

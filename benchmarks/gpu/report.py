@@ -1,6 +1,6 @@
 """``report.md``: what the commands found on one GPU, as tables, made from the rows on disk alone.
 
-"Measured" is a time taken on this card, "modelled" what roofline.py or the heuristic says; the model's error is
+"Measured" is a time taken on this card, "modelled" what the roofline or the heuristic says; the model's error is
 modelled / measured - 1.
 """
 

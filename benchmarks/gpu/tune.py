@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from resnet_fast.devices import Device
 from resnet_fast.errors import BackendError
 from resnet_fast.io.safe_files import json_text
-from resnet_fast.roofline import Device
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
 from resnet_fast.tuning import choice, configs, launches, tables
 from resnet_fast.tuning.tables import Table

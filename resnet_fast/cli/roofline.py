@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import limits
-from .. import roofline as model
+from .. import devices, limits
 from ..errors import UserError
 from ..io import plots, safe_files
+from ..roofline import byte_model, prediction
 from .output import show
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DTYPES = tuple(name for name, _ in model.H100.rates)
+DTYPES = tuple(name for name, _ in devices.H100.rates)
 
 READING = (
     "floor: bytes over bandwidth or operations over rate per launch, no cost for the launch (modelled from the "
@@ -36,25 +36,25 @@ MEGABYTES = (
 
 def roofline(
     name: Annotated[str, typer.Argument(help="The net; `resnet-fast models` lists them.")] = "resnet50",
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(model.gpus())}.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(devices.gpus())}.")] = "h100",
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 256,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Element type: {', '.join(DTYPES)}.")] = "bfloat16",
-    plan: Annotated[str, typer.Option(help=f"Fusion plan: {', '.join(model.PLANS)}.")] = "tail",
+    plan: Annotated[str, typer.Option(help=f"Fusion plan: {', '.join(byte_model.PLANS)}.")] = "tail",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png, .svg or .pdf; by default none.")] = None,
 ) -> None:
     """Floor and predicted time of every launch, block and fusion plan of a net on a GPU that need not be here."""
-    device = model.gpu(gpu)
+    device = devices.gpu(gpu)
     if plot is not None:
         plots.require_matplotlib("which draws the picture", "bench", "leave out --plot")
         plots.check_target(plot, "correct --plot, such as roofline.png")
     if batch < 1:
         raise UserError("a batch of 1 or more images", str(batch), "correct --batch")
     limits.check_input(batch, None if image is None else max(1, image), planes=0)  # net_work says what is too small
-    items = model.net_work(name, plan, batch, image, dtype)
-    plans = {p: model.net_work(name, p, batch, image, dtype) for p in model.PLANS}
-    on_h100 = device is model.H100 and (name, dtype, image or 224) == ("resnet50", "bfloat16", 224)
+    items = byte_model.net_work(name, plan, batch, image, dtype)
+    plans = {p: byte_model.net_work(name, p, batch, image, dtype) for p in byte_model.PLANS}
+    on_h100 = device is devices.H100 and (name, dtype, image or 224) == ("resnet50", "bfloat16", 224)
     measured = list(_measured(batch)) if on_h100 else []
     if json:
         typer.echo(json_module.dumps(_json(name, batch, device, plan, plans, measured), indent=2))
@@ -71,13 +71,13 @@ def _show(
     name: str,
     batch: int,
     dtype: str,
-    device: model.Device,
+    device: devices.Device,
     plan: str,
-    plans: dict[str, tuple[model.Work, ...]],
+    plans: dict[str, tuple[byte_model.Work, ...]],
     measured: list[dict[str, Any]],
 ) -> None:
     title = f"{name}, batch {batch}, {dtype}, on {device.name}"
-    fit = model.calibration()
+    fit = prediction.calibration()
     show(
         _ceilings(device, dtype),
         _launches(f"{title}: launches of plan {plan}", plans[plan], device, plan),
@@ -88,12 +88,12 @@ def _show(
     )
 
 
-def _ceiling(what: str, ceiling: model.Ceiling, unit: str, scale: float) -> tuple[str, ...]:
+def _ceiling(what: str, ceiling: devices.Ceiling, unit: str, scale: float) -> tuple[str, ...]:
     peak = f"{ceiling.published / scale:,.4g} {unit}" if ceiling.published else ""
     return what, f"{ceiling.value / scale:,.4g} {unit}", ceiling.origin, peak, ceiling.source
 
 
-def _ceilings(device: model.Device, dtype: str) -> Table:
+def _ceilings(device: devices.Device, dtype: str) -> Table:
     from rich.table import Table
 
     table = Table("ceiling", "value", "origin", "published peak", "source", title=device.name, title_justify="left")
@@ -105,7 +105,7 @@ def _ceilings(device: model.Device, dtype: str) -> Table:
     return table
 
 
-def _launches(title: str, items: tuple[model.Work, ...], device: model.Device, plan: str) -> Table:
+def _launches(title: str, items: tuple[byte_model.Work, ...], device: devices.Device, plan: str) -> Table:
     """One row per launch, and the sum of every block that has several."""
     from rich.table import Table
 
@@ -114,8 +114,8 @@ def _launches(title: str, items: tuple[model.Work, ...], device: model.Device, p
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bound")
 
-    def row(part: str, what: str, kernel: str, of: tuple[model.Work, ...]) -> None:
-        p = model.predict(of, device, plan)
+    def row(part: str, what: str, kernel: str, of: tuple[byte_model.Work, ...]) -> None:
+        p = prediction.predict_time(of, device, plan)
         numbers = (p.floor.nbytes / 1e6, p.floor.flops / 1e9, p.floor.intensity, p.floor.seconds * 1e6, p.seconds * 1e6)
         table.add_row(part, what, kernel, *(f"{n:,.1f}" for n in numbers), p.bound)
 
@@ -130,7 +130,7 @@ def _launches(title: str, items: tuple[model.Work, ...], device: model.Device, p
     return table
 
 
-def _plans(title: str, batch: int, plans: dict[str, tuple[model.Work, ...]], device: model.Device) -> Table:
+def _plans(title: str, batch: int, plans: dict[str, tuple[byte_model.Work, ...]], device: devices.Device) -> Table:
     from rich.table import Table
 
     table = Table("plan", title=title, title_justify="left")
@@ -139,7 +139,7 @@ def _plans(title: str, batch: int, plans: dict[str, tuple[model.Work, ...]], dev
     table.add_column("bound")
     table.add_column("what is fused")
     for plan, items in plans.items():
-        p = model.predict(items, device, plan)
+        p = prediction.predict_time(items, device, plan)
         table.add_row(
             plan,
             str(p.launches),
@@ -149,23 +149,23 @@ def _plans(title: str, batch: int, plans: dict[str, tuple[model.Work, ...]], dev
             f"{batch / p.seconds:,.0f}",
             f"{p.seconds * 1e3:,.3f}",
             p.bound,
-            model.PLANS[plan],
-            end_section=plan == list(model.INFERENCE)[-1],
+            byte_model.PLANS[plan],
+            end_section=plan == list(byte_model.INFERENCE)[-1],
         )
     return table
 
 
-def _activations(items: tuple[model.Work, ...]) -> int:
+def _activations(items: tuple[byte_model.Work, ...]) -> int:
     return sum(item.activations for item in items)
 
 
 def _measured(batch: int) -> Iterator[dict[str, Any]]:
     """What was measured at this batch, beside the plan that it comes close to."""
-    for m in model.MEASURED:
+    for m in prediction.MEASURED:
         rate = dict(m.images_per_s).get(batch)
         if rate is None:
             continue
-        p = model.predict(model.net_work("resnet50", m.plan, batch), model.H100, m.plan)
+        p = prediction.predict_time(byte_model.net_work("resnet50", m.plan, batch), devices.H100, m.plan)
         yield {
             "what": m.what,
             "plan": m.plan,
@@ -186,14 +186,14 @@ def _line(row: dict[str, Any]) -> str:
 def _json(
     name: str,
     batch: int,
-    device: model.Device,
+    device: devices.Device,
     plan: str,
-    plans: dict[str, tuple[model.Work, ...]],
+    plans: dict[str, tuple[byte_model.Work, ...]],
     measured: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    launches = [asdict(item) | model.predict((item,), device, plan).to_dict() for item in plans[plan]]
+    launches = [asdict(item) | prediction.predict_time((item,), device, plan).to_dict() for item in plans[plan]]
     totals = {
-        p: model.predict(items, device, p).to_dict() | {"activations": _activations(items)}
+        p: prediction.predict_time(items, device, p).to_dict() | {"activations": _activations(items)}
         for p, items in plans.items()
     }
     origin = "floors and predictions are modelled from the device's ceilings, whose origins are given"
@@ -209,7 +209,7 @@ def _json(
     }
 
 
-def _draw(title: str, items: tuple[model.Work, ...], device: model.Device, plan: str) -> Any:
+def _draw(title: str, items: tuple[byte_model.Work, ...], device: devices.Device, plan: str) -> Any:
     """Intensity against rate, both logarithmic: the roofs, and the launches with operations as points.
 
     Launches of one kernel, intensity and rate are one point, whose area is their share of the predicted time. Points
@@ -217,10 +217,10 @@ def _draw(title: str, items: tuple[model.Work, ...], device: model.Device, plan:
     """
     figure, ((axes,),) = plots.figure(1, 1, (9, 6.4))
     rate = device.rate(items[0].dtype)
-    total = model.predict(items, device, plan).seconds
+    total = prediction.predict_time(items, device, plan).seconds
     points: dict[str, dict[tuple[float, float], float]] = {}
     for item in items:
-        p = model.predict((item,), device, plan)
+        p = prediction.predict_time((item,), device, plan)
         if item.flops:
             place = round(p.floor.intensity, 2), round(item.flops / p.seconds / 1e12, 3)
             of_kernel = points.setdefault(item.kernel, {})

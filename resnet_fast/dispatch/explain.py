@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .. import roofline
+from .. import devices
 from ..calls import BlockCall, BnActCall, Call
 from ..errors import UserError
+from ..roofline import cpu_ceilings, floors
 from . import record
 
 
@@ -150,7 +151,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
 
 @runtime_checkable
 class Described(Protocol):
-    """A state that prints what was chosen, and names the fusion plan of roofline.py that it follows."""
+    """A state that prints what was chosen, and names the fusion plan of roofline/byte_model.py that it follows."""
 
     @property
     def fusion(self) -> str: ...
@@ -163,9 +164,9 @@ def _put_back(buffer: Tensor, before: Tensor) -> None:
             buffer.copy_(before)
 
 
-def _row(layer: str, event: record.Ran, device: roofline.Device | None) -> Row:
+def _row(layer: str, event: record.Ran, device: devices.Device | None) -> Row:
     spec, choice = event.spec, event.choice
-    floor = roofline.floor_seconds(spec, device, _plan(event)) if device else None
+    floor = floors.floor_seconds(spec, device, _plan(event)) if device else None
     return Row(
         layer,
         spec.op,
@@ -188,9 +189,9 @@ def _plan(event: record.Ran) -> str:
     return event.state.fusion
 
 
-def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
+def _device(device: torch.device) -> tuple[devices.Device | None, str]:
     """The ceilings to bound with: this CPU's are measured once per process, and the best of all runs counts."""
-    if device.type == "cuda" and (known := roofline.detect(torch.cuda.get_device_name(device))):
+    if device.type == "cuda" and (known := devices.detect(torch.cuda.get_device_name(device))):
         copy, rate = known.bandwidth, known.rate("bfloat16")
         return known, (
             f"modelled, from {known.name}: copy {copy.value / 1e12:.2f} TB/s ({copy.origin}), "
@@ -198,7 +199,7 @@ def _device(device: torch.device) -> tuple[roofline.Device | None, str]:
         )
     if device.type != "cpu":
         return None, f"none known for {device}"
-    cpu = roofline.calibrate_cpu()
+    cpu = cpu_ceilings.calibrate_cpu()
     assert cpu.cache is not None
     rates = ", ".join(f"{name} {c.value / 1e9:.0f} GFLOP/s ({c.origin})" for name, c in cpu.rates[:2])
     copy, near = cpu.bandwidth, cpu.cache.bandwidth

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..devices import Device
 from ..errors import BackendError
-from ..roofline import Device
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
 from . import configs, heuristic
 from .configs import Config

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..roofline import Gpu
+from ..devices import Gpu
 from ..spec import ITEMSIZE, YES, LaunchSpec, Verdict
 from .routes import merged_groups, tile_side
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..roofline import Device, Gpu
+from ..devices import Device, Gpu
 from ..spec import ITEMSIZE, LaunchSpec
 from . import configs
 from .configs import Config

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast import numerics, roofline
+from resnet_fast import devices, numerics
 from resnet_fast.benchmarks.gpu import bench, cases, check, common, nets, peers, report, timing, tune, worker
 from resnet_fast.benchmarks.gpu.common import Case, Clock, Session, Settings, Store
 from resnet_fast.tuning import configs, launches, tables, training
@@ -268,7 +268,7 @@ def test_results_of_the_interpreter_stay_out_of_the_repository(monkeypatch: pyte
 
 @pytest.mark.parametrize("precision", cases.PRECISIONS)
 def test_every_shipped_config_runs_on_an_h100_or_no_launch_admits_it(precision: str) -> None:
-    gpu = roofline.gpu("h100").gpu
+    gpu = devices.gpu("h100").gpu
     assert gpu is not None
     every = cases.real(precision)
     for kernel, group in cases.ragged(precision).items():
@@ -282,7 +282,7 @@ def test_every_shipped_config_runs_on_an_h100_or_no_launch_admits_it(precision: 
 @pytest.mark.parametrize("precision", cases.PRECISIONS)
 def test_every_training_config_runs_on_an_h100(precision: str) -> None:
     """In fp32 some tiles are out of reach: without tensor cores a thread holds fewer sums."""
-    gpu = roofline.gpu("h100").gpu
+    gpu = devices.gpu("h100").gpu
     assert gpu is not None
     for kernel, shipped in training.SHIPPED.items():
         every = [one for one in cases.ragged_training(precision) if one.kernel == kernel]
@@ -297,7 +297,7 @@ def test_every_training_config_runs_on_an_h100(precision: str) -> None:
 def test_a_cut_check_has_seen_every_kernel_and_names_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_fast.backends.triton import device
 
-    monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
+    monkeypatch.setattr(device, "device_of", lambda _: devices.gpu("h100"))
     found = check.cases(Settings("check", "cpu"))
     assert len({case.name for case in found}) == len(found) > 1000
     first = found[: len(launches.KERNELS)]
@@ -389,7 +389,7 @@ def test_tests_for_a_gpu_are_rows_and_those_that_passed_are_not_run_again(tmp_pa
 
 def fabricated(group: tune.Group, ours: float, stock: float) -> tables.Table:
     """A table in which every launch's first candidate takes ``ours`` and every stock form ``stock`` microseconds."""
-    gpu = roofline.gpu("h100").gpu
+    gpu = devices.gpu("h100").gpu
     assert gpu is not None
     table = tables.Table(common.INTERPRETER)
     for launch in cases.launches(group.net, group.batch, group.dtype):
@@ -400,7 +400,7 @@ def fabricated(group: tune.Group, ours: float, stock: float) -> tables.Table:
 
 
 def test_the_sums_of_a_net_are_those_of_its_launches() -> None:
-    group, device = tune.Group("resnet18", 4), roofline.gpu("h100")
+    group, device = tune.Group("resnet18", 4), devices.gpu("h100")
     row = tune.summary(group, device, fabricated(group, 10.0, 30.0))
     assert row is not None
     # stock: the stem, 16 convolutions, 3 projections; ours: the same with the projections in the second convolution
@@ -416,7 +416,7 @@ def test_the_sums_of_a_net_are_those_of_its_launches() -> None:
 def test_the_bench_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_fast.backends.triton import device
 
-    monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
+    monkeypatch.setattr(device, "device_of", lambda _: devices.gpu("h100"))
     found = [case.name for case in bench.cases(Settings("bench", "cpu"))]
     assert len(set(found)) == len(found)
     kinds = list(dict.fromkeys(name.split()[0] for name in found))
@@ -431,7 +431,7 @@ def test_a_net_of_ours_that_fails_leaves_the_others_their_numbers(
 ) -> None:
     from resnet_fast.backends.triton import device
 
-    monkeypatch.setattr(device, "device_of", lambda _: roofline.gpu("h100"))
+    monkeypatch.setattr(device, "device_of", lambda _: devices.gpu("h100"))
     monkeypatch.setattr(device, "table_of", lambda _: tables.Table(common.INTERPRETER))
 
     def broken(model: Any, x: Any) -> Any:

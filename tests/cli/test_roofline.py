@@ -13,9 +13,10 @@ from typer.testing import CliRunner, Result
 from resnet_fast.cli import main
 from resnet_fast.cli import roofline as module
 from resnet_fast.cli.roofline import roofline
+from resnet_fast.devices import H100, ORIGINS
 from resnet_fast.errors import UserError
 from resnet_fast.io import safe_files
-from resnet_fast.roofline import H100, ORIGINS, PLANS, net_work
+from resnet_fast.roofline.byte_model import PLANS, net_work
 
 APP = typer.Typer()
 APP.command()(roofline)

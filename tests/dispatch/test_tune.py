@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import resnet_fast
-from resnet_fast import BackendError, UserError, roofline
+from resnet_fast import BackendError, UserError, devices
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
 from resnet_fast.spec import Verdict
@@ -21,7 +21,7 @@ from resnet_fast.tuning import choice, configs, shapes, tables, training
 from resnet_fast.tuning.routes import launch
 
 INTERPRETER = "Triton interpreter"
-H100 = roofline.gpu("h100")
+H100 = devices.gpu("h100")
 
 
 def block(n: int = 1, backend: str = "triton") -> tuple[nn.Module, Tensor]:

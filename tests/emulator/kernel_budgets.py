@@ -32,8 +32,9 @@ from harness import H100, KERNELS, Emulator
 from static_budget import ARCHS as LIMITS
 from static_budget import Budget, Code, write_table
 
-from resnet_fast import devices, roofline
-from resnet_fast.counted import Counted, Predicted, extrapolated, predict
+from resnet_fast import devices
+from resnet_fast.roofline import floors
+from resnet_fast.roofline.kernel_time import KernelCounts, KernelTime, extrapolated, kernel_time
 from resnet_fast.spec import Spec
 from resnet_fast.tuning import shapes
 
@@ -154,8 +155,8 @@ class Row:
     """A kernel on a layer of ResNet-50 at batch 256: counted, predicted for an H100, and the floor of its work."""
 
     layer: str
-    counted: Counted
-    predicted: Predicted
+    counted: KernelCounts
+    predicted: KernelTime
     floor_s: float
 
     @property
@@ -217,27 +218,27 @@ def bn_rows(batch: int, gpu: devices.Device) -> list[Row]:
     for images in (1, 2):
         with Emulator(harness.build(), **H100) as emulator:
             bn_step(images, 256, 56, 56, BF16, "tensor")
-            steps.append([Counted.of(launch) for launch in emulator.launches()])
+            steps.append([KernelCounts.of(launch) for launch in emulator.launches()])
     rows = []
     for one, two in zip(*steps, strict=True):
         counted = extrapolated(one, two, batch, gpu.gpu.sms, gpu.gpu.sms)
         if counted.dram > 100e6:  # the merges of partial sums are small
-            rows.append(Row(BN_END, counted, predict(counted, gpu), counted.dram / gpu.bandwidth.value))
+            rows.append(Row(BN_END, counted, kernel_time(counted, gpu), counted.dram / gpu.bandwidth.value))
     return rows
 
 
-def one_and_two(run: Callable[[int], object]) -> list[Counted]:
+def one_and_two(run: Callable[[int], object]) -> list[KernelCounts]:
     """The counts of a launch for one image and for two, by the variant that an H100 would run, on a single block."""
     counts = []
     for images in (1, 2):
         with Emulator(harness.build(), **H100 | {"sms": 1}) as emulator:
             run(images)
-            counts.append(Counted.of(emulator.launches()[0]))
+            counts.append(KernelCounts.of(emulator.launches()[0]))
     return counts
 
 
-def row(name: str, spec: Spec, counted: Counted, gpu: devices.Device) -> Row:
-    return Row(name, counted, predict(counted, gpu), roofline.floor_seconds(spec, gpu, "block").seconds)
+def row(name: str, spec: Spec, counted: KernelCounts, gpu: devices.Device) -> Row:
+    return Row(name, counted, kernel_time(counted, gpu), floors.floor_seconds(spec, gpu, "block").seconds)
 
 
 HEAD = (
@@ -251,8 +252,8 @@ def write_predictions(rows: list[Row], path: Path = PREDICTIONS) -> None:
         "# Predicted times of the CUDA kernels",
         "",
         "Counted by the emulator at full image size, with one image and with two, and extrapolated to a batch of 256; "
-        f"predicted from that for {devices.gpu('h100').name} (resnet_fast/counted.py). Nothing here was measured. "
-        "Floor: the least bytes and operations of the layer or block (resnet_fast/roofline.py).",
+        f"predicted from that for {devices.gpu('h100').name} (resnet_fast/roofline/kernel_time.py). Nothing "
+        "here was measured. Floor: the least bytes and operations of the layer or block (resnet_fast/roofline/floors.py).",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + " --- |" * len(HEAD),

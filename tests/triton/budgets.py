@@ -17,7 +17,7 @@ import torch
 from capture import capture
 from static_budget import Job, compile_many, write_table
 
-from resnet_fast import roofline
+from resnet_fast import devices
 from resnet_fast.backends.triton import plan
 from resnet_fast.backends.triton.launch import Packed
 from resnet_fast.spec import ConvSpec, LaunchSpec
@@ -91,7 +91,7 @@ def jobs(every: bool = True) -> Iterator[Job]:
                 launch.projection and launch.projection.with_(dtype=dtype, tf32=tf32),
             )
             for arch, gpu in GPUS.items():
-                legal = configs.candidates(cast, roofline.gpu(gpu).gpu)
+                legal = configs.candidates(cast, devices.gpu(gpu).gpu)
                 if not every and (arch != 90 or dtype != "bfloat16"):
                     continue
                 chosen = legal if every and dtype == "bfloat16" else legal[:1]

@@ -18,7 +18,7 @@ from typing import Any
 
 from counting import count
 
-from resnet_fast import roofline
+from resnet_fast import devices
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.spec import ITEMSIZE, LaunchSpec
 from resnet_fast.tuning import heuristic, shapes
@@ -27,7 +27,7 @@ from resnet_fast.tuning.routes import Route, routes
 
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 JSON, PAGE = TABLES / "traffic.json", TABLES / "traffic.md"
-H100 = roofline.gpu("h100")
+H100 = devices.gpu("h100")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from capture import CapturedLaunch, capture
 from static_budget import Job, compile_many, write_table
 from torch import Tensor
 
-from resnet_fast import roofline
+from resnet_fast import devices
 from resnet_fast.backends.triton.training import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
 from resnet_fast.backends.triton.training.vectors import Act, Grad
 from resnet_fast.calls import Norm, Pool
@@ -142,7 +142,7 @@ def conv_jobs(every: bool = True) -> Iterator[Job]:
     """The convolutions' compile jobs; ``every=False``: the first config of each launch, packed, on sm_90."""
     for name, one in launches().items():
         for arch, name_of_gpu in GPUS.items():
-            gpu = roofline.gpu(name_of_gpu).gpu
+            gpu = devices.gpu(name_of_gpu).gpu
             legal = training.candidates(one, gpu, packed=True)
             few = not every or name.partition(" ")[2] in ONE_CONFIG
             for config in legal[:1] if few else legal:
@@ -190,7 +190,7 @@ def passes() -> dict[str, CapturedLaunch]:
             run()
         found |= _distinct(name, made)
     one = launches()["conv_wgrad 3x3"]
-    config = training.candidates(one, roofline.gpu("h100").gpu, packed=True)[0]
+    config = training.candidates(one, devices.gpu("h100").gpu, packed=True)[0]
     found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", one, config)[1:])
     return found
 

@@ -22,10 +22,10 @@ import torch
 from counting import Counts, Traffic, count
 from torch import Tensor
 
-from resnet_fast import roofline
 from resnet_fast.backends.triton.training import chain, convolution
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.calls import BlockCall, Conv, Leaves, Norm, Pool, StemCall
+from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
 from resnet_fast.tuning import shapes, training
 from resnet_fast.tuning.routes import merged_groups
@@ -201,7 +201,7 @@ def parts() -> dict[str, tuple[ConvSpec | BlockSpec, int]]:
 
 def head() -> int:
     """Activation bytes of the global pool and the fully connected layer, which PyTorch runs."""
-    items = roofline.net_work("resnet50", "train-conv-bn", dtype="float16")
+    items = byte_model.net_work("resnet50", "train-conv-bn", dtype="float16")
     return sum(i.activations for i in items if i.part == "head" and i.kernel != "block_end_grad")
 
 
@@ -227,7 +227,7 @@ def net() -> tuple[dict[str, float], list[Row], dict[str, str]]:
         found = dict(zip(every, pool.map(_unpacked, [spec for spec, _ in every.values()]), strict=True))
     rows = [row for name, (spec, times) in every.items() for row in rows_of(name, times, spec, found[name])]
     model = {
-        plan: sum(i.activations for i in roofline.net_work("resnet50", plan, dtype="float16")) / 1e6
+        plan: sum(i.activations for i in byte_model.net_work("resnet50", plan, dtype="float16")) / 1e6
         for plan in ("train-eager", "train-conv-bn")
     }
     totals = {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from resnet_fast import roofline
+from resnet_fast import devices
 from resnet_fast.errors import BackendError
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
 from resnet_fast.tuning import choice, configs, heuristic, shapes
 from resnet_fast.tuning.routes import Route, launch, routes
 from resnet_fast.tuning.tables import Table
 
-H100 = roofline.gpu("h100")
+H100 = devices.gpu("h100")
 PROBLEMS = shapes.problems("resnet50", 32, dtype="bfloat16")
 BLOCKS = shapes.blocks("resnet50", 32, dtype="bfloat16")
 CONV = PROBLEMS["r50.layer3.1.conv2"]

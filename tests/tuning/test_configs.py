@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from resnet_fast import roofline
-from resnet_fast.roofline import Gpu
+from resnet_fast import devices
+from resnet_fast.devices import Gpu
 from resnet_fast.spec import ConvSpec, Epilogue, LaunchSpec
 from resnet_fast.tuning import configs, shapes
 from resnet_fast.tuning.configs import SHIPPED, Config
@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def gpu(name: str) -> Gpu:
-    found = roofline.gpu(name).gpu
+    found = devices.gpu(name).gpu
     assert found is not None
     return found
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from resnet_fast import roofline
-from resnet_fast.roofline import Device
+from resnet_fast import devices
+from resnet_fast.devices import Device
+from resnet_fast.roofline import floors
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import choice, configs, heuristic, shapes
 from resnet_fast.tuning.configs import Config
@@ -16,7 +17,7 @@ from resnet_fast.tuning.routes import launch, routes
 from resnet_fast.tuning.tables import Table
 
 GPUS = ("a100", "rtx4090", "h100", "b200")
-H100 = roofline.gpu("h100")
+H100 = devices.gpu("h100")
 NETS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "plain18", "cifar_resnet20")
 
 
@@ -54,7 +55,7 @@ def test_tiles_cover_the_output() -> None:
 
 @pytest.mark.parametrize("name", GPUS)
 def test_what_is_chosen_is_legal_and_needs_no_proof(name: str) -> None:
-    device = roofline.gpu(name)
+    device = devices.gpu(name)
     assert device.gpu is not None
     for key, batch, dtype in itertools.product(NETS, (1, 8, 256), ("bfloat16", "float32")):
         for one in everything(key, batch, dtype):
@@ -103,7 +104,7 @@ def test_one_image_is_not_cut_into_long_chains_of_short_steps() -> None:
 
 @pytest.mark.parametrize("name", GPUS)
 def test_more_images_take_longer(name: str) -> None:
-    device = roofline.gpu(name)
+    device = devices.gpu(name)
     for key in ("r50.layer1.0.conv2", "r50.layer3.1.conv1", "r50.layer4.2.conv3"):
         times = [
             (heuristic.choose(net("resnet50", batch)[key], device) or (None, 0))[1] for batch in (1, 32, 256, 1024)
@@ -118,7 +119,7 @@ def test_fp32_takes_longer_than_bf16() -> None:
 
 
 def test_a_gpu_without_known_figures_gets_a_choice() -> None:
-    device = roofline.unknown_gpu("NVIDIA L4", 89, 58, 100 << 10, 99 << 10, 48 << 20)
+    device = devices.unknown_gpu("NVIDIA L4", 89, 58, 100 << 10, 99 << 10, 48 << 20)
     chosen = [
         choice.choose(b, device, Table(device.name)) for b in shapes.blocks("resnet50", 8, dtype="float16").values()
     ]
@@ -140,7 +141,7 @@ def test_resnet50_at_batch_256_is_within_twice_the_roofline() -> None:
     specs = [problems["r50.conv1"], *shapes.blocks("resnet50", 256, dtype="bfloat16").values()]
     chosen = [choice.choose(spec, H100, Table(H100.name)) for spec in specs]
     predicted = sum(c.seconds for c in chosen)
-    own = sum(roofline.floor_seconds(one, H100).seconds for c in chosen for one in c.route.launches)
+    own = sum(floors.floor_seconds(one, H100).seconds for c in chosen for one in c.route.launches)
     assert own < predicted < 2 * own
-    floor = roofline.net_floor(specs, H100, "conv").seconds
+    floor = floors.net_floor(specs, H100, "conv").seconds
     assert floor < predicted < 2 * floor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import folding, native
 from ...calls import BlockCall, ConvBnActCall, NetCall, StemCall, convs_of, given_of, norms_of
-from ...counted import Counted, predict
+from ...roofline.kernel_time import KernelCounts, kernel_time
 from ...spec import BlockSpec, ConvSpec, NetSpec, Verdict
 from . import bottleneck, conv_bn_act, stem
 from .conv_bn_act import ready
@@ -25,18 +25,18 @@ Launch = Callable[[Tensor, "Tensor | None"], Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of a call. ``fusion``: the fusion plan of :mod:`resnet_fast.roofline` that they follow;
+    """The launches of a call. ``fusion``: the fusion plan of :mod:`resnet_fast.roofline.byte_model` that they follow;
     ``counted``: what the emulator counted of the last run."""
 
     fusion: str
     launches: tuple[Launch, ...]
     text: str
     projects: bool = False  # the first launch makes the shortcut
-    counted: list[Counted] = field(default_factory=list)
+    counted: list[KernelCounts] = field(default_factory=list)
 
     def __str__(self) -> str:
         gpu = stands_for()
-        return "\n  ".join([self.text, *(f"{c}; on {gpu.name}: {predict(c, gpu)}" for c in self.counted)])
+        return "\n  ".join([self.text, *(f"{c}; on {gpu.name}: {kernel_time(c, gpu)}" for c in self.counted)])
 
 
 def verdict(spec: ConvSpec | BlockSpec | NetSpec) -> Verdict:
@@ -82,7 +82,7 @@ def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, 
     """The launches one after another; returns NHWC."""
     y = _run(call, spec, plan)
     if EMULATED:
-        plan.counted[:] = map(Counted.of, native.emulator().take_counters())
+        plan.counted[:] = map(KernelCounts.of, native.emulator().take_counters())
     return y
 
 

@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-from ... import roofline
-from ...roofline import Device
+from ... import devices
+from ...devices import Device
 from ...tuning import tables
 from .launch import INTERPRETED
 
@@ -19,10 +19,10 @@ def device_of(device: torch.device) -> Device:
     The interpreter has no GPU: its plans are those of an H100, so that tests run what an H100 would run.
     """
     if INTERPRETED:
-        return roofline.gpu("h100")
+        return devices.gpu("h100")
     properties = torch.cuda.get_device_properties(device)
-    known = roofline.detect(properties.name)
-    return known or roofline.unknown_gpu(
+    known = devices.detect(properties.name)
+    return known or devices.unknown_gpu(
         properties.name,
         arch=10 * properties.major + properties.minor,
         sms=properties.multi_processor_count,

@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def fusion(self) -> str:
-        """The fusion plan of :mod:`resnet_fast.roofline` whose bytes the launches move."""
+        """The fusion plan of :mod:`resnet_fast.roofline.byte_model` whose bytes the launches move."""
         plan = self.chosen.route.plan
         return "tail" if plan == "stem" else plan
 

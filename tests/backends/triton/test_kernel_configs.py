@@ -8,7 +8,7 @@ import pytest
 import torch
 from launches import ADD, conv, stem
 
-from resnet_fast import numerics, roofline
+from resnet_fast import devices, numerics
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.spec import Epilogue, LaunchSpec
 from resnet_fast.tuning import configs
@@ -65,7 +65,7 @@ CASES = [
     for kernel, launches in FAMILIES[dtype].items()
     for config in configs.SHIPPED[kernel]
     for i, launch in enumerate(launches)
-    if not config.descriptors or configs._descriptors_apply(launch, config, roofline.gpu("h100").gpu)
+    if not config.descriptors or configs._descriptors_apply(launch, config, devices.gpu("h100").gpu)
 ]
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_answer_is_found() -> None:
     p = problem(LaunchSpec("conv_bn_act_1x1", (conv(32, 16, 1),)))
     wrong = replace(p, weights=[p.weights[0].clone()])
     wrong.weights[0][3, 4] += 0.5
-    config = configs.candidates(p.spec, roofline.gpu("h100").gpu)[-1]
+    config = configs.candidates(p.spec, devices.gpu("h100").gpu)[-1]
     p.check(config)
     got = wrong.run(config)
     with pytest.raises(AssertionError, match="over the budget"):

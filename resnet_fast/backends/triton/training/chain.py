@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def fusion(self) -> str:
-        """The fusion plan of :mod:`resnet_fast.roofline` that bounds it from below: a kernel per convolution."""
+        """The plan of :mod:`resnet_fast.roofline.byte_model` that bounds it from below: a kernel per convolution."""
         return "conv"
 
 

@@ -10,7 +10,7 @@ import pytest
 import training_budgets as budgets
 from static_budget import ARCHS, Budget, read_table, worse
 
-from resnet_fast import roofline
+from resnet_fast import devices
 from resnet_fast.tuning import training
 
 TABLE = read_table(budgets.JSON)
@@ -56,7 +56,7 @@ def test_hard_rules(row: Budget) -> None:
 def test_main_loops_issue_in_time() -> None:
     """Of every config that may run a compute-bound convolution on an H100 the tensor cores are kept busy, through a
     packed prologue; the model chooses among these."""
-    h100, rows, slow = roofline.gpu("h100"), 0, []
+    h100, rows, slow = devices.gpu("h100"), 0, []
     assert h100.gpu is not None
     for name, one in budgets.launches().items():
         if name.partition(" ")[2] not in COMPUTE_BOUND:

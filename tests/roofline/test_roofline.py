@@ -8,26 +8,12 @@ import time
 
 import pytest
 
+from resnet_fast.devices import H100, Ceiling, Device
 from resnet_fast.errors import UserError
-from resnet_fast.roofline import (
-    H100,
-    INFERENCE,
-    MEASURED,
-    PLANS,
-    PROFILE_S,
-    TRAINING,
-    Ceiling,
-    Device,
-    bytes_moved,
-    calibrate_cpu,
-    calibration,
-    floor,
-    floor_seconds,
-    net_floor,
-    net_work,
-    predict,
-    work,
-)
+from resnet_fast.roofline.byte_model import INFERENCE, PLANS, TRAINING, bytes_moved, net_work, work
+from resnet_fast.roofline.cpu_ceilings import calibrate_cpu
+from resnet_fast.roofline.floors import floor, floor_seconds, net_floor
+from resnet_fast.roofline.prediction import MEASURED, PROFILE_S, calibration, predict_time
 from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, NetSpec, PointwiseSpec
 from resnet_fast.tuning import shapes
 from resnet_fast.tuning.routes import routes
@@ -147,7 +133,7 @@ def test_names_say_what_a_launch_holds() -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_net_has_every_plan(name: str, plan: str) -> None:
     items = net_work(name, plan, 4)
-    p = predict(items, H100, plan)
+    p = predict_time(items, H100, plan)
     assert p.launches == len(items) and p.seconds > p.floor.seconds > 0
     assert floor(items, H100, plan) == p.floor
 
@@ -168,13 +154,13 @@ def test_a_net_as_one_problem_is_its_parts() -> None:
 
 def test_batch_one_is_bound_by_launches_and_fewer_of_them_win() -> None:
     seconds = {
-        plan: predict(net_work("resnet50", plan, 1), H100, plan) for plan in ("separate", "conv", "tail", "block")
+        plan: predict_time(net_work("resnet50", plan, 1), H100, plan) for plan in ("separate", "conv", "tail", "block")
     }
     assert {p.bound for p in seconds.values()} == {"launch"}
     times = [p.seconds for p in seconds.values()]
     assert times == sorted(times, reverse=True)
-    assert predict(net_work("resnet50", "conv", 256), H100, "conv").bound == "memory"
-    assert predict(net_work("resnet50", "block", 256), H100, "block").bound == "compute"
+    assert predict_time(net_work("resnet50", "conv", 256), H100, "conv").bound == "memory"
+    assert predict_time(net_work("resnet50", "block", 256), H100, "block").bound == "compute"
 
 
 def test_calibration_agrees_with_what_was_measured() -> None:
@@ -185,7 +171,7 @@ def test_calibration_agrees_with_what_was_measured() -> None:
     for m in MEASURED:
         if "compile" not in m.what:  # it fuses what no plan here does
             for batch, rate in m.images_per_s:
-                seconds = predict(net_work("resnet50", m.plan, batch), H100, m.plan).seconds
+                seconds = predict_time(net_work("resnet50", m.plan, batch), H100, m.plan).seconds
                 assert batch / seconds == pytest.approx(rate, rel=0.03), (m.what, batch)
 
 
@@ -200,8 +186,8 @@ def test_profile_of_native_elementwise_kernels_confirms_the_byte_model() -> None
 def test_prediction_needs_a_gpu_and_is_one_flat_row() -> None:
     items = net_work("resnet18", "conv", 8)
     with pytest.raises(UserError, match="GPU to predict for, got toy"):
-        predict(net_work("resnet18", "conv", 8, dtype="float32"), TOY, "conv")
-    row = predict(items, H100, "conv").to_dict()
+        predict_time(net_work("resnet18", "conv", 8, dtype="float32"), TOY, "conv")
+    row = predict_time(items, H100, "conv").to_dict()
     assert row["predicted_s"] > row["floor_s"] and row["launches"] == len(items)
     assert not [v for v in row.values() if isinstance(v, (dict, list, tuple))]
 

@@ -1,4 +1,4 @@
-"""Floor times and predictions: what each fusion plan launches, the bytes that moves, and what a device makes of them.
+"""Count what each fusion plan launches and the bytes that its launches move.
 
 A plan turns a problem into :class:`Work` items, one per kernel launch::
 
@@ -10,44 +10,27 @@ A plan turns a problem into :class:`Work` items, one per kernel launch::
     block      every block one kernel; stem and max-pool in one kernel
     train-eager, train-bn-two-pass, train-bn-single-pass, train-conv-bn      forward and backward, see _training()
 
-conv, proj and tail are the routes of tuning/routes.py. Bytes are counted twice. ``nbytes`` is the least that a launch
-moves: input pixels that some output reads, weights, residual and output, once each; floors and predictions use it.
-``activations`` is the convention of the hand counts that the plans were chosen by (162, 56.8, 35.1, 23.0 MB per image
-of ResNet-50 at 224 in 16 bit; training 477, 370, 303, 247): no weights, and a convolution's input counts whole even
-where a strided 1x1 skips three pixels of four; the global pool reads the last map; the fully connected layer's few KB
-are in. Neither counts what L2 holds between launches, nor the optimizer.
+conv, proj and tail are the routes of tuning/routes.py. Bytes are counted twice:
 
-The floor of a launch is ``max(nbytes / bandwidth, flops / rate)`` (Williams et al., Roofline, 2009), no cost for the
-launch; that of a net is the sum. On a GPU a floor is a bound of the model, not of nature: bytes count as if no cache
-held anything before the call, so a problem that fits a cache may beat its floor when it runs again and again. On a CPU
-it holds (cpu.py): ceilings are the best ever measured and an allowance; only bytes beyond what caches can hold before
-and after the call come from memory, the others from a cache; and products with the zeros of a padding do not count,
-because kernels leave them out. A prediction
-is ``floor / reached + launch_s`` per launch, with what stock kernels of that kind reached on an H100
-(:func:`calibration`): what a plan would give with kernels as good as those, and no more. L2 bandwidth is in neither:
-how often a launch reads an operand from L2 depends on its tile, which tuning/heuristic.py knows.
+- ``nbytes`` is the least that a launch moves: the input pixels that some output reads, weights, residual and output,
+  once each. Floors and predictions use it.
+- ``activations`` follows the hand counts that the plans were chosen by (162, 56.8, 35.1, 23.0 MB per image of ResNet-50
+  at 224 in 16 bit; training 477, 370, 303, 247). It excludes weights and counts a convolution's whole input, even where
+  a strided 1x1 skips three pixels of four. The global pool reads the last map; the few KB of the fully connected layer
+  are included.
+
+Neither counts what L2 holds between launches, nor the optimizer. Torch-free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 
-from .cpu import calibrate_cpu as calibrate_cpu
-from .devices import H100 as H100
-from .devices import ORIGINS as ORIGINS
-from .devices import Ceiling as Ceiling
-from .devices import Device as Device
-from .devices import Gpu as Gpu
-from .devices import detect as detect
-from .devices import gpu as gpu
-from .devices import gpus as gpus
-from .devices import unknown_gpu as unknown_gpu
-from .errors import UserError
-from .spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue, LaunchSpec, NetSpec, PointwiseSpec, Spec
-from .tuning import shapes
-from .tuning.routes import routes
+from ..errors import UserError
+from ..spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue, LaunchSpec, NetSpec, PointwiseSpec, Spec
+from ..tuning import shapes
+from ..tuning.routes import routes
 
 INFERENCE = {
     "separate": "every operation its own kernel",
@@ -305,206 +288,3 @@ def net_work(
 def bytes_moved(spec: Spec | NetSpec, plan: str = "block") -> int:
     """Least bytes read plus written under a plan of :data:`PLANS`; :class:`UserError` for an unknown plan."""
     return sum(item.nbytes for item in work(spec, plan))
-
-
-@dataclass(frozen=True)
-class Floor:
-    """A least time. ``bound``: memory or compute, whichever takes longer. ``origin``: that of the binding figure, or
-    ``mixed`` in a sum. ``nbytes``: bytes read plus written; ``flops``: two per multiply-add."""
-
-    seconds: float
-    bound: str
-    origin: str
-    memory_s: float
-    compute_s: float
-    nbytes: int
-    flops: int
-    device: str
-    plan: str
-
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte."""
-        return self.flops / self.nbytes if self.nbytes else 0.0
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        """One flat row, for CSV or JSON."""
-        return asdict(self) | {"intensity": self.intensity}
-
-
-def _floor(item: Work, device: Device, plan: str) -> Floor:
-    rate = device.rate(item.dtype)
-    memory_s, compute_s, origin = item.nbytes / device.bandwidth.value, item.flops / rate.value, device.bandwidth.origin
-    if device.cache is not None:
-        flops = item.flops if item.least_flops is None else item.least_flops
-        compute_s = flops / rate.value
-        memory_s = max(0, item.nbytes - 2 * device.cache.nbytes) / device.bandwidth.value
-        if memory_s < (cached_s := item.nbytes / device.cache.bandwidth.value):
-            memory_s, origin = cached_s, device.cache.bandwidth.origin
-    memory = memory_s >= compute_s
-    return Floor(
-        seconds=max(memory_s, compute_s),
-        bound="memory" if memory else "compute",
-        origin=origin if memory else rate.origin,
-        memory_s=memory_s,
-        compute_s=compute_s,
-        nbytes=item.nbytes,
-        flops=item.flops,
-        device=device.name,
-        plan=plan,
-    )
-
-
-def floor(items: Iterable[Work], device: Device, plan: str) -> Floor:
-    """The floors of launches that run one after another, summed; ``bound``: which kind takes most of the time."""
-    floors = [_floor(item, device, plan) for item in items]
-    if not floors:
-        raise UserError("at least one problem", "none", "pass the values of tuning.shapes.problems(...)")
-    seconds = sum(f.seconds for f in floors)
-    in_memory = sum(f.seconds for f in floors if f.bound == "memory")
-    origins = {f.origin for f in floors}
-    return Floor(
-        seconds=seconds,
-        bound="memory" if in_memory >= seconds / 2 else "compute",
-        origin=origins.pop() if len(origins) == 1 else "mixed",
-        memory_s=sum(f.memory_s for f in floors),
-        compute_s=sum(f.compute_s for f in floors),
-        nbytes=sum(f.nbytes for f in floors),
-        flops=sum(f.flops for f in floors),
-        device=device.name,
-        plan=plan,
-    )
-
-
-def floor_seconds(spec: Spec | NetSpec, device: Device, plan: str = "block") -> Floor:
-    """The roofline of one problem, its launches one after another."""
-    return floor(work(spec, plan), device, plan)
-
-
-def net_floor(specs: Iterable[Spec], device: Device, plan: str = "block") -> Floor:
-    """The floors of problems that run one after another, summed."""
-    return floor((item for spec in specs for item in work(spec, plan)), device, plan)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """ResNet-50 at 224 in bfloat16 on an H100 SXM (torch 2.11): images/s by batch size, and the plan it comes close to.
-
-    Cells whose time is Python's and not the GPU's are left out.
-    """
-
-    what: str
-    plan: str
-    images_per_s: tuple[tuple[int, float], ...]
-
-
-MEASURED = (
-    Measured(
-        "best stock inference: cuDNN's fused ops, BN folded, CUDA graph",
-        "conv",
-        ((1, 2575), (8, 12810), (32, 20746), (128, 24164), (256, 25700)),
-    ),
-    Measured(
-        "torch.compile inference, frozen, CUDA graph", "conv", ((1, 2224), (32, 19750), (128, 21671), (256, 22800))
-    ),
-    Measured("eager inference", "separate", ((128, 12359), (256, 12986))),
-    Measured("eager AMP training step", "train-eager", ((128, 3753), (256, 4013))),
-    Measured("best stock training step: torch.compile, AMP", "train-bn-two-pass", ((256, 5692),)),
-)
-
-PROFILE_S = {
-    ("conv", "dgrad", "wgrad"): 18.5e-3,
-    ("bn_stats",): 9.005e-3,
-    ("bn",): 5.375e-3,
-    ("relu",): 3.187e-3,
-    ("add", "add_grad"): 5.471e-3,
-    ("relu_grad",): 4.709e-3,
-    ("bn_reduce",): 5.709e-3,
-    ("bn_grad",): 7.021e-3,
-    ("maxpool",): 0.862e-3,
-    ("maxpool_grad",): 1.835e-3,
-}
-"""Measured seconds of an eager AMP training step's kernels by kind: ResNet-50, batch 256, the H100 of MEASURED."""
-
-_LIKE = {"bn_act": "bn", "block_end": "bn", "bn_act_grad": "bn_grad", "block_end_grad": "bn_grad"}
-"""Kernels that no stock path has, and the stock kernel that they are taken to be as good as."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What stock kernels reached on an H100, so that ``seconds = floor / reached + launch_s`` per launch.
-
-    ``by_kernel``: fraction of the floor by kernel, from :data:`PROFILE_S`; ``fused``: that of every other kernel, and
-    ``launch_s`` seconds: the least-squares fit of relative errors to the best stock inference, five batch sizes.
-    ``launch_s`` is more than a launch: ramp-up, the first loads' latency and the last wave's tail are in it. ``error``:
-    the fit's worst relative one.
-    """
-
-    fused: float
-    launch_s: float
-    by_kernel: tuple[tuple[str, float], ...]
-    error: float
-
-    def reached(self, kernel: str) -> float:
-        """The fraction for a kernel."""
-        return dict(self.by_kernel).get(_LIKE.get(kernel, kernel), self.fused)
-
-
-def _measured_kernels() -> dict[str, float]:
-    items = net_work("resnet50", "train-eager", 256)
-    reached: dict[str, float] = {}
-    for kernels, seconds in PROFILE_S.items():
-        least = floor((i for i in items if i.kernel in kernels), H100, "train-eager").seconds
-        # ReLU and add come out 2-4 % faster than memory allows: the end of one tensor is still in L2
-        reached |= dict.fromkeys(kernels, min(1.0, least / seconds))
-    return reached
-
-
-@cache
-def calibration() -> Calibration:
-    """The fit to :data:`MEASURED` and :data:`PROFILE_S`, made once."""
-    known, rows = _measured_kernels(), []
-    for batch, rate in MEASURED[0].images_per_s:
-        items = net_work("resnet50", MEASURED[0].plan, batch)
-        floors = [(i.kernel, _floor(i, H100, "conv").seconds) for i in items]
-        fused = sum(s for kernel, s in floors if kernel not in known)
-        rest = sum(s / known[kernel] for kernel, s in floors if kernel in known)
-        rows.append((fused * rate / batch, len(items) * rate / batch, 1 - rest * rate / batch))
-    (uu, uv, uw), (vv, vw) = ([sum(r[i] * r[j] for r in rows) for j in range(i, 3)] for i in (0, 1))
-    determinant = uu * vv - uv * uv
-    slowdown, launch_s = (uw * vv - vw * uv) / determinant, (vw * uu - uw * uv) / determinant
-    error = max(abs(slowdown * u + launch_s * v - w) for u, v, w in rows)
-    return Calibration(1 / slowdown, launch_s, tuple(known.items()), error)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What launches would take with kernels as good as stock ones, see :class:`Calibration`; always modelled.
-
-    ``bound``: memory, compute or launch, whichever takes longest (in a sum: most of the time).
-    """
-
-    seconds: float
-    bound: str
-    launches: int
-    floor: Floor
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        """One flat row: the floor's, with ``floor_s`` and ``floor_bound`` for its time and bound."""
-        row = self.floor.to_dict()
-        row["floor_s"], row["floor_bound"] = row.pop("seconds"), row.pop("bound")
-        return row | {"predicted_s": self.seconds, "bound": self.bound, "launches": self.launches}
-
-
-def predict(items: Iterable[Work], device: Device, plan: str) -> Prediction:
-    """Seconds of launches that run one after another in a CUDA graph; :class:`UserError` for a device without one."""
-    if device.gpu is None:
-        raise UserError("a GPU to predict for", device.name, "use floor() for its bound")
-    items, fit = tuple(items), calibration()
-    least = floor(items, device, plan)
-    spent = dict.fromkeys(("memory", "compute", "launch"), 0.0)
-    for item in items:
-        f = _floor(item, device, plan)
-        busy = f.seconds / fit.reached(item.kernel)
-        spent["launch" if fit.launch_s > busy else f.bound] += busy + fit.launch_s
-    return Prediction(sum(spent.values()), max(spent, key=lambda kind: spent[kind]), len(items), least)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import cpu
 from resnet_fast.devices import Cache, Ceiling, Device
 from resnet_fast.models import registry
-from resnet_fast.roofline import floor_seconds, work
+from resnet_fast.roofline import cpu_ceilings
+from resnet_fast.roofline.byte_model import work
+from resnet_fast.roofline.floors import floor_seconds
 from resnet_fast.spec import ConvSpec
 
 RATES = {"float32": 100.0, "bfloat16": 200.0, "cache": 50.0, "memory": 10.0}
@@ -26,8 +27,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, **rates: float) -> dict[str, float]:
-    monkeypatch.setattr(cpu, "measure", lambda: RATES | rates)
-    return cpu.best(2)[0]
+    monkeypatch.setattr(cpu_ceilings, "measure", lambda: RATES | rates)
+    return cpu_ceilings.best(2)[0]
 
 
 def test_a_busy_machine_lowers_no_ceiling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +38,7 @@ def test_a_busy_machine_lowers_no_ceiling(folder: Path, monkeypatch: pytest.Monk
     assert measured(monkeypatch, float32=1.0) == RATES | {"cache": 60.0}
     kept = json.loads((folder / "ceilings.json").read_text())["machines"]
     assert list(kept.values()) == [RATES | {"cache": 60.0}]
-    assert cpu.best(4)[0] == RATES | {"float32": 1.0}  # other threads are another machine
+    assert cpu_ceilings.best(4)[0] == RATES | {"float32": 1.0}  # other threads are another machine
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"machines": 3}', '{"machines": {"x": {"float32": 1e400}}}', "\0"])
@@ -51,16 +52,16 @@ def test_a_damaged_file_is_replaced(text: str, folder: Path, monkeypatch: pytest
 def test_a_cache_that_cannot_be_written_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder.parent / "file").write_text("")
     monkeypatch.setenv("RESNET_FAST_CACHE", str(folder.parent / "file" / "cache"))
-    monkeypatch.setattr(cpu, "measure", lambda: RATES)
-    rates, place = cpu.best(2)
+    monkeypatch.setattr(cpu_ceilings, "measure", lambda: RATES)
+    rates, place = cpu_ceilings.best(2)
     assert rates == RATES and place.startswith("not kept: ")
 
 
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    assert set(cpu.measure()) == set(cpu.MEASURES)
+    assert set(cpu_ceilings.measure()) == set(cpu_ceilings.MEASURES)
     assert torch.get_num_threads() == before
-    assert cpu.cache_bytes() >= 2**15
+    assert cpu_ceilings.cache_bytes() >= 2**15
 
 
 TOY = Device("toy", Ceiling(1e9, "measured"), (("float32", Ceiling(1e12, "measured")),))

@@ -17,10 +17,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from . import flags
-from .devices import Cache, Ceiling, Device
-from .env import cpu_model
-from .io import safe_files
+from .. import flags
+from ..devices import Cache, Ceiling, Device, cpu_model
+from ..io import safe_files
 
 ALLOWANCE = 1.15
 """What a kernel may do better than the best of ours: the rates measured are those of good kernels, not of the chip."""

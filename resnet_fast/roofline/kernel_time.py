@@ -1,4 +1,4 @@
-"""From what the emulator counted of a CUDA kernel to the time that an idle GPU of a kind would take for it.
+"""Predict the time of a CUDA kernel on an idle GPU from what the emulator counted of it.
 
     DRAM      sectors of 32 bytes, each once over the launch                      / copy bandwidth
     L2        sectors that a block had not read before; copies by cp_async, all   / L2 bandwidth
@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .devices import Device
-from .errors import UserError
+from ..devices import Device
+from ..errors import UserError
 
 SECTOR = 32
 WAVEFRONT = 128
@@ -33,7 +33,7 @@ WARP_MMA_REACHES = {80: 1.0, 90: 0.62}
 
 
 @dataclass(frozen=True)
-class Counted:
+class KernelCounts:
     """One launch. ``dram`` and ``l2`` in bytes, read plus written; ``wavefronts`` of shared memory; the tensor cores'
     multiply-adds, ``macs`` issued as ``mma.sync`` and ``group_macs`` as ``wgmma``."""
 
@@ -48,10 +48,10 @@ class Counted:
     group_macs: float = 0.0
 
     @staticmethod
-    def of(launch: Mapping[str, Any]) -> Counted:
+    def of(launch: Mapping[str, Any]) -> KernelCounts:
         buffers = launch["buffers"].values()
         shared = [s for s in launch["sites"] if not s["kind"].startswith("global")]
-        return Counted(
+        return KernelCounts(
             launch["kernel"],
             launch["blocks"],
             launch["threads"],
@@ -70,7 +70,7 @@ class Counted:
         )
 
 
-def extrapolated(one: Counted, two: Counted, images: int, blocks: int, tiles: int) -> Counted:
+def extrapolated(one: KernelCounts, two: KernelCounts, images: int, blocks: int, tiles: int) -> KernelCounts:
     """The launch for ``images`` images from those for one and two, each on a single block that walks over all tiles.
 
     What does not grow with the batch is work per block (weights that stay): once for DRAM, once per block elsewhere.
@@ -81,7 +81,7 @@ def extrapolated(one: Counted, two: Counted, images: int, blocks: int, tiles: in
     def grown(a: float, b: float, constant: int, share: float = 1.0) -> float:
         return constant * (2 * a - b) + images * (b - a) * share
 
-    return Counted(
+    return KernelCounts(
         one.kernel,
         blocks,
         one.threads,
@@ -95,7 +95,7 @@ def extrapolated(one: Counted, two: Counted, images: int, blocks: int, tiles: in
 
 
 @dataclass(frozen=True)
-class Predicted:
+class KernelTime:
     """Seconds for each resource, and for the launch: ``seconds`` is their longest and the launch's own cost."""
 
     seconds: float
@@ -107,7 +107,7 @@ class Predicted:
         return f"{self.seconds * 1e6:.1f} us predicted ({self.bound}; us by resource: {parts})"
 
 
-def predict(counted: Counted, device: Device, dtype: str = "bfloat16") -> Predicted:
+def kernel_time(counted: KernelCounts, device: Device, dtype: str = "bfloat16") -> KernelTime:
     """The time of a launch on ``device``; :class:`UserError` where that is no GPU."""
     gpu = device.gpu
     if gpu is None:
@@ -122,4 +122,4 @@ def predict(counted: Counted, device: Device, dtype: str = "bfloat16") -> Predic
         "tensor": (counted.macs / WARP_MMA_REACHES.get(gpu.arch, 1.0) + counted.group_macs) / tensor,
     }
     bound = max(parts, key=lambda name: parts[name])
-    return Predicted(parts[bound] + gpu.launch_s.value, bound, tuple(parts.items()))
+    return KernelTime(parts[bound] + gpu.launch_s.value, bound, tuple(parts.items()))

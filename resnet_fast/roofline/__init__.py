@@ -1,0 +1,1 @@
+"""Turn problems into times: bytes per plan, floors on a device, predictions; the ceilings of this CPU."""
