@@ -253,7 +253,8 @@ def write_predictions(rows: list[Row], path: Path = PREDICTIONS) -> None:
         "",
         "Counted by the emulator at full image size, with one image and with two, and extrapolated to a batch of 256; "
         f"predicted from that for {devices.gpu('h100').name} (resnet_fast/roofline/kernel_time.py). Nothing "
-        "here was measured. Floor: the least bytes and operations of the layer or block (resnet_fast/roofline/floors.py).",
+        "here was measured. Floor: the least bytes and operations of the layer or block "
+        "(resnet_fast/roofline/floors.py).",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + " --- |" * len(HEAD),

@@ -182,7 +182,8 @@ def test_needs_no_torch() -> None:
     code = (
         f"import sys, types; p = types.ModuleType('resnet_fast'); p.__path__ = {list(resnet_fast.__path__)!r};"
         "sys.modules.update(resnet_fast=p, torch=None); import resnet_fast.roofline.prediction;"
-        "from resnet_fast.devices import H100; from resnet_fast.tuning import shapes; print(len(shapes.problems('resnet50')), H100.name)"
+        "from resnet_fast.devices import H100; from resnet_fast.tuning import shapes;"
+        "print(len(shapes.problems('resnet50')), H100.name)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split()[:1] == ["53"], done.stderr

@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys
 import torch
 import resnet_fast
-from resnet_fast import weights
+from resnet_fast.io import weights
 from resnet_fast.models import registry
 
 name, dtype, size = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
