@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opcases import BLOCKS, LAYOUTS, OPS, assert_within_budget, lay_out, make
 from torch._prims_common import check_significant_strides
 
 from resnet_fast import BackendError, parameter_cache
 from resnet_fast.backends import onednn
 from resnet_fast.backends.onednn.conv_bn_act import DTYPES
 from resnet_fast.dispatch import select
+from tests.support.op_cases import BLOCKS, LAYOUTS, OPS, assert_within_budget, lay_out, make
 
 FLOATS = [getattr(torch, name) for name in DTYPES]
 

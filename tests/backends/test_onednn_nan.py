@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from opcases import BLOCKS, LAYOUTS, OPS, Problem, make
 from torch import Tensor
 
 import resnet_fast
 from resnet_fast.backends.onednn import bounds
 from resnet_fast.backends.onednn.conv_bn_act import DTYPES
+from tests.support.op_cases import BLOCKS, LAYOUTS, OPS, Problem, make
 
 conv_module = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
 bottleneck_module = importlib.import_module("resnet_fast.backends.onednn.bottleneck")

@@ -1,5 +1,5 @@
 """The fixtures of the tests of CUDA graphs."""
 
-from graphcases import net, recorder
+from tests.support.graph_cases import net, recorder
 
 __all__ = ["net", "recorder"]

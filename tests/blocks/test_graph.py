@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from graphcases import (
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast import paper_nets, parameter_cache
+from resnet_fast.blocks import graph
+from tests.support.graph_cases import (
     EDITS,
     CpuRecorder,
     change_weight,
@@ -26,11 +31,6 @@ from graphcases import (
     restore_a_stage,
     small,
 )
-from torch import Tensor, nn
-
-import resnet_fast
-from resnet_fast import paper_nets, parameter_cache
-from resnet_fast.blocks import graph
 
 
 def test_replays_follow_the_input_and_outputs_stay(net: nn.Module, recorder: type[CpuRecorder]) -> None:

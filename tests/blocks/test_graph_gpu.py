@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from graphcases import (
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast import numerics
+from resnet_fast.blocks import graph
+from tests.support.graph_cases import (
     change_classifier,
     change_eps,
     change_statistics,
@@ -20,11 +25,6 @@ from graphcases import (
     large,
     replays,
 )
-from torch import Tensor, nn
-
-import resnet_fast
-from resnet_fast import numerics
-from resnet_fast.blocks import graph
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphcases import (
-    image,
-)
 
 from resnet_fast.blocks import graph
+from tests.support.graph_cases import (
+    image,
+)
 
 
 class FakeCuda:

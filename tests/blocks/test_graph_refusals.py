@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphcases import (
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast.blocks import graph
+from tests.support.graph_cases import (
     CpuRecorder,
     change_weight,
     eager,
@@ -19,10 +23,6 @@ from graphcases import (
     replays,
     small,
 )
-from torch import Tensor, nn
-
-import resnet_fast
-from resnet_fast.blocks import graph
 
 
 @contextmanager

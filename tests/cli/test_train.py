@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointcases import reseal
 from PIL import Image
 
 from resnet_fast.cli import main as cli
 from resnet_fast.cli import train as command
 from resnet_fast.training import checkpoint, optim, recipe, runlog
 from resnet_fast.training.loop import Tick, Watch
+from tests.support.checkpoint_cases import reseal
 
 TINY = ["--size", "8", "--batch", "16", "--epochs", "0.75", "--set", "subset=64"]
 TINY += ["--device", "cpu", "--threads", "1", "--no-tensorboard"]

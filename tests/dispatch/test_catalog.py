@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from opcases import OPS
 
 from resnet_fast import flags
 from resnet_fast.dispatch import catalog
+from tests.support.op_cases import OPS
 
 
 @pytest.mark.parametrize("op", OPS)

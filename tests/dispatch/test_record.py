@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from opcases import make
 from torch import nn
 
 from resnet_fast import BackendError, reset_stats, stats, strict
 from resnet_fast.dispatch import record
+from tests.support.op_cases import make
 
 
 def test_a_stock_module_is_counted_with_its_reason() -> None:

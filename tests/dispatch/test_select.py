@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from opcases import OPS, make
 
 from resnet_fast import BackendError, UserError, reset_stats, stats, strict, use_backend
 from resnet_fast.dispatch import catalog, record, select
 from resnet_fast.ops.check import spec_of
 from resnet_fast.spec import ConvSpec, Epilogue
+from tests.support.op_cases import OPS, make
 
 SPEC = ConvSpec(2, 9, 7, 8, 8, 3, 3, padding=(1, 1), epilogue=Epilogue(relu=True))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import harness
 import pytest
 
 from resnet_fast import native
+from tests.support import emulation
 
 
 @pytest.fixture(scope="session")
 def emulator() -> Path:
-    """The module, built from the sources as they are; for :class:`harness.Emulator`."""
+    """The module, built from the sources as they are; for :class:`emulation.Emulator`."""
     if not native.status():
         pytest.skip(native.status().reason)
-    return harness.build()
+    return emulation.build()

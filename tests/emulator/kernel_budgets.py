@@ -1,6 +1,6 @@
 """What each CUDA kernel costs on GPUs that are not here: machine code by nvcc, counts and predictions by the emulator.
 
-    python tests/emulator/kernel_budgets.py     write docs/tables/cuda-budgets.{json,md} and cuda-predictions.md
+    python -m tests.emulator.kernel_budgets     write docs/tables/cuda-budgets.{json,md} and cuda-predictions.md
 
 Rows are the kernels as compiled for bfloat16, and fp32 where a kernel has it; half differs in opcodes' names alone.
 Shared memory and threads are what the launches below ask for: every kernel must appear in one of them.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,29 +18,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # what pytest's pythonpath adds
-    sys.path += [str(Path(__file__).parents[1] / "triton"), str(Path(__file__).parents[1] / "ops")]
-
-import harness
-import test_bn_act_kernels as bn
-import test_bottleneck_fwd as bottleneck
-import test_conv_bn_act_kernels as convolution
-import test_stem_fwd as stem
 import torch
-from harness import H100, KERNELS, Emulator
-from static_budget import ARCHS as LIMITS
-from static_budget import Budget, Code, write_table
 
 from resnet_fast import devices
 from resnet_fast.roofline import floors
 from resnet_fast.roofline.kernel_time import KernelCounts, KernelTime, extrapolated, kernel_time
 from resnet_fast.spec import Spec
 from resnet_fast.tuning import shapes
+from tests.emulator import test_bn_act_kernels as bn
+from tests.emulator import test_bottleneck_fwd as bottleneck
+from tests.emulator import test_conv_bn_act_kernels as convolution
+from tests.emulator import test_stem_fwd as stem
+from tests.support import emulation
+from tests.support.emulation import H100, KERNELS, Emulator
+from tests.triton.static_budget import ARCHS as LIMITS
+from tests.triton.static_budget import Budget, Code, write_table
 
 TABLES = KERNELS.parents[1] / "docs" / "tables"
 JSON, PAGE, PREDICTIONS = (TABLES / f"cuda-{name}" for name in ("budgets.json", "budgets.md", "predictions.md"))
 ARCHS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
-COMMAND = "python tests/emulator/kernel_budgets.py"
+COMMAND = "python -m tests.emulator.kernel_budgets"
 BF16 = torch.bfloat16
 
 native: Any = torch.ops.resnet_fast_native
@@ -138,7 +134,7 @@ def compiled(source: Path, arch: int, launches: dict[str, dict[str, Any]], compi
 def budgets(archs: tuple[int, ...] = tuple(ARCHS), files: tuple[str, ...] = ()) -> list[Budget]:
     """The rows for some architectures and files; all by default."""
     launches: dict[str, dict[str, Any]] = {}
-    for launch in small_launches(harness.build()):
+    for launch in small_launches(emulation.build()):
         known = launches.setdefault(plain(launch["kernel"]), launch)
         if launch["shared"] > known["shared"]:
             launches[plain(launch["kernel"])] = launch
@@ -216,7 +212,7 @@ def bn_rows(batch: int, gpu: devices.Device) -> list[Row]:
     assert gpu.gpu is not None
     steps = []
     for images in (1, 2):
-        with Emulator(harness.build(), **H100) as emulator:
+        with Emulator(emulation.build(), **H100) as emulator:
             bn_step(images, 256, 56, 56, BF16, "tensor")
             steps.append([KernelCounts.of(launch) for launch in emulator.launches()])
     rows = []
@@ -231,7 +227,7 @@ def one_and_two(run: Callable[[int], object]) -> list[KernelCounts]:
     """The counts of a launch for one image and for two, by the variant that an H100 would run, on a single block."""
     counts = []
     for images in (1, 2):
-        with Emulator(harness.build(), **H100 | {"sms": 1}) as emulator:
+        with Emulator(emulation.build(), **H100 | {"sms": 1}) as emulator:
             run(images)
             counts.append(KernelCounts.of(emulator.launches()[0]))
     return counts

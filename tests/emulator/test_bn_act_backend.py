@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Emulator
 from torch import Tensor
 
 from resnet_fast import numerics
 from resnet_fast.backends.cuda import bn_act as backend
 from resnet_fast.calls import BnActCall, Leaves, Norm
 from resnet_fast.spec import Epilogue, PointwiseSpec
+from tests.support.emulation import Emulator
 
 MOMENTUM, EPS = 0.1, 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

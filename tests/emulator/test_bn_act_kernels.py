@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import A100, H100, Emulator, conflicts
 from torch import Tensor
 
 from resnet_fast import numerics
+from tests.support.emulation import A100, H100, Emulator, conflicts
 
 native = torch.ops.resnet_fast_native
 EPS = 1e-5

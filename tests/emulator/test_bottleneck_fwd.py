@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import A100, B200, H100, Emulator, conflicts
 from torch import Tensor
 
 from resnet_fast import numerics
+from tests.support.emulation import A100, B200, H100, Emulator, conflicts
 
 native = torch.ops.resnet_fast_native
 
@@ -175,7 +175,7 @@ def test_traffic_of_resident_weights(channels, device: str, emulator: Path) -> N
 
 def test_predicted_time_of_a_large_batch(emulator: Path) -> None:
     """The identity block of stage 1 at batch 256 on an H100: within 1.5 of its floor."""
-    import kernel_budgets
+    from tests.emulator import kernel_budgets
 
     row = next(r for r in kernel_budgets.predictions(("r50.layer1.1",)))
     assert 1.0 <= row.ratio <= 1.5

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Emulator, conflicts
 from torch import Tensor
 
 from resnet_fast import folding, numerics
 from resnet_fast.backends.cuda import conv_bn_act
 from resnet_fast.calls import Conv, Norm
 from resnet_fast.spec import ConvSpec, Epilogue
+from tests.support.emulation import Emulator, conflicts
 
 native = torch.ops.resnet_fast_native
 DTYPES = [torch.bfloat16, torch.float16]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy
 import pytest
 import torch
-from harness import HERE, Edit
+
+from tests.support import emulation
+from tests.support.emulation import HERE, Edit
 
 FILE = "hopper_probes.cpp"
 
@@ -106,7 +107,7 @@ def check_windows(
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("columns", [32, 64, 128, 256])
 def test_wgmma(columns: int, bfloat16: bool, emulator: Path) -> None:
-    check_wgmma(harness.load(emulator), columns, bfloat16)
+    check_wgmma(emulation.load(emulator), columns, bfloat16)
 
 
 @pytest.mark.parametrize("swizzle", [False, True])
@@ -114,7 +115,7 @@ def test_wgmma(columns: int, bfloat16: bool, emulator: Path) -> None:
     "corner", [(0, 0, 0, 0), (0, -1, -1, 1), (64, 4, 3, 1), (32, 2, -2, 0), (-64, 0, 0, 0), (0, 1, 1, 2)]
 )
 def test_tensor_load(corner: tuple[int, ...], swizzle: bool, emulator: Path) -> None:
-    check_box(harness.load(emulator), corner, swizzle, c=128)
+    check_box(emulation.load(emulator), corner, swizzle, c=128)
 
 
 @pytest.mark.parametrize("begin", [0, 5, 30])
@@ -134,7 +135,7 @@ def test_tensor_load(corner: tuple[int, ...], swizzle: bool, emulator: Path) -> 
 )
 def test_im2col_load(windows: Windows, begin: int, emulator: Path) -> None:
     """Every tap; runs cross rows and images, and some end behind the last."""
-    module = harness.load(emulator)
+    module = emulation.load(emulator)
     places = len(windows.unfolded(numpy.zeros((2, 6, 7, 1)), (0, 0)))
     for r in range(windows.filter[1]):
         for s in range(windows.filter[0]):
@@ -143,12 +144,12 @@ def test_im2col_load(windows: Windows, begin: int, emulator: Path) -> None:
 
 @pytest.mark.parametrize(("swizzle", "pixels", "channel"), [(False, 40, 64), (True, 100, 64), (True, 300, 96)])
 def test_im2col_box(swizzle: bool, pixels: int, channel: int, emulator: Path) -> None:
-    check_windows(harness.load(emulator), pixels=pixels, swizzle=swizzle, channel=channel)
+    check_windows(emulation.load(emulator), pixels=pixels, swizzle=swizzle, channel=channel)
 
 
 def test_what_im2col_fills_with_zeros_is_not_read(emulator: Path) -> None:
     """The first tap of a 3x3 with padding 1 misses the first row and column of either image."""
-    module = harness.load(emulator)
+    module = emulation.load(emulator)
     module.take_counters()
     check_windows(module, tap=(0, 0), begin=0, pixels=84)
     (launch,) = module.take_counters()
@@ -172,19 +173,19 @@ def test_windows_that_the_driver_would_refuse(windows: Windows, box, reason: str
     x = numpy.zeros((2, 6, 7, 128), numpy.uint16)
     conv = (windows.filter, windows.stride, windows.padding, windows.dilation)
     with pytest.raises(RuntimeError, match=reason):
-        harness.load(emulator).probe_im2col_load(x, (0, 0, 0, 0), box, (0, 0), *conv, True)
+        emulation.load(emulator).probe_im2col_load(x, (0, 0, 0, 0), box, (0, 0), *conv, True)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ring(seed: int, emulator: Path) -> None:
-    module = harness.load(emulator)
+    module = emulation.load(emulator)
     module.configure(seed=seed)
     check_ring(module)
     module.configure()
 
 
 def test_counts(emulator: Path) -> None:
-    module = harness.load(emulator)
+    module = emulation.load(emulator)
     module.take_counters()
     check_wgmma(module, 128)
     (launch,) = module.take_counters()
@@ -197,7 +198,7 @@ def test_counts(emulator: Path) -> None:
 
 
 def test_zeros_of_a_box_are_not_read(emulator: Path) -> None:
-    module = harness.load(emulator)
+    module = emulation.load(emulator)
     module.take_counters()
     check_box(module, (0, -1, -1, 0))
     (launch,) = module.take_counters()
@@ -362,7 +363,7 @@ BUGS = {
 @pytest.mark.parametrize("what", BUGS)
 def test_bug(what: str, emulator: Path) -> None:
     check, old, new, count, report = BUGS[what]
-    module = harness.load(harness.build(edits=[Edit(FILE, old, new, count)]))
+    module = emulation.load(emulation.build(edits=[Edit(FILE, old, new, count)]))
     with pytest.raises(AssertionError if report is None else RuntimeError, match=report) as error:
         check(module)
     if report is not None and "leaves block" not in report:
@@ -375,4 +376,4 @@ def test_the_report_of_a_wait_names_its_line(emulator: Path) -> None:
     line = source[: source.index("    mbarrier_wait(full(place), round % 2);")].count("\n") + 1
     bug = Edit(FILE, "      bulk_load(data", "      if (i < 2) bulk_load(data")
     with pytest.raises(RuntimeError, match=rf"{FILE}:{line}: waits for ever for .* 0 of 1 arrivals and 512 expected"):
-        check_ring(harness.load(harness.build(edits=[bug])))
+        check_ring(emulation.load(emulation.build(edits=[bug])))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 
-import kernel_budgets
 import pytest
-from kernel_budgets import COMMAND, JSON, KERNELS, LAYERS, PREDICTIONS
-from sass import is_narrow
-from static_budget import Budget, compare, read_table
+
+from tests.emulator import kernel_budgets
+from tests.emulator.kernel_budgets import COMMAND, JSON, KERNELS, LAYERS, PREDICTIONS
+from tests.triton.sass import is_narrow
+from tests.triton.static_budget import Budget, compare, read_table
 
 TABLE = read_table(JSON)
 TENSOR = ("bottleneck_fwd", "conv_bn_act", "stem_fwd")

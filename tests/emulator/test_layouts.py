@@ -11,9 +11,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import harness
 import pytest
-from harness import HERE
+
+from tests.support import emulation
+from tests.support.emulation import HERE
 
 
 def cutlass_headers() -> Path:
@@ -61,7 +62,7 @@ def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]
 @pytest.mark.parametrize("dtype", ["half", "bfloat16"])
 @pytest.mark.parametrize(("operand", "rows"), [("a", 16), ("b", 8), ("d", 16)])
 def test_mma_fragments(dtype: str, operand: str, rows: int, cute, emulator: Path) -> None:
-    ours = harness.load(emulator).fragments()[operand]
+    ours = emulation.load(emulator).fragments()[operand]
     theirs = cute[f"{dtype}.{operand}"]
     assert [[row + rows * column for row, column in lane] for lane in ours] == theirs
 
@@ -69,24 +70,24 @@ def test_mma_fragments(dtype: str, operand: str, rows: int, cute, emulator: Path
 @pytest.mark.parametrize("matrices", [2, 4])
 def test_ldmatrix(matrices: int, cute, emulator: Path) -> None:
     """Lane l names word 4 l of shared memory, in which word i is i."""
-    got = harness.load(emulator).probe_ldmatrix(matrices)
+    got = emulation.load(emulator).probe_ldmatrix(matrices)
     theirs = [[bit // 32 for bit in lane[::32]] for lane in cute[f"ldmatrix_x{matrices}"]]
     assert got == theirs
 
 
 @pytest.mark.parametrize("what", ["wgmma.a", "wgmma.d", "swizzle"])
 def test_hopper(what: str, cute, emulator: Path) -> None:
-    assert harness.load(emulator).hopper_layouts()[what] == cute[what]
+    assert emulation.load(emulator).hopper_layouts()[what] == cute[what]
 
 
 def test_matrix_descriptor(cute, emulator: Path) -> None:
     """The one that cute/layouts.cpp fills in, field by field."""
-    assert [[harness.load(emulator).wgmma_descriptor(0x2C00 + 32, 2048)]] == cute["descriptor"]
+    assert [[emulation.load(emulator).wgmma_descriptor(0x2C00 + 32, 2048)]] == cute["descriptor"]
 
 
 def test_corners_of_im2col(cute, emulator: Path) -> None:
     """By side (padding, filter, dilation), W before H: the windows of cute/layouts.cpp."""
-    module = harness.load(emulator)
+    module = emulation.load(emulator)
     found = []
     for sides in ([(1, 3, 1), (1, 3, 1)], [(3, 7, 1), (2, 5, 1)], [(4, 3, 4), (0, 1, 1)]):
         found += [module.im2col_lower(side[0]) for side in sides]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 
-import harness
 import numpy
 import pytest
 import torch
-from harness import B200, H100, KERNELS, Edit, Emulator
-from test_bottleneck_fwd import block
 
 from resnet_fast import native, numerics
+from tests.emulator.test_bottleneck_fwd import block
+from tests.support import emulation
+from tests.support.emulation import B200, H100, KERNELS, Edit, Emulator
 
 pytestmark = pytest.mark.slow  # a compilation each
 
@@ -40,7 +40,7 @@ def run(bug: Edit | None, channels=RESIDENT, image=(1, 9, 8), seed: int = 0, dev
     if not native.status():
         pytest.skip(native.status().reason)
     b = block(*image, *channels, torch.float16)
-    with Emulator(harness.build(edits=[bug] if bug else []), seed=seed, **device | {"sms": 1}):
+    with Emulator(emulation.build(edits=[bug] if bug else []), seed=seed, **device | {"sms": 1}):
         y = b.run()
     pre = b.eager(torch.float64, relu=False)
     numerics.assert_close(y, b.eager(torch.float64), b.eager(torch.float16), 9 * channels[1], pre)

@@ -11,21 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import pytest
-from harness import HERE, ROOT, SANITIZED, Edit
 
 from resnet_fast import native
+from tests.support import ROOT, emulation
+from tests.support.emulation import SANITIZED, Edit
 
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import sys
-sys.path[:0] = [{here!r}, {ops!r}]
-import torch
-from harness import B200, H100, Emulator
 from pathlib import Path
-from test_bottleneck_fwd import block
+import torch
+from tests.emulator.test_bottleneck_fwd import block
+from tests.support.emulation import B200, H100, Emulator
 for channels in ((256, 64, 256), (256, 128, 256), (64, 64, 256)):
     for device in (B200, H100):
         with Emulator(Path({module!r}), seed=1, **device | {{"sms": 2}}):
@@ -45,15 +43,20 @@ def run(edits: tuple[Edit, ...] = ()) -> subprocess.CompletedProcess[str]:
     ]
     if not all(Path(path).is_absolute() for path in found):
         pytest.skip("the compiler has no libasan.so (Debian: it comes with g++)")
-    module = harness.build(SANITIZED, edits)
-    program = PROGRAM.format(here=str(HERE), ops=str(ROOT / "tests" / "ops"), module=str(module))
+    module = emulation.build(SANITIZED, edits)
+    program = PROGRAM.format(module=str(module))
     # Python and torch keep memory until the end: leaks are not what is looked for.
     options = {
         "LD_PRELOAD": ":".join(map(os.path.realpath, found)),
         "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",
     }
     return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **options}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **options},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

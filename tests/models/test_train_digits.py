@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from trainnets import cifar, fewest_programs, loss_of, twin, whole
+
+from tests.support.train_nets import cifar, fewest_programs, loss_of, twin, whole
 
 pytestmark = [pytest.mark.interpret, pytest.mark.slow]
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from trainnets import cifar, exact_step, fewest_programs, images, loss_of, twin
 
 import resnet_fast
+from tests.support.train_nets import cifar, exact_step, fewest_programs, images, loss_of, twin
 
 pytestmark = pytest.mark.interpret
 

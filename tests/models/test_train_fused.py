@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
-from trainnets import (
+
+import resnet_fast
+from tests.support.train_nets import (
     all_gradients,
     assert_equal,
     assert_values_within_budget,
@@ -29,8 +31,6 @@ from trainnets import (
     step,
     twin,
 )
-
-import resnet_fast
 
 pytestmark = pytest.mark.interpret
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from trainnets import cifar, fewest_programs, images, step, twin
 
 import resnet_fast
 from resnet_fast.models.registry import build
+from tests.support.train_nets import cifar, fewest_programs, images, step, twin
 
 pytestmark = pytest.mark.interpret
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from opcases import OPS, Problem, make
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+
+from tests.support.op_cases import OPS, Problem, make
 
 TINY: dict[str, Any] = {"n": 2, "h": 3, "w": 4, "ci": 2, "co": 2, "dtype": torch.float64}
 

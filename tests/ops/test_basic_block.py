@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import assert_equals_eager, make
+
+from tests.support.op_cases import assert_equals_eager, make
 
 OP = "basic_block"
 SAME = {"ci": 8, "co": 8}

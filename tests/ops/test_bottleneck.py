@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import assert_equals_eager, make
+
+from tests.support.op_cases import assert_equals_eager, make
 
 OP = "bottleneck"
 SAME = {"ci": 16, "co": 8}

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import BLOCKS, OPS, Problem, make
 
 from resnet_fast.calls import ConvBnActCall
 from resnet_fast.errors import UserError
 from resnet_fast.ops.check import check, layout_of, spec_of
+from tests.support.op_cases import BLOCKS, OPS, Problem, make
 
 CONV_OPS = tuple(op for op in OPS if op != "bn_act")
 RESIDUAL_OPS = tuple(op for op in OPS if op != "stem")
@@ -256,8 +256,9 @@ def test_a_spec_is_made_once_per_shape_and_again_for_another() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (0, 3, 4, 5), (2, 3, 1, 5)])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced", "sliced_nhwc", "transposed"])
 def test_layout_of_is_what_a_convolution_returns(shape: tuple[int, ...], layout: str) -> None:
-    from opcases import lay_out
     from torch._prims_common import suggest_memory_format
+
+    from tests.support.op_cases import lay_out
 
     t = lay_out(torch.randn(shape), layout)
     expected = "nhwc" if suggest_memory_format(t) == torch.channels_last and t.numel() else "nchw"

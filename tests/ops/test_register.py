@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import BLOCKS, OPS, Call, Problem, make
 from torch import Tensor
 from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from tests.support.op_cases import BLOCKS, OPS, Call, Problem, make
 
 
 def small(op: str, **options: Any) -> Problem:

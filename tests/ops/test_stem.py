@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from opcases import assert_equals_eager, make
+
+from tests.support.op_cases import assert_equals_eager, make
 
 CASES: dict[str, dict[str, Any]] = {
     "imagenet": {"ci": 3, "k": 7, "stride": 2, "h": 33, "w": 31},

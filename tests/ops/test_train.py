@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-import traincases
-from opcases import OPS, Call, Problem
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchvision.models.resnet import BasicBlock
-from traincases import fused, same, step
 
 from resnet_fast import BackendError, UserError, accelerate, explain, use_backend
+from tests.support import train_cases
+from tests.support.op_cases import OPS, Call, Problem
+from tests.support.train_cases import fused, same, step
 
 pytestmark = pytest.mark.interpret
 
 
 def case(op: str, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
     """Smaller than those of the numerics."""
-    return traincases.case(op, dtype, **{"h": 4, "w": 3, "ci": 16, "co": 16 if op == "basic_block" else 8, **options})
+    return train_cases.case(op, dtype, **{"h": 4, "w": 3, "ci": 16, "co": 16 if op == "basic_block" else 8, **options})
 
 
 def train_op(p: Problem) -> Any:
@@ -67,7 +67,7 @@ def test_fake_outputs_are_like_the_real_ones(op: str, name: str) -> None:
     p = case(op, **options, stride=2 if op == "bottleneck" else 1)
     options = ("triton", save)
     y, saved = train_op(p)(*p.args(), *options)
-    dy = traincases.cotangent(y)
+    dy = train_cases.cotangent(y)
     grads = backward_op(p)(dy, y, saved, *p.args(), *options, needs=needs(p))
     assert [g.numel() > 0 for g in grads] == needs(p)
     with FakeTensorMode() as mode:
@@ -85,7 +85,7 @@ def test_opcheck(op: str) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(train_op(p), (*p.copy(grad=True).args(), "triton"), test_utils=tests)
     y, saved = train_op(p)(*p.args(), "triton")
-    args = (traincases.cotangent(y), y, saved, *p.args(), "triton")
+    args = (train_cases.cotangent(y), y, saved, *p.args(), "triton")
     torch.library.opcheck(backward_op(p), args, {"needs": needs(p)}, test_utils=tests)
 
 
@@ -99,7 +99,7 @@ def test_compiled_training_equals_eager(op: str) -> None:
     def run(call: Callable[[Tensor], Tensor], module: Call) -> dict[str, Tensor]:
         x = p.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         y = call(x)
-        y.backward(traincases.cotangent(y))
+        y.backward(train_cases.cotangent(y))
         grads = {name: t.grad for name, t in module.named_parameters() if t.grad is not None}
         return {"y": y.detach(), "grad x": x.grad, **grads, **dict(module.named_buffers())}
 
@@ -115,7 +115,7 @@ def test_a_derivative_in_a_graph_is_the_same_and_goes_no_further(op: str) -> Non
     q = p.copy(grad=True)
     y = fused(q)
     leaves = q.leaves()
-    dy = traincases.cotangent(y).requires_grad_()
+    dy = train_cases.cotangent(y).requires_grad_()
     grads = torch.autograd.grad(y, list(leaves.values()), dy, create_graph=True)
     for name, g in zip(leaves, grads, strict=True):
         assert torch.equal(g, expected[f"grad {name}"]), name
@@ -191,7 +191,7 @@ def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtyp
     with torch.autocast("cpu", dtype):
         y = fused(q)
     assert y.dtype == dtype
-    y.backward(traincases.cotangent(y))
+    y.backward(train_cases.cotangent(y))
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in q.leaves().values())
     assert all(t.dtype == torch.float32 for t in q.statistics().values())
     narrow = step(p.map(lambda k, t: t.to(dtype) if k == "x" else t), fused)
@@ -204,7 +204,7 @@ def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtyp
 def test_a_scaled_loss_scales_the_gradients(op: str) -> None:
     """What GradScaler relies on: backward is linear, and a power of two commutes with every rounding."""
     p = case(op)
-    dy = traincases.cotangent(p.eager())
+    dy = train_cases.cotangent(p.eager())
     one, scaled = step(p, fused, dy=dy), step(p, fused, dy=dy * 1024)
     for name, t in one.items():
         assert torch.equal(scaled[name], t * 1024 if name.startswith("grad") else t), name
@@ -215,9 +215,9 @@ def test_an_overflow_of_the_scaled_loss_shows() -> None:
     p = case("conv_bn_act", torch.float16)
     p.convs[0].weight.mul_(256)
     p.norms[0].var.fill_(1.0)
-    p = traincases.replace(p, norms=(p.norms[0]._replace(batch_stats=False),))
+    p = train_cases.replace(p, norms=(p.norms[0]._replace(batch_stats=False),))
     dy = torch.full_like(p.to(torch.float64).eager(), 6e4)
-    for run in (fused, traincases.stock):
+    for run in (fused, train_cases.stock):
         assert not step(p, run, dy=dy)["grad x"].isfinite().all()
 
 
@@ -249,8 +249,8 @@ def test_strides_are_kept(op: str, layout: str) -> None:
     q, r = p.copy(grad=True), p.copy(grad=True)
     y, z = fused(q), r.eager()
     assert check_significant_strides(y, z, only_cuda=False)[0]
-    y.backward(traincases.cotangent(y))
-    z.backward(traincases.cotangent(z))
+    y.backward(train_cases.cotangent(y))
+    z.backward(train_cases.cotangent(z))
     for (name, a), b in zip(q.leaves().items(), r.leaves().values(), strict=True):
         assert a.grad is not None and b.grad is not None
         assert check_significant_strides(a.grad, b.grad, only_cuda=False)[0], name
@@ -259,7 +259,7 @@ def test_strides_are_kept(op: str, layout: str) -> None:
 
 def test_a_gradient_of_any_strides_is_taken() -> None:
     p = case("basic_block")
-    dy = traincases.cotangent(p.eager())
+    dy = train_cases.cotangent(p.eager())
     expected = step(p, fused, dy=dy)
     same(step(p, fused, dy=dy.contiguous()), expected)
     one = dy[:, :1].expand_as(dy)  # stride 0, as the gradient of a sum
@@ -279,7 +279,7 @@ def test_an_output_may_be_changed_in_place(grad: bool) -> None:
 
 
 def test_one_value_per_channel_is_refused_as_torch_does() -> None:
-    p = traincases.make("bn_act", n=1, h=1, w=1, batch_stats=True)
+    p = train_cases.make("bn_act", n=1, h=1, w=1, batch_stats=True)
     for run in (fused, lambda q: q.eager()):
         with pytest.raises(ValueError, match=r"more than (one|1) value per channel"):
             run(p)
@@ -301,7 +301,7 @@ def test_float64_is_the_references() -> None:
 
 
 def test_an_empty_batch_is_refused_by_name_only() -> None:
-    p = traincases.make("conv_bn_act", n=0, batch_stats=True)
+    p = train_cases.make("conv_bn_act", n=0, batch_stats=True)
     with pytest.raises(BackendError, match="at least one element to train on"):
         fused(p)
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpointcases import META, advance, content, make, reseal, touching
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import checkpoint, curves
@@ -26,6 +25,7 @@ from resnet_fast.training.checkpoint import Damaged, State
 from resnet_fast.training.distributed import World
 from resnet_fast.training.loop import Options, Watch, train
 from resnet_fast.training.recipe import Recipe
+from tests.support.checkpoint_cases import META, advance, content, make, reseal, touching
 
 
 def save(out: Path, state: State, step: int, keep: int = 2, **meta: Any) -> Path:

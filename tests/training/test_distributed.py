@@ -7,7 +7,6 @@ summed: DDP adds the halves of two processes, autograd adds the second part onto
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -27,12 +26,7 @@ from resnet_fast.models import registry
 from resnet_fast.training import checkpoint, distributed, loader, optim, recipe, runlog
 from resnet_fast.training.distributed import World
 from resnet_fast.training.step import Normalise, Step
-
-SCRIPT = Path(__file__).with_name("distributed_worker.py")
-_spec = importlib.util.spec_from_file_location("distributed_worker", SCRIPT)
-assert _spec is not None and _spec.loader is not None
-worker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(worker)
+from tests.support import distributed_worker as worker
 
 TOLERANCE = 1e-4
 """Of losses, relatively, and of weights and statistics by norm. One sum in another order is wrong by some 2**-24 = 6e-8
@@ -71,7 +65,7 @@ def spread(processes: int, folder: Path, runs: list[dict[str, Any]]) -> tuple[in
     """Exit code and output of the worker's ``runs`` in that many processes."""
     file = folder / f"jobs-{time.monotonic_ns()}.json"
     file.write_text(json.dumps(runs, default=str))
-    job = start(processes, str(SCRIPT), str(file))
+    job = start(processes, worker.__file__, str(file))
     said = end(job)
     return job.returncode, said
 

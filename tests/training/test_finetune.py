@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointcases import touching
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +17,7 @@ from resnet_fast.models import registry
 from resnet_fast.training import checkpoint, curves, finetune, optim, runlog
 from resnet_fast.training.loop import Watch, plan, train
 from resnet_fast.training.recipe import Recipe
+from tests.support.checkpoint_cases import touching
 
 Make = Callable[..., Any]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointcases import META, content, make, reseal, touching
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from resnet_fast.training import checkpoint, shards
 from resnet_fast.training.checkpoint import Damaged
 from resnet_fast.training.distributed import World
+from tests.support.checkpoint_cases import META, content, make, reseal, touching
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

@@ -21,6 +21,7 @@ from resnet_fast.training.loader import Part
 from resnet_fast.training.loop import Options, train
 from resnet_fast.training.recipe import Recipe
 from resnet_fast.training.step import Normalise, Step
+from tests.support import memory_worker
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
@@ -202,8 +203,7 @@ def test_options_that_a_net_does_not_have(tiny: Callable[..., Recipe]) -> None:
 
 @pytest.mark.slow
 def test_memory_is_constant_over_a_thousand_steps(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("memory_worker.py")
-    command = [sys.executable, str(script), str(tmp_path / "run")]
+    command = [sys.executable, memory_worker.__file__, str(tmp_path / "run")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     held = json.loads(done.stdout)
     assert held["tensors"]["300"] == held["tensors"]["1000"]

@@ -1,6 +1,6 @@
 """Which launches the static budgets cover, and the command that writes their table.
 
-    python tests/triton/budgets.py        compile every shipped config, write docs/tables/static-budgets.{json,md}
+    python -m tests.triton.budgets        compile every shipped config, write docs/tables/static-budgets.{json,md}
 
 Every shipped config of every kernel on sm_80, sm_90 and sm_100 in bfloat16, on the layers of ResNet-50 that stress it:
 with a residual (the epilogue that holds most in registers) and with a fused projection; and one config per kernel in
@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from capture import capture
-from static_budget import Job, compile_many, write_table
 
 from resnet_fast import devices
 from resnet_fast.backends.triton import plan
@@ -24,6 +22,8 @@ from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning import configs, shapes
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import merged_groups, routes, stem_step
+from tests.triton.capture import capture
+from tests.triton.static_budget import Job, compile_many, write_table
 
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 JSON, PAGE = TABLES / "static-budgets.json", TABLES / "static-budgets.md"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from static_budget import Job
+from tests.triton.static_budget import Job
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a Triton kernel costs on a GPU that is not here: compile it for sm_80, 90 or 100 and read the machine code.
 
-    job = Job("toy_kernels:matmul_kernel", {"a_ptr": "*fp16", ..., "K": "i32"}, {"BLOCK_M": 128, ...}, arch=90)
+    job = Job("package.module:matmul_kernel", {"a_ptr": "*fp16", ..., "K": "i32"}, {"BLOCK_M": 128, ...}, arch=90)
     budget, = compile_many([job])        # in processes without TRITON_INTERPRET
     print(budget.registers, budget.loops[0].pressure)
 
@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sass
+from tests.triton import sass
 
 
 @dataclass(frozen=True)

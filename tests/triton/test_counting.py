@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 
-import counting
 import pytest
 import torch
-import toy_kernels as toy
-from counting import OutOfBounds, count
 
 from resnet_fast.backends.triton.interpreter import repair
+from tests.support import ROOT
+from tests.triton import toy_kernels as toy
+from tests.triton.counting import OutOfBounds, count
 
 pytestmark = pytest.mark.interpret
 
@@ -155,8 +155,7 @@ def test_interpreter_is_as_before_afterwards() -> None:
 
 
 def test_without_the_interpreter_it_says_what_to_set() -> None:
-    code = "import counting\nwith counting.count(): pass"
+    code = "from tests.triton.counting import count\nwith count(): pass"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.path.dirname(counting.__file__)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode and "set TRITON_INTERPRET=1 before triton is imported" in done.stderr

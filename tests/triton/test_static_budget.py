@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sass
-import static_budget
-from static_budget import Budget, Job, compare, compile_many, occupancy, read_table, write_table
 
+from tests.support import ROOT
+from tests.triton import sass
+from tests.triton.static_budget import Budget, Job, compare, compile_many, occupancy, read_table, write_table
+
+TOY = "tests.triton.toy_kernels"
 POINTERS = {"a_ptr": "*fp16", "b_ptr": "*fp16", "c_ptr": "*fp16", "M": "i32", "N": "i32", "K": "i32"}
 EVEN = {"M": 16, "N": 16, "K": 16}
 DESCRIPTORS = {
@@ -21,21 +23,25 @@ DESCRIPTORS = {
 }  # fmt: skip
 BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
 COPY = Job(
-    "toy_kernels:copy_kernel", {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32"}, {"BLOCK": 512}, 90, attrs={"n": 16}
+    f"{TOY}:copy_kernel",
+    {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32"},
+    {"BLOCK": 512},
+    90,
+    attrs={"n": 16},
 )
 TENSOR = {80: "HMMA.16816.F32", 90: "HGMMA.64x128x16.F32", 100: "UTCHMMA"}
 
 
 def _jobs() -> list[Job]:
     jobs = [
-        Job("toy_kernels:matmul_kernel", POINTERS, BLOCKS, arch, warps, attrs=EVEN, config=f"w{warps}")
+        Job(f"{TOY}:matmul_kernel", POINTERS, BLOCKS, arch, warps, attrs=EVEN, config=f"w{warps}")
         for arch in (80, 90, 100)
         for warps in (4, 8)
     ]
-    jobs += [Job("toy_kernels:descriptor_matmul_kernel", DESCRIPTORS, BLOCKS, a, config="w4") for a in (80, 90, 100)]
-    jobs.append(Job("toy_kernels:matmul_kernel", POINTERS, BLOCKS, 90, config="unknown sizes"))
+    jobs += [Job(f"{TOY}:descriptor_matmul_kernel", DESCRIPTORS, BLOCKS, a, config="w4") for a in (80, 90, 100)]
+    jobs.append(Job(f"{TOY}:matmul_kernel", POINTERS, BLOCKS, 90, config="unknown sizes"))
     floats = {k: v.replace("16", "32") for k, v in POINTERS.items()}
-    jobs += [Job("toy_kernels:matmul_kernel", floats, BLOCKS, a, attrs=EVEN, config="tf32") for a in (90, 100)]
+    jobs += [Job(f"{TOY}:matmul_kernel", floats, BLOCKS, a, attrs=EVEN, config="tf32") for a in (90, 100)]
     return [*jobs, COPY]
 
 
@@ -168,22 +174,30 @@ def test_compare_across_compilers_keeps_the_hard_rules(hopper: Budget) -> None:
 
 
 def test_errors_name_the_job() -> None:
-    with pytest.raises(RuntimeError, match=r"toy_kernels:copy_kernel c1 for sm_90: .*without a type or value: \['n'\]"):
+    with pytest.raises(RuntimeError, match=rf"{TOY}:copy_kernel c1 for sm_90: .*without a type or value: \['n'\]"):
         compile_many(
-            [Job("toy_kernels:copy_kernel", {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 32}, 90, config="c1")]
+            [
+                Job(
+                    f"{TOY}:copy_kernel",
+                    {"x_ptr": "*fp32", "y_ptr": "*fp32"},
+                    {"BLOCK": 32},
+                    90,
+                    config="c1",
+                )
+            ]
         )
 
 
 def test_a_process_that_interprets_can_still_compile() -> None:
     code = """
-import static_budget, test_static_budget, toy_kernels
+from tests.triton import static_budget, test_static_budget, toy_kernels
 if __name__ == "__main__":
     job = test_static_budget.COPY
     print(static_budget.compile_many([job])[0].accesses)
     static_budget.compile_kernel(toy_kernels.copy_kernel, job.signature, job.constexprs, 90)
 """
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(static_budget.__file__)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "{'LDG.16': 1, 'STG.16': 1}\n", done.stderr
     assert "is TRITON_INTERPRET set?" in done.stderr
 
@@ -191,9 +205,10 @@ if __name__ == "__main__":
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="captures launches of compiled kernels")
 def test_captured_launch_is_the_job_that_triton_would_compile() -> None:
     import torch
-    import toy_kernels
-    from capture import capture
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from tests.triton import toy_kernels
+    from tests.triton.capture import capture
 
     a, b = torch.empty(256, 128, dtype=torch.float16, device="meta"), torch.empty(128, 1, device="meta").half()
     with capture() as launches:
@@ -201,7 +216,10 @@ def test_captured_launch_is_the_job_that_triton_would_compile() -> None:
         descriptors = [TensorDescriptor.from_tensor(a, s) for s in ([128, 64], [64, 128], [128, 128])]
         toy_kernels.descriptor_matmul_kernel[(2, 1)](*descriptors, 128, **BLOCKS)
     pointers, described = (launch.job(90, config="c") for launch in launches)
-    assert pointers.kernel == "toy_kernels:matmul_kernel" and (pointers.num_warps, pointers.num_stages) == (8, 2)
+    assert pointers.kernel == f"{TOY}:matmul_kernel" and (
+        pointers.num_warps,
+        pointers.num_stages,
+    ) == (8, 2)
     assert pointers.signature == {k: v for k, v in POINTERS.items() if k != "N"}
     assert pointers.constexprs == {"N": 1, **BLOCKS}
     assert {k: v for k, v in pointers.attrs.items() if v} == {"a_ptr": 16, "b_ptr": 16, "c_ptr": 16, "M": 16}

@@ -1,6 +1,6 @@
 """What the kernels move, counted in Triton's interpreter, launch by launch and for the whole of ResNet-50.
 
-    TRITON_INTERPRET=1 python tests/triton/traffic.py        write docs/tables/traffic.{json,md}
+    TRITON_INTERPRET=1 python -m tests.triton.traffic        write docs/tables/traffic.{json,md}
 
 Every distinct launch of ResNet-50's eval routes at batch 1, 224x224, float16, with the config that an H100 would run.
 Unique bytes are what memory must deliver if caches are perfect, and are compared with the plan's least
@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from counting import count
-
 from resnet_fast import devices
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.spec import ITEMSIZE, LaunchSpec
 from resnet_fast.tuning import heuristic, shapes
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import Route, routes
+from tests.triton.counting import count
 
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 JSON, PAGE = TABLES / "traffic.json", TABLES / "traffic.md"

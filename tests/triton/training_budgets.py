@@ -1,6 +1,6 @@
 """Which training launches the static budgets cover, and the command that writes their table.
 
-    python tests/triton/training_budgets.py        compile all, write docs/tables/training-budgets.{json,md}
+    python -m tests.triton.training_budgets        compile all, write docs/tables/training-budgets.{json,md}
 
 Every shipped config of conv_fwd, conv_dgrad and conv_wgrad on sm_80, sm_90 and sm_100 in bfloat16, on the kinds of
 convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; beside it the exact prologue of the first
@@ -14,9 +14,6 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
-from budgets import GPUS, TABLES
-from capture import CapturedLaunch, capture
-from static_budget import Job, compile_many, write_table
 from torch import Tensor
 
 from resnet_fast import devices
@@ -27,6 +24,9 @@ from resnet_fast.spec import ITEMSIZE, ConvSpec, LaunchSpec
 from resnet_fast.tuning import shapes, training
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import merged_groups
+from tests.triton.budgets import GPUS, TABLES
+from tests.triton.capture import CapturedLaunch, capture
+from tests.triton.static_budget import Job, compile_many, write_table
 
 JSON, PAGE = TABLES / "training-budgets.json", TABLES / "training-budgets.md"
 TITLE = "Static budgets of the training kernels"

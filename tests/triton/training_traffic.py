@@ -1,6 +1,6 @@
 """What a training step moves, counted in Triton's interpreter, block by block and for the whole of ResNet-50.
 
-    TRITON_INTERPRET=1 python tests/triton/training_traffic.py        write docs/tables/training-traffic.{json,md}
+    TRITON_INTERPRET=1 python -m tests.triton.training_traffic        write docs/tables/training-traffic.{json,md}
 
 Every distinct block of ResNet-50 and its stem, forward and backward, at batch 1, 224x224, float16 activations and fp32
 parameters, with the configs that an H100 would run at batch 256. Unique bytes are what memory must deliver if caches
@@ -19,7 +19,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from counting import Counts, Traffic, count
 from torch import Tensor
 
 from resnet_fast.backends.triton.training import chain, convolution
@@ -29,6 +28,7 @@ from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
 from resnet_fast.tuning import shapes, training
 from resnet_fast.tuning.routes import merged_groups
+from tests.triton.counting import Counts, Traffic, count
 
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 JSON, PAGE = TABLES / "training-traffic.json", TABLES / "training-traffic.md"

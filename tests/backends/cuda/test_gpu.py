@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from opcases import Problem, make
 
 import resnet_fast
 from resnet_fast import accelerate, numerics
+from tests.support.op_cases import Problem, make
 
 pytestmark = pytest.mark.gpu
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from opcases import BLOCKS, OPS, Problem, make
 
 import resnet_fast
 from resnet_fast import accelerate, explain, numerics
+from tests.support.op_cases import BLOCKS, OPS, Problem, make
 
 pytestmark = pytest.mark.gpu
 

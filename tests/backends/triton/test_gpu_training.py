@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from blockcases import made, projection, step
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resnet_fast
 from resnet_fast import accelerate
+from tests.support.block_cases import made, projection, step
 
 pytestmark = pytest.mark.gpu
 

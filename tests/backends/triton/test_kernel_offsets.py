@@ -8,13 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from launches import RELU, conv, stem
 
 from resnet_fast import devices, numerics
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.backends.triton.tiles import pixel_of_row, row_offset
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import heuristic
+from tests.triton.launches import RELU, conv, stem
 
 pytestmark = pytest.mark.interpret
 

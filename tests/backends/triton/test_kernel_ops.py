@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opcases import BLOCKS, LAYOUTS, OPS, Problem, make
 from torch._prims_common import check_significant_strides
 
 from resnet_fast import BackendError, numerics
 from resnet_fast.backends.triton import DTYPES
+from tests.support.op_cases import BLOCKS, LAYOUTS, OPS, Problem, make
 
 pytestmark = pytest.mark.interpret
 

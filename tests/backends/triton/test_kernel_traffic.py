@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import traffic
-from launches import ADD, conv, stem
 
 from resnet_fast.spec import Epilogue, LaunchSpec
+from tests.triton import traffic
+from tests.triton.launches import ADD, conv, stem
 
 pytestmark = pytest.mark.interpret
 

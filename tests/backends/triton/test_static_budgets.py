@@ -5,15 +5,15 @@ Compiled here, without a GPU, in processes of their own.
 
 from __future__ import annotations
 
-import budgets
 import pytest
-from sass import is_narrow
-from static_budget import ARCHS, Budget, read_table, worse
 
 from resnet_fast.tuning import configs
+from tests.triton import budgets
+from tests.triton.sass import is_narrow
+from tests.triton.static_budget import ARCHS, Budget, read_table, worse
 
 TABLE = read_table(budgets.JSON)
-COMMAND = "python tests/triton/budgets.py"
+COMMAND = "python -m tests.triton.budgets"
 
 
 def test_one_config_per_launch_keeps_its_budget() -> None:

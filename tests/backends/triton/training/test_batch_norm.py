@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bncases as cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from resnet_fast.backends.triton.training import batch_norm
 from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.backends.triton.training.vectors import Grad
 from resnet_fast.calls import Norm
+from tests.support import batch_norm_cases as cases
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from blockcases import made, projection, step
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fast import accelerate
+from tests.support.block_cases import made, projection, step
 
 pytestmark = pytest.mark.interpret
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import traincases
-from opcases import OPS, Problem
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
-from traincases import case, check, fused, pooled_gap, same, step, stock
 
 from resnet_fast import accelerate
 from resnet_fast.tuning import training as tuning
 from resnet_fast.tuning.training import CUDNN, Chosen
+from tests.support import train_cases
+from tests.support.op_cases import OPS, Problem
+from tests.support.train_cases import case, check, fused, pooled_gap, same, step, stock
 
 pytestmark = pytest.mark.interpret
 
@@ -210,7 +210,7 @@ def test_what_needs_no_gradient_is_not_computed(name: str, launches: Counter[str
     p = case("bottleneck", co=16, stride=2)
     found = step(p, fused, frozen)
     assert {k: n for k, n in launches.items() if k != "conv_fwd"} == expected
-    truth = step(p.to(traincases.WIDE), lambda q: q.eager(), frozen, traincases.cotangent(found["y"]))
+    truth = step(p.to(train_cases.WIDE), lambda q: q.eager(), frozen, train_cases.cotangent(found["y"]))
     for key, t in truth.items():
         torch.testing.assert_close(found[key].double(), t, rtol=1e-4, atol=1e-4)
 
@@ -219,7 +219,7 @@ def test_a_given_shortcut_alone_needs_a_gradient(launches: Counter[str]) -> None
     p = case("basic_block", torch.float16, residual=True)
     found = step(p, fused, lambda name: name != "residual")
     assert launches.keys() == {"conv_fwd"}
-    dy = traincases.cotangent(found["y"])
+    dy = train_cases.cotangent(found["y"])
     assert torch.equal(found["grad residual"], torch.where(found["y"] > 0, dy, 0))
 
 
@@ -227,7 +227,7 @@ def test_outputs_and_gradients_share_no_memory() -> None:
     for p in (case("bn_act", relu=False, residual=True), case("basic_block", co=16)):
         q = p.copy(grad=True)
         y = fused(q)
-        dy = traincases.cotangent(y)
+        dy = train_cases.cotangent(y)
         y.backward(dy)
         tensors = [y, dy, *q.tensors().values(), *(t.grad for t in q.leaves().values() if t.grad is not None)]
         assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
@@ -272,7 +272,7 @@ def test_what_is_not_finite_shows_where_it_shows_in_torch(op: str, value: float)
     p.x[1, 3, 2, 2] = value
     ours, torchs = step(p, fused), step(p, stock)
     for name, t in torchs.items():
-        if not traincases.is_zero(p, name):
+        if not train_cases.is_zero(p, name):
             assert torch.equal(ours[name].isfinite(), t.isfinite()), name
             if not name.startswith(("mean", "var")) or value != value:
                 assert torch.equal(ours[name].isnan(), t.isnan()), name
@@ -283,7 +283,8 @@ def test_a_running_mean_far_from_the_batch(dtype: torch.dtype) -> None:
     """Two standard deviations: what is stored is three times as large as eager's, and so is its rounding."""
     p = case("basic_block", dtype, co=16, drift=2.0)
     ours = step(p, fused)
-    eager, truth = step(p, stock), step(p.to(traincases.WIDE), lambda q: q.eager(), dy=traincases.cotangent(ours["y"]))
+    dy = train_cases.cotangent(ours["y"])
+    eager, truth = step(p, stock), step(p.to(train_cases.WIDE), lambda q: q.eager(), dy=dy)
     for name, t in truth.items():
         error, eagers = ((s[name].double() - t).norm() / t.norm() for s in (ours, eager))
         assert error <= 6 * eagers + torch.finfo(dtype).eps, name
@@ -360,7 +361,7 @@ def test_running_statistics_may_change_before_backward() -> None:
     y = getattr(torch.ops.resnet_fast, q.op)(*q.args(), "triton", "recompute")
     for t in q.statistics().values():
         t.add_(3.0)
-    y.backward(traincases.cotangent(y))
+    y.backward(train_cases.cotangent(y))
     for name, t in q.leaves().items():
         assert torch.equal(t.grad, expected[f"grad {name}"]), name
 
@@ -370,8 +371,8 @@ def test_gradients_of_two_steps_add_up(op: str) -> None:
     p = case(op, **({"co": 16} if op == "basic_block" else {}))
     once, q = step(p, fused), p.copy(grad=True)
     y = fused(q)
-    y.backward(traincases.cotangent(y), retain_graph=True)
-    y.backward(traincases.cotangent(y))
+    y.backward(train_cases.cotangent(y), retain_graph=True)
+    y.backward(train_cases.cotangent(y))
     for name, t in q.leaves().items():
         assert torch.equal(t.grad, 2 * once[f"grad {name}"]), name
 
@@ -379,7 +380,7 @@ def test_gradients_of_two_steps_add_up(op: str) -> None:
 def test_a_problem_counts_what_it_holds() -> None:
     """The inputs are what the module says: gammas of both signs and 0, no activation near 0, each ReLU both ways."""
     p: Problem = case("bottleneck", co=16, stride=2)
-    y = p.to(traincases.WIDE).eager(relu=False)
+    y = p.to(train_cases.WIDE).eager(relu=False)
     assert y.abs().min() > 1e-2 and (y > 0).any() and (y < 0).any()
     for norm in p.norms:
         assert norm.weight is not None and {-1.0, 0.0, 1.0} == set(norm.weight.sign().tolist())

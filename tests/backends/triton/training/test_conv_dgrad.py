@@ -1,7 +1,7 @@
 """conv_dgrad in the interpreter: every config, prologue, epilogue and geometry against fp64, and autograd of the whole
 chain of BatchNorm, convolution, BatchNorm.
 
-gamma of the norm behind has both signs and a 0; inputs and parameters lie between NaN (dgradcases.py).
+gamma of the norm behind has both signs and a 0; inputs and parameters lie between NaN (dgrad_cases.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import count
-from dgradcases import EPILOGUES, EPS, Case, assert_sums, case, over, packed_weight
-from launches import conv
 
 from resnet_fast import numerics
 from resnet_fast.backends.triton.training import conv_dgrad as module
@@ -23,16 +20,14 @@ from resnet_fast.backends.triton.training.conv_dgrad import conv_dgrad
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config, for_dtype
 from resnet_fast.tuning.training import SHIPPED
+from tests.support.dgrad_cases import EPILOGUES, EPS, GEOMETRIES, Case, assert_sums, case, over, packed_weight
+from tests.support.fwd_cases import VARIANTS
+from tests.triton.counting import count
+from tests.triton.launches import conv
 
 pytestmark = pytest.mark.interpret
 
 TILE = Config("conv_dgrad", 64, 32, 32)
-VARIANTS = [
-    (dtype, prologue)
-    for dtype in ("float16", "bfloat16", "float32")
-    for prologue in ("none", "exact", "packed")
-    if (dtype, prologue) != ("float32", "packed")
-]
 
 
 @pytest.fixture
@@ -55,47 +50,6 @@ def test_every_config(config: Config, dtype: str, prologue: str, poisoned_output
 def test_epilogue(dtype: str, prologue: str, epilogue: str, poisoned_outputs: None) -> None:
     case(conv(24, 16, 1, h=5, w=7, dtype=dtype), prologue, epilogue).check(for_dtype(TILE, dtype))
     case(conv(20, 16, 1, h=5, w=4, stride=2, dtype=dtype), prologue, epilogue).check(for_dtype(TILE, dtype))
-
-
-def rectangle(ci: int, co: int, r: int, s: int, **changes: Any) -> ConvSpec:
-    return replace(conv(ci, co, 1), r=r, s=s, **changes)
-
-
-GEOMETRIES = {
-    "1x1": conv(33, 40, 1),
-    "1x1_whole_blocks": conv(32, 64, 1, h=8, w=4),
-    "1x1_stride2": conv(48, 40, 1, stride=2),
-    "1x1_stride3_padded": conv(16, 24, 1, stride=3, padding=1),
-    "1x1_padded": conv(16, 40, 1, padding=1),
-    "3x3_whole_blocks": conv(32, 64, 3, h=4, w=4, n=1),
-    "3x3_stride2": conv(24, 20, 3, stride=2),
-    "3x3_stride2_even": conv(24, 20, 3, h=8, w=6, stride=2),
-    "3x3_stride2_no_padding": conv(24, 20, 3, h=8, w=6, stride=2, padding=0),
-    "3x3_dilation2": conv(16, 20, 3, dilation=2),
-    "3x3_stride2_dilation2": conv(16, 24, 3, stride=2, dilation=2),
-    "3x3_stride2_dilation3": conv(16, 24, 3, stride=2, dilation=3),
-    "3x3_stride3_dilation2": conv(16, 24, 3, stride=3, dilation=2),
-    "3x3_stride4_dilation6": conv(16, 24, 3, h=14, w=13, stride=4, dilation=6, n=1),
-    "3x3_no_padding": conv(24, 20, 3, padding=0),
-    "3x3_wide_padding": conv(24, 16, 3, padding=4, n=1),
-    "5x5_dilation2": conv(16, 20, 5, dilation=2, n=1),
-    "even_filter": conv(16, 17, 4, padding=1, n=1),
-    "stride_beyond_filter": conv(16, 17, 2, stride=4, padding=1),
-    "1x3_unequal": rectangle(18, 24, 1, 3, stride=(2, 1), padding=(0, 1)),
-    "3x1_unequal": rectangle(18, 24, 3, 1, stride=(1, 3), padding=(2, 0), dilation=(2, 1)),
-    "16_taps": rectangle(16, 16, 1, 16, padding=(0, 8), n=1, h=2),
-    "17_taps_beyond_a_half_word": rectangle(16, 16, 17, 1, padding=(8, 0), n=1, w=2),
-    "7x7_three_channels": conv(3, 24, 7, stride=2, n=1),
-    "eight_output_channels": conv(24, 8, 3, n=1),
-    "one_channel": conv(1, 1, 3),
-    "groups": conv(32, 64, 3, groups=2, h=5, w=4, n=1),
-    "groups_merged": conv(32, 32, 3, groups=8, stride=2),
-    "groups_of_three": conv(8, 12, 3, groups=4, n=1),
-    "depthwise": conv(40, 40, 3, groups=40, h=5, w=4, n=1),
-    "one_pixel": conv(24, 20, 3, h=1, w=1, n=9),
-    "one_pixel_stride3": conv(24, 20, 1, h=1, w=1, n=9, stride=3),
-    "one_column": conv(24, 20, 3, h=6, w=1, n=3, stride=2),
-}
 
 
 @pytest.mark.parametrize("prologue", ["exact", "packed"])

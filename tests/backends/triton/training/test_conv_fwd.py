@@ -1,6 +1,6 @@
 """conv_fwd in the interpreter: every config, prologue and geometry against fp64, and its statistics against its output.
 
-Every norm has both signs of gamma and channels of gamma 0 (fwdcases.py); inputs and parameters lie between NaN.
+Every norm has both signs of gamma and channels of gamma 0 (fwd_cases.py); inputs and parameters lie between NaN.
 """
 
 from __future__ import annotations
@@ -10,27 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from counting import count
-from fwdcases import Case, assert_moments, case, with_clamp
-from launches import conv
 
 from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.backends.triton.training.conv_fwd import conv_fwd
 from resnet_fast.backends.triton.training.pack import pack_forward
 from resnet_fast.backends.triton.training.vectors import Act
-from resnet_fast.spec import ConvSpec
 from resnet_fast.tuning.configs import Config, for_dtype
 from resnet_fast.tuning.training import SHIPPED
+from tests.support.fwd_cases import VARIANTS, Case, assert_moments, case, rectangle, with_clamp
+from tests.triton.counting import count
+from tests.triton.launches import conv
 
 pytestmark = pytest.mark.interpret
 
 TILE = Config("conv_fwd", 64, 32, 32)
-VARIANTS = [
-    (dtype, prologue)
-    for dtype in ("float16", "bfloat16", "float32")
-    for prologue in ("none", "exact", "packed")
-    if (dtype, prologue) != ("float32", "packed")
-]
 
 
 @pytest.mark.parametrize("dtype,prologue", VARIANTS)
@@ -38,10 +31,6 @@ VARIANTS = [
 def test_every_config(config: Config, dtype: str, prologue: str, poisoned_outputs: None) -> None:
     """132 pixels, 20 channels to 20: no tile divides any of them."""
     case(conv(20, 20, 3, n=1, h=12, w=11, dtype=dtype), prologue).check(for_dtype(config, dtype))
-
-
-def rectangle(ci: int, co: int, r: int, s: int, **changes: Any) -> ConvSpec:
-    return replace(conv(ci, co, 1), r=r, s=s, **changes)
 
 
 GEOMETRIES = {

@@ -1,35 +1,30 @@
 """conv_wgrad in the interpreter: every config, prologue and geometry against fp64; how pixels are split; traffic.
 
-gamma of both norms has both signs and zeros; inputs and parameters lie between NaN (wgradcases.py).
+gamma of both norms has both signs and zeros; inputs and parameters lie between NaN (wgrad_cases.py).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import dgradcases
 import pytest
 import torch
-from counting import count
-from launches import conv
-from test_conv_dgrad import GEOMETRIES
-from wgradcases import SMS, Case, case
 
 from resnet_fast.backends.triton.training import conv_wgrad as module
 from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning.configs import Config, for_dtype
 from resnet_fast.tuning.training import FEW_VALUES, SHIPPED
+from tests.support import dgrad_cases
+from tests.support.dgrad_cases import GEOMETRIES
+from tests.support.fwd_cases import VARIANTS
+from tests.support.wgrad_cases import SMS, Case, case
+from tests.triton.counting import count
+from tests.triton.launches import conv
 
 pytestmark = pytest.mark.interpret
 
 TILE = Config("conv_wgrad", 32, 32, 64)
-VARIANTS = [
-    (dtype, prologue)
-    for dtype in ("float16", "bfloat16", "float32")
-    for prologue in ("none", "exact", "packed")
-    if (dtype, prologue) != ("float32", "packed")
-]
 
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "as_it_is"])
@@ -176,7 +171,7 @@ def test_inputs_are_not_written() -> None:
 def test_a_wrong_coefficient_is_found() -> None:
     """The check itself: one channel's BETA off by a hundredth."""
 
-    class Wrong(dgradcases.Case):
+    class Wrong(dgrad_cases.Case):
         def grad(self) -> Any:
             grad = super().grad()
             grad.packed[v.BETA_HI, 7] += 0.01

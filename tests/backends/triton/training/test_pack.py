@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fwdcases import case, guard
-from launches import conv
 from torch import Tensor
 
 from resnet_fast.backends.triton.training import vectors as v
@@ -13,6 +11,8 @@ from resnet_fast.backends.triton.training.pack import pack_dgrad, pack_forward
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.spec import ConvSpec
 from resnet_fast.tuning.routes import merged_groups
+from tests.support.fwd_cases import case, guard
+from tests.triton.launches import conv
 
 pytestmark = pytest.mark.interpret
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import bncases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import count
 from torch import Tensor
 
 from resnet_fast.backends.triton.training import pool as kernel
 from resnet_fast.backends.triton.training.pool import pool_end, pool_end_backward
 from resnet_fast.calls import Pool
+from tests.support import batch_norm_cases as cases
+from tests.triton.counting import count
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
 

@@ -7,14 +7,14 @@ Compiled here, without a GPU, in processes of their own.
 from __future__ import annotations
 
 import pytest
-import training_budgets as budgets
-from static_budget import ARCHS, Budget, read_table, worse
 
 from resnet_fast import devices
 from resnet_fast.tuning import training
+from tests.triton import training_budgets as budgets
+from tests.triton.static_budget import ARCHS, Budget, read_table, worse
 
 TABLE = read_table(budgets.JSON)
-COMMAND = "python tests/triton/training_budgets.py"
+COMMAND = "python -m tests.triton.training_budgets"
 SAMPLE = ("conv_fwd 3x3", "conv_dgrad 1x1 behind", "conv_wgrad 3x3")
 PER_CHANNEL = ("finalize", "constant", "coefficients")
 """Kernels of a few vectors, one element per thread; those on tensors store 16 bytes at once."""

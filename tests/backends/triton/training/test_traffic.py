@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import training_traffic as traffic
-from launches import ADD, conv
 
 from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue
+from tests.triton import training_traffic as traffic
+from tests.triton.launches import ADD, conv
 
 pytestmark = pytest.mark.interpret
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from opcases import BLOCKS, Problem, _bn, _conv, lay_out, make
 from torch import Tensor
 
 from resnet_fast import numerics
+from tests.support.op_cases import BLOCKS, Problem, _bn, _conv, lay_out, make
 
 WIDE = torch.float64
 
@@ -24,7 +24,7 @@ WIDE = torch.float64
 def case(
     op: str, dtype: torch.dtype = torch.float32, *, frozen: tuple[int, ...] = (), drift: float = 0.5, **options: Any
 ) -> Problem:
-    """A training problem of :func:`opcases.make`: x and residual in ``dtype`` and NHWC, parameters fp32.
+    """A training problem of :func:`op_cases.make`: x and residual in ``dtype`` and NHWC, parameters fp32.
 
     gamma has both signs and is 0 in the first two channels, before a positive and before a negative beta. ``frozen``:
     the norms that are in eval mode. ``drift``: how many standard deviations a running mean lies off the batch's. Raw

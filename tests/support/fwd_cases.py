@@ -6,6 +6,7 @@ The truth starts from what is given to all three: the raw input as stored, the f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,20 @@ from resnet_fast.backends.triton.training.pack import pack_forward
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config
+from tests.triton.launches import conv
+
+VARIANTS = [
+    (dtype, prologue)
+    for dtype in ("float16", "bfloat16", "float32")
+    for prologue in ("none", "exact", "packed")
+    if (dtype, prologue) != ("float32", "packed")
+]
 
 GUARD = 64
+
+
+def rectangle(ci: int, co: int, r: int, s: int, **changes: Any) -> ConvSpec:
+    return replace(conv(ci, co, 1), r=r, s=s, **changes)
 
 
 def guard(t: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 KERNELS = ROOT / "csrc" / "kernels"
 HERE = ROOT / "tests" / "emulator"
 KEPT = ROOT / "build" / "emulator"

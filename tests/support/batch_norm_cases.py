@@ -1,6 +1,6 @@
 """Random raw outputs and norms for the tests of the BatchNorm, block end and pool passes; and one process of a group.
 
-python bncases.py RANK FOLDER COUNT...      the images of process RANK, COUNT[RANK] of them, in a group over FOLDER
+``python batch_norm_cases.py RANK FOLDER COUNT...`` runs process RANK of a group over FOLDER, with COUNT[RANK] images.
 """
 
 from __future__ import annotations

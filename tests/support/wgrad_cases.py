@@ -1,17 +1,14 @@
 """Weight gradients of convolutions on random tensors: kernel, truth in fp64, and what stock autocast computes.
 
 The truth starts from what is given to all three: g, y and the raw input as stored, the vectors of the norm before the
-convolution, and the statistics of y in fp64. The gradient's side is that of dgradcases.py.
+convolution, and the statistics of y in fp64. The gradient's side is that of dgrad_cases.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import dgradcases
 import torch
-from dgradcases import over
-from fwdcases import norm
 from torch import Tensor
 
 from resnet_fast import numerics
@@ -21,6 +18,9 @@ from resnet_fast.backends.triton.training.conv_wgrad import conv_wgrad
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config
+from tests.support import dgrad_cases
+from tests.support.dgrad_cases import over
+from tests.support.fwd_cases import norm
 
 SMS = 4
 """Multiprocessors that the launcher fills: few, so that a small launch is split as a large one is."""
@@ -30,7 +30,7 @@ SMS = 4
 class Case:
     """A launch: the gradient of its raw output, and its input, ``raw`` or as it is."""
 
-    behind: dgradcases.Case
+    behind: dgrad_cases.Case
     x: Act
     raw: bool
 
@@ -82,8 +82,8 @@ class Case:
 def case(
     conv: ConvSpec, prologue: str, raw: bool = True, seed: int = 0, mean: float = 0.5, images: int = 1, gap: int = 0
 ) -> Case:
-    """Random tensors, dgradcases.py and fwdcases.py. ``images``: x is every n-th of a batch; ``gap``: elements that it
-    lies off its first address."""
+    """Random tensors, as in dgrad_cases.py. ``images``: x is every n-th of a batch; ``gap``: elements between x and the
+    first address of its memory."""
     generator = torch.Generator().manual_seed(seed + 1)
     y = torch.randn(images * conv.n, conv.ci, conv.h, conv.w, generator=generator)
     y = guarded((y + mean * over(torch.randn(conv.ci, generator=generator))).to(getattr(torch, conv.dtype)))[::images]
@@ -91,4 +91,4 @@ def case(
         field = torch.empty(y.numel() + gap, dtype=y.dtype)
         y = field[gap:].view(conv.n, conv.h, conv.w, conv.ci).permute(0, 3, 1, 2).copy_(y)
     x = norm(y, generator) if raw else Act(y)
-    return Case(dgradcases.case(conv, prologue, "plain", seed, mean), x, raw)
+    return Case(dgrad_cases.case(conv, prologue, "plain", seed, mean), x, raw)
