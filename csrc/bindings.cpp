@@ -20,14 +20,6 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
       "conv_bn_act_1x1(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int stride_h, int stride_w, bool relu) "
       "-> Tensor");
   m.def("stem_fwd(Tensor x, Tensor weights, Tensor bias) -> Tensor");
-  m.def("bn_act_stats(Tensor x, Tensor? gamma, Tensor? beta, float eps) -> Tensor");
-  m.def("bn_act_fwd(Tensor x, Tensor affine, Tensor? residual, Tensor? residual_affine, bool relu) -> Tensor");
-  m.def(
-      "bn_act_bwd_sums(Tensor dy, Tensor? y, Tensor x, Tensor vectors, Tensor? residual, Tensor? residual_vectors, "
-      "bool relu, bool batch) -> Tensor");
-  m.def(
-      "bn_act_bwd(Tensor dy, Tensor? y, Tensor? x, Tensor? vectors, Tensor gradients, Tensor? residual, bool relu, "
-      "bool wants_dx, bool wants_dresidual) -> (Tensor, Tensor)");
 }
 
 // Importing resnet_fast._C registers the ops; the module object itself is empty.

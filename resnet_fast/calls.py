@@ -91,29 +91,6 @@ class ConvBnActCall(NamedTuple):
         return self.conv.numbers(), self.norm.numbers(), self.relu, _kind(self.residual)
 
 
-class BnActCall(NamedTuple):
-    """``act(bn(x) + residual)``."""
-
-    x: Tensor
-    norm: Norm
-    residual: Tensor | None
-    relu: bool
-
-    @property
-    def op(self) -> str:
-        return "bn_act"
-
-    @property
-    def batch_stats(self) -> bool:
-        return self.norm.batch_stats
-
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.norm.tensors()
-
-    def numbers(self) -> tuple[Any, ...]:
-        return self.norm.numbers(), self.relu, _kind(self.residual)
-
-
 class StemCall(NamedTuple):
     """``maxpool(relu(bn(conv(x))))``."""
 
@@ -176,7 +153,7 @@ class BlockCall(NamedTuple):
         return convs, tuple([n[4:] for n in self.norms]), self.projection, _kind(self.shortcut)
 
 
-Call = ConvBnActCall | BnActCall | StemCall | BlockCall
+Call = ConvBnActCall | StemCall | BlockCall
 """The calls that have a ``torch.library`` op."""
 
 
@@ -211,9 +188,7 @@ def norms_of(call: Call) -> tuple[Norm, ...]:
 
 def convs_of(call: Call) -> tuple[Conv, ...]:
     """The convolutions of a call: main branch first, then the projection."""
-    if isinstance(call, BlockCall):
-        return call.convs
-    return () if isinstance(call, BnActCall) else (call.conv,)
+    return call.convs if isinstance(call, BlockCall) else (call.conv,)
 
 
 def given_of(call: Call) -> Tensor | None:
@@ -272,8 +247,6 @@ class Leaves(NamedTuple):
         )
         if isinstance(call, BlockCall):
             return call._replace(x=self.x, convs=convs, norms=norms, shortcut=self.given)
-        if isinstance(call, BnActCall):
-            return call._replace(x=self.x, norm=norms[0], residual=self.given)
         if isinstance(call, ConvBnActCall):
             return call._replace(x=self.x, conv=convs[0], norm=norms[0], residual=self.given)
         return call._replace(x=self.x, conv=convs[0], norm=norms[0])

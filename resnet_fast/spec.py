@@ -1,9 +1,8 @@
 """Problem descriptions: the one immutable value that every decision, error, cache and benchmark row is made from.
 
-A module call becomes a :class:`ConvSpec` (one convolution with what is fused around it), a :class:`PointwiseSpec`
-(BatchNorm, add and ReLU without a convolution) or a :class:`BlockSpec` (several convolutions in one call). They are
-frozen, hashable and print on one line. This file imports nothing but the standard library, so that a table of shapes,
-a roofline and a kernel test can all use it without torch.
+A module call becomes a :class:`ConvSpec` (one convolution with what is fused around it) or a :class:`BlockSpec`
+(several convolutions in one call). They are frozen, hashable and print on one line. This file imports nothing but the
+standard library, so that a table of shapes, a roofline and a kernel test can all use it without torch.
 
 GEMM letters follow the implicit-GEMM view of a convolution: ``gemm_m = N*Ho*Wo`` output pixels, ``gemm_n = Co/groups``
 output channels, ``gemm_k = Ci/groups*R*S`` products per output; there are ``groups`` such GEMMs.
@@ -172,50 +171,6 @@ class ConvSpec(_HashedOnce):
         if self.groups != 1:
             text += f" g{self.groups}"
         return text + f" {self.epilogue} {_mode(self)}"
-
-
-@dataclass(frozen=True)
-class PointwiseSpec(_HashedOnce):
-    """BatchNorm + residual add + ReLU on an (N, C, H, W) tensor, without a convolution."""
-
-    __hash__ = _HashedOnce.__hash__
-
-    n: int
-    h: int
-    w: int
-    c: int
-    dtype: str = "float32"
-    layout: str = "nhwc"
-    epilogue: Epilogue = Epilogue()
-    batch_stats: bool = False
-    grad: bool = False
-    sync: bool = False
-
-    op = "bn_act"
-
-    def out_shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H, W), as the input's."""
-        return self.n, self.c, self.h, self.w
-
-    def macs(self) -> int:
-        return 0
-
-    def flops(self) -> int:
-        """One multiply and one add per element for BN, one more for the residual."""
-        return self.n * self.h * self.w * self.c * (3 if self.epilogue.add else 2)
-
-    def params(self) -> int:
-        return 2 * self.c
-
-    def min_bytes(self) -> int:
-        elements = self.n * self.h * self.w * self.c * (3 if self.epilogue.add else 2)
-        return elements * ITEMSIZE[self.dtype] + 2 * self.c * 4
-
-    def with_(self, **changes: Any) -> PointwiseSpec:
-        return replace(self, **changes)
-
-    def __str__(self) -> str:
-        return f"N{self.n} {self.h}x{self.w} {self.c} {self.epilogue} {_mode(self)}"
 
 
 SHORTCUTS = ("identity", "projection", "given")
@@ -439,12 +394,12 @@ class NetSpec(_HashedOnce):
         return f"N{self.n} {self.h}x{self.w} net of {len(self.parts)} parts {self.dtype} {self.layout}"
 
 
-Spec = ConvSpec | PointwiseSpec | BlockSpec
+Spec = ConvSpec | BlockSpec
 
 
-def _mode(spec: ConvSpec | PointwiseSpec) -> str:
+def _mode(spec: ConvSpec) -> str:
     flags = (" batch-stats" if spec.batch_stats else "") + (" grad" if spec.grad else "")
-    flags += " tf32" if getattr(spec, "tf32", False) else ""
+    flags += " tf32" if spec.tf32 else ""
     flags += " sync" if spec.sync else ""
     return f"{spec.dtype} {spec.layout}{flags}"
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec, PointwiseSpec, Verdict, conv_out
+from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec, Verdict, conv_out
 
 
 def _random_specs(count: int) -> list[ConvSpec]:
@@ -98,15 +98,6 @@ def test_prints_on_one_line_what_distinguishes_it() -> None:
     assert str(spec) == "N2 8x9 4->6 3x3/2x1 p1x2 d1x3 g2 bn+add+relu bfloat16 nchw"
     assert str(spec.with_(batch_stats=True, grad=True)).endswith("nchw batch-stats grad")
     assert str(Epilogue(norm=False)) == "none"
-    assert str(PointwiseSpec(1, 8, 9, 4, epilogue=Epilogue(relu=True))) == "N1 8x9 4 bn+relu float32 nhwc"
-
-
-def test_pointwise_reads_x_and_residual_and_writes_y() -> None:
-    spec = PointwiseSpec(2, 5, 7, 3, epilogue=Epilogue(relu=True, add=True))
-    assert spec.min_bytes() == 3 * (2 * 5 * 7 * 3) * 4 + 2 * 3 * 4
-    assert (spec.macs(), spec.flops()) == (0, 3 * 2 * 5 * 7 * 3)
-    without = spec.with_(epilogue=Epilogue(relu=True))
-    assert spec.min_bytes() - without.min_bytes() == 2 * 5 * 7 * 3 * 4
 
 
 def _block(shortcut: str) -> BlockSpec:

@@ -9,10 +9,8 @@ namespace resnet_fast {
 Status current_device(Device* device);
 
 const Kernels& kernels() {
-  static const Kernels table{current_device,         bottleneck_fwd_shared,     launch_bottleneck_fwd,
-                             launch_conv_bn_act,     launch_conv_bn_act_1x1,    launch_stem_fwd,
-                             launch_bn_act_stats,    launch_bn_act_stats_merge, launch_bn_act_fwd,
-                             launch_bn_act_bwd_sums, launch_bn_act_bwd_merge,   launch_bn_act_bwd};
+  static const Kernels table{current_device,     bottleneck_fwd_shared,  launch_bottleneck_fwd,
+                             launch_conv_bn_act, launch_conv_bn_act_1x1, launch_stem_fwd};
   return table;
 }
 

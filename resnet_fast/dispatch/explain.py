@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import devices
-from ..calls import BlockCall, BnActCall, Call
+from ..calls import BlockCall, Call
 from ..errors import UserError
 from ..roofline import cpu_ceilings, floors
 from . import record
@@ -214,8 +214,6 @@ def _name(call: Call, names: dict[int, str]) -> str:
     """The layer's name in the model, found by a parameter that the call carries."""
     if isinstance(call, BlockCall):
         return names.get(id(call.convs[0].weight), "?").rsplit(".", 1)[0]
-    if isinstance(call, BnActCall):
-        return next((names[id(t)] for t in call.norm.tensors() if id(t) in names), "?")
     return names.get(id(call.conv.weight), "?")
 
 
@@ -229,7 +227,7 @@ def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple
             covered |= {id(p) for p in layers.parameters()}
         elif isinstance(event.call, BlockCall):
             covered |= {id(c.weight) for c in event.call.convs}
-        elif not isinstance(event.call, BnActCall):
+        else:
             covered.add(id(event.call.conv.weight))
     left = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and id(m.weight) not in covered]
     if not left:

@@ -1,12 +1,11 @@
-"""The ops ``torch.ops.resnet_fast.{conv_bn_act, bn_act, bottleneck, basic_block, stem}``, defined by this import."""
+"""The ops ``torch.ops.resnet_fast.{conv_bn_act, bottleneck, basic_block, stem}``, defined by this import."""
 
-from . import basic_block, bn_act, bottleneck, conv_bn_act, stem
+from . import basic_block, bottleneck, conv_bn_act, stem
 from .infer import infer, infer_tiles
 from .run import is_plain_inference, run
 
 __all__ = [
     "basic_block",
-    "bn_act",
     "bottleneck",
     "conv_bn_act",
     "infer",

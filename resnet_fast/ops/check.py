@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import flags
-from ..calls import BlockCall, BnActCall, Call, Conv, ConvBnActCall, NetCall, Norm, StemCall
+from ..calls import BlockCall, Call, Conv, ConvBnActCall, NetCall, Norm, StemCall
 from ..errors import UserError
-from ..spec import BlockSpec, ConvSpec, Epilogue, NetSpec, PointwiseSpec, Spec
+from ..spec import BlockSpec, ConvSpec, Epilogue, NetSpec, Spec
 
 _KEEP = 4096
 _specs: dict[Any, Spec | NetSpec] = {}
@@ -69,7 +69,7 @@ def check(call: Call | NetCall, grad: bool = False) -> Spec | NetSpec:
             specs.append(_check_part(part, at, grad))
             at = at.after(specs[-1])
         return NetSpec(tuple(specs))
-    return _check_bn_act(call, at, grad) if isinstance(call, BnActCall) else _check_part(call, at, grad)
+    return _check_part(call, at, grad)
 
 
 def _check_part(call: ConvBnActCall | StemCall | BlockCall, at: At, grad: bool) -> ConvSpec | BlockSpec:
@@ -200,18 +200,6 @@ def _same(t: Tensor, shape: tuple[int, ...], x: At, what: str) -> None:
             _shape(t),
             "the shortcut must match the output",
         )
-
-
-def _check_bn_act(call: BnActCall, x: At, grad: bool) -> PointwiseSpec:
-    n, c, h, w = x.shape
-    _check_norm(call.norm, c, x, "bn_act")
-    if call.residual is not None:
-        _same(call.residual, (n, c, h, w), x, "bn_act: residual")
-    if call.norm.batch_stats and n * h * w == 1 and not call.norm.sync:
-        raise UserError("bn_act: more than one value per channel", _shape(x), "use a larger batch, or model.eval()")
-    epilogue = Epilogue(call.relu, call.residual is not None, _has_norm(call.norm))
-    dtype = str(x.dtype).removeprefix("torch.")
-    return PointwiseSpec(n, h, w, c, dtype, x.layout, epilogue, call.norm.batch_stats, grad, bool(call.norm.sync))
 
 
 def _check_stem(call: StemCall, at: At, grad: bool) -> ConvSpec:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..calls import BlockCall, BnActCall, Call, ConvBnActCall, norms_of
+from ..calls import BlockCall, Call, ConvBnActCall, norms_of
 from .infer import infer
 
 
@@ -59,8 +59,6 @@ def flatten(call: Call) -> tuple[Any, ...]:
             [n.eps for n in call.norms],
             call.shortcut,
         )
-    if isinstance(call, BnActCall):
-        return (call.x, *call.norm[:7], call.relu, call.residual)
     if isinstance(call, ConvBnActCall):
         return (call.x, *call.conv, *call.norm[:7], call.relu, call.residual)
     return (call.x, *call.conv, *call.norm[:7], list(call.pool))

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue, LaunchSpec, NetSpec, PointwiseSpec, Spec
+from ..spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue, LaunchSpec, NetSpec, Spec
 from ..tuning import shapes
 from ..tuning.routes import routes
 
@@ -98,8 +98,6 @@ def _size(c: ConvSpec) -> tuple[int, int, int]:
 
 def _convs(spec: Spec) -> dict[str, ConvSpec]:
     """The convolutions of a problem by short name."""
-    if isinstance(spec, PointwiseSpec):
-        return {}
     if isinstance(spec, ConvSpec):
         return {"conv": spec}
     named = {f"conv{i}": c for i, c in enumerate(spec.main, 1)}
@@ -136,8 +134,6 @@ def _separate(spec: Spec, part: str) -> Iterator[Work]:
         tensors = {"bn": 2 * e.norm, "add": 3 * e.add, "relu": 2 * e.relu}
         return (_pass(part, name, kernel, k * y, spec.dtype) for kernel, k in tensors.items() if k)
 
-    if isinstance(spec, PointwiseSpec):
-        yield from passes("", spec.epilogue, spec.n * spec.h * spec.w * spec.c)
     for name, c in _convs(spec).items():
         x, y, _ = _size(c)
         bare = c.with_(epilogue=Epilogue(norm=False))
@@ -149,11 +145,6 @@ def _separate(spec: Spec, part: str) -> Iterator[Work]:
 
 
 def _fused(spec: Spec, plan: str, part: str) -> Iterator[Work]:
-    if isinstance(spec, PointwiseSpec):
-        elements = spec.n * spec.h * spec.w * spec.c * (3 if spec.epilogue.add else 2)
-        activations = elements * ITEMSIZE[spec.dtype]
-        yield Work(part, "bn_act", "bn_act", spec.min_bytes(), activations, spec.flops(), spec.dtype)
-        return
     if isinstance(spec, BlockSpec):
         narrow = all(c.co <= FUSED_BLOCK_CHANNELS for c in spec.main[: -1 if spec.op == "bottleneck" else None])
         if plan == "block" or (plan == "stage12" and narrow):
@@ -211,11 +202,6 @@ def _training(spec: Spec, plan: str, part: str, before: Spec | None) -> Iterator
     dgrad's epilogue does the rest, see :func:`_dgrad_reads`. Weights are read or written once in each of the three.
     """
     fused = plan == "train-conv-bn"
-    if isinstance(spec, PointwiseSpec):
-        y = spec.n * spec.h * spec.w * spec.c
-        tensors = _norm_passes("train-bn-single-pass" if fused else plan, spec.epilogue)
-        yield from (_pass(part, "", kernel, k * y, spec.dtype) for kernel, k in tensors.items() if k)
-        return
     for name, c in _convs(spec).items():
         x, y, stored = _size(c)
         once = y * 2 if fused else y

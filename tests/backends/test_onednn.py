@@ -26,7 +26,7 @@ def test_every_dtype_and_layout(op: str, dtype: torch.dtype, layout: str) -> Non
     assert_within_budget(make(op, dtype=dtype, layout=layout, h=11, w=13))
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act", "bn_act", "bottleneck", "basic_block"])
+@pytest.mark.parametrize("op", ["conv_bn_act", "bottleneck", "basic_block"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_given_residual(op: str, dtype: torch.dtype, layout: str) -> None:
@@ -118,17 +118,16 @@ def test_float32_norms_under_16_bit(op: str, dtype: torch.dtype) -> None:
     assert error <= 2 * (stock.double() - exact).norm()
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act", "bn_act"])
-def test_the_same_tensor_as_input_and_residual(op: str) -> None:
+def test_the_same_tensor_as_input_and_residual() -> None:
     for layout in LAYOUTS:
-        p = make(op, layout=layout)
+        p = make("conv_bn_act", layout=layout)
         twice = type(p)(p.op, p.x, p.convs, p.norms, residual=p.x)
         before = p.x.clone()
         torch.testing.assert_close(twice.run("onednn"), twice.eager(), rtol=1e-4, atol=1e-5)
         assert torch.equal(p.x, before)
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act", "bn_act", "bottleneck", "basic_block"])
+@pytest.mark.parametrize("op", ["conv_bn_act", "bottleneck", "basic_block"])
 @pytest.mark.parametrize("layout", ["sliced", "sliced_nhwc"])
 def test_nothing_is_written_around_a_sliced_residual(op: str, layout: str) -> None:
     p = make(op, stride=2, residual=True, layout=layout)
@@ -241,8 +240,6 @@ def test_any_problem_is_within_budget_and_looks_like_the_reference(
     with torch.no_grad():
         ours, reference = p.run("onednn"), p.run("reference")
         assert torch.equal(reference, p.eager())
-    if op == "bn_act" and not options["tracked"] and options["layout"] == "transposed":
-        return  # elementwise arithmetic keeps a permutation that a spec has no word for; oneDNN returns NCHW
     same, _ = check_significant_strides(ours, reference, only_cuda=False)
     assert same, (ours.stride(), reference.stride())
 

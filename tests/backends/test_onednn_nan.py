@@ -68,7 +68,7 @@ def test_a_broken_pixel(op: str, dtype: torch.dtype, backend: str) -> None:
             assert resnet_fast.stats() == {"calls": {f"{op}/onednn": 1}, "fallbacks": {}}
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act", "bn_act", "bottleneck", "basic_block"])
+@pytest.mark.parametrize("op", ["conv_bn_act", "bottleneck", "basic_block"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_broken_residual(op: str, value: float) -> None:
     p = make(op, residual=True, layout="nhwc")
@@ -93,10 +93,10 @@ def test_a_whole_channel_and_a_whole_image(op: str) -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_broken_parameters(op: str, value: float) -> None:
     """In any convolution and norm of the call; a negative or infinite variance is BatchNorm's business."""
-    for name in make(op, bias=op != "bn_act").tensors():
+    for name in make(op, bias=True).tensors():
         if name in ("x", "residual"):
             continue
-        p = make(op, bias=op != "bn_act")
+        p = make(op, bias=True)
         p.tensors()[name].view(-1)[1] = value
         if name.startswith("var") and value == INF:
             torch.testing.assert_close(p.run("onednn"), p.eager(), rtol=1e-4, atol=1e-4)  # a scale of 0
@@ -113,7 +113,7 @@ def test_overflow_inside(op: str, dtype: torch.dtype) -> None:
     """Finite input and weights, whose products are infinite: inf - inf is NaN, and ReLU would make it 0."""
     p = make(op, dtype=dtype, ci=16, co=16)
     p.x.mul_(1e37)
-    (p.norms[0].weight if op == "bn_act" else p.convs[0].weight).mul_(1e3)
+    p.convs[0].weight.mul_(1e3)
     out = assert_stock(p, "may overflow")
     assert not out.isfinite().all()
 
@@ -148,11 +148,8 @@ def test_large_numbers_that_fit_run_fused(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_the_bounds_hold(op: str) -> None:
     """An adversarial input, the signs of a filter, comes close to a convolution's bound and never above it."""
-    p = make(op, h=6, w=6, projection=True if op in BLOCKS else None, bias=op != "bn_act")
-    x = p.x.sign() * 7.0
-    if op != "bn_act":
-        weight = p.convs[0].weight
-        x = weight[0].sign().repeat(2, 1, 3, 3)[:, :, :6, :6] * 7.0
+    p = make(op, h=6, w=6, projection=True if op in BLOCKS else None, bias=True)
+    x = p.convs[0].weight[0].sign().repeat(2, 1, 3, 3)[:, :, :6, :6] * 7.0
     q = p.map(lambda k, t: x if k == "x" else t)
     state = _state(q)
     out = state.bounds.out

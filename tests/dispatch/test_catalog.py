@@ -71,7 +71,8 @@ def test_the_first_call_loads_the_backends() -> None:
         "import sys, torch, resnet_fast\n"
         "loaded = lambda: [m for m in sys.modules if m.startswith('resnet_fast.backends.onednn')]\n"
         "assert not loaded()\n"
-        "torch.ops.resnet_fast.bn_act(torch.ones(1, 1, 2, 2), None, None, None, None, False, 0.0, 0.0, True)\n"
+        "x, conv = torch.ones(1, 1, 2, 2), (torch.ones(1, 1, 1, 1), None, [1, 1], [0, 0], [1, 1], 1)\n"
+        "torch.ops.resnet_fast.conv_bn_act(x, *conv, None, None, None, None, False, 0.0, 0.0, True)\n"
         "assert loaded() and 'torchvision' not in sys.modules\n"
     )
     root = Path(__file__).parents[2]

@@ -39,7 +39,7 @@ def test_strict_nests_and_ends() -> None:
 
 
 def test_tapes_nest() -> None:
-    p = make("bn_act")
+    p = make("conv_bn_act")
     with record.tape() as outer:
         p.run()
         with record.tape() as inner:
@@ -50,7 +50,7 @@ def test_tapes_nest() -> None:
 
 def test_stats_is_a_copy() -> None:
     reset_stats()
-    make("bn_act").run()
+    make("conv_bn_act").run()
     taken = stats()
-    make("bn_act").run()
-    assert taken["calls"] == {"bn_act/onednn": 1} and stats()["calls"] == {"bn_act/onednn": 2}
+    make("conv_bn_act").run()
+    assert taken["calls"] == {"conv_bn_act/onednn": 1} and stats()["calls"] == {"conv_bn_act/onednn": 2}

@@ -2,7 +2,7 @@
 
     python -m tests.emulator.kernel_budgets     write docs/tables/cuda-budgets.{json,md} and cuda-predictions.md
 
-Rows are the kernels as compiled for bfloat16, and fp32 where a kernel has it; half differs in opcodes' names alone.
+Rows are the kernels as compiled for bfloat16; half differs in opcodes' names alone.
 Shared memory and threads are what the launches below ask for: every kernel must appear in one of them.
 """
 
@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from resnet_fast.roofline import floors
 from resnet_fast.roofline.kernel_time import KernelCounts, KernelTime, extrapolated, kernel_time
 from resnet_fast.spec import Spec
 from resnet_fast.tuning import shapes
-from tests.emulator import test_bn_act_kernels as bn
 from tests.emulator import test_bottleneck_fwd as bottleneck
 from tests.emulator import test_conv_bn_act_kernels as convolution
 from tests.emulator import test_stem_fwd as stem
@@ -56,26 +54,7 @@ def small_launches(module: Path) -> Iterator[dict[str, Any]]:
             yield from emulator.launches()
     with Emulator(module) as emulator:
         stem.Stem(1, 16, 16, BF16).run()
-        for dtype in (BF16, torch.float32):
-            for residual in bn.RESIDUALS:
-                bn_step(1, 8, 2, 2, dtype, residual)
         yield from emulator.launches()
-
-
-def bn_step(n: int, c: int, h: int, w: int, dtype: torch.dtype, residual: str) -> None:
-    """A training step's launches, ``residual`` added to BatchNorm's output; with a ReLU and without."""
-    shape = (n, c, h, w)
-    x, dy, (gamma, beta) = bn.random(shape, dtype, 1), bn.random(shape, dtype, 2), bn.parameters(c, 3)
-    r, pair = bn.added(residual, shape, dtype)
-    projects = pair is not None
-    vectors = native.bn_act_stats(x, gamma, beta, bn.EPS)
-    vectors_r = native.bn_act_stats(r, gamma, beta, bn.EPS) if projects else None
-    y = native.bn_act_fwd(x, vectors[:2], r, vectors_r[:2] if projects else None, True)
-    branch = r if projects else None
-    masks = [(y, True), (None, False)] if r is not None else [(None, True), (None, False)]
-    for out, relu in masks:
-        sums = native.bn_act_bwd_sums(dy, out, x, vectors, branch, vectors_r, relu, True)
-        native.bn_act_bwd(dy, out, x, vectors, sums, branch, relu, True, r is not None)
 
 
 def readable(mangled: str) -> str:
@@ -86,21 +65,8 @@ def readable(mangled: str) -> str:
 
 
 def plain(name: str) -> str:
-    """Without spaces, and with enumerators as c++filt has them: ``Residual::kTensor`` is ``(Residual)1``."""
-
-    def numbered(match: re.Match[str]) -> str:
-        return f"({match[1]}){enumerators()[match[1]].index(match[2])}"
-
-    return re.sub(r"(\w+)::(k\w+)", numbered, re.sub(r"\s+", "", name))
-
-
-@cache
-def enumerators() -> dict[str, list[str]]:
-    """The names of every enumeration of the kernels, in order."""
-    text = "".join(path.read_text() for path in [*KERNELS.glob("*.cu"), *KERNELS.rglob("*.h")])
-    return {
-        name: re.findall(r"k\w+", body) for name, body in re.findall(r"enum (?:class )?(\w+)[^{;]*\{([^}]*)\}", text)
-    }
+    """Without spaces."""
+    return re.sub(r"\s+", "", name)
 
 
 def nvcc_version() -> str:
@@ -166,7 +132,6 @@ LAYERS = (
     "r50.layer1.1",
     "r50.layer2.1",
     *(f"r50.layer2.1.conv{i}" for i in (1, 2, 3)),
-    "r50.layer1.1 block end",
 )
 
 
@@ -198,28 +163,6 @@ def predictions(layers: Sequence[str] = LAYERS, batch: int = 256) -> list[Row]:
             counts = one_and_two(lambda n: stem.Stem(n, spec.h, spec.w, BF16).run())  # noqa: B023
         # a block per tile: nothing stays from one to the next, and the last round of thousands is like the others
         rows.append(row(name, spec, extrapolated(*counts, batch, gpu.gpu.sms, gpu.gpu.sms), gpu))
-    if BN_END in layers:
-        rows += bn_rows(batch, gpu)
-    return rows
-
-
-BN_END = "r50.layer1.1 block end"
-"""bn3, the shortcut and ReLU of a bottleneck in training."""
-
-
-def bn_rows(batch: int, gpu: devices.Device) -> list[Row]:
-    """Each launch of a training step's BatchNorm, add and ReLU; the floor is a copy of the same bytes."""
-    assert gpu.gpu is not None
-    steps = []
-    for images in (1, 2):
-        with Emulator(emulation.build(), **H100) as emulator:
-            bn_step(images, 256, 56, 56, BF16, "tensor")
-            steps.append([KernelCounts.of(launch) for launch in emulator.launches()])
-    rows = []
-    for one, two in zip(*steps, strict=True):
-        counted = extrapolated(one, two, batch, gpu.gpu.sms, gpu.gpu.sms)
-        if counted.dram > 100e6:  # the merges of partial sums are small
-            rows.append(Row(BN_END, counted, kernel_time(counted, gpu), counted.dram / gpu.bandwidth.value))
     return rows
 
 

@@ -58,15 +58,7 @@ def test_the_table_has_every_kernel() -> None:
     launched = {path.read_text().count("RF_LAUNCH") and path.stem for path in KERNELS.glob("*.cu")} - {0}
     named = {row.kernel for row in TABLE.values()}
     for stem in launched:
-        assert any(name.startswith(stem.removesuffix("_bwd")) for name in named), stem
-
-
-def test_bn_act_is_predicted_at_nine_tenths_of_a_copy() -> None:
-    """Every launch of a training step's BatchNorm, add and ReLU over a tensor of stage 1 at batch 256."""
-    rows = kernel_budgets.predictions((kernel_budgets.BN_END,))
-    assert len(rows) == 6
-    for row in rows:
-        assert row.predicted.bound == "DRAM" and row.ratio <= 1 / 0.9, row
+        assert any(name.startswith(stem) for name in named), stem
 
 
 def test_predictions_cover_their_layers() -> None:

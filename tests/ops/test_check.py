@@ -13,7 +13,6 @@ from resnet_fast.errors import UserError
 from resnet_fast.ops.check import check, layout_of, spec_of
 from tests.support.op_cases import BLOCKS, OPS, Problem, make
 
-CONV_OPS = tuple(op for op in OPS if op != "bn_act")
 RESIDUAL_OPS = tuple(op for op in OPS if op != "stem")
 
 
@@ -52,17 +51,17 @@ def test_input_must_be_floating_point(op: str, dtype: torch.dtype) -> None:
         p.run()
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_an_nhwc_shaped_input_is_recognised(op: str) -> None:
     refused(swap(make(op, ci=4, h=9, w=7), "x", lambda t: t.permute(0, 2, 3, 1)), "looks like NHWC", "permute")
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_wrong_channels(op: str) -> None:
     refused(swap(make(op), "x", lambda t: t[:, :5]), "8 channels", "(2, 5, 9, 7)")
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("x,w", [("float32", "float64"), ("bfloat16", "float16"), ("float32", "bfloat16")])
 def test_dtypes_of_input_and_weight_must_agree(op: str, x: str, w: str) -> None:
     p = make(op, dtype=getattr(torch, w))
@@ -83,7 +82,7 @@ def test_half_of_the_norm_in_another_dtype(op: str) -> None:
     refused(swap(p, "mean0", lambda t: t.float()), "BatchNorm", "one dtype")
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["weight0", "bias0", "gamma0", "mean0"])
 def test_devices_must_agree(op: str, name: str) -> None:
     refused(swap(make(op, bias=True), name, lambda t: t.to("meta")), "on cpu", "on meta", "model.to('cpu')")
@@ -101,7 +100,7 @@ def test_everything_on_meta_gives_the_shape(op: str) -> None:
     assert y.device.type == "meta" and y.shape == p.run().shape
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "name,value", [("stride", 0), ("stride", -2), ("padding", -1), ("dilation", 0), ("dilation", -1)]
 )
@@ -110,7 +109,7 @@ def test_geometry_out_of_range(op: str, name: str, value: int) -> None:
     refused(with_conv(make(op), **{name: (1, value)}), name)
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("groups", [0, -1, 3])
 def test_groups_out_of_range(op: str, groups: int) -> None:
     refused(with_conv(make(op), groups=groups), "groups")
@@ -125,20 +124,20 @@ def test_a_huge_stride_gives_one_pixel(backend: str, stride: int) -> None:
     torch.testing.assert_close(y, make("conv_bn_act").map(lambda k, t: p.tensors()[k]).eager()[:, :, :1, :1])
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_filter_larger_than_the_image(op: str) -> None:
     p = make(op, h=2, w=9)
     refused(with_conv(p, weight=torch.randn(8, 8, 5, 5), padding=(0, 2)), "at least 5x1 pixels", "5x5 filter")
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_filter_without_elements(op: str) -> None:
     p = make(op)
     refused(with_conv(p, weight=torch.randn(8, 8, 0, 3)), "weight")
     refused(with_conv(p, weight=torch.randn(0, 8, 3, 3)), "weight")
 
 
-@pytest.mark.parametrize("op", CONV_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_weight_and_bias_of_the_wrong_shape(op: str) -> None:
     refused(swap(make(op), "weight0", lambda t: t[0]), "weight of 4 dimensions")
     refused(swap(make(op, bias=True), "bias0", lambda t: t[:-1]), "bias of shape (8,)")
@@ -219,7 +218,7 @@ def test_an_inner_convolution_is_named(op: str) -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference", "onednn"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_an_empty_batch_gives_an_empty_result(op: str, backend: str, layout: str) -> None:
-    p = make(op, stride=2, residual=op in ("conv_bn_act", "bn_act"), layout=layout, weight_layout=layout)
+    p = make(op, stride=2, residual=op == "conv_bn_act", layout=layout, weight_layout=layout)
     full = p.run(backend)
     empty = p.map(lambda k, t: t[:0] if k in ("x", "residual") else t)
     for grad in (False, True) if backend != "onednn" else (False,):
@@ -227,12 +226,6 @@ def test_an_empty_batch_gives_an_empty_result(op: str, backend: str, layout: str
             y = empty.copy(grad=grad).run(backend)
         assert y.shape == (0, *full.shape[1:]) and y.dtype == full.dtype and y.requires_grad == grad
         assert y.stride() == empty.eager().stride()
-
-
-def test_no_channels_give_an_empty_result() -> None:
-    for backend in ("reference", "onednn"):
-        y = torch.ops.resnet_fast.bn_act(torch.randn(2, 0, 3, 3), *[None] * 4, False, 0.0, 0.0, True, backend=backend)
-        assert y.shape == (2, 0, 3, 3)
 
 
 def test_a_spec_is_made_once_per_shape_and_again_for_another() -> None:

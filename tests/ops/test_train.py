@@ -79,7 +79,7 @@ def test_fake_outputs_are_like_the_real_ones(op: str, name: str) -> None:
         assert_like(fake, real)
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "bn_act"])
+@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
 def test_opcheck(op: str) -> None:
     p = case(op)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -89,7 +89,7 @@ def test_opcheck(op: str) -> None:
     torch.library.opcheck(backward_op(p), args, {"needs": needs(p)}, test_utils=tests)
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act", "bn_act"])
+@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
 def test_compiled_training_equals_eager(op: str) -> None:
     torch._dynamo.reset()
     p = case(op, torch.float16)
@@ -108,7 +108,7 @@ def test_compiled_training_equals_eager(op: str) -> None:
     assert any(f"resnet_fast.{op}" in str(n.target) for g in counter.graphs for n in g.graph.nodes)
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "stem", "bn_act"])
+@pytest.mark.parametrize("op", ["bottleneck", "stem", "conv_bn_act"])
 def test_a_derivative_in_a_graph_is_the_same_and_goes_no_further(op: str) -> None:
     p = case(op)
     expected = step(p, fused)
@@ -142,7 +142,7 @@ def test_forward_mode_raises(op: str) -> None:
             assert forward_ad.unpack_dual(fused(dual)).tangent is not None
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "bn_act"])
+@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
 def test_without_autograd_the_same_is_computed(op: str) -> None:
     p = case(op, torch.float16)
     expected = step(p, fused)
@@ -200,7 +200,7 @@ def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtyp
         assert torch.equal(t.grad, narrow[f"grad {name}"].float()), name
 
 
-@pytest.mark.parametrize("op", ["basic_block", "bn_act"])
+@pytest.mark.parametrize("op", ["basic_block", "conv_bn_act"])
 def test_a_scaled_loss_scales_the_gradients(op: str) -> None:
     """What GradScaler relies on: backward is linear, and a power of two commutes with every rounding."""
     p = case(op)
@@ -242,10 +242,10 @@ def test_saved_tensor_hooks_see_what_is_saved() -> None:
     assert tuple(p.x.shape) in seen and (10, p.convs[0].weight.shape[0]) in seen
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act", "bn_act"])
+@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced"])
 def test_strides_are_kept(op: str, layout: str) -> None:
-    p = case(op, layout=layout, residual=op in ("bn_act", "conv_bn_act"))
+    p = case(op, layout=layout, residual=op == "conv_bn_act")
     q, r = p.copy(grad=True), p.copy(grad=True)
     y, z = fused(q), r.eager()
     assert check_significant_strides(y, z, only_cuda=False)[0]
@@ -279,7 +279,7 @@ def test_an_output_may_be_changed_in_place(grad: bool) -> None:
 
 
 def test_one_value_per_channel_is_refused_as_torch_does() -> None:
-    p = train_cases.make("bn_act", n=1, h=1, w=1, batch_stats=True)
+    p = train_cases.make("conv_bn_act", n=1, h=1, w=1, batch_stats=True)
     for run in (fused, lambda q: q.eager()):
         with pytest.raises(ValueError, match=r"more than (one|1) value per channel"):
             run(p)

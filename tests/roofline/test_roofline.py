@@ -14,7 +14,7 @@ from resnet_fast.roofline.byte_model import INFERENCE, PLANS, TRAINING, bytes_mo
 from resnet_fast.roofline.cpu_ceilings import calibrate_cpu
 from resnet_fast.roofline.floors import floor, floor_seconds, net_floor
 from resnet_fast.roofline.prediction import MEASURED, PROFILE_S, calibration, predict_time
-from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, NetSpec, PointwiseSpec
+from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, NetSpec
 from resnet_fast.tuning import shapes
 from resnet_fast.tuning.routes import routes
 
@@ -22,10 +22,10 @@ TOY = Device("toy", Ceiling(100.0, "measured"), (("float32", Ceiling(1000.0, "pu
 
 
 def test_memory_bound_floor_is_bytes_over_bandwidth() -> None:
-    spec = PointwiseSpec(1, 4, 4, 8, epilogue=Epilogue(relu=True))
-    f = floor_seconds(spec, TOY)
-    assert f.seconds == f.memory_s == (2 * 4 * 4 * 8 * 4 + 2 * 8 * 4) / 100
-    assert (f.bound, f.origin, f.nbytes) == ("memory", "measured", spec.min_bytes())
+    f = floor_seconds(ConvSpec(1, 4, 4, 8, 8, 1, 1, epilogue=Epilogue(relu=True)), TOY)
+    nbytes = (2 * 4 * 4 * 8 + 8 * 8 + 8) * 4  # input and output, weights, bias
+    assert f.seconds == f.memory_s == nbytes / 100
+    assert (f.bound, f.origin, f.nbytes) == ("memory", "measured", nbytes)
 
 
 def test_compute_bound_floor_is_operations_over_rate() -> None:
@@ -193,19 +193,19 @@ def test_prediction_needs_a_gpu_and_is_one_flat_row() -> None:
 
 
 def test_net_floor_sums_and_names_the_larger_part() -> None:
-    memory = PointwiseSpec(1, 4, 4, 8)
+    memory = ConvSpec(1, 4, 4, 8, 8, 1, 1)
     compute = ConvSpec(1, 8, 8, 64, 64, 3, 3, padding=(1, 1))
     f = net_floor([memory, compute], TOY)
     parts = [floor_seconds(s, TOY) for s in (memory, compute)]
     assert f.seconds == parts[0].seconds + parts[1].seconds > max(f.memory_s, f.compute_s)
     assert (f.bound, f.origin) == ("compute", "mixed")
     assert f.flops == memory.flops() + compute.flops()
-    assert f.nbytes == memory.min_bytes() + compute.min_bytes() - 64 * 4  # the norm is folded: a bias is left of it
+    assert f.nbytes == memory.min_bytes() + compute.min_bytes() - (8 + 64) * 4  # norms are folded: a bias is left
     assert net_floor([memory], TOY).origin == "measured"
 
 
 def test_floor_is_one_flat_csv_row() -> None:
-    row = floor_seconds(PointwiseSpec(1, 4, 4, 8), TOY).to_dict()
+    row = floor_seconds(ConvSpec(1, 4, 4, 8, 8, 1, 1), TOY).to_dict()
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(row))
     writer.writeheader()

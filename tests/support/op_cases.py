@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnet_fast import numerics
 from resnet_fast.calls import Conv, Norm
 
-OPS = ("conv_bn_act", "bn_act", "stem", "bottleneck", "basic_block")
+OPS = ("conv_bn_act", "stem", "bottleneck", "basic_block")
 BLOCKS = {"bottleneck": 3, "basic_block": 2}
 
 
@@ -59,9 +59,6 @@ class Problem:
     def eager(self, relu: bool = True) -> Tensor:
         """The op in stock PyTorch, out of place. ``relu=False`` leaves the final ReLU out."""
         last = torch.relu if relu and self.relu else lambda t: t
-        if self.op == "bn_act":
-            y = _bn(self.x, self.norms[0])
-            return last(y if self.residual is None else y + self.residual)
         if self.op == "conv_bn_act":
             y = _bn(_conv(self.x, self.convs[0]), self.norms[0])
             return last(y if self.residual is None else y + self.residual)
@@ -119,7 +116,7 @@ class Problem:
 
     def gemm_k(self) -> int:
         """Products per output of the largest convolution."""
-        return max((c.weight[0].numel() for c in self.convs), default=1)
+        return max(c.weight[0].numel() for c in self.convs)
 
 
 def is_statistic(name: str) -> bool:
@@ -199,9 +196,7 @@ def make(
 
     x = torch.randn(n, ci, h, w)
     p = Problem(op, x, relu=relu, pool=pool)
-    if op == "bn_act":
-        p = replace(p, norms=(norm(ci, **norm_options),))
-    elif op in ("conv_bn_act", "stem"):
+    if op in ("conv_bn_act", "stem"):
         pad = dilation * (k // 2) if padding is None else padding
         p = replace(p, convs=(conv(ci, co, k, stride, pad, dilation, groups),), norms=(norm(co, **norm_options),))
     else:
@@ -221,8 +216,7 @@ def make(
         )
     if residual:
         with torch.no_grad():
-            shape = x.shape if op == "bn_act" else _out_shape(p)
-        p = replace(p, residual=torch.randn(shape))
+            p = replace(p, residual=torch.randn(_out_shape(p)))
 
     def finish(name: str, t: Tensor) -> Tensor:
         if norm_dtype is not None and name.rstrip("0123456789") in ("gamma", "beta", "mean", "var"):

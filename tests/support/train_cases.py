@@ -54,7 +54,7 @@ def _without_ties(p: Problem, drift: float) -> Problem:
     main = list(range(BLOCKS.get(p.op, 1)))
     y = p.x.to(WIDE)
     for i in main:
-        y = _conv(y, p.to(WIDE).convs[i]) if p.convs else y
+        y = _conv(y, p.to(WIDE).convs[i])
         _set_mean(p, i, y, drift)
         exact = p.to(WIDE)
         y = _bn(y, exact.norms[i])

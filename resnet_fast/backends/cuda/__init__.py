@@ -1,7 +1,7 @@
-"""Compiled CUDA kernels (csrc/): fp16 and bf16, NHWC, inference with BatchNorm folded, and bn_act in training.
+"""Compiled CUDA kernels (csrc/): fp16 and bf16, NHWC, inference with BatchNorm folded.
 
     bottleneck.py    a whole bottleneck of stride 1 in one launch      conv_bn_act.py   any convolution without groups
-    stem.py          7x7 + max-pool in one launch                      bn_act.py        BatchNorm + add + ReLU alone
+    stem.py          7x7 + max-pool in one launch
     plan.py          which of them run a call, and the loop over them
 
 They need no compiler on the user's machine, and no Triton. On a machine without a GPU they run in the emulator
@@ -12,7 +12,6 @@ for by name; ``auto`` never chooses the emulator.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...spec import Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
+from ...spec import Impl, NetSpec, Spec, Verdict
 from ..layouts import in_layout
 from ..refusals import inference_only, old_gpus
 from .device import EMULATED
@@ -50,8 +49,6 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
-    if isinstance(spec, PointwiseSpec):
-        return _module("bn_act").verdict(spec)
     inference = inference_only(spec, DTYPES)
     return inference and _module("plan").verdict(spec)
 
@@ -60,7 +57,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _impl(name: str, module: str, run: str, prepare: str = "prepare", training: Training | None = None) -> Impl:
+def _impl(name: str, module: str, run: str, prepare: str = "prepare") -> Impl:
     """The module is imported at the first call."""
 
     def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
@@ -76,24 +73,11 @@ def _impl(name: str, module: str, run: str, prepare: str = "prepare", training: 
     # In the emulator below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-2, ("cuda", "cpu")) if EMULATED else (10, ("cuda",))
     note = "compiled CUDA kernels, BN folded"
-    return Impl(name, "cuda", rank, _supports, run_some, prepare_some, devices, note, training)
-
-
-def _from_bn_act(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return getattr(_module("bn_act"), name)(*args)
-
-    return call
+    return Impl(name, "cuda", rank, _supports, run_some, prepare_some, devices, note)
 
 
 IMPLS = (
     _impl("conv_bn_act", "plan", "run"),
-    _impl(
-        "bn_act",
-        "bn_act",
-        "bn_act",
-        training=Training(*map(_from_bn_act, ("forward", "backward", "statistics", "shapes"))),
-    ),
     _impl("stem", "plan", "run"),
     _impl("bottleneck", "plan", "run"),
     _impl("basic_block", "plan", "run"),

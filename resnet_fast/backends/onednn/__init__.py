@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import YES, Impl, NetSpec, PointwiseSpec, Spec, Upkeep, Verdict
+from ...spec import YES, Impl, NetSpec, Spec, Upkeep, Verdict
 from ..refusals import inference_only
 from .basic_block import basic_block
-from .bn_act import bn_act
-from .bn_act import prepare as prepare_norm
 from .bottleneck import bottleneck
 from .conv_bn_act import DTYPES, conv_bn_act, elements, nbytes, prepare
 from .net import elements as elements_of_net
@@ -48,7 +46,7 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
     inference = inference_only(spec, DTYPES)
     if not inference:
         return inference
-    if not isinstance(spec, PointwiseSpec) and spec.h * spec.w == 0:
+    if spec.h * spec.w == 0:
         return Verdict.no("an image with pixels", f"{spec.h}x{spec.w}", "use a larger image")
     return Verdict.yes()
 
@@ -57,7 +55,7 @@ def _impl(
     name: str,
     run: Callable[[Any, Any, Any], Tensor | Verdict],
     prepare: Callable[[Any, Any, list[Any]], Any],
-    upkeep: Upkeep | None,
+    upkeep: Upkeep,
 ) -> Impl:
     """An output without elements (an empty batch) has no primitive: there is nothing to prepare and nothing to run."""
 
@@ -69,14 +67,12 @@ def _impl(
             return call.x.new_empty(spec.out_shape())
         return profiled(spec, lambda: run(call, spec, state)) if is_running() else run(call, spec, state)
 
-    if upkeep is not None:
-        elements, nbytes = upkeep.elements, upkeep.nbytes
-        upkeep = Upkeep(
-            lambda call, spec, earlier: elements(call, spec, _some(earlier)) if all(spec.out_shape()) else 0,
-            lambda states: nbytes(_some(states)),
-        )
+    kept = Upkeep(
+        lambda call, spec, earlier: upkeep.elements(call, spec, _some(earlier)) if all(spec.out_shape()) else 0,
+        lambda states: upkeep.nbytes(_some(states)),
+    )
     note = "BN folded, fused, packed weights"
-    return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), note, upkeep=upkeep)
+    return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), note, upkeep=kept)
 
 
 def _some(states: list[Any]) -> list[Any]:
@@ -86,7 +82,6 @@ def _some(states: list[Any]) -> list[Any]:
 _PACKED = Upkeep(elements, nbytes)
 IMPLS = (
     _impl("conv_bn_act", conv_bn_act, prepare, _PACKED),
-    _impl("bn_act", bn_act, prepare_norm, None),
     _impl("stem", stem, prepare, _PACKED),
     _impl("bottleneck", bottleneck, prepare, _PACKED),
     _impl("basic_block", basic_block, prepare, _PACKED),

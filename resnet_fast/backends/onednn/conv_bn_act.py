@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ... import folding
-from ...calls import BlockCall, BnActCall, Conv, ConvBnActCall, Norm, StemCall, convs_of, norms_of
-from ...spec import BlockSpec, ConvSpec, PointwiseSpec, Spec, Verdict
+from ...calls import BlockCall, Conv, ConvBnActCall, Norm, StemCall, convs_of, norms_of
+from ...spec import BlockSpec, ConvSpec, Spec, Verdict
 from . import bounds
 from .bounds import Bounds
 
@@ -186,7 +186,7 @@ def like_reference(y: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
     return y.to(dtype=dtype, memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
-def conv_bn_act(call: ConvBnActCall | BnActCall, spec: ConvSpec | PointwiseSpec, state: Folded) -> Tensor | Verdict:
+def conv_bn_act(call: ConvBnActCall, spec: ConvSpec, state: Folded) -> Tensor | Verdict:
     """act(bn(conv(x)) + residual)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)

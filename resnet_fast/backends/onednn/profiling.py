@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from ...spec import BlockSpec, ConvSpec, NetSpec, PointwiseSpec, Spec, Verdict
+from ...spec import BlockSpec, ConvSpec, NetSpec, Spec, Verdict
 
 
 def is_running() -> bool:
@@ -39,7 +39,7 @@ def _convs(spec: Spec | NetSpec) -> Iterator[ConvSpec]:
             yield from _convs(part)
     elif isinstance(spec, BlockSpec):
         yield from spec.convs
-    elif not isinstance(spec, PointwiseSpec):
+    else:
         yield spec
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ...spec import YES, Impl, NetSpec, Spec, Verdict
 from .basic_block import basic_block
-from .bn_act import bn_act
 from .bottleneck import bottleneck
 from .conv_bn_act import conv_bn_act
 from .net import net
@@ -29,7 +28,6 @@ IMPLS = tuple(
     Impl(name, "reference", 0, _supports, run, note="eager PyTorch")
     for name, run in (
         ("conv_bn_act", conv_bn_act),
-        ("bn_act", bn_act),
         ("stem", stem),
         ("bottleneck", bottleneck),
         ("basic_block", basic_block),

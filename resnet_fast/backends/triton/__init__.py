@@ -3,7 +3,7 @@
     conv_bn_act_1x1.py   matrix product                       conv_bn_act.py   any other convolution, groups
     conv_bn_act_3x3.py   implicit GEMM over nine taps         stem.py          7x7 + max-pool in one launch
     bottleneck.py        conv2 -> conv3, conv2's output on chip
-    bn_act.py            BatchNorm + add + ReLU alone         tiles.py         what they share
+    tiles.py             what they share
 
 A bottleneck is conv_bn_act_1x1 and then the tail, or three launches; a basic block is two launches of
 conv_bn_act_3x3, the shortcut in the second one's epilogue. Which, is chosen per problem (tuning/routes.py, choice.py);
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, PointwiseSpec, Spec, Training, Verdict
+from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, Spec, Training, Verdict
 from ..layouts import in_layout
 from ..refusals import dtype_among, old_gpus
 
@@ -78,10 +78,7 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
         return next((v for v in map(_supports, spec.parts) if not v), Verdict.yes())
     if (spec.grad or spec.batch_stats) and not all(spec.out_shape()):
         return Verdict.no("at least one element to train on", str(spec), "drop empty batches")
-    if isinstance(spec, PointwiseSpec):
-        counted = [spec.n * spec.h * spec.w]
-    else:
-        counted = [n for conv in _convs(spec) for n in (conv.gemm_m, conv.h * conv.w * conv.ci)]
+    counted = [n for conv in _convs(spec) for n in (conv.gemm_m, conv.h * conv.w * conv.ci)]
     if max(counted) >= INDEX_LIMIT:
         return Verdict.no("fewer than 2^31 output pixels, and elements per image", str(spec), "split the batch")
     return Verdict.yes()
@@ -129,7 +126,6 @@ TRAINING = Training(*map(_from_chain, ("forward", "backward", "statistics", "sha
 
 IMPLS = (
     _impl("conv_bn_act", "plan", "run"),
-    _impl("bn_act", "bn_act", "bn_act"),
     _impl("stem", "plan", "run"),
     _impl("bottleneck", "plan", "run"),
     _impl("basic_block", "plan", "run"),

@@ -8,7 +8,7 @@
 //   async copies   cp_async16  cp_async_commit  cp_async_wait                      global -> shared, 16 bytes a thread
 //   tensor cores   ldmatrix_x2  ldmatrix_x4  mma_m16n8k16                          fragments: fragments.h
 //   compiler       fresh                                     forget what was computed from a value: device_cuda.h
-//   numbers        Half  Bfloat16  Float32, pack2  unpack2, relu  larger  larger2  multiply_add  square_root
+//   numbers        Half  Bfloat16, pack2  unpack2, relu  larger2
 //
 // Under nvcc each is one or two instructions (device_cuda.h). Under any other C++ compiler the emulator in
 // tests/emulator/ implements them, so that the same source runs on a CPU, where every access is checked and counted. A

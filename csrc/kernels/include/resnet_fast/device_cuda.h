@@ -138,15 +138,8 @@ RF_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t at) {
                : "r"(shared_address(at)));
 }
 
-struct Half {
-  static constexpr int kBytes = 2;
-};
-struct Bfloat16 {
-  static constexpr int kBytes = 2;
-};
-struct Float32 {
-  static constexpr int kBytes = 4;
-};
+struct Half {};
+struct Bfloat16 {};
 
 // d += a * b
 template <typename T>
@@ -207,11 +200,7 @@ RF_DEVICE void unpack2<Bfloat16>(uint32_t word, float& first, float& second) {
 RF_DEVICE float relu(float value) {
   return value < 0.0f ? 0.0f : value;
 }
-// The larger one, NaN where one is: as ATen's max-pool.
-RF_DEVICE float larger(float a, float b) {
-  return a > b || a != a ? a : b;
-}
-// The same of two numbers in a word each: one instruction.
+// Of two numbers in a word each the larger ones, NaN where one is, as ATen's max-pool: one instruction.
 template <typename T>
 RF_DEVICE uint32_t larger2(uint32_t a, uint32_t b);
 
@@ -226,14 +215,6 @@ RF_DEVICE uint32_t larger2<Bfloat16>(uint32_t a, uint32_t b) {
   uint32_t word;
   asm("max.NaN.bf16x2 %0, %1, %2;\n" : "=r"(word) : "r"(a), "r"(b));
   return word;
-}
-// a * b + c, rounded once.
-RF_DEVICE float multiply_add(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-// Rounded to nearest.
-RF_DEVICE float square_root(float value) {
-  return __fsqrt_rn(value);
 }
 
 }  // namespace resnet_fast

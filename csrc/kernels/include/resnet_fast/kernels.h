@@ -2,7 +2,6 @@
 // emulator, so that one layer of ops above it serves both.
 #pragma once
 
-#include <resnet_fast/bn_act.h>
 #include <resnet_fast/bottleneck_fwd.h>
 #include <resnet_fast/conv_bn_act.h>
 #include <resnet_fast/conv_bn_act_1x1.h>
@@ -19,12 +18,6 @@ struct Kernels {
   Status (*conv_bn_act)(const ConvParams& params, const Device& device);
   Status (*conv_bn_act_1x1)(const Conv1x1Params& params, const Device& device);
   Status (*stem_fwd)(const StemParams& params, const Device& device);
-  Status (*bn_act_stats)(const BnActStatsParams& params, const Device& device);
-  Status (*bn_act_stats_merge)(const BnActStatsMergeParams& params, const Device& device);
-  Status (*bn_act_fwd)(const BnActFwdParams& params, const Device& device);
-  Status (*bn_act_bwd_sums)(const BnActBwdSumsParams& params, const Device& device);
-  Status (*bn_act_bwd_merge)(const BnActBwdMergeParams& params, const Device& device);
-  Status (*bn_act_bwd)(const BnActBwdParams& params, const Device& device);
 };
 
 const Kernels& kernels();

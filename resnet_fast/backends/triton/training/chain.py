@@ -12,7 +12,7 @@ dgrad's prologue turns g into dy, its epilogue applies the ReLU below and sums f
 output is written once, and no activation and no dy at all. Per convolution and direction cuDNN may take its place, with
 passes of block_end.py and batch_norm.py around it, where the table says that it is faster (tuning/training.py).
 
-An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends in a max-pool, ``bn_act`` of none.
+An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends in a max-pool.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from .... import flags
-from ....calls import BlockCall, BnActCall, Call, Conv, Leaves, Norm, StemCall, convs_of, given_of, norms_of
-from ....spec import BlockSpec, ConvSpec, PointwiseSpec, Spec
+from ....calls import BlockCall, Call, Conv, Leaves, Norm, StemCall, convs_of, given_of, norms_of
+from ....spec import BlockSpec, ConvSpec, Spec
 from ....tuning import training as tuning
 from ....tuning.training import CUDNN, Chosen
 from .. import in_layout
@@ -43,8 +43,6 @@ class Plan:
     chosen: tuple[Chosen, ...]
 
     def __str__(self) -> str:
-        if not self.specs:
-            return "BatchNorm, add and ReLU in one pass each way"
         return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen))
 
     @property
@@ -60,8 +58,6 @@ def plan_of(spec: Spec, device: torch.device) -> Plan:
 
 @lru_cache(maxsize=1024)
 def _plan_of(spec: Spec, device: torch.device, packed: bool) -> Plan:
-    if isinstance(spec, PointwiseSpec):
-        return Plan((), ())
     specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
     inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
     device_, table = device_of(device), table_of(device)
@@ -89,8 +85,6 @@ def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], Pl
         if i < main - 1:
             clamps.append(x.new_empty(0) if clamp is None else clamp)
         act = Act(y, v, clamp)
-    if isinstance(call, BnActCall):
-        vectors.append(_norm_of(call, x))
     z = _end(call, x, raws, vectors)
     if save == "recompute" and isinstance(call, BlockCall):
         raws[main - 1] = x.new_empty(0)
@@ -120,24 +114,13 @@ def _convolve(conv: Conv, norm: Norm, plan: Plan, i: int, act: Act) -> tuple[Ten
     return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, conv.bias, centre, y.dtype, norm.sync)
 
 
-def _norm_of(call: BnActCall, x: Tensor) -> Tensor:
-    """The vectors of a norm without a convolution, on ``x`` as it is."""
-    norm, channels = call.norm, x.shape[1]
-    if not norm.batch_stats:
-        return batch_norm.constant(norm, channels, None, None, x.dtype, x.device)[0]
-    partials, rows = batch_norm.statistics(x)
-    count = x.numel() // channels
-    return batch_norm.finalize(partials, rows, count, norm, None, None, x.dtype, norm.sync)[0]
-
-
 def _end(call: Call, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
     """The output: norm, add and ReLU, or norm, ReLU and max-pool."""
     if isinstance(call, StemCall):
         return pool.pool_end(raws[0], vectors[0], call.pool)
     given = given_of(call)
     if not isinstance(call, BlockCall):
-        y = x if isinstance(call, BnActCall) else raws[0]
-        return block_end.block_end(y, vectors[0], None if given is None else nhwc(given), None, call.relu)
+        return block_end.block_end(raws[0], vectors[0], None if given is None else nhwc(given), None, call.relu)
     if call.projection:
         return block_end.block_end(raws[-2], vectors[-2], raws[-1], vectors[-1], True)
     return block_end.block_end(raws[-1], vectors[-1], x if given is None else nhwc(given), None, True)
@@ -155,8 +138,6 @@ def statistics(call: Call, saved: list[Tensor]) -> list[tuple[Tensor, Tensor] | 
 def shapes(call: Call, spec: Spec, save: str) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
     """(shape, dtype, layout) of every tensor in ``saved``."""
     dtype = call.x.dtype
-    if isinstance(spec, PointwiseSpec):
-        return [((10, spec.c), torch.float32, "")]
     specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
     main = len(specs) - _projects(call)
     raws: list[tuple[tuple[int, ...], torch.dtype, str]]
@@ -202,7 +183,7 @@ class _Backward:
 
     def run(self, z: Tensor, dz: Tensor, needs: Leaves, layout: str) -> Leaves:
         last = self.main - 1
-        if self.convs and not self.raws[last].numel():
+        if not self.raws[last].numel():
             centre = self.vectors[last][CENTRE]  # what the forward subtracted, and not what it would be today
             spec, config = self.plan.specs[last], self.plan.chosen[last].fwd
             self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, False)[0]
@@ -213,8 +194,6 @@ class _Backward:
             dx_of_projection = self.projection(grads[-1], needs)
         grad = grads[0]
         dx: Tensor | None = None
-        if not self.convs:
-            dx = batch_norm.apply_backward(grad) if needs.x else None
         for i in range(last, -1, -1):
             if needs.weights[i]:
                 self.weights[i] = self.wgrad(i, grad)
@@ -244,8 +223,8 @@ class _Backward:
 
     def end(self, z: Tensor, dz: Tensor, needs: Leaves) -> tuple[Tensor, list[Grad]]:
         """The end of the chain: the gradient of the sum, and that of each raw output that was added."""
-        call, last = self.call, max(self.main - 1, 0)
-        y = self.raws[last] if self.convs else self.x
+        call, last = self.call, self.main - 1
+        y = self.raws[last]
         if isinstance(call, StemCall):
             g, sums = pool.pool_end_backward(dz, y, self.vectors[0], call.pool)
             return g, [self.grad(0, g, y, sums, needs)]
@@ -267,7 +246,7 @@ class _Backward:
             self.gammas[i] = dgamma.to(norm.weight.dtype)  # type: ignore[union-attr]
         if needs.betas[i]:
             self.betas[i] = dbeta.to(norm.bias.dtype)  # type: ignore[union-attr]
-        if self.convs and needs.biases[i]:
+        if needs.biases[i]:
             # the sum of dy: with batch statistics the norm takes any constant away, and it is exactly zero
             bias = torch.zeros_like(dbeta) if norm.batch_stats else coefficients[A] * dbeta
             self.biases[i] = bias.to(self.convs[i].bias.dtype)  # type: ignore[union-attr]

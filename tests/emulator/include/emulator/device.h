@@ -3,7 +3,6 @@
 // them.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -105,15 +104,8 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t at, RF_HERE) {
   emulator::ldmatrix(r, 4, at, {file, line});
 }
 
-struct Half {
-  static constexpr int kBytes = 2;
-};
-struct Bfloat16 {
-  static constexpr int kBytes = 2;
-};
-struct Float32 {
-  static constexpr int kBytes = 4;
-};
+struct Half {};
+struct Bfloat16 {};
 
 namespace number {
 
@@ -165,6 +157,10 @@ inline float widened<Bfloat16>(uint16_t raw) {
   return from_bits(static_cast<uint32_t>(raw) << 16);
 }
 
+inline float larger(float a, float b) {
+  return a > b || a != a ? a : b;
+}
+
 }  // namespace number
 
 template <typename T>
@@ -192,21 +188,12 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline float relu(float value) {
   return value < 0.0f ? 0.0f : value;
 }
-inline float larger(float a, float b) {
-  return a > b || a != a ? a : b;
-}
 template <typename T>
 uint32_t larger2(uint32_t a, uint32_t b) {
   float a_first, a_second, b_first, b_second;
   unpack2<T>(a, a_first, a_second);
   unpack2<T>(b, b_first, b_second);
-  return pack2<T>(larger(a_first, b_first), larger(a_second, b_second));
-}
-inline float multiply_add(float a, float b, float c) {
-  return std::fma(a, b, c);
-}
-inline float square_root(float value) {
-  return std::sqrt(value);
+  return pack2<T>(number::larger(a_first, b_first), number::larger(a_second, b_second));
 }
 
 }  // namespace resnet_fast
