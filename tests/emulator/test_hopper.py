@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support import emulation
-from tests.support.emulation import HERE, Edit
+from tests.support.emulation import EMULATOR, Edit
 
 FILE = "hopper_probes.cpp"
 
@@ -372,7 +372,7 @@ def test_bug(what: str, emulator: Path) -> None:
 
 
 def test_the_report_of_a_wait_names_its_line(emulator: Path) -> None:
-    source = (HERE / FILE).read_text()
+    source = (EMULATOR / FILE).read_text()
     line = source[: source.index("    mbarrier_wait(full(place), round % 2);")].count("\n") + 1
     bug = Edit(FILE, "      bulk_load(data", "      if (i < 2) bulk_load(data")
     with pytest.raises(RuntimeError, match=rf"{FILE}:{line}: waits for ever for .* 0 of 1 arrivals and 512 expected"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import emulation
-from tests.support.emulation import HERE
+from tests.support.emulation import EMULATOR
 
 
 def cutlass_headers() -> Path:
@@ -48,7 +48,7 @@ def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]
     headers = toolkit_headers()
     program = tmp_path_factory.mktemp("cute") / "layouts"
     folders = [cutlass_headers(), headers, headers / "cccl"]
-    command = ["c++", "-std=c++17", "-w", *(f"-I{f}" for f in folders), str(HERE / "cute" / "layouts.cpp")]
+    command = ["c++", "-std=c++17", "-w", *(f"-I{f}" for f in folders), str(EMULATOR / "cute" / "layouts.cpp")]
     subprocess.run([*command, "-o", str(program)], check=True)
     out = {}
     for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():

@@ -32,9 +32,9 @@ import torch
 from tests.support import ROOT
 
 KERNELS = ROOT / "csrc" / "kernels"
-HERE = ROOT / "tests" / "emulator"
+EMULATOR = ROOT / "csrc" / "emulator"
 KEPT = ROOT / "build" / "emulator"
-INCLUDES = (KERNELS / "include", HERE / "include", HERE)
+INCLUDES = (KERNELS / "include", EMULATOR / "include", EMULATOR)
 CUDA_ONLY = ("device.cu", "device_build.cu")
 
 NAME = "emulator_{}"
@@ -65,7 +65,7 @@ class Edit:
 
 def sources() -> list[Path]:
     """What the emulator is compiled from."""
-    return [*sorted(HERE.glob("*.cpp")), *(p for p in sorted(KERNELS.glob("*.cu")) if p.name not in CUDA_ONLY)]
+    return [*sorted(EMULATOR.glob("*.cpp")), *(p for p in sorted(KERNELS.glob("*.cu")) if p.name not in CUDA_ONLY)]
 
 
 @cache

@@ -5,7 +5,7 @@
     plan.py          which of them run a call, and the loop over them
 
 They need no compiler on the user's machine, and no Triton. On a machine without a GPU they run in the emulator
-(tests/emulator/): start the process with ``RESNET_FAST_EMULATE=1``. They then accept CPU tensors when they are asked
+(csrc/emulator/): start the process with ``RESNET_FAST_EMULATE=1``. They then accept CPU tensors when they are asked
 for by name; ``auto`` never chooses the emulator.
 """
 

@@ -11,7 +11,7 @@
 //   numbers        Half  Bfloat16, pack2  unpack2, relu  larger2
 //
 // Under nvcc each is one or two instructions (device_cuda.h). Under any other C++ compiler the emulator in
-// tests/emulator/ implements them, so that the same source runs on a CPU, where every access is checked and counted. A
+// csrc/emulator/ implements them, so that the same source runs on a CPU, where every access is checked and counted. A
 // kernel therefore touches memory through these functions only: a plain `*pointer` would compile, and go unseen.
 //
 // Accesses that some threads must not make take a flag instead of an `if`: `store_global(p, v, inside)`. All lanes of a
