@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec
-from resnet_fast.tuning import routes, shapes, training
+from resnet_fast.tuning import routes, shapes, training_configs
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 """In the order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
@@ -92,7 +92,7 @@ def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
     )
     found = (
         LaunchSpec(kernel, (c.with_(batch_stats=True, grad=True),), prologue=prologue)
-        for kernel in training.KERNELS
+        for kernel in training_configs.KERNELS
         for c in convs
         for prologue in (True, False)
     )
@@ -102,8 +102,10 @@ def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
 def real_training(batch: int = 2) -> tuple[LaunchSpec, ...]:
     """Every launch of a training step of ResNet-50, each once; of the stem no gradient of the image."""
     stem, *blocks = specs("resnet50", batch, train=True).values()
-    found = [launch for launch in training.launches(stem) if launch.kernel != "conv_dgrad"]
-    return tuple(dict.fromkeys([*found, *(launch for block in blocks for launch in training.launches(block))]))
+    found = [launch for launch in training_configs.training_launches(stem) if launch.kernel != "conv_dgrad"]
+    return tuple(
+        dict.fromkeys([*found, *(launch for block in blocks for launch in training_configs.training_launches(block))])
+    )
 
 
 def specs(

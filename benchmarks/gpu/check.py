@@ -30,7 +30,7 @@ from torch import nn
 
 from resnet_fast import flags
 from resnet_fast.spec import LaunchSpec
-from resnet_fast.tuning import configs, launches, training
+from resnet_fast.tuning import configs, training_configs
 from resnet_fast.tuning.configs import Config
 
 from . import cases as cases_of
@@ -93,7 +93,7 @@ def _training_configs(settings: Settings) -> Iterator[tuple[str, Case]]:
         every = [one for precision in cases_of.PRECISIONS for one in cases_of.ragged_training(precision)]
         every += cases_of.real_training()
     for launch in every:
-        both = dict.fromkeys(c for packed in (True, False) for c in training.candidates(launch, gpu, packed))
+        both = dict.fromkeys(c for packed in (True, False) for c in training_configs.candidates(launch, gpu, packed))
         for config in list(both)[: 1 if settings.quick else None]:
             yield launch.kernel, Case(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
 
@@ -135,7 +135,7 @@ class _Proof:
         from resnet_fast.backends.triton.problem import problem
         from resnet_fast.backends.triton.training.problem import training_problem
 
-        make: Any = training_problem if launches.is_training(self.launch) else problem
+        make: Any = training_problem if training_configs.is_training(self.launch) else problem
         # eager's own error is the budget: TF32's where the kernel may round to TF32, and only there
         torch.backends.cudnn.allow_tf32 = self.launch.last.tf32
         with torch.inference_mode():

@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fast.devices import Device
 from resnet_fast.roofline import floors
 from resnet_fast.spec import LaunchSpec
-from resnet_fast.tuning import choice, configs, heuristic, routes, shapes
+from resnet_fast.tuning import configs, launch_plan, routes, shapes, time_model
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.tables import Table
 
@@ -123,7 +123,7 @@ class Net:
         device, table = gpus.device_of(at), gpus.table_of(at)
         if peer.plan is None:
             specs = launches.specs(self.net, self.batch, self.dtype, self.image).values()
-            chosen = [choice.choose(spec, device, table) for spec in specs]
+            chosen = [launch_plan.plan_launches(spec, device, table) for spec in specs]
             known = sum(c.measured for c in chosen)
             how = f"chosen launches, {known} of {len(chosen)} parts from measurements; without pooling and fc"
             return sum(c.seconds for c in chosen), how
@@ -187,7 +187,7 @@ def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str,
     row |= {"floor_us": round(floor.seconds * 1e6, 3), "bound": floor.bound, "floor_origin": floor.origin}
     said = ", ".join(f"{n} {q[1]:.1f}" for n, q in us.items()) + f" us; floor {row['floor_us']:.1f}"
     if config is not None:
-        modelled, ours = heuristic.predict(launch, config, device) * 1e6, us["ours"][1]
+        modelled, ours = time_model.predict_seconds(launch, config, device) * 1e6, us["ours"][1]
         row |= {"modelled_us": round(modelled, 3), "model_error": round(modelled / ours - 1, 3)}
         said += f", modelled {modelled:.1f}"
     row["samples_us"] = {n: [round(s * 1e6, 3) for s in samples] for n, samples in found.items()}
@@ -201,5 +201,5 @@ def _ours(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config | No
     known = {n: us for n, us in table.times(launch).items() if us is not None and n in legal}
     if known:
         return legal[min(known, key=lambda n: known[n])], "measured"
-    chosen = choice.modelled(launch, device, table)
+    chosen = launch_plan.fastest_modelled(launch, device, table)
     return (chosen[0] if chosen else None), "modelled"

@@ -20,7 +20,7 @@ from resnet_fast.devices import Device
 from resnet_fast.errors import BackendError
 from resnet_fast.io.safe_files import json_text
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
-from resnet_fast.tuning import choice, configs, launches, tables
+from resnet_fast.tuning import configs, launch_plan, launches, tables, time_model
 from resnet_fast.tuning.tables import Table
 
 from . import cases as cases_of
@@ -84,7 +84,7 @@ def _todo(settings: Settings) -> Iterator[LaunchSpec]:
     device = device_of(settings)
     for group in groups(settings):
         found = (launch for spec in group.specs().values() for launch in launches.launches_of(spec, device))
-        yield from sorted(dict.fromkeys(found), key=lambda x: -launches.expected(x, device))
+        yield from sorted(dict.fromkeys(found), key=lambda x: -launches.expected_seconds(x, device))
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -120,7 +120,7 @@ class _Tune:
         device = device_of(self.settings)
         config = {str(c): c for c in launches.candidates(self.launch, device)}.get(best)
         if config is not None:
-            modelled = launches.predict(self.launch, config, device) * 1e6
+            modelled = time_model.predict_seconds(self.launch, config, device) * 1e6
             row |= {"modelled_us": round(modelled, 2), "model_error": round(modelled / ours[best] - 1, 3)}
         row["note"] = f"{best}, {ours[best]:.1f} us" + (f", stock {min(stock):.1f} us" if stock else ", no stock form")
         return row
@@ -136,7 +136,8 @@ def summary(group: Group, device: Device, table: Table) -> Row | None:
     stages: dict[str, dict[str, Any]] = {}
     for name, spec in group.specs().items():
         try:
-            chosen, stock = choice.choose(spec, device, table), choice.stock(spec, device, table)
+            chosen = launch_plan.plan_launches(spec, device, table)
+            stock = launch_plan.stock_seconds(spec, device, table)
         except BackendError:  # every candidate was refused
             return None
         if not chosen.measured or stock is None:

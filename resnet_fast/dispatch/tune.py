@@ -27,7 +27,7 @@ from .. import parameter_cache
 from ..errors import BackendError, UserError
 from ..io import safe_files
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
-from ..tuning import choice, configs, launches, tables, training
+from ..tuning import configs, launch_plan, launches, tables, training_configs
 from ..tuning.configs import Config
 from ..tuning.shapes import unknown_name
 from . import catalog, record, select
@@ -229,8 +229,8 @@ def _net_us(
     model = gpus.device_of(device)
     if any(spec.grad or spec.batch_stats for spec in specs):
         return _step_us([launch for spec in specs for launch in launches.launches_of(spec, model)], table)
-    tuned = [choice.choose(spec, model, table) for spec in specs]
-    stock = [s for s in (choice.stock(spec, model, table) for spec in specs) if s is not None]
+    tuned = [launch_plan.plan_launches(spec, model, table) for spec in specs]
+    stock = [s for s in (launch_plan.stock_seconds(spec, model, table) for spec in specs) if s is not None]
     known = all(c.measured for c in tuned)
     return (
         sum(c.seconds for c in tuned) * 1e6 if known else None,
@@ -241,7 +241,7 @@ def _net_us(
 def _step_us(every: list[LaunchSpec], table: tables.Table) -> tuple[float | None, float | None]:
     """The same of a training step's convolutions, every direction of each."""
     times = [{name: us for name, us in table.times(launch).items() if us is not None} for launch in every]
-    stock = [t[training.CUDNN.kernel] for t in times if training.CUDNN.kernel in t]
+    stock = [t[training_configs.CUDNN.kernel] for t in times if training_configs.CUDNN.kernel in t]
     return (
         sum(min(t.values()) for t in times) if all(times) else None,
         sum(stock) if len(stock) == len(every) else None,
@@ -272,7 +272,7 @@ def tune_launches(
             todo.append((launch, missing))
         else:
             result.kept += 1
-    todo.sort(key=lambda item: -launches.expected(item[0], model))
+    todo.sort(key=lambda item: -launches.expected_seconds(item[0], model))
     try:
         for done, (launch, missing) in enumerate(todo):
             if time.monotonic() - start > budget_s:
@@ -332,7 +332,7 @@ def _measure(
     from ..backends.triton.problem import problem
     from ..backends.triton.training.problem import training_problem
 
-    make: Any = training_problem if launches.is_training(launch) else problem
+    make: Any = training_problem if training_configs.is_training(launch) else problem
     few = replace(
         launch,
         convs=tuple(c.with_(n=min(c.n, PROOF_BATCH)) for c in launch.convs),

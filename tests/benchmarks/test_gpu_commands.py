@@ -21,7 +21,7 @@ import torch
 from resnet_fast import devices, numerics
 from resnet_fast.benchmarks.gpu import bench, cases, check, common, nets, peers, report, timing, tune, worker
 from resnet_fast.benchmarks.gpu.common import Case, Clock, Session, Settings, Store
-from resnet_fast.tuning import configs, launches, tables, training
+from resnet_fast.tuning import configs, launches, tables, training_configs
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
@@ -284,13 +284,13 @@ def test_every_training_config_runs_on_an_h100(precision: str) -> None:
     """In fp32 some tiles are out of reach: without tensor cores a thread holds fewer sums."""
     gpu = devices.gpu("h100").gpu
     assert gpu is not None
-    for kernel, shipped in training.SHIPPED.items():
+    for kernel, shipped in training_configs.SHIPPED.items():
         every = [one for one in cases.ragged_training(precision) if one.kernel == kernel]
         assert {one.prologue for one in every} == {True, False}
         assert all(one.last.batch_stats and one.last.tf32 == (precision == "tf32") for one in every)
         wanted = {configs.for_dtype(c, every[0].dtype) for c in shipped}
         for packed in (True, False):
-            found = {replace(c, packed=False) for one in every for c in training.candidates(one, gpu, packed)}
+            found = {replace(c, packed=False) for one in every for c in training_configs.candidates(one, gpu, packed)}
             assert found == wanted if precision != "float32" else found <= wanted and found
 
 

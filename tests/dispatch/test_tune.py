@@ -17,7 +17,7 @@ from resnet_fast import BackendError, UserError, devices
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
 from resnet_fast.spec import Verdict
-from resnet_fast.tuning import choice, configs, shapes, tables, training
+from resnet_fast.tuning import configs, launch_plan, shapes, tables, training_configs
 from resnet_fast.tuning.routes import launch
 
 INTERPRETER = "Triton interpreter"
@@ -270,11 +270,11 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> tuning.Tuned:
 @pytest.mark.interpret
 def test_a_training_step_is_measured_in_every_direction(step: tuning.Tuned) -> None:
     assert (step.measured, step.left, step.refused) == (6, 0, [])
-    assert [one.kernel for one in step.launches] == list(training.KERNELS) * 2
+    assert [one.kernel for one in step.launches] == list(training_configs.KERNELS) * 2
     assert [one.prologue for one in step.launches] == [False] * 3 + [True] * 3
     for one in step.launches:
         assert H100.gpu is not None
-        packed = {str(c) for c in training.candidates(one, H100.gpu, packed=True)}
+        packed = {str(c) for c in training_configs.candidates(one, H100.gpu, packed=True)}
         times = step.table.times(one)
         assert set(times) == packed | {"cudnn"} and all("packed" in c for c in packed)
         assert all(us is not None and us > 0 for us in times.values())
@@ -291,8 +291,8 @@ def test_a_table_decides_per_convolution_and_direction(step: tuning.Tuned) -> No
         str(dgrad): {c: 9.0 if c == "cudnn" else 1.0 for c in step.table.times(dgrad)},
         str(wgrad): {c: None for c in step.table.times(wgrad) if c != "cudnn"},
     }
-    found = training.choose(fwd.last, True, H100, tables.Table(INTERPRETER, times), packed=True)
-    assert found.fwd == training.CUDNN == found.wgrad and found.dgrad.kernel == "conv_dgrad"
+    found = launch_plan.plan_training(fwd.last, True, H100, tables.Table(INTERPRETER, times), packed=True)
+    assert found.fwd == training_configs.CUDNN == found.wgrad and found.dgrad.kernel == "conv_dgrad"
 
 
 @pytest.mark.interpret
@@ -381,7 +381,7 @@ def test_the_best_of_a_row_is_what_runs() -> None:
     names = [str(c) for c in configs.candidates(one, H100.gpu)]
     table = tables.Table("gpu", {str(one): {"cudnn": 3.0, names[0]: 3.0, names[1]: None, names[2]: 4.0}})
     (row,) = tuning.Tuned(table, Path("t"), (one,)).rows()
-    assert row.best == str(choice.choose(spec, H100, table).configs[0])
+    assert row.best == str(launch_plan.plan_launches(spec, H100, table).configs[0])
 
 
 def test_public_names() -> None:

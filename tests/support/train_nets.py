@@ -18,8 +18,9 @@ from resnet_fast import numerics
 from resnet_fast.devices import Device, Gpu
 from resnet_fast.paper_nets import CifarResNet
 from resnet_fast.spec import ConvSpec, LaunchSpec
-from resnet_fast.tuning import training
+from resnet_fast.tuning import launch_plan, training_configs
 from resnet_fast.tuning.configs import Config
+from resnet_fast.tuning.launch_plan import TrainingConfigs
 from resnet_fast.tuning.tables import Table
 
 CLASSES = 5
@@ -67,9 +68,9 @@ def build(kind: str) -> nn.Module:
 
 def shipped(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
     """The shipped config of which the interpreter runs the fewest steps."""
-    rows, columns, products, _ = training.gemm(one)
+    rows, columns, products, _ = training_configs.gemm(one)
     return min(
-        training.candidates(one, gpu, packed),
+        training_configs.candidates(one, gpu, packed),
         key=lambda c: (
             -(-rows // c.block_m) * -(-columns // c.block_n) * -(-products // c.block_k),
             c.block_m * c.block_n,
@@ -80,9 +81,9 @@ def shipped(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
 def whole(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
     """A tile as large as the launch, up to 256 x 64 x 256, which no GPU would take: the interpreter's time goes by
     operations, not by elements."""
-    rows, columns, products, _ = training.gemm(one)
+    rows, columns, products, _ = training_configs.gemm(one)
     sizes = (min(most, max(16, 1 << (n - 1).bit_length())) for most, n in ((256, rows), (64, columns), (256, products)))
-    return Config(one.kernel, *sizes, packed=packed and bool(training.packs(one)))
+    return Config(one.kernel, *sizes, packed=packed and bool(training_configs.packs(one)))
 
 
 @contextmanager
@@ -90,13 +91,13 @@ def fewest_programs(tile: Callable[[LaunchSpec, Gpu, bool], Config] = shipped) -
     """Inside, every convolution takes the configs that ``tile`` picks."""
     from resnet_fast.backends.triton.training import chain
 
-    def choose(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> training.Chosen:
+    def plan(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> TrainingConfigs:
         assert device.gpu is not None
-        launches = (training.launch(kernel, conv, prologue) for kernel in training.KERNELS)
-        return training.Chosen(*(tile(one, device.gpu, packed) for one in launches))
+        launches = (training_configs.training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS)
+        return TrainingConfigs(*(tile(one, device.gpu, packed) for one in launches))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "choose", choose)
+        patch.setattr(launch_plan, "plan_training", plan)
         chain._plan_of.cache_clear()
         yield
     chain._plan_of.cache_clear()

@@ -17,7 +17,7 @@ import torch
 
 from resnet_fast import devices
 from resnet_fast.backends.triton import plan
-from resnet_fast.backends.triton.launch import Packed
+from resnet_fast.backends.triton.launch import FoldedWeights
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning import configs, shapes
 from resnet_fast.tuning.configs import Config
@@ -56,7 +56,9 @@ def launches() -> dict[str, LaunchSpec]:
     return found
 
 
-def meta(launch: LaunchSpec, config: Config) -> tuple[Packed, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def meta(
+    launch: LaunchSpec, config: Config
+) -> tuple[FoldedWeights, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """A launch's tensors without memory, as plan.py would pack them."""
     dtype = getattr(torch, launch.dtype)
 
@@ -73,7 +75,7 @@ def meta(launch: LaunchSpec, config: Config) -> tuple[Packed, torch.Tensor, torc
 
     first, last, p = launch.first, launch.last, launch.projection
     chain = len(launch.convs) > 1
-    packed = Packed(
+    packed = FoldedWeights(
         weight(last), bias(last), weight(first) if chain else None, bias(first) if chain else None, p and weight(p)
     )
     x = image((first.n, first.ci, first.h, first.w))

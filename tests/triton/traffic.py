@@ -55,7 +55,7 @@ def weights_of(launch: LaunchSpec) -> int:
 
 def counted(launch: LaunchSpec, config: Config | None = None) -> Row:
     """Run a launch in the counting interpreter; out of bounds accesses raise."""
-    chosen = config or heuristic.choose(launch, H100)[0]
+    chosen = config or heuristic.select(launch, H100)[0]
     p = problem(launch)
     call = p.prepared(chosen)
     with count(inside_views=True) as counts:
@@ -80,7 +80,7 @@ def net_routes(plan: str, **size: Any) -> list[Route]:
 
 def runs(route: Route) -> bool:
     """Has each launch a config that may be taken unmeasured?"""
-    return all(heuristic.choose(launch, H100) for launch in route.launches)
+    return all(heuristic.select(launch, H100) for launch in route.launches)
 
 
 def pooled_apart(routes: Iterable[Route]) -> int:

@@ -21,7 +21,7 @@ from resnet_fast.backends.triton.training import batch_norm, block_end, conv_dgr
 from resnet_fast.backends.triton.training.vectors import Act, Grad
 from resnet_fast.calls import Norm, Pool
 from resnet_fast.spec import ITEMSIZE, ConvSpec, LaunchSpec
-from resnet_fast.tuning import shapes, training
+from resnet_fast.tuning import shapes, training_configs
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import merged_groups
 from tests.triton.budgets import GPUS, TABLES
@@ -68,8 +68,8 @@ def layers() -> dict[str, ConvSpec]:
 def launches() -> dict[str, LaunchSpec]:
     """Name -> launch; the name begins with the kernel's."""
     return {
-        f"{kernel} {name}": training.launch(kernel, conv, name in PROLOGUE)
-        for kernel in training.KERNELS
+        f"{kernel} {name}": training_configs.training_launch(kernel, conv, name in PROLOGUE)
+        for kernel in training_configs.KERNELS
         for name, conv in layers().items()
         if kernel != "conv_dgrad" or name not in NO_DGRAD
     }
@@ -143,19 +143,19 @@ def conv_jobs(every: bool = True) -> Iterator[Job]:
     for name, one in launches().items():
         for arch, name_of_gpu in GPUS.items():
             gpu = devices.gpu(name_of_gpu).gpu
-            legal = training.candidates(one, gpu, packed=True)
+            legal = training_configs.candidates(one, gpu, packed=True)
             few = not every or name.partition(" ")[2] in ONE_CONFIG
             for config in legal[:1] if few else legal:
                 if every or arch == 90:
                     yield launched(name, one, config)[0].job(arch, label_of(name, config))
             if not every:
                 continue
-            for config in training.candidates(one, gpu, packed=False)[:1]:
+            for config in training_configs.candidates(one, gpu, packed=False)[:1]:
                 yield launched(name, one, config)[0].job(arch, label_of(name, config))
             if name.endswith(" 3x3"):
                 for dtype, tf32 in (("tf32", True), ("fp32", False)):
                     wide = cast(one, "float32", tf32)
-                    config = training.candidates(wide, gpu, packed=False)[0]
+                    config = training_configs.candidates(wide, gpu, packed=False)[0]
                     yield launched(name, wide, config)[0].job(arch, label_of(name, config, dtype))
 
 
@@ -190,7 +190,7 @@ def passes() -> dict[str, CapturedLaunch]:
             run()
         found |= _distinct(name, made)
     one = launches()["conv_wgrad 3x3"]
-    config = training.candidates(one, devices.gpu("h100").gpu, packed=True)[0]
+    config = training_configs.candidates(one, devices.gpu("h100").gpu, packed=True)[0]
     found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", one, config)[1:])
     return found
 

@@ -26,7 +26,7 @@ from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.calls import BlockCall, Conv, Leaves, Norm, Pool, StemCall
 from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
-from resnet_fast.tuning import shapes, training
+from resnet_fast.tuning import shapes, training_configs
 from resnet_fast.tuning.routes import merged_groups
 from tests.triton.counting import Counts, Traffic, count
 
@@ -166,9 +166,11 @@ def least(spec: ConvSpec | BlockSpec) -> dict[str, int]:
     inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
     found: Counter[str] = Counter()
     for i, c in enumerate(convs):
-        for kernel in training.KERNELS if block else ("conv_fwd", "conv_wgrad"):
+        for kernel in training_configs.KERNELS if block else ("conv_fwd", "conv_wgrad"):
             filters = c.co * c.gemm_k * (4 if kernel == "conv_wgrad" else size)
-            found[kernel] += training.min_bytes(training.launch(kernel, c, 0 < i < inner)) - filters
+            found[kernel] += (
+                training_configs.min_bytes(training_configs.training_launch(kernel, c, 0 < i < inner)) - filters
+            )
     first = convs[0]
     x = first.n * first.h * first.w * first.ci * size
     last = convs[inner - 1]
@@ -258,9 +260,9 @@ def page(totals: dict[str, float], rows: list[Row], plans: dict[str, str]) -> st
         "ResNet-50, forward and backward, batch 1, 224x224, float16 activations, fp32 parameters: every distinct block "
         f"ran in a counting interpreter with the configs that an H100 would run at batch {BATCH}. Bytes are unique: "
         "read or written at least once in a launch. Least: each operand that some output needs and each output once "
-        "(tuning/training.py), and what is added. Weights, partial sums (split-K products included) and per-channel "
-        "vectors are counted apart. The global pool and the fully connected layer are PyTorch's, by the model. Written "
-        "by tests/triton/training_traffic.py.",
+        "(tuning/training_configs.py), and what is added. Weights, partial sums (split-K products included) and "
+        "per-channel vectors are counted apart. The global pool and the fully connected layer are PyTorch's, by the "
+        "model. Written by tests/triton/training_traffic.py.",
         "",
         line("ResNet-50", "MB"),
         line("---", "---:"),

@@ -11,7 +11,7 @@ from resnet_fast import devices
 from resnet_fast.devices import Device
 from resnet_fast.roofline import floors
 from resnet_fast.spec import LaunchSpec
-from resnet_fast.tuning import choice, configs, heuristic, shapes
+from resnet_fast.tuning import configs, heuristic, launch_plan, shapes, time_model
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import launch, routes
 from resnet_fast.tuning.tables import Table
@@ -43,14 +43,14 @@ def unmeasured(one: LaunchSpec, device: Device) -> list[Config]:
 
 def test_tiles_cover_the_output() -> None:
     one = net("resnet50", 3)["r50.layer3.1.conv2"]  # 3 x 14 x 14 pixels, 256 channels
-    assert heuristic.tiles(one, Config(one.kernel, 128, 64, 64)) == 5 * 4
-    assert heuristic.tiles(one, Config(one.kernel, 588, 256, 64)) == 1
+    assert time_model.tiles(one, Config(one.kernel, 128, 64, 64)) == 5 * 4
+    assert time_model.tiles(one, Config(one.kernel, 588, 256, 64)) == 1
     grouped = net("resnext50_32x4d", 3)["x50_32x4d.layer3.1.conv2"]  # 32 groups of 16 channels
-    assert heuristic.tiles(grouped, Config(grouped.kernel, 128, 16, 16)) == 5 * 32
+    assert time_model.tiles(grouped, Config(grouped.kernel, 128, 16, 16)) == 5 * 32
     stem = launch(shapes.problems("resnet50", 3)["r50.conv1"])  # 3 x 56 x 56 pooled pixels, 64 channels
-    assert heuristic.tiles(stem, Config("stem", 64, 32, 32, rows=14)) == 3 * (56 // 14) * 2
+    assert time_model.tiles(stem, Config("stem", 64, 32, 32, rows=14)) == 3 * (56 // 14) * 2
     tail = routes(shapes.blocks("resnet50", 3)["r50.layer1.1"])[-1].launches[-1]
-    assert heuristic.tiles(tail, Config("bottleneck", 64, 64, 64)) == 3 * 56 * 56 // 64
+    assert time_model.tiles(tail, Config("bottleneck", 64, 64, 64)) == 3 * 56 * 56 // 64
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -59,7 +59,7 @@ def test_what_is_chosen_is_legal_and_needs_no_proof(name: str) -> None:
     assert device.gpu is not None
     for key, batch, dtype in itertools.product(NETS, (1, 8, 256), ("bfloat16", "float32")):
         for one in everything(key, batch, dtype):
-            picked = heuristic.choose(one, device)
+            picked = heuristic.select(one, device)
             if picked is None:
                 assert (len(one.convs) > 1 or one.kernel == "stem") and not unmeasured(one, device)
                 continue
@@ -71,17 +71,17 @@ def test_what_is_chosen_is_legal_and_needs_no_proof(name: str) -> None:
 
 def test_ranked_is_every_candidate_that_may_run_fastest_first() -> None:
     one = net("resnet50", 32)["r50.layer2.1.conv2"]
-    ranked = heuristic.ranked(one, H100)
+    ranked = heuristic.rank(one, H100)
     assert {c for c, _ in ranked} == set(unmeasured(one, H100))
     times = [s for _, s in ranked]
-    assert times == sorted(times) and ranked[0] == heuristic.choose(one, H100)
-    assert all(s == heuristic.predict(one, c, H100) for c, s in ranked)
+    assert times == sorted(times) and ranked[0] == heuristic.select(one, H100)
+    assert all(s == time_model.predict_seconds(one, c, H100) for c, s in ranked)
 
 
 @pytest.mark.parametrize("key", ["resnet50", "resnet18", "wide_resnet50_2"])
 def test_large_batches_get_large_tiles(key: str) -> None:
     for name, one in net(key, 256).items():
-        config, _ = heuristic.choose(one, H100) or (None, 0)
+        config, _ = heuristic.select(one, H100) or (None, 0)
         if any(c.block_m >= 128 and c.block_n >= 128 for c in unmeasured(one, H100)):
             assert config and config.block_m * config.block_n >= 128 * 128, f"{name}: {config}"
 
@@ -91,14 +91,14 @@ def test_one_image_gets_smaller_tiles_than_a_large_batch() -> None:
     many = net("resnet50", 256)
     for name, one in net("resnet50", 1).items():
         if ".layer3." in name or ".layer4." in name:
-            large, small = heuristic.choose(many[name], H100), heuristic.choose(one, H100)
+            large, small = heuristic.select(many[name], H100), heuristic.select(one, H100)
             assert large and small
-            assert heuristic.tiles(one, small[0]) >= 2 * heuristic.tiles(one, large[0]), name
+            assert time_model.tiles(one, small[0]) >= 2 * time_model.tiles(one, large[0]), name
 
 
 def test_one_image_is_not_cut_into_long_chains_of_short_steps() -> None:
     """Each K step waits for its load: 16 products a step would make 288 of them in stage 4's 3x3."""
-    picked = heuristic.choose(net("resnet50", 1)["r50.layer4.1.conv2"], H100)
+    picked = heuristic.select(net("resnet50", 1)["r50.layer4.1.conv2"], H100)
     assert picked and picked[0].block_k >= 64
 
 
@@ -107,21 +107,22 @@ def test_more_images_take_longer(name: str) -> None:
     device = devices.gpu(name)
     for key in ("r50.layer1.0.conv2", "r50.layer3.1.conv1", "r50.layer4.2.conv3"):
         times = [
-            (heuristic.choose(net("resnet50", batch)[key], device) or (None, 0))[1] for batch in (1, 32, 256, 1024)
+            (heuristic.select(net("resnet50", batch)[key], device) or (None, 0))[1] for batch in (1, 32, 256, 1024)
         ]
         assert times == sorted(times) and times[-1] > 3 * times[1]
 
 
 def test_fp32_takes_longer_than_bf16() -> None:
     for key in ("r50.layer1.0.conv2", "r50.layer4.2.conv2"):
-        half, full = (heuristic.choose(net("resnet50", 256, dtype)[key], H100) for dtype in ("bfloat16", "float32"))
+        half, full = (heuristic.select(net("resnet50", 256, dtype)[key], H100) for dtype in ("bfloat16", "float32"))
         assert half and full and full[1] > 1.5 * half[1]
 
 
 def test_a_gpu_without_known_figures_gets_a_choice() -> None:
     device = devices.unknown_gpu("NVIDIA L4", 89, 58, 100 << 10, 99 << 10, 48 << 20)
     chosen = [
-        choice.choose(b, device, Table(device.name)) for b in shapes.blocks("resnet50", 8, dtype="float16").values()
+        launch_plan.plan_launches(b, device, Table(device.name))
+        for b in shapes.blocks("resnet50", 8, dtype="float16").values()
     ]
     assert len(chosen) == 16 and not any(c.measured for c in chosen)
 
@@ -130,7 +131,7 @@ def test_no_launch_beats_its_own_roofline() -> None:
     rate = H100.rate("bfloat16").value
     for batch in (1, 32, 256):
         for one in everything("resnet50", batch, "bfloat16"):
-            picked = heuristic.choose(one, H100)
+            picked = heuristic.select(one, H100)
             floor = max(one.min_bytes() / H100.bandwidth.value, 0.95 * one.flops() / rate)
             assert picked is None or picked[1] > floor, str(one)
 
@@ -139,7 +140,7 @@ def test_resnet50_at_batch_256_is_within_twice_the_roofline() -> None:
     """Of one kernel per convolution, and of the launches that were chosen."""
     problems = shapes.problems("resnet50", 256, dtype="bfloat16")
     specs = [problems["r50.conv1"], *shapes.blocks("resnet50", 256, dtype="bfloat16").values()]
-    chosen = [choice.choose(spec, H100, Table(H100.name)) for spec in specs]
+    chosen = [launch_plan.plan_launches(spec, H100, Table(H100.name)) for spec in specs]
     predicted = sum(c.seconds for c in chosen)
     own = sum(floors.floor_seconds(one, H100).seconds for c in chosen for one in c.route.launches)
     assert own < predicted < 2 * own

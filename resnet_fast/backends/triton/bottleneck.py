@@ -36,7 +36,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config, chain_width
 from .conv_bn_act_3x3 import accumulate_3x3
-from .launch import Packed, common, new_output, steps_of
+from .launch import FoldedWeights, common, new_output, steps_of
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, relu, round_to, row_offset
 
 
@@ -88,7 +88,7 @@ def _bottleneck_tail_fwd_kernel(
 
 
 def bottleneck(
-    spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None
+    spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
     """Run it. x (conv1's output) and xp NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
     conv2, conv3, proj = spec.first, spec.last, spec.projection

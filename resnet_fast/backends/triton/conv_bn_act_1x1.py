@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
-from .launch import Packed, common, described, grid_of, new_output
+from .launch import FoldedWeights, common, described, grid_of, new_output
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
 
 
@@ -106,7 +106,7 @@ def _conv_bn_act_1x1_descriptor_fwd_kernel(
 
 
 def conv_bn_act_1x1(
-    spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None
+    spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
     """Run it. x and xp NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
     conv, proj = spec.last, spec.projection

@@ -37,7 +37,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from .launch import Packed, common, grid_of, new_output, steps_of
+from .launch import FoldedWeights, common, grid_of, new_output, steps_of
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, rows_and_channels, tile_of_program
 
 
@@ -113,7 +113,7 @@ def _conv_bn_act_3x3_fwd_kernel(
 
 
 def conv_bn_act_3x3(
-    spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None
+    spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
     """Run it. x and xp NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
     conv, proj = spec.last, spec.projection

@@ -21,7 +21,7 @@ if INTERPRETED:
     interpreter.repair()
 
 
-class Packed(NamedTuple):
+class FoldedWeights(NamedTuple):
     """A launch's parameters with BatchNorm folded: weights (Co, R, S, Ci/groups) dense, biases (Co) fp32.
 
     For PyTorch's own kernels ``bias`` comes in the weight's dtype. ``inner``: the chain's first convolution where there

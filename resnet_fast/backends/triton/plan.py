@@ -16,14 +16,14 @@ from torch import Tensor
 from ... import folding
 from ...calls import BlockCall, Conv, ConvBnActCall, StemCall, convs_of, given_of, norms_of
 from ...spec import BlockSpec, ConvSpec, LaunchSpec
-from ...tuning import choice
 from ...tuning.configs import Config
+from ...tuning.launch_plan import LaunchPlan, plan_launches
 from ...tuning.routes import merged_groups, stem_step
 from . import bottleneck, conv_bn_act, conv_bn_act_1x1, conv_bn_act_3x3, stem, stock
 from .device import device_of, table_of
-from .launch import Packed, nhwc
+from .launch import FoldedWeights, nhwc
 
-Launcher = Callable[[LaunchSpec, Config, Packed, Tensor, Tensor | None, Tensor | None], Tensor]
+Launcher = Callable[[LaunchSpec, Config, FoldedWeights, Tensor, Tensor | None, Tensor | None], Tensor]
 
 LAUNCHERS: dict[str, Launcher] = {
     "conv_bn_act_1x1": conv_bn_act_1x1.conv_bn_act_1x1,
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
     launch: LaunchSpec
     config: Config
-    packed: Packed
+    packed: FoldedWeights
     launcher: Launcher
     makes_shortcut: bool
 
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 class Plan:
     """The steps of a call, the choice that they come from, and the folded convolutions that they are packed from."""
 
-    chosen: choice.Chosen
+    chosen: LaunchPlan
     steps: tuple[Step, ...]
     folded: dict[int, tuple[Tensor, Tensor]]
     pool: tuple[int, int, int] | None = None
@@ -70,7 +70,7 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSp
 
     A derived tensor outlives the call that made it, so it is made outside inference mode.
     """
-    chosen = choice.choose(spec, device_of(call.x.device), table_of(call.x.device))
+    chosen = plan_launches(spec, device_of(call.x.device), table_of(call.x.device))
     convs, norms = convs_of(call), norms_of(call)
     specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
     folded = dict(earlier[0].folded) if earlier else {}
@@ -84,7 +84,7 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSp
     return Plan(chosen, steps, folded, tuple(call.pool) if unpooled else None)  # type: ignore[union-attr]
 
 
-def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: choice.Chosen, folded: dict[int, Any]) -> tuple[Step, ...]:
+def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[Step, ...]:
     """Parameters for each launch, found by its convolutions' places in the call: main branch first, projection last."""
     projects = isinstance(spec, BlockSpec) and spec.shortcut == "projection"
     first, steps = 0, []
@@ -102,17 +102,17 @@ def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: choice.Chosen, folded
 
 def parameters(
     launch: LaunchSpec, config: Config, members: list[tuple[Tensor, Tensor]], projection: tuple[Tensor, Tensor] | None
-) -> Packed:
+) -> FoldedWeights:
     """A launch's parameters from the packed (weight, bias) of its convolutions and of its projection."""
     weight, bias = members[-1]
     if config.stock:
-        return Packed(weight, bias.to(weight.dtype))
+        return FoldedWeights(weight, bias.to(weight.dtype))
     if launch.kernel == "stem":
         weight = _padded_rows(weight, stem_step(launch.last))
     inner, inner_bias = members[0] if len(members) > 1 else (None, None)
     if projection is None:
-        return Packed(weight, bias, inner, inner_bias)
-    return Packed(weight, bias + projection[1], inner, inner_bias, projection[0])
+        return FoldedWeights(weight, bias, inner, inner_bias)
+    return FoldedWeights(weight, bias + projection[1], inner, inner_bias, projection[0])
 
 
 def pack(conv: Conv, weight: Tensor, bias: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

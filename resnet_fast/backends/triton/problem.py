@@ -19,7 +19,7 @@ from ...spec import ConvSpec, LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
 from . import plan
-from .launch import Packed
+from .launch import FoldedWeights
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Problem:
         y = torch.relu(y) if relu and last.epilogue.relu else y
         return y if last.epilogue.pool is None else F.max_pool2d(y, *last.epilogue.pool)
 
-    def packed(self, config: Config) -> Packed:
+    def packed(self, config: Config) -> FoldedWeights:
         """As plan.py packs it."""
         folded = [
             plan.pack(Conv(w, None, *c.geometry()), w.float(), b.float(), merged_groups(c), w.dtype)

@@ -41,7 +41,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import stem_step
-from .launch import Packed, empty_nhwc, product, steps_of
+from .launch import FoldedWeights, empty_nhwc, product, steps_of
 from .tiles import multiply, relu, round_to
 
 
@@ -127,7 +127,9 @@ def _stem_fwd_kernel(
             best = row
 
 
-def stem(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None) -> Tensor:
+def stem(
+    spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
+) -> Tensor:
     """Run it. x (N, Ci, H, W) in any strides; returns y (N, Co, Hp, Wp), dense NHWC."""
     conv = spec.last
     hp, wp = conv.out_hw()

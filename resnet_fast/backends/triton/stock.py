@@ -14,10 +14,12 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from .launch import Packed, nhwc
+from .launch import FoldedWeights, nhwc
 
 
-def stock(spec: LaunchSpec, config: Config, packed: Packed, x: Tensor, res: Tensor | None, xp: Tensor | None) -> Tensor:
+def stock(
+    spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
+) -> Tensor:
     """Run it. x, res (N, C, H, W), best in NHWC; returns y in NHWC."""
     conv = spec.last
     weight = packed.weight.permute(0, 3, 1, 2)  # (Co, R, S, C) dense is channels_last

@@ -60,7 +60,7 @@ def test_images_that_lie_2_to_the_31_elements_apart(launch: LaunchSpec) -> None:
     field = torch.empty(step + c.h * c.w * c.ci, dtype=torch.float16)  # 4 GiB of addresses, of which little is touched
     apart = field.as_strided(p.x.shape, (step, 1, c.w * c.ci, c.ci))
     apart.copy_(p.x)
-    config = heuristic.choose(launch, devices.gpu("h100"))
+    config = heuristic.select(launch, devices.gpu("h100"))
     assert config is not None
     double = p.to(torch.float64)
     numerics.assert_close(replace(p, x=apart).run(config[0]), double.eager(), p.eager(), c.gemm_k)

@@ -10,7 +10,7 @@ r"""One training step of a call: forward and backward of a chain of convolutions
 A convolution's prologue applies the norm and ReLU below it, its epilogue gathers the statistics of what it stores; a
 dgrad's prologue turns g into dy, its epilogue applies the ReLU below and sums for that norm. So per layer the raw
 output is written once, and no activation and no dy at all. Per convolution and direction cuDNN may take its place, with
-passes of block_end.py and batch_norm.py around it, where the table says that it is faster (tuning/training.py).
+passes of block_end.py and batch_norm.py around it, where the table says that it is faster (tuning/launch_plan.py).
 
 An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends in a max-pool.
 """
@@ -26,8 +26,9 @@ from torch import Tensor
 from .... import flags
 from ....calls import BlockCall, Call, Conv, Leaves, Norm, StemCall, convs_of, given_of, norms_of
 from ....spec import BlockSpec, ConvSpec, Spec
-from ....tuning import training as tuning
-from ....tuning.training import CUDNN, Chosen
+from ....tuning import launch_plan
+from ....tuning.launch_plan import TrainingConfigs
+from ....tuning.training_configs import CUDNN
 from .. import in_layout
 from ..device import device_of, table_of
 from ..launch import nhwc
@@ -40,7 +41,7 @@ class Plan:
     """The chosen configs of every convolution, by its place in the call."""
 
     specs: tuple[ConvSpec, ...]
-    chosen: tuple[Chosen, ...]
+    chosen: tuple[TrainingConfigs, ...]
 
     def __str__(self) -> str:
         return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen))
@@ -61,7 +62,8 @@ def _plan_of(spec: Spec, device: torch.device, packed: bool) -> Plan:
     specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
     inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
     device_, table = device_of(device), table_of(device)
-    return Plan(specs, tuple(tuning.choose(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(specs)))
+    chosen = (launch_plan.plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(specs))
+    return Plan(specs, tuple(chosen))
 
 
 # ---------------------------------------------------------------------------------------------------------- forward

@@ -30,7 +30,7 @@ Epilogue. The tile leaves the tensor cores' layout through ``tl.split`` of even 
 a thread holds 16 bytes of a row, columns lie in registers, and all else is wide accesses and additions.
 
 Numerics: tiles.py. Added tensors are summed in fp32, before the one rounding. Deterministic: no atomics.
-Limits: tuning/training.py. Alone: ``TRITON_INTERPRET=1 python -m pytest
+Limits: tuning/training_configs.py. Alone: ``TRITON_INTERPRET=1 python -m pytest
 tests/backends/triton/training/test_conv_dgrad.py``.
 """
 

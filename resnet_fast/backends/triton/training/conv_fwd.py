@@ -31,7 +31,7 @@ shuffles per register and pass; ``tl.split`` of even from odd rows makes the com
 shared memory into columns that lie in registers.
 
 Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite, or that no
-16-bit tensor holds, counts as 0: a poisoned running mean must not poison the batch. Limits: tuning/training.py.
+16-bit tensor holds, counts as 0: a poisoned running mean must not poison the batch. Limits: tuning/training_configs.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_fwd.py``.
 
 Tried, compiled for sm_90 (issue slots per scheduler and K step of a 3x3; tensor cycles in brackets):

@@ -41,7 +41,7 @@ them, and z of them is one constant per channel, ``idle``. Nothing in the loop t
 launch takes what they added out of P and Q, for their number is known. Taps outside the image read x at the row
 THRESHOLD, conv_fwd.py, and constant channels are taken back as there.
 
-Numerics: tiles.py. Limits: tuning/training.py.
+Numerics: tiles.py. Limits: tuning/training_configs.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_wgrad.py``.
 
 Tried, compiled for sm_90 (issue slots per scheduler and K step of a 128x128x64 tile; tensor cycles 544):
@@ -61,7 +61,7 @@ from torch import Tensor
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
-from ....tuning.training import gemm
+from ....tuning.training_configs import gemm
 from ..launch import alignment, product, steps_of
 from ..tiles import pixel_of_row, round_to, row_offset
 from . import vectors

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....spec import ConvSpec
-from ....tuning import training as tuning
 from ....tuning.configs import Config
-from ....tuning.training import CUDNN
+from ....tuning.training_configs import CUDNN, training_launch
 from ..device import device_of
 from ..launch import nhwc
 from . import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack
@@ -38,7 +37,7 @@ def forward(
         x = materialised(act)
         y = nhwc(F.conv2d(x, weight.detach().to(x.dtype), None, *spec.geometry()))
         return y, *(batch_norm.statistics(y) if statistics else (None, 0))
-    launch = tuning.launch("conv_fwd", spec, act.vectors is not None)
+    launch = training_launch("conv_fwd", spec, act.vectors is not None)
     packed, const = pack.pack_forward(weight.detach(), act.y.dtype, spec, act if config.packed else None)
     return *conv_fwd.conv_fwd(launch, config, packed, const, act, centre, statistics), config.block_m
 
@@ -56,7 +55,7 @@ def dgrad(
 ) -> tuple[Tensor, Tensor | None]:
     """dx on our kernel, and with ``below`` its sums; arguments as of :func:`conv_dgrad.conv_dgrad`."""
     wt = pack.pack_dgrad(weight.detach(), grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
-    launch = tuning.launch("conv_dgrad", spec, below is not None)
+    launch = training_launch("conv_dgrad", spec, below is not None)
     return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, below_packed, add, add_strided, compact)
 
 
@@ -80,7 +79,7 @@ def wgrad(weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, x: Act) ->
     if config == CUDNN:
         dw = stock_backward(weight, spec, grad, materialised(x), (False, True))[1]
     else:
-        launch, gpu = tuning.launch("conv_wgrad", spec, x.vectors is not None), device_of(grad.g.device).gpu
+        launch, gpu = training_launch("conv_wgrad", spec, x.vectors is not None), device_of(grad.g.device).gpu
         assert gpu is not None
         dw = conv_wgrad.conv_wgrad(launch, config, grad, x, gpu.sms)
     # autograd accumulates into a tensor of the weight's strides

@@ -18,7 +18,7 @@ from .... import numerics
 from ....calls import Norm
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
-from ....tuning.training import CUDNN
+from ....tuning.training_configs import CUDNN
 from ..problem import guarded
 from . import batch_norm, convolution
 from .vectors import HI, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad

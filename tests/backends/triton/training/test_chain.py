@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from resnet_fast import accelerate
-from resnet_fast.tuning import training as tuning
-from resnet_fast.tuning.training import CUDNN, Chosen
+from resnet_fast.tuning import launch_plan
+from resnet_fast.tuning.launch_plan import TrainingConfigs
+from resnet_fast.tuning.training_configs import CUDNN
 from tests.support import train_cases
 from tests.support.op_cases import OPS, Problem
 from tests.support.train_cases import case, check, fused, pooled_gap, same, step, stock
@@ -29,15 +30,17 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sends the directions that are named ("fwd dgrad wgrad") to cuDNN, the others to our kernels."""
     from resnet_fast.backends.triton.training import chain
 
-    real = tuning.choose
+    real = launch_plan.plan_training
 
     def send(cudnn: str) -> None:
-        def choose(*args: Any) -> Chosen:
+        def plan(*args: Any) -> TrainingConfigs:
             own = real(*args)
-            return Chosen(*(CUDNN if name in cudnn.split() else getattr(own, name) for name in Chosen.__annotations__))
+            return TrainingConfigs(
+                *(CUDNN if name in cudnn.split() else getattr(own, name) for name in TrainingConfigs.__annotations__)
+            )
 
         chain._plan_of.cache_clear()
-        monkeypatch.setattr(tuning, "choose", choose)
+        monkeypatch.setattr(launch_plan, "plan_training", plan)
 
     yield send
     chain._plan_of.cache_clear()

@@ -19,7 +19,7 @@ from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.backends.triton.training.conv_dgrad import conv_dgrad
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config, for_dtype
-from resnet_fast.tuning.training import SHIPPED
+from resnet_fast.tuning.training_configs import SHIPPED
 from tests.support.dgrad_cases import EPILOGUES, EPS, GEOMETRIES, Case, assert_sums, case, over, packed_weight
 from tests.support.fwd_cases import VARIANTS
 from tests.triton.counting import count

@@ -14,7 +14,7 @@ from resnet_fast.backends.triton.training import conv_wgrad as module
 from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning.configs import Config, for_dtype
-from resnet_fast.tuning.training import FEW_VALUES, SHIPPED
+from resnet_fast.tuning.training_configs import FEW_VALUES, SHIPPED
 from tests.support import dgrad_cases
 from tests.support.dgrad_cases import GEOMETRIES
 from tests.support.fwd_cases import VARIANTS
@@ -54,8 +54,8 @@ def test_geometry_without_batch_statistics(name: str, poisoned_outputs: None) ->
 def test_batches_and_images_of_every_length(size: tuple[int, int], n: int, poisoned_outputs: None) -> None:
     """One, two and four streams; streams that end early or are empty; steps over rows, images and several images.
 
-    Exact where a channel has few values, for tuning/training.py sends no such launch to a packed prologue; a single
-    value has no statistics.
+    Exact where a channel has few values: tuning/training_configs.py sends no such launch to a packed prologue. A
+    single value has no statistics.
     """
     h, w = size
     for spec in (conv(24, 20, 3, n=n, h=h, w=w), conv(24, 20, 1, n=n, h=h, w=w, stride=2)):

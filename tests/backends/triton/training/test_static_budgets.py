@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from resnet_fast import devices
-from resnet_fast.tuning import training
+from resnet_fast.tuning import heuristic, training_configs
 from tests.triton import training_budgets as budgets
 from tests.triton.static_budget import ARCHS, Budget, read_table, worse
 
@@ -41,7 +41,7 @@ def test_hard_rules(row: Budget) -> None:
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1
     kernel, _, rest = row.config.partition(" ")
-    if kernel not in training.KERNELS or not rest:
+    if kernel not in training_configs.KERNELS or not rest:
         whole = not row.config.startswith(PER_CHANNEL)
         assert not (whole and "STG.2" in row.accesses), row.accesses
         return
@@ -61,9 +61,9 @@ def test_main_loops_issue_in_time() -> None:
     for name, one in budgets.launches().items():
         if name.partition(" ")[2] not in COMPUTE_BOUND:
             continue
-        assert not training.is_memory_bound(one)
-        legal = training.candidates(one, h100.gpu, packed=True)
-        assert training.modelled(one, h100, packed=True) in legal
+        assert not training_configs.is_memory_bound(one)
+        legal = training_configs.candidates(one, h100.gpu, packed=True)
+        assert heuristic.select_training(one, h100, packed=True) in legal
         for label in (budgets.label_of(name, config) for config in legal):
             found = [row for (_, config, arch), row in TABLE.items() if config == label and arch == 90]
             if not found:
@@ -80,5 +80,7 @@ def test_the_table_covers_every_shipped_config() -> None:
     covered = {
         (key[1].split(" ")[0], key[1].split(", ")[1].removesuffix(" packed"), key[2]) for key in TABLE if "," in key[1]
     }
-    shipped = {(k, str(c), arch) for k, found in training.SHIPPED.items() for c in found for arch in budgets.GPUS}
+    shipped = {
+        (k, str(c), arch) for k, found in training_configs.SHIPPED.items() for c in found for arch in budgets.GPUS
+    }
     assert shipped <= covered, shipped - covered

@@ -8,16 +8,13 @@ faster. Torch-free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 
-from ..devices import Device, Gpu
+from ..devices import Gpu
 from ..spec import ITEMSIZE, YES, BlockSpec, ConvSpec, LaunchSpec, Verdict
 from . import configs
 from .configs import NARROW, Config, for_dtype, of_sizes
-from .heuristic import SCALAR_RATE
 from .routes import MIN_CHANNELS, merged_groups
-from .tables import Table
 
 KERNELS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
 
@@ -63,102 +60,95 @@ a packed prologue, which rounds before the difference, loses all of it. Stock ro
 CUDNN = Config("cudnn")
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The configs of one convolution's three launches; :data:`CUDNN` for a launch that runs on PyTorch's kernels."""
-
-    fwd: Config
-    dgrad: Config
-    wgrad: Config
-
-    def __str__(self) -> str:
-        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad))
+def is_training(launch: LaunchSpec) -> bool:
+    """Return whether ``launch`` belongs to a training step."""
+    return launch.kernel in KERNELS
 
 
-def launch(kernel: str, conv: ConvSpec, prologue: bool) -> LaunchSpec:
-    """One of the three launches of a convolution."""
+def training_launch(kernel: str, conv: ConvSpec, prologue: bool) -> LaunchSpec:
+    """Return one of the three launches of a convolution."""
     return LaunchSpec(kernel, (conv,), prologue=prologue)
 
 
-def launches(spec: ConvSpec | BlockSpec) -> tuple[LaunchSpec, ...]:
-    """All launches of a problem's training step, in the order of its convolutions."""
+def training_launches(spec: ConvSpec | BlockSpec) -> tuple[LaunchSpec, ...]:
+    """Return all launches of a problem's training step, in the order of its convolutions."""
     convs, inner = (spec.convs, len(spec.main)) if isinstance(spec, BlockSpec) else ((spec,), 1)
-    return tuple(launch(kernel, conv, 0 < i < inner) for i, conv in enumerate(convs) for kernel in KERNELS)
+    return tuple(training_launch(kernel, conv, 0 < i < inner) for i, conv in enumerate(convs) for kernel in KERNELS)
 
 
-def gemm(one: LaunchSpec) -> tuple[int, int, int, int]:
+def gemm(launch: LaunchSpec) -> tuple[int, int, int, int]:
     """(rows, columns, products) of a launch as one matrix product per group, and how many such products it is.
 
     A wgrad is one per tap; a dgrad of stride s spreads the same products over its input pixels.
     """
-    c, groups = one.last, merged_groups(one.last)
+    c, groups = launch.last, merged_groups(launch.last)
     ci, co, taps = c.ci // groups, c.co // groups, c.r * c.s
-    if one.kernel == "conv_fwd":
+    if launch.kernel == "conv_fwd":
         return c.gemm_m, co, ci * taps, groups
-    if one.kernel == "conv_dgrad":
+    if launch.kernel == "conv_dgrad":
         pixels = c.n * c.h * c.w
         return pixels, ci, max(1, co * taps * c.gemm_m // pixels), groups
     return (co, ci, c.gemm_m, groups * taps) if ci >= MIN_CHANNELS else (co, ci * taps, c.gemm_m, groups)
 
 
-def min_bytes(one: LaunchSpec) -> int:
+def min_bytes(launch: LaunchSpec) -> int:
     """Bytes that a launch must move: each operand that some output needs once, and its output.
 
     The gradient of a raw output is read as g and, where the norm uses this batch's statistics, y. A dgrad behind a
     prologue reads the raw input, for the mask and the sums. Added tensors are the caller's to count.
     """
-    c = one.last
+    c = launch.last
     size, filters = ITEMSIZE[c.dtype], c.co * c.gemm_k
     y, x = c.n * c.ho * c.wo * c.co, c.n * c.h * c.w * c.ci
-    if one.kernel == "conv_fwd":
+    if launch.kernel == "conv_fwd":
         return (c.touched() + filters + y) * size
     dy = y * (1 + c.batch_stats)
-    if one.kernel == "conv_dgrad":
-        return (dy + filters + x * (1 + one.prologue)) * size
+    if launch.kernel == "conv_dgrad":
+        return (dy + filters + x * (1 + launch.prologue)) * size
     return (dy + c.touched()) * size + filters * 4
 
 
-def is_memory_bound(one: LaunchSpec) -> bool:
+def is_memory_bound(launch: LaunchSpec) -> bool:
     """Is the launch bound by memory on an H100 by the roofline, whatever its main loop costs?
 
     A 3x3 of 64 channels is, just so (288 operations per byte at most, 192 with g and y to read; the ridge lies at 295);
     of more it is not, nor is a 1x1 with at least 256 channels on both sides.
     """
-    c, groups = one.last, merged_groups(one.last)
+    c, groups = launch.last, merged_groups(launch.last)
     return min(c.ci, c.co) // groups < (256 if c.r * c.s == 1 else 128)
 
 
-def _fits_shared(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    operands = {"conv_fwd": (1, 1), "conv_dgrad": (2, 1), "conv_wgrad": (2, 1)}[one.kernel]
+def _fits_shared(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    operands = {"conv_fwd": (1, 1), "conv_dgrad": (2, 1), "conv_wgrad": (2, 1)}[launch.kernel]
     rows = operands[0] * config.block_m + operands[1] * config.block_n
-    need = config.num_stages * rows * config.block_k * ITEMSIZE[one.dtype]
+    need = config.num_stages * rows * config.block_k * ITEMSIZE[launch.dtype]
     if need <= gpu.shared_per_block:
         return YES
     return Verdict.no(f"at most {gpu.shared_per_block} bytes of shared memory", str(need), "use fewer stages")
 
 
-def _fits_registers(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     need = config.block_m * config.block_n // (32 * config.num_warps)
-    limit = 64 if configs.on_tensor_cores(one) else 16 if one.kernel == "conv_wgrad" else 32
+    limit = 64 if configs.on_tensor_cores(launch) else 16 if launch.kernel == "conv_wgrad" else 32
     if need <= limit:
         return YES
     return Verdict.no(f"at most {limit} sums per thread", str(need), "use more warps or less tile")
 
 
-def _fits_gather(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    if one.kernel == "conv_dgrad" or one.last.ci // merged_groups(one.last) >= MIN_CHANNELS:
+def _fits_gather(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    if launch.kernel == "conv_dgrad" or launch.last.ci // merged_groups(launch.last) >= MIN_CHANNELS:
         return YES
-    side, limit = (config.block_m, 32) if one.kernel == "conv_fwd" else (config.block_n, 16)
+    side, limit = (config.block_m, 32) if launch.kernel == "conv_fwd" else (config.block_n, 16)
     need = side * config.block_k // (32 * config.num_warps)
     if need <= limit:
         return YES
     return Verdict.no(f"at most {limit} addresses per thread and step", str(need), "use more warps or less tile")
 
 
-def _not_larger_than_needed(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    rows, columns, products, _ = gemm(one)
+def _not_larger_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    rows, columns, products, _ = gemm(launch)
     sides = {"block_n": (config.block_n, columns), "block_k": (config.block_k, products)}
-    if one.kernel == "conv_wgrad":
+    if launch.kernel == "conv_wgrad":
         sides = {"block_m": (config.block_m, rows), "block_n": (config.block_n, columns)}
     for name, (block, size) in sides.items():
         if block > max(NARROW, 2 * size - 1):
@@ -166,33 +156,33 @@ def _not_larger_than_needed(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdic
     return YES
 
 
-def packs(one: LaunchSpec) -> Verdict:
+def packs(launch: LaunchSpec) -> Verdict:
     """May a launch take a packed prologue?"""
-    c = one.last
-    if ITEMSIZE[one.dtype] != 2:
-        return Verdict.no("16-bit tensors for a packed prologue", one.dtype, "use an exact one")
+    c = launch.last
+    if ITEMSIZE[launch.dtype] != 2:
+        return Verdict.no("16-bit tensors for a packed prologue", launch.dtype, "use an exact one")
     values = c.n * min(c.h * c.w, c.ho * c.wo)
     if values < FEW_VALUES:
         return Verdict.no(f"{FEW_VALUES} values per channel for a packed prologue", str(values), "use an exact one")
     return YES
 
 
-def _packed_where_it_may(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    return packs(one) if config.packed else YES
+def _packed_where_it_may(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    return packs(launch) if config.packed else YES
 
 
 LIMITS = (_fits_shared, _fits_registers, _fits_gather, _not_larger_than_needed, _packed_where_it_may)
 
 
-def _issues_in_time(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+def _issues_in_time(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """Where products are the limit and fill the GPU: of tiles below 128 x 128 the main loop issues longer than the
     tensor cores take, for every prologue is applied to more elements per product (docs/tables/training-budgets.md)."""
-    if config.block_m * config.block_n >= WHOLE_TILE or is_memory_bound(one) or not configs.on_tensor_cores(one):
+    if config.block_m * config.block_n >= WHOLE_TILE or is_memory_bound(launch) or not configs.on_tensor_cores(launch):
         return YES
-    rows, columns, products, count = gemm(one)
-    work = rows * columns * count // WHOLE_TILE * (products // 256 if one.kernel == "conv_wgrad" else 1)
-    whole = (for_dtype(c, one.dtype) for c in SHIPPED[one.kernel] if c.block_m * c.block_n >= WHOLE_TILE)
-    if work < gpu.sms or not any(configs.verdict(one, c, gpu, LIMITS) for c in whole):
+    rows, columns, products, count = gemm(launch)
+    work = rows * columns * count // WHOLE_TILE * (products // 256 if launch.kernel == "conv_wgrad" else 1)
+    whole = (for_dtype(c, launch.dtype) for c in SHIPPED[launch.kernel] if c.block_m * c.block_n >= WHOLE_TILE)
+    if work < gpu.sms or not any(configs.verdict(launch, c, gpu, LIMITS) for c in whole):
         return YES
     tile = f"{config.block_m} x {config.block_n}"
     return Verdict.no("a tile of 128 x 128 where products are the limit", tile, "use it")
@@ -201,54 +191,13 @@ def _issues_in_time(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 RULES = (*LIMITS, _issues_in_time)
 
 
-def verdict(one: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+def verdict(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """May ``config`` run a launch on ``gpu``? The first rule that says no gives the reason."""
-    return configs.verdict(one, config, gpu, RULES)
+    return configs.verdict(launch, config, gpu, RULES)
 
 
-def candidates(one: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
+def candidates(launch: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
     """The shipped configs that the rules admit, with the prologue asked for where the launch may take it."""
-    wanted = packed and bool(packs(one))
-    sized = dict.fromkeys(replace(for_dtype(c, one.dtype), packed=wanted) for c in SHIPPED[one.kernel])
-    return tuple(c for c in sized if verdict(one, c, gpu))
-
-
-def predict(one: LaunchSpec, config: Config, device: Device) -> float:
-    """Seconds under the model of heuristic.py, without its latency term: a training batch fills the GPU."""
-    gpu = device.gpu
-    assert gpu is not None
-    rows, columns, products, count = gemm(one)
-    tiles = -(-rows // config.block_m) * -(-columns // config.block_n) * count
-    steps = -(-products // config.block_k)
-    work = tiles * steps  # a wgrad splits its steps over programs
-    programs = tiles if one.kernel != "conv_wgrad" else min(work, 2 * gpu.sms)
-    rate = device.rate(one.dtype).value / 2 / gpu.sms
-    if not configs.on_tensor_cores(one):
-        rate *= SCALAR_RATE
-    fill = (0.35 + 0.65 * min(1.0, config.block_n / 128)) * min(1.0, config.block_m / (16 * config.num_warps))
-    waves = -(-programs // gpu.sms) * gpu.sms / programs
-    compute = waves * work * config.block_m * config.block_n * config.block_k / gpu.sms / (rate * fill)
-    operands = work * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[one.dtype]
-    return max(compute, operands / gpu.l2_bandwidth.value, min_bytes(one) / device.bandwidth.value)
-
-
-@lru_cache(maxsize=4096)
-def modelled(one: LaunchSpec, device: Device, packed: bool, refused: frozenset[str] = frozenset()) -> Config:
-    """The candidate with the least predicted time; cuDNN where a table refuses every one."""
-    assert device.gpu is not None
-    legal = [c for c in candidates(one, device.gpu, packed) if str(c) not in refused]
-    return min(legal, key=lambda c: predict(one, c, device), default=CUDNN)
-
-
-def choose(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> Chosen:
-    """A config for each direction of a convolution: the fastest measured, else the model's."""
-    found = []
-    for kernel in KERNELS:
-        one = launch(kernel, conv, prologue)
-        times = table.times(one)
-        assert device.gpu is not None
-        known = {str(c): c for c in (*candidates(one, device.gpu, packed), CUDNN)}
-        usable = [(us, name) for name, us in times.items() if us is not None and name in known]
-        refused = frozenset(name for name, us in times.items() if us is None)
-        found.append(known[min(usable)[1]] if usable else modelled(one, device, packed, refused))
-    return Chosen(*found)
+    wanted = packed and bool(packs(launch))
+    sized = dict.fromkeys(replace(for_dtype(c, launch.dtype), packed=wanted) for c in SHIPPED[launch.kernel])
+    return tuple(c for c in sized if verdict(launch, c, gpu))

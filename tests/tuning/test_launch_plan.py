@@ -7,7 +7,7 @@ import pytest
 from resnet_fast import devices
 from resnet_fast.errors import BackendError
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
-from resnet_fast.tuning import choice, configs, heuristic, shapes
+from resnet_fast.tuning import configs, heuristic, launch_plan, shapes
 from resnet_fast.tuning.routes import Route, launch, routes
 from resnet_fast.tuning.tables import Table
 
@@ -33,14 +33,14 @@ def throughout(route: Route, us: float) -> list[tuple[LaunchSpec, dict[str, floa
     return [(one, {names(one)[0]: us}) for one in route.launches]
 
 
-def choose(spec: ConvSpec | BlockSpec, *entries: tuple[LaunchSpec, dict[str, float | None]]) -> choice.Chosen:
-    return choice.choose(spec, H100, table(*entries))
+def choose(spec: ConvSpec | BlockSpec, *entries: tuple[LaunchSpec, dict[str, float | None]]) -> launch_plan.LaunchPlan:
+    return launch_plan.plan_launches(spec, H100, table(*entries))
 
 
 def test_without_measurements_the_model_decides() -> None:
     chosen = choose(CONV)
     assert not chosen.measured
-    assert (chosen.configs[0], chosen.seconds) == heuristic.choose(launch(CONV), H100)
+    assert (chosen.configs[0], chosen.seconds) == heuristic.select(launch(CONV), H100)
 
 
 def test_a_measured_time_beats_a_modelled_one() -> None:
@@ -74,7 +74,7 @@ def test_routes_are_compared_by_the_sum_of_their_launches() -> None:
     shared = conv.launches[1]
     assert shared == proj.launches[0] == tail.launches[0]
 
-    def best(conv_us: float, proj_us: float, tail_us: float) -> choice.Chosen:
+    def best(conv_us: float, proj_us: float, tail_us: float) -> launch_plan.LaunchPlan:
         entries = [
             *throughout(conv, conv_us),
             (proj.launches[-1], {names(proj.launches[-1])[0]: proj_us}),
@@ -101,14 +101,14 @@ def test_with_no_route_measured_throughout_known_and_modelled_times_add_up() -> 
     one = ROUTES["conv"].launches[1]  # in all three
     chosen = choose(BLOCK, (one, {names(one)[0]: 123.0}))
     assert not chosen.measured
-    rest = [heuristic.choose(other, H100) for other in chosen.route.launches if other != one]
+    rest = [heuristic.select(other, H100) for other in chosen.route.launches if other != one]
     assert chosen.seconds == pytest.approx(123e-6 + sum(pick[1] for pick in rest if pick))
     assert names(one)[0] in map(str, chosen.configs)
 
 
 def test_a_refused_candidate_is_not_chosen_by_the_model() -> None:
     one = launch(CONV)
-    ranked = heuristic.ranked(one, H100)
+    ranked = heuristic.rank(one, H100)
     chosen = choose(CONV, (one, {str(ranked[0][0]): None}))
     assert (chosen.configs[0], chosen.seconds) == ranked[1] and not chosen.measured
 
@@ -158,16 +158,16 @@ def test_an_unpooled_stem_pays_for_its_pooling() -> None:
 
 def test_stock_time_of_a_block_is_the_sum_of_its_convolutions() -> None:
     entries = [(one, {"cudnn": 20.0, "cudnn_fused": 10.0, names(one)[0]: 1.0}) for one in ROUTES["conv"].launches]
-    assert choice.stock(BLOCK, H100, table(*entries)) == pytest.approx(40e-6)
-    assert choice.stock(BLOCK, H100, table(*entries[1:])) is None
-    assert choice.stock(BLOCK, H100, table(*throughout(ROUTES["conv"], 1.0))) is None
+    assert launch_plan.stock_seconds(BLOCK, H100, table(*entries)) == pytest.approx(40e-6)
+    assert launch_plan.stock_seconds(BLOCK, H100, table(*entries[1:])) is None
+    assert launch_plan.stock_seconds(BLOCK, H100, table(*throughout(ROUTES["conv"], 1.0))) is None
 
 
 def test_stock_time_of_a_stem_has_the_pooling_in_it() -> None:
     stem = PROBLEMS["r50.conv1"]
     apart, fused = routes(stem)
-    assert choice.stock(stem, H100, table((fused.launches[0], {"cudnn": 70.0}))) == pytest.approx(70e-6)
-    without = choice.stock(stem, H100, table((apart.launches[0], {"cudnn": 70.0})))
+    assert launch_plan.stock_seconds(stem, H100, table((fused.launches[0], {"cudnn": 70.0}))) == pytest.approx(70e-6)
+    without = launch_plan.stock_seconds(stem, H100, table((apart.launches[0], {"cudnn": 70.0})))
     assert without is not None and without > 71e-6
 
 

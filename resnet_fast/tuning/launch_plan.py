@@ -1,0 +1,160 @@
+"""Plan the launches of a problem: its route and a config per launch, by measured times where there are any.
+
+A problem's routes (routes.py) are compared by the sum of their launches' times.
+
+- If any route is measured throughout, only such routes compete, and PyTorch's own kernels compete with ours launch by
+  launch: after tuning, what runs is never slower than stock beyond noise.
+- Without measurements the model's times (heuristic.py) decide among our kernels.
+- A config that gave a wrong answer during tuning is refused and never runs.
+
+Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..devices import Device
+from ..errors import BackendError
+from ..spec import BlockSpec, ConvSpec, LaunchSpec
+from . import configs, heuristic, training_configs
+from .configs import Config
+from .routes import Route, routes
+from .tables import Table, user_file
+from .training_configs import CUDNN, training_launch
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A route with one config per launch.
+
+    Attributes:
+        route: the launches.
+        configs: the config of each launch.
+        seconds: the sum of the launches' times, and of a separate max-pool.
+        measured: whether all of those times were measured.
+        others: the routes that lost, by name, with their seconds.
+    """
+
+    route: Route
+    configs: tuple[Config, ...]
+    seconds: float
+    measured: bool
+    others: tuple[tuple[str, float], ...] = ()
+
+    def __str__(self) -> str:
+        steps = " | ".join(
+            f"{launch.kernel} {config}" for launch, config in zip(self.route.launches, self.configs, strict=True)
+        )
+        how = "measured" if self.measured else "modelled"
+        lost = "".join(f", {plan} {seconds * 1e6:.1f}" for plan, seconds in self.others)
+        return f"{self.route.plan}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost})"
+
+
+def fastest_measured(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config, float] | None:
+    """Return the fastest candidate in the table and its seconds; None where nothing usable was measured."""
+    times = table.times(launch)
+    if not times or device.gpu is None:
+        return None
+    known = {str(c): c for c in (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))}
+    usable = [(known[name], us * 1e-6) for name, us in times.items() if us is not None and name in known]
+    return min(usable, key=lambda pair: pair[1]) if usable else None
+
+
+def fastest_modelled(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config, float] | None:
+    """Return the model's fastest candidate that the table does not refuse, and its seconds; None where none is left."""
+    refused = {name for name, us in table.times(launch).items() if us is None}
+    return next((pick for pick in heuristic.rank(launch, device) if str(pick[0]) not in refused), None)
+
+
+def plan_launches(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> LaunchPlan:
+    """Return the fastest known way to run ``spec`` on ``device``.
+
+    Args:
+        spec: a convolution or a block of inference.
+        device: a GPU with known ceilings.
+        table: what was measured on it.
+
+    Raises:
+        BackendError: tuning refused every config of a launch in every route.
+    """
+    found = []
+    for route in routes(spec):
+        known = [fastest_measured(launch, device, table) for launch in route.launches]
+        picks = [k or fastest_modelled(launch, device, table) for k, launch in zip(known, route.launches, strict=True)]
+        best = [p for p in picks if p is not None]
+        if len(best) < len(picks):
+            continue  # a chain too wide for every config, or a launch that failed with each of its configs
+        seconds = sum(s for _, s in best) + _pooling(spec, route, device)
+        found.append(LaunchPlan(route, tuple(c for c, _ in best), seconds, None not in known))
+    if not found:
+        raise BackendError(
+            f"no kernel for {spec} passed its check on {table.gpu}; use another backend, or delete "
+            f"{user_file(table.gpu)} and tune again"
+        )
+    if any(c.measured for c in found):
+        found = [c for c in found if c.measured]
+    fastest = min(found, key=lambda c: c.seconds)
+    return replace(fastest, others=tuple((c.route.plan, c.seconds) for c in found if c is not fastest))
+
+
+def stock_seconds(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> float | None:
+    """Return the seconds of ``spec`` on PyTorch's kernels alone; None where they were not measured."""
+    sums = []
+    for route in routes(spec):
+        times = [[table.times(launch).get(name) for name in configs.STOCK] for launch in route.launches]
+        least = [min((us for us in group if us is not None), default=None) for group in times]
+        best = [us * 1e-6 for us in least if us is not None]
+        if len(best) == len(least):
+            sums.append(sum(best) + _pooling(spec, route, device))
+    return min(sums, default=None)
+
+
+def _pooling(stem: ConvSpec | BlockSpec, route: Route, device: Device) -> float:
+    """Return the seconds of PyTorch's max-pool after an unpooled stem, 0 for any other problem.
+
+    It reads the convolution's output and writes the pooled one.
+    """
+    if route.plan != "conv" or not isinstance(stem, ConvSpec) or not stem.epilogue.pool:
+        return 0.0
+    ho, wo = stem.out_hw()
+    elements = stem.n * stem.co * (stem.ho * stem.wo + ho * wo)
+    assert device.gpu is not None
+    return elements * configs.ITEMSIZE[stem.dtype] / device.bandwidth.value + device.gpu.launch_s.value
+
+
+@dataclass(frozen=True)
+class TrainingConfigs:
+    """The configs of one convolution's three launches; ``CUDNN`` for a launch that runs on PyTorch's kernels."""
+
+    fwd: Config
+    dgrad: Config
+    wgrad: Config
+
+    def __str__(self) -> str:
+        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad))
+
+
+def plan_training(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> TrainingConfigs:
+    """Return a config for each direction of a convolution: the fastest measured, otherwise the model's.
+
+    Args:
+        conv: a convolution of a training step.
+        prologue: whether its input is raw, so that BatchNorm and ReLU are applied as it is read.
+        device: a GPU with known ceilings.
+        table: what was measured on it.
+        packed: whether a prologue in 16-bit pairs is wanted, where the launch may take one.
+    """
+    assert device.gpu is not None
+    found = []
+    for kernel in training_configs.KERNELS:
+        launch = training_launch(kernel, conv, prologue)
+        times = table.times(launch)
+        known = {str(c): c for c in (*training_configs.candidates(launch, device.gpu, packed), CUDNN)}
+        usable = [(us, name) for name, us in times.items() if us is not None and name in known]
+        if usable:
+            found.append(known[min(usable)[1]])
+        else:
+            refused = frozenset(name for name, us in times.items() if us is None)
+            found.append(heuristic.select_training(launch, device, packed, refused))
+    return TrainingConfigs(*found)
