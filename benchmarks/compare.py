@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from resnet_fast import devices, limits, numerics
 from resnet_fast.errors import UserError
 from resnet_fast.io import images, weights
-from resnet_fast.models import registry, trained
+from resnet_fast.models import registry
+from resnet_fast.tools import trained
 
 from . import harness, provenance, providers, suites
 

@@ -102,7 +102,8 @@ def demo(
 
     from .. import accelerate, explain
     from ..io import images as pictures
-    from ..models import registry, trained
+    from ..models import registry
+    from ..tools import trained
 
     options = compare.Options(
         model=model,

@@ -14,7 +14,7 @@ from .output import progress_bar, say, show
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..models.trained import Trained
+    from ..tools.trained import Trained
 
 
 def export(
@@ -81,7 +81,8 @@ def export(
 
 def _classifier(source: str, model: str | None, names: Path | None) -> Trained:
     """The net that ``source`` stands for: a file or folder if there is one of that name, else a net's name."""
-    from ..models import registry, trained
+    from ..models import registry
+    from ..tools import trained
     from ..training import restored
 
     if Path(source).exists() or Path(source).suffix or source not in registry.names():

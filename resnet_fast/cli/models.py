@@ -14,7 +14,7 @@ from .output import progress_bar, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..models.listing import ListedNet
+    from ..tools.listing import ListedNet
 
 
 def models(
@@ -28,7 +28,7 @@ def models(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """The nets by name: parameters, multiply-adds, image size and where each comes from."""
-    from ..models import listing
+    from ..tools import listing
 
     if timm:
         found: list[ListedNet] = []

@@ -1,1 +1,1 @@
-"""What the commands do with a net: count it (summary), ask it (classify), write it for others (exporting)."""
+"""What commands do with nets: list, load, count, ask and export them."""

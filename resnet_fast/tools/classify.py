@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import limits
 from ..errors import UserError
 from ..io import images
-from ..models.trained import Trained
+from .trained import Trained
 
 READERS = 8
 """Threads that decode; Pillow decodes without holding Python's lock."""

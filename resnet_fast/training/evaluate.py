@@ -24,7 +24,7 @@ from .. import packing_budget
 from ..errors import UserError, printable
 from ..io import images
 from ..io.weight_facts import Facts
-from ..models.trained import Trained
+from ..tools.trained import Trained
 from . import data as data_sets
 from . import folders, loader
 from .augment import Augment

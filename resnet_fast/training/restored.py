@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..errors import UserError
 from ..io import safe_files, weight_facts, weights
 from ..io.weight_facts import Facts
-from ..models import trained
-from ..models.trained import Trained
+from ..tools import trained
+from ..tools.trained import Trained
 from . import checkpoint, recipe, shards
 from .recipe import Recipe
 
@@ -35,7 +35,7 @@ class Restored:
 
 
 def load(path: Path, model: str | None = None, names: Path | None = None) -> Restored:
-    """What ``path`` holds, see above; ``model`` and ``names`` as in :func:`resnet_fast.models.trained.load`.
+    """What ``path`` holds, see above; ``model`` and ``names`` as in :func:`resnet_fast.tools.trained.load`.
 
     Averaged weights go before the others, as they do in the run's own validation. UserError for a damaged checkpoint,
     and for a folder that is neither a run's nor a checkpoint's.

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from resnet_fast.errors import UserError
 from resnet_fast.io.weight_facts import Facts
-from resnet_fast.models import registry, trained
+from resnet_fast.models import registry
+from resnet_fast.tools import trained
 from resnet_fast.training import checkpoint, data, evaluate, loop, optim, restored, runlog
 from resnet_fast.training.distributed import World
 from resnet_fast.training.recipe import Recipe

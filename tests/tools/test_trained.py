@@ -1,4 +1,4 @@
-"""resnet_fast/models/trained.py: the net, the names and the preprocessing that a file of weights stands for."""
+"""resnet_fast/tools/trained.py: the net, the names and the preprocessing that a file of weights stands for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from resnet_fast.errors import UserError
 from resnet_fast.io.weight_facts import Facts
-from resnet_fast.models import registry, trained
+from resnet_fast.models import registry
+from resnet_fast.tools import trained
 
 FACTS = Facts("cifar_resnet20", 16, ("cat", "dog"), (0.5,), (0.25,), 1.0, shortcut="B", data="folder")
 

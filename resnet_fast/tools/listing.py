@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import UserError, missing_package
+from ..models import registry
 from ..tuning import shapes
-from . import registry
 
 SOURCES = {
     "torchvision": "equal to torchvision's net of that name, weights included",
@@ -89,8 +89,8 @@ def timm_entries(names: Sequence[str]) -> Iterator[ListedNet]:
     import torch
 
     from ..blocks.fused import Fused
-    from ..tools.summary import trace
-    from .accelerate import accelerate, restore
+    from ..models.accelerate import accelerate, restore
+    from .summary import trace
 
     for name in names:
         with torch.device("meta"):

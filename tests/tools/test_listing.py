@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from resnet_fast.errors import UserError
-from resnet_fast.models import listing, registry
+from resnet_fast.models import registry
+from resnet_fast.tools import listing
 from resnet_fast.tools.summary import compare
 
 SMALL = ("resnet18", "resnext50_32x4d", "wide_resnet50_2", "plain18", "cifar_resnet20", "cifar_plain20", "vgg16")
@@ -41,7 +42,7 @@ def test_counts_are_those_of_the_summary_for_the_large_nets() -> None:
 
 
 def test_listing_imports_no_torch() -> None:
-    code = "import sys; from resnet_fast.models import listing; listing.entries(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from resnet_fast.tools import listing; listing.entries(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

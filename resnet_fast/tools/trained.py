@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..errors import UserError, printable
 from ..io import images, safe_files, weight_facts, weights
 from ..io.weight_facts import Facts
-from . import registry
-from .accelerate import accelerate
+from ..models import registry
+from ..models.accelerate import accelerate
 
 IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
 DEFAULT_MODEL = "resnet50"
