@@ -30,7 +30,7 @@ ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx_ne_convert")
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedProbe:
     """A probe that did not answer, with its reason."""
 
     reason: str
@@ -135,7 +135,7 @@ def _devices() -> dict[str, Any]:
 
     found: dict[str, Any] = {"cpu": cpu_model()}
     if torch.version.cuda is not None and not torch.cuda.is_available():
-        found["cuda"] = Failure("torch is built with CUDA and finds no usable GPU")
+        found["cuda"] = FailedProbe("torch is built with CUDA and finds no usable GPU")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         p = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = (
@@ -146,11 +146,11 @@ def _devices() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, Any]:
-    """Backend -> why it can run here, or a Failure with the sentence that says why it cannot."""
+    """Return backend -> why it can run here, or a :class:`FailedProbe` that says why it cannot."""
     from .dispatch.catalog import availability
 
     return {
-        name: (verdict.reason or "available") if verdict else Failure(verdict.reason)
+        name: (verdict.reason or "available") if verdict else FailedProbe(verdict.reason)
         for name, verdict in availability().items()
     }
 
@@ -180,7 +180,7 @@ def _switches() -> dict[str, Any]:
         return Switch(value, bool(os.environ.get(flag.name)), default, flag.choices, flag.meaning)
 
     found: dict[str, Any] = {flag.name: _ask(partial(switch, flag)) for flag in flags.TABLE}
-    return found | {name: Failure(f"no such switch; {todo}") for name, todo in flags.unknown().items()}
+    return found | {name: FailedProbe(f"no such switch; {todo}") for name, todo in flags.unknown().items()}
 
 
 SECTIONS: dict[str, dict[str, Probe] | Probe] = {
@@ -223,12 +223,12 @@ def _ask(probe: Probe) -> Any:
             BackendError,
             UserError,
         ):  # raised here or in native.py, with a sentence of its own
-            return Failure(text)
-        return Failure(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+            return FailedProbe(text)
+        return FailedProbe(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def collect() -> dict[str, Any]:
-    """The report: section -> fact -> value. A :class:`Failure` stands where a fact, or a whole section, is missing."""
+    """Return the report: section -> fact -> value. A :class:`FailedProbe` replaces what is missing."""
     return {
         title: {name: _ask(probe) for name, probe in probes.items()} if isinstance(probes, dict) else _ask(probes)
         for title, probes in SECTIONS.items()
@@ -237,7 +237,7 @@ def collect() -> dict[str, Any]:
 
 def to_json(value: Any) -> Any:
     """The report in JSON's types. A failure becomes ``{"available": false, "reason": ...}``."""
-    if isinstance(value, Failure):
+    if isinstance(value, FailedProbe):
         return {"available": False, "reason": value.reason}
     if isinstance(value, Switch):
         return asdict(value)

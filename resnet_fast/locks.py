@@ -13,7 +13,7 @@ from types import TracebackType
 from weakref import WeakSet
 
 
-class Lock:
+class ForkSafeLock:
     """A reentrant lock, new and open in a child process, whoever held it in the parent at the fork."""
 
     __slots__ = ("__weakref__", "_lock", "acquire", "release")
@@ -35,7 +35,7 @@ class Lock:
         self._lock.release()
 
 
-_all: WeakSet[Lock] = WeakSet()
+_all: WeakSet[ForkSafeLock] = WeakSet()
 
 
 def _renew_all() -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .locks import Lock
+from .locks import ForkSafeLock
 
 T = TypeVar("T")
 Sources = tuple[Tensor | None, ...]
@@ -185,7 +185,7 @@ class CacheEntry:
         # a callback may come at any time, in the middle of a locked section too: removing a key needs no lock
         self._refs = [weakref.ref(t, forget) for t in sources if t is not None]
         self._stamps: Stamps | None = None
-        self.lock = Lock()  # of this entry alone: what one net packs or compiles is no other net's business
+        self.lock = ForkSafeLock()  # of this entry alone: what one net packs or compiles is no other net's business
         self.values: dict[Hashable, Any] = {}
         self.notes: Any = None
 

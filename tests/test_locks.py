@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import resnet_fast
 from resnet_fast import parameter_cache
 from resnet_fast.backends.onednn import net as _  # noqa: F401 (its lock takes part)
-from resnet_fast.locks import Lock, _all
+from resnet_fast.locks import ForkSafeLock, _all
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 
@@ -57,7 +57,7 @@ def in_child(work: Callable[[], object], seconds: float = 60) -> None:
 
 
 @contextmanager
-def held(locks: list[Lock]) -> Iterator[None]:
+def held(locks: list[ForkSafeLock]) -> Iterator[None]:
     """Another thread holds all of ``locks``."""
     ready, done = threading.Event(), threading.Event()
 
@@ -112,7 +112,7 @@ def test_a_child_finds_held_locks_open_and_a_net_runs_there() -> None:
 
 
 def test_the_parent_keeps_its_locks() -> None:
-    lock = Lock()
+    lock = ForkSafeLock()
     with held([lock]):
         in_child(lambda: None)
         assert not lock.acquire(blocking=False)

@@ -52,7 +52,7 @@ from torch.autograd import forward_ad
 from .. import parameter_cache
 from ..dispatch import catalog, record, select
 from ..errors import BackendError
-from ..locks import Lock
+from ..locks import ForkSafeLock
 from . import pristine
 from .fused import Fused, is_altered, untraceable
 
@@ -91,7 +91,7 @@ class Recorder:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._last_use = torch.cuda.Event()
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
 
     @staticmethod
     def is_recording() -> bool:
@@ -233,7 +233,7 @@ class Layers:
 
 
 _layers: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
-_lock = Lock()
+_lock = ForkSafeLock()
 
 
 def forget(net: nn.Module) -> None:

@@ -12,7 +12,7 @@ from ..spec import ITEMSIZE
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..tools.summary import Row, Summary
+    from ..tools.summary import ComparedNet, Summary
 
 
 def summary(
@@ -75,7 +75,7 @@ def _stage_table(s: Summary) -> Table:
     return table
 
 
-def _comparison(rows: list[Row]) -> tuple[Table | str, ...]:
+def _comparison(rows: list[ComparedNet]) -> tuple[Table | str, ...]:
     """The table and its notes, numbered where a figure needs one."""
     from rich.table import Table
 

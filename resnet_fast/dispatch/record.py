@@ -18,7 +18,7 @@ import torch
 from .. import flags
 from ..calls import Call
 from ..errors import BackendError
-from ..locks import Lock
+from ..locks import ForkSafeLock
 from ..spec import NetSpec, Spec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ log = logging.getLogger("resnet_fast")
 _calls: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[str] = Counter()
 _logged: set[str] = set()
-_counting = Lock()  # adding to a counter is a read and a write
+_counting = ForkSafeLock()  # adding to a counter is a read and a write
 _strict: ContextVar[bool] = ContextVar("resnet_fast_strict", default=False)
 _tape: ContextVar[list[Ran | Stock] | None] = ContextVar("resnet_fast_tape", default=None)
 

@@ -76,18 +76,24 @@ def check_target(
     *,
     todo: str = "name another file",
     make_folder: bool = False,
-    largest: int = LARGEST,
+    largest: int | None = LARGEST,
 ) -> Path:
-    """Return ``path`` if it may be written: it is not there, is empty, or is of our own kind. UserError otherwise.
+    """Return ``path`` if it may be written: it does not exist, is empty, or is of our own kind.
 
-    To be asked before the work whose result goes there. Nothing is created.
+    Call this before the work whose result goes there. Nothing is created.
 
     Args:
-        what: the file in words, ``a tuning table``.
-        ours: whether a file's bytes are an earlier one of this kind, which may be replaced.
+        path: the file to write.
+        what: the file in words, such as ``a tuning table``.
+        ours: takes a file's bytes; returns whether it is an earlier file of this kind, which may be replaced.
         todo: what the user can do.
-        make_folder: whether the writer creates the folder; else it has to be there.
-        largest: bytes of a file that is looked into; a larger one is not ours.
+        make_folder: whether the writer creates the folder; otherwise the folder must exist.
+        largest: a larger file, in bytes, is not ours. None: any size, and ``ours`` gets the first :data:`LARGEST`
+            bytes.
+
+    Raises:
+        UserError: ``path`` is a folder, a link to nothing, another kind of file, read-only, or in a folder that cannot
+            be written.
     """
 
     def refuse(why: str, cause: BaseException | None = None) -> UserError:
@@ -98,10 +104,15 @@ def check_target(
     try:
         if path.is_dir():
             raise refuse("a folder")
+        if path.is_symlink() and not path.exists():
+            raise refuse("a link to nothing")
         if path.exists() and not path.is_file():
             raise refuse("no regular file")
         if path.is_file() and path.stat().st_size:
-            content = path.read_bytes() if path.stat().st_size <= largest else b""
+            content = b""
+            if largest is None or path.stat().st_size <= largest:
+                with path.open("rb") as file:
+                    content = file.read(LARGEST if largest is None else largest)
             if not content or not ours(content):
                 raise refuse(f"there already, and not {what}: it would be lost")
             if not os.access(path, os.W_OK):

@@ -349,7 +349,7 @@ def _as_printed(value: int, unit: int, printed: str, rounding: str = ROUND_HALF_
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedNet:
     """One line of the comparison, per image. ``conv_macs``: without fully connected layers. ``note``: how the count
     relates to the published figure where it is not simply equal to it."""
 
@@ -370,7 +370,7 @@ class Row:
 
 def _row(
     name: str, shortcut: str | None, stride_in_1x1: bool, image: int, model: nn.Module, layers: Sequence[Layer]
-) -> Row:
+) -> ComparedNet:
     """The comparison's line for layers traced at any batch; a published figure stands at its own image size only."""
     batch = layers[0].spec.n
     params = sum(p.numel() for p in model.parameters())
@@ -379,11 +379,11 @@ def _row(
     text = variant(name, shortcut, stride_in_1x1)
     figure = PUBLISHED.get(name) if image == registry.image_size(name) else None
     if figure is None:
-        return Row(name, text, image, params, macs, conv_macs, None, None, "")
+        return ComparedNet(name, text, image, params, macs, conv_macs, None, None, "")
     printed = f"{figure.gmacs} G" if figure.gmacs else f"{figure.mparams} M parameters"
     theirs = variant(name, figure.shortcut, figure.stride_in_1x1)
     note = "; ".join(part for part in (_relation(figure, theirs, text, params, macs, conv_macs), figure.remark) if part)
-    return Row(name, text, image, params, macs, conv_macs, printed, figure.source, note)
+    return ComparedNet(name, text, image, params, macs, conv_macs, printed, figure.source, note)
 
 
 def _relation(figure: Published, theirs: str, ours: str, params: int, macs: int, conv_macs: int) -> str:
@@ -407,7 +407,7 @@ def compare(
     image: int | None = None,
     shortcut: str | None = None,
     stride_in_1x1: bool = False,
-) -> list[Row]:
+) -> list[ComparedNet]:
     """Count several nets. Without names: all nets with a published figure, each in the variant it was published for.
 
     With names, ``shortcut`` and ``stride_in_1x1`` apply to all of them; nets that lack the variant are an error.

@@ -115,14 +115,14 @@ def check_variant(name: str, shortcut: str | None = None, stride_in_1x1: bool = 
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Variant:
     shortcut: str | None
     stride_in_1x1: bool
     conv: partial[ConvSpec]
 
 
 def _block(
-    a: Arch, o: _Options, hw: tuple[int, int], ci: int, planes: int, stride: int, dilation: int
+    a: Arch, o: _Variant, hw: tuple[int, int], ci: int, planes: int, stride: int, dilation: int
 ) -> tuple[dict[str, ConvSpec], str | None]:
     """The convolutions of one block by child name, and the BlockSpec's kind of shortcut (None for a plain block)."""
     (h, w), co = hw, planes * a.expansion
@@ -201,7 +201,7 @@ def _walk(
         raise UserError("bottleneck blocks to dilate", f"{a.block} blocks of {name}", "use resnet50 or deeper")
 
     conv = partial(ConvSpec, n=batch, dtype=dtype, layout=layout, batch_stats=batch_stats, grad=grad)
-    o = _Options(shortcut or a.shortcut, stride_in_1x1, conv)
+    o = _Variant(shortcut or a.shortcut, stride_in_1x1, conv)
     if a.stem == "imagenet":
         pooled = Epilogue(relu=True, pool=(3, 2, 1))
         stem = conv(h=h, w=w, ci=3, co=64, r=7, s=7, stride=(2, 2), padding=(3, 3), epilogue=pooled)

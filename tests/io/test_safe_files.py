@@ -36,8 +36,10 @@ def test_anything_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# mine\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "README.md")
+    (tmp_path / "broken").symlink_to(tmp_path / "absent")
     os.mkfifo(tmp_path / "pipe")
     for name, why in (
+        ("broken", "a link to nothing"),
         ("README.md", "there already, and not a report"),
         ("link", "there already, and not a report"),
         ("folder", "a folder"),
@@ -73,6 +75,9 @@ def test_a_large_file_is_not_read(tmp_path: Path) -> None:
         file.truncate(safe_files.LARGEST + 1)
     with pytest.raises(UserError, match="there already"):
         safe_files.check_target(tmp_path / "large", "a report", lambda content: True)
+    seen: list[int] = []
+    safe_files.check_target(tmp_path / "large", "a report", lambda content: not seen.append(len(content)), largest=None)
+    assert seen == [safe_files.LARGEST]
 
 
 def test_write_whole_keeps_links_and_follows_the_umask(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ... import folding, packing_budget
 from ...calls import BlockCall, Conv, NetCall, Norm, StemCall, convs_of, norms_of
-from ...locks import Lock
+from ...locks import ForkSafeLock
 from ...spec import BlockSpec, NetSpec, Verdict
 from . import bounds
 from .bottleneck import bottleneck
@@ -43,7 +43,7 @@ from .stem import stem
 
 CALLS_BEFORE_COMPILING = 4
 log = logging.getLogger("resnet_fast")
-_compiling = Lock()  # the switch that lets TorchScript use oneDNN's graph is process-wide
+_compiling = ForkSafeLock()  # the switch that lets TorchScript use oneDNN's graph is process-wide
 
 
 @dataclass
@@ -62,7 +62,7 @@ class State:
     patience: int = -1  # calls to come before it is compiled; counted when first needed
     grown: bool = False  # the graph holds more than the parts did
     fails: bool = False  # compiling was tried and gave nothing
-    lock: Lock = field(default_factory=Lock)
+    lock: ForkSafeLock = field(default_factory=ForkSafeLock)
 
 
 _NEEDED = ("_jit_set_llga_enabled", "_jit_llga_enabled", "_create_graph_by_tracing", "CompilationUnit")
