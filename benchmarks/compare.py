@@ -1,7 +1,7 @@
-"""One comparison from options to rows: inputs, fp64 reference, every provider prepared, checked, then timed together.
+"""Compare providers in inference: prepare inputs and an fp64 reference, check every provider, time all together.
 
-A cell is one case of a suite in one dtype at one batch size. Within a cell all providers run interleaved; a provider
-that has to pass, or fails, keeps its row with the reason.
+A cell is one case of a suite in one dtype at one batch size. Within a cell all providers run interleaved. A provider
+that does not support the cell, or fails, keeps its row with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What to compare. ``budget`` in seconds for the whole run, preparation included; at least one round is run."""
 
     model: str = "resnet50"
@@ -53,7 +53,11 @@ class Options:
     seed: int = 0
 
     def check(self) -> None:
-        """UserError for the first option that cannot be used."""
+        """Check all options before anything is measured.
+
+        Raises:
+            UserError: for the first option that cannot be used.
+        """
         if not self.batches or min(self.batches) < 1:
             raise UserError("batch sizes >= 1", _listed(self.batches), "correct --batch, for instance --batch 1,16")
         unknown = [d for d in self.dtypes if d not in DTYPES]
@@ -70,7 +74,7 @@ class Options:
         devices.check_device(self.device)
 
     def _check_competitors(self) -> None:
-        """UserError for a suite or a provider that is not there."""
+        """Raise a UserError for a suite or a provider that does not exist."""
         if not self.providers:
             raise UserError(f"providers among {', '.join(providers.NAMES)}", "none", "correct --providers")
         providers.select(self.providers)
@@ -80,7 +84,7 @@ class Options:
 
 
 def native_dtypes(device: str) -> tuple[str, ...]:
-    """float32, and bfloat16 where ``device`` computes in it and does not emulate it."""
+    """Return float32, and bfloat16 where ``device`` computes in it and does not emulate it."""
     devices.check_device(device)
     return ("float32", "bfloat16") if device != "cpu" or providers.cpu_has_bf16() else ("float32",)
 
@@ -90,9 +94,9 @@ def _listed(values: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What a line of every suite's table begins with. Times in milliseconds per batch; ``ratio`` is the speed relative
-    to the best stock path. Figures are None where the provider did not run.
+class BenchRow:
+    """The first columns of every suite's table. Times in milliseconds per batch; ``ratio`` is the speed relative to the
+    best stock path. Figures are None where the provider did not run.
     """
 
     case: str
@@ -110,7 +114,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Row(Timed):
+class InferenceRow(BenchRow):
     """One line of an inference suite.
 
     ``error_l2`` is ``‖out - ref‖ / ‖ref‖``, ``error_max`` the largest ``|out - ref|`` over the largest ``|ref|``, both
@@ -124,34 +128,37 @@ class Row(Timed):
 
 
 @dataclass
-class Report:
+class BenchReport:
     """Rows, raw samples (nanoseconds, by ``case dtype batch provider``) and provenance of one run.
 
     ``row_type`` is the type of all rows; it decides which columns are printed.
     """
 
-    row_type: ClassVar[type[Timed]] = Row
-
-    rows: list[Timed] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     samples: dict[str, list[int]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    row_type: type[BenchRow] = InferenceRow
 
     def to_dict(self) -> dict[str, Any]:
         return {"rows": [asdict(r) for r in self.rows], "samples_ns": self.samples, "provenance": self.provenance}
 
-    def cells(self) -> dict[tuple[str, str, int], list[Timed]]:
-        """Rows grouped by case, dtype and batch, in the order measured."""
-        grouped: dict[tuple[str, str, int], list[Timed]] = {}
+    def cells(self) -> dict[tuple[str, str, int], list[BenchRow]]:
+        """Return rows grouped by case, dtype and batch, in the order measured."""
+        grouped: dict[tuple[str, str, int], list[BenchRow]] = {}
         for row in self.rows:
             grouped.setdefault((row.case, row.dtype, row.batch), []).append(row)
         return grouped
 
 
 def errors(out: Tensor, reference: Tensor) -> tuple[float, float]:
-    """``error_l2`` and ``error_max`` of :class:`Row` for an output and the fp64 reference of its first images.
+    """Return ``error_l2`` and ``error_max`` of :class:`InferenceRow`.
 
-    The reference may hold more or fewer images than the output. ValueError for a wrong shape, or where one of the two
-    is finite and the other is not.
+    Args:
+        out: an output, one row per image.
+        reference: the output of fp64 for the same images; it may hold more or fewer of them.
+
+    Raises:
+        ValueError: for a wrong shape, or where one of the two is finite and the other is not.
     """
     n = min(len(out), len(reference))
     if out.shape[1:] != reference.shape[1:]:
@@ -164,13 +171,13 @@ def errors(out: Tensor, reference: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def fp64(module: nn.Module, x: Tensor) -> Tensor:
-    """Output of an fp64 copy of ``module`` on the CPU; weights and input keep the rounding of their present dtype."""
+    """Run an fp64 copy of ``module`` on the CPU; weights and input keep the rounding of their present dtype."""
     return copy.deepcopy(module).cpu().double()(x.cpu().double())
 
 
 @contextlib.contextmanager
 def thread_count(n: int | None) -> Iterator[None]:
-    """``torch.set_num_threads(n)`` for a while; None leaves it alone."""
+    """Set the number of torch's threads inside the ``with``; None leaves it alone."""
     before = torch.get_num_threads()
     if n is not None:
         torch.set_num_threads(n)
@@ -181,15 +188,15 @@ def thread_count(n: int | None) -> Iterator[None]:
 
 
 def network(name: str, photos: list[images.Photo], path: Path | None, size: int, seed: int) -> nn.Module:
-    """The stock model in eval mode: with the user's weights, or seeded random ones calibrated on the photographs."""
+    """Build the stock model in eval mode, with weights from ``path`` or seeded random ones calibrated on the photos."""
     if path is not None:
         return trained.load(path, name).net
     model = weights.seeded(lambda: registry.build(name), seed)
     return weights.calibrate(model, images.batch(photos, max(4, len(photos)), size, seed)).eval()
 
 
-def origin(options: Options, photos: list[images.Photo], size: int) -> dict[str, Any]:
-    """Provenance of a run's numbers: machine and versions, pictures, weights, and the side of the input in pixels."""
+def origin(options: BenchOptions, photos: list[images.Photo], size: int) -> dict[str, Any]:
+    """Return a run's provenance: machine and versions, pictures, weights, and the side of the input in pixels."""
     return provenance.collect(options.device) | {
         "images": [p.name for p in photos],
         "weights": str(options.weights) if options.weights else f"random, seed {options.seed}, calibrated",
@@ -198,34 +205,42 @@ def origin(options: Options, photos: list[images.Photo], size: int) -> dict[str,
 
 
 def speeds(
-    timed: Mapping[str, harness.Samples], stock: Collection[str], batch: int
+    timed: Mapping[str, harness.TimingSamples], stock: Collection[str], batch: int
 ) -> dict[str, dict[str, float | int | None]]:
-    """The fields of :class:`Timed` that the samples of one cell come to, and their number, by competitor.
+    """Return the fields of :class:`BenchRow` that the samples of one cell give, and their number, by competitor.
 
-    ``stock`` names the competitors that are the yardstick. A competitor without samples has no entry.
+    Args:
+        timed: samples by competitor; one without samples has no entry in the result.
+        stock: names of the competitors that ratios are relative to.
+        batch: images per call.
     """
-    medians = {name: s.quartiles_ms()[1] for name, s in timed.items() if s.ns}
-    best = min((ms for name, ms in medians.items() if name in stock), default=None)
+    quartiles = {name: s.quartiles() for name, s in timed.items() if s.ns}
+    best = min((q[1] for name, q in quartiles.items() if name in stock), default=None)
     found: dict[str, dict[str, float | int | None]] = {}
-    for name in medians:
-        q1, median, q3 = timed[name].quartiles_ms()
+    for name, (q1, median, q3) in quartiles.items():
         found[name] = {"q1_ms": q1, "median_ms": median, "q3_ms": q3, "samples": len(timed[name].ns)}
         found[name] |= {"images_per_s": batch * 1e3 / median, "ratio": best / median if best else None}
     return found
 
 
 def run(
-    options: Options,
+    options: BenchOptions,
     progress: Progress = lambda done, total, what: None,
     model: nn.Module | None = None,
-    report: Report | None = None,
-) -> Report:
-    """Measure every cell of ``options``. UserError for options that cannot be used, before anything is measured.
+    report: BenchReport | None = None,
+) -> BenchReport:
+    """Measure every cell of ``options``.
 
-    ``model``: a stock net in eval mode, float32, CPU, to measure in place of the one that the options build.
-    ``report``: an empty one to fill; after an error or an interrupt it holds the cells that were measured until then.
+    Args:
+        options: what to compare.
+        progress: called at every step.
+        model: a stock net in eval mode, float32, CPU, to measure in place of the one that the options build.
+        report: an empty one to fill; after an error or an interrupt it holds the cells that were measured until then.
+
+    Raises:
+        UserError: for options that cannot be used, before anything is measured.
     """
-    report = Report() if report is None else report
+    report = BenchReport() if report is None else report
     options.check()
     competitors = providers.select(options.providers)
     size = options.size or registry.image_size(options.model)
@@ -238,7 +253,7 @@ def run(
         cases = suites.cases(options.suite, options.model, model, x)
         report.provenance.update(origin(options, photos, size))
         cells = [(c, d, b) for c in cases for d in options.dtypes for b in options.batches]
-        steps = Steps(progress, len(cells), len(competitors) * (1 + options.rounds))
+        steps = StepCounter(progress, len(cells), len(competitors) * (1 + options.rounds))
         start = time.monotonic()
         references: dict[tuple[str, str], Tensor] = {}
         for number, (case, dtype, batch) in enumerate(cells):
@@ -246,92 +261,88 @@ def run(
             x = case.x.to(options.device, DTYPES[dtype])
             if (case.name, dtype) not in references:
                 references[case.name, dtype] = fp64(module, x[:REFERENCE_IMAGES])
-            cell = _Cell(case.name, dtype, batch, options, start + options.budget * (number + 1) / len(cells))
-            cell.run(module, x[:batch], references[case.name, dtype], competitors, report, steps)
+            deadline = start + options.budget * (number + 1) / len(cells)
+            cell = _InferenceCell(case.name, dtype, batch, options, competitors, deadline, steps)
+            cell.run(module, x[:batch], references[case.name, dtype], report)
             steps.finish_cell(number)
             gc.collect()  # compiled graphs hold their weights in cycles
     return report
 
 
-class Steps:
-    """Counts steps for the progress bar; a cell that ends early jumps to its end."""
+class StepCounter:
+    """Count steps for the progress bar; a cell that ends early jumps to its end."""
 
     def __init__(self, progress: Progress, cells: int, per_cell: int):
         self.progress, self.per_cell, self.total, self.done = progress, per_cell, cells * per_cell, 0
 
     def step(self, what: str) -> None:
+        """Say what runs now."""
         self.progress(self.done, self.total, what)
         self.done += 1
 
     def finish_cell(self, number: int) -> None:
+        """Go to the end of the cell with this number, from 0."""
         self.done = (number + 1) * self.per_cell
         self.progress(self.done, self.total, "done")
 
 
 @dataclass
-class _Cell:
+class _InferenceCell:
     case: str
     dtype: str
     batch: int
-    options: Options
+    options: BenchOptions
+    competitors: tuple[providers.Provider, ...]
     deadline: float
+    steps: StepCounter
+    ready: dict[str, providers.Prepared] = field(default_factory=dict)
+    found: dict[str, tuple[float, float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
-    def run(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        reference: Tensor,
-        competitors: tuple[providers.Provider, ...],
-        report: Report,
-        steps: Steps,
-    ) -> None:
+    @property
+    def label(self) -> str:
+        return f"{self.case} {self.dtype} batch {self.batch}"
+
+    def run(self, module: nn.Module, x: Tensor, reference: Tensor, report: BenchReport) -> None:
         """Prepare, check and time all competitors on ``x``, and append their rows and samples to ``report``."""
-        label = f"{self.case} {self.dtype} batch {self.batch}"
-        ready: dict[str, providers.Prepared] = {}
-        found: dict[str, tuple[float, float]] = {}
-        notes: dict[str, str] = {}
-        for provider in competitors:
-            steps.step(f"{label}: preparing {provider.name}")
-            verdict = provider.supports(module, DTYPES[self.dtype], self.batch, torch.device(self.options.device).type)
-            notes[provider.name] = verdict.reason
-            if not verdict:
-                continue
-            try:
-                prepared = provider.prepare(module, x)
-                found[provider.name] = errors(prepared.call(), reference)
-                ready[provider.name] = prepared
-                notes[provider.name] = "; ".join(filter(None, (verdict.reason, prepared.note)))
-            except Exception as error:  # a peer's failure of any kind is a row, not the end of the run
-                notes[provider.name] = harness.first_line(error)
-        plan = harness.Plan(rounds=self.options.rounds, seed=self.options.seed)
+        for provider in self.competitors:
+            self.steps.step(f"{self.label}: preparing {provider.name}")
+            self._prepare(provider, module, x, reference)
         timed = harness.measure(
-            {name: prepared.call for name, prepared in ready.items()},
-            plan,
+            {name: prepared.call for name, prepared in self.ready.items()},
+            harness.TimingPlan(rounds=self.options.rounds, seed=self.options.seed),
             self.options.device,
             self.deadline,
-            lambda name, number: steps.step(f"{label}: round {number + 1}, {name}"),
+            lambda name, number: self.steps.step(f"{self.label}: round {number + 1}, {name}"),
         )
-        measured = speeds(timed, {p.name for p in competitors if p.stock}, self.batch)
-        for provider in competitors:
+        measured = speeds(timed, {p.name for p in self.competitors if p.stock}, self.batch)
+        for provider in self.competitors:
             name = provider.name
-            row: dict[str, Any] = {}
-            if name in ready:
-                row.update(precision=ready[name].precision)
-                row.update(error_l2=found[name][0], error_max=found[name][1])
             if name in measured:
-                row.update(measured[name])
-                report.samples[f"{label.replace(' batch ', ' ')} {name}"] = timed[name].ns
+                report.samples[f"{self.case} {self.dtype} {self.batch} {name}"] = timed[name].ns
             elif name in timed:
-                notes[name] = timed[name].error
-            report.rows.append(
-                Row(
-                    self.case,
-                    name,
-                    self.dtype,
-                    self.batch,
-                    self.options.device,
-                    provider.stock,
-                    note=notes[name],
-                    **row,
-                )
-            )
+                self.notes[name] = timed[name].error
+            report.rows.append(self._row(provider, measured.get(name, {})))
+
+    def _prepare(self, provider: providers.Provider, module: nn.Module, x: Tensor, reference: Tensor) -> None:
+        """Make a competitor ready and compare its output with fp64; where it cannot run, note why."""
+        name = provider.name
+        verdict = provider.supports(module, DTYPES[self.dtype], self.batch, torch.device(self.options.device).type)
+        self.notes[name] = verdict.reason
+        if not verdict:
+            return
+        try:
+            prepared = provider.prepare(module, x)
+            self.found[name] = errors(prepared.call(), reference)
+            self.ready[name] = prepared
+            self.notes[name] = "; ".join(filter(None, (verdict.reason, prepared.note)))
+        except Exception as error:  # a peer's failure of any kind is a row, not the end of the run
+            self.notes[name] = harness.first_line(error)
+
+    def _row(self, provider: providers.Provider, figures: Mapping[str, Any]) -> InferenceRow:
+        name, row = provider.name, dict(figures)
+        if name in self.ready:
+            row |= {"precision": self.ready[name].precision}
+            row |= dict(zip(("error_l2", "error_max"), self.found[name], strict=True))
+        where = (self.case, name, self.dtype, self.batch, self.options.device, provider.stock)
+        return InferenceRow(*where, note=self.notes[name], **row)

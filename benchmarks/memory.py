@@ -1,4 +1,4 @@
-"""The most memory that one call holds at once, as PyTorch's allocators report it."""
+"""Measure the most memory that one call holds at once, as PyTorch's allocators report it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def method(device: str) -> str:
-    """How :func:`peak` measures on ``device``, for a report."""
+    """Return how :func:`peak` measures on ``device``, for a report."""
     if torch.device(device).type == "cuda":
         return "torch.cuda.max_memory_allocated"
     return "the CPU allocator's events in torch.profiler"
 
 
 def peak(call: Callable[[], object], device: str) -> int:
-    """Bytes on ``device`` that ``call`` holds at its peak, above what was allocated when it began.
+    """Return the bytes on ``device`` that ``call`` holds at its peak, above what was allocated when it began.
 
     Warm up first: what a first call allocates to keep (an optimizer's state, a library's workspace) would count.
     """
@@ -36,10 +36,10 @@ def _peak_cuda(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak_cpu(call: Callable[[], object]) -> int:
-    """The highest sum of the allocator's events, one for every block taken (bytes > 0) or given back (< 0).
+    """The highest sum of the allocator's events, one for every block allocated (bytes > 0) or freed (< 0).
 
-    The allocator does not know the size of blocks from before the profiler started: a call that gives such blocks back
-    has a lower peak than this. A warm training step takes and gives back its own.
+    The allocator does not know the size of blocks from before the profiler started: a call that frees such blocks has a
+    lower peak than this. A warm training step allocates and frees its own.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -56,6 +56,6 @@ def _peak_cpu(call: Callable[[], object]) -> int:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind ``tensors``, each storage counted once."""
+    """Return the bytes of the storages of ``tensors``, each storage counted once."""
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
     return sum(storages.values())

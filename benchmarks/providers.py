@@ -1,8 +1,9 @@
-"""The competitors: how each one turns a model and its input into a callable, and where it has to pass.
+"""List the competitors: how each one turns a model and its input into a callable, and what it does not support.
 
-``model`` is a plain module in eval mode on the input's device, in the dtype of the cell, NCHW; ``x`` is (N, C, H, W) in
-the same dtype. A provider works on its own copy. Its verdict carries a sentence in both cases: why not, or what to
-know about the number.
+``INFERENCE`` and ``TRAINING`` are those of ``resnet-fast bench``, ``GPU_INFERENCE`` and ``GPU_TRAINING`` those of the
+GPU commands. A provider's model is a plain module in eval mode, NCHW, on the input's device and in its dtype; the input
+is (N, C, H, W). It works on its own copy. Its verdict carries a sentence in both cases: why not, or what to know about
+the number.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import resnet_fast
 from resnet_fast.errors import UserError, install_command
 from resnet_fast.spec import Verdict
 
-OURS = "resnet_fast"
+from .harness import graphed
+
+OURS, OURS_GRAPH = "resnet_fast", "resnet_fast, CUDA graph"
+BEST_STOCK = "cuDNN fused ops, CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,41 @@ class Prepared:
     note: str = ""
 
 
+Supports = Callable[[nn.Module, torch.dtype, int, str], Verdict]
+"""``supports(model, dtype, batch, device type)``."""
+
+Prepare = Callable[[nn.Module, Tensor], Prepared]
+
+
 @dataclass(frozen=True)
 class Provider:
-    """One competitor. ``stock``: a path that PyTorch alone offers, the yardstick of every ratio."""
+    """One competitor.
+
+    Attributes:
+        name: as options and reports have it.
+        stock: a path that PyTorch alone offers; the fastest of these is what ratios are relative to.
+        supports: whether it can run a model, with a reason.
+        prepare: makes a callable of a model and its input.
+        plan: for a GPU's roofline, the byte model that its kernels come to; None for ours.
+        compiles: it takes tens of seconds to prepare.
+    """
 
     name: str
     stock: bool
-    supports: Callable[[nn.Module, torch.dtype, int, str], Verdict]
-    prepare: Callable[[nn.Module, Tensor], Prepared]
+    supports: Supports
+    prepare: Prepare
+    plan: str | None = None
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One competitor in training. ``wrap`` takes the stock net, in training mode, on its device and in its layout."""
+
+    name: str
+    stock: bool
+    channels_last: bool
+    wrap: Callable[[nn.Module], nn.Module]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -54,19 +87,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def cpu_has_bf16() -> bool:
-    """Whether oneDNN has bfloat16 kernels for this CPU (AVX-512 BF16, AMX or AVX-NE-CONVERT)."""
+    """Return whether oneDNN has bfloat16 kernels for this CPU (AVX-512 BF16, AMX or AVX-NE-CONVERT)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def torch_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str) -> Verdict:
-    """For whatever runs PyTorch's own layers: yes, and a word where a dtype is emulated."""
+    """Accept whatever runs PyTorch's own layers, with a note where a dtype is emulated."""
     if device == "cpu" and dtype == torch.bfloat16 and not cpu_has_bf16():
         return Verdict.yes("emulated: this CPU has no bfloat16 instructions")
     return Verdict.yes()
 
 
 def inference(module: nn.Module | Callable[..., Any], x: Tensor) -> Callable[[], Tensor]:
-    """The module on ``x`` in inference mode."""
+    """Return a call of the module on ``x`` in inference mode."""
 
     def call() -> Tensor:
         with torch.inference_mode():
@@ -76,7 +109,7 @@ def inference(module: nn.Module | Callable[..., Any], x: Tensor) -> Callable[[],
 
 
 def nhwc(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy of the model and ``x``, both in channels_last."""
+    """Return a copy of the model and ``x``, both in channels_last."""
     copied = copy.deepcopy(model).to(memory_format=torch.channels_last)
     return copied, x.contiguous(memory_format=torch.channels_last)
 
@@ -96,26 +129,35 @@ def _folded(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(inference(*nhwc(fuse(model), x)), dtype_name(x.dtype))
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Prepared:
-    """Inductor with frozen weights, the fastest stock setting on a CPU. Freezing applies under no_grad only."""
-    import torch._dynamo
-    import torch._inductor.config as inductor
+def _compiled(mode: str | None = None, freezing: bool = True, calls: int = 1) -> Prepare:
+    """Inductor in a ``mode`` of torch.compile; frozen weights are the fastest stock setting.
 
-    torch._dynamo.reset()  # cells compile the same code object again and again; the recompile limit is per object
-    module, x = nhwc(model, x)
-    compiled = torch.compile(module, dynamic=False)
+    Args:
+        calls: how many until it has compiled and, with a mode that does, recorded its graphs.
+    """
 
-    def call() -> Tensor:
-        with torch.no_grad():
-            return compiled(x)
+    def prepare(model: nn.Module, x: Tensor) -> Prepared:
+        import torch._dynamo
+        import torch._inductor.config as inductor
 
-    with inductor.patch(freezing=True):
-        call()  # compiles here, while the patch holds
-    return Prepared(call, dtype_name(x.dtype))
+        torch._dynamo.reset()  # cells compile the same code object again and again; the recompile limit is per object
+        module, x = nhwc(model, x)
+        compiled = torch.compile(module, mode=mode, dynamic=False)
+
+        def call() -> Tensor:
+            with torch.no_grad():  # freezing applies under no_grad only
+                return compiled(x)
+
+        with inductor.patch(freezing=freezing):
+            for _ in range(calls):
+                call()
+        return Prepared(call, dtype_name(x.dtype))
+
+    return prepare
 
 
 def _ours(model: nn.Module, x: Tensor) -> Prepared:
-    from resnet_fast import accelerate, explain, packing_budget
+    from resnet_fast import packing_budget
     from resnet_fast.backends.onednn.conv_bn_act import compute_dtype
 
     net = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's attribute is the function
@@ -123,9 +165,9 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
     module, x = nhwc(model, x)
     # A single op of the suites is no model that accelerate() knows; it brings its fused form along.
     own_form: Callable[[], nn.Module] | None = getattr(module, "accelerated", None)
-    module = own_form() if own_form else accelerate(module)
+    module = own_form() if own_form else resnet_fast.accelerate(module)
     with torch.inference_mode():
-        chosen = Counter(row.backend for row in explain(module, x).rows)
+        chosen = Counter(row.backend for row in resnet_fast.explain(module, x).rows)
     note = ", ".join(f"{backend} x {n}" for backend, n in chosen.most_common())
     precision = compute_dtype(x.dtype) if "onednn" in chosen else x.dtype
     if precision != x.dtype:
@@ -224,21 +266,180 @@ def _openvino(model: nn.Module, x: Tensor) -> Prepared:
     return Prepared(call, OPENVINO_PRECISIONS.get(precision, precision), note)
 
 
-PROVIDERS = (
-    Provider("eager-nchw", True, torch_verdict, _eager_nchw),
-    Provider("eager-nhwc", True, torch_verdict, _eager_nhwc),
-    Provider("folded-nhwc", True, torch_verdict, _folded),
-    Provider("compile", True, torch_verdict, _compiled),
-    Provider(OURS, False, lambda *_: Verdict.yes(), _ours),
+class CudnnFused(nn.Module):
+    """A ResNet of cuDNN calls for convolution, bias, (add) and ReLU, BatchNorm folded: the fastest stock kernels."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        from torch.fx.experimental.optimization import fuse
+
+        self.model = fuse(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m: Any = self.model
+        x = m.maxpool(_conv_relu(x, m.conv1))
+        for layer in (m.layer1, m.layer2, m.layer3, m.layer4):
+            for block in layer.children():
+                parts = dict(block.named_children())
+                shortcut = parts["downsample"].get_submodule("0")(x) if "downsample" in parts else x
+                *inner, last = [parts[name] for name in ("conv1", "conv2", "conv3") if name in parts]
+                for conv in inner:
+                    x = _conv_relu(x, conv)
+                x = torch.cudnn_convolution_add_relu(x, last.weight, shortcut, 1.0, last.bias, *_geometry(last))
+        out: Tensor = m.fc(torch.flatten(m.avgpool(x), 1))
+        return out
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _conv_relu(x: Tensor, conv: Any) -> Tensor:
+    return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_geometry(conv))
+
+
+def _cudnn_fused(model: nn.Module, x: Tensor) -> Prepared:
+    return Prepared(inference(*nhwc(CudnnFused(model), x)), dtype_name(x.dtype))
+
+
+def _ours_on_triton(**options: Any) -> Prepare:
+    """Ours on Triton's kernels; ``options`` of :func:`resnet_fast.accelerate`."""
+
+    def prepare(model: nn.Module, x: Tensor) -> Prepared:
+        module, x = nhwc(model, x)
+        module = resnet_fast.accelerate(module, backend="triton", **options)
+        return Prepared(inference(module, x), dtype_name(x.dtype))
+
+    return prepare
+
+
+def _in_graph(prepare: Prepare) -> Prepare:
+    """The same, recorded once as a CUDA graph."""
+
+    def recorded(model: nn.Module, x: Tensor) -> Prepared:
+        prepared = prepare(model, x)
+        out: list[Tensor] = []
+
+        def once() -> None:
+            out[:] = [prepared.call()]
+
+        replay = graphed(once)
+
+        def again() -> Tensor:
+            replay()
+            return out[0]
+
+        return replace(prepared, call=again)
+
+    return recorded
+
+
+def _on_gpu(reason: str) -> Supports:
+    """Refuse every other device, with this reason."""
+    return lambda model, dtype, batch, device: Verdict.yes() if device == "cuda" else Verdict(False, reason)
+
+
+def _always(*_: object) -> Verdict:
+    return Verdict.yes()
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    """Fuse the net's blocks, in place; dispatch chooses the backend."""
+    return resnet_fast.accelerate(model)
+
+
+def compiled(model: nn.Module) -> Any:
+    """Compile forward and backward with Inductor."""
+    import torch._dynamo
+
+    torch._dynamo.reset()  # see _compiled
+    return torch.compile(model, dynamic=False)
+
+
+def training_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Return a step under bfloat16 autocast: forward, backward and SGD with momentum. It returns the loss."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=x.device.type == "cuda")
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _trained(wrap: Callable[[nn.Module], nn.Module]) -> Prepare:
+    def prepare(model: nn.Module, x: Tensor) -> Prepared:
+        module, x = nhwc(model, x)
+        labels = torch.arange(x.shape[0], device=x.device) % 10
+        return Prepared(training_step(wrap(module.train()), x, labels), "bfloat16")
+
+    return prepare
+
+
+INFERENCE = (
+    Provider("eager-nchw", True, torch_verdict, _eager_nchw, "separate"),
+    Provider("eager-nhwc", True, torch_verdict, _eager_nhwc, "separate"),
+    Provider("folded-nhwc", True, torch_verdict, _folded, "separate"),
+    Provider("compile", True, torch_verdict, _compiled(), compiles=True),
+    Provider(OURS, False, _always, _ours),
     Provider("onnxruntime", False, _onnxruntime_verdict, _onnxruntime),
     Provider("openvino", False, _openvino_verdict, _openvino),
 )
-NAMES = tuple(p.name for p in PROVIDERS)
+NAMES = tuple(p.name for p in INFERENCE)
+_NCHW, _NHWC, _FOLDED_NHWC = INFERENCE[:3]
+
+_GRAPHS = _on_gpu("CUDA graphs need a GPU")
+_COMPILE = _on_gpu("measured on a GPU only: resnet-fast bench compares it on the CPU")
+GPU_INFERENCE = (
+    replace(_NCHW, name="eager NCHW"),
+    replace(_NHWC, name="eager NHWC"),
+    replace(_FOLDED_NHWC, name="folded NHWC"),
+    Provider("folded NHWC, CUDA graph", True, _GRAPHS, _in_graph(_folded), "separate"),
+    Provider("cuDNN fused ops", True, _on_gpu("cuDNN needs a GPU"), _cudnn_fused, "conv"),
+    Provider(BEST_STOCK, True, _GRAPHS, _in_graph(_cudnn_fused), "conv"),
+    Provider(OURS, False, _always, _ours_on_triton()),
+    Provider(OURS_GRAPH, False, _GRAPHS, _ours_on_triton(cuda_graph=True)),
+    Provider("torch.compile", True, _COMPILE, _compiled(freezing=False, calls=3), "conv", compiles=True),
+    Provider(
+        "torch.compile reduce-overhead, frozen", True, _COMPILE, _compiled("reduce-overhead", calls=3), "conv",
+        compiles=True,
+    ),
+)  # fmt: skip
+"""Stock PyTorch in its fastest settings, and ours."""
+
+ANCHORS = (BEST_STOCK, OURS_GRAPH)
+"""Measured again beside the compiled ones, so that ratios come from one run."""
+
+TRAINING = (
+    Trainer("eager-nchw", True, False, lambda model: model),
+    Trainer("eager-nhwc", True, True, lambda model: model),
+    Trainer("compile", True, True, compiled),
+    Trainer(OURS, False, True, accelerated),
+)
+"""Named as the providers of the inference suites that run in the same way."""
+
+GPU_TRAINING = (
+    Provider("eager NHWC, AMP bfloat16", True, _always, _trained(lambda model: model), "separate"),
+    Provider("resnet_fast, AMP bfloat16", False, _always, _trained(accelerated), "separate"),
+    Provider(
+        "torch.compile, AMP bfloat16", True, _on_gpu("measured on a GPU only"), _trained(compiled), "separate",
+        compiles=True,
+    ),
+)  # fmt: skip
+"""A step each; ``prepare`` takes a net in eval mode too, and switches its copy to training."""
 
 
 def select(names: tuple[str, ...]) -> tuple[Provider, ...]:
-    """Providers by name, in the order of ``PROVIDERS``; UserError for an unknown name."""
+    """Return providers of ``INFERENCE`` by name, in its order.
+
+    Raises:
+        UserError: for an unknown name.
+    """
     unknown = [n for n in names if n not in NAMES]
     if unknown:
         raise UserError(f"providers among {', '.join(NAMES)}", ", ".join(map(repr, unknown)), "correct --providers")
-    return tuple(p for p in PROVIDERS if p.name in names)
+    return tuple(p for p in INFERENCE if p.name in names)

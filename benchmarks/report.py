@@ -1,7 +1,7 @@
-"""A report as files (CSV, Markdown, PNG, JSON) and as tables on the terminal.
+"""Write a report as files (CSV, Markdown, PNG, JSON) and as tables for the terminal.
 
-Every file is complete in memory before the first is written, and each takes its name by a rename: a run that is cut
-leaves the files of the last one or none, never half of one.
+All files are complete in memory before the first is written, and each is renamed into place. A run that is cut leaves
+the files of the previous one or none, never half of one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from resnet_fast.errors import UserError
 from resnet_fast.io import plots, safe_files
 from resnet_fast.io.safe_files import json_text
 
-from . import train
-from .compare import Report, Row, Timed
+from . import markdown, train
+from .compare import BenchReport, BenchRow, InferenceRow
 from .providers import OURS
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ TITLE = "# resnet_fast beside its peers"
 
 TRAIN_HEADINGS = (*TIMES, "peak MiB", "loss, step 1", "last loss", "minus stock", "steps", "note")
 TRAIN_READING = (
-    "Time per training step: median and quartiles of the raw samples; batches lie ready on the device. 'x best stock': "
-    "speed relative to the fastest stock path of the same cell. bfloat16 and float16 are autocast over float32 "
-    f"parameters, float16 with GradScaler. {train.PEAK} Measured by {{memory}}. 'last loss': after as many steps as "
-    "'steps' says, of the same weights on the same batches. 'minus stock': less the last loss of eager-nhwc, or of the "
-    "first stock path of the table where that did not run."
+    "Time per training step: median and quartiles of the raw samples; batches are on the device already. "
+    "'x best stock': speed relative to the fastest stock path of the same cell. bfloat16 and float16 are autocast over "
+    f"float32 parameters, float16 with GradScaler. {train.PEAK} Measured by {{memory}}. 'last loss': after as many "
+    "steps as 'steps' says, of the same weights on the same batches. 'minus stock': less the last loss of eager-nhwc, "
+    "or of the first stock path of the table where that did not run."
 )
 
 
@@ -48,7 +48,7 @@ TRAIN_READING = (
 class Layout:
     """How rows of one type are printed: ``values(row)`` has a cell for each of ``headings``.
 
-    ``reading`` says what the columns mean; ``{memory}`` and its like stand for entries of the provenance.
+    ``reading`` says what the columns mean; ``{memory}`` is replaced by that entry of the provenance.
     """
 
     headings: tuple[str, ...]
@@ -56,64 +56,53 @@ class Layout:
     reading: str
 
 
-def layout(report: Report) -> Layout:
-    """The layout of the report's rows."""
+def layout(report: BenchReport) -> Layout:
+    """Return the layout of the report's rows."""
     return LAYOUTS[report.row_type]
 
 
-def reading(report: Report) -> str:
-    """What the columns of the report mean."""
+def reading(report: BenchReport) -> str:
+    """Return what the columns of the report mean."""
     return layout(report).reading.format_map(report.provenance)
 
 
-def _times(row: Timed) -> tuple[str, ...]:
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _times(row: BenchRow) -> tuple[str, ...]:
     """The cells below ``TIMES``."""
-    return (
-        row.provider,
-        row.precision or "-",
-        "-" if row.median_ms is None else f"{row.median_ms:.2f}",
-        "-" if row.q1_ms is None else f"{row.q1_ms:.2f} - {row.q3_ms:.2f}",
-        "-" if row.images_per_s is None else f"{row.images_per_s:.1f}",
-        "-" if row.ratio is None else f"{row.ratio:.2f}",
-    )
+    quartiles = "-" if row.q1_ms is None else f"{row.q1_ms:.2f} - {row.q3_ms:.2f}"
+    name, precision = row.provider, row.precision or "-"
+    speed = _cell(row.images_per_s, ".1f"), _cell(row.ratio, ".2f")
+    return name, precision, _cell(row.median_ms, ".2f"), quartiles, *speed
 
 
-def values(row: Row) -> tuple[str, ...]:
-    """The cells of one row of an inference suite, in the order of ``HEADINGS``."""
-    return (
-        *_times(row),
-        "-" if row.error_l2 is None else f"{row.error_l2:.1e}",
-        "-" if row.error_max is None else f"{row.error_max:.1e}",
-        row.note,
-    )
+def values(row: InferenceRow) -> tuple[str, ...]:
+    """Return the cells of one row of an inference suite, in the order of ``HEADINGS``."""
+    return *_times(row), _cell(row.error_l2, ".1e"), _cell(row.error_max, ".1e"), row.note
 
 
-def train_values(row: train.Row) -> tuple[str, ...]:
-    """The cells of one row of the suite ``train``, in the order of ``TRAIN_HEADINGS``."""
-    return (
-        *_times(row),
-        "-" if row.peak_mib is None else f"{row.peak_mib:.1f}",
-        "-" if row.loss_first is None else f"{row.loss_first:.6f}",
-        "-" if row.loss_last is None else f"{row.loss_last:.6f}",
-        "-" if row.loss_difference is None else f"{row.loss_difference:.1e}",
-        str(row.steps or "-"),
-        row.note,
-    )
+def train_values(row: train.TrainingRow) -> tuple[str, ...]:
+    """Return the cells of one row of the suite ``train``, in the order of ``TRAIN_HEADINGS``."""
+    losses = _cell(row.loss_first, ".6f"), _cell(row.loss_last, ".6f"), _cell(row.loss_difference, ".1e")
+    return *_times(row), _cell(row.peak_mib, ".1f"), *losses, str(row.steps or "-"), row.note
 
 
 LAYOUTS = {
-    Row: Layout(HEADINGS, values, READING),
-    train.Row: Layout(TRAIN_HEADINGS, train_values, TRAIN_READING),
+    InferenceRow: Layout(HEADINGS, values, READING),
+    train.TrainingRow: Layout(TRAIN_HEADINGS, train_values, TRAIN_READING),
 }
 
 
-def title(cell: tuple[str, str, int], rows: list[Timed]) -> str:
+def title(cell: tuple[str, str, int], rows: list[BenchRow]) -> str:
+    """Return the heading of a cell's table."""
     case, dtype, batch = cell
     return f"{case}, {dtype}, batch {batch}, {rows[0].device}"
 
 
-def tables(report: Report) -> list[Table]:
-    """One rich table per cell."""
+def tables(report: BenchReport) -> list[Table]:
+    """Return one rich table per cell."""
     from rich.table import Table
     from rich.text import Text
 
@@ -130,7 +119,8 @@ def tables(report: Report) -> list[Table]:
     return out
 
 
-def to_csv(report: Report) -> str:
+def to_csv(report: BenchReport) -> str:
+    """Return all fields of all rows."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [f.name for f in fields(report.row_type)], lineterminator="\n")
     writer.writeheader()
@@ -138,25 +128,23 @@ def to_csv(report: Report) -> str:
     return out.getvalue()
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: BenchReport) -> str:
+    """Return a page: a table per cell, what its columns mean, and the provenance."""
     printed = layout(report)
-    lines = [TITLE, "", reading(report), ""]
+    parts = [TITLE, reading(report)]
     for cell, rows in report.cells().items():
-        lines += [f"## {title(cell, rows)}", "", f"| {' | '.join(printed.headings)} |"]
-        lines += ["|" + "---|" * len(printed.headings)]
-        lines += ["| " + " | ".join(v.replace("|", "\\|") for v in printed.values(row)) + " |" for row in rows]
-        lines.append("")
-    lines += ["## Provenance", ""]
-    lines += [f"- {key}: {value}" for key, value in report.provenance.items()]
-    return "\n".join(lines) + "\n"
+        parts += [f"## {title(cell, rows)}", markdown.table(printed.headings, map(printed.values, rows))]
+    parts += ["## Provenance", "\n".join(f"- {key}: {value}" for key, value in report.provenance.items())]
+    return "\n\n".join(parts) + "\n"
 
 
-def to_json(report: Report) -> str:
+def to_json(report: BenchReport) -> str:
+    """Return rows, raw samples and provenance as JSON."""
     return json_text(report.to_dict(), indent=2) + "\n"
 
 
-def to_png(report: Report) -> bytes:
-    """Horizontal bars of images per second, one panel per cell, each bar with its ratio to the best stock path."""
+def to_png(report: BenchReport) -> bytes:
+    """Draw images per second as bars, one panel per cell, each bar with its ratio to the best stock path."""
     require_matplotlib()
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -185,14 +173,14 @@ BARS = {"resnet_fast": "#d1495b", "stock PyTorch": "#30638e", "other programs": 
 """Whose a bar is, by its colour."""
 
 
-def _quartiles(row: Timed) -> tuple[float, float]:
+def _quartiles(row: BenchRow) -> tuple[float, float]:
     """Images per second of the slower and of the faster quartile; zeros where the provider did not run."""
     if row.images_per_s is None or not row.q1_ms or not row.q3_ms:
         return (row.images_per_s or 0.0,) * 2
     return 1e3 * row.batch / row.q3_ms, 1e3 * row.batch / row.q1_ms
 
 
-def _panel(axis: Any, heading: str, rows: list[Timed], most: float = 0.0) -> None:
+def _panel(axis: Any, heading: str, rows: list[BenchRow], most: float = 0.0) -> None:
     """One cell's bars; ``most``: images per second that the axis has room for at least."""
     speeds = [row.images_per_s or 0.0 for row in rows]
     ours, stock, others = BARS.values()
@@ -214,19 +202,23 @@ def _panel(axis: Any, heading: str, rows: list[Timed], most: float = 0.0) -> Non
         axis.text(_quartiles(row)[1], place, f"  {text}", va="center", fontsize=8)
 
 
-def _label(row: Timed) -> str:
+def _label(row: BenchRow) -> str:
     """The provider, and its precision where that is not the one asked for."""
     return row.provider if row.precision in ("", row.dtype) else f"{row.provider} (in {row.precision})"
 
 
 def require_matplotlib() -> None:
-    """UserError where matplotlib is absent; asked before a long run, not after it."""
+    """Raise a UserError where matplotlib is absent; call it before a long run, not after it."""
     plots.require_matplotlib("which draws the bar chart", "bench")
 
 
 def prepare_folder(out: Path, stem: str = "bench") -> Path:
-    """UserError, before anything is measured, where ``out`` cannot be created or written into, or where one of
-    ``<stem>.csv``, ``.md``, ``.json`` and ``.png`` is there and no report."""
+    """Check, before anything is measured, that the report can be written to ``out``.
+
+    Raises:
+        UserError: if the folder cannot be created or written to, or if one of ``<stem>.csv``, ``.md``, ``.json`` and
+            ``.png`` exists and is no report.
+    """
     todo = "name another with --out"
     try:
         safe_files.check_folder(out)
@@ -248,7 +240,7 @@ def _is_json(content: bytes) -> bool:
 
 
 OURS_BY_SUFFIX: dict[str, Callable[[bytes], bool]] = {
-    "csv": lambda content: content.startswith(",".join(f.name for f in fields(Timed)).encode()),
+    "csv": lambda content: content.startswith(",".join(f.name for f in fields(BenchRow)).encode()),
     "md": lambda content: content.startswith(TITLE.encode()),
     "json": _is_json,
     "png": plots.is_ours,
@@ -256,8 +248,8 @@ OURS_BY_SUFFIX: dict[str, Callable[[bytes], bool]] = {
 """Whether a file's bytes are an earlier report, which may be replaced."""
 
 
-def write(report: Report, out: Path, stem: str = "bench") -> list[Path]:
-    """Write ``<stem>.csv``, ``.md``, ``.json`` and ``.png`` into ``out``; returns their paths."""
+def write(report: BenchReport, out: Path, stem: str = "bench") -> list[Path]:
+    """Write ``<stem>.csv``, ``.md``, ``.json`` and ``.png`` to ``out``; return their paths."""
     contents: dict[str, bytes] = {
         "csv": to_csv(report).encode(),
         "md": to_markdown(report).encode(),

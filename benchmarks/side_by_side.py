@@ -1,4 +1,4 @@
-"""Two nets on the same pictures, picture by picture: same answer, and within the error budget?"""
+"""Compare the answers of two nets to the same pictures, picture by picture, and their errors with the budget."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .compare import fp64
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerPair:
     """Both nets' answers to one picture.
 
     ``difference``: largest ``|accelerated - stock|`` over the largest ``|fp64|``. Errors are ``‖out - fp64‖ / ‖fp64‖``;
-    ``budget`` is what the accelerated net is granted: twice the stock net's own error and a rounding floor.
+    ``budget`` is the accelerated net's limit: twice the stock net's own error and a rounding floor.
     """
 
     image: str
@@ -31,24 +31,30 @@ class Answer:
 
     @property
     def agree(self) -> bool:
+        """Whether both nets have the same first class."""
         return self.stock_top1 == self.accelerated_top1
 
     @property
     def within(self) -> bool:
+        """Whether the accelerated net's error is within the budget."""
         return self.accelerated_error <= self.budget
 
 
 def largest_gemm_k(model: nn.Module) -> int:
-    """Most products that any one output of ``model`` sums: the widest convolution or linear layer."""
+    """Return the most products that one output of ``model`` sums: those of the widest convolution or linear layer."""
     layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return max((m.weight[0].numel() for m in layers), default=1)
 
 
 @torch.inference_mode()
-def answers(stock: nn.Module, accelerated: nn.Module, x: Tensor, names: Sequence[str]) -> list[Answer]:
-    """Compare two nets in eval mode on ``x``, (N, 3, H, W) in the nets' dtype, with one name per picture.
+def answers(stock: nn.Module, accelerated: nn.Module, x: Tensor, names: Sequence[str]) -> list[AnswerPair]:
+    """Compare two nets in eval mode.
 
-    ``stock`` runs in the layout of ``x``, and again in fp64 as the truth.
+    Args:
+        stock: runs in the layout of ``x``, and again in fp64 as the truth.
+        accelerated: the net that is compared with it.
+        x: pictures (N, 3, H, W) in the nets' dtype.
+        names: one per picture.
     """
     plain, ours, truth = stock(x), accelerated(x), fp64(stock, x)
     gemm_k = largest_gemm_k(stock)
@@ -57,7 +63,7 @@ def answers(stock: nn.Module, accelerated: nn.Module, x: Tensor, names: Sequence
         report = numerics.compare(ours[i], truth[i], plain[i])
         budget = numerics.budget(report, plain.dtype, gemm_k)
         out.append(
-            Answer(
+            AnswerPair(
                 image=name,
                 stock_top1=int(plain[i].argmax()),
                 accelerated_top1=int(ours[i].argmax()),

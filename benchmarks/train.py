@@ -1,9 +1,9 @@
-"""The suite ``train``: one optimizer step of the accelerated net beside stock PyTorch, its memory, and where it leads.
+"""Run the suite ``train``: compare optimizer steps of the accelerated net and of stock PyTorch, in time, memory, loss.
 
 What is timed is the step of ``resnet-fast train`` (:class:`resnet_fast.training.step.Step`: normalise, forward, loss,
-backward, the check that the loss is a number, SGD with momentum), on batches that lie ready on the device. All
-competitors begin with the same weights and see the same batches: crops and flips of the photographs, labelled by which
-photograph it is, so that there is something to learn.
+backward, the check that the loss is a number, SGD with momentum), on batches that are on the device already. All
+competitors begin with the same weights and see the same batches: crops and flips of the photographs. The label is the
+photograph's number, so that there is something to learn.
 
 In a cell they first train side by side, step by step, for the losses; then one step of each is watched for its memory;
 then steps are timed in interleaved rounds, and go on training while they are.
@@ -16,9 +16,9 @@ import copy
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,53 +50,23 @@ PEAK = (
 MIB = 1024**2
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """One competitor. ``wrap`` takes the stock net, in training mode, on its device and in its layout."""
-
-    name: str
-    stock: bool
-    channels_last: bool
-    wrap: Callable[[nn.Module], nn.Module]
-
-
-def accelerated(model: nn.Module) -> nn.Module:
-    """The net with fused blocks, in place; dispatch chooses the backend."""
-    return resnet_fast.accelerate(model)
-
-
-def compiled(model: nn.Module) -> Any:
-    """Inductor, forward and backward."""
-    import torch._dynamo
-
-    torch._dynamo.reset()  # cells compile the same code object again and again; the recompile limit is per object
-    return torch.compile(model, dynamic=False)
-
-
-TRAINERS = (
-    Trainer("eager-nchw", True, False, lambda model: model),
-    Trainer("eager-nhwc", True, True, lambda model: model),
-    Trainer("compile", True, True, compiled),
-    Trainer(OURS, False, True, accelerated),
-)
-NAMES = tuple(t.name for t in TRAINERS)
-"""Called as the providers of the inference suites that run in the same way."""
+NAMES = tuple(t.name for t in providers.TRAINING)
 
 OWN_LAYERS = dict.fromkeys(("reference", "stock"), " (PyTorch's own layers)")
-"""What to say of the two that fuse nothing."""
+"""What a note adds to the two that fuse nothing."""
 
 REFERENCE = ("eager-nhwc", "eager-nchw", "compile")
 """Whose last loss the others are compared with: the first of these that ran. It has the layout of ours."""
 
 
 def default_providers(device: str) -> tuple[str, ...]:
-    """All; on a CPU without ``compile``, which takes minutes there before its first step."""
+    """Return all names; on a CPU without ``compile``, which takes minutes there before its first step."""
     devices.check_device(device)
     return tuple(n for n in NAMES if n != "compile" or torch.device(device).type == "cuda")
 
 
 @dataclass(frozen=True)
-class Options(compare.Options):
+class TrainBenchOptions(compare.BenchOptions):
     """What to train. ``steps``: after how many the last loss is read; fewer where ``budget`` ends before, and the rows
     say so."""
 
@@ -106,7 +76,11 @@ class Options(compare.Options):
     steps: int = 10
 
     def check(self) -> None:
-        """UserError for the first option that cannot be used."""
+        """Check all options before anything is measured.
+
+        Raises:
+            UserError: for the first option that cannot be used.
+        """
         super().check()
         if min(self.batches) < LEAST_PART:
             got = ", ".join(map(str, self.batches))
@@ -128,14 +102,14 @@ class Options(compare.Options):
             raise UserError(known, ", ".join(map(repr, unknown)) or "none", "correct --providers")
 
     def recipe(self, batch: int, dtype: str, size: int) -> Recipe:
-        """The training run that a cell takes its steps from."""
+        """Return the training run that a cell takes its steps from."""
         amp = dtype if dtype in AUTOCAST else "none"
         how = {"augment": "imagenet", "flip": True, "schedule": "constant", "epochs": None, "steps": self.steps}
         return Recipe(model=self.model, size=size, batch=batch, lr=RATE, amp=amp, seed=self.seed, **how)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Row(compare.Timed):
+class TrainingRow(compare.BenchRow):
     """One line of the table. ``loss_difference``: ``loss_last`` less that of the stock path named in ``REFERENCE``.
 
     ``steps`` were taken up to ``loss_last``; ``peak_mib`` is explained in ``PEAK``.
@@ -150,23 +124,25 @@ class Row(compare.Timed):
     note: str = ""
 
 
-@dataclass
-class Report(compare.Report):
-    """Rows of type :class:`Row`."""
-
-    row_type: ClassVar[type[compare.Timed]] = Row
-
-
 def run(
-    options: Options, progress: compare.Progress = lambda done, total, what: None, report: Report | None = None
-) -> Report:
-    """Measure every cell of ``options``. UserError for options that cannot be used, before anything is measured.
+    options: TrainBenchOptions,
+    progress: compare.Progress = lambda done, total, what: None,
+    report: compare.BenchReport | None = None,
+) -> compare.BenchReport:
+    """Measure every cell of ``options``.
 
-    ``report``: an empty one to fill; after an error or an interrupt it holds the cells that were measured until then.
+    Args:
+        options: what to train.
+        progress: called at every step.
+        report: an empty one with rows of type :class:`TrainingRow` to fill; after an error or an interrupt it holds the
+            cells that were measured until then.
+
+    Raises:
+        UserError: for options that cannot be used, before anything is measured.
     """
-    report = Report() if report is None else report
+    report = compare.BenchReport(row_type=TrainingRow) if report is None else report
     options.check()
-    competitors = tuple(t for t in TRAINERS if t.name in options.providers)
+    competitors = tuple(t for t in providers.TRAINING if t.name in options.providers)
     size = options.size or registry.image_size(options.model)
     photos = images.load(options.images, limit=max(options.batches))
     with compare.thread_count(options.threads), _device(options.device) as device:
@@ -175,13 +151,13 @@ def run(
         report.provenance.update(memory=memory.method(options.device), steps=options.steps, learning_rate=RATE)
         cells = list(itertools.product(options.dtypes, options.batches))
         per_cell = len(competitors) * (options.steps + 1 + options.rounds)
-        steps = compare.Steps(progress, len(cells), per_cell)
+        steps = compare.StepCounter(progress, len(cells), per_cell)
         start = time.monotonic()
         for number, (dtype, batch) in enumerate(cells):
             recipe = options.recipe(batch, dtype, size)
             begin, end = time.monotonic(), start + options.budget * (number + 1) / len(cells)
             # Half of the cell's time for the losses, the rest for timing.
-            cell = _Cell(options, recipe, dtype, device, steps, begin + max(0.0, end - begin) / 2, end)
+            cell = _TrainingCell(options, recipe, dtype, device, steps, begin + max(0.0, end - begin) / 2, end)
             cell.run(model, [part.to(device) for part in batches(photos, recipe, classes(model))], competitors, report)
             steps.finish_cell(number)
             gc.collect()
@@ -190,7 +166,7 @@ def run(
 
 @contextlib.contextmanager
 def _device(name: str) -> Iterator[torch.device]:
-    """The device as the current one, with the cuDNN setting of ``resnet-fast train``."""
+    """Make the device the current one, with the cuDNN setting of ``resnet-fast train``."""
     device = torch.device(name)
     if device.type == "cpu":
         yield device
@@ -205,12 +181,12 @@ def _device(name: str) -> Iterator[torch.device]:
 
 
 def classes(model: nn.Module) -> int:
-    """Number of classes: what the last linear layer puts out."""
+    """Return the number of classes: the outputs of the last linear layer."""
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1].out_features
 
 
 def batches(photos: list[images.Photo], recipe: Recipe, n_classes: int) -> list[Part]:
-    """``recipe.steps`` batches on the CPU, uint8 (batch, 3, size, size): crops and flips, a function of its seed.
+    """Make ``recipe.steps`` batches on the CPU, uint8 (batch, 3, size, size): crops and flips, a function of its seed.
 
     The photographs take turns; the label is the photograph's number, modulo the number of classes.
     """
@@ -238,9 +214,9 @@ class _Contender:
 
     @classmethod
     def prepared(
-        cls, trainer: Trainer, model: nn.Module, recipe: Recipe, parts: list[Part], device: torch.device
+        cls, trainer: providers.Trainer, model: nn.Module, recipe: Recipe, parts: list[Part], device: torch.device
     ) -> _Contender:
-        """From a copy of the stock ``model`` in eval mode and batches on ``device``."""
+        """Prepare a copy of the stock ``model``, in eval mode, and batches on ``device``."""
         net = copy.deepcopy(model).train().to(device)
         if trainer.channels_last:
             net = net.to(memory_format=torch.channels_last)
@@ -253,7 +229,7 @@ class _Contender:
         self.step(self.parts, self.batch, RATE)
 
     def learn(self, seed: int) -> None:
-        """One step, with its loss. ``seed`` makes dropout the same in every competitor."""
+        """Take one step and keep its loss. ``seed`` makes dropout the same in every competitor."""
         device = self.step.world.device
         self.step.sums = Sums.empty(device)
         before = resnet_fast.stats()
@@ -264,7 +240,7 @@ class _Contender:
         self.ran_on = ran_on(before, resnet_fast.stats())
 
     def measure_peak(self) -> None:
-        """One more step, watched; see ``PEAK``."""
+        """Take one more step and measure its memory; see ``PEAK``."""
         device = self.step.world.device
         kept = [*self.step.inner.parameters(), *self.step.inner.buffers()]
         states = self.step.optimizer.state.values()
@@ -273,7 +249,7 @@ class _Contender:
 
 
 def ran_on(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> str:
-    """Which backends served the calls between two :func:`resnet_fast.stats`, and why no faster one; "" for no call."""
+    """Return which backends ran between two :func:`resnet_fast.stats`, and why no faster one; "" for no call."""
     calls: dict[str, int] = {}
     for name, n in after["calls"].items():
         more = n - before["calls"].get(name, 0)
@@ -288,12 +264,12 @@ def ran_on(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) 
 
 
 @dataclass
-class _Cell:
-    options: Options
+class _TrainingCell:
+    options: TrainBenchOptions
     recipe: Recipe
     dtype: str
     device: torch.device
-    steps: compare.Steps
+    steps: compare.StepCounter
     losses_until: float
     deadline: float
     ready: dict[str, _Contender] = field(default_factory=dict)
@@ -304,10 +280,14 @@ class _Cell:
         return f"{self.recipe.model} {self.dtype} batch {self.recipe.batch}"
 
     def run(
-        self, model: nn.Module, parts: list[Part], competitors: tuple[Trainer, ...], report: compare.Report
+        self,
+        model: nn.Module,
+        parts: list[Part],
+        competitors: tuple[providers.Trainer, ...],
+        report: compare.BenchReport,
     ) -> None:
         """Train, watch and time all competitors, and append their rows and samples to ``report``."""
-        case, batch = self.recipe.model, self.recipe.batch
+        batch = self.recipe.batch
         verdict = providers.torch_verdict(model, compare.DTYPES[self.dtype], batch, self.device.type)
         for trainer in competitors:
             self.notes[trainer.name] = [verdict.reason]
@@ -320,29 +300,22 @@ class _Cell:
                 contender.measure_peak()
         timed = harness.measure(
             self.ready,
-            harness.Plan(rounds=self.options.rounds, warmup=0, seed=self.options.seed),
+            harness.TimingPlan(rounds=self.options.rounds, warmup=0, seed=self.options.seed),
             str(self.device),
             self.deadline,
             lambda name, number: self.steps.step(f"{self.label}: round {number + 1}, {name}"),
         )
+        for name, samples in timed.items():
+            self.notes[name] += [samples.error, self.ready[name].ran_on]
+            if taken < self.options.steps:
+                self.notes[name].append(f"the budget ended the losses after {taken} of {self.options.steps} steps")
+            if samples.ns:
+                report.samples[f"{self.recipe.model} {self.dtype} {batch} {name}"] = samples.ns
         measured = compare.speeds(timed, {t.name for t in competitors if t.stock}, batch)
-        reference = next((self.ready[n].losses[-1] for n in REFERENCE if n in self.ready), None)
-        for trainer in competitors:
-            name, row = trainer.name, measured.get(trainer.name, {})
-            if name in self.ready:
-                row |= self._figures(self.ready[name], reference) | {"steps": taken}
-                self.notes[name] += [timed[name].error, self.ready[name].ran_on]
-                if taken < self.options.steps:
-                    self.notes[name].append(f"the budget ended the losses after {taken} of {self.options.steps} steps")
-            if name in measured:
-                report.samples[f"{self.label.replace(' batch ', ' ')} {name}"] = timed[name].ns
-            note = "; ".join(filter(None, self.notes[name]))
-            report.rows.append(
-                Row(case, name, self.dtype, batch, self.options.device, trainer.stock, note=note, **row)  # type: ignore[arg-type]
-            )
+        report.rows += [self._row(trainer, measured.get(trainer.name, {}), taken) for trainer in competitors]
 
     def _train(self) -> int:
-        """Train for the losses; returns the steps that each competitor took: all, or what time allows, at least one."""
+        """Train for the losses; return the steps that each competitor took: all, or what time allows, at least one."""
         for number in range(self.options.steps):
             if number and time.monotonic() >= self.losses_until:
                 return number
@@ -352,19 +325,20 @@ class _Cell:
                     contender.learn(self.options.seed + number)
         return self.options.steps
 
-    def _figures(self, contender: _Contender, reference: float | None) -> dict[str, Any]:
-        first, last = contender.losses[0], contender.losses[-1]
-        return {
-            "precision": self.dtype,
-            "peak_mib": contender.peak / MIB,
-            "loss_first": first,
-            "loss_last": last,
-            "loss_difference": None if reference is None else last - reference,
-        }
+    def _row(self, trainer: providers.Trainer, times: Mapping[str, Any], taken: int) -> TrainingRow:
+        name, row = trainer.name, dict(times)
+        if name in self.ready:
+            first, last = self.ready[name].losses[0], self.ready[name].losses[-1]
+            reference = next((self.ready[n].losses[-1] for n in REFERENCE if n in self.ready), None)
+            row |= {"precision": self.dtype, "peak_mib": self.ready[name].peak / MIB, "steps": taken}
+            row |= {"loss_first": first, "loss_last": last}
+            row["loss_difference"] = None if reference is None else last - reference
+        where = (self.recipe.model, name, self.dtype, self.recipe.batch, self.options.device, trainer.stock)
+        return TrainingRow(*where, note="; ".join(filter(None, self.notes[name])), **row)
 
     @contextlib.contextmanager
     def _kept(self, name: str) -> Iterator[None]:
-        """A competitor that fails inside leaves the cell and keeps its row, with the reason."""
+        """Take a competitor that fails inside out of the cell; it keeps its row, with the reason."""
         try:
             yield
         except Exception as error:  # a failure of any kind is a row, not the end of the run

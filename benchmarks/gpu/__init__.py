@@ -1,6 +1,6 @@
 """The commands for a GPU: ``python3 -m resnet_fast.benchmarks.gpu.check``, ``.tune`` and ``.bench``.
 
-    supervisor (common.py)          one per command: budget, order, results on disk; runs no kernel itself
+    supervisor (session.py)          one per command: budget, order, results on disk; runs no kernel itself
         │  name of a case ▲ row
         ▼                 │
     workers (worker.py)             run the cases; one that crashes or hangs costs its case and is replaced

@@ -21,36 +21,37 @@ import torch
 
 from resnet_fast.tuning import shapes
 
-from . import ceilings, common, nets, peers, report
-from .common import Case, Settings
-from .worker import Pool
+from .. import providers
+from . import ceilings, nets, report
+from .session import GpuCase, Settings, begin, settings_from, update_environment
+from .worker import WorkerPool
 
 NET = "resnet50"
 WITHOUT_OURS = ", stock only"
-FAST = tuple(peer for peer in peers.INFERENCE if not peer.compiles)
+FAST = tuple(peer for peer in providers.GPU_INFERENCE if not peer.compiles)
 STOCK = tuple(peer for peer in FAST if not peer.name.startswith("resnet_fast"))
-STEPS = tuple(peer for peer in peers.TRAINING if not peer.compiles)
+STEPS = tuple(peer for peer in providers.GPU_TRAINING if not peer.compiles)
 
 
-def cases(settings: Settings) -> list[Case]:
+def cases(settings: Settings) -> list[GpuCase]:
     """Everything, in order of importance; the groups without ours come in where one with ours failed."""
     return [*_ceilings(settings), *_measured(settings), *_stock_only(settings)]
 
 
-def _ceilings(settings: Settings) -> Iterator[Case]:
+def _ceilings(settings: Settings) -> Iterator[GpuCase]:
     from resnet_fast.backends.triton.device import device_of
 
     yield from ceilings.cases(settings, device_of(torch.device(settings.device)))
 
 
-def _measured(settings: Settings) -> Iterator[Case]:
+def _measured(settings: Settings) -> Iterator[GpuCase]:
     if settings.quick:
         quick = {"dtype": "float32", "image": 8, "limit_s": 10.0}
         net = "cifar_resnet20"
-        yield Case(f"inference {net} batch 1", nets.Net(settings, net, 1, FAST, **quick), limit_s=120)  # type: ignore[arg-type]
+        yield GpuCase(f"inference {net} batch 1", nets.NetCase(settings, net, 1, FAST, **quick), limit_s=120)  # type: ignore[arg-type]
         yield from list(_convs(settings, net, 1, "float32", 8))[:3]
-        step = nets.Net(settings, net, 2, STEPS, training=True, image=8)
-        yield Case(f"training {net} batch 2", step, limit_s=60)
+        step = nets.NetCase(settings, net, 2, STEPS, training=True, image=8)
+        yield GpuCase(f"training {net} batch 2", step, limit_s=60)
         yield _compiled(settings, 1, "reduce-overhead", net)
         return
     for batch in (256, 1):
@@ -64,50 +65,50 @@ def _measured(settings: Settings) -> Iterator[Case]:
         yield _inference(settings, batch)
     for batch in (128, 64):
         yield _training(settings, batch)
-    step = nets.Net(settings, NET, 256, peers.TRAINING, training=True)
-    yield Case(f"training {NET} batch 256, with torch.compile", step, limit_s=240, needs_s=120)
+    step = nets.NetCase(settings, NET, 256, providers.GPU_TRAINING, training=True)
+    yield GpuCase(f"training {NET} batch 256, with torch.compile", step, limit_s=240, needs_s=120)
     for batch in (256, 1):
         yield _compiled(settings, batch, "default")
     for batch in (32, 128):
         yield _compiled(settings, batch, "reduce-overhead")
 
 
-def _stock_only(settings: Settings) -> Iterator[Case]:
+def _stock_only(settings: Settings) -> Iterator[GpuCase]:
     if settings.quick:
         return
     for batch in (256, 1, 128, 32, 8):
-        net = nets.Net(settings, NET, batch, STOCK)
-        yield Case(_inference(settings, batch).name + WITHOUT_OURS, net, limit_s=150, needs_s=20)
+        net = nets.NetCase(settings, NET, batch, STOCK)
+        yield GpuCase(_inference(settings, batch).name + WITHOUT_OURS, net, limit_s=150, needs_s=20)
 
 
-def _inference(settings: Settings, batch: int) -> Case:
-    return Case(f"inference {NET} batch {batch}", nets.Net(settings, NET, batch, FAST), limit_s=180, needs_s=25)
+def _inference(settings: Settings, batch: int) -> GpuCase:
+    return GpuCase(f"inference {NET} batch {batch}", nets.NetCase(settings, NET, batch, FAST), limit_s=180, needs_s=25)
 
 
-def _training(settings: Settings, batch: int) -> Case:
-    step = nets.Net(settings, NET, batch, STEPS, training=True)
-    return Case(f"training {NET} batch {batch}", step, limit_s=120, needs_s=20)
+def _training(settings: Settings, batch: int) -> GpuCase:
+    step = nets.NetCase(settings, NET, batch, STEPS, training=True)
+    return GpuCase(f"training {NET} batch {batch}", step, limit_s=120, needs_s=20)
 
 
-def _compiled(settings: Settings, batch: int, mode: str, net: str = NET) -> Case:
+def _compiled(settings: Settings, batch: int, mode: str, net: str = NET) -> GpuCase:
     """torch.compile in one mode, and the anchors that its ratios are taken to."""
     frozen = mode == "reduce-overhead"
-    wanted = [p for p in peers.INFERENCE if p.compiles and ("reduce-overhead" in p.name) == frozen]
-    wanted += [p for p in peers.INFERENCE if p.name in peers.ANCHORS]
+    wanted = [p for p in providers.GPU_INFERENCE if p.compiles and ("reduce-overhead" in p.name) == frozen]
+    wanted += [p for p in providers.GPU_INFERENCE if p.name in providers.ANCHORS]
     image = 8 if settings.quick else None
     dtype = "float32" if settings.quick else "bfloat16"
-    work = nets.Net(settings, net, batch, wanted, dtype=dtype, image=image)
-    return Case(f"compiled {mode} {net} batch {batch}", work, limit_s=200, needs_s=75)
+    work = nets.NetCase(settings, net, batch, wanted, dtype=dtype, image=image)
+    return GpuCase(f"compiled {mode} {net} batch {batch}", work, limit_s=200, needs_s=75)
 
 
-def _convs(settings: Settings, net: str, batch: int, dtype: str, image: int | None) -> Iterator[Case]:
+def _convs(settings: Settings, net: str, batch: int, dtype: str, image: int | None) -> Iterator[GpuCase]:
     """Each distinct convolution once, under its first name, with how often the net has it."""
     found: dict[object, list[str]] = {}
     for name, spec in shapes.problems(net, batch, image, dtype).items():
         found.setdefault(spec, []).append(name)
     for names in found.values():
         run = partial(nets.conv_case, settings, batch, names[0], len(names), dtype, net, image)
-        yield Case(f"conv {names[0]} batch {batch}", run, limit_s=60)
+        yield GpuCase(f"conv {names[0]} batch {batch}", run, limit_s=60)
 
 
 def _table_digest(settings: Settings) -> str:
@@ -120,19 +121,19 @@ def _table_digest(settings: Settings) -> str:
 
 
 def main() -> int:
-    settings = common.settings_from("bench", (__doc__ or "").splitlines()[0])
-    session = common.begin(settings, _table_digest(settings))
+    settings = settings_from("bench", (__doc__ or "").splitlines()[0])
+    session = begin(settings, _table_digest(settings))
     everything = [*_ceilings(settings), *_measured(settings)]
     stock_only = list(_stock_only(settings))
     try:
-        with Pool(f"{__package__}.bench", session) as pool:
+        with WorkerPool(f"{__package__}.bench", session) as pool:
             pool.run(session.todo(everything))
             failed = {case.name for case in everything if (session.row(case.name) or {}).get("status") == "failed"}
             wanted = [case for case in stock_only if case.name.removesuffix(WITHOUT_OURS) in failed]
             pool.run(session.todo(wanted))
         rows = [session.row(case.name) for case in everything if case.name.startswith("ceiling")]
         known = {row["case"]: {k: row[k] for k in ("value", "unit")} for row in rows if row and "value" in row}
-        common.update_environment(settings, {"ceilings": known})
+        update_environment(settings, {"ceilings": known})
     finally:
         report.write(settings)
     return session.finish([*everything, *wanted])

@@ -34,9 +34,9 @@ from resnet_fast.tuning import configs, training_configs
 from resnet_fast.tuning.configs import Config
 
 from . import cases as cases_of
-from . import common, report
-from .common import ROOT, Case, Row, Session, Settings, Skipped
-from .worker import Pool
+from . import report
+from .session import ROOT, GpuCase, Row, Session, Settings, Skipped, begin, execute, run_limited, settings_from
+from .worker import WorkerPool
 
 BUILD_LIMIT_S = 150.0
 SANITIZER_LIMIT_S = 90.0
@@ -49,10 +49,10 @@ TESTS_SHARE = 0.4
 NETS = ("resnet50", "resnet18", "resnext50_32x4d")
 
 
-def cases(settings: Settings) -> list[Case]:
+def cases(settings: Settings) -> list[GpuCase]:
     """What workers run, in order: one config per kernel, the nets, every other config."""
     found = [*_configs(settings), *_training_configs(settings)]
-    first: dict[str, Case] = {}
+    first: dict[str, GpuCase] = {}
     for kernel, case in found:
         if case.known is None:
             first.setdefault(kernel, case)
@@ -61,7 +61,7 @@ def cases(settings: Settings) -> list[Case]:
     return [*first.values(), *_nets(settings), *rest]
 
 
-def _configs(settings: Settings) -> Iterator[tuple[str, Case]]:
+def _configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
     """(kernel, case) of every launch and shipped config, the most important precision first."""
     from resnet_fast.backends.triton.device import device_of
 
@@ -74,14 +74,14 @@ def _configs(settings: Settings) -> Iterator[tuple[str, Case]]:
         # an eight-warp config is not the one to begin with
         admitted.sort(key=lambda config: configs.needs_proof(launch, config))
         for config in admitted[:few]:
-            yield launch.kernel, Case(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
+            yield launch.kernel, GpuCase(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
         for config, verdict in judged:
             if not verdict:
                 row = _facts(launch, config) | {"status": "refused", "reason": verdict.reason}
-                yield launch.kernel, Case(f"config {launch} :: {config}", dict, known=row)
+                yield launch.kernel, GpuCase(f"config {launch} :: {config}", dict, known=row)
 
 
-def _training_configs(settings: Settings) -> Iterator[tuple[str, Case]]:
+def _training_configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
     """The same of a training step's kernels, packed and exact; what runs on cuDNN there is PyTorch's to prove."""
     from resnet_fast.backends.triton.device import device_of
 
@@ -95,7 +95,7 @@ def _training_configs(settings: Settings) -> Iterator[tuple[str, Case]]:
     for launch in every:
         both = dict.fromkeys(c for packed in (True, False) for c in training_configs.candidates(launch, gpu, packed))
         for config in list(both)[: 1 if settings.quick else None]:
-            yield launch.kernel, Case(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
+            yield launch.kernel, GpuCase(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
 
 
 def _all_launches() -> Iterator[LaunchSpec]:
@@ -155,15 +155,15 @@ def error_row(found: Any) -> Row:
     }
 
 
-def _nets(settings: Settings) -> Iterator[Case]:
+def _nets(settings: Settings) -> Iterator[GpuCase]:
     if settings.quick:
         net = _Net("cifar_resnet20", "float32", 1, 8, settings.device)
-        yield Case("net cifar_resnet20 float32 batch 1", net, limit_s=120)
+        yield GpuCase("net cifar_resnet20 float32 batch 1", net, limit_s=120)
         return
     for name in NETS:
         for dtype in ("bfloat16", "float32"):
             net = _Net(name, dtype, 2, 224, settings.device)
-            yield Case(f"net {name} {dtype} batch 2", net, limit_s=150, needs_s=15)
+            yield GpuCase(f"net {name} {dtype} batch 2", net, limit_s=150, needs_s=15)
 
 
 class _Net:
@@ -232,7 +232,7 @@ def build(session: Session) -> Row:
         end = session.clock.left - min(BUILD_LIMIT_S, session.clock.left / 2)
         output = ""
         for what, command in steps.items():
-            code, output = common.run_limited(command, session.clock.left - end, env=env)
+            code, output = run_limited(command, session.clock.left - end, env=env)
             if code != 0:
                 lines = [line for line in output.splitlines() if re.search(r"error|Error", line)] or output.splitlines()
                 reason = "stopped at its time limit" if code is None else f"exit code {code}"
@@ -258,7 +258,7 @@ def sanitize(session: Session) -> Row:
     done = []
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", *tests, str(ROOT / "tests" / "backends" / "cuda")]
-        code, output = common.run_limited(command, min(SANITIZER_LIMIT_S, session.clock.left / 2))
+        code, output = run_limited(command, min(SANITIZER_LIMIT_S, session.clock.left / 2))
         if code != 0:
             lines = [line for line in output.splitlines() if "=========" in line or "rror" in line]
             reason = "stopped at its time limit" if code is None else f"exit code {code}"
@@ -295,7 +295,7 @@ def run_tests(session: Session, files: list[Path]) -> None:
         rows = Path(folder) / "rows.jsonl"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", f"{__package__}.pytest_rows"]
         command += ["-p", "no:cacheprovider", f"--rows={rows}", *(f"--deselect={test}" for test in passed)]
-        code, output = common.run_limited([*command, *map(str, files)], limit)
+        code, output = run_limited([*command, *map(str, files)], limit)
         begun = _record_tests(session, rows, prefix)
     if code is None:
         session.left += [f"tests after {begun}" if begun else "tests"]
@@ -325,18 +325,18 @@ def _record_tests(session: Session, rows: Path, prefix: str) -> str:
 
 
 def main() -> int:
-    settings = common.settings_from("check", (__doc__ or "").splitlines()[0])
-    session = common.begin(settings)
+    settings = settings_from("check", (__doc__ or "").splitlines()[0])
+    session = begin(settings)
     everything = cases(settings)
     first = [case for case in everything if case.known is None][: len(configs.SHIPPED)]
-    building = Case("build", lambda: build(session))
-    sanitizing = Case("sanitizer", lambda: sanitize(session))
+    building = GpuCase("build", lambda: build(session))
+    sanitizing = GpuCase("sanitizer", lambda: sanitize(session))
     try:
         for case in session.todo([building]):
-            session.record(case.name, common.execute(case))
+            session.record(case.name, execute(case))
         use_built()
         size = 1 if settings.quick else (8 if settings.on_gpu else 2)
-        with Pool(f"{__package__}.check", session, min(size, os.cpu_count() or 1)) as pool:
+        with WorkerPool(f"{__package__}.check", session, min(size, os.cpu_count() or 1)) as pool:
             pool.run(session.todo(first))
             if not settings.on_gpu:
                 session.record("tests", {"status": "skipped", "reason": "needs a CUDA device"})
@@ -344,12 +344,12 @@ def main() -> int:
                 run_tests(session, gpu_test_files())
             if settings.on_gpu and settings.only in "sanitizer" and session.clock.left > 0:
                 for case in session.todo([sanitizing]):
-                    session.record(case.name, common.execute(case))
+                    session.record(case.name, execute(case))
             names = {case.name for case in first}
             pool.run(session.todo(case for case in everything if case.name not in names))
     finally:
         report.write(settings)
-    known = [Case(row["case"], dict) for row in session.store.rows.values() if row["case"].startswith("test")]
+    known = [GpuCase(row["case"], dict) for row in session.store.rows.values() if row["case"].startswith("test")]
     return session.finish([building, *everything, *known])
 
 

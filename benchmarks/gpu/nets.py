@@ -1,4 +1,4 @@
-"""Cases of whole nets: every competitor of a net and batch in one interleaved run, and what the model says of each."""
+"""Run whole nets: every competitor of a net and batch in one interleaved run, with the model's prediction for each."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from resnet_fast.tuning import configs, launch_plan, routes, shapes, time_model
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.tables import Table
 
-from .. import harness
+from .. import harness, memory
+from ..harness import US, TimingPlan, TimingSamples
+from ..providers import Prepared, Provider
 from . import cases as launches
-from . import timing
-from .common import Row, Settings, Skipped
-from .peers import Peer
+from .session import Row, Settings
 
 GIB = 1024**3
-FULL = harness.Plan(rounds=10, calls=2, turn_ms=20.0, warmup=3)
-QUICK = harness.Plan(rounds=1, calls=1, turn_ms=0.0, warmup=0)
+FULL = TimingPlan(rounds=10, calls=2, turn_ms=20.0, warmup=3)
+QUICK = TimingPlan(rounds=1, calls=1, turn_ms=0.0, warmup=0)
 
 
-class Net:
-    """A net at a batch size with some competitors. ``training``: a step instead of a forward pass."""
+class NetCase:
+    """Run a net at a batch size with some competitors. ``training``: a step instead of a forward pass."""
 
     def __init__(
-        self, settings: Settings, net: str, batch: int, peers: Iterable[Peer], *, dtype: str = "bfloat16",
+        self, settings: Settings, net: str, batch: int, peers: Iterable[Provider], *, dtype: str = "bfloat16",
         image: int | None = None, training: bool = False, limit_s: float = 20.0,
     ) -> None:  # fmt: skip
         self.settings, self.net, self.batch, self.peers = settings, net, batch, tuple(peers)
@@ -58,11 +58,12 @@ class Net:
         errors: dict[str, str] = {}
         reference: Tensor | None = None
         for peer in self.peers:
-            try:
-                call, row, out = self._ready(peer, model, x)
-            except Skipped as reason:
-                skipped[peer.name] = str(reason)
+            verdict = peer.supports(model, x.dtype, self.batch, self.settings.device)
+            if not verdict:
+                skipped[peer.name] = verdict.reason
                 continue
+            try:
+                prepared, row, out = self._ready(peer, model, x)
             except Exception as error:  # one competitor's failure is its own, unless the GPU is gone with it
                 errors[peer.name] = harness.first_line(error)
                 self._still_answers(peer.name, errors[peer.name])
@@ -70,7 +71,7 @@ class Net:
             if not self.training:
                 reference = out if reference is None else reference
                 row["difference"] = _difference(out, reference)
-            calls[peer.name], rows[peer.name] = call, row
+            calls[peer.name], rows[peer.name] = prepared.call, row
         plan = QUICK if self.settings.quick else FULL
         deadline = time.monotonic() + self.limit_s
         for name, samples in harness.measure(calls, plan, self.settings.device, deadline).items():
@@ -82,22 +83,27 @@ class Net:
         timed = {name: row for name, row in rows.items() if "ms" in row}
         return self._row(timed, skipped, errors)
 
-    def _ready(self, peer: Peer, model: Any, x: Tensor) -> tuple[Callable[[], Tensor], Row, Tensor]:
-        """The callable, its first result, and for training the peak of memory above what was there before."""
-        start, on_gpu = time.perf_counter(), self.settings.on_gpu
-        if on_gpu:
-            gc.collect()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        call = peer.make(model, x)
-        out = call().clone()
+    def _ready(self, peer: Provider, model: Any, x: Tensor) -> tuple[Prepared, Row, Tensor]:
+        """A competitor, what its row begins with, and its first result.
+
+        ``peak_gib``: the most memory above what was there before, until the second call, which has all of an
+        optimizer's state.
+        """
+        start, found = time.perf_counter(), []
+
+        def prepare() -> None:
+            prepared = peer.prepare(model, x)
+            found.append((prepared, prepared.call().clone()))
+            if self.settings.on_gpu:
+                prepared.call()
+
         row: Row = {}
-        if on_gpu:
-            call()  # the first step also allocates the optimizer's state
-            torch.cuda.synchronize()
-            row["peak_gib"] = round((torch.cuda.max_memory_allocated() - before) / GIB, 3)
-        return call, row | {"ready_s": round(time.perf_counter() - start, 2)}, out
+        if self.settings.on_gpu:
+            row["peak_gib"] = round(memory.peak(prepare, self.settings.device) / GIB, 3)
+        else:
+            prepare()
+        ((prepared, out),) = found
+        return prepared, row | {"ready_s": round(time.perf_counter() - start, 2)}, out
 
     def _still_answers(self, name: str, error: str) -> None:
         if not self.settings.on_gpu:
@@ -107,15 +113,15 @@ class Net:
         except Exception as gone:
             raise RuntimeError(f"{name}: {error}") from gone
 
-    def _timed(self, name: str, samples: harness.Samples) -> Row:
-        q1, median, q3 = samples.quartiles_ms()
+    def _timed(self, name: str, samples: TimingSamples) -> Row:
+        q1, median, q3 = samples.quartiles()
         row: Row = {"ms": round(median, 4), "quartiles_ms": [round(q1, 4), round(q3, 4)]}
         row |= {"images_per_s": round(self.batch / median * 1e3, 1), "ns": samples.ns}
         seconds, how = self._model(next(peer for peer in self.peers if peer.name == name))
         row |= {"modelled_ms": round(seconds * 1e3, 4), "model": how}
         return row | {"model_error": round(seconds * 1e3 / median - 1, 3)}
 
-    def _model(self, peer: Peer) -> tuple[float, str]:
+    def _model(self, peer: Provider) -> tuple[float, str]:
         """Predicted seconds, and where they come from."""
         from resnet_fast.backends.triton import device as gpus
 
@@ -154,12 +160,16 @@ def _difference(out: Tensor, reference: Tensor) -> float:
 
 
 def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str, net: str, image: int | None) -> Row:
-    """One convolution of a net as a launch: our kernel against cuDNN's two forms, cold, and its floor.
+    """Time one convolution of a net as a launch with a cold L2: our kernel, cuDNN's two forms, and the floor.
 
-    Ours is what dispatch would take among our own kernels.
+    Ours is the config that dispatch would take among our own kernels.
+
+    Args:
+        name: the convolution's name in :mod:`resnet_fast.tuning.shapes`.
+        times: how often the net has it.
+        image: side of the input; None for the net's own.
     """
     from resnet_fast.backends.triton import device as gpus
-    from resnet_fast.backends.triton.problem import problem
 
     torch.backends.cudnn.benchmark = True
     at = torch.device(settings.device)
@@ -167,20 +177,8 @@ def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str,
     spec = shapes.problems(net, batch, image, dtype)[name]
     launch = routes.launch(spec)
     config, source = _ours(launch, device, table)
-    work = problem(launch, at)
-    calls = {stock.kernel: work.prepared(stock) for stock in configs.stock_candidates(launch)}
-    if config is not None:
-        calls = {"ours": work.prepared(config)} | calls
-    errors: dict[str, str] = {}
-    with torch.inference_mode():
-        for stock_name in [n for n in calls if n != "ours"]:
-            try:
-                calls[stock_name]()
-            except Exception as error:
-                errors[stock_name] = harness.first_line(error)
-                del calls[stock_name]
-        found = timing.cold(calls, settings.on_gpu, rounds=2 if settings.quick else 40)
-    us = {n: timing.quartiles(samples) for n, samples in found.items()}
+    found, errors = _conv_times(settings, launch, config)
+    us = {n: [round(q, 3) for q in samples.quartiles(US)] for n, samples in found.items()}
     floor = floors.floor_seconds(spec, device, "conv")
     row: Row = {"status": "measured", "batch": batch, "conv": name, "times": times, "launch": str(launch)}
     row |= {"config": str(config or "none admitted"), "config_from": source, "us": us, "errors": errors}
@@ -190,8 +188,29 @@ def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str,
         modelled, ours = time_model.predict_seconds(launch, config, device) * 1e6, us["ours"][1]
         row |= {"modelled_us": round(modelled, 3), "model_error": round(modelled / ours - 1, 3)}
         said += f", modelled {modelled:.1f}"
-    row["samples_us"] = {n: [round(s * 1e6, 3) for s in samples] for n, samples in found.items()}
+    row["samples_us"] = {n: [round(t / US, 3) for t in samples.ns] for n, samples in found.items()}
     return row | {"note": said}
+
+
+def _conv_times(
+    settings: Settings, launch: LaunchSpec, config: Config | None
+) -> tuple[dict[str, TimingSamples], dict[str, str]]:
+    """Samples of our kernel and of cuDNN's forms, and the errors of those forms that do not run."""
+    from resnet_fast.backends.triton.problem import problem
+
+    work = problem(launch, torch.device(settings.device))
+    calls = {} if config is None else {"ours": work.prepared(config)}
+    errors: dict[str, str] = {}
+    with torch.inference_mode():
+        for stock in configs.stock_candidates(launch):
+            call = work.prepared(stock)
+            try:
+                call()
+            except Exception as error:
+                errors[stock.kernel] = harness.first_line(error)
+            else:
+                calls[stock.kernel] = call
+        return harness.cold(calls, settings.device, rounds=2 if settings.quick else 40), errors
 
 
 def _ours(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config | None, str]:

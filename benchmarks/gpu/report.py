@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from . import common
-from .common import Row, Settings
-
-Cells = Iterable[Sequence[str]]
+from .. import markdown
+from .session import Row, Settings, read_rows, write_text
 
 
 def write(settings: Settings) -> None:
     """Write the report anew, with whatever rows there are."""
-    common.write(settings.path / "report.md", to_markdown(settings))
+    write_text(settings.path / "report.md", to_markdown(settings))
 
 
 def to_markdown(settings: Settings) -> str:
@@ -28,26 +27,21 @@ def to_markdown(settings: Settings) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _latest(path: common.Path) -> list[Row]:
+def _latest(path: Path) -> list[Row]:
     """The last row of every case, whatever versions it was made with: the newest word on it."""
-    return list({row["case"]: row for row in common.read_rows(path)}.values())
+    return list({row["case"]: row for row in read_rows(path)}.values())
 
 
-def table(headings: Sequence[str], rows: Cells) -> str:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
-    lines = [_line(headings), _line([":---", *["---:"] * (len(headings) - 1)])]
-    return "\n".join([*lines, *(_line(row) for row in rows)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return markdown.table(headings, rows, [":---", *[markdown.RIGHT] * (len(headings) - 1)])
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value * 100:+.0f} %"
 
 
-def _environment(folder: common.Path) -> str:
+def _environment(folder: Path) -> str:
     try:
         known = json.loads((folder / "env.json").read_text())
     except (OSError, ValueError):
@@ -161,7 +155,7 @@ def _conv_cells(row: Row) -> list[str]:
     ]
 
 
-def _tuning(folder: common.Path, rows: list[Row]) -> str:
+def _tuning(folder: Path, rows: list[Row]) -> str:
     try:
         sums = json.loads((folder / "tune_summary.json").read_text())
     except (OSError, ValueError):

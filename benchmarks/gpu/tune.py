@@ -24,9 +24,9 @@ from resnet_fast.tuning import configs, launch_plan, launches, tables, time_mode
 from resnet_fast.tuning.tables import Table
 
 from . import cases as cases_of
-from . import common, report
-from .common import Case, Row, Session, Settings
-from .worker import Pool
+from . import report
+from .session import ROOT, GpuCase, Row, Session, Settings, begin, gpu_name, settings_from, write_text
+from .worker import WorkerPool
 
 BATCHES = (256, 1, 32, 128, 8)
 NETS = ("resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
@@ -71,12 +71,12 @@ def device_of(settings: Settings) -> Device:
 
 def table_path(settings: Settings) -> Path:
     """The table that comes with the package; in the interpreter one beside the results."""
-    file = f"{tables.slug(common.gpu_name(settings.device))}.json"
+    file = f"{tables.slug(gpu_name(settings.device))}.json"
     return (tables.SHIPPED if settings.on_gpu else settings.path) / file
 
 
 def read_table(settings: Settings) -> Table:
-    return tables.read(table_path(settings), common.gpu_name(settings.device))
+    return tables.read(table_path(settings), gpu_name(settings.device))
 
 
 def _todo(settings: Settings) -> Iterator[LaunchSpec]:
@@ -87,10 +87,10 @@ def _todo(settings: Settings) -> Iterator[LaunchSpec]:
         yield from sorted(dict.fromkeys(found), key=lambda x: -launches.expected_seconds(x, device))
 
 
-def cases(settings: Settings) -> list[Case]:
+def cases(settings: Settings) -> list[GpuCase]:
     """One per launch, each once."""
     return [
-        Case(f"tune {launch}", _Tune(launch, settings), limit_s=LIMIT_S) for launch in dict.fromkeys(_todo(settings))
+        GpuCase(f"tune {launch}", _Tune(launch, settings), limit_s=LIMIT_S) for launch in dict.fromkeys(_todo(settings))
     ]
 
 
@@ -173,14 +173,14 @@ def print_summaries(session: Session, found: list[Row]) -> None:
 
 
 def main() -> int:
-    settings = common.settings_from("tune", (__doc__ or "").splitlines()[0])
+    settings = settings_from("tune", (__doc__ or "").splitlines()[0])
     path = table_path(settings)
     if settings.fresh:
         path.unlink(missing_ok=True)
-    session = common.begin(settings)
+    session = begin(settings)
     everything, device, table = cases(settings), device_of(settings), read_table(settings)
     by_name = {f"tune {launch}": launch for launch in _todo(settings)}
-    if common.ROOT not in settings.path.parents:  # results go elsewhere: the table too
+    if ROOT not in settings.path.parents:  # results go elsewhere: the table too
 
         def keep_a_copy() -> None:
             if path.exists() and path.parent != settings.path:
@@ -188,11 +188,11 @@ def main() -> int:
 
         session.on_row = keep_a_copy
     try:
-        with Pool(f"{__package__}.tune", session) as pool:
+        with WorkerPool(f"{__package__}.tune", session) as pool:
             pool.run(session.todo(everything, lambda case: complete(by_name[case.name], table, device)))
         found = summaries(settings)
         print_summaries(session, found)
-        common.write(settings.path / "tune_summary.json", json_text(found, indent=1) + "\n")
+        write_text(settings.path / "tune_summary.json", json_text(found, indent=1) + "\n")
     finally:
         report.write(settings)
     return session.finish(everything)

@@ -23,8 +23,7 @@ import time
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from . import common
-from .common import Case, Row, Session, Settings
+from .session import ROOT, GpuCase, Row, Session, Settings, end_group, execute
 
 START_LIMIT_S = 120.0
 
@@ -38,7 +37,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(2 if settings.on_gpu else 1)  # others of its kind run beside it
-    cases: dict[str, Case] = {case.name: case for case in importlib.import_module(sys.argv[1]).cases(settings)}
+    cases: dict[str, GpuCase] = {case.name: case for case in importlib.import_module(sys.argv[1]).cases(settings)}
 
     def answer(**message: Any) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -46,7 +45,7 @@ def main() -> None:
 
     answer(ready=True)
     for line in sys.stdin:
-        row = common.execute(cases[json.loads(line)["case"]])
+        row = execute(cases[json.loads(line)["case"]])
         broken = settings.on_gpu and not _answers()
         answer(row=row, broken=broken)
         if broken:
@@ -75,7 +74,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     ready: bool = False
-    case: Case | None = None
+    case: GpuCase | None = None
     since: float = field(default_factory=time.monotonic)
     unread: bytes = b""
 
@@ -86,7 +85,7 @@ class _Worker:
     def busy(self) -> bool:
         return self.case is not None or not self.ready
 
-    def begin(self, case: Case) -> None:
+    def begin(self, case: GpuCase) -> None:
         assert self.process.stdin is not None
         self.case, self.since = case, time.monotonic()
         try:
@@ -102,14 +101,14 @@ class _Worker:
         return lines[-1].strip()[:200] if lines else ""
 
 
-class Pool:
+class WorkerPool:
     """Up to ``size`` workers for the cases of ``module``. They outlive a call of :meth:`run`; ``close`` ends them."""
 
     def __init__(self, module: str, session: Session, size: int = 1) -> None:
         self.module, self.session, self.size = module, session, size
         self.workers: list[_Worker] = []
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,7 +119,7 @@ class Pool:
             self._end(worker)
         self.workers.clear()
 
-    def run(self, cases: list[Case]) -> None:
+    def run(self, cases: list[GpuCase]) -> None:
         """Every case once, in this order, each row recorded when it comes; what the budget does not reach is left."""
         session, queue = self.session, list(cases)
         with selectors.DefaultSelector() as selector:
@@ -143,7 +142,7 @@ class Pool:
                         self._drop(worker, selector)
                     return
 
-    def _hand_out(self, queue: list[Case], selector: selectors.BaseSelector) -> list[Case]:
+    def _hand_out(self, queue: list[GpuCase], selector: selectors.BaseSelector) -> list[GpuCase]:
         """Give idle workers work, and start workers while there is more work than workers."""
         session = self.session
         affordable = [case for case in queue if case.needs_s <= session.clock.left]
@@ -161,7 +160,7 @@ class Pool:
         command = [sys.executable, "-m", f"{__package__}.worker", self.module, self.session.settings.to_json()]
         process = subprocess.Popen(
             command,
-            cwd=common.ROOT,
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -208,7 +207,7 @@ class Pool:
         self._end(worker)
 
     def _end(self, worker: _Worker) -> None:
-        common.end_group(worker.process)
+        end_group(worker.process)
         for pipe in (worker.process.stdin, worker.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

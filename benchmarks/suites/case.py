@@ -1,4 +1,4 @@
-"""The unit of a suite, and how inner modules get the inputs that they see inside a net."""
+"""Define the unit of a suite, and capture the inputs of modules inside a net."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Case:
+class SuiteCase:
     """A module in eval mode and its input, float32 (N, C, H, W). Smaller batches are slices of ``x``."""
 
     name: str

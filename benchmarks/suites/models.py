@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .case import Case
+from .case import SuiteCase
 
 
-def cases(name: str, model: nn.Module, x: Tensor) -> list[Case]:
-    """One case: the net itself."""
-    return [Case(name, model, x)]
+def cases(name: str, model: nn.Module, x: Tensor) -> list[SuiteCase]:
+    """Return one case: the net itself."""
+    return [SuiteCase(name, model, x)]

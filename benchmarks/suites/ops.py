@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fast.ops  # noqa: F401 (defines torch.ops.resnet_fast)
 
-from .case import Case, capture
+from .case import SuiteCase, capture
 
 
 class ConvBnAct(nn.Module):
@@ -29,7 +29,7 @@ class ConvBnAct(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def accelerated(self) -> nn.Module:
-        """The same layers behind one call of ``torch.ops.resnet_fast.conv_bn_act``."""
+        """Return the same layers as one call of ``torch.ops.resnet_fast.conv_bn_act``."""
         return _FusedConvBnAct(self)
 
 
@@ -49,7 +49,7 @@ class _FusedConvBnAct(nn.Module):
 
 
 def convolutions(model: nn.Module) -> dict[str, ConvBnAct]:
-    """Each convolution of a torchvision-style net with its BN, by the convolution's qualified name."""
+    """Return each convolution of a torchvision-style net with its BN, by the convolution's qualified name."""
     modules = dict(model.named_modules())
     found: dict[str, ConvBnAct] = {}
     for name, conv in modules.items():
@@ -74,12 +74,12 @@ def _kind(case: ConvBnAct, x: Tensor) -> tuple[Any, ...]:
     return (x.shape, conv.out_channels, *geometry, type(case.act))
 
 
-def cases(name: str, model: nn.Module, x: Tensor) -> list[Case]:
-    """One case per shape, named ``<net>.<first convolution of that shape>``."""
+def cases(name: str, model: nn.Module, x: Tensor) -> list[SuiteCase]:
+    """Return one case per shape, named ``<net>.<first convolution of that shape>``."""
     found = convolutions(model)
     modules = dict(model.named_modules())
     inputs = capture(model, x, {inner: modules[inner] for inner in found})
-    kinds: dict[tuple[Any, ...], Case] = {}
+    kinds: dict[tuple[Any, ...], SuiteCase] = {}
     for inner, op in found.items():
-        kinds.setdefault(_kind(op, inputs[inner]), Case(f"{name}.{inner}", op, inputs[inner]))
+        kinds.setdefault(_kind(op, inputs[inner]), SuiteCase(f"{name}.{inner}", op, inputs[inner]))
     return list(kinds.values())

@@ -74,7 +74,7 @@ def bench(
     chosen: dict[str, Any] = {} if batch is None else {"batches": _batches(batch)}
     chosen |= {} if steps is None else {"steps": steps}
     everyone = train.default_providers(device) if training else peers.NAMES
-    options = (train.Options if training else compare.Options)(
+    options = (train.TrainBenchOptions if training else compare.BenchOptions)(
         model=model,
         suite=suite,
         dtypes=compare.native_dtypes(device) if dtype is None else _list(dtype),
@@ -91,7 +91,7 @@ def bench(
     options.check()
     report.require_matplotlib()
     report.prepare_folder(out)
-    result: Any = train.Report() if training else compare.Report()
+    result = compare.BenchReport(row_type=train.TrainingRow if training else compare.InferenceRow)
 
     def show_result() -> None:
         if json:

@@ -16,7 +16,7 @@ from .output import progress_bar, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from resnet_fast.benchmarks.side_by_side import Answer
+    from resnet_fast.benchmarks.side_by_side import AnswerPair
 
     from ..dispatch.explain import Explanation
 
@@ -30,7 +30,7 @@ BUDGET = (
 )
 
 
-def answer_table(answers: list[Answer], names: list[str] | None) -> Table:
+def answer_table(answers: list[AnswerPair], names: list[str] | None) -> Table:
     """One row per picture; classes by name where the weights give them a meaning, else by number."""
     from rich.table import Table
     from rich.text import Text
@@ -105,7 +105,7 @@ def demo(
     from ..models import registry
     from ..tools import trained
 
-    options = compare.Options(
+    options = compare.BenchOptions(
         model=model,
         batches=(1,),
         images=tuple(images or ()),

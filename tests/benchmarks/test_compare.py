@@ -17,7 +17,7 @@ from resnet_fast.errors import UserError
 from resnet_fast.io.images import Photo
 from resnet_fast.spec import Verdict
 
-TINY = compare.Options(model="cifar_resnet20", batches=(1, 4), rounds=2, providers=("good",))
+TINY = compare.BenchOptions(model="cifar_resnet20", batches=(1, 4), rounds=2, providers=("good",))
 
 
 def _provider(name: str, prepare, stock: bool = False, verdict: Verdict | None = None) -> providers.Provider:  # type: ignore[no-untyped-def]
@@ -59,8 +59,10 @@ def photos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare.images, "load", lambda paths, limit: found)
 
 
-def _compete(monkeypatch: pytest.MonkeyPatch, *competitors: providers.Provider, **changes: object) -> compare.Report:
-    monkeypatch.setattr(providers, "PROVIDERS", competitors)
+def _compete(
+    monkeypatch: pytest.MonkeyPatch, *competitors: providers.Provider, **changes: object
+) -> compare.BenchReport:
+    monkeypatch.setattr(providers, "INFERENCE", competitors)
     monkeypatch.setattr(providers, "NAMES", tuple(p.name for p in competitors))
     return compare.run(dataclasses.replace(TINY, providers=providers.NAMES, **changes))
 
@@ -137,7 +139,7 @@ def test_same_seed_same_net_and_threads_come_back(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("photos")
 def test_progress_reaches_its_end_and_provenance_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "PROVIDERS", (_provider("good", _plain()),))
+    monkeypatch.setattr(providers, "INFERENCE", (_provider("good", _plain()),))
     monkeypatch.setattr(providers, "NAMES", ("good",))
     steps: list[tuple[int, int, str]] = []
     report = compare.run(TINY, lambda *step: steps.append(step))
@@ -169,13 +171,13 @@ def test_progress_reaches_its_end_and_provenance_is_there(monkeypatch: pytest.Mo
     ],
 )
 def test_options_that_cannot_be_used(changes: dict[str, object], message: str) -> None:
-    options = dataclasses.replace(compare.Options(), **changes)  # type: ignore[arg-type]
+    options = dataclasses.replace(compare.BenchOptions(), **changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         options.check()
 
 
 def test_unknown_model_and_missing_weights(tmp_path: Path) -> None:
-    options = dataclasses.replace(compare.Options(), providers=("eager-nchw",))
+    options = dataclasses.replace(compare.BenchOptions(), providers=("eager-nchw",))
     with pytest.raises(UserError, match="resnet5"):
         compare.run(dataclasses.replace(options, model="resnet5"))
     with pytest.raises(UserError, match="not a file"):

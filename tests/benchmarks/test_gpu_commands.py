@@ -19,8 +19,11 @@ import pytest
 import torch
 
 from resnet_fast import devices, numerics
-from resnet_fast.benchmarks.gpu import bench, cases, check, common, nets, peers, report, timing, tune, worker
-from resnet_fast.benchmarks.gpu.common import Case, Clock, Session, Settings, Store
+from resnet_fast.benchmarks import providers
+from resnet_fast.benchmarks.gpu import bench, cases, check, nets, report, tune, worker
+from resnet_fast.benchmarks.gpu import session as sessions
+from resnet_fast.benchmarks.gpu.session import BudgetClock, GpuCase, Session, Settings, Store
+from resnet_fast.spec import Verdict
 from resnet_fast.tuning import configs, launches, tables, training_configs
 
 ROOT = Path(__file__).parents[2]
@@ -45,10 +48,10 @@ def imported(path: Path, everywhere: bool = True) -> set[str]:
 
 def test_the_commands_import_what_a_bare_machine_has() -> None:
     files = sorted(GPU.glob("*.py"))
-    assert {"check.py", "tune.py", "bench.py", "common.py"} <= {path.name for path in files}
+    assert {"check.py", "tune.py", "bench.py", "session.py"} <= {path.name for path in files}
     for path in files:
         assert imported(path) <= BARE, path.name
-    for name in ("harness", "providers", "provenance"):  # theirs of benchmarks/
+    for name in ("harness", "markdown", "memory", "providers", "provenance"):  # theirs of benchmarks/
         assert imported(ROOT / "benchmarks" / f"{name}.py", everywhere=False) <= BARE, name
 
 
@@ -135,12 +138,12 @@ def test_a_cut_tuning_leaves_whole_rows_and_goes_on(tmp_path: Path, bare: dict[s
 
 def session(folder: Path, command: str = "toy", budget: float = 60.0, **more: Any) -> Session:
     settings = Settings(command, "cpu", str(folder), budget=budget, **more)
-    return Session(settings, Clock(budget), Store(folder / f"{command}.jsonl", settings.fresh), "here", "abc")
+    return Session(settings, BudgetClock(budget), Store(folder / f"{command}.jsonl", settings.fresh), "here", "abc")
 
 
 TOY = """
 import os, time
-from resnet_fast.benchmarks.gpu.common import Case, Skipped
+from resnet_fast.benchmarks.gpu.session import GpuCase, Skipped
 
 def boom(): raise ValueError("first line\\nsecond line")
 def skip(): raise Skipped("not here")
@@ -148,15 +151,15 @@ def crash(): os.write(2, b"Fatal: stack smashed\\n"); os.abort()
 def hang(): time.sleep(600)
 
 def cases(settings):
-    ok = [Case(f"ok {i}", lambda: {"answer": 42}) for i in range(3)]
+    ok = [GpuCase(f"ok {i}", lambda: {"answer": 42}) for i in range(3)]
     print("what libraries print")
-    return [Case("raises", boom), Case("skips", skip), Case("crashes", crash), Case("hangs", hang, limit_s=1),
-            Case("expensive", hang, needs_s=1000), *ok]
+    return [GpuCase("raises", boom), GpuCase("skips", skip), GpuCase("crashes", crash),
+            GpuCase("hangs", hang, limit_s=1), GpuCase("expensive", hang, needs_s=1000), *ok]
 """
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Case]]:
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[GpuCase]]:
     """A module of cases that workers can import, and its cases."""
     (tmp_path / "toy_cases.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
@@ -168,10 +171,10 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Ca
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_case_that_crashes_or_hangs_costs_itself_alone(
-    toy: Callable[[], list[Case]], tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+    toy: Callable[[], list[GpuCase]], tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     s = session(tmp_path)
-    with worker.Pool("toy_cases", s, size) as pool:
+    with worker.WorkerPool("toy_cases", s, size) as pool:
         pool.run(s.todo(toy()))
     found = {row["case"]: row for row in rows(tmp_path, "toy")}
     assert found["raises"]["status"] == "failed" and found["raises"]["error"] == "ValueError: first line"
@@ -185,10 +188,10 @@ def test_a_case_that_crashes_or_hangs_costs_itself_alone(
 
 
 @pytest.mark.slow
-def test_the_end_of_the_budget_stops_a_running_case(toy: Callable[[], list[Case]], tmp_path: Path) -> None:
+def test_the_end_of_the_budget_stops_a_running_case(toy: Callable[[], list[GpuCase]], tmp_path: Path) -> None:
     s = session(tmp_path, budget=8.0)
     hanging = [replace(case, limit_s=100.0) for case in toy() if case.name == "hangs"]
-    with worker.Pool("toy_cases", s) as pool:
+    with worker.WorkerPool("toy_cases", s) as pool:
         pool.run(hanging)
         assert not [w for w in pool.workers if w.case]
     assert s.left == ["hangs"] and 8 <= s.clock.elapsed < 12
@@ -199,10 +202,10 @@ def test_the_end_of_the_budget_stops_a_running_case(toy: Callable[[], list[Case]
 def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path) -> None:
     s = session(tmp_path)
     with (
-        worker.Pool("no_such_module", s) as pool,
+        worker.WorkerPool("no_such_module", s) as pool,
         pytest.raises(RuntimeError, match="No module named 'no_such_module'"),
     ):
-        pool.run([Case("any", dict)])
+        pool.run([GpuCase("any", dict)])
 
 
 def test_failures_are_tried_again_after_all_that_is_new(tmp_path: Path) -> None:
@@ -210,7 +213,12 @@ def test_failures_are_tried_again_after_all_that_is_new(tmp_path: Path) -> None:
     s.record("a", {"status": "failed", "error": "x"})
     s.record("b", {"status": "passed"})
     again = session(tmp_path)
-    listed = [Case("a", dict), Case("b", dict), Case("c", dict), Case("d", dict, known={"status": "refused"})]
+    listed = [
+        GpuCase("a", dict),
+        GpuCase("b", dict),
+        GpuCase("c", dict),
+        GpuCase("d", dict, known={"status": "refused"}),
+    ]
     assert [case.name for case in again.todo(listed)] == ["c", "a"]
     assert again.counts == {"kept": 1, "refused": 1}
     again.record("a", {"status": "passed"})
@@ -251,17 +259,18 @@ def test_unusable_options(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as caught:
-        common.settings_from("check", "what", options)
+        sessions.settings_from("check", "what", options)
     assert caught.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_results_of_the_interpreter_stay_out_of_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    folder = common.settings_from("check", "what", ["--device", "cpu"]).path
+    folder = sessions.settings_from("check", "what", ["--device", "cpu"]).path
     assert ROOT not in folder.parents
     folder.rmdir()
-    monkeypatch.setattr(common, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert common._folder(None, "cuda") == ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+    for module in (sessions, tune):
+        monkeypatch.setattr(module, "gpu_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert sessions._folder(None, "cuda") == ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
     h100 = Settings("tune", "cuda", "elsewhere")
     assert tune.table_path(h100) == tables.SHIPPED / "nvidia-h100-80gb-hbm3.json"
 
@@ -316,10 +325,10 @@ def test_a_wrong_kernel_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None
     launch = cases.ragged("float32")["conv_bn_act_1x1"][0]
     proof = check._Proof(launch, configs.SHIPPED["conv_bn_act_1x1"][0], "cpu")
     monkeypatch.setattr(problem.Problem, "run", lambda self, config: self.eager() * 1.01)
-    row = common.execute(Case("wrong", proof))
+    row = sessions.execute(GpuCase("wrong", proof))
     assert row["status"] == "failed" and "over the budget" in row["error"]
     monkeypatch.setattr(problem.Problem, "run", lambda self, config: self.eager())
-    row = common.execute(Case("right", proof))
+    row = sessions.execute(GpuCase("right", proof))
     assert row["status"] == "passed" and row["ratio"] == 1.0 and row["kernel"] == "conv_bn_act_1x1"
 
 
@@ -347,7 +356,7 @@ def test_the_cudnn_peer_is_the_same_net(net: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
     model, x = cases.calibrated(net, 1, 64, "cpu", "float32")
     with torch.inference_mode():
-        stock, got = model(x), peers.CudnnFused(model)(x)
+        stock, got = model(x), providers.CudnnFused(model)(x)
         exact = copy.deepcopy(model).double()(x.double())
     report = numerics.compare(got, exact, stock)
     assert report.rel <= 2 * report.eager_rel < 1e-3, report  # type: ignore[operator]
@@ -391,7 +400,7 @@ def fabricated(group: tune.Group, ours: float, stock: float) -> tables.Table:
     """A table in which every launch's first candidate takes ``ours`` and every stock form ``stock`` microseconds."""
     gpu = devices.gpu("h100").gpu
     assert gpu is not None
-    table = tables.Table(common.INTERPRETER)
+    table = tables.Table(sessions.INTERPRETER)
     for launch in cases.launches(group.net, group.batch, group.dtype):
         table.entries[str(launch)] = {str(c): ours for c in configs.candidates(launch, gpu)} | {
             str(c): stock for c in configs.stock_candidates(launch)
@@ -432,25 +441,21 @@ def test_a_net_of_ours_that_fails_leaves_the_others_their_numbers(
     from resnet_fast.backends.triton import device
 
     monkeypatch.setattr(device, "device_of", lambda _: devices.gpu("h100"))
-    monkeypatch.setattr(device, "table_of", lambda _: tables.Table(common.INTERPRETER))
+    monkeypatch.setattr(device, "table_of", lambda _: tables.Table(sessions.INTERPRETER))
 
     def broken(model: Any, x: Any) -> Any:
         raise ValueError("no such kernel")
 
     settings = Settings("bench", "cpu", str(tmp_path), quick=True)
-    wanted = (peers.INFERENCE[0], peers.Peer(peers.OURS, broken, None), peers.INFERENCE[5])
-    row = common.execute(Case("net", nets.Net(settings, "cifar_resnet20", 1, wanted, dtype="float32", image=8)))
+    ours = providers.Provider(providers.OURS, False, lambda *_: Verdict.yes(), broken)
+    wanted = (providers.GPU_INFERENCE[0], ours, providers.GPU_INFERENCE[5])
+    row = sessions.execute(
+        GpuCase("net", nets.NetCase(settings, "cifar_resnet20", 1, wanted, dtype="float32", image=8))
+    )
     assert row["status"] == "failed" and row["error"] == "resnet_fast: ValueError: no such kernel"
-    assert list(row["peers"]) == ["eager NCHW"] and row["skipped"] == {peers.BEST_STOCK: "CUDA graphs need a GPU"}
+    assert list(row["peers"]) == ["eager NCHW"] and row["skipped"] == {providers.BEST_STOCK: "CUDA graphs need a GPU"}
     eager = row["peers"]["eager NCHW"]
     assert eager["model_error"] == pytest.approx(eager["modelled_ms"] / eager["ms"] - 1, abs=1e-3)
-
-
-def test_cold_timing_gives_every_competitor_the_same_turns() -> None:
-    seen: list[str] = []
-    found = timing.cold({name: lambda name=name: seen.append(name) for name in "ab"}, False, rounds=3)  # type: ignore[misc]
-    assert [len(samples) for samples in found.values()] == [3, 3] and len(seen) == 8
-    assert timing.quartiles([2e-6]) == [2.0, 2.0, 2.0]
 
 
 def test_the_report_names_failures_and_survives_an_empty_folder(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
-from resnet_fast.benchmarks.harness import Plan, Samples, first_line, measure
+from resnet_fast.benchmarks.harness import US, TimingPlan, TimingSamples, best, clock_of, cold, first_line, measure
 
-QUICK = Plan(rounds=4, calls=2, warmup=3, turn_ms=0)
+QUICK = TimingPlan(rounds=4, calls=2, warmup=3, turn_ms=0)
 
 
 def test_every_competitor_gets_the_same_turns() -> None:
@@ -26,7 +27,7 @@ def test_order_depends_on_the_seed_alone() -> None:
     def order(seed: int) -> list[tuple[str, int]]:
         turns: list[tuple[str, int]] = []
         names = {name: lambda: None for name in "abcdef"}
-        measure(names, Plan(rounds=3, calls=1, turn_ms=0, seed=seed), on_turn=lambda n, r: turns.append((n, r)))
+        measure(names, TimingPlan(rounds=3, calls=1, turn_ms=0, seed=seed), on_turn=lambda n, r: turns.append((n, r)))
         return turns
 
     assert order(1) == order(1) != order(2)
@@ -41,7 +42,7 @@ def test_deadline_leaves_one_whole_round_and_no_warm_up() -> None:
 
 
 def test_short_calls_are_repeated_until_the_turn_has_lasted() -> None:
-    result = measure({"a": lambda: None, "b": lambda: time.sleep(0.004)}, Plan(rounds=1, calls=2, turn_ms=3))
+    result = measure({"a": lambda: None, "b": lambda: time.sleep(0.004)}, TimingPlan(rounds=1, calls=2, turn_ms=3))
     assert len(result["a"].ns) > 20
     assert len(result["b"].ns) == 2
     assert min(result["b"].ns) >= 4e6
@@ -62,8 +63,44 @@ def test_failure_takes_one_competitor_out(lives: int) -> None:
 
 
 def test_quartiles() -> None:
-    assert Samples([1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000]).quartiles_ms() == (2, 3, 4)
-    assert Samples([7_000_000]).quartiles_ms() == (7, 7, 7)
+    assert TimingSamples([1_000_000, 2_000_000, 3_000_000, 4_000_000, 5_000_000]).quartiles() == (2, 3, 4)
+    assert TimingSamples([7_000_000]).quartiles() == (7, 7, 7)
+    assert TimingSamples([2_000]).quartiles(US) == (2.0, 2.0, 2.0)
+
+
+def test_cold_timing_gives_every_competitor_the_same_turns() -> None:
+    seen: list[str] = []
+    found = cold({name: lambda name=name: seen.append(name) for name in "ab"}, "cpu", rounds=3)  # type: ignore[misc]
+    assert [len(samples.ns) for samples in found.values()] == [3, 3] and len(seen) == 8
+
+
+def test_best_is_the_fastest_call_in_seconds() -> None:
+    pauses = [0.0, 0.0, 0.03, 0.004, 0.02]
+    assert 0.004 <= best(lambda: time.sleep(pauses.pop(0)), "cpu", runs=3) < 0.02 and not pauses
+
+
+def test_both_clocks_time_each_call_and_not_what_runs_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append("event")
+            self.at = len(seen)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
+    one = ["before", "event", "call", "event"]
+    for device, expected in (("cuda", ["synchronize", *one, *one, "synchronize"]), ("cpu", ["before", "call"] * 2)):
+        seen.clear()
+        found = clock_of(device)([lambda: seen.append("call")] * 2, lambda: seen.append("before"))
+        assert seen == expected and len(found) == 2
+        assert device == "cpu" or found == [2_000_000, 2_000_000]
 
 
 def test_first_line_of_an_empty_message() -> None:

@@ -28,4 +28,4 @@ def test_commit_is_empty_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_missing_package_is_said() -> None:
-    assert provenance._version("no-such-package-here") == "not installed"
+    assert provenance.version("no-such-package-here") == "not installed"

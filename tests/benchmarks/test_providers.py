@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock
 from resnet_fast.benchmarks import providers
 from resnet_fast.errors import UserError
 
-BY_NAME = {p.name: p for p in providers.PROVIDERS}
+BY_NAME = {p.name: p for p in providers.INFERENCE}
 
 
 @pytest.fixture

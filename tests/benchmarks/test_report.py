@@ -12,30 +12,30 @@ from pathlib import Path
 import pytest
 
 from resnet_fast.benchmarks import report
-from resnet_fast.benchmarks.compare import Report, Row
+from resnet_fast.benchmarks.compare import BenchReport, InferenceRow
 from resnet_fast.errors import UserError
 
 
 @pytest.fixture
-def measured() -> Report:
+def measured() -> BenchReport:
     ran = {"median_ms": 2.0, "q1_ms": 1.5, "q3_ms": 2.5, "images_per_s": 500.0, "ratio": 1.25, "samples": 3}
     rows = [
-        Row("net", "eager-nchw", "float32", 1, "cpu", True, "float32", **(ran | {"ratio": 1.0})),  # type: ignore[arg-type]
-        Row("net", "resnet_fast", "float32", 1, "cpu", False, "float32", error_l2=1e-6, error_max=2e-6, **ran),  # type: ignore[arg-type]
-        Row("net", "openvino", "float32", 1, "cpu", False, note="broke | here"),
-        Row("net", "openvino", "bfloat16", 4, "cpu", False, "float32", **ran),  # type: ignore[arg-type]
+        InferenceRow("net", "eager-nchw", "float32", 1, "cpu", True, "float32", **(ran | {"ratio": 1.0})),  # type: ignore[arg-type]
+        InferenceRow("net", "resnet_fast", "float32", 1, "cpu", False, "float32", error_l2=1e-6, error_max=2e-6, **ran),  # type: ignore[arg-type]
+        InferenceRow("net", "openvino", "float32", 1, "cpu", False, note="broke | here"),
+        InferenceRow("net", "openvino", "bfloat16", 4, "cpu", False, "float32", **ran),  # type: ignore[arg-type]
     ]
-    return Report(rows, {"net float32 1 eager-nchw": [1, 2, 3]}, {"cpu": "a CPU", "threads": 2, "date": "today"})
+    return BenchReport(rows, {"net float32 1 eager-nchw": [1, 2, 3]}, {"cpu": "a CPU", "threads": 2, "date": "today"})
 
 
-def test_csv_has_every_field_of_every_row(measured: Report) -> None:
+def test_csv_has_every_field_of_every_row(measured: BenchReport) -> None:
     rows = list(csv.DictReader(io.StringIO(report.to_csv(measured))))
     assert len(rows) == 4
     assert rows[1]["provider"] == "resnet_fast" and float(rows[1]["error_l2"]) == 1e-6
     assert rows[2]["median_ms"] == "" and rows[2]["note"] == "broke | here"
 
 
-def test_markdown_tables(measured: Report) -> None:
+def test_markdown_tables(measured: BenchReport) -> None:
     text = report.to_markdown(measured)
     assert "## net, float32, batch 1, cpu" in text and "## net, bfloat16, batch 4, cpu" in text
     assert "| resnet_fast | float32 | 2.00 | 1.50 - 2.50 | 500.0 | 1.25 | 1.0e-06 | 2.0e-06 |  |" in text
@@ -44,19 +44,19 @@ def test_markdown_tables(measured: Report) -> None:
     assert widths == {len(report.HEADINGS) + 1}
 
 
-def test_json_keeps_raw_samples_and_provenance(measured: Report) -> None:
+def test_json_keeps_raw_samples_and_provenance(measured: BenchReport) -> None:
     found = json.loads(report.to_json(measured))
     assert found["samples_ns"] == {"net float32 1 eager-nchw": [1, 2, 3]}
     assert found["provenance"]["threads"] == 2 and found["rows"][2]["median_ms"] is None
 
 
-def test_terminal_tables(measured: Report) -> None:
+def test_terminal_tables(measured: BenchReport) -> None:
     first, second = report.tables(measured)
     assert first.row_count == 3 and second.row_count == 1
     assert [c.header for c in first.columns] == list(report.HEADINGS)
 
 
-def test_write_makes_four_whole_files(measured: Report, tmp_path: Path) -> None:
+def test_write_makes_four_whole_files(measured: BenchReport, tmp_path: Path) -> None:
     paths = report.write(measured, tmp_path / "new" / "folder")
     assert sorted(p.name for p in paths) == ["bench.csv", "bench.json", "bench.md", "bench.png"]
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == sorted(p.name for p in paths)
@@ -65,7 +65,7 @@ def test_write_makes_four_whole_files(measured: Report, tmp_path: Path) -> None:
     assert stat.S_IMODE(paths[0].stat().st_mode) == 0o644
 
 
-def test_chart_shows_bars_ratios_and_absences(measured: Report) -> None:
+def test_chart_shows_bars_ratios_and_absences(measured: BenchReport) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure()
@@ -80,7 +80,9 @@ def test_chart_shows_bars_ratios_and_absences(measured: Report) -> None:
     assert report._label(measured.rows[3]) == "openvino (in float32)"
 
 
-def test_failed_write_leaves_the_old_file(measured: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(
+    measured: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bench.csv").write_text("old")
 
     def broken(source: object, target: object) -> None:
@@ -98,7 +100,7 @@ def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
         report.prepare_folder(tmp_path / "file")
 
 
-def test_chart_explains_colours_and_shows_quartiles_on_one_axis(measured: Report) -> None:
+def test_chart_explains_colours_and_shows_quartiles_on_one_axis(measured: BenchReport) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 

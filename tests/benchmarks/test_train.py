@@ -13,13 +13,13 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from resnet_fast.benchmarks import compare, report, train
+from resnet_fast.benchmarks import compare, providers, report, train
 from resnet_fast.cli.bench import bench
 from resnet_fast.errors import UserError
 from resnet_fast.io.images import Photo
 from resnet_fast.models import registry
 
-TINY = train.Options(model="cifar_resnet20", size=16, batches=(4,), rounds=2, steps=3)
+TINY = train.TrainBenchOptions(model="cifar_resnet20", size=16, batches=(4,), rounds=2, steps=3)
 PARAMETERS = sum(p.numel() for p in registry.build("cifar_resnet20").parameters())
 
 
@@ -31,7 +31,7 @@ def photos(monkeypatch: pytest.MonkeyPatch) -> list[Photo]:
     return found
 
 
-def _run(**changes: object) -> train.Report:
+def _run(**changes: object) -> compare.BenchReport:
     return train.run(dataclasses.replace(TINY, **changes))  # type: ignore[arg-type]
 
 
@@ -92,8 +92,8 @@ def test_competitors_that_fail_keep_a_row_with_the_reason(monkeypatch: pytest.Mo
         return net
 
     wraps = {"eager-nchw": refuses, "eager-nhwc": Late, "compile": spoiled}
-    trainers = [dataclasses.replace(t, wrap=wraps.get(t.name, t.wrap)) for t in train.TRAINERS]
-    monkeypatch.setattr(train, "TRAINERS", tuple(trainers))
+    trainers = [dataclasses.replace(t, wrap=wraps.get(t.name, t.wrap)) for t in providers.TRAINING]
+    monkeypatch.setattr(providers, "TRAINING", tuple(trainers))
     found = _run(providers=train.NAMES, rounds=1)
     *failed, ours = found.rows
     notes = [row.note for row in failed]

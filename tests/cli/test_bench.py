@@ -141,14 +141,14 @@ def test_cells_measured_before_an_end_are_printed(
     error: BaseException, code: int, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    whole = compare._Cell.run
+    whole = compare._InferenceCell.run
 
-    def second_fails(self: compare._Cell, *arguments: Any) -> None:
+    def second_fails(self: compare._InferenceCell, *arguments: Any) -> None:
         if self.batch == 2:
             raise error
         whole(self, *arguments)
 
-    monkeypatch.setattr(compare._Cell, "run", second_fails)
+    monkeypatch.setattr(compare._InferenceCell, "run", second_fails)
     arguments = [*SMALL, "--providers", "eager-nhwc", "--images", picture, "--threads", "1", "--out", tmp_path / "o"]
     assert main(["bench", *map(str, arguments)]) == code
     out = capsys.readouterr().out

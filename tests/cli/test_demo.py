@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.testing import CliRunner, Result
 
 from resnet_fast.benchmarks import providers
-from resnet_fast.benchmarks.side_by_side import Answer, largest_gemm_k
+from resnet_fast.benchmarks.side_by_side import AnswerPair, largest_gemm_k
 from resnet_fast.cli import demo as module
 from resnet_fast.dispatch.explain import Explanation, Row
 from resnet_fast.models import registry
@@ -32,8 +32,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    quick = tuple(p for p in providers.PROVIDERS if p.name in ("eager-nhwc", "resnet_fast"))
-    monkeypatch.setattr(providers, "PROVIDERS", quick)
+    quick = tuple(p for p in providers.INFERENCE if p.name in ("eager-nhwc", "resnet_fast"))
+    monkeypatch.setattr(providers, "INFERENCE", quick)
     (tmp_path / "in").mkdir()
     for i in range(2):
         Image.effect_noise((60 + i, 50), 80).save(tmp_path / "in" / f"{i}.png")
@@ -76,8 +76,8 @@ def test_weights_give_the_classes_names(tmp_path: Path, pictures: Path) -> None:
 
 
 def test_disagreement_shows() -> None:
-    good = Answer("a", 1, 1, 0.0, 1e-7, 1e-7, 3e-7)
-    bad = Answer("b", 1, 2, 0.0, 1e-7, 4e-7, 3e-7)
+    good = AnswerPair("a", 1, 1, 0.0, 1e-7, 1e-7, 3e-7)
+    bad = AnswerPair("b", 1, 2, 0.0, 1e-7, 4e-7, 3e-7)
     assert good.agree and good.within and not bad.agree and not bad.within
     table = module.answer_table([good, bad], None)
     assert list(table.columns[3].cells) == ["yes", "NO"] and list(table.columns[8].cells) == ["yes", "NO"]

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from resnet_fast.benchmarks import report
-from resnet_fast.benchmarks.compare import Report, Row
-from resnet_fast.benchmarks.side_by_side import Answer
+from resnet_fast.benchmarks.compare import BenchReport, InferenceRow
+from resnet_fast.benchmarks.side_by_side import AnswerPair
 from resnet_fast.cli import demo, explain, output, tune
 from resnet_fast.cli.fitting import fit
 from resnet_fast.cli.main import main
@@ -93,13 +93,17 @@ def test_tune_and_bench_and_demo_lose_nothing_at_80_columns() -> None:
     tuned = tuning.Tuned(tables.Table("NVIDIA H100 80GB HBM3", times), Path("t"), launches)
     ran = {"median_ms": 12345.67, "q1_ms": 12345.5, "q3_ms": 23456.78, "images_per_s": 12500.0, "ratio": 1.25}
     rows = [
-        Row("resnet50", "onnxruntime", "float32", 1, "cpu", False, "float32", error_l2=1e-6, error_max=2e-6, **ran),  # type: ignore[arg-type]
-        Row("resnet50", "openvino", "float32", 1, "cpu", False, note="RuntimeError: could not do it on this machine"),
+        InferenceRow(
+            "resnet50", "onnxruntime", "float32", 1, "cpu", False, "float32", error_l2=1e-6, error_max=2e-6, **ran
+        ),  # type: ignore[arg-type]
+        InferenceRow(
+            "resnet50", "openvino", "float32", 1, "cpu", False, note="RuntimeError: could not do it on this machine"
+        ),
     ]
-    answer = Answer("a photograph.png", 1, 2, 1e-3, 1e-7, 4e-7, 3e-7)
+    answer = AnswerPair("a photograph.png", 1, 2, 1e-3, 1e-7, 4e-7, 3e-7)
     for table in (
         tune._table(tuned, "resnet50, batch 8, 224x224, bfloat16, NVIDIA H100 80GB HBM3"),
-        *report.tables(Report(rows)),
+        *report.tables(BenchReport(rows)),
         demo.answer_table([answer], None),
         demo.explain_table([{"op": "stem", "backend": "onednn", "calls": 3, "why_not": {"triton": "no GPU " * 9}}]),
     ):

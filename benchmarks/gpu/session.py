@@ -1,19 +1,17 @@
 """What the three commands share: options, the clock, results on disk that a cut run keeps, and the order of cases.
 
-A command is a module with ``cases(settings)``: a list of :class:`Case`, the same in the supervisor and in every worker.
-Each result is one line of ``<folder>/<command>.jsonl``, written and synced when it is there. Its key is the case, the
-GPU, the config space and the versions of torch and triton, and not the commit: what is on disk under the same key is
-not run again, except what failed, which is tried again after all that is new. ``--fresh`` starts anew.
+A command is a module with ``cases(settings)``: a list of :class:`GpuCase`, the same in the supervisor and in every
+worker. Each result is one line of ``<folder>/<command>.jsonl``, written and synced at once. Its key is the case, the
+GPU, the config space and the versions of torch and triton, and not the commit. What is on disk under the same key is
+not run again, except what failed, which is tried again after all new cases. ``--fresh`` deletes earlier results.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +67,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Case:
+class GpuCase:
     """One thing to check or measure. ``run`` returns the details of its row; an exception is a row that failed.
 
     ``limit_s``: seconds after which it counts as hanging; ``needs_s``: it is not begun with less of the budget left;
@@ -83,8 +81,8 @@ class Case:
     known: Row | None = None
 
 
-class Clock:
-    """The budget of a command, from the start of its process on."""
+class BudgetClock:
+    """The budget of a command in seconds, from the start of its process on."""
 
     def __init__(self, budget: float) -> None:
         self.start = time.monotonic()
@@ -92,36 +90,34 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self.start
 
     @property
     def left(self) -> float:
+        """Seconds left."""
         return self.budget - self.elapsed
 
 
 def gpu_name(device: str) -> str:
+    """Return the GPU's name, or that of the interpreter."""
     return torch.cuda.get_device_name() if device == "cuda" else INTERPRETER
 
 
-def package_version(name: str) -> str:
-    found = provenance.collect("cpu").get(name, "")
-    return str(found)
-
-
 def context(device: str) -> str:
-    """The part of a key that all cases of a run share."""
-    versions = f"torch {torch.__version__} | triton {package_version('triton')}"
+    """Return the part of a key that all cases of a run share."""
+    versions = f"torch {torch.__version__} | triton {provenance.version('triton')}"
     return f"{gpu_name(device)} | space {configs.SPACE} | {versions}"
 
 
 def settings_from(command: str, what: str, argv: Sequence[str] | None = None) -> Settings:
-    """Read the command line. For ``--device cpu`` the process starts again with Triton's interpreter switched on."""
+    """Read the command line. For ``--device cpu`` restart the process with Triton's interpreter switched on."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=f"python3 -m resnet_fast.benchmarks.gpu.{command}", description=what)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds to spend, at most 520; default 500")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in Triton's interpreter")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does every part work?")
-    parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="delete the results of earlier runs")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<gpu>")
     o = parser.parse_args(arguments)
@@ -144,7 +140,7 @@ def settings_from(command: str, what: str, argv: Sequence[str] | None = None) ->
 
 
 def _folder(out: Path | None, device: str) -> Path:
-    """``--out``, or the GPU's own folder; what the interpreter says is no result, so it goes to a temporary one."""
+    """``--out``, or the GPU's own folder; what the interpreter finds is no result, so it goes to a temporary one."""
     if out is not None:
         return out.resolve()
     if device == "cpu":
@@ -152,14 +148,14 @@ def _folder(out: Path | None, device: str) -> Path:
     return ROOT / "benchmarks" / "results" / tables.slug(gpu_name(device))
 
 
-def write(path: Path, text: str) -> None:
-    """The whole file or the one that was there before."""
+def write_text(path: Path, text: str) -> None:
+    """Write the whole file, or leave the one that was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     safe_files.write_whole(path, text.encode())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file, without a line that a cut left unfinished."""
+    """Return the rows of a results file, without a line that a cut left unfinished."""
     rows = []
     try:
         lines = path.read_text().splitlines()
@@ -189,7 +185,7 @@ class Store:
         self.rows = {row["key"]: row for row in read_rows(path)}
 
     def add(self, row: Row) -> None:
-        """On disk when this returns."""
+        """Append a row; it is on disk when this returns."""
         with self.path.open("a") as file:
             file.write(json_text(row, separators=(",", ":")) + "\n")
             file.flush()
@@ -199,10 +195,10 @@ class Store:
 
 @dataclass
 class Session:
-    """One run of a command: what it has to do, what is on disk, and what came of it."""
+    """One run of a command: its budget, the results on disk, and the counts of what it did."""
 
     settings: Settings
-    clock: Clock
+    clock: BudgetClock
     store: Store
     context: str
     commit: str
@@ -211,15 +207,21 @@ class Session:
     on_row: Callable[[], None] = lambda: None
 
     def key(self, name: str) -> str:
+        """Return the key of a case's row."""
         return f"{name} | {self.context}"
 
     def row(self, name: str) -> Row | None:
+        """Return the latest row of a case under this run's key."""
         return self.store.rows.get(self.key(name))
 
-    def todo(self, cases: Iterable[Case], done: Callable[[Case], bool] | None = None) -> list[Case]:
-        """Of ``cases``: those never run, then those that failed; what is known without running is recorded here.
+    def todo(self, cases: Iterable[GpuCase], done: Callable[[GpuCase], bool] | None = None) -> list[GpuCase]:
+        """Return the cases to run: those never run, then those that failed.
 
-        ``done``: says in place of the results file whether a case need not run.
+        What is known without running is recorded here.
+
+        Args:
+            cases: in the order of their importance.
+            done: decides in place of the results file whether a case need not run.
         """
         new, again = [], []
         for case in cases:
@@ -239,8 +241,7 @@ class Session:
 
     def record(self, name: str, row: Row, quiet: bool = False) -> None:
         """Write a row, and print it on one line."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        full = {"key": self.key(name), "case": name, **row, "at": now, "commit": self.commit}
+        full = {"key": self.key(name), "case": name, **row, "at": provenance.now(), "commit": self.commit}
         self.store.add(full)
         status = row["status"]
         self.counts[status] = self.counts.get(status, 0) + 1
@@ -250,10 +251,11 @@ class Session:
         self.on_row()
 
     def say(self, text: str) -> None:
+        """Print a line with the seconds so far."""
         print(f"{self.clock.elapsed:6.1f} s  {text}", flush=True)
 
-    def finish(self, cases: Iterable[Case]) -> int:
-        """The closing line; 1 if the last word on any of ``cases`` is a failure, else 0."""
+    def finish(self, cases: Iterable[GpuCase]) -> int:
+        """Print the closing line; return 1 if the latest row of any of ``cases`` is a failure, else 0."""
         rows = [self.row(case.name) for case in cases]
         failed = [row["case"] for row in rows if row and row["status"] == "failed"]
         said = ", ".join(f"{n} {what}" for what, n in sorted(self.counts.items())) or "nothing to do"
@@ -266,9 +268,9 @@ class Session:
 
 
 def begin(settings: Settings, more: str = "") -> Session:
-    """Open the results of a command and write what is known of the machine beside them. ``more``: part of each key."""
+    """Open the results of a command and write the environment next to them. ``more``: part of each key."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are stopped and the report is written
-    clock = Clock(settings.budget)
+    clock = BudgetClock(settings.budget)
     folder = settings.path
     store = Store(folder / f"{settings.command}.jsonl", settings.fresh)
     shared = " | ".join(filter(None, (context(settings.device), more)))
@@ -280,37 +282,20 @@ def begin(settings: Settings, more: str = "") -> Session:
 
 
 def update_environment(settings: Settings, more: Row) -> None:
-    """``env.json``: versions, GPU, driver and commit of the latest run, and what is added by ``more``."""
+    """Write ``env.json``: versions, GPU, driver and commit of the latest run, and what is added by ``more``."""
     path = settings.path / "env.json"
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
-    now = provenance.collect(settings.device)
-    now |= {"gpu": gpu_name(settings.device), "driver": driver(), "config_space": configs.SPACE}
+    now = {"driver": "unknown"} | provenance.collect(settings.device)
+    now |= {"gpu": gpu_name(settings.device), "config_space": configs.SPACE}
     now["command"] = f"python3 -m resnet_fast.benchmarks.gpu.{settings.command}"
-    if settings.on_gpu:
-        now["cudnn"] = torch.backends.cudnn.version()
-    write(path, json_text(known | now | more, indent=1) + "\n")
+    write_text(path, json_text(known | now | more, indent=1) + "\n")
 
 
-def driver() -> str:
-    """Version of the NVIDIA driver, and the clock and power limits, as nvidia-smi prints them."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "unknown"
-    query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    try:
-        done = subprocess.run(
-            [tool, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
-
-
-def execute(case: Case) -> Row:
-    """Run a case here and now; its row, whatever happened."""
+def execute(case: GpuCase) -> Row:
+    """Run a case in this process; return its row, also where it failed."""
     start = time.perf_counter()
     try:
         row = {"status": "passed", **case.run()}
@@ -324,7 +309,11 @@ def execute(case: Case) -> Row:
 def run_limited(
     command: Sequence[str], limit_s: float, cwd: Path = ROOT, env: dict[str, str] | None = None, grace_s: float = 5.0
 ) -> tuple[int | None, str]:
-    """Exit code (None: stopped at the limit) and the output of a command, whose children end with it."""
+    """Run a command; its children end with it.
+
+    Returns:
+        The exit code (None: stopped at the limit), and stdout and stderr together.
+    """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
