@@ -11,11 +11,14 @@ BIN := $(VENV)/bin
 # The developer's build has the host module too; see setup.py.
 export RESNET_FAST_BUILD_HOST ?= auto
 
-# Two processes of one thread each: most tests are Python, whose second core would stand idle. torch's and NumPy's threads
-# would fight over the cores that the processes are on.
-PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# One thread per process: most tests are Python, and torch's and NumPy's threads would fight for the same cores.
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+# Two processes, since one would leave the second core idle.
+PARALLEL = $(PYTEST) -n 2 --dist worksteal
 # Triton decides at import whether it compiles or interprets, so kernels run in the interpreter in processes of their own.
-INTERPRET = TRITON_INTERPRET=1 $(PYTEST)
+INTERPRETED = TRITON_INTERPRET=1 $(PARALLEL)
+# Tests that read the clock or start several processes run after the others, one at a time.
+FILES_ALONE = $(shell grep -rl "mark\.alone" tests --include="test_*.py")
 
 BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -23,11 +26,12 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
 BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"
 
-.PHONY: help demo test test-slow dev lint format clean gpu-check gpu-tune gpu-bench
+.PHONY: help demo test test-slow coverage dev lint format clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
-	@echo "make test       install, then run the tests; make test-slow runs those that take longer"
+	@echo "make test       install, then run the quick tests; make test-slow runs the others"
+	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
 	@echo "make lint       ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make gpu-check  on a GPU: build, every gpu test, every config of every kernel, whole nets; BUDGET=500 seconds"
@@ -59,12 +63,18 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/resnet-fast demo
 
 test: $(VENV)/.stamp-dev
-	$(PYTEST) -m "not slow" --cov --cov-report=term
-	$(INTERPRET) -m "interpret and not slow"
+	$(PARALLEL) -m "not slow and not interpret and not alone"
+	$(INTERPRETED) -m "interpret and not slow"
+	$(PYTEST) -m "alone and not slow" $(FILES_ALONE)
 
 test-slow: $(VENV)/.stamp-dev
-	$(PYTEST) -m slow
-	$(INTERPRET) -m "interpret and slow"
+	$(PARALLEL) -m "slow and not interpret and not alone"
+	$(INTERPRETED) -m "interpret and slow"
+	$(PYTEST) -m "alone and slow" $(FILES_ALONE)
+
+# Without the Triton kernels: tracing the interpreter more than doubles its time.
+coverage: $(VENV)/.stamp-dev
+	$(PARALLEL) -m "not slow and not interpret" --cov --cov-report=term
 
 dev: $(VENV)/.stamp-dev
 

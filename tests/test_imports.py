@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 PROBE = """
@@ -40,6 +42,7 @@ def run(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.alone
 def test_import_loads_no_backend_and_asks_no_device() -> None:
     foreign, backends, asked, spent = run(PROBE)
     assert foreign == "[]" and backends == "[]" and asked == "[]"

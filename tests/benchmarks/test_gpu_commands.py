@@ -187,6 +187,7 @@ def test_a_case_that_crashes_or_hangs_costs_itself_alone(
     assert "FAILED  crashes" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_end_of_the_budget_stops_a_running_case(toy: Callable[[], list[GpuCase]], tmp_path: Path) -> None:
     s = session(tmp_path, budget=8.0)

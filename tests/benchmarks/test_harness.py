@@ -41,6 +41,7 @@ def test_deadline_leaves_one_whole_round_and_no_warm_up() -> None:
     assert [len(s.ns) for s in measure(calls, QUICK, deadline=time.monotonic() + 60).values()] == [8, 8]
 
 
+@pytest.mark.alone
 def test_short_calls_are_repeated_until_the_turn_has_lasted() -> None:
     result = measure({"a": lambda: None, "b": lambda: time.sleep(0.004)}, TimingPlan(rounds=1, calls=2, turn_ms=3))
     assert len(result["a"].ns) > 20

@@ -101,6 +101,7 @@ def test_products_with_a_paddings_zeros_are_no_work(spec: ConvSpec) -> None:
     assert floor_seconds(spec, TOY, "conv").compute_s == pytest.approx(spec.flops() / 1e12)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side", "batch"), [("resnet18", 32, 1), ("resnet18", 96, 2), ("resnet50", 64, 1)])
 def test_the_floors_of_a_net_are_no_more_than_its_time(name: str, side: int, batch: int) -> None:

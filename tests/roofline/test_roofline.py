@@ -221,6 +221,7 @@ def test_resnet50_on_h100_is_memory_bound_layer_by_layer() -> None:
     assert 45_000 < per_second < 58_000  # the hand count gives 52.8 thousand images a second
 
 
+@pytest.mark.alone
 def test_cpu_is_measured_once_and_soon() -> None:
     calibrate_cpu.cache_clear()
     start = time.perf_counter()

@@ -108,6 +108,7 @@ def test_a_part_without_its_unreadable_images(tmp_path: Path) -> None:
     assert len(nothing.images) == len(nothing.labels) == 0 and nothing.unreadable == ("bad.jpg",)
 
 
+@pytest.mark.alone
 def test_the_prefetcher_counts_the_time_it_waited() -> None:
     def slow() -> Iterator[Part]:
         for i in range(3):
@@ -122,6 +123,7 @@ def test_the_prefetcher_counts_the_time_it_waited() -> None:
     assert seen == [0, 1, 2] and 0.15 <= parts.waited_s < 0.15 + 3 * 0.1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("batch", [16, 64])
 def test_the_throughput_of_the_pipeline_alone(batch: int, tiny: Callable[..., Recipe]) -> None:
     found = data.load(tiny())
