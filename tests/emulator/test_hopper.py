@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 
 from tests.support import emulation
 from tests.support.emulation import EMULATOR, Edit
+from tests.support.planted import Planted
 
 FILE = "hopper_probes.cpp"
+edit = partial(Edit, FILE)
 
 
 def numbers(*shape: int, bfloat16: bool = False, seed: int = 0) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -206,155 +209,130 @@ def test_zeros_of_a_box_are_not_read(emulator: Path) -> None:
     assert launch["bulk_bytes"] == 12 * 128
 
 
-# what is broken: the check that shows it, the edit (old, new, which occurrence), and the report
 BUGS = {
-    "copy not waited for": (check_wgmma, "  mbarrier_wait(barrier, 0);\n", "", 0, "while bulk copies of the mbarrier"),
-    "copy read by threads": (check_box, "  mbarrier_wait(barrier, 0);\n", "", 1, "are in flight: wait for it first"),
-    "copy that nobody waits for": (
-        check_box,
-        "  mbarrier_wait(barrier, 0);\n",
-        "  if (p.bytes) return;\n",
-        1,
+    "copy not waited for": Planted(
+        edit("  mbarrier_wait(barrier, 0);\n", ""), "while bulk copies of the mbarrier", check_wgmma
+    ),
+    "copy read by threads": Planted(
+        edit("  mbarrier_wait(barrier, 0);\n", "", count=1), "are in flight: wait for it first", check_box
+    ),
+    "copy that nobody waits for": Planted(
+        edit("  mbarrier_wait(barrier, 0);\n", "  if (p.bytes) return;\n", count=1),
         "leaves block 0 with a bulk copy issued at",
-    ),
-    "first pixel outside of the windows": (
-        check_windows,
-        "c[0], c[1], c[2], c[3], tap[0]",
-        "c[0], c[1] + 4, c[2], c[3], tap[0]",
-        0,
-        "im2col begins at w = 8, where the filter is not put down: from -1 to 5",
-    ),
-    "tap before the window": (
-        check_windows,
-        "c[3], tap[0], tap[1]",
-        "c[3], tap[0] - 3, tap[1]",
-        0,
-        "im2col's offset of w is -1, not in 0 to 255",
-    ),
-    "sides of a tap exchanged": (check_windows, "tap[0], tap[1], barrier", "tap[1], tap[0], barrier", 0, None),
-    "map of windows as a box": (check_windows, "if (!kIm2col)", "if (kIm2col)", 0, "a tensor_load with the map of"),
-    "map of a box as windows": (check_box, "if (kIm2col)", "if (!kIm2col)", 0, "an im2col_load with the map of"),
-    "wrong parity": (check_wgmma, "mbarrier_wait(barrier, 0)", "mbarrier_wait(barrier, 1)", 0, "while bulk copies of"),
-    "wrong parity in a ring": (
-        check_ring,
-        "(round + 1) % 2",
-        "round % 2",
-        0,
-        r"waits for ever for the end of phase 0 \(parity 0\) of the mbarrier at byte \d+, at which \d+ of \d+ arrivals "
-        r"and \d+ expected bytes are missing",
-    ),
-    "place not given back": (
-        check_ring,
-        "    mbarrier_arrive(empty(place));\n",
-        "",
-        0,
-        "1 of 1 arrivals and 0 expected bytes",
-    ),
-    "place given back too early": (
-        check_ring,
-        "    const uint32_t word",
-        "    mbarrier_arrive(empty(place));\n    const uint32_t word",
-        0,
-        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever",
-    ),
-    "too few arrivals asked for": (
-        check_ring,
-        "Ring::kTakers * kWarp);",
-        "kWarp);",
-        0,
-        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever",
-    ),
-    "too few bytes expected": (
-        check_wgmma,
-        "kColumns * kRowBytes);",
-        "kColumns * kRowBytes - 16);",
-        0,
-        r"16 bytes more have come to the mbarrier at byte 0 than phase 0 expected",
-    ),
-    "too many bytes expected": (
-        check_wgmma,
-        "kColumns * kRowBytes);",
-        "kColumns * kRowBytes + 16);",
-        0,
-        r"waits for ever .* 0 of 1 arrivals and 16 expected bytes are missing",
-    ),
-    "arrival too many": (
-        check_wgmma,
-        "    tensor_load(b_at",
-        "    mbarrier_arrive(barrier);\n    tensor_load(b_at",
-        0,
-        "where all 1 of phase 0 have arrived",
-    ),
-    "barrier not initialised": (check_wgmma, "    mbarrier_init(barrier, 1);\n", "", 0, "which nobody initialised"),
-    "barrier overwritten": (
-        check_wgmma,
-        "  fence_async();\n",
-        "  fence_async();\n  if (thread == 0) store_shared(barrier, 7);\n",
-        0,
-        "which thread 0 .* has overwritten",
-    ),
-    "init not fenced": (check_wgmma, "    mbarrier_init_fence();\n", "", 0, "has no mbarrier_init_fence"),
-    "init not synchronised": (check_box, "  sync_block();\n", "", 1, "nobody initialised|no barrier orders the two"),
-    "written and not fenced": (
-        check_wgmma,
-        "  fence_async();\n",
-        "",
-        0,
-        r"multiplies shared memory byte \d+ that thread \d+ .* wrote at .* without a fence_async after it",
-    ),
-    "written and not synchronised": (
-        check_wgmma,
-        "  sync_block();\n",
-        "",
-        0,
-        "nobody has written|no barrier orders the two|nobody initialised",
-    ),
-    "wrong swizzle": (check_wgmma, "swizzled128(row, chunk)", "swizzled(row, chunk)", 0, None),
-    "no swizzle": (check_wgmma, "swizzled128(row, chunk)", "row * kRowBytes + chunk * 16", 0, None),
-    "operand between the swizzle's rows": (
-        check_wgmma,
-        "wgmma_operand(a_at + k * 32)",
-        "wgmma_operand(a_at + 128 + k * 32)",
-        0,
-        "do not start where the swizzle's pattern does",
-    ),
-    "box between the swizzle's rows": (
         check_box,
-        "at = kSwizzleBytes;",
-        "at = kSwizzleBytes - 128;",
-        0,
-        "is not a multiple of 1024",
     ),
-    "product not waited for": (check_wgmma, "  wgmma_wait<0>(d);\n", "", 0, "a wgmma that it never waited for"),
-    "product not committed": (check_wgmma, "  wgmma_commit();\n", "", 0, "a wgmma that it never waited for"),
-    "accumulators not fenced": (
-        check_wgmma,
-        "    wgmma_fence(d);\n",
-        "",
-        0,
-        "no wgmma_fence since the last wgmma_wait",
+    "first pixel outside of the windows": Planted(
+        edit("c[0], c[1], c[2], c[3], tap[0]", "c[0], c[1] + 4, c[2], c[3], tap[0]"),
+        "im2col begins at w = 8, where the filter is not put down: from -1 to 5",
+        check_windows,
     ),
-    "operand a not fenced": (check_wgmma, "    wgmma_fence(d);\n", "", 1, "no wgmma_fence after the last ldmatrix"),
-    "operand overwritten": (
+    "tap before the window": Planted(
+        edit("c[3], tap[0], tap[1]", "c[3], tap[0] - 3, tap[1]"),
+        "im2col's offset of w is -1, not in 0 to 255",
+        check_windows,
+    ),
+    "sides of a tap exchanged": Planted(
+        edit("tap[0], tap[1], barrier", "tap[1], tap[0], barrier"), None, check_windows
+    ),
+    "map of windows as a box": Planted(
+        edit("if (!kIm2col)", "if (kIm2col)"), "a tensor_load with the map of", check_windows
+    ),
+    "map of a box as windows": Planted(
+        edit("if (kIm2col)", "if (!kIm2col)"), "an im2col_load with the map of", check_box
+    ),
+    "wrong parity": Planted(
+        edit("mbarrier_wait(barrier, 0)", "mbarrier_wait(barrier, 1)"), "while bulk copies of", check_wgmma
+    ),
+    "wrong parity in a ring": Planted(
+        edit("(round + 1) % 2", "round % 2"),
+        (
+            r"waits for ever for the end of phase 0 \(parity 0\) of the mbarrier at byte \d+, at which \d+ of \d+ "
+            r"arrivals and \d+ expected bytes are missing"
+        ),
+        check_ring,
+    ),
+    "place not given back": Planted(
+        edit("    mbarrier_arrive(empty(place));\n", ""), "1 of 1 arrivals and 0 expected bytes", check_ring
+    ),
+    "place given back too early": Planted(
+        edit("    const uint32_t word", "    mbarrier_arrive(empty(place));\n    const uint32_t word"),
+        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever",
+        check_ring,
+    ),
+    "too few arrivals asked for": Planted(
+        edit("Ring::kTakers * kWarp);", "kWarp);"),
+        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever",
+        check_ring,
+    ),
+    "too few bytes expected": Planted(
+        edit("kColumns * kRowBytes);", "kColumns * kRowBytes - 16);"),
+        r"16 bytes more have come to the mbarrier at byte 0 than phase 0 expected",
         check_wgmma,
-        "  wgmma_commit();\n",
-        "  wgmma_commit();\n  store_shared(b_at + thread * 4, 0);\n",
-        0,
+    ),
+    "too many bytes expected": Planted(
+        edit("kColumns * kRowBytes);", "kColumns * kRowBytes + 16);"),
+        r"waits for ever .* 0 of 1 arrivals and 16 expected bytes are missing",
+        check_wgmma,
+    ),
+    "arrival too many": Planted(
+        edit("    tensor_load(b_at", "    mbarrier_arrive(barrier);\n    tensor_load(b_at"),
+        "where all 1 of phase 0 have arrived",
+        check_wgmma,
+    ),
+    "barrier not initialised": Planted(
+        edit("    mbarrier_init(barrier, 1);\n", ""), "which nobody initialised", check_wgmma
+    ),
+    "barrier overwritten": Planted(
+        edit("  fence_async();\n", "  fence_async();\n  if (thread == 0) store_shared(barrier, 7);\n"),
+        "which thread 0 .* has overwritten",
+        check_wgmma,
+    ),
+    "init not fenced": Planted(edit("    mbarrier_init_fence();\n", ""), "has no mbarrier_init_fence", check_wgmma),
+    "init not synchronised": Planted(
+        edit("  sync_block();\n", "", count=1), "nobody initialised|no barrier orders the two", check_box
+    ),
+    "written and not fenced": Planted(
+        edit("  fence_async();\n", ""),
+        r"multiplies shared memory byte \d+ that thread \d+ .* wrote at .* without a fence_async after it",
+        check_wgmma,
+    ),
+    "written and not synchronised": Planted(
+        edit("  sync_block();\n", ""), "nobody has written|no barrier orders the two|nobody initialised", check_wgmma
+    ),
+    "wrong swizzle": Planted(edit("swizzled128(row, chunk)", "swizzled(row, chunk)"), None, check_wgmma),
+    "no swizzle": Planted(edit("swizzled128(row, chunk)", "row * kRowBytes + chunk * 16"), None, check_wgmma),
+    "operand between the swizzle's rows": Planted(
+        edit("wgmma_operand(a_at + k * 32)", "wgmma_operand(a_at + 128 + k * 32)"),
+        "do not start where the swizzle's pattern does",
+        check_wgmma,
+    ),
+    "box between the swizzle's rows": Planted(
+        edit("at = kSwizzleBytes;", "at = kSwizzleBytes - 128;"), "is not a multiple of 1024", check_box
+    ),
+    "product not waited for": Planted(
+        edit("  wgmma_wait<0>(d);\n", ""), "a wgmma that it never waited for", check_wgmma
+    ),
+    "product not committed": Planted(edit("  wgmma_commit();\n", ""), "a wgmma that it never waited for", check_wgmma),
+    "accumulators not fenced": Planted(
+        edit("    wgmma_fence(d);\n", ""), "no wgmma_fence since the last wgmma_wait", check_wgmma
+    ),
+    "operand a not fenced": Planted(
+        edit("    wgmma_fence(d);\n", "", count=1), "no wgmma_fence after the last ldmatrix", check_wgmma
+    ),
+    "operand overwritten": Planted(
+        edit("  wgmma_commit();\n", "  wgmma_commit();\n  store_shared(b_at + thread * 4, 0);\n"),
         "writes shared memory byte .* an operand of a wgmma that is in flight",
-    ),
-    "warps that part": (
         check_wgmma,
-        "    wgmma_fence(d);\n",
-        "    wgmma_fence(d);\n    if (warp_index() == 2) wgmma<T>(d, 0, 0, false);\n",
-        0,
+    ),
+    "warps that part": Planted(
+        edit("    wgmma_fence(d);\n", "    wgmma_fence(d);\n    if (warp_index() == 2) wgmma<T>(d, 0, 0, false);\n"),
         "threads of a warpgroup part",
-    ),
-    "different operands": (
         check_wgmma,
-        "wgmma_operand(a_at + k * 32)",
-        "wgmma_operand(a_at + (warp_index() == 2 ? 0 : k * 32))",
-        0,
+    ),
+    "different operands": Planted(
+        edit("wgmma_operand(a_at + k * 32)", "wgmma_operand(a_at + (warp_index() == 2 ? 0 : k * 32))"),
         "name different operands",
+        check_wgmma,
     ),
 }
 
@@ -362,11 +340,11 @@ BUGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("what", BUGS)
 def test_bug(what: str, emulator: Path) -> None:
-    check, old, new, count, report = BUGS[what]
-    module = emulation.load(emulation.build(edits=[Edit(FILE, old, new, count)]))
-    with pytest.raises(AssertionError if report is None else RuntimeError, match=report) as error:
-        check(module)
-    if report is not None and "leaves block" not in report:
+    bug = BUGS[what]
+    module = emulation.load(emulation.build(edits=[bug.edit]))
+    with bug.found() as error:
+        bug.run(module)
+    if bug.report is not None and "leaves block" not in bug.report:
         assert re.match(rf"{FILE}:\d+: ", str(error.value))
         assert re.search(r"block 0 of 1, thread \d+ \(warp \d, lane \d+\)", str(error.value))
 
