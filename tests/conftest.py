@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,24 @@ def _no_switches(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     for name in [name for name in os.environ if name.startswith("RESNET_FAST_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("RESNET_FAST_CACHE", str(cache_folder))
+
+
+@pytest.fixture
+def same_threads() -> Iterator[None]:
+    """Restore the number of torch's threads after the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """Run on one thread: tiny nets on several wait for each other more than they compute."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ import typer
 import resnet_fast
 from resnet_fast import flags
 from resnet_fast.cli import main as cli
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 PAGES = [*GUIDES, *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from resnet_fast import env, flags, native
+from tests.support.processes import run_python
 
 BLOCK_TORCH = """
 import runpy, sys
@@ -61,7 +60,7 @@ def test_failing_section_leaves_the_others_standing(section: str, monkeypatch: p
 
 
 def test_without_torch_says_so_and_exits_well() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCK_TORCH], capture_output=True, text=True, timeout=120)
+    done = run_python(BLOCK_TORCH)
     assert done.returncode == 0, done.stderr
     assert "torch is blocked" in done.stdout
     for title in env.SECTIONS:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from resnet_fast.errors import install_command, missing_package
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 REQUIRES = [
     "torch>=2.11",
     "triton; platform_system == 'Linux'",

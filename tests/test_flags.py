@@ -9,6 +9,7 @@ import pytest
 
 from resnet_fast import flags
 from resnet_fast.errors import UserError
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize("flag", flags.ALL, ids=lambda f: f.name)
@@ -50,7 +51,7 @@ def test_check_backend() -> None:
 
 def test_every_variable_of_the_build_is_in_the_table() -> None:
     """setup.py runs where the package cannot be imported, so its names and choices are checked here."""
-    text = (Path(__file__).parents[1] / "setup.py").read_text()
+    text = (ROOT / "setup.py").read_text()
     read = set(re.findall(r"RESNET_FAST_(?:BUILD_[A-Z]+|CUDA_ARCHS)", text))
     assert read == {flag.name for flag in flags.BUILD}
     for name, choices in re.findall(r'switch\("(RESNET_FAST_[A-Z_]+)", ([^)]*)\)', text):

@@ -22,16 +22,11 @@ from resnet_fast import parameter_cache
 from resnet_fast.backends.onednn import net as _  # noqa: F401 (its lock takes part)
 from resnet_fast.locks import ForkSafeLock, _all
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """OpenMP's own pool does not survive a fork, in stock PyTorch neither; a DataLoader's workers use one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
+    # OpenMP's own pool does not survive a fork, in stock PyTorch neither; a DataLoader's workers use one thread.
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def in_child(work: Callable[[], object], seconds: float = 60) -> None:

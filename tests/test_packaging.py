@@ -21,13 +21,14 @@ from typing import Any
 import pytest
 
 import resnet_fast
+from tests.support import ROOT
+from tests.support.processes import run_python
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")
 
-ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 BUILD = """
@@ -52,14 +53,7 @@ def build(checkout: Path, *what: str, ok: bool = True, **switches: str) -> Any:
     pytest.importorskip("scikit_build_core")
     target = checkout / "dist"
     target.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(target), *what],
-        cwd=checkout,
-        env={**os.environ, **switches},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_python(BUILD, target, *what, cwd=checkout, env={**os.environ, **switches}, timeout=600)
     assert (done.returncode == 0) == ok, done.stdout[-4000:] + done.stderr[-4000:]
     if not ok:
         return done.stdout + done.stderr
@@ -167,7 +161,7 @@ def test_makefile_refuses_an_old_python_before_it_creates_anything() -> None:
     code = line.partition("-c '")[2].rpartition("'")[0]
     for version, status in (((3, 9, 18), 1), ((3, 10, 0), 0), ((3, 13, 1), 0)):
         fake = f"import sys; sys.version_info = {version}; {code}"
-        done = subprocess.run([sys.executable, "-c", fake], capture_output=True, text=True, timeout=60)
+        done = run_python(fake)
         assert done.returncode == status
         assert done.stderr == (
             "" if status == 0 else "expected Python 3.10 or later, got 3.9; name another with PYTHON=\n"
@@ -297,14 +291,7 @@ def test_native_wheel_is_built_and_loads(checkout: Path, tmp_path: Path) -> None
     assert audited.returncode == 0, audited.stdout + audited.stderr
     assert "Min torch:   2.11.0" in audited.stdout
     code = "from resnet_fast import native; print(native.__file__, native.build_info())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in done.stdout
     assert "'cuda_toolkit': 'none'" in done.stdout

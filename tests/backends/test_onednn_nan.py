@@ -170,26 +170,23 @@ def _state(p: Problem) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 64, 8, 8), (2, 3, 5, 7), (1, 1, 1, 1)])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("same_threads")
 def test_within_is_exact(dtype: torch.dtype, shape: tuple[int, ...], threads: int) -> None:
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        for sign in (0, 1, -1):  # both signs, none, only negative
-            for layout in (torch.contiguous_format, torch.channels_last):
-                x = torch.rand(shape) + 0.5
-                x = (x * (torch.randint(0, 2, shape) * 2 - 1 if sign == 0 else sign)).to(dtype)
-                x = x.contiguous(memory_format=layout)
-                top = x.abs().max().item()
-                norm = float(torch.linalg.vector_norm(x.double()))
-                assert bounds.within(x, max(norm, top) * 1.01) and bounds.within(x, top)
-                assert not bounds.within(x, top * 0.99) and not bounds.within(x, -1.0)
-                for value in (NAN, -NAN, INF, -INF):
-                    y = x.clone()
-                    y[0, -1, 0, 0] = value
-                    assert not bounds.within(y, bounds.LIMIT)
-                    assert bounds.within(y, INF)  # was measured before
-    finally:
-        torch.set_num_threads(before)
+    for sign in (0, 1, -1):  # both signs, none, only negative
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.rand(shape) + 0.5
+            x = (x * (torch.randint(0, 2, shape) * 2 - 1 if sign == 0 else sign)).to(dtype)
+            x = x.contiguous(memory_format=layout)
+            top = x.abs().max().item()
+            norm = float(torch.linalg.vector_norm(x.double()))
+            assert bounds.within(x, max(norm, top) * 1.01) and bounds.within(x, top)
+            assert not bounds.within(x, top * 0.99) and not bounds.within(x, -1.0)
+            for value in (NAN, -NAN, INF, -INF):
+                y = x.clone()
+                y[0, -1, 0, 0] = value
+                assert not bounds.within(y, bounds.LIMIT)
+                assert bounds.within(y, INF)  # was measured before
     assert bounds.within(torch.empty(0, 3, 4, 4, dtype=dtype), 1.0)
 
 

@@ -25,8 +25,8 @@ from resnet_fast.benchmarks.gpu import session as sessions
 from resnet_fast.benchmarks.gpu.session import BudgetClock, GpuCase, Session, Settings, Store
 from resnet_fast.spec import Verdict
 from resnet_fast.tuning import configs, launches, tables, training_configs
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
 OURS = {"resnet_fast", "benchmarks"}
 BARE = set(sys.stdlib_module_names) | OURS | {"torch", "triton", "torchvision", "numpy", "pytest"}

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import nn
-from typer.testing import CliRunner
 
 from resnet_fast.benchmarks import compare, providers, report, train
 from resnet_fast.cli.bench import bench
 from resnet_fast.errors import UserError
 from resnet_fast.io.images import Photo
 from resnet_fast.models import registry
+from tests.support.cli import invoke
 
 TINY = train.TrainBenchOptions(model="cifar_resnet20", size=16, batches=(4,), rounds=2, steps=3)
 PARAMETERS = sum(p.numel() for p in registry.build("cifar_resnet20").parameters())
@@ -172,14 +171,8 @@ def test_compile_is_for_who_asks_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> No
         train.default_providers("tpu")
 
 
-def _command(*arguments: object):  # type: ignore[no-untyped-def]
-    app = typer.Typer()
-    app.command()(bench)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def test_command_prints_json_and_writes_every_format(tmp_path: Path) -> None:
-    result = _command("--suite", "train", "--model", "cifar_resnet20", "--size", 16, "--batch", 4, "--rounds", 1,
+    result = invoke(bench, "--suite", "train", "--model", "cifar_resnet20", "--size", 16, "--batch", 4, "--rounds", 1,
                       "--steps", 2, "--dtype", "float32", "--out", tmp_path / "o", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -194,5 +187,5 @@ def test_command_prints_json_and_writes_every_format(tmp_path: Path) -> None:
 
 
 def test_steps_are_refused_for_another_suite(tmp_path: Path) -> None:
-    result = _command("--suite", "models", "--steps", 3, "--out", tmp_path / "o")
+    result = invoke(bench, "--suite", "models", "--steps", 3, "--out", tmp_path / "o")
     assert isinstance(result.exception, UserError) and "expected --steps with --suite train" in str(result.exception)

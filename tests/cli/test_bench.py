@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from resnet_fast.benchmarks import compare
 from resnet_fast.cli.bench import bench
@@ -21,23 +19,13 @@ from resnet_fast.cli.main import main
 from resnet_fast.errors import UserError
 from resnet_fast.io import safe_files
 from resnet_fast.models import registry
+from tests.support.cli import invoke
+
+_run = partial(invoke, bench)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ("--model", "cifar_resnet20", "--batch", "1,2", "--rounds", 1, "--dtype", "float32")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny nets on several threads wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _run(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(bench)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from PIL import Image
 from rich.text import Text
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from resnet_fast.benchmarks import providers
 from resnet_fast.benchmarks.side_by_side import AnswerPair, largest_gemm_k
 from resnet_fast.cli import demo as module
 from resnet_fast.dispatch.explain import Explanation, Row
 from resnet_fast.models import registry
+from tests.support.cli import invoke
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny nets on several threads wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -41,10 +33,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _run(tmp_path: Path, *arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(module.demo)
-    fixed = ("--model", "cifar_resnet20", "--rounds", 1, "--out", tmp_path / "o")
-    return CliRunner().invoke(app, [str(a) for a in (*fixed, *arguments)])
+    return invoke(module.demo, "--model", "cifar_resnet20", "--rounds", 1, "--out", tmp_path / "o", *arguments)
 
 
 def test_json(tmp_path: Path, pictures: Path) -> None:

@@ -19,6 +19,7 @@ import typer
 from resnet_fast._version import __version__
 from resnet_fast.cli import main as cli
 from resnet_fast.errors import BackendError, UserError
+from tests.support.processes import run_python
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ for arguments in (["--help"], ["--version"], *([name, "--help"] for name in COMM
 
 def test_no_help_text_imports_torch() -> None:
     """What takes seconds to import is imported when a command runs, not when it is described."""
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60)
+    done = run_python(HELP)
     assert done.returncode == 0, done.stderr
 
 

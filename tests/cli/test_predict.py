@@ -9,15 +9,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from PIL import Image
 from torch import nn
-from typer.testing import CliRunner, Result
 
 from resnet_fast.cli import main as cli
 from resnet_fast.cli.predict import predict
@@ -25,6 +23,11 @@ from resnet_fast.errors import UserError
 from resnet_fast.io import images
 from resnet_fast.models import registry
 from resnet_fast.tools.classify import likeliest
+from tests.support.cli import invoke
+
+_run = partial(invoke, predict)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODEL = "cifar_resnet20"
 
@@ -37,21 +40,6 @@ def net(tmp_path: Path) -> nn.Module:
     for name, colour in (("red", (200, 30, 20)), ("blue", (10, 40, 220))):
         Image.new("RGB", (40, 50), colour).save(tmp_path / f"{name}.png")
     return net
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny nets on several threads wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _run(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(predict)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_json_gives_the_nets_own_classes(net: nn.Module, tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from resnet_fast.cli import main
 from resnet_fast.cli import roofline as module
@@ -17,13 +16,9 @@ from resnet_fast.devices import H100, ORIGINS
 from resnet_fast.errors import UserError
 from resnet_fast.io import safe_files
 from resnet_fast.roofline.byte_model import PLANS, net_work
+from tests.support.cli import invoke
 
-APP = typer.Typer()
-APP.command()(roofline)
-
-
-def _run(*args: str) -> Result:
-    return CliRunner().invoke(APP, list(args))
+_run = partial(invoke, roofline)
 
 
 @pytest.fixture(scope="module")

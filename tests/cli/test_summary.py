@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from resnet_fast.cli.summary import summary
 from resnet_fast.errors import UserError
+from tests.support.cli import invoke
 
-APP = typer.Typer()
-APP.command()(summary)
-
-
-def _run(*args: str) -> Result:
-    return CliRunner().invoke(APP, list(args))
+_run = partial(invoke, summary)
 
 
 def test_one_net_prints_its_stages() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from resnet_fast.cli import main as cli
@@ -17,15 +16,10 @@ from resnet_fast.training import checkpoint, optim, recipe, runlog
 from resnet_fast.training.loop import Tick, Watch
 from tests.support.checkpoint_cases import reseal
 
+pytestmark = pytest.mark.usefixtures("same_threads")
+
 TINY = ["--size", "8", "--batch", "16", "--epochs", "0.75", "--set", "subset=64"]
 TINY += ["--device", "cpu", "--threads", "1", "--no-tensorboard"]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def say(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from resnet_fast.cli import main as cli
 from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
+
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 
 @pytest.fixture
@@ -34,11 +35,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def _main(*arguments: object) -> int:
-    before = torch.get_num_threads()
-    try:
-        return cli.main(["validate", *map(str, arguments), "--workers", "0", "--threads", "1"])
-    finally:
-        torch.set_num_threads(before)
+    return cli.main(["validate", *map(str, arguments), "--workers", "0", "--threads", "1"])
 
 
 def test_json_and_csv_say_the_same(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,9 +68,7 @@ def test_tables_name_the_classes_and_the_speed(
 def test_a_run_is_its_own_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train = ["train", "--data", "digits", "--size", 8, "--steps", 3, "--threads", 1, "--out", run, "--set", "subset=64"]
-    before = torch.get_num_threads()
     assert cli.main([str(a) for a in [*train, "--json", "--no-tensorboard"]]) == 0
-    torch.set_num_threads(before)
     logged = json.loads(capsys.readouterr().out)["epochs"][-1]
     assert _main(run / "model.safetensors", "--json") == 0
     assert json.loads(capsys.readouterr().out)["error"] == logged["val_error"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,9 @@ import torch
 
 from resnet_fast import flags
 from resnet_fast.dispatch import catalog
+from tests.support import ROOT
 from tests.support.op_cases import OPS
+from tests.support.processes import run_python
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -60,7 +60,7 @@ def test_without_triton_there_is_a_reason_and_no_import_error() -> None:
         "except resnet_fast.BackendError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     sentence = "expected Triton, got none installed; pip install triton (Linux only), or use another backend"
     assert f"not triton: {sentence}" in done.stdout and f"is not available: {sentence}" in done.stdout
@@ -75,8 +75,7 @@ def test_the_first_call_loads_the_backends() -> None:
         "torch.ops.resnet_fast.conv_bn_act(x, *conv, None, None, None, None, False, 0.0, 0.0, True)\n"
         "assert loaded() and 'torchvision' not in sys.modules\n"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = run_python(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from resnet_fast import native
 from tests.support import ROOT, emulation
 from tests.support.emulation import SANITIZED, Edit
+from tests.support.processes import run_python
 
 pytestmark = pytest.mark.slow
 
@@ -50,14 +50,7 @@ def run(edits: tuple[Edit, ...] = ()) -> subprocess.CompletedProcess[str]:
         "LD_PRELOAD": ":".join(map(os.path.realpath, found)),
         "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",
     }
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, **options},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_python(program, cwd=ROOT, env={**os.environ, **options}, timeout=300)
 
 
 def test_kernels_are_clean() -> None:

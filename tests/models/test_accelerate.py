@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.blocks.fused import Fused
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
+from tests.support.nets import twin
 
 
 def ran(backend: str = "onednn") -> int:
@@ -27,7 +25,7 @@ def snapshot(model: nn.Module) -> list[Any]:
     return [(name, type(m), {k: id(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
 
 
-def test_it_works_in_place_and_returns_the_model(nets: SimpleNamespace) -> None:
+def test_it_works_in_place_and_returns_the_model() -> None:
     model = nets.basic()
     before = {n: id(p) for n, p in model.named_parameters()}
     assert resnet_fast.accelerate(model) is model
@@ -35,7 +33,7 @@ def test_it_works_in_place_and_returns_the_model(nets: SimpleNamespace) -> None:
     assert isinstance(model, Fused)
 
 
-def test_a_fused_module_is_still_what_it_was(nets: SimpleNamespace) -> None:
+def test_a_fused_module_is_still_what_it_was() -> None:
     from torchvision.models import resnet
 
     model = resnet_fast.accelerate(nets.basic())
@@ -47,7 +45,7 @@ def test_a_fused_module_is_still_what_it_was(nets: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "onednn"])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_restore_gives_back_the_stock_model(nets: SimpleNamespace, kind: str, backend: str) -> None:
+def test_restore_gives_back_the_stock_model(kind: str, backend: str) -> None:
     model = getattr(nets, kind)().eval()
     before = snapshot(model)
     x = torch.randn(2, 3, 32, 32)
@@ -59,20 +57,20 @@ def test_restore_gives_back_the_stock_model(nets: SimpleNamespace, kind: str, ba
         nets.assert_equal(model(x), want)
 
 
-def test_restore_of_a_stock_model_changes_nothing(nets: SimpleNamespace) -> None:
+def test_restore_of_a_stock_model_changes_nothing() -> None:
     model = nets.basic()
     before = snapshot(model)
     resnet_fast.restore(model)
     assert snapshot(model) == before
 
 
-def test_twice_is_once(nets: SimpleNamespace) -> None:
+def test_twice_is_once() -> None:
     model = resnet_fast.accelerate(nets.basic())
     once = snapshot(model)
     assert snapshot(resnet_fast.accelerate(model)) == once
 
 
-def test_calling_again_changes_the_backend(nets: SimpleNamespace) -> None:
+def test_calling_again_changes_the_backend() -> None:
     model = resnet_fast.accelerate(nets.basic().eval(), backend="reference")
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -86,7 +84,7 @@ def test_calling_again_changes_the_backend(nets: SimpleNamespace) -> None:
     assert not [m for m in model.modules() if "_resnet_fast_backend" in m.__dict__]
 
 
-def test_state_dict_goes_either_way(nets: SimpleNamespace) -> None:
+def test_state_dict_goes_either_way() -> None:
     stock, other = nets.bottleneck(), resnet_fast.accelerate(nets.bottleneck())
     want = stock.state_dict()
     assert list(other.state_dict()) == list(want)
@@ -97,7 +95,7 @@ def test_state_dict_goes_either_way(nets: SimpleNamespace) -> None:
     stock.load_state_dict(other.state_dict(), strict=True)
 
 
-def test_derived_weights_are_not_in_the_state(nets: SimpleNamespace) -> None:
+def test_derived_weights_are_not_in_the_state() -> None:
     model = resnet_fast.accelerate(nets.basic().eval())
     before = list(model.state_dict()), snapshot(model)
     with torch.no_grad():
@@ -105,7 +103,7 @@ def test_derived_weights_are_not_in_the_state(nets: SimpleNamespace) -> None:
     assert (list(model.state_dict()), snapshot(model)) == before
 
 
-def test_a_block_alone_can_be_accelerated(nets: SimpleNamespace) -> None:
+def test_a_block_alone_can_be_accelerated() -> None:
     block = nets.basic().layer2[0].eval()
     x = torch.randn(2, 64, 9, 9)
     want = block(x)
@@ -114,14 +112,14 @@ def test_a_block_alone_can_be_accelerated(nets: SimpleNamespace) -> None:
         nets.assert_equal(block(x), want)
 
 
-def test_blocks_inside_any_model_are_found(nets: SimpleNamespace) -> None:
+def test_blocks_inside_any_model_are_found() -> None:
     net = nets.basic()
     model = nn.Sequential(net.layer1, nn.ModuleDict({"next": net.layer2})["next"]).eval()
     resnet_fast.accelerate(model)
     assert sum(isinstance(m, Fused) for m in model.modules()) == 3
 
 
-def test_a_shared_block_is_one_block(nets: SimpleNamespace) -> None:
+def test_a_shared_block_is_one_block() -> None:
     block = nets.basic().layer1[0].eval()
     model = nn.Sequential(block, block)
     x = torch.randn(1, 64, 8, 8)
@@ -130,7 +128,7 @@ def test_a_shared_block_is_one_block(nets: SimpleNamespace) -> None:
         nets.assert_equal(resnet_fast.accelerate(model)(x), want)
 
 
-def test_a_subclass_with_its_own_forward_is_left_alone(nets: SimpleNamespace) -> None:
+def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
     from torchvision.models import resnet
 
     class Doubled(resnet.BasicBlock):
@@ -165,7 +163,7 @@ def test_a_model_without_blocks_is_refused() -> None:
         resnet_fast.accelerate(nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
-def test_an_unknown_backend_is_refused_before_anything_changes(nets: SimpleNamespace) -> None:
+def test_an_unknown_backend_is_refused_before_anything_changes() -> None:
     model = nets.basic()
     before = snapshot(model)
     with pytest.raises(resnet_fast.UserError, match=r"expected a backend among .*'warp'"):
@@ -177,7 +175,7 @@ def graphed(model: nn.Module) -> list[str]:
     return [type(m).__module__ for m in model.modules() if "_resnet_fast_cuda_graph" in m.__dict__]
 
 
-def test_cuda_graphs_are_switched_on_and_off(nets: SimpleNamespace) -> None:
+def test_cuda_graphs_are_switched_on_and_off() -> None:
     model = nets.basic()
     before = snapshot(model)
     state = list(model.state_dict())
@@ -190,12 +188,12 @@ def test_cuda_graphs_are_switched_on_and_off(nets: SimpleNamespace) -> None:
     assert snapshot(resnet_fast.restore(model)) == before
 
 
-def test_every_net_in_a_model_gets_its_graphs(nets: SimpleNamespace) -> None:
+def test_every_net_in_a_model_gets_its_graphs() -> None:
     model = nn.ModuleDict({"student": nets.basic(), "teacher": nets.bottleneck()})
     assert len(graphed(resnet_fast.accelerate(model, cuda_graph=True))) == 2
 
 
-def test_cuda_graphs_need_a_whole_net(nets: SimpleNamespace) -> None:
+def test_cuda_graphs_need_a_whole_net() -> None:
     model = nn.Sequential(nets.basic().layer1)
     before = snapshot(model)
     with pytest.raises(
@@ -207,7 +205,7 @@ def test_cuda_graphs_need_a_whole_net(nets: SimpleNamespace) -> None:
     assert snapshot(model) == before
 
 
-def test_a_backend_that_cannot_serve_raises_and_does_not_degrade(nets: SimpleNamespace) -> None:
+def test_a_backend_that_cannot_serve_raises_and_does_not_degrade() -> None:
     model = resnet_fast.accelerate(nets.basic(), backend="onednn").train()
     with pytest.raises(resnet_fast.BackendError, match="backend 'onednn' cannot run"):
         model(torch.randn(2, 3, 32, 32))
@@ -216,7 +214,7 @@ def test_a_backend_that_cannot_serve_raises_and_does_not_degrade(nets: SimpleNam
         model(torch.randn(2, 3, 32, 32))
 
 
-def test_the_context_wins_over_the_models_backend(nets: SimpleNamespace) -> None:
+def test_the_context_wins_over_the_models_backend() -> None:
     model = resnet_fast.accelerate(nets.basic(), backend="onednn").eval()
     resnet_fast.reset_stats()
     with resnet_fast.use_backend("reference"), torch.no_grad():
@@ -225,7 +223,7 @@ def test_the_context_wins_over_the_models_backend(nets: SimpleNamespace) -> None
     assert ran("reference") == 6
 
 
-def test_strict_mode_raises_where_a_block_is_not_fused(nets: SimpleNamespace) -> None:
+def test_strict_mode_raises_where_a_block_is_not_fused() -> None:
     model = resnet_fast.accelerate(nets.basic()).eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad(), resnet_fast.strict():
@@ -237,7 +235,7 @@ def test_strict_mode_raises_where_a_block_is_not_fused(nets: SimpleNamespace) ->
             model(x)
 
 
-def test_strict_mode_by_environment(nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_mode_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     model = resnet_fast.accelerate(nets.basic()).eval()
     model.layer3[0].relu = nn.GELU()
     monkeypatch.setenv("RESNET_FAST_STRICT", "1")
@@ -245,7 +243,7 @@ def test_strict_mode_by_environment(nets: SimpleNamespace, monkeypatch: pytest.M
         model(torch.randn(1, 3, 32, 32))
 
 
-def test_stats_count_the_block_that_fell_back(nets: SimpleNamespace) -> None:
+def test_stats_count_the_block_that_fell_back() -> None:
     model = resnet_fast.accelerate(nets.basic()).eval()
     model.layer3[0].relu = nn.GELU()
     resnet_fast.reset_stats()
@@ -259,7 +257,7 @@ def test_stats_count_the_block_that_fell_back(nets: SimpleNamespace) -> None:
     assert "expected relu to be a plain ReLU, got GELU" in reason
 
 
-def test_the_copy_of_an_accelerated_model_is_independent(twin: Twin, nets: SimpleNamespace) -> None:
+def test_the_copy_of_an_accelerated_model_is_independent() -> None:
     _, fused = twin()
     other = copy.deepcopy(fused)
     x = torch.randn(1, 3, 32, 32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import paper_nets
+from tests.support import nets
 
 
 def untidy(model: nn.Module) -> nn.Module:
@@ -58,7 +58,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_step(name: str, training: bool, nets: SimpleNamespace) -> None:
+def test_a_step(name: str, training: bool) -> None:
     torch.manual_seed(0)
     stock = untidy(NETS[name]()).train(training)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +11,14 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.blocks.fused import Fused
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
 
 
 def fused_blocks(model: nn.Module) -> int:
     return sum(isinstance(m, Fused) for m in model.modules())
 
 
-def compare(nets: SimpleNamespace, model: nn.Module, x: Any, train: bool = True) -> tuple[nn.Module, nn.Module]:
+def compare(model: nn.Module, x: Any, train: bool = True) -> tuple[nn.Module, nn.Module]:
     """Reference bit-equal, auto within tolerance, in eval and (for one output tensor) in training."""
     stock = nets.randomize(model).eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -69,11 +66,11 @@ def test_faster_rcnn() -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_deeplabv3(nets: SimpleNamespace) -> None:
+def test_deeplabv3() -> None:
     from torchvision.models.segmentation import deeplabv3_resnet50
 
     model = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
-    stock, fused = compare(nets, model, torch.randn(1, 3, 32, 32), train=False)
+    stock, fused = compare(model, torch.randn(1, 3, 32, 32), train=False)
     assert fused_blocks(fused) == 16
     assert list(fused.state_dict()) == list(stock.state_dict())
 
@@ -99,9 +96,9 @@ def timm_net(name: str, **kwargs: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TIMM, ids=[f"{n} {', '.join(k)}".strip() for n, k in TIMM])
-def test_timm(name: str, kwargs: dict[str, Any], nets: SimpleNamespace) -> None:
+def test_timm(name: str, kwargs: dict[str, Any]) -> None:
     x = torch.randn(2, 3, 64, 64)
-    stock, fused = compare(nets, timm_net(name, **kwargs), x)
+    stock, fused = compare(timm_net(name, **kwargs), x)
     with torch.no_grad():
         for method in ("forward_features", "forward_intermediates"):
             with resnet_fast.use_backend("reference"):
@@ -134,18 +131,18 @@ def test_timm_blocks_with_additions_say_so(name: str, child: str) -> None:
 @pytest.mark.parametrize(
     "name", ["resnet50", "resnet50d", "seresnet50", "resnetblur50", "resnext50_32x4d", "wide_resnet50_2"]
 )
-def test_timm_deeper(name: str, nets: SimpleNamespace) -> None:
-    compare(nets, timm_net(name), torch.randn(2, 3, 64, 64))
+def test_timm_deeper(name: str) -> None:
+    compare(timm_net(name), torch.randn(2, 3, 64, 64))
 
 
-def test_timm_features_only(nets: SimpleNamespace) -> None:
+def test_timm_features_only() -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet26d", pretrained=False, features_only=True, out_indices=(1, 3))
-    _, fused = compare(nets, model, torch.randn(1, 3, 64, 64), train=False)
+    _, fused = compare(model, torch.randn(1, 3, 64, 64), train=False)
     assert fused_blocks(fused) == 6  # timm drops the stage after the last index
 
 
-def test_timm_features_through_fx(nets: SimpleNamespace) -> None:
+def test_timm_features_through_fx() -> None:
     timm = pytest.importorskip("timm")
     stock = nets.randomize(timm_net("resnet18")).eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -154,10 +151,10 @@ def test_timm_features_through_fx(nets: SimpleNamespace) -> None:
     nets.assert_equal(list(got), list(want))
 
 
-def test_timm_stochastic_depth(nets: SimpleNamespace) -> None:
+def test_timm_stochastic_depth() -> None:
     """In training the blocks with it run stock, with the same random numbers; in eval they fuse."""
     x = torch.randn(2, 3, 32, 32)
-    _, fused = compare(nets, timm_net("resnet18", drop_path_rate=0.5, drop_block_rate=0.0), x)
+    _, fused = compare(timm_net("resnet18", drop_path_rate=0.5, drop_block_rate=0.0), x)
     resnet_fast.reset_stats()
     with torch.no_grad():
         fused.eval()(x)
@@ -167,13 +164,13 @@ def test_timm_stochastic_depth(nets: SimpleNamespace) -> None:
     assert "expected drop_path to be absent in training" in str(resnet_fast.stats()["fallbacks"])
 
 
-def test_timm_grad_checkpointing(nets: SimpleNamespace) -> None:
+def test_timm_grad_checkpointing() -> None:
     model = timm_net("resnet18")
     model.set_grad_checkpointing(True)
-    compare(nets, model, torch.randn(2, 3, 32, 32))
+    compare(model, torch.randn(2, 3, 32, 32))
 
 
-def test_timm_freeze_and_unfreeze(nets: SimpleNamespace) -> None:
+def test_timm_freeze_and_unfreeze() -> None:
     """timm swaps norms for frozen ones, in the living net, and back."""
     from timm.utils import freeze, unfreeze
 
@@ -190,7 +187,7 @@ def test_timm_freeze_and_unfreeze(nets: SimpleNamespace) -> None:
         nets.assert_equal(nets.train_step(fused, x)["out"], nets.train_step(stock, x)["out"])
 
 
-def test_timm_script_keeps_the_model(nets: SimpleNamespace) -> None:
+def test_timm_script_keeps_the_model() -> None:
     stock = nets.randomize(timm_net("resnet18")).eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     classes = [type(m) for m in fused.modules()]
@@ -199,7 +196,7 @@ def test_timm_script_keeps_the_model(nets: SimpleNamespace) -> None:
     assert [type(m) for m in fused.modules()] == classes
 
 
-def test_timm_pickles_and_restores(nets: SimpleNamespace) -> None:
+def test_timm_pickles_and_restores() -> None:
     import pickle
 
     stock = nets.randomize(timm_net("resnet18")).eval()
@@ -211,7 +208,7 @@ def test_timm_pickles_and_restores(nets: SimpleNamespace) -> None:
     assert [type(m) for m in fused.modules()] == [type(m) for m in stock.modules()]
 
 
-def test_timm_reset_classifier_and_compile(nets: SimpleNamespace) -> None:
+def test_timm_reset_classifier_and_compile() -> None:
     torch._dynamo.reset()
     stock = nets.randomize(timm_net("resnet18")).eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -225,17 +222,17 @@ def test_timm_reset_classifier_and_compile(nets: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("encoder", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("output_stride", [32, 16, 8])
-def test_segmentation_models(encoder: str, output_stride: int, nets: SimpleNamespace) -> None:
+def test_segmentation_models(encoder: str, output_stride: int) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     if output_stride == 32:
         model = smp.Unet(encoder, encoder_weights=None, classes=2)
     else:
         model = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=2, encoder_output_stride=output_stride)
-    _, fused = compare(nets, model, torch.randn(2, 3, 64, 64))
+    _, fused = compare(model, torch.randn(2, 3, 64, 64))
     assert fused_blocks(fused) == (8 if encoder == "resnet18" else 16)
 
 
-def test_a_dilated_encoder_in_place(nets: SimpleNamespace) -> None:
+def test_a_dilated_encoder_in_place() -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     stock = nets.randomize(smp.Unet("resnet18", encoder_weights=None)).encoder.eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from torchvision.models import resnet
 
 import resnet_fast
 from resnet_fast import paper_nets
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
+from tests.support.nets import twin
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_compiled_eval_is_one_graph_of_our_ops(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_compiled_eval_is_one_graph_of_our_ops(kind: str) -> None:
     stock, fused = twin(getattr(nets, kind)())
     recorder = Recorder()
     x = torch.randn(2, 3, 32, 32)
@@ -59,7 +58,7 @@ def test_compiled_eval_is_one_graph_of_our_ops(kind: str, twin: Twin, nets: Simp
 
 
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
-def test_compiled_training_equals_stock_compiled(kind: str, nets: SimpleNamespace) -> None:
+def test_compiled_training_equals_stock_compiled(kind: str) -> None:
     stock = getattr(nets, kind)().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(2, 3, 32, 32)
@@ -71,7 +70,7 @@ def test_compiled_training_equals_stock_compiled(kind: str, nets: SimpleNamespac
         nets.assert_equal(got["buffers"], want["buffers"])
 
 
-def test_compiled_eval_with_gradients(twin: Twin, nets: SimpleNamespace) -> None:
+def test_compiled_eval_with_gradients() -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
@@ -82,7 +81,7 @@ def test_compiled_eval_with_gradients(twin: Twin, nets: SimpleNamespace) -> None
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_with_dynamic_shapes(twin: Twin, nets: SimpleNamespace) -> None:
+def test_compiled_with_dynamic_shapes() -> None:
     stock, fused = twin()
     recorder = Recorder()
     compiled = torch.compile(fused, fullgraph=True, backend=recorder, dynamic=True)
@@ -91,7 +90,7 @@ def test_compiled_with_dynamic_shapes(twin: Twin, nets: SimpleNamespace) -> None
     assert len(recorder.graphs) == 1
 
 
-def test_compiled_follows_weight_updates_and_mode_flips(twin: Twin, nets: SimpleNamespace) -> None:
+def test_compiled_follows_weight_updates_and_mode_flips() -> None:
     stock, fused = twin()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 32, 32)
@@ -111,7 +110,7 @@ def test_compiled_follows_weight_updates_and_mode_flips(twin: Twin, nets: Simple
     nets.assert_close_to_eager(compiled, stock, x)
 
 
-def test_compiled_under_autocast(twin: Twin) -> None:
+def test_compiled_under_autocast() -> None:
     _, fused = twin()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 32, 32)
@@ -121,7 +120,7 @@ def test_compiled_under_autocast(twin: Twin) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_compiled_with_an_unfused_block(twin: Twin, nets: SimpleNamespace) -> None:
+def test_compiled_with_an_unfused_block() -> None:
     """Its stock layers go into the same graph."""
     _, fused = twin()
     fused.layer2[0].relu = nn.SiLU()
@@ -135,7 +134,7 @@ def test_compiled_with_an_unfused_block(twin: Twin, nets: SimpleNamespace) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
-def test_inductor(train: bool, nets: SimpleNamespace) -> None:
+def test_inductor(train: bool) -> None:
     """In training against the stock net compiled alike: Inductor's own convolutions and sums are not eager's."""
     stock = nets.bottleneck().train(train)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -150,9 +149,7 @@ def test_inductor(train: bool, nets: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_shows_the_stock_layers_and_runs_for_any_batch(
-    kind: str, strict: bool, twin: Twin, nets: SimpleNamespace
-) -> None:
+def test_export_shows_the_stock_layers_and_runs_for_any_batch(kind: str, strict: bool) -> None:
     """Node by node the stock net's program: what quantizers and other runtimes look for."""
     stock, fused = twin(getattr(nets, kind)())
     x = torch.randn(2, 3, 32, 32)
@@ -175,7 +172,7 @@ def test_export_shows_the_stock_layers_and_runs_for_any_batch(
 
 
 @pytest.mark.slow
-def test_files_that_run_where_we_are_not_installed(twin: Twin, tmp_path: Path) -> None:
+def test_files_that_run_where_we_are_not_installed(tmp_path: Path) -> None:
     _, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -194,7 +191,7 @@ for net in (torch.export.load("net.pt2").module(), torch.jit.load("net.pt")):
     assert done.returncode == 0, done.stderr
 
 
-def test_export_of_a_training_net(nets: SimpleNamespace) -> None:
+def test_export_of_a_training_net() -> None:
     stock = nets.basic().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(2, 3, 32, 32)
@@ -205,7 +202,7 @@ def test_export_of_a_training_net(nets: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_script_shows_the_stock_layers_and_keeps_the_model(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_script_shows_the_stock_layers_and_keeps_the_model(kind: str) -> None:
     stock, fused = twin(getattr(nets, kind)())
     classes = [type(m) for m in fused.modules()]
     scripted = torch.jit.script(fused)
@@ -268,7 +265,7 @@ def padded_shortcut(model: nn.Module) -> None:
     "edit",
     [swap_relu, circular, no_statistics, no_affine, group_norm, frozen_norm, identity_norm, own_pool, padded_shortcut],
 )
-def test_script_of_an_edited_net(edit: Callable[[nn.Module], None], twin: Twin, nets: SimpleNamespace) -> None:
+def test_script_of_an_edited_net(edit: Callable[[nn.Module], None]) -> None:
     """The same edits that make eager blocks run unfused must not be lost in TorchScript."""
     model = nets.basic()
     edit(model)
@@ -280,13 +277,13 @@ def test_script_of_an_edited_net(edit: Callable[[nn.Module], None], twin: Twin, 
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20"])
-def test_script_of_the_papers_nets(name: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_script_of_the_papers_nets(name: str) -> None:
     stock, fused = twin(nets.randomize(getattr(paper_nets, name)()))
     x = torch.randn(2, 3, 32, 32)
     nets.assert_close_to_eager(torch.jit.script(fused), stock, x)
 
 
-def test_trace_sees_stock_layers(twin: Twin, nets: SimpleNamespace) -> None:
+def test_trace_sees_stock_layers() -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     traced = torch.jit.trace(fused, x)
@@ -298,7 +295,7 @@ def test_trace_sees_stock_layers(twin: Twin, nets: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_symbolic_trace_has_torchvisions_node_names(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_symbolic_trace_has_torchvisions_node_names(kind: str) -> None:
     stock, fused = twin(getattr(nets, kind)())
     want, got = torch.fx.symbolic_trace(stock), torch.fx.symbolic_trace(fused)
     assert [(n.op, n.name, str(n.target)) for n in got.graph.nodes] == [
@@ -321,7 +318,7 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", TRACED)
-def test_a_symbolic_trace_is_the_stock_one_and_scripts(name: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_a_symbolic_trace_is_the_stock_one_and_scripts(name: str) -> None:
     stock, fused = twin(TRACED[name]())
     want, got = torch.fx.symbolic_trace(stock), torch.fx.symbolic_trace(fused)
     assert got.code == want.code
@@ -334,9 +331,7 @@ def test_a_symbolic_trace_is_the_stock_one_and_scripts(name: str, twin: Twin, ne
         stock.load_state_dict(fused.state_dict())
 
 
-def test_script_compiles_what_was_put_into_a_stock_class(
-    twin: Twin, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_script_compiles_what_was_put_into_a_stock_class(monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
         return 2 * self.relu(self.bn1(self.conv1(x)))
 
@@ -349,7 +344,7 @@ def test_script_compiles_what_was_put_into_a_stock_class(
 
 
 @pytest.mark.parametrize("node", ["layer2.0.relu_1", "layer1.0.conv1", "layer3", "layer3.0.add", "relu", "flatten"])
-def test_feature_extractor_is_bit_equal(node: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_feature_extractor_is_bit_equal(node: str) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     stock, fused = twin()
@@ -360,7 +355,7 @@ def test_feature_extractor_is_bit_equal(node: str, twin: Twin, nets: SimpleNames
         nets.assert_equal(create_feature_extractor(fused.train(mode), [node])(x), want)
 
 
-def test_intermediate_layer_getter(twin: Twin, nets: SimpleNamespace) -> None:
+def test_intermediate_layer_getter() -> None:
     from torchvision.models._utils import IntermediateLayerGetter
 
     stock, fused = twin()
@@ -376,7 +371,7 @@ def test_intermediate_layer_getter(twin: Twin, nets: SimpleNamespace) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [True, False])
-def test_onnx_holds_standard_operators_only(dynamo: bool, twin: Twin) -> None:
+def test_onnx_holds_standard_operators_only(dynamo: bool) -> None:
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     _, fused = twin()

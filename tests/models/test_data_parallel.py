@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import resnet_fast
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
+from tests.support.nets import twin
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def gloo(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("gloo")
 @pytest.mark.parametrize("static_graph", [False, True])
-def test_distributed_data_parallel(static_graph: bool, nets: SimpleNamespace) -> None:
+def test_distributed_data_parallel(static_graph: bool) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     stock = nets.basic().train()
@@ -47,7 +46,7 @@ def test_distributed_data_parallel(static_graph: bool, nets: SimpleNamespace) ->
 
 
 @pytest.mark.usefixtures("gloo")
-def test_fully_sharded(nets: SimpleNamespace) -> None:
+def test_fully_sharded() -> None:
     """FSDP2 swaps classes and parameters: the blocks must still be right, fused or not."""
     from torch.distributed.fsdp import fully_shard
 
@@ -83,7 +82,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant: bool, train: bool, nets: SimpleNamespace) -> None:
+def test_activation_checkpointing(reentrant: bool, train: bool) -> None:
     stock = nets.bottleneck().train(train)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(2, 3, 32, 32)
@@ -94,7 +93,7 @@ def test_activation_checkpointing(reentrant: bool, train: bool, nets: SimpleName
     nets.assert_equal(got, want)
 
 
-def test_checkpoint_sequential(nets: SimpleNamespace) -> None:
+def test_checkpoint_sequential() -> None:
     stock = nets.basic().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(2, 64, 8, 8, requires_grad=True)
@@ -107,7 +106,7 @@ def test_checkpoint_sequential(nets: SimpleNamespace) -> None:
     nets.assert_equal(grads[1], grads[0])
 
 
-def test_gradient_accumulation_and_clipping(twin: Twin, nets: SimpleNamespace) -> None:
+def test_gradient_accumulation_and_clipping() -> None:
     norms = []
     for model in twin():
         for seed in (1, 2):

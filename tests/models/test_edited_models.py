@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import resnet_fast
+from tests.support import nets
+from tests.support.nets import twin
 
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
 Edit = Callable[[nn.Module], object]
 
 
@@ -22,7 +22,7 @@ def x() -> Tensor:
     return torch.randn(2, 3, 32, 32)
 
 
-def check(twin: Twin, nets: SimpleNamespace, x: Tensor, edit: Edit, train: bool = True) -> nn.Module:
+def check(x: Tensor, edit: Edit, train: bool = True) -> nn.Module:
     """Eval, edit, eval (and a training step): after an edit nothing derived from the old weights may be used."""
     stock, fused = twin()
     with torch.no_grad():
@@ -121,15 +121,13 @@ def assign_other_weights(model: nn.Module) -> None:
         load_other_weights, assign_other_weights,
     ],
 )  # fmt: skip
-def test_weights_written_in_place(edit: Edit, twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
-    check(twin, nets, x, edit)
+def test_weights_written_in_place(edit: Edit, x: Tensor) -> None:
+    check(x, edit)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 @pytest.mark.parametrize("foreach", [True, False])
-def test_an_optimizers_step_in_eval_mode(
-    kind: str, foreach: bool, twin: Twin, nets: SimpleNamespace, x: Tensor
-) -> None:
+def test_an_optimizers_step_in_eval_mode(kind: str, foreach: bool, x: Tensor) -> None:
     """Fine-tuning with frozen statistics never leaves eval mode."""
     stock, fused = twin()
     optimizers = [getattr(torch.optim, kind)(m.parameters(), lr=0.01, foreach=foreach) for m in (stock, fused)]
@@ -142,7 +140,7 @@ def test_an_optimizers_step_in_eval_mode(
     nets.assert_equal(dict(fused.state_dict()), dict(stock.state_dict()))
 
 
-def test_new_classifier_and_input_layer(twin: Twin, nets: SimpleNamespace) -> None:
+def test_new_classifier_and_input_layer() -> None:
     """Transfer to five classes and one input channel."""
     stock, fused = twin()
     for model in (stock, fused):
@@ -187,8 +185,8 @@ def spectral(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("edit", [halve, halve_norm, halve_projection, halve_stem, spectral])
-def test_parametrizations(edit: Edit, twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
-    fused = check(twin, nets, x, edit, train=edit is not spectral)
+def test_parametrizations(edit: Edit, x: Tensor) -> None:
+    fused = check(x, edit, train=edit is not spectral)
     resnet_fast.reset_stats()
     with torch.no_grad():
         fused(x)
@@ -197,7 +195,7 @@ def test_parametrizations(edit: Edit, twin: Twin, nets: SimpleNamespace, x: Tens
         assert sum(n for call, n in calls.items() if call.endswith("/stock")) == 1
 
 
-def test_a_removed_parametrization_is_fused_again(twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
+def test_a_removed_parametrization_is_fused_again(x: Tensor) -> None:
     stock, fused = twin()
     for model in (stock, fused):
         halve(model)
@@ -207,7 +205,7 @@ def test_a_removed_parametrization_is_fused_again(twin: Twin, nets: SimpleNamesp
         fused(x)
 
 
-def test_pruning(twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
+def test_pruning(x: Tensor) -> None:
     def edit(model: nn.Module) -> None:
         prune.l1_unstructured(model.layer1[0].conv1, "weight", 0.5)
         prune.ln_structured(model.layer2[0].conv2, "weight", 0.3, n=2, dim=0)
@@ -237,16 +235,16 @@ def test_pruning(twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
         "bn1", "relu", "maxpool", "layer1.0", "layer1", "avgpool", "fc",
     ],
 )  # fmt: skip
-def test_a_childs_forward_replaced(where: str, twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
+def test_a_childs_forward_replaced(where: str, x: Tensor) -> None:
     def edit(model: nn.Module) -> None:
         child = model.get_submodule(where)
         stock_forward = child.forward
         child.forward = types.MethodType(lambda self, t: stock_forward(t) * 1.5 + 0.1, child)  # type: ignore[method-assign]
 
-    check_edit_without_copy(twin, nets, x, edit)
+    check_edit_without_copy(x, edit)
 
 
-def check_edit_without_copy(twin: Twin, nets: SimpleNamespace, x: Tensor, edit: Edit) -> None:
+def check_edit_without_copy(x: Tensor, edit: Edit) -> None:
     """Closures are not copied with the model, so there is no float64 twin: compare with stock directly."""
     stock, fused = twin()
     with torch.no_grad():
@@ -277,23 +275,21 @@ def check_edit_without_copy(twin: Twin, nets: SimpleNamespace, x: Tensor, edit: 
         ("layer1", lambda: nn.Conv2d(64, 64, 3, padding=1)),
     ],
 )
-def test_layers_exchanged(
-    where: str, layer: Callable[[], nn.Module], twin: Twin, nets: SimpleNamespace, x: Tensor
-) -> None:
+def test_layers_exchanged(where: str, layer: Callable[[], nn.Module], x: Tensor) -> None:
     def edit(model: nn.Module) -> None:
         model.set_submodule(where, layer().eval())
 
-    check(twin, nets, x, edit)
+    check(x, edit)
 
 
-def test_a_block_exchanged_for_a_stock_one_runs_stock(twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
+def test_a_block_exchanged_for_a_stock_one_runs_stock(x: Tensor) -> None:
     from torchvision.models.resnet import BasicBlock
 
-    fused = check(twin, nets, x, lambda model: model.set_submodule("layer1.1", BasicBlock(64, 64).eval()))
+    fused = check(x, lambda model: model.set_submodule("layer1.1", BasicBlock(64, 64).eval()))
     assert type(fused.layer1[1]) is BasicBlock
 
 
-def test_fuse_conv_bn_eval(twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
+def test_fuse_conv_bn_eval(x: Tensor) -> None:
     """Folded by PyTorch's own tool, with Identity where the norm was."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -313,7 +309,7 @@ def test_fuse_conv_bn_eval(twin: Twin, nets: SimpleNamespace, x: Tensor) -> None
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])
-def test_averaged_model_and_update_bn(use_buffers: bool, twin: Twin, nets: SimpleNamespace, x: Tensor) -> None:
+def test_averaged_model_and_update_bn(use_buffers: bool, x: Tensor) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
     averages = []

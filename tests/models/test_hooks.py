@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +10,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.dispatch import select
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
+from tests.support.nets import twin
 
 PLACES = [
     "", "conv1", "bn1", "relu", "maxpool", "layer1", "layer1.0", "layer1.0.conv1", "layer1.1.bn2",
@@ -37,7 +35,7 @@ def watch(model: nn.Module, place: str, seen: list[Any]) -> Any:
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_forward_hook_sees_what_stock_shows(place: str, train: bool, twin: Twin, nets: SimpleNamespace) -> None:
+def test_a_forward_hook_sees_what_stock_shows(place: str, train: bool) -> None:
     seen: list[list[Any]] = []
     x = torch.randn(3, 3, 32, 32)
     for model in twin():
@@ -51,7 +49,7 @@ def test_a_forward_hook_sees_what_stock_shows(place: str, train: bool, twin: Twi
 
 @pytest.mark.usefixtures("tiny_cache")
 @pytest.mark.parametrize("place", PLACES)
-def test_a_forward_hook_sees_the_whole_batch_on_auto(place: str, twin: Twin) -> None:
+def test_a_forward_hook_sees_the_whole_batch_on_auto(place: str) -> None:
     seen: list[list[Any]] = []
     x = torch.randn(3, 3, 32, 32)
     for model in twin():
@@ -63,7 +61,7 @@ def test_a_forward_hook_sees_the_whole_batch_on_auto(place: str, twin: Twin) -> 
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_forward_hook_may_change_the_output(place: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_a_forward_hook_may_change_the_output(place: str) -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -75,7 +73,7 @@ def test_a_forward_hook_may_change_the_output(place: str, twin: Twin, nets: Simp
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_forward_pre_hook_may_change_the_input(place: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_a_forward_pre_hook_may_change_the_input(place: str) -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(), resnet_fast.use_backend("reference"):
@@ -86,7 +84,7 @@ def test_a_forward_pre_hook_may_change_the_input(place: str, twin: Twin, nets: S
 
 @pytest.mark.parametrize("place", ["layer1.0.conv1", "layer2.0.downsample.0", "layer1.0", "layer3", "fc", "conv1"])
 @pytest.mark.parametrize("pre", [True, False])
-def test_backward_hooks(place: str, pre: bool, twin: Twin, nets: SimpleNamespace) -> None:
+def test_backward_hooks(place: str, pre: bool) -> None:
     seen: list[list[Any]] = []
     x = torch.randn(2, 3, 32, 32)
     for model in twin():
@@ -109,7 +107,7 @@ def test_backward_hooks(place: str, pre: bool, twin: Twin, nets: SimpleNamespace
     nets.assert_equal(seen[1], seen[0])
 
 
-def test_a_removed_hook_lets_the_block_fuse_again(twin: Twin) -> None:
+def test_a_removed_hook_lets_the_block_fuse_again() -> None:
     _, fused = twin()
     x, seen = torch.randn(1, 3, 32, 32), []
     handle = watch(fused, "layer1.0.conv1", seen)
@@ -121,7 +119,7 @@ def test_a_removed_hook_lets_the_block_fuse_again(twin: Twin) -> None:
     assert len(seen) == 1
 
 
-def test_a_hooked_block_names_itself(twin: Twin) -> None:
+def test_a_hooked_block_names_itself() -> None:
     _, fused = twin()
     watch(fused, "layer1.0.conv1", [])
     resnet_fast.reset_stats()
@@ -131,7 +129,7 @@ def test_a_hooked_block_names_itself(twin: Twin) -> None:
     assert "Conv2d with a hook or a replaced forward" in str(resnet_fast.stats()["fallbacks"])
 
 
-def test_global_hooks_see_every_inner_layer(twin: Twin) -> None:
+def test_global_hooks_see_every_inner_layer() -> None:
     from torch.nn.modules.module import register_module_forward_hook
 
     names: list[list[str]] = []
@@ -147,7 +145,7 @@ def test_global_hooks_see_every_inner_layer(twin: Twin) -> None:
     assert names[0].count("Conv2d") == 14
 
 
-def test_tensor_hooks_and_retained_gradients(twin: Twin, nets: SimpleNamespace) -> None:
+def test_tensor_hooks_and_retained_gradients() -> None:
     """As Grad-CAM does it: keep a stage's output and read its gradient."""
     kept: list[Tensor] = []
     for model in twin():
@@ -156,7 +154,7 @@ def test_tensor_hooks_and_retained_gradients(twin: Twin, nets: SimpleNamespace) 
     nets.assert_equal(kept[1].grad, kept[0].grad)
 
 
-def test_flop_counter_counts_what_it_counts_on_stock(twin: Twin) -> None:
+def test_flop_counter_counts_what_it_counts_on_stock() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +13,13 @@ import resnet_fast
 from resnet_fast.blocks.stem import Net
 from resnet_fast.calls import StemCall
 from resnet_fast.dispatch import select
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
+from tests.support.nets import twin
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 7), (1, 3, 33, 47), (3, 3, 2, 2), (1, 3, 64, 31)])
-def test_image_sizes(shape: tuple[int, ...], kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_image_sizes(shape: tuple[int, ...], kind: str) -> None:
     stock, fused = twin(getattr(nets, kind)())
     x = torch.randn(shape)
     nets.assert_close_to_eager(fused, stock, x)
@@ -44,7 +43,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_strided_inputs(view: Callable[[Tensor], Tensor], twin: Twin, nets: SimpleNamespace) -> None:
+def test_strided_inputs(view: Callable[[Tensor], Tensor]) -> None:
     stock, fused = twin(nets.bottleneck())
     x = view(torch.randn(4, 3, 40, 40))
     before = x.clone()
@@ -56,7 +55,7 @@ def test_strided_inputs(view: Callable[[Tensor], Tensor], twin: Twin, nets: Simp
 
 
 @pytest.mark.parametrize("size", [32, 33])
-def test_empty_batch(size: int, twin: Twin, nets: SimpleNamespace) -> None:
+def test_empty_batch(size: int) -> None:
     stock, fused = twin(nets.bottleneck())
     x = torch.empty(0, 3, size, size)
     with torch.no_grad():
@@ -65,7 +64,7 @@ def test_empty_batch(size: int, twin: Twin, nets: SimpleNamespace) -> None:
     nets.assert_equal(nets.train_step(fused, x), nets.train_step(stock, x))
 
 
-def test_the_input_is_never_written(twin: Twin) -> None:
+def test_the_input_is_never_written() -> None:
     """The last primitive of a block adds in place where the tensor is its own, which an input is not."""
     _, fused = twin()
     y = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -87,7 +86,7 @@ def test_the_input_is_never_written(twin: Twin) -> None:
         (torch.randn(1, 4, 32, 32), r"expected stem: x with 3 channels"),
     ],
 )
-def test_input_that_no_resnet_takes_is_refused_with_reasons(x: Tensor, message: str, twin: Twin) -> None:
+def test_input_that_no_resnet_takes_is_refused_with_reasons(x: Tensor, message: str) -> None:
     _, fused = twin()
     for context in (torch.no_grad, torch.enable_grad):
         with context(), pytest.raises(resnet_fast.UserError, match=message):
@@ -97,9 +96,7 @@ def test_input_that_no_resnet_takes_is_refused_with_reasons(x: Tensor, message: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_nan_and_infinity_break_the_logits_as_in_the_stock_net(
-    kind: str, bad: float, dtype: torch.dtype, twin: Twin, nets: SimpleNamespace
-) -> None:
+def test_nan_and_infinity_break_the_logits_as_in_the_stock_net(kind: str, bad: float, dtype: torch.dtype) -> None:
     """oneDNN's ReLU turns NaN into 0: a broken image would get confident logits. The whole batch runs on reference."""
     stock, fused = twin(getattr(nets, kind)().to(dtype))
     x = torch.randn(3, 3, 32, 32).to(dtype)
@@ -146,9 +143,7 @@ def tiles_of(monkeypatch: pytest.MonkeyPatch, nbytes: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize(("images", "per_tile"), [(5, 1), (5, 2), (4, 2), (7, 4), (3, 8)])
-def test_tiles_of_a_batch_join_up(
-    images: int, per_tile: int, twin: Twin, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_of_a_batch_join_up(images: int, per_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, fused = twin(nets.bottleneck())
     x = torch.randn(images, 3, 32, 32)
     with torch.no_grad():
@@ -162,9 +157,7 @@ def test_tiles_of_a_batch_join_up(
     nets.assert_close_to_eager(fused, stock, x)
 
 
-def test_an_image_does_not_depend_on_its_neighbours(
-    twin: Twin, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = twin(nets.bottleneck())
     x, other = torch.randn(2, 4, 3, 32, 32)
     other[2] = x[2]
@@ -257,9 +250,7 @@ def unfused_block(model: nn.Module) -> None:
     [train_one_norm, hook_stage, hook_classifier, mixing_stage, mixing_classifier, mixing_softmax, mixing_shortcut,
      mixing_pool, dictionary, norm_of_the_batch, stochastic, unfused_block],
 )  # fmt: skip
-def test_no_tiles_where_they_would_be_seen(
-    edit: Callable[[nn.Module], None], twin: Twin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_tiles_where_they_would_be_seen(edit: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
     stock, fused = twin()
     x = torch.randn(4, 3, 32, 32)
     outs = []
@@ -273,7 +264,7 @@ def test_no_tiles_where_they_would_be_seen(
     assert seen == [4]
 
 
-def test_no_tiles_with_autograd_in_training_or_on_request(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tiles_with_autograd_in_training_or_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = twin()
     no_tiles(monkeypatch, fused, grad=True)
     no_tiles(monkeypatch, fused.train())
@@ -281,7 +272,7 @@ def test_no_tiles_with_autograd_in_training_or_on_request(twin: Twin, monkeypatc
     no_tiles(monkeypatch, fused.eval())
 
 
-def test_no_tiles_under_compile(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tiles_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = twin()
     monkeypatch.setattr(select, "last_level_cache", lambda: 1)
     torch._dynamo.reset()
@@ -294,7 +285,7 @@ def test_no_tiles_under_compile(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("made_inside", [False, True])
-def test_inference_mode(made_inside: bool, nets: SimpleNamespace) -> None:
+def test_inference_mode(made_inside: bool) -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode(made_inside):
         fused = resnet_fast.accelerate(nets.basic().eval())
@@ -323,7 +314,7 @@ def params_of(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in model.named_parameters()}
 
 
-def test_functional_call(twin: Twin, nets: SimpleNamespace) -> None:
+def test_functional_call() -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     other = {k: v * 1.1 for k, v in params_of(stock).items()}
@@ -359,14 +350,14 @@ def transform(kind: str, model: nn.Module, x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["grad", "vmap", "per-sample gradients", "jvp", "vjp", "ensemble"])
-def test_function_transforms(kind: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_function_transforms(kind: str) -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)
     nets.assert_equal(transform(kind, fused, x), transform(kind, stock, x))
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_forward_mode_ad(grad: bool, twin: Twin) -> None:
+def test_forward_mode_ad(grad: bool) -> None:
     """A dual tensor asks for no gradient; its tangent must not be lost. In float64: one flipped ReLU would show."""
     import torch.autograd.forward_ad as fwad
 
@@ -382,7 +373,7 @@ def test_forward_mode_ad(grad: bool, twin: Twin) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_double_backward(train: bool, twin: Twin, nets: SimpleNamespace) -> None:
+def test_double_backward(train: bool) -> None:
     """A gradient penalty."""
     results = []
     x = torch.randn(2, 3, 32, 32)
@@ -394,7 +385,7 @@ def test_double_backward(train: bool, twin: Twin, nets: SimpleNamespace) -> None
     nets.assert_equal(results[1], results[0])
 
 
-def test_tensor_subclasses(twin: Twin, nets: SimpleNamespace) -> None:
+def test_tensor_subclasses() -> None:
     class Image(torch.Tensor):
         pass
 
@@ -406,7 +397,7 @@ def test_tensor_subclasses(twin: Twin, nets: SimpleNamespace) -> None:
     torch.testing.assert_close(got.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor), rtol=1e-4, atol=1e-4)
 
 
-def test_several_threads_at_once(twin: Twin, nets: SimpleNamespace) -> None:
+def test_several_threads_at_once() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     _, fused = twin()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import paper_nets
+from tests.support import nets
+from tests.support.nets import twin
 
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
 Edit = Callable[[nn.Module], object]
 
 
@@ -30,7 +30,7 @@ def stock_calls() -> int:
     return sum(n for call, n in resnet_fast.stats()["calls"].items() if call.endswith("/stock"))
 
 
-def test_train_and_eval_flips_with_weight_changes_between(twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_train_and_eval_flips_with_weight_changes_between(x: torch.Tensor) -> None:
     """Folded weights must follow what training changes: eval, steps, eval, steps, eval."""
     stock, fused = twin()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for m in (stock, fused)]
@@ -44,9 +44,7 @@ def test_train_and_eval_flips_with_weight_changes_between(twin: Twin, nets: Simp
     nets.assert_equal(dict(fused.state_dict()), dict(stock.state_dict()))
 
 
-def test_one_training_forward_without_a_step_is_seen_by_eval(
-    twin: Twin, nets: SimpleNamespace, x: torch.Tensor
-) -> None:
+def test_one_training_forward_without_a_step_is_seen_by_eval(x: torch.Tensor) -> None:
     """BatchNorm's own update of its statistics moves no version counter."""
     stock, fused = twin()
     with torch.no_grad():
@@ -59,14 +57,14 @@ def test_one_training_forward_without_a_step_is_seen_by_eval(
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_training_on_auto_equals_stock(kind: str, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_training_on_auto_equals_stock(kind: str, x: torch.Tensor) -> None:
     stock = getattr(nets, kind)().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     nets.assert_equal(nets.train_step(fused, x), nets.train_step(stock, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_to_dtype(dtype: torch.dtype, twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_to_dtype(dtype: torch.dtype, x: torch.Tensor) -> None:
     stock, fused = twin()
     with torch.no_grad():
         fused(x)  # leaves packed float32 weights behind
@@ -80,7 +78,7 @@ def test_to_dtype(dtype: torch.dtype, twin: Twin, nets: SimpleNamespace, x: torc
     nets.assert_close_to_eager(fused.float(), stock.float(), x)
 
 
-def test_double_back_and_forth_follows_the_values(twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_double_back_and_forth_follows_the_values(x: torch.Tensor) -> None:
     stock, fused = twin()
     with torch.no_grad():
         fused(x)
@@ -91,7 +89,7 @@ def test_double_back_and_forth_follows_the_values(twin: Twin, nets: SimpleNamesp
 
 @pytest.mark.parametrize("place", ["bn1", "layer1.0.bn2", "layer2", "layer2.0.downsample.1"])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_batch_is_counted_once(place: str, momentum: float | None, twin: Twin, x: torch.Tensor) -> None:
+def test_a_batch_is_counted_once(place: str, momentum: float | None, x: torch.Tensor) -> None:
     """A norm in training inside a net in eval, without gradients: as who estimates the statistics anew runs it."""
     stock, fast = twin()
     for model in (stock, fast):
@@ -115,7 +113,7 @@ def test_a_batch_is_counted_once_in_a_plain_net() -> None:
 
 
 @pytest.mark.parametrize("part", ["net", "stages"])
-def test_parameters_are_swapped_as_in_a_stock_net(part: str, twin: Twin, x: torch.Tensor) -> None:
+def test_parameters_are_swapped_as_in_a_stock_net(part: str, x: torch.Tensor) -> None:
     """``torch.utils.swap_tensors`` refuses whatever has a weak reference, and kept weights have one to their source."""
     stock, fast = twin()
     other = {k: t * 1.25 if t.is_floating_point() else t.clone() for k, t in stock.state_dict().items()}
@@ -146,8 +144,6 @@ def test_parameters_are_swapped_as_in_a_stock_net(part: str, twin: Twin, x: torc
 def test_to_memory_format(
     model_format: torch.memory_format,
     input_format: torch.memory_format,
-    twin: Twin,
-    nets: SimpleNamespace,
     x: torch.Tensor,
 ) -> None:
     stock, fused = twin(nets.bottleneck())
@@ -162,7 +158,7 @@ def test_to_memory_format(
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_block_outputs_have_stock_strides(backend: str, twin: Twin, nets: SimpleNamespace) -> None:
+def test_block_outputs_have_stock_strides(backend: str) -> None:
     stock, fused = twin(nets.bottleneck())
     for layout in (torch.contiguous_format, torch.channels_last):
         y = torch.randn(2, 64, 8, 8).contiguous(memory_format=layout)
@@ -170,13 +166,13 @@ def test_block_outputs_have_stock_strides(backend: str, twin: Twin, nets: Simple
             assert fused.layer1(y).stride() == stock.layer1(y).stride()
 
 
-def test_meta_without_autograd(twin: Twin) -> None:
+def test_meta_without_autograd() -> None:
     _, fused = twin()
     with torch.no_grad():
         assert fused.to("meta")(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
 
 
-def test_to_meta(twin: Twin) -> None:
+def test_to_meta() -> None:
     stock, fused = twin()
     fused.to("meta")
     for mode in (True, False):
@@ -192,9 +188,7 @@ def test_to_meta(twin: Twin) -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("stages", [("conv1", "bn1", "layer1"), ("layer2", "layer3"), ("fc",), ("layer4",)])
-def test_stages_without_gradients(
-    stages: tuple[str, ...], mode: bool, twin: Twin, nets: SimpleNamespace, x: torch.Tensor
-) -> None:
+def test_stages_without_gradients(stages: tuple[str, ...], mode: bool, x: torch.Tensor) -> None:
     stock, fused = twin(nets.bottleneck())
     for model in (stock, fused):
         model.train(mode)
@@ -208,7 +202,7 @@ def test_stages_without_gradients(
     ]
 
 
-def test_gradient_of_the_input_alone(twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_gradient_of_the_input_alone(x: torch.Tensor) -> None:
     """All parameters frozen, as for adversarial examples: the graph must still reach the input."""
     stock, fused = twin()
     grads = []
@@ -261,7 +255,7 @@ def train_layer3_norm(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "edit", [freeze_all, freeze_first, cumulative, other_numbers, zero_momentum, untracked_later, train_layer3_norm]
 )
-def test_norm_settings(edit: Edit, after: bool, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_norm_settings(edit: Edit, after: bool, x: torch.Tensor) -> None:
     """Two training steps and an eval forward equal stock's bit for bit, whenever the settings were made."""
     stock = nets.basic().train()
     fused = copy.deepcopy(stock)
@@ -300,7 +294,7 @@ def group(c: int) -> nn.Module:
 
 @pytest.mark.parametrize("norm_layer", [no_affine, no_tracking, nothing, group, instance, nn.Identity])
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
-def test_norm_kinds(kind: str, norm_layer: Callable[[int], nn.Module], nets: SimpleNamespace) -> None:
+def test_norm_kinds(kind: str, norm_layer: Callable[[int], nn.Module]) -> None:
     """Put in after the build: torchvision initialises norms with a weight only."""
     x = torch.randn(2, 3, 48, 48) * (0.1 if norm_layer is nn.Identity else 1)
     stock = getattr(nets, kind)()
@@ -317,7 +311,7 @@ def test_norm_kinds(kind: str, norm_layer: Callable[[int], nn.Module], nets: Sim
     nets.assert_close_to_eager(fused, stock, x)
 
 
-def test_sync_batch_norm_after_accelerate(nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_sync_batch_norm_after_accelerate(x: torch.Tensor) -> None:
     stock = nets.bottleneck().eval()
     fused = nn.SyncBatchNorm.convert_sync_batchnorm(resnet_fast.accelerate(copy.deepcopy(stock)))
     assert type(fused.layer1[0].bn1) is nn.SyncBatchNorm
@@ -328,7 +322,7 @@ def test_sync_batch_norm_after_accelerate(nets: SimpleNamespace, x: torch.Tensor
     nets.assert_close_to_eager(fused, stock, x)
 
 
-def test_sync_batch_norm_alone_in_its_process_is_batch_norm(nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_sync_batch_norm_alone_in_its_process_is_batch_norm(x: torch.Tensor) -> None:
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(nets.bottleneck()).train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     resnet_fast.reset_stats()
@@ -337,7 +331,7 @@ def test_sync_batch_norm_alone_in_its_process_is_batch_norm(nets: SimpleNamespac
 
 
 def test_sync_batch_norm_without_training_kernels_runs_its_own_layers(
-    nets: SimpleNamespace, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resnet_fast.blocks.fused.sync_group", lambda norm: "0" if norm.training else "")
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(nets.bottleneck()).train()
@@ -348,7 +342,7 @@ def test_sync_batch_norm_without_training_kernels_runs_its_own_layers(
     assert "Triton's training kernels" in str(resnet_fast.stats()["fallbacks"])
 
 
-def test_frozen_batch_norm_put_in_later(nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_frozen_batch_norm_put_in_later(x: torch.Tensor) -> None:
     from torchvision.ops import FrozenBatchNorm2d
 
     def freeze(module: nn.Module) -> None:
@@ -373,7 +367,7 @@ def test_frozen_batch_norm_put_in_later(nets: SimpleNamespace, x: torch.Tensor) 
 
 
 @pytest.mark.parametrize("kwargs", [{"groups": 4, "width_per_group": 16}, {"width_per_group": 96}])
-def test_groups_and_widths(kwargs: dict[str, int], nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_groups_and_widths(kwargs: dict[str, int], x: torch.Tensor) -> None:
     stock = nets.bottleneck(**kwargs)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     with resnet_fast.use_backend("reference"):
@@ -381,7 +375,7 @@ def test_groups_and_widths(kwargs: dict[str, int], nets: SimpleNamespace, x: tor
     nets.assert_close_to_eager(fused.eval(), stock.eval(), x)
 
 
-def test_dilated_in_place_after_accelerate(twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_dilated_in_place_after_accelerate(x: torch.Tensor) -> None:
     """Segmentation libraries turn strides into dilation on the living net."""
     stock, fused = twin(nets.bottleneck())
     with torch.no_grad():
@@ -398,7 +392,7 @@ def test_dilated_in_place_after_accelerate(twin: Twin, nets: SimpleNamespace, x:
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_padding_by_name(padding: str, twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_padding_by_name(padding: str, x: torch.Tensor) -> None:
     edited = nets.bottleneck()
     edited.layer1[0].conv1 = nn.Conv2d(64, 64, 1, padding=padding, bias=False)
     stock, fused = twin(edited)
@@ -407,7 +401,7 @@ def test_padding_by_name(padding: str, twin: Twin, nets: SimpleNamespace, x: tor
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_padding_modes(mode: str, twin: Twin, nets: SimpleNamespace, x: torch.Tensor) -> None:
+def test_padding_modes(mode: str, x: torch.Tensor) -> None:
     stock, fused = twin()
     for model in (stock, fused):
         model.layer1[0].conv1.padding_mode = mode
@@ -417,7 +411,7 @@ def test_padding_modes(mode: str, twin: Twin, nets: SimpleNamespace, x: torch.Te
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_autocast_equals_stock_on_the_reference(kind: str, nets: SimpleNamespace) -> None:
+def test_autocast_equals_stock_on_the_reference(kind: str) -> None:
     """Training and eval under bfloat16 autocast, running statistics kept in float32."""
     stock = getattr(nets, kind)().train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -435,7 +429,7 @@ def test_autocast_equals_stock_on_the_reference(kind: str, nets: SimpleNamespace
     assert all(b.dtype == before[k].dtype and not torch.equal(b, before[k]) for k, b in fused.named_buffers())
 
 
-def test_autocast_on_auto_is_within_budget(nets: SimpleNamespace) -> None:
+def test_autocast_on_auto_is_within_budget() -> None:
     from resnet_fast import numerics
 
     stock = nets.basic().eval()
@@ -448,7 +442,7 @@ def test_autocast_on_auto_is_within_budget(nets: SimpleNamespace) -> None:
         numerics.assert_close(got, ref, want, 4608)
 
 
-def test_autocast_leaves_float64_alone(twin: Twin, nets: SimpleNamespace) -> None:
+def test_autocast_leaves_float64_alone() -> None:
     stock, fused = twin()
     y = torch.randn(2, 64, 8, 8, dtype=torch.float64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

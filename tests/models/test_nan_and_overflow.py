@@ -10,7 +10,6 @@ import copy
 import importlib
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 
 import resnet_fast
+from tests.support import nets
 
 conv_bn_act = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
 NAN, INF = math.nan, math.inf
@@ -100,7 +100,7 @@ def assert_same_kinds(net: nn.Module, x: Tensor, way: Run = whole) -> list[Tenso
 
 @pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("value", [NAN, -INF])
-def test_a_broken_pixel_breaks_its_image_alone(way: Run, value: float, nets: SimpleNamespace) -> None:
+def test_a_broken_pixel_breaks_its_image_alone(way: Run, value: float) -> None:
     x = torch.randn(3, 3, 32, 32)
     x[1, 2, 7, 9] = value
     last = assert_same_kinds(nets.bottleneck().eval(), x, way)[-1]
@@ -108,7 +108,7 @@ def test_a_broken_pixel_breaks_its_image_alone(way: Run, value: float, nets: Sim
 
 
 @pytest.mark.parametrize("way", EVERY_WAY)
-def test_overflow_in_the_middle(way: Run, nets: SimpleNamespace) -> None:
+def test_overflow_in_the_middle(way: Run) -> None:
     """Finite input, finite weights: a later block makes infinity of large numbers, and NaN of that."""
     net = nets.bottleneck().eval()
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_overflow_in_the_middle(way: Run, nets: SimpleNamespace) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 @pytest.mark.parametrize("scale", [1e10, 1e20, 1e30])
-def test_an_overflow_that_shrinks_again(kind: str, dtype: torch.dtype, scale: float, nets: SimpleNamespace) -> None:
+def test_an_overflow_that_shrinks_again(kind: str, dtype: torch.dtype, scale: float) -> None:
     """Values grow out of range in one stage and come back in the next: nothing shows in a fused net's output."""
     net = getattr(nets, kind)().eval().to(dtype)
     last = "bn3" if kind == "bottleneck" else "bn2"
@@ -149,7 +149,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_broken_parameters(edit: str, nets: SimpleNamespace) -> None:
+def test_broken_parameters(edit: str) -> None:
     net = nets.bottleneck().eval()
     with torch.no_grad():
         EDITS[edit](net)
@@ -158,7 +158,7 @@ def test_broken_parameters(edit: str, nets: SimpleNamespace) -> None:
         assert_same_kinds(net, x, way)
 
 
-def test_a_weight_that_breaks_later_and_is_mended(nets: SimpleNamespace) -> None:
+def test_a_weight_that_breaks_later_and_is_mended() -> None:
     """The folded weights are computed anew at each edit, and with them what they allow."""
     stock = nets.bottleneck().eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
@@ -174,7 +174,7 @@ def test_a_weight_that_breaks_later_and_is_mended(nets: SimpleNamespace) -> None
             assert bool(out.isnan().any()) == breaks
 
 
-def test_the_reason_is_counted_once_per_part_and_strict_mode_raises(nets: SimpleNamespace) -> None:
+def test_the_reason_is_counted_once_per_part_and_strict_mode_raises() -> None:
     net = resnet_fast.accelerate(nets.bottleneck().eval())
     x = torch.randn(1, 3, 32, 32)
     x[0, 0, 0, 0] = NAN
@@ -191,9 +191,7 @@ def test_the_reason_is_counted_once_per_part_and_strict_mode_raises(nets: Simple
 
 
 @pytest.mark.parametrize("backend", ["auto", "onednn"])
-def test_a_batch_in_tiles_and_a_backend_by_name(
-    backend: str, nets: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_in_tiles_and_a_backend_by_name(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the tile with the broken image runs its stock layers."""
     from resnet_fast.dispatch import select
 
@@ -221,7 +219,7 @@ def test_a_segmentation_net(value: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet26d"])
-def test_timm_features(name: str, nets: SimpleNamespace) -> None:
+def test_timm_features(name: str) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     net = nets.randomize(timm.create_model(name, features_only=True)).eval()
@@ -232,7 +230,7 @@ def test_timm_features(name: str, nets: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(nets: SimpleNamespace) -> None:
+def test_inductor() -> None:
     def run(net: nn.Module, x: Tensor) -> Tensor:
         torch._dynamo.reset()
         return torch.compile(net)(x)
@@ -243,7 +241,7 @@ def test_inductor(nets: SimpleNamespace) -> None:
     assert where[1].any() and not where[0].any()
 
 
-def test_fp16_values_out_of_range_are_infinite_or_right(nets: SimpleNamespace) -> None:
+def test_fp16_values_out_of_range_are_infinite_or_right() -> None:
     """Without fp16 arithmetic a net computes in fp32 between fp16 tensors: what is finite is right, where the stock
     net's fp16 tensors already overflow, and what does not fit the output's fp16 is infinite there."""
     net = nets.bottleneck().eval().half()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchvision
@@ -12,6 +9,7 @@ import torchvision
 from resnet_fast import paper_nets
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
+from tests.support.processes import run_python
 
 
 def test_names_cover_torchvision_the_paper_and_what_it_compares_with() -> None:
@@ -74,5 +72,5 @@ def test_image_size_of_an_unknown_net() -> None:
 
 def test_importing_the_registry_imports_no_torchvision() -> None:
     code = "import sys, resnet_fast.models.registry as r; r.names(); print('torchvision' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python(code, check=True)
     assert done.stdout.strip() == "False"

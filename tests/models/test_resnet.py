@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from resnet_fast import paper_nets
 from resnet_fast.blocks.fused import Fused
 from resnet_fast.models import registry, resnet
 from resnet_fast.tuning.shapes import ARCHS
+from tests.support import nets
 
 TEN = [
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
@@ -23,7 +23,6 @@ TEN = [
 ]  # fmt: skip
 LARGE = {"resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
 PAPER = [name for name in ARCHS if name not in TEN]
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
 
 
 def build(name: str, randomize: Callable[[nn.Module], nn.Module], **kwargs: Any) -> nn.Module:
@@ -63,7 +62,7 @@ def test_state_dict_is_torchvisions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
-def test_the_same_seed_gives_torchvisions_initialisation(name: str, nets: SimpleNamespace) -> None:
+def test_the_same_seed_gives_torchvisions_initialisation(name: str) -> None:
     import torchvision
 
     torch.manual_seed(3)
@@ -75,7 +74,7 @@ def test_the_same_seed_gives_torchvisions_initialisation(name: str, nets: Simple
 
 
 @pytest.mark.parametrize("name", sized(TEN))
-def test_outputs_and_gradients_are_torchvisions_bit_for_bit(name: str, nets: SimpleNamespace) -> None:
+def test_outputs_and_gradients_are_torchvisions_bit_for_bit(name: str) -> None:
     """On the reference: eval, then one training step with all gradients and statistics, then restored."""
     model = build(name, nets.randomize)
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -116,9 +115,7 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
         pytest.param("wide_resnet50_2", F32, NHWC, marks=pytest.mark.slow),
     ],
 )
-def test_onednn_stays_within_twice_eagers_error(
-    name: str, dtype: torch.dtype, layout: torch.memory_format, nets: SimpleNamespace
-) -> None:
+def test_onednn_stays_within_twice_eagers_error(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     model = build(name, nets.randomize).eval().to(dtype=dtype, memory_format=layout)
     stock = build(name, nets.randomize).eval().to(dtype=dtype, memory_format=layout)
     stock.load_state_dict(model.state_dict())
@@ -130,7 +127,7 @@ def test_onednn_stays_within_twice_eagers_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet34", *sorted(LARGE)])
-def test_onednn_stays_within_twice_eagers_error_in_large_nets(name: str, nets: SimpleNamespace) -> None:
+def test_onednn_stays_within_twice_eagers_error_in_large_nets(name: str) -> None:
     model = build(name, nets.randomize).eval()
     stock = build(name, nets.randomize).eval()
     stock.load_state_dict(model.state_dict())
@@ -160,7 +157,7 @@ def group_norm(channels: int) -> nn.Module:
         ("resnet18", {"progress": False}),
     ],
 )
-def test_each_torchvision_argument(name: str, kwargs: dict[str, Any], nets: SimpleNamespace) -> None:
+def test_each_torchvision_argument(name: str, kwargs: dict[str, Any]) -> None:
     import torchvision
 
     ours = resnet.FACTORIES[name](**kwargs).eval()
@@ -180,7 +177,7 @@ def test_zero_init_residual_zeroes_the_last_norm() -> None:
     assert model.layer1[0].bn1.weight.all()
 
 
-def test_frozen_norms_from_the_argument(nets: SimpleNamespace) -> None:
+def test_frozen_norms_from_the_argument() -> None:
     """Its formula is x * scale + shift in the input's dtype, so eager's last bits differ from batch_norm's."""
     model = nets.randomize(resnet_fast.resnet18(norm_layer=frozen, num_classes=10)).eval()
     x = torch.randn(2, 3, 32, 32)
@@ -192,7 +189,7 @@ def test_frozen_norms_from_the_argument(nets: SimpleNamespace) -> None:
         assert not resnet_fast.stats()["fallbacks"]
 
 
-def test_sync_norms_from_the_argument(nets: SimpleNamespace) -> None:
+def test_sync_norms_from_the_argument() -> None:
     model = nets.randomize(resnet_fast.resnet18(norm_layer=nn.SyncBatchNorm, num_classes=10)).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(), resnet_fast.use_backend("reference"):
@@ -209,7 +206,7 @@ def test_weights_are_checked_by_torchvision() -> None:
         resnet_fast.resnet18(weights="IMAGENET1K_V9")
 
 
-def test_weights_reach_torchvisions_loader(monkeypatch: pytest.MonkeyPatch, nets: SimpleNamespace) -> None:
+def test_weights_reach_torchvisions_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """``weights`` and ``progress`` arrive where torchvision downloads, here from a table in memory."""
     from torchvision.models import ResNet18_Weights, resnet18
 
@@ -249,29 +246,29 @@ def test_an_unknown_net_is_no_attribute() -> None:
 
 @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
 @pytest.mark.parametrize(("name", "stride_in_1x1"), [("resnet18", False), ("resnet50", False), ("resnet50", True)])
-def test_the_papers_variants(name: str, shortcut: str, stride_in_1x1: bool, nets: SimpleNamespace) -> None:
+def test_the_papers_variants(name: str, shortcut: str, stride_in_1x1: bool) -> None:
     model = build(name, nets.randomize, shortcut=shortcut, stride_in_1x1=stride_in_1x1)
-    check_paper_net(model, torch.randn(2, 3, 40, 40), nets)
+    check_paper_net(model, torch.randn(2, 3, 40, 40))
 
 
 @pytest.mark.parametrize("name", [n for n in PAPER if not n.endswith(("110", "1202", "plain34", "56"))])
-def test_the_papers_own_nets(name: str, nets: SimpleNamespace) -> None:
-    check_paper_net(nets.randomize(getattr(paper_nets, name)(num_classes=10)), torch.randn(2, 3, 32, 32), nets)
+def test_the_papers_own_nets(name: str) -> None:
+    check_paper_net(nets.randomize(getattr(paper_nets, name)(num_classes=10)), torch.randn(2, 3, 32, 32))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PAPER if n.endswith(("110", "1202", "plain34", "56"))])
-def test_the_papers_deepest_nets(name: str, nets: SimpleNamespace) -> None:
-    check_paper_net(nets.randomize(getattr(paper_nets, name)(num_classes=10)), torch.randn(2, 3, 16, 16), nets)
+def test_the_papers_deepest_nets(name: str) -> None:
+    check_paper_net(nets.randomize(getattr(paper_nets, name)(num_classes=10)), torch.randn(2, 3, 16, 16))
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
-def test_cifar_shortcuts(shortcut: str, nets: SimpleNamespace) -> None:
+def test_cifar_shortcuts(shortcut: str) -> None:
     model = nets.randomize(paper_nets.cifar_resnet20(shortcut=shortcut))
-    check_paper_net(model, torch.randn(2, 3, 32, 32), nets)
+    check_paper_net(model, torch.randn(2, 3, 32, 32))
 
 
-def check_paper_net(model: nn.Module, x: torch.Tensor, nets: SimpleNamespace) -> None:
+def check_paper_net(model: nn.Module, x: torch.Tensor) -> None:
     """As for torchvision's: stock and the reference agree bit for bit, oneDNN is within budget."""
     import copy
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +14,9 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.blocks.fused import Fused
-
-Twin = Callable[..., tuple[nn.Module, nn.Module]]
+from tests.support import nets
+from tests.support.nets import twin
+from tests.support.processes import run_python
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -36,7 +34,7 @@ def through_torch_save(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("way", [copy.deepcopy, through_pickle, through_torch_save])
 def test_a_copy_is_accelerated_equal_and_independent(
-    way: Callable[[nn.Module], nn.Module], used: bool, backend: str, twin: Twin, nets: SimpleNamespace
+    way: Callable[[nn.Module], nn.Module], used: bool, backend: str
 ) -> None:
     stock, fused = twin(backend=backend)
     x = torch.randn(2, 3, 32, 32)
@@ -57,7 +55,7 @@ def test_a_copy_is_accelerated_equal_and_independent(
     assert not [m for m in resnet_fast.restore(other).modules() if isinstance(m, Fused)]
 
 
-def test_used_and_unused_models_pickle_to_the_same_size(twin: Twin) -> None:
+def test_used_and_unused_models_pickle_to_the_same_size() -> None:
     """No derived weight travels with the model."""
     _, fused = twin()
     before = len(pickle.dumps(fused))
@@ -66,7 +64,7 @@ def test_used_and_unused_models_pickle_to_the_same_size(twin: Twin) -> None:
     assert len(pickle.dumps(fused)) == before
 
 
-def test_a_whole_model_is_loaded_by_a_fresh_process(twin: Twin, tmp_path: Path) -> None:
+def test_a_whole_model_is_loaded_by_a_fresh_process(tmp_path: Path) -> None:
     """The file names resnet_fast's classes only; loading imports them."""
     _, fused = twin()
     x = torch.randn(1, 3, 32, 32)
@@ -77,11 +75,11 @@ def test_a_whole_model_is_loaded_by_a_fresh_process(twin: Twin, tmp_path: Path) 
         "torch.testing.assert_close(d['model'](d['x']), d['y'], rtol=1e-4, atol=1e-4); resnet_fast.restore(d['model']);"
         "sys.exit(type(d['model']).__module__ != 'torchvision.models.resnet')"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    done = run_python(code, str(tmp_path / "model.pt"))
     assert done.returncode == 0, done.stderr
 
 
-def test_weights_only_checkpoints(twin: Twin, nets: SimpleNamespace, tmp_path: Path) -> None:
+def test_weights_only_checkpoints(tmp_path: Path) -> None:
     stock, fused = twin()
     torch.save(fused.state_dict(), tmp_path / "weights.pt")
     stock.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True), strict=True)
@@ -90,7 +88,7 @@ def test_weights_only_checkpoints(twin: Twin, nets: SimpleNamespace, tmp_path: P
     nets.assert_close_to_eager(fused, stock, torch.randn(1, 3, 32, 32))
 
 
-def test_safetensors(twin: Twin, nets: SimpleNamespace, tmp_path: Path) -> None:
+def test_safetensors(tmp_path: Path) -> None:
     from safetensors.torch import load_model, save_model
 
     stock, fused = twin()
@@ -104,7 +102,7 @@ def test_safetensors(twin: Twin, nets: SimpleNamespace, tmp_path: Path) -> None:
     nets.assert_close_to_eager(fused, stock, torch.randn(1, 3, 32, 32))
 
 
-def test_share_memory(twin: Twin, nets: SimpleNamespace) -> None:
+def test_share_memory() -> None:
     """As for torch.multiprocessing: storages move, values stay."""
     stock, fused = twin()
     x = torch.randn(1, 3, 32, 32)

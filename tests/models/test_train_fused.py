@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
+from tests.support.nets import assert_equal
 from tests.support.train_nets import (
     all_gradients,
-    assert_equal,
     assert_values_within_budget,
     assert_within_budget,
     build,

@@ -22,6 +22,7 @@ from resnet_fast.tuning import launch_plan, training_configs
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.launch_plan import TrainingConfigs
 from resnet_fast.tuning.tables import Table
+from tests.support.nets import assert_equal
 
 CLASSES = 5
 WIDE = torch.float64
@@ -174,18 +175,6 @@ def assert_values_within_budget(
             continue
         own = max(report.eager_rel, gradients if is_gradient else 0.0)  # type: ignore[type-var]
         assert report.rel <= 2 * own + 4 * granted, f"{name}: {report}"  # type: ignore[operator]
-
-
-def assert_equal(got: Any, want: Any) -> None:
-    """Bit for bit; None equals None."""
-    if want is None:
-        assert got is None
-    elif isinstance(want, dict):
-        assert list(got) == list(want)
-        for name in want:
-            assert_equal(got[name], want[name])
-    else:
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def check_step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32, save: str = "raw") -> Any:

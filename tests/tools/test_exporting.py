@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from resnet_fast.errors import UserError
 from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
 from resnet_fast.tools import exporting
+from tests.support.processes import run_python
 
 FACTS = Facts("cifar_resnet20", 16, ("cat", "dög"), (0.5,) * 3, (0.25,) * 3, 1.0)
 
@@ -65,9 +65,7 @@ def _alone(code: str, x: torch.Tensor, folder: Path) -> torch.Tensor:
     """What a process without this package computes."""
     torch.save(x, folder / "x.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = run_python(code, cwd=folder, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "y.pt")
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 from resnet_fast.tools import listing
 from resnet_fast.tools.summary import compare
+from tests.support.processes import run_python
 
 SMALL = ("resnet18", "resnext50_32x4d", "wide_resnet50_2", "plain18", "cifar_resnet20", "cifar_plain20", "vgg16")
 LARGE = tuple(name for name in registry.names() if name not in (*SMALL, "cifar_resnet1202"))
@@ -43,7 +41,7 @@ def test_counts_are_those_of_the_summary_for_the_large_nets() -> None:
 
 def test_listing_imports_no_torch() -> None:
     code = "import sys; from resnet_fast.tools import listing; listing.entries(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert run_python(code).returncode == 0
 
 
 def test_parts_and_patterns() -> None:

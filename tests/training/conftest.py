@@ -16,11 +16,8 @@ from resnet_fast.training.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Any:
+def _threads(same_threads: None) -> None:
     """A run sets torch's threads and leaves them so."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from resnet_fast.backends.triton.interpreter import repair
 from tests.support import ROOT
+from tests.support.processes import run_python
 from tests.triton import toy_kernels as toy
 from tests.triton.counting import OutOfBounds, count
 
@@ -157,5 +156,5 @@ def test_interpreter_is_as_before_afterwards() -> None:
 def test_without_the_interpreter_it_says_what_to_set() -> None:
     code = "from tests.triton.counting import count\nwith count(): pass"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = run_python(code, cwd=ROOT, env=env)
     assert done.returncode and "set TRITON_INTERPRET=1 before triton is imported" in done.stderr

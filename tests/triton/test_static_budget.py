@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.processes import run_python
 from tests.triton import sass
 from tests.triton.static_budget import Budget, Job, compare, compile_many, occupancy, read_table, write_table
 
@@ -197,7 +196,7 @@ if __name__ == "__main__":
     static_budget.compile_kernel(toy_kernels.copy_kernel, job.signature, job.constexprs, 90)
 """
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = run_python(code, cwd=ROOT, env=env)
     assert done.stdout == "{'LDG.16': 1, 'STG.16': 1}\n", done.stderr
     assert "is TRITON_INTERPRET set?" in done.stderr
 

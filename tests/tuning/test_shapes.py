@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from resnet_fast.errors import UserError
 from resnet_fast.models import registry
 from resnet_fast.spec import ConvSpec
 from resnet_fast.tuning import shapes
+from tests.support.processes import run_python
 
 TORCHVISION = [n for n, a in shapes.ARCHS.items() if a.stem == "imagenet" and a.shortcut]
 BOTTLENECK = [n for n in TORCHVISION if shapes.ARCHS[n].block == "bottleneck"]
@@ -185,5 +184,5 @@ def test_needs_no_torch() -> None:
         "from resnet_fast.devices import H100; from resnet_fast.tuning import shapes;"
         "print(len(shapes.problems('resnet50')), H100.name)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.stdout.split()[:1] == ["53"], done.stderr

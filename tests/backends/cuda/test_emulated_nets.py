@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from resnet_fast import native
+from tests.support.processes import run_python
 
 PROGRAM = """
 import json, sys
@@ -51,9 +51,7 @@ def run(*arguments: str, program: str = PROGRAM) -> subprocess.CompletedProcess[
     if not native.emulator_status():
         pytest.skip(native.emulator_status().reason)
     environment = {**os.environ, "RESNET_FAST_EMULATE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
+    return run_python(program, *arguments, env=environment, timeout=600)
 
 
 @pytest.mark.parametrize(("net", "dtype"), [("resnet50", "bfloat16"), ("resnet18", "float16")])

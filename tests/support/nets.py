@@ -1,14 +1,11 @@
-"""What the tests of whole nets share: small stock nets with untidy statistics, and comparisons bit for bit."""
+"""Small stock nets with statistics as after training, their accelerated copies, and comparisons bit for bit."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -96,25 +93,7 @@ def assert_close_to_eager(fused: nn.Module, stock: nn.Module, x: Tensor, gemm_k:
         numerics.assert_close(fused(x), ref, stock(x), gemm_k * layers)
 
 
-@pytest.fixture
-def nets() -> SimpleNamespace:
-    """The builders and comparisons above: test files cannot import one another."""
-    return SimpleNamespace(
-        basic=basic,
-        bottleneck=bottleneck,
-        randomize=randomize,
-        assert_equal=assert_equal,
-        train_step=train_step,
-        assert_close_to_eager=assert_close_to_eager,
-    )
-
-
-@pytest.fixture
-def twin(nets: SimpleNamespace) -> Callable[..., tuple[nn.Module, nn.Module]]:
-    """``twin(model=None)``: a stock net in eval mode and an accelerated copy of it."""
-
-    def make(model: nn.Module | None = None, backend: str = "auto") -> tuple[nn.Module, nn.Module]:
-        stock = (basic() if model is None else model).eval()
-        return stock, resnet_fast.accelerate(copy.deepcopy(stock), backend)
-
-    return make
+def twin(model: nn.Module | None = None, backend: str = "auto") -> tuple[nn.Module, nn.Module]:
+    """A stock net in eval mode, ``basic()`` unless given, and an accelerated copy of it."""
+    stock = (basic() if model is None else model).eval()
+    return stock, resnet_fast.accelerate(copy.deepcopy(stock), backend)
