@@ -1,7 +1,7 @@
 """Run the suite ``train``: compare optimizer steps of the accelerated net and of stock PyTorch, in time, memory, loss.
 
-What is timed is the step of ``resnet-fast train`` (:class:`resnet_fast.training.step.Step`: normalise, forward, loss,
-backward, the check that the loss is a number, SGD with momentum), on batches that are on the device already. All
+What is timed is the step of ``resnet-fast train`` (:class:`resnet_fast.training.step.TrainingStep`: normalise, forward,
+loss, backward, the check that the loss is a number, SGD with momentum), on batches that are on the device already. All
 competitors begin with the same weights and see the same batches: crops and flips of the photographs. The label is the
 photograph's number, so that there is something to learn.
 
@@ -28,14 +28,14 @@ from resnet_fast import devices
 from resnet_fast.errors import UserError
 from resnet_fast.io import images
 from resnet_fast.models import registry
-from resnet_fast.training import optim, plan
+from resnet_fast.training import optim, preview
 from resnet_fast.training.augment import Augment
-from resnet_fast.training.data import Sample
+from resnet_fast.training.datasets.samples import Sample
 from resnet_fast.training.distributed import World
 from resnet_fast.training.loader import LEAST_PART, Part, collate
 from resnet_fast.training.recipe import Recipe
 from resnet_fast.training.step import DTYPES as AUTOCAST
-from resnet_fast.training.step import Normalise, Step, Sums
+from resnet_fast.training.step import Normalise, Tally, TrainingStep
 
 from . import compare, harness, memory, providers, suites
 from .providers import OURS
@@ -93,7 +93,7 @@ class TrainBenchOptions(compare.BenchOptions):
         if torch.device(self.device).type == "cpu":
             side = registry.image_size(self.model) if self.size is None else self.size
             widest = "none" if "float32" in self.dtypes else "bfloat16"
-            plan.check_room(self.model, max(self.batches), side, widest, ("--batch", "--size"))
+            preview.check_step_memory(self.model, max(self.batches), side, widest, ("--batch", "--size"))
 
     def _check_competitors(self) -> None:
         known = f"providers among {', '.join(NAMES)} for --suite {suites.TRAIN}"
@@ -205,7 +205,7 @@ def batches(photos: list[images.Photo], recipe: Recipe, n_classes: int) -> list[
 class _Contender:
     """A competitor in a cell, ready to train."""
 
-    step: Step
+    step: TrainingStep
     parts: Iterator[Part]
     batch: int
     losses: list[float] = field(default_factory=list)
@@ -222,7 +222,7 @@ class _Contender:
             net = net.to(memory_format=torch.channels_last)
         optimizer = optim.optimizer(net, recipe)
         normalise = Normalise(images.MEAN, images.STD, device, trainer.channels_last)
-        step = Step(recipe, trainer.wrap(net), optimizer, normalise, World(device=device), classes(net))
+        step = TrainingStep(recipe, trainer.wrap(net), optimizer, normalise, World(device=device), classes(net))
         return cls(step, itertools.cycle(parts), recipe.batch)
 
     def __call__(self) -> None:
@@ -231,7 +231,7 @@ class _Contender:
     def learn(self, seed: int) -> None:
         """Take one step and keep its loss. ``seed`` makes dropout the same in every competitor."""
         device = self.step.world.device
-        self.step.sums = Sums.empty(device)
+        self.step.sums = Tally.empty(device)
         before = resnet_fast.stats()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)

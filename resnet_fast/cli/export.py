@@ -88,7 +88,7 @@ def _classifier(source: str, model: str | None, names: Path | None) -> Trained:
     if Path(source).exists() or Path(source).suffix or source not in registry.names():
         if not Path(source).exists() and not Path(source).suffix:
             registry.image_size(source)  # says which names are close
-        return restored.load(Path(source), model, names).trained
+        return restored.load_net(Path(source), model, names).trained
     if model is not None or names is not None:
         raise UserError("--model and --names with a file of weights", source, "leave them out")
     return trained.untrained(source)

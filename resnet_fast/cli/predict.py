@@ -62,7 +62,7 @@ def predict(
 
         torch.set_num_threads(threads)
     files = images.find(image, recursive)
-    classifier = restored.load(weights, model, names).trained
+    classifier = restored.load_net(weights, model, names).trained
     for text in classifier.said:
         say(text)
     limits.check_input(min(batch, len(files)), classifier.facts.size, names=("--batch", "size"))

@@ -39,7 +39,7 @@ def reproduce(
 ) -> None:
     """Train the nets of the paper's experiments and write, per experiment, a page with figures, picture and verdict."""
     from ..training import recipe as recipes
-    from ..training.checkpoint import write_whole
+    from ..training.disk import write_file
     from ..training.experiments import protocols, runs
     from ..training.experiments import report as pages
 
@@ -50,7 +50,7 @@ def reproduce(
     if protocol not in protocols.PROTOCOLS:
         raise UserError(f"a protocol among {', '.join(protocols.PROTOCOLS)}", repr(protocol), "correct --protocol")
     chosen = list(protocols.EXPERIMENTS) if names == ["all"] else [protocols.experiment(name) for name in names]
-    changes = recipes.parse(set or ())
+    changes = recipes.parse_assignments(set or ())
     root = out / protocol
     path = None if data_path is None else str(data_path)
     options: dict[str, Any] = {
@@ -64,7 +64,7 @@ def reproduce(
     left = runs.missing(chosen, root, protocol, path, seed, changes)
     for number, (case, recipe) in enumerate(left, 1):
         with progress_bar(eta=True) as progress:
-            result = runs.train(case, recipe, root, seed, options, watch(progress, label=f"{case.label}: "))
+            result = runs.train_case(case, recipe, root, seed, options, watch(progress, label=f"{case.label}: "))
         if not result.finished:
             show(f"stopped by {result.stopped_by} in run {number} of {len(left)}; the same command goes on")
             raise typer.Exit(EXIT.get(result.stopped_by, EXIT["SIGTERM"]))
@@ -73,7 +73,7 @@ def reproduce(
     for experiment in chosen:
         found = []
         for case in experiment.cases:
-            run = runs.read(case, root, seed, case.recipe(protocol, path, seed, changes))
+            run = runs.read_run(case, root, seed, case.recipe(protocol, path, seed, changes))
             assert run is not None, case
             found.append(run)
         page = pages.compose(experiment, found, protocol, command)
@@ -82,7 +82,7 @@ def reproduce(
         for run in found:
             kept = folder / "logs" / f"{run.case.key}.jsonl"
             kept.parent.mkdir(exist_ok=True)
-            write_whole(kept, runs.short_log(run).encode())
+            write_file(kept, runs.short_log(run).encode())
 
 
 def _options(protocol: str, seed: int, threads: int | None, changes: list[str] | None) -> list[str]:

@@ -17,7 +17,7 @@ from ..io.safe_files import json_text
 from .output import progress_bar, show
 
 if TYPE_CHECKING:
-    from ..training.loop import Tick
+    from ..training.options import Tick
 
 RECIPE = "Recipe (by default as --recipe says)"
 RUN = "How to run it"
@@ -123,9 +123,10 @@ def train(
     from ..training import loop, recipe_text
     from ..training import recipe as recipes
     from ..training.distributed import reported, speaks
+    from ..training.options import RunOptions
 
     if list_recipes:
-        show(*[_one_line(recipes.load(name, {"data_path": "PATH"}), name) for name in recipes.names()])
+        show(*[_one_line(recipes.load_recipe(name, {"data_path": "PATH"}), name) for name in recipes.names()])
         return
     flags = {
         "model": model,
@@ -150,12 +151,12 @@ def train(
         given = recipes.combine({key: value for key, value in flags.items() if value is not None}, set or ())
         out, kept = _kept(out, resume) if recipe is None and data is None else (out, None)
         note = _tell if speaks() else (lambda text: None)
-        chosen = recipes.load(recipe or kept or (None if data else "digits"), given, note)
+        chosen = recipes.load_recipe(recipe or kept or (None if data else "digits"), given, note)
         if print_recipe:
-            typer.echo(recipe_text.dump(chosen.to_dict()), nl=False)
+            typer.echo(recipe_text.to_yaml(chosen.to_dict()), nl=False)
             return
         place = out or Path("out/train") / f"{chosen.model}-{chosen.data}"
-        options = loop.Options(
+        options = RunOptions(
             out=place,
             resume=resume,
             device=device or default_device(),
@@ -171,7 +172,7 @@ def train(
             stop_after=stop_after,
         )
         if dry_run:
-            planned = loop.plan(chosen, options)
+            planned = loop.describe_run(chosen, options)
             show(*planned if speaks() else ())
             return
         silent = json or not speaks()
@@ -200,16 +201,16 @@ def _report(result: Any, json: bool) -> None:
 
 def _kept(out: Path | None, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
     """(folder, recipe) of the run that is gone on with: its own where no other folder is named, its checkpoint's."""
-    from ..training import checkpoint
+    from ..training import checkpoints
 
     if not resume or (resume == "auto" and out is None):
         return out, None
     if resume != "auto" and out is None:
         named = Path(resume)
-        inside = (named / checkpoint.META).exists() and named.parent.name == checkpoint.FOLDER
+        inside = (named / checkpoints.META).exists() and named.parent.name == checkpoints.FOLDER
         out = named.parent.parent if inside else named
     assert out is not None
-    place, meta, _ = checkpoint.choose(out, resume)
+    place, meta, _ = checkpoints.resume_point(out, resume)
     return out, None if place is None else meta["recipe"]
 
 
@@ -237,11 +238,11 @@ EXIT = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
-    """The loop's :class:`~resnet_fast.training.loop.Watch` that moves a progress bar and prints a line per epoch."""
-    from ..training import loop
+    """The loop's :class:`~resnet_fast.training.Watch` that moves a progress bar and prints a line per epoch."""
+    from ..training.options import Watch
 
     if silent:
-        return loop.Watch()
+        return Watch()
 
     def step(tick: Tick) -> None:
         text = f"{label}epoch {tick.epoch:.2f}"
@@ -257,7 +258,7 @@ def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
             f"{100 * line['val_error']:5.2f} %  {line['seconds']:.0f} s"
         )
 
-    return loop.Watch(step, epoch, lambda text: _tell(f"{label}{text}"))
+    return Watch(step, epoch, lambda text: _tell(f"{label}{text}"))
 
 
 def _tell(text: str) -> None:

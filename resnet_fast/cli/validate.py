@@ -20,7 +20,7 @@ from .output import progress_bar, say, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..training.evaluate import Evaluation, Verdict
+    from ..training.evaluate import Evaluation, ImageResult
 
 CSV_HEADER = ("image", "class", "answer", "probability", "right", "in_top5", "error")
 SHOWN = 40
@@ -80,8 +80,8 @@ def validate(
         import torch
 
         torch.set_num_threads(threads)
-    net = restored.load(file, model, names)
-    on = evaluate.target(net, data, data_path, held_out)
+    net = restored.load_net(file, model, names)
+    on = evaluate.evaluation_set(net, data, data_path, held_out)
     for text in (*net.trained.said, *on.said):
         say(text)
     limits.check_input(min(batch or 1, len(on.images)), net.trained.facts.size, names=("--batch", "size"))
@@ -90,7 +90,7 @@ def validate(
         progress = stack.enter_context(progress_bar(silent=json, eta=True))
         tell = _teller(progress, lines, net.trained.facts.classes, len(on.images))
         options: dict[str, Any] = {"batch": batch, "device": device, "backend": backend, "workers": workers}
-        result = evaluate.measure(net, on, **options, amp=amp, tell=tell)
+        result = evaluate.measure_accuracy(net, on, **options, amp=amp, tell=tell)
     if json:
         typer.echo(json_module.dumps({"weights": str(file)} | result.to_dict(), indent=2))
     else:
@@ -108,10 +108,10 @@ def _teller(
     lines: Callable[[Sequence[Sequence[Any]]], None] | None,
     classes: Sequence[str],
     total: int,
-) -> Callable[[list[Verdict], int, list[str]], None]:
+) -> Callable[[list[ImageResult], int, list[str]], None]:
     """What is done with each batch: bad files named, a CSV line per image, the bar moved."""
 
-    def tell(verdicts: list[Verdict], done: int, unreadable: list[str]) -> None:
+    def tell(results: list[ImageResult], done: int, unreadable: list[str]) -> None:
         for text in unreadable:
             say(f"not read: {text}")
         if lines is not None:
@@ -127,7 +127,7 @@ def _teller(
                 )
                 if v.answer >= 0
                 else (printable(v.name), classes[v.label], "", "", 0, 0, "NaN or infinity in the outputs")
-                for v in verdicts
+                for v in results
             ]
             lines([*rows, *(("", "", "", "", "", "", printable(text)) for text in unreadable)])
         progress(done, total, f"{done:,} of {total:,} images")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..io import images
+from .datasets import DATASETS
 from .recipe import Recipe
 
 _MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads (seed, epoch, index) over the generator's seeds
@@ -52,7 +53,7 @@ class Augment:
         steps: list[Callable[[Tensor], Tensor]] = []
         if recipe.augment == "imagenet":
             steps.append(v2.RandomResizedCrop(size, antialias=True))
-        elif recipe.data == "folder":
+        elif DATASETS[recipe.data].any_size:
             steps += images.centre(size, resize=1.0)
         if recipe.augment == "crop" and recipe.pad:
             steps.append(v2.RandomCrop(size, padding=recipe.pad))

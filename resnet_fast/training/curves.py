@@ -10,7 +10,7 @@ from typing import Any
 from ..io import plots
 from ..io.plots import COLOURS, MARKERS
 from . import runlog
-from .checkpoint import write_whole
+from .disk import write_file
 
 TICKS = (0, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 LINEAR_BELOW = 1.0
@@ -64,10 +64,10 @@ def figure(panels: int, width: float = 6.0) -> tuple[Any, list[Any]]:
 
 
 def write_png(figure: Any, path: Path) -> None:
-    write_whole(path, plots.encode(figure))
+    write_file(path, plots.encode(figure))
 
 
-def write(out: Path, title: str) -> Path:
+def write_curves(out: Path, title: str) -> Path:
     """``out/curves.png`` from ``out``'s log."""
     picture, (axis,) = figure(1)
     draw(axis, {title: runlog.of_kind(out, "epoch")}, title)

@@ -25,10 +25,11 @@ from ..errors import UserError, printable
 from ..io import images
 from ..io.weight_facts import Facts
 from ..tools.trained import Trained
-from . import data as data_sets
-from . import folders, loader
+from . import loader
 from .augment import Augment
-from .data import Files, InMemory, Item, Sample
+from .datasets import DATASETS, folders
+from .datasets.loading import load_data
+from .datasets.samples import Files, InMemory, Item, Sample
 from .recipe import Recipe
 from .restored import Restored
 from .step import DTYPES, Normalise
@@ -38,7 +39,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Target:
+class EvaluationSet:
     """What is measured on: images with the classes of the weights as labels, and where they are from."""
 
     images: InMemory | Files
@@ -51,7 +52,7 @@ class Target:
 
 
 @dataclass
-class Verdict:
+class ImageResult:
     """One image: its class, the class answered with what probability, and was its class among the first five?"""
 
     name: str
@@ -125,18 +126,26 @@ class Evaluation:
         return out | {"images_per_s": self.images_per_s, "waiting": self.waiting, "per_class": per_class}
 
 
-def target(
+def evaluation_set(
     restored: Restored, data: str | None = None, data_path: Path | None = None, held_out: bool = False
-) -> Target:
-    """The images to measure ``restored`` on.
+) -> EvaluationSet:
+    """Return the images to measure ``restored`` on.
 
-    Without arguments those that its run validated on, as far as checkpoint or weights tell. ``data``: one of
-    :data:`resnet_fast.training.recipe.DATA`, ``data_path`` its folder. ``folder`` takes the validation half of it, or
-    all class folders; with ``held_out`` the fifth of each class that a run on such a folder does not train on.
+    Args:
+        restored: The net. Without further arguments, the images that its run validated on, as far as the checkpoint or
+            the weights tell.
+        data: A name of :data:`resnet_fast.training.datasets.DATASETS`. ``folder`` takes the validation half of
+            ``data_path``, or all class folders.
+        data_path: The folder of the data.
+        held_out: Of a folder without halves, take only the fifth of each class that a run on it does not train on.
+
+    Raises:
+        UserError: The data is not known or cannot be read, or its classes are not those of the weights.
     """
     facts, how = restored.trained.facts, restored.recipe
     known = (how.data if how else "") or facts.data
-    elsewhere = data_path is not None and known in ("", *data_sets.WITHOUT_FILES)
+    without_files = known in DATASETS and DATASETS[known].data_path == "none"
+    elsewhere = data_path is not None and (not known or without_files)
     kind = data or ("folder" if elsewhere else known)
     if not kind:
         raise UserError(
@@ -144,16 +153,16 @@ def target(
         )
     names: Sequence[str]
     if how is not None and kind == how.data and data_path in (None, Path(how.data_path or "")):
-        found = data_sets.load(how)
+        found = load_data(how)
         names, said = found.classes, [f"the run's own validation set{': ' * bool(found.note)}{found.note}"]
         val = found.val
     elif kind == "folder":
         names, val, said = _folder(facts, data_path, held_out)
     else:
         path = None if data_path is None else str(data_path)
-        found = data_sets.load(Recipe(data=kind, data_path=path, size=facts.size))
+        found = load_data(Recipe(data=kind, data_path=path, size=facts.size))
         names, val, said = found.classes, found.val, [found.note] if found.note else []
-    numbers, how_matched = match(names, restored.trained)
+    numbers, how_matched = match_classes(names, restored.trained)
     where = kind if data_path is None else str(data_path)
     return _relabelled(val, numbers, facts, (f"images: {len(val):,} of {where}", *said, how_matched))
 
@@ -168,22 +177,24 @@ def _folder(facts: Facts, path: Path | None, held_out: bool) -> tuple[Sequence[s
     return names, Files(files, Augment.none()), notes
 
 
-def _relabelled(val: InMemory | Files, numbers: Sequence[int], facts: Facts, said: tuple[str, ...]) -> Target:
+def _relabelled(val: InMemory | Files, numbers: Sequence[int], facts: Facts, said: tuple[str, ...]) -> EvaluationSet:
     """``val`` with the numbers that the weights have for its classes, looked at as the weights ask."""
     if isinstance(val, Files):
         steps = images.centre(facts.size, facts.resize)
         if len(facts.mean) == 1:
             steps.append(v2.Grayscale(1))
         files = [(path, numbers[label]) for path, label in val.files]
-        return Target(Files(files, Augment(v2.Compose(steps))), torch.tensor([label for _, label in files]), said)
+        return EvaluationSet(
+            Files(files, Augment(v2.Compose(steps))), torch.tensor([label for _, label in files]), said
+        )
     pixels = val.pixels
     if pixels.shape[1] == 3 and len(facts.mean) == 1:
         pixels = v2.functional.rgb_to_grayscale(pixels)
     labels = torch.tensor(numbers)[val.labels]
-    return Target(InMemory(pixels, labels, Augment.none()), labels, said)
+    return EvaluationSet(InMemory(pixels, labels, Augment.none()), labels, said)
 
 
-def match(names: Sequence[str], of: Trained) -> tuple[list[int], str]:
+def match_classes(names: Sequence[str], of: Trained) -> tuple[list[int], str]:
     """(the weights' number of each class in ``names``, how that was found).
 
     By name, or by ImageNet's wnid. Weights whose classes have no names take them in order, as torchvision's
@@ -237,20 +248,20 @@ class _Numbered(Dataset[Sample]):
         return Sample(sample.pixels, item[1], sample.name)
 
 
-def measure(
+def measure_accuracy(
     restored: Restored,
-    on: Target,
+    on: EvaluationSet,
     *,
     batch: int | None = None,
     device: str = "cpu",
     backend: str = "auto",
     workers: int | None = None,
     amp: str | None = None,
-    tell: Callable[[list[Verdict], int, list[str]], None] = lambda verdicts, done, unreadable: None,
+    tell: Callable[[list[ImageResult], int, list[str]], None] = lambda results, done, unreadable: None,
 ) -> Evaluation:
     """Run the net on every image of ``on``. ``amp``: dtype of autocast, by default that of the run's validation.
 
-    ``tell`` hears after each batch its verdicts, how many images are done, and what could not be read.
+    ``tell`` hears after each batch its results, how many images are done, and what could not be read.
     """
     place = torch.device(device)
     facts, how = restored.trained.facts, restored.recipe
@@ -268,19 +279,19 @@ def measure(
     began = warm = time.perf_counter()
     first, waited_before = 0, 0.0
     for part in parts:
-        verdicts: list[Verdict] = []
+        results: list[ImageResult] = []
         result.unreadable += part.unreadable
         if len(part.labels):
             x = normalise(part.images)
             cast = torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None)
             with torch.no_grad(), cast, packing_budget.at_once():  # as the run validated
                 logits = net(x).float()
-            verdicts, loss, broken = _judge(logits, part.labels.cpu(), on)
+            results, loss, broken = _judge(logits, part.labels.cpu(), on)
             losses += loss
             result.not_finite += broken
-            _count(result, verdicts)
+            _count(result, results)
         done += len(part.labels) + len(part.unreadable)
-        tell(verdicts, done, list(part.unreadable))
+        tell(results, done, list(part.unreadable))
         if not first:
             warm, first, waited_before = time.perf_counter(), done, parts.waited_s
     result.seconds = time.perf_counter() - began
@@ -295,8 +306,8 @@ def measure(
     return result
 
 
-def _judge(logits: Tensor, indices: Tensor, on: Target) -> tuple[list[Verdict], float, int]:
-    """(a verdict per image, the sum of the losses, images with outputs that are not finite)."""
+def _judge(logits: Tensor, indices: Tensor, on: EvaluationSet) -> tuple[list[ImageResult], float, int]:
+    """(a result per image, the sum of the losses, images with outputs that are not finite)."""
     logits = logits.cpu()
     labels = on.labels[indices]
     finite = logits.isfinite().all(1)
@@ -307,15 +318,15 @@ def _judge(logits: Tensor, indices: Tensor, on: Target) -> tuple[list[Verdict], 
     rows: Iterator[tuple[int, int, int, bool]] = zip(
         indices.tolist(), labels.tolist(), answers.tolist(), five.tolist(), strict=True
     )
-    verdicts = [
-        Verdict(on.name(i), label, answer, float(shares[row, answer]) if answer >= 0 else float("nan"), in_five)
+    results = [
+        ImageResult(on.name(i), label, answer, float(shares[row, answer]) if answer >= 0 else float("nan"), in_five)
         for row, (i, label, answer, in_five) in enumerate(rows)
     ]
-    return verdicts, loss, int((~finite).sum())
+    return results, loss, int((~finite).sum())
 
 
-def _count(result: Evaluation, verdicts: Sequence[Verdict]) -> None:
-    for v in verdicts:
+def _count(result: Evaluation, results: Sequence[ImageResult]) -> None:
+    for v in results:
         counts = result.per_class.setdefault(v.label, [0, 0, 0])
         counts[0] += 1
         counts[1] += v.right

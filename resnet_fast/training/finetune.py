@@ -16,7 +16,7 @@ STEM = ("stem", "conv1")
 """What ``freeze`` calls everything before ``layer1``."""
 
 
-def load(model: nn.Module, recipe: Recipe, classes: int) -> str:
+def load_weights(model: nn.Module, recipe: Recipe, classes: int) -> str:
     """Copy the weights of ``recipe.weights`` into ``model`` and return a sentence on what became of its head.
 
     The file is torchvision's, a run's ``model.safetensors``, or another state dict. Where it has another number of

@@ -27,14 +27,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import limits
 from ..errors import UserError
 from .augment import seed_of
-from .data import Data, Item, Sample
+from .datasets.samples import Data, Item, Sample
 
 LEAST_PART = 2
 """Images that BatchNorm needs in a part: with one image of 1x1 pixels it has no variance."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """``size`` images in batches of ``batch``, each in ``parts`` parts."""
 
     size: int
@@ -87,7 +87,7 @@ class Plan:
 class PartSampler(Sampler[list[Item]]):
     """The parts of process ``rank``, in the order in which it sees them: items for the data set."""
 
-    def __init__(self, plan: Plan, rank: int, accumulate: int, step: int, steps: int):
+    def __init__(self, plan: BatchPlan, rank: int, accumulate: int, step: int, steps: int):
         self.plan, self.rank, self.accumulate, self.step, self.steps = plan, rank, accumulate, step, steps
 
     def __len__(self) -> int:
@@ -215,13 +215,13 @@ class Prefetcher:
         return part
 
 
-def throughput(dataset: Dataset[Sample], plan: Plan, workers: int, seconds: float = 1.0) -> float:
+def throughput(dataset: Dataset[Sample], plan: BatchPlan, workers: int, seconds: float = 1.0) -> float:
     """Images per second that the input pipeline yields with nothing else to do, over about ``seconds``.
 
     The clock starts when the first part is there: starting the workers is not what limits a run.
     """
     steps = plan.steps_per_epoch
-    part_plan = Plan(plan.size, plan.batch, 1, plan.seed)
+    part_plan = BatchPlan(plan.size, plan.batch, 1, plan.seed)
     parts = iter(loader(dataset, PartSampler(part_plan, 0, 1, 0, steps), workers, torch.device("cpu")))
     first = next(parts)
     start, count = time.perf_counter(), 0

@@ -13,7 +13,7 @@ from . import distributed
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """How to run a recipe, none of which changes what it computes.
 
     ``resume``: empty, ``auto``, a checkpoint's folder or a run's. ``workers``: None chooses. ``save_steps``: steps
@@ -76,7 +76,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """How a run ended. ``finished`` is False for one that was told to stop by ``stopped_by`` and may go on."""
 
     out: Path

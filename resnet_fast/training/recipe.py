@@ -2,7 +2,7 @@
 
 A recipe is a YAML file (those in ``recipes/`` ship with the package) or the defaults, with ``key=value`` on top. What
 changes how fast a run goes but not what it computes (workers, device, output folder) is not here: see
-:class:`resnet_fast.training.loop.Options`. Two runs of one recipe on one device compute the same thing.
+:class:`resnet_fast.training.RunOptions`. Two runs of one recipe on one device compute the same thing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .. import limits
 from ..errors import UserError
 from ..flags import check_backend
 from . import recipe_text
-from .recipe_text import parse, shown
+from .datasets import DATASETS
+from .recipe_text import parse_assignments, shown
 
 FOLDER = Path(__file__).with_name("recipes")
 
-DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder", "synthetic")
 AUGMENT = ("none", "crop", "imagenet")
 SCHEDULES = ("constant", "step", "cosine")
 AMP = ("none", "bfloat16", "float16")
@@ -123,7 +123,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._among("data", DATA)
+        self._among("data", tuple(DATASETS))
         self._among("augment", AUGMENT)
         self._among("schedule", SCHEDULES)
         self._among("warmup_shape", ("linear", "constant"))
@@ -155,7 +155,7 @@ class Recipe:
             raise UserError("a momentum for nesterov", "momentum 0", "raise momentum, or set nesterov to false")
         if self.freeze and not self.weights:
             raise UserError("weights for what is frozen", f"freeze {self.freeze} without", "give --weights FILE")
-        if self.data == "folder" and not self.data_path:
+        if DATASETS[self.data].data_path == "required" and not self.data_path:
             raise UserError("data_path, the folder of images", "none", "give --data-path FOLDER")
 
     def _among(self, name: str, allowed: Sequence[str]) -> None:
@@ -209,7 +209,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(
+def load_recipe(
     source: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -254,11 +254,16 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def combine(named: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Values of options of their own, with those of ``--set`` (see :func:`resnet_fast.training.recipe_text.parse`).
+    """Return the values of options such as ``--lr`` together with those of ``--set``.
 
-    UserError where the two give one key different values.
+    Args:
+        named: The values that options gave.
+        assignments: What ``--set`` was given, as :func:`~resnet_fast.training.recipe_text.parse_assignments` reads it.
+
+    Raises:
+        UserError: Both give one key, with different values.
     """
-    given = parse(assignments)
+    given = parse_assignments(assignments)
     for key in given.keys() & named.keys():
         if _typed(key, given[key]) != _typed(key, named[key]):
             option = f"--{key.replace('_', '-')} {named[key]}"
@@ -274,7 +279,7 @@ def _read(source: str | Path) -> dict[Any, Any]:
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names())}"
             raise UserError("a recipe's name or a YAML file", shown(str(source)), hint)
         path = FOLDER / f"{source}.yaml"
-    return recipe_text.read(path)
+    return recipe_text.read_yaml(path)
 
 
 _HINTS = typing.get_type_hints(Recipe)

@@ -27,7 +27,7 @@ class _Refused(Exception):
     """What is wrong with a text, in words."""
 
 
-def parse(assignments: Sequence[str]) -> dict[str, Any]:
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """``["lr=0.1", "milestones=[30, 60]"]`` -> values, read as YAML.
 
     UserError without an equals sign, for a key that is given twice, and for a value that YAML cannot read.
@@ -51,7 +51,7 @@ def parse(assignments: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def read(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
     """The mapping in the YAML file ``path``. UserError that names it if it is anything else."""
     try:
         if not os.path.isfile(path):
@@ -66,8 +66,8 @@ def read(path: Path) -> dict[Any, Any]:
     return values
 
 
-def dump(values: Mapping[str, Any]) -> str:
-    """``values`` as the YAML that :func:`read` reads, a key per line."""
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """``values`` as the YAML that :func:`read_yaml` reads, a key per line."""
     return _yaml().safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10**6)
 
 

@@ -22,7 +22,8 @@ from ..io import safe_files, weight_facts, weights
 from ..io.weight_facts import Facts
 from ..tools import trained
 from ..tools.trained import Trained
-from . import checkpoint, recipe, shards
+from . import checkpoints, recipe
+from .checkpoints import shards
 from .recipe import Recipe
 
 
@@ -34,7 +35,7 @@ class Restored:
     recipe: Recipe | None = None
 
 
-def load(path: Path, model: str | None = None, names: Path | None = None) -> Restored:
+def load_net(path: Path, model: str | None = None, names: Path | None = None) -> Restored:
     """What ``path`` holds, see above; ``model`` and ``names`` as in :func:`resnet_fast.tools.trained.load`.
 
     Averaged weights go before the others, as they do in the run's own validation. UserError for a damaged checkpoint,
@@ -42,22 +43,22 @@ def load(path: Path, model: str | None = None, names: Path | None = None) -> Res
     """
     if not path.is_dir():
         return Restored(trained.load(path, model, names))
-    if (path / checkpoint.META).is_file():
-        return _checkpoint(path, checkpoint.read_meta(path), [], model, names)
+    if (path / checkpoints.META).is_file():
+        return _checkpoint(path, checkpoints.read_meta(path), [], model, names)
     weights_file = path / "model.safetensors"
-    places = checkpoint.found(path)
+    places = checkpoints.found(path)
     if weights_file.is_file():
-        kept = checkpoint.choose(path, "auto")[1] if places else {}
+        kept = checkpoints.resume_point(path, "auto")[1] if places else {}
         how = recipe.from_dict(kept["recipe"]) if kept else None
         return Restored(trained.load(weights_file, model, names), how)
     if not places:
         raise UserError(
             "weights, a checkpoint, or the folder of a run",
-            f"{path} without model.safetensors, {checkpoint.META} and {checkpoint.folder_of(path).name}",
+            f"{path} without model.safetensors, {checkpoints.META} and {checkpoints.folder_of(path).name}",
             "name the file of the weights",
         )
-    place, meta, complaints = checkpoint.choose(path, "auto")
-    assert place is not None  # there are some, and choose raises where none is good
+    place, meta, complaints = checkpoints.resume_point(path, "auto")
+    assert place is not None  # there are some, and resume_point raises where none is good
     said = [f"passed over: {text}" for text in complaints]
     return _checkpoint(place, meta, said, model, names)
 
@@ -72,10 +73,10 @@ def _checkpoint(place: Path, meta: dict[str, Any], said: list[str], model: str |
 def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
     """What the checkpoint says of itself; one of an earlier version does not, its data do."""
     if "facts" in meta:
-        return weight_facts.parse(safe_files.json_text(meta["facts"]), str(place / checkpoint.META))
-    from . import data
+        return weight_facts.parse(safe_files.json_text(meta["facts"]), str(place / checkpoints.META))
+    from .datasets.loading import load_data
 
-    return data.load(how).facts(how)
+    return load_data(how).facts(how)
 
 
 def _state(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
@@ -90,9 +91,9 @@ def _state(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
 
 def _shards(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """The weights among the shards, put together in this process."""
-    inside = {Path(name).name for name in meta["files"] if Path(name).parent == Path(checkpoint.SHARDS)}
+    inside = {Path(name).name for name in meta["files"] if Path(name).parent == Path(checkpoints.SHARDS)}
     try:
-        held = shards.read_metadata(place / checkpoint.SHARDS, inside).state_dict_metadata
+        held = shards.read_metadata(place / checkpoints.SHARDS, inside).state_dict_metadata
         tensors = {name: entry for name, entry in held.items() if isinstance(entry, TensorStorageMetadata)}
         claimed = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors.values())
         there = sum(size for size, _ in meta["files"].values())
@@ -104,10 +105,10 @@ def _shards(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
             for name, entry in tensors.items()
             if name.startswith(which)
         }
-        shards.load(place / checkpoint.SHARDS, inside, state)
+        shards.load_shards(place / checkpoints.SHARDS, inside, state)
     except Exception as error:  # torch and pickle raise anything for content of another kind
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise checkpoint.Damaged("a checkpoint of a net", f"{place} ({reason})", "use an older checkpoint") from error
+        raise checkpoints.Damaged("a checkpoint of a net", f"{place} ({reason})", "use an older checkpoint") from error
     return weights.state_of({name.removeprefix(which): tensor for name, tensor in state.items()}, place), (
         ", averaged" if which == "ema." else ""
     )

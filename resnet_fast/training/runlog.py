@@ -17,14 +17,14 @@ from typing import Any
 
 from ..errors import UserError, missing_package
 from ..io import safe_files
-from .checkpoint import no_room, write_whole
+from .disk import no_room, write_file
 
 NAME = "log.jsonl"
 MOST = 2**31
 """Bytes of a log that is read: ten million lines."""
 
 
-def read(out: Path) -> list[dict[str, Any]]:
+def read_log(out: Path) -> list[dict[str, Any]]:
     """The lines of ``out``'s log. What is none is left out: a line that a killed run left unfinished, or another's."""
     try:
         text = safe_files.read_plain(out / NAME, MOST).decode(errors="replace")
@@ -51,16 +51,16 @@ WRITTEN = (NAME, "curves.png", "best.safetensors", "model.safetensors")
 def check_place(out: Path) -> None:
     """UserError where a run in ``out`` would write over files that no run wrote: there is no line of a run's log."""
     there = [name for name in WRITTEN if (out / name).exists() and (out / name).stat().st_size]
-    if there and not read(out):
+    if there and not read_log(out):
         got = f"{out}, where {', '.join(there)} would be lost: there is no log of a run beside"
         raise UserError("an output folder that is a run's, or new", got, "name another with --out")
 
 
 def of_kind(out: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read(out) if line["kind"] == kind]
+    return [line for line in read_log(out) if line["kind"] == kind]
 
 
-class Lock:
+class FolderLock:
     """The right to write into a folder, held as long as the process lives, however it ends."""
 
     def __init__(self, out: Path):
@@ -102,9 +102,9 @@ class RunLog:
     """The log of a run that starts, or goes on, at ``step``. ``tensorboard``: also event files."""
 
     def __init__(self, out: Path, step: int, tensorboard: bool):
-        kept = [line for line in read(out) if line["step"] <= step] if step else []
+        kept = [line for line in read_log(out) if line["step"] <= step] if step else []
         self.events = Events(out / "tensorboard", step) if tensorboard else None
-        write_whole(out / NAME, "".join(safe_files.json_text(line) + "\n" for line in kept).encode())
+        write_file(out / NAME, "".join(safe_files.json_text(line) + "\n" for line in kept).encode())
         try:
             self.file = open(out / NAME, "a", buffering=1)  # noqa: SIM115 - closed by close()
         except OSError as error:

@@ -47,14 +47,14 @@ class Normalise:
 
 
 @dataclass
-class Sums:
+class Tally:
     """What training saw since the last reset, on the device: loss times images, wrong answers, images."""
 
     values: Tensor
 
     @staticmethod
-    def empty(device: torch.device) -> Sums:
-        return Sums(torch.zeros(3, dtype=torch.float64, device=device))
+    def empty(device: torch.device) -> Tally:
+        return Tally(torch.zeros(3, dtype=torch.float64, device=device))
 
     def add(self, loss: Tensor, wrong: Tensor, images: int) -> None:
         self.values += torch.stack([loss.double() * images, wrong.double(), torch.full_like(loss, images).double()])
@@ -77,7 +77,7 @@ class Clock:
         return now
 
 
-class Step:
+class TrainingStep:
     """The training step of ``recipe`` on ``model`` (as :func:`~resnet_fast.training.distributed.spread` left it)."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Step:
             (m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None
         ]
         self.clock = Clock()
-        self.sums = Sums.empty(world.device)
+        self.sums = Tally.empty(world.device)
 
     def autocast(self) -> Any:
         dtype = DTYPES.get(self.recipe.amp)

@@ -10,10 +10,10 @@ from torch import nn
 
 from .. import packing_budget
 from . import distributed, loader
-from .data import Data
+from .datasets.samples import Data
 from .distributed import World
 from .recipe import Recipe
-from .step import Step, Sums
+from .step import Tally, TrainingStep
 from .window import Figures
 
 
@@ -29,12 +29,12 @@ class Validation:
     unreadable: set[str] = field(default_factory=set)
 
     @torch.no_grad()
-    def measure(self, net: nn.Module, step: Step) -> Figures:
+    def measure(self, net: nn.Module, step: TrainingStep) -> Figures:
         """(mean loss, share of wrong answers, images), by ``net`` as ``step`` prepares its images."""
         world, recipe, data = self.world, self.recipe, self.data
         batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))
         sampler = loader.ValidationSampler(data.val_size, batch, world.rank, world.size)
-        sums = Sums.empty(world.device)
+        sums = Tally.empty(world.device)
         modes = [(module, module.training) for module in net.modules()]  # frozen norms are in eval mode already
         net.eval()
         nothing = loader.collate([])

@@ -263,13 +263,15 @@ def test_top_classes_are_sorted_probabilities() -> None:
 def test_a_training_runs_weights_know_their_net_classes_and_images(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from resnet_fast.training import data, loop, recipe
+    from resnet_fast.training import loop, recipe
+    from resnet_fast.training.datasets import loading
+    from resnet_fast.training.options import RunOptions
     from resnet_fast.training.step import Normalise
 
     small = {"data": "digits", "size": 8, "shortcut": "B", "subset": 64, "batch": 32, "steps": 2}
-    chosen = recipe.load(None, small)
-    loop.train(chosen, loop.Options(tmp_path / "run", probe=False, threads=1))
-    found = data.load(chosen)
+    chosen = recipe.load_recipe(None, small)
+    loop.train(chosen, RunOptions(tmp_path / "run", probe=False, threads=1))
+    found = loading.load_data(chosen)
     sample = found.val[(0, 0)]
     assert sample.pixels is not None
     Image.fromarray(sample.pixels[0].numpy()).save(tmp_path / "digit.png")

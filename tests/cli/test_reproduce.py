@@ -72,7 +72,7 @@ def test_full_protocol_without_files_says_what_is_missing(tmp_path: Path, capsys
 def test_a_page_of_others_is_left_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(runs, "train_case", lambda *_: pytest.fail("trained"))
     (tmp_path / "pages" / "logs").mkdir(parents=True)
     for name in ("shortcuts.md", "shortcuts.png", "logs/cifar_resnet20.jsonl"):
         (tmp_path / "pages" / name).write_text("mine")

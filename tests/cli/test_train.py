@@ -12,8 +12,8 @@ from PIL import Image
 
 from resnet_fast.cli import main as cli
 from resnet_fast.cli import train as command
-from resnet_fast.training import checkpoint, optim, recipe, runlog
-from resnet_fast.training.loop import Tick, Watch
+from resnet_fast.training import checkpoints, optim, recipe, runlog
+from resnet_fast.training.options import Tick, Watch
 from tests.support.checkpoint_cases import reseal
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -90,7 +90,7 @@ def test_without_a_recipe_it_is_the_shipped_one_for_digits(
     monkeypatch.chdir(tmp_path)
     code, out, err = say(["--device", "cpu", "--stop-after", "1", "--threads", "1"], capsys)
     run = Path("out/train/cifar_resnet20-digits")
-    assert code == 0 and recipe_of(run) == recipe.load("digits") and list((run / "tensorboard").iterdir())
+    assert code == 0 and recipe_of(run) == recipe.load_recipe("digits") and list((run / "tensorboard").iterdir())
     assert "stopped by --stop-after after step 1, saved; go on with --resume auto" in err
     assert "model.safetensors" not in out
 
@@ -119,7 +119,7 @@ def test_a_signal_is_in_the_exit_code_and_resume_goes_on(
         code, _, err = say([*TINY, "--out", str(tmp_path)], capsys)
     assert code == exit_code
     assert err == f"stopped by {name} after step 2, saved; go on with --resume auto\n"
-    assert checkpoint.read_meta(checkpoint.found(tmp_path)[0])["step"] == 2
+    assert checkpoints.read_meta(checkpoints.found(tmp_path)[0])["step"] == 2
     code, _, err = say([*TINY, "--out", str(tmp_path)], capsys)
     assert code == 2 and "go on with --resume auto" in err
     code, _, err = say([*TINY, "--out", str(tmp_path), "--resume", "auto"], capsys)
@@ -137,7 +137,7 @@ def test_an_update_that_overflows_at_the_end_is_said(
     last = err.splitlines()[-1]
     assert "expected weights that are numbers, got after the update of step 3 " in last and "lower lr" in last
     assert not (tmp_path / "model.safetensors").exists()
-    assert all(checkpoint.step_of(place) < 3 for place in checkpoint.found(tmp_path))
+    assert all(checkpoints.step_of(place) < 3 for place in checkpoints.found(tmp_path))
 
 
 def test_the_bar_says_nothing_before_it_is_measured() -> None:
@@ -164,7 +164,7 @@ def test_nobody_at_the_other_end_does_not_end_the_run(
 
     monkeypatch.setattr("sys.stderr", Gone())
     assert cli.main(["train", *TINY, "--out", str(tmp_path), "--stop-after", "2"]) == 0
-    assert checkpoint.read_meta(checkpoint.found(tmp_path)[0])["step"] == 2
+    assert checkpoints.read_meta(checkpoints.found(tmp_path)[0])["step"] == 2
 
 
 def test_a_printed_recipe_can_be_given_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_printed_recipe_can_be_given_back(capsys: pytest.CaptureFixture[str], 
     assert code == 0 and err == "steps 9 for epochs 20, and in proportion: warmup 0.45\n"
     (tmp_path / "mine.yaml").write_text(out)
     assert say(["--recipe", str(tmp_path / "mine.yaml"), "--print-recipe"], capsys) == (0, out, "")
-    assert recipe.load(tmp_path / "mine.yaml").lr == 1e-5
+    assert recipe.load_recipe(tmp_path / "mine.yaml").lr == 1e-5
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
@@ -227,7 +227,7 @@ def test_fine_tuning_from_a_runs_weights(capsys: pytest.CaptureFixture[str], tmp
 def test_resume_takes_a_runs_folder(named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert say([*TINY, "--out", str(run), "--set", "ema=0.5", "--stop-after", "2"], capsys)[0] == 0
-    place = run if named == "run" else checkpoint.found(run)[0]
+    place = run if named == "run" else checkpoints.found(run)[0]
     code, out, err = say(["--resume", str(place), "--threads", "1", "--device", "cpu", "--no-tensorboard"], capsys)
     assert code == 0 and "going on after step 2 of 3" in err and f"in {run}" in out
     assert say(["--resume", "auto", "--out", str(run), "--print-recipe"], capsys)[1].count("ema: 0.5") == 1
@@ -242,7 +242,7 @@ def test_a_checkpoint_with_other_fields_is_one_line(
     changes: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert say([*TINY, "--out", str(tmp_path), "--stop-after", "1"], capsys)[0] == 0
-    reseal(checkpoint.found(tmp_path)[0], **changes)
+    reseal(checkpoints.found(tmp_path)[0], **changes)
     code, out, err = say([*TINY, "--out", str(tmp_path), "--resume", "auto"], capsys)
     assert (code, out) == (2, "") and err.count("\n") == 1 and "meta.json" in err
 

@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from resnet_fast.training import checkpoint
-from resnet_fast.training.checkpoint import State
+from resnet_fast.training import checkpoints
+from resnet_fast.training.checkpoints import TrainingState
 
 META = {"classes": 3, "recipe": {}, "sums": [0.1, 2.0, 3.0], "seconds": 1.5}
 
 
-def make(seed: int = 0, amp: bool = False, ema: bool = False, steps: int = 2, momentum: float = 0.9) -> State:
+def make(seed: int = 0, amp: bool = False, ema: bool = False, steps: int = 2, momentum: float = 0.9) -> TrainingState:
     """A small net after ``steps`` steps of SGD."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
     averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True) if ema else None
-    state = State(model, optimizer, torch.amp.GradScaler("cpu", enabled=amp, init_scale=4.0 + seed), averaged)
+    state = TrainingState(model, optimizer, torch.amp.GradScaler("cpu", enabled=amp, init_scale=4.0 + seed), averaged)
     advance(state, steps)
     return state
 
 
-def advance(state: State, steps: int) -> None:
+def advance(state: TrainingState, steps: int) -> None:
     for _ in range(steps):
         x = torch.randn(2, 3, 4, 4) * (1 + random.random() + float(np.random.rand()))
         state.scaler.scale(state.model(x).square().sum()).backward()
@@ -41,7 +41,7 @@ def advance(state: State, steps: int) -> None:
             state.ema.update_parameters(state.model)  # type: ignore[operator]
 
 
-def content(state: State) -> dict[str, Any]:
+def content(state: TrainingState) -> dict[str, Any]:
     ema = None if state.ema is None else state.ema.state_dict()
     return {
         "model": state.model.state_dict(),
@@ -64,12 +64,12 @@ class touching:
 def reseal(place: Path, **changes: Any) -> None:
     """Write a ``meta.json`` with ``changes`` that fits the files as they are now, as whoever spoils one with care
     does. A change to ``...`` removes the field."""
-    path = place / checkpoint.META
+    path = place / checkpoints.META
     meta = json.loads(path.read_text())
     meta["files"] = {
-        str(p.relative_to(place)): [p.stat().st_size, checkpoint.digest_of(p)]
+        str(p.relative_to(place)): [p.stat().st_size, checkpoints.digest_of(p)]
         for p in sorted(place.rglob("*"))
         if p.is_file() and p != path
     }
     meta = {name: value for name, value in (meta | changes).items() if value is not ... and name != "sha256"}
-    path.write_text(json.dumps(meta | {"sha256": checkpoint._seal(meta)}))
+    path.write_text(json.dumps(meta | {"sha256": checkpoints.seal(meta)}))

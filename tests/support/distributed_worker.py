@@ -15,25 +15,26 @@ import torch
 import torch.distributed as dist
 
 from resnet_fast.training import distributed, loop, recipe
-from resnet_fast.training.step import Step
+from resnet_fast.training.options import RunOptions, RunResult
+from resnet_fast.training.step import TrainingStep
 
 BASE: dict[str, Any] = {"data": "digits", "size": 8, "subset": 101, "batch": 32, "steps": 8, "lr": 0.01}
 """Of the recipe. 101 images are batches of 32, 32, 32 and 5: two epochs."""
 
 
-def run(out: Path, recipe_: dict[str, Any], options: dict[str, Any]) -> loop.Result:
+def run(out: Path, recipe_: dict[str, Any], options: dict[str, Any]) -> RunResult:
     """A tiny run of ``BASE`` with changes: every step is logged."""
     settings = {"probe": False, "threads": 1, "log_every": 1} | options
-    return loop.train(recipe.load(None, BASE | recipe_), loop.Options(out=out, **settings))
+    return loop.train(recipe.load_recipe(None, BASE | recipe_), RunOptions(out=out, **settings))
 
 
 def plant(rank: int, step: int, kind: str) -> None:
     """Make step number ``step`` (from 1) fail in process ``rank``."""
     if dist.get_rank() != rank:
         return
-    call, count = Step.__call__, 0
+    call, count = TrainingStep.__call__, 0
 
-    def failing(self: Step, parts: Any, batch: int, rate: float) -> list[str]:
+    def failing(self: TrainingStep, parts: Any, batch: int, rate: float) -> list[str]:
         nonlocal count
         count += 1
         if count == step and kind == "error":
@@ -43,7 +44,7 @@ def plant(rank: int, step: int, kind: str) -> None:
                 next(self.inner.parameters()).fill_(torch.nan)
         return call(self, parts, batch, rate)
 
-    Step.__call__ = failing  # type: ignore[method-assign]
+    TrainingStep.__call__ = failing  # type: ignore[method-assign]
 
 
 def main() -> None:

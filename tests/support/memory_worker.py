@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fast.training import optim, recipe
 from resnet_fast.training.loop import train
-from resnet_fast.training.options import Options, Tick, Watch
+from resnet_fast.training.options import RunOptions, Tick, Watch
 from resnet_fast.training.recipe import Recipe
 
 
@@ -43,8 +43,8 @@ def main() -> None:
 
     optim.build = build
     changes = {"size": 8, "subset": 1000, "batch": 16, "lr": 0.05, "steps": 1000, "ema": 0.9}
-    options = Options(out=Path(sys.argv[1]), probe=False, threads=1, log_every=10, save_steps=50)
-    train(recipe.load(None, changes), options, Watch(step=look))
+    options = RunOptions(out=Path(sys.argv[1]), probe=False, threads=1, log_every=10, save_steps=50)
+    train(recipe.load_recipe(None, changes), options, Watch(step=look))
     print(json.dumps({"tensors": tensors, "memory": memory}))
 
 

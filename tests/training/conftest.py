@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast.training import checkpoint, optim, recipe, runlog
-from resnet_fast.training.loop import Options
+from resnet_fast.training import checkpoints, optim, recipe, runlog
+from resnet_fast.training.options import RunOptions
 from resnet_fast.training.recipe import Recipe
 
 
@@ -26,7 +26,7 @@ def tiny() -> Callable[..., Recipe]:
 
     def make(**changes: Any) -> Recipe:
         length = {} if "epochs" in changes else {"steps": 6}
-        return recipe.load(None, {"size": 8, "subset": 64, "batch": 16, "lr": 0.05} | length | changes)
+        return recipe.load_recipe(None, {"size": 8, "subset": 64, "batch": 16, "lr": 0.05} | length | changes)
 
     return make
 
@@ -44,11 +44,11 @@ def minute(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> Callable[..., Options]:
-    """Options into ``tmp_path/NAME``, with a log line per step."""
+def options(tmp_path: Path) -> Callable[..., RunOptions]:
+    """RunOptions into ``tmp_path/NAME``, with a log line per step."""
 
-    def make(name: str = "run", **changes: Any) -> Options:
-        return Options(**({"out": tmp_path / name, "probe": False, "threads": 1, "log_every": 1} | changes))
+    def make(name: str = "run", **changes: Any) -> RunOptions:
+        return RunOptions(**({"out": tmp_path / name, "probe": False, "threads": 1, "log_every": 1} | changes))
 
     return make
 
@@ -60,8 +60,8 @@ def left() -> Callable[[Path], dict[str, Any]]:
     def read(out: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
-        place = checkpoint.found(out)[0]
-        meta = checkpoint.read_meta(place)
+        place = checkpoints.found(out)[0]
+        meta = checkpoints.read_meta(place)
         clock = ("time", "seconds")
         state = torch.load(place / "state.pt", weights_only=True)
         state["random"] = state["random"]["torch"]  # the others' generators are not the run's

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from resnet_fast.errors import UserError
-from resnet_fast.training import arrays
+from resnet_fast.training.datasets import arrays
 
 
 class Payload:
@@ -45,7 +45,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_arrays_of_every_protocol_are_read(protocol: int, tmp_path: Path, unchecked: None) -> None:
     cifar10(tmp_path, protocol)
-    (x, y), (x_val, y_val), names = arrays.cifar(tmp_path, hundred=False)
+    (x, y), (x_val, y_val), names = arrays.read_cifar(tmp_path, hundred=False)
     assert x.shape == (10, 3, 32, 32) and y.tolist() == [3, 7] * 5 and names[9] == "class 9"
     assert x_val.flatten().tolist() == [i % 256 for i in range(2 * 3072)] and y_val.tolist() == [3, 7]
 
@@ -60,7 +60,7 @@ def test_a_batch_as_python_2_wrote_it(tmp_path: Path, unchecked: None) -> None:
         b"J\xff\xff\xff\xffK\x00tb\x89T" + struct.pack("<I", len(pixels)) + pixels + b"tbU\x06labels](K\x06eu."
     )
     (folder / "test_batch").write_bytes(content)
-    _, (x, y), _ = arrays.cifar(tmp_path, hundred=False)
+    _, (x, y), _ = arrays.read_cifar(tmp_path, hundred=False)
     assert bytes(x.flatten().tolist()) == pixels and y.tolist() == [6]
 
 
@@ -71,7 +71,7 @@ def test_a_payload_in_cifar_is_not_executed(name: str, protocol: int, tmp_path: 
     entry = pickle.loads(path.read_bytes())
     path.write_bytes(pickle.dumps(entry | {"more": Payload(tmp_path / "executed")}, protocol))
     with pytest.raises(UserError, match=rf"CIFAR10 files below .*{name}: it refers to .* and could run code"):
-        arrays.cifar(tmp_path, hundred=False)
+        arrays.read_cifar(tmp_path, hundred=False)
     assert not (tmp_path / "executed").exists()
 
 
@@ -82,14 +82,14 @@ def test_a_payload_in_cifar_is_not_executed(name: str, protocol: int, tmp_path: 
 def test_no_other_name_is_looked_up(reference: bytes, tmp_path: Path, unchecked: None) -> None:
     (cifar10(tmp_path) / "test_batch").write_bytes(reference + b".")
     with pytest.raises(UserError, match="could run code"):
-        arrays.cifar(tmp_path, hundred=False)
+        arrays.read_cifar(tmp_path, hundred=False)
 
 
 def test_a_payload_is_not_even_unpickled_under_another_sum(tmp_path: Path) -> None:
     path = cifar10(tmp_path) / "data_batch_1"
     path.write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     with pytest.raises(UserError, match="its MD5 sum is not the published c99cafc152244af753f735de768cd75f"):
-        arrays.cifar(tmp_path, hundred=False)
+        arrays.read_cifar(tmp_path, hundred=False)
     assert not (tmp_path / "executed").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_payload_is_not_even_unpickled_under_another_sum(tmp_path: Path) -> No
 def test_a_batch_of_other_content_is_refused(entry: Any, tmp_path: Path, unchecked: None) -> None:
     (cifar10(tmp_path) / "test_batch").write_bytes(pickle.dumps(entry))
     with pytest.raises(UserError, match="CIFAR10 files below"):
-        arrays.cifar(tmp_path, hundred=False)
+        arrays.read_cifar(tmp_path, hundred=False)
 
 
 def test_a_gzip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.training import data, loader
+from resnet_fast.training import loader
 from resnet_fast.training.augment import Augment, seed_of
+from resnet_fast.training.datasets import loading
 from resnet_fast.training.recipe import Recipe
 
 
@@ -50,8 +51,8 @@ def test_the_global_generator_is_left_alone(kind: str, tiny: Callable[..., Recip
 
 
 def test_worker_processes_change_no_pixel(tiny: Callable[..., Recipe]) -> None:
-    found = data.load(tiny(flip=True))
-    plan = loader.Plan(found.train_size, 16, 1, 0)
+    found = loading.load_data(tiny(flip=True))
+    plan = loader.BatchPlan(found.train_size, 16, 1, 0)
 
     def parts(workers: int) -> list[loader.Part]:
         sampler = loader.PartSampler(plan, 0, 1, 0, 6)

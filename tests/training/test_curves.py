@@ -46,7 +46,7 @@ def test_a_png_of_the_log(tmp_path: Path) -> None:
         out = tmp_path / str(epochs)
         out.mkdir()
         log(out, [(0.5, 0.6), (0.2, 0.4), (0.1, 0.3)][:epochs])
-        path = curves.write(out, "a title with $ and _")
+        path = curves.write_curves(out, "a title with $ and _")
         with Image.open(path) as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
             drawn.append(int((np.asarray(picture.convert("RGB")) == red).all(-1).sum()))

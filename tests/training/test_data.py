@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from resnet_fast.errors import UserError
-from resnet_fast.training import arrays, data, recipe
-from resnet_fast.training.loop import Options, Watch, train
+from resnet_fast.training import recipe
+from resnet_fast.training.datasets import arrays, fashion_mnist, loading, samples
+from resnet_fast.training.loop import train
+from resnet_fast.training.options import RunOptions, Watch
 from resnet_fast.training.recipe import Recipe
 
 
@@ -31,8 +33,8 @@ def labels(found: Any) -> list[int]:
     return [found[(0, i)].label for i in range(len(found))]
 
 
-def plain(**values: Any) -> data.Data:
-    return data.load(recipe.load(None, {"augment": "none", "size": 8} | values))
+def plain(**values: Any) -> samples.Data:
+    return loading.load_data(recipe.load_recipe(None, {"augment": "none", "size": 8} | values))
 
 
 def test_digits_halves_are_disjoint_whole_and_the_same_for_every_seed() -> None:
@@ -106,7 +108,7 @@ def test_fashion_mnist_from_a_folder_or_torchvisions_root(below: str, packed: bo
 
 def test_fashion_mnist_from_debians_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fashion(tmp_path / "debian")
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
     assert str(tmp_path / "debian") in plain(data="fashion-mnist", size=28).note
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
         plain(data="fashion-mnist", data_path=str(tmp_path))
@@ -196,7 +198,7 @@ def pictures(root: Path, counts: dict[str, int]) -> None:
             Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8)).save(root / name / f"{i:02}.jpg")
 
 
-def folder(root: Path, **values: Any) -> data.Data:
+def folder(root: Path, **values: Any) -> samples.Data:
     return plain(data="folder", data_path=str(root), **values)
 
 
@@ -268,7 +270,7 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_an_unreadable_image_is_skipped_counted_and_told_once(
-    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., Options]
+    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., RunOptions]
 ) -> None:
     told: list[str] = []
     chosen = tiny(data="folder", data_path=str(damaged), subset=None, augment="none", epochs=3)
@@ -280,17 +282,17 @@ def test_an_unreadable_image_is_skipped_counted_and_told_once(
 
 
 def test_a_pipe_that_takes_a_pictures_place_is_skipped(
-    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., Options]
+    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., RunOptions]
 ) -> None:
     """After the files were listed: before, it is left out."""
-    found = data.load(tiny(data="folder", data_path=str(damaged), subset=None))
+    found = loading.load_data(tiny(data="folder", data_path=str(damaged), subset=None))
     path = damaged / "train" / "cat" / "00.jpg"
     path.unlink()
     os.mkfifo(path)
     sample = found.train[(0, 0)]
     assert sample.pixels is None and sample.name == f"{path} (no plain file)"
     with pytest.raises(UserError, match=r"3 that are not, such as .*00\.jpg \(no plain file\)"):
-        data.check_files(found)
+        loading.check_files(found)
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
@@ -308,7 +310,7 @@ def test_an_extreme_picture_is_cut_before_it_is_enlarged(size: tuple[int, int], 
 
 
 def test_strict_data_is_an_error_before_the_first_step(
-    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., Options]
+    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., RunOptions]
 ) -> None:
     ticks: list[Any] = []
     chosen = tiny(data="folder", data_path=str(damaged), subset=None)
@@ -318,7 +320,7 @@ def test_strict_data_is_an_error_before_the_first_step(
 
 
 def test_a_batch_without_readable_images_is_an_error(
-    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., Options]
+    damaged: Path, tiny: Callable[..., Recipe], options: Callable[..., RunOptions]
 ) -> None:
     for path in (damaged / "train").rglob("*.jpg"):
         path.write_bytes(b"")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast.training import checkpoint, optim
+from resnet_fast.training import checkpoints, optim
 from resnet_fast.training.diagnosis import NotFinite, first_overflow
 from resnet_fast.training.distributed import World
 from resnet_fast.training.loader import Part
-from resnet_fast.training.loop import Options, Tick, Watch, train
+from resnet_fast.training.loop import train
+from resnet_fast.training.options import RunOptions, Tick, Watch
 from resnet_fast.training.recipe import Recipe
-from resnet_fast.training.step import Normalise, Step
+from resnet_fast.training.step import Normalise, TrainingStep
 
 LARGEST = {"none": 3e38, "bfloat16": 3e38, "float16": 6e4}
 """Weights that the dtype holds, whose sums it does not."""
@@ -30,9 +31,9 @@ def planted(recipe: Recipe, value: float) -> nn.Module:
     return model
 
 
-def stepper(recipe: Recipe, model: nn.Module) -> Step:
+def stepper(recipe: Recipe, model: nn.Module) -> TrainingStep:
     normalise = Normalise((0.5,), (0.25,), torch.device("cpu"), True)
-    return Step(recipe, model, optim.optimizer(model, recipe), normalise, World(), 10)
+    return TrainingStep(recipe, model, optim.optimizer(model, recipe), normalise, World(), 10)
 
 
 @pytest.mark.parametrize("amp", ["none", "bfloat16", "float16"])
@@ -85,7 +86,7 @@ def test_a_net_that_was_never_accelerated() -> None:
 
 
 def test_a_diverging_run_stops_with_its_checkpoints_as_they_were(
-    tiny: Callable[..., Recipe], options: Callable[..., Options], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Recipe], options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nets: list[nn.Module] = []
     build = optim.build
@@ -103,7 +104,7 @@ def test_a_diverging_run_stops_with_its_checkpoints_as_they_were(
     run = options(save_steps=2)
     with pytest.raises(NotFinite, match=r"layer3\.1\.conv2"):
         train(tiny(), run, Watch(step=spoil))
-    assert [p.name for p in checkpoint.found(run.out)] == ["step-00000002"]
+    assert [p.name for p in checkpoints.found(run.out)] == ["step-00000002"]
     nets.clear()
     monkeypatch.setattr(optim, "build", build)
     again = options(save_steps=2, resume="auto")

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
-from resnet_fast.training import checkpoint, distributed, loader, optim, recipe, runlog
+from resnet_fast.training import checkpoints, distributed, loader, optim, recipe, runlog
 from resnet_fast.training.distributed import World
-from resnet_fast.training.step import Normalise, Step
+from resnet_fast.training.step import Normalise, TrainingStep
 from tests.support import distributed_worker as worker
 
 TOLERANCE = 1e-4
@@ -171,13 +171,13 @@ def test_two_processes_equal_one_that_accumulates(
 @pytest.mark.slow
 @pytest.mark.alone
 def test_sharded_checkpoint_is_one_file_per_process(two: dict[str, Path]) -> None:
-    newest = checkpoint.found(two["fsdp"])[0]
-    meta = checkpoint.read_meta(newest)
+    newest = checkpoints.found(two["fsdp"])[0]
+    meta = checkpoints.read_meta(newest)
     assert (meta["layout"], meta["processes"], meta["step"]) == ("sharded", 2, 8)
     assert len([name for name in meta["files"] if name.endswith(".distcp")]) == 2
     next((newest / "shards").glob("*.distcp")).write_bytes(b"cut short")
-    with pytest.raises(checkpoint.Damaged, match="or other content"):
-        checkpoint.read_meta(newest)
+    with pytest.raises(checkpoints.Damaged, match="or other content"):
+        checkpoints.read_meta(newest)
 
 
 @needs_gloo
@@ -325,8 +325,8 @@ def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> 
     said = end(job, 60)
     assert job.returncode != 0
     assert said.count("stopped by SIGTERM after step") == 1, said
-    newest = checkpoint.found(out)[0]
-    step = checkpoint.read_meta(newest)["step"]
+    newest = checkpoints.found(out)[0]
+    step = checkpoints.read_meta(newest)["step"]
     assert f"after step {step}, saved" in said
     assert losses(out)[-1] > 0 and len(losses(out)) == step
 
@@ -363,11 +363,11 @@ def test_validation_shares_hold_each_image_once(processes: int) -> None:
 
 def test_running_statistics_of_parts_equal_those_of_processes() -> None:
     """(1 - m) r + m mean(b) over the parts' statistics b, in whatever order they came; the momentum is m again."""
-    chosen = recipe.load(None, worker.BASE | {"accumulate": 3, "lr": 0.0, "backend": "reference"})
+    chosen = recipe.load_recipe(None, worker.BASE | {"accumulate": 3, "lr": 0.0, "backend": "reference"})
     model = optim.build(chosen, 10)
     norm = model.bn1
     norm.running_mean.fill_(0.5)
-    step = Step(
+    step = TrainingStep(
         chosen, model, optim.optimizer(model, chosen), Normalise((0.5,), (0.5,), torch.device("cpu"), True), World(), 10
     )
     pixels = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)

@@ -17,8 +17,10 @@ from resnet_fast.errors import UserError
 from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
 from resnet_fast.tools import trained
-from resnet_fast.training import checkpoint, data, evaluate, loop, optim, restored, runlog
+from resnet_fast.training import checkpoints, evaluate, loop, optim, restored, runlog
+from resnet_fast.training.datasets import fashion_mnist, loading
 from resnet_fast.training.distributed import World
+from resnet_fast.training.options import RunOptions
 from resnet_fast.training.recipe import Recipe
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
@@ -32,8 +34,8 @@ def _pictures(root: Path, per_class: int, start: int = 0) -> None:
 
 
 def _evaluate(path: Path, *where: Any, **options: Any) -> evaluate.Evaluation:
-    found = restored.load(path)
-    return evaluate.measure(found, evaluate.target(found, *where), workers=0, **options)
+    found = restored.load_net(path)
+    return evaluate.measure_accuracy(found, evaluate.evaluation_set(found, *where), workers=0, **options)
 
 
 @pytest.fixture
@@ -52,17 +54,17 @@ def classifier(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("changes", [{}, {"amp": "bfloat16", "ema": 0.5}])
 def test_it_reproduces_what_the_run_logged(
-    tiny: Callable[..., Recipe], options: Callable[..., loop.Options], changes: dict[str, Any], tmp_path: Path
+    tiny: Callable[..., Recipe], options: Callable[..., RunOptions], changes: dict[str, Any], tmp_path: Path
 ) -> None:
     loop.train(tiny(shortcut="B", **changes), options(keep=9))
     epochs = {line["step"]: line for line in runlog.of_kind(tmp_path / "run", "epoch")}
     last = max(epochs)
     run = tmp_path / "run"
-    ends = {place: int(place.name.partition("-")[2]) for place in checkpoint.found(run)}
+    ends = {place: int(place.name.partition("-")[2]) for place in checkpoints.found(run)}
     paths = {run: last, run / "model.safetensors": last} | {p: step for p, step in ends.items() if step in epochs}
     assert len(paths) == 2 + len(epochs)
-    (best,) = checkpoint.bests(run)
-    paths |= {best: checkpoint.step_of(best), run / "best.safetensors": checkpoint.step_of(best)}
+    (best,) = checkpoints.bests(run)
+    paths |= {best: checkpoints.step_of(best), run / "best.safetensors": checkpoints.step_of(best)}
     for path, step in paths.items():
         logged = epochs[step]
         result = _evaluate(path)
@@ -75,7 +77,7 @@ def test_it_reproduces_what_the_run_logged(
 @pytest.mark.slow
 @pytest.mark.parametrize("halves", [True, False])
 def test_it_reproduces_a_run_on_folders(
-    tiny: Callable[..., Recipe], options: Callable[..., loop.Options], halves: bool, tmp_path: Path
+    tiny: Callable[..., Recipe], options: Callable[..., RunOptions], halves: bool, tmp_path: Path
 ) -> None:
     _pictures(tmp_path / "data" / ("train" if halves else ""), 10)
     if halves:
@@ -94,9 +96,9 @@ def test_classes_are_matched_by_name(classifier: Callable[..., Path], tmp_path: 
     """The same pictures, with the weights' classes in three orders and one more that no folder has."""
     _pictures(tmp_path / "data", 4)
     path = classifier("red", "else", "blue", "green")
-    found = restored.load(path)
-    on = evaluate.target(found, None, tmp_path / "data")
-    result = evaluate.measure(found, on, workers=0, batch=5)
+    found = restored.load_net(path)
+    on = evaluate.evaluation_set(found, None, tmp_path / "data")
+    result = evaluate.measure_accuracy(found, on, workers=0, batch=5)
     assert on.labels.tolist() == [2] * 4 + [3] * 4 + [0] * 4
     net = found.trained.net
     for i in range(len(on.images)):
@@ -123,15 +125,15 @@ def test_a_known_set_is_matched_by_name_and_normalised_as_the_weights_ask(channe
         labels = bytes(i % 10 for i in range(n))
         (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels)
     told = Facts(
-        "cifar_resnet20", 16, data.FASHION[::-1], (0.4,) * channels, (0.3,) * channels, 1.0, data="fashion-mnist"
+        "cifar_resnet20", 16, fashion_mnist.NAMES[::-1], (0.4,) * channels, (0.3,) * channels, 1.0, data="fashion-mnist"
     )
     net = registry.build("cifar_resnet20", num_classes=10).eval()
     save_file(net.state_dict(), tmp_path / "w.safetensors", metadata={"resnet_fast": told.to_json()})
-    found = restored.load(tmp_path / "w.safetensors")
-    on = evaluate.target(found, None, tmp_path)
+    found = restored.load_net(tmp_path / "w.safetensors")
+    on = evaluate.evaluation_set(found, None, tmp_path)
     assert on.labels.tolist() == [9 - i % 10 for i in range(20)]
     seen: list[evaluate.Verdict] = []
-    evaluate.measure(found, on, workers=0, batch=7, tell=lambda verdicts, done, bad: seen.extend(verdicts))
+    evaluate.measure_accuracy(found, on, workers=0, batch=7, tell=lambda verdicts, done, bad: seen.extend(verdicts))
     resized = torchvision.transforms.v2.functional.resize(pixels[:, None], [16, 16], antialias=True)
     with torch.no_grad():
         shares = net((resized.expand(-1, 3, -1, -1) / 255 - 0.4) / 0.3).softmax(1)
@@ -154,32 +156,32 @@ def test_wnids_and_imagenets_names_are_classes_of_imagenet(tmp_path: Path) -> No
     names, wnids = trained.imagenet()
     told = Facts("resnet18", 224, names, (0.5,) * 3, (0.25,) * 3, 1.0)
     of = trained.Trained(net, told, (), wnids)
-    assert evaluate.match(["n02123045", "n01440764"], of) == ([281, 0], "classes matched by wnid")
-    assert evaluate.match(["tabby", "crane bird"], of) == ([281, 134], "classes matched by name")
-    assert evaluate.match(sorted(wnids), of)[0] == list(range(1000))
+    assert evaluate.match_classes(["n02123045", "n01440764"], of) == ([281, 0], "classes matched by wnid")
+    assert evaluate.match_classes(["tabby", "crane bird"], of) == ([281, 134], "classes matched by name")
+    assert evaluate.match_classes(sorted(wnids), of)[0] == list(range(1000))
     with pytest.raises(UserError, match="each class once, got tabby under two names"):
-        evaluate.match(["n02123045", "tabby"], of)
+        evaluate.match_classes(["n02123045", "tabby"], of)
     with pytest.raises(UserError, match="got n99999999; rename"):
-        evaluate.match(["n02123045", "n99999999"], of)
+        evaluate.match_classes(["n02123045", "n99999999"], of)
 
 
 def test_nameless_weights_take_classes_in_order(classifier: Callable[..., Path], tmp_path: Path) -> None:
     _pictures(tmp_path / "data", 2)
-    found = restored.load(classifier("x", "y", "z", facts=False), "cifar_resnet20")
-    on = evaluate.target(found, "folder", tmp_path / "data")
+    found = restored.load_net(classifier("x", "y", "z", facts=False), "cifar_resnet20")
+    on = evaluate.evaluation_set(found, "folder", tmp_path / "data")
     assert on.labels.tolist() == [0, 0, 1, 1, 2, 2] and any("by order (assumed" in text for text in on.said)
-    few = restored.load(classifier("x", "y", facts=False), "cifar_resnet20")
+    few = restored.load_net(classifier("x", "y", facts=False), "cifar_resnet20")
     with pytest.raises(UserError, match="expected 2 classes, as many as the weights have, got 3"):
-        evaluate.target(few, "folder", tmp_path / "data")
+        evaluate.evaluation_set(few, "folder", tmp_path / "data")
 
 
 def test_unreadable_images_are_counted_and_the_rest_measured(classifier: Callable[..., Path], tmp_path: Path) -> None:
     _pictures(tmp_path / "data", 4)
     (tmp_path / "data" / "red" / "2.png").write_bytes(b"no picture")
     heard: list[tuple[list[str], int, list[str]]] = []
-    found = restored.load(classifier(*COLOURS))
-    on = evaluate.target(found, None, tmp_path / "data")
-    result = evaluate.measure(
+    found = restored.load_net(classifier(*COLOURS))
+    on = evaluate.evaluation_set(found, None, tmp_path / "data")
+    result = evaluate.measure_accuracy(
         found, on, workers=0, batch=3, tell=lambda v, done, bad: heard.append(([x.name for x in v], done, bad))
     )
     assert result.images == 11 and len(result.unreadable) == 1 and "2.png" in result.unreadable[0]
@@ -190,7 +192,7 @@ def test_unreadable_images_are_counted_and_the_rest_measured(classifier: Callabl
         for picture in (tmp_path / "data" / name).iterdir():
             picture.write_bytes(b"")
     with pytest.raises(UserError, match="readable images among 12, got none"):
-        evaluate.measure(found, on, workers=0)
+        evaluate.measure_accuracy(found, on, workers=0)
 
 
 def test_outputs_that_are_no_numbers_are_wrong_answers(classifier: Callable[..., Path], tmp_path: Path) -> None:
@@ -216,9 +218,9 @@ def test_outputs_that_are_no_numbers_are_wrong_answers(classifier: Callable[...,
     ],
 )
 def test_data_that_do_not_fit(classifier: Callable[..., Path], where: tuple[Any, Any], message: str) -> None:
-    found = restored.load(classifier(*COLOURS))
+    found = restored.load_net(classifier(*COLOURS))
     with pytest.raises(UserError, match=message):
-        evaluate.target(found, *where)
+        evaluate.evaluation_set(found, *where)
 
 
 def test_a_folder_is_measured_where_the_weights_are_of_data_without_files(tmp_path: Path) -> None:
@@ -226,39 +228,39 @@ def test_a_folder_is_measured_where_the_weights_are_of_data_without_files(tmp_pa
     told = Facts("cifar_resnet20", 16, tuple(COLOURS), (0.5,) * 3, (0.25,) * 3, 1.0, data="digits")
     save_file(net.state_dict(), tmp_path / "w.safetensors", metadata={"resnet_fast": told.to_json()})
     _pictures(tmp_path / "data" / "val", 2)
-    found = evaluate.target(restored.load(tmp_path / "w.safetensors"), None, tmp_path / "data")
+    found = evaluate.evaluation_set(restored.load_net(tmp_path / "w.safetensors"), None, tmp_path / "data")
     assert len(found.images) == 6
 
 
 def test_weights_of_unknown_origin_need_to_be_told_the_data(classifier: Callable[..., Path]) -> None:
-    found = restored.load(classifier("x", "y", facts=False), "cifar_resnet20")
+    found = restored.load_net(classifier("x", "y", facts=False), "cifar_resnet20")
     with pytest.raises(UserError, match="give --data or --data-path"):
-        evaluate.target(found)
+        evaluate.evaluation_set(found)
 
 
 def test_a_validation_half_alone_will_do(classifier: Callable[..., Path], tmp_path: Path) -> None:
     _pictures(tmp_path / "data" / "val", 2)
-    found = restored.load(classifier(*COLOURS))
-    assert len(evaluate.target(found, None, tmp_path / "data").images) == 6
+    found = restored.load_net(classifier(*COLOURS))
+    assert len(evaluate.evaluation_set(found, None, tmp_path / "data").images) == 6
     _pictures(tmp_path / "data" / "train", 5)
-    assert len(evaluate.target(found, None, tmp_path / "data").images) == 6
-    assert len(evaluate.target(found, None, tmp_path / "data" / "train").images) == 15
+    assert len(evaluate.evaluation_set(found, None, tmp_path / "data").images) == 6
+    assert len(evaluate.evaluation_set(found, None, tmp_path / "data" / "train").images) == 15
 
 
 @pytest.mark.parametrize("damage", ["empty", "meta", "weights"])
 def test_a_folder_that_is_no_run(
-    tiny: Callable[..., Recipe], options: Callable[..., loop.Options], minute: None, damage: str, tmp_path: Path
+    tiny: Callable[..., Recipe], options: Callable[..., RunOptions], minute: None, damage: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     if damage == "empty":
         run.mkdir()
     else:
         loop.train(tiny(steps=2), options(stop_after=1))
-        (place,) = checkpoint.found(run)
-        victim = place / (checkpoint.META if damage == "meta" else "model.safetensors")
+        (place,) = checkpoints.found(run)
+        victim = place / (checkpoints.META if damage == "meta" else "model.safetensors")
         victim.write_bytes(victim.read_bytes()[:50])
     with pytest.raises(UserError, match=r"a good checkpoint in|or the folder of a run"):
-        restored.load(run)
+        restored.load_net(run)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -267,14 +269,16 @@ def test_a_sharded_checkpoint(tiny: Callable[..., Recipe], averaged: bool, tmp_p
     how = tiny(ema=0.5 if averaged else 0.0)
     model = optim.build(how, 10)
     ema = optim.averaged(model, how)
-    state = checkpoint.State(model, optim.optimizer(model, how), torch.amp.GradScaler("cpu", enabled=False), ema)
+    state = checkpoints.TrainingState(
+        model, optim.optimizer(model, how), torch.amp.GradScaler("cpu", enabled=False), ema
+    )
     if ema is not None:
         with torch.no_grad():
             ema.module.fc.bias += 1  # type: ignore[operator, union-attr]
     meta = {"step": 3, "classes": 10, "recipe": how.to_dict(), "sums": [0.0] * 3, "seconds": 0.0, "unreadable": []}
-    meta |= {"run": "a", "facts": data.load(how).facts(how).to_dict()}
-    place = checkpoint.save(tmp_path, state, meta, World(), sharded=True, keep=1)
-    found = restored.load(place)
+    meta |= {"run": "a", "facts": loading.load_data(how).facts(how).to_dict()}
+    place = checkpoints.save_checkpoint(tmp_path, state, meta, World(), sharded=True, keep=1)
+    found = restored.load_net(place)
     assert found.recipe == how and found.trained.facts.data == "digits"
     assert any(("averaged" in text) == averaged for text in found.trained.said if text.startswith("weights"))
     expected = (model if ema is None else ema.module).state_dict()  # type: ignore[union-attr]

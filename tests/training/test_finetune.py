@@ -14,8 +14,9 @@ from torch import nn
 
 from resnet_fast.errors import UserError
 from resnet_fast.models import registry
-from resnet_fast.training import checkpoint, curves, finetune, optim, runlog
-from resnet_fast.training.loop import Watch, plan, train
+from resnet_fast.training import checkpoints, curves, finetune, optim, runlog
+from resnet_fast.training.loop import describe_run, train
+from resnet_fast.training.options import Watch
 from resnet_fast.training.recipe import Recipe
 from tests.support.checkpoint_cases import touching
 
@@ -24,7 +25,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "write", lambda out, title: None)
+    monkeypatch.setattr(curves, "write_curves", lambda out, title: None)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_head_of_other_classes_is_replaced_and_said(suffix: str, tiny: Make, p
     recipe = tiny(weights=str(path))
     model = optim.build(recipe, 10)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    said = finetune.load(model, recipe, 10)
+    said = finetune.load_weights(model, recipe, 10)
     assert said == f"weights of {path}, but for its head: 7 classes there, a new layer for 10 here"
     read = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)["state_dict"]
     for name, tensor in model.state_dict().items():
@@ -62,7 +63,7 @@ def test_a_head_of_other_classes_is_replaced_and_said(suffix: str, tiny: Make, p
 def test_a_head_of_as_many_classes_stays(tiny: Make, pretrained: Make) -> None:
     recipe = tiny(weights=str(pretrained(10)))
     model = optim.build(recipe, 10)
-    assert finetune.load(model, recipe, 10).endswith("its head of 10 classes included")
+    assert finetune.load_weights(model, recipe, 10).endswith("its head of 10 classes included")
     assert torch.equal(model.fc.weight, load_file(recipe.weights)["fc.weight"])
 
 
@@ -85,8 +86,8 @@ def test_weights_of_a_run_tell_their_variant(tiny: Make, options: Make) -> None:
     first = train(tiny(shortcut="B", steps=1), options("first"))
     again = tiny(weights=str(first.out / "model.safetensors"))
     with pytest.raises(UserError, match=r"weights of cifar_resnet20 as the recipe has it, got .*shortcut B"):
-        plan(again, options("second"))
-    lines = plan(tiny(shortcut="B", weights=again.weights), options("second"))
+        describe_run(again, options("second"))
+    lines = describe_run(tiny(shortcut="B", weights=again.weights), options("second"))
     assert lines[-1].endswith("its head of 10 classes included (0, 1, 2, …)")
 
 
@@ -114,7 +115,7 @@ def test_everything_up_to_a_stage_stays_as_it_was(
     }
     order = ["conv1", "bn1", "layer1", "layer2", "layer3", "fc"]
     assert moved | {"fc"} == set(order[order.index(trained) :])
-    state = torch.load(checkpoint.found(done.out)[0] / "state.pt", weights_only=True)
+    state = torch.load(checkpoints.found(done.out)[0] / "state.pt", weights_only=True)
     assert {n.split(".")[0] for n in state["optimizer"]["state"]} == set(order[order.index(trained) :])
 
 

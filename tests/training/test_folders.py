@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from resnet_fast.errors import UserError
-from resnet_fast.training import data, folders, recipe
-from resnet_fast.training.loop import Options, Watch, train
+from resnet_fast.training import recipe
+from resnet_fast.training.datasets import folders, loading
+from resnet_fast.training.loop import train
+from resnet_fast.training.options import RunOptions, Watch
 from resnet_fast.training.recipe import Recipe
 
 
@@ -186,7 +188,7 @@ def test_a_recipe_may_follow_links(tmp_path: Path) -> None:
     (tmp_path / "set" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
     for follow, size in ((False, 8), (True, 12)):
         chosen = {"data": "folder", "data_path": str(tmp_path / "set"), "follow_links": follow}
-        assert data.load(recipe.load(None, chosen)).train_size == size
+        assert loading.load_data(recipe.load_recipe(None, chosen)).train_size == size
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -214,13 +216,13 @@ def test_an_empty_class_says_what_was_left_out_of_it(tmp_path: Path) -> None:
 def test_a_wider_classifier_has_a_name_per_class(tmp_path: Path) -> None:
     pictures(tmp_path, {"cat": 3, "dog": 3})
     chosen = {"data": "folder", "data_path": str(tmp_path), "classes": 1000}
-    names = data.load(recipe.load(None, chosen)).classes
+    names = loading.load_data(recipe.load_recipe(None, chosen)).classes
     assert names[:3] == ("cat", "dog", "class 2") and len(names) == 1000 and names[999] == "class 999"
-    assert len(data.load(recipe.load(None, {"classes": 12})).classes) == 12
+    assert len(loading.load_data(recipe.load_recipe(None, {"classes": 12})).classes) == 12
 
 
 def test_a_run_says_its_classes_and_sizes(
-    tmp_path: Path, tiny: Callable[..., Recipe], options: Callable[..., Options]
+    tmp_path: Path, tiny: Callable[..., Recipe], options: Callable[..., RunOptions]
 ) -> None:
     pictures(tmp_path / "set", {"cat": 10, "dog": 10})
     (tmp_path / "set" / "cat" / "a.gif").write_bytes(b"x")

@@ -12,21 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_fast.errors import UserError
-from resnet_fast.training import data, loader
-from resnet_fast.training.loader import LEAST_PART, Part, PartSampler, Plan, ValidationSampler
+from resnet_fast.training import loader
+from resnet_fast.training.datasets import loading
+from resnet_fast.training.datasets.samples import Sample
+from resnet_fast.training.loader import LEAST_PART, BatchPlan, Part, PartSampler, ValidationSampler
 from resnet_fast.training.recipe import Recipe
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> BatchPlan:
     parts = draw(st.integers(1, 5))
     batch = draw(st.integers(LEAST_PART * parts, 40))
-    return Plan(draw(st.integers(batch, 150)), batch, parts, draw(st.integers(0, 3)))
+    return BatchPlan(draw(st.integers(batch, 150)), batch, parts, draw(st.integers(0, 3)))
 
 
 @given(plans())
 @settings(max_examples=150, deadline=None)
-def test_every_epoch_holds_every_image_once(plan: Plan) -> None:
+def test_every_epoch_holds_every_image_once(plan: BatchPlan) -> None:
     per_epoch = plan.steps_per_epoch
     for epoch in range(2):
         steps = list(plan.batches(epoch * per_epoch, (epoch + 1) * per_epoch))
@@ -41,7 +43,7 @@ def test_every_epoch_holds_every_image_once(plan: Plan) -> None:
 
 @given(plans(), st.data())
 @settings(max_examples=50, deadline=None)
-def test_a_sampler_begun_later_yields_the_rest(plan: Plan, draw: st.DataObject) -> None:
+def test_a_sampler_begun_later_yields_the_rest(plan: BatchPlan, draw: st.DataObject) -> None:
     steps = draw.draw(st.integers(1, 2 * plan.steps_per_epoch + 1))
     step = draw.draw(st.integers(0, steps))
     for accumulate in {1, plan.parts}:
@@ -51,7 +53,7 @@ def test_a_sampler_begun_later_yields_the_rest(plan: Plan, draw: st.DataObject) 
 
 
 def test_two_processes_read_what_one_reads_in_two_parts() -> None:
-    plan = Plan(50, 16, 2, 0)
+    plan = BatchPlan(50, 16, 2, 0)
     alone = list(PartSampler(plan, 0, 2, 0, 8))
     first, second = (list(PartSampler(plan, rank, 1, 0, 8)) for rank in (0, 1))
     assert alone == [part for pair in zip(first, second, strict=True) for part in pair]
@@ -64,20 +66,20 @@ def test_two_processes_read_what_one_reads_in_two_parts() -> None:
 def test_a_last_batch_too_small_for_its_parts_is_left_out(
     size: int, batch: int, parts: int, left_over: int, steps: int
 ) -> None:
-    plan = Plan(size, batch, parts, 0)
+    plan = BatchPlan(size, batch, parts, 0)
     assert (plan.left_over, plan.steps_per_epoch) == (left_over, steps)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = [Plan(100, 10, 1, seed).permutation(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    orders = [BatchPlan(100, 10, 1, seed).permutation(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(100)) for order in orders) and len(set(map(tuple, orders))) == 4
 
 
 def test_a_batch_that_cannot_be_filled_or_shared() -> None:
     with pytest.raises(UserError, match="expected a batch of at most 10, the training images, got 11"):
-        Plan(10, 11, 1, 0)
+        BatchPlan(10, 11, 1, 0)
     with pytest.raises(UserError, match=r"2 images or more for each of 4 parts .*, got 7"):
-        Plan(10, 7, 4, 0)
+        BatchPlan(10, 7, 4, 0)
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 5))
@@ -91,8 +93,8 @@ def test_validation_looks_at_every_image_once(size: int, batch: int, world: int)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_part_holds_the_images_that_the_plan_names(workers: int, tiny: Callable[..., Recipe]) -> None:
-    found = data.load(tiny(augment="none"))
-    sampler = PartSampler(Plan(64, 16, 2, 0), 0, 2, 0, 4)
+    found = loading.load_data(tiny(augment="none"))
+    sampler = PartSampler(BatchPlan(64, 16, 2, 0), 0, 2, 0, 4)
     parts = list(loader.loader(found.train, sampler, workers, torch.device("cpu")))
     for part, items in zip(parts, sampler, strict=True):
         wanted = [found.train[item] for item in items]
@@ -101,10 +103,10 @@ def test_a_part_holds_the_images_that_the_plan_names(workers: int, tiny: Callabl
 
 
 def test_a_part_without_its_unreadable_images(tmp_path: Path) -> None:
-    good = data.Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), 5, "good.jpg")
-    part = loader.collate([good, data.Sample(None, 1, "bad.jpg"), good])
+    good = Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), 5, "good.jpg")
+    part = loader.collate([good, Sample(None, 1, "bad.jpg"), good])
     assert part.images.shape == (2, 3, 4, 4) and part.labels.tolist() == [5, 5] and part.unreadable == ("bad.jpg",)
-    nothing = loader.collate([data.Sample(None, 1, "bad.jpg")])
+    nothing = loader.collate([Sample(None, 1, "bad.jpg")])
     assert len(nothing.images) == len(nothing.labels) == 0 and nothing.unreadable == ("bad.jpg",)
 
 
@@ -126,14 +128,14 @@ def test_the_prefetcher_counts_the_time_it_waited() -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("batch", [16, 64])
 def test_the_throughput_of_the_pipeline_alone(batch: int, tiny: Callable[..., Recipe]) -> None:
-    found = data.load(tiny())
+    found = loading.load_data(tiny())
     start = time.perf_counter()
-    assert loader.throughput(found.train, Plan(64, batch, 1, 0), 0, seconds=0.1) > 0
+    assert loader.throughput(found.train, BatchPlan(64, batch, 1, 0), 0, seconds=0.1) > 0
     assert time.perf_counter() - start < 5
 
 
 def test_data_in_memory_needs_no_workers_beside_a_cpu(tiny: Callable[..., Recipe]) -> None:
-    found = data.load(tiny())
+    found = loading.load_data(tiny())
     assert loader.workers_for(found, torch.device("cpu"), 1) == 0
     assert 1 <= loader.workers_for(found, torch.device("cuda"), 1) <= 8
     assert loader.workers_for(found, torch.device("cuda"), 10_000) == 1

@@ -25,14 +25,15 @@ import torch
 
 from resnet_fast.errors import UserError
 from resnet_fast.io import safe_files
-from resnet_fast.training import checkpoint, curves, optim, recipe, runlog
+from resnet_fast.training import checkpoints, curves, disk, optim, recipe, runlog
 from resnet_fast.training.diagnosis import NotFinite
-from resnet_fast.training.loop import Options, Result, Tick, Watch, plan, train
+from resnet_fast.training.loop import describe_run, train
+from resnet_fast.training.options import RunOptions, RunResult, Tick, Watch
 from resnet_fast.training.recipe import Recipe
 from resnet_fast.training.validation import Validation
 
 Make = Callable[..., Any]
-DRAW = curves.write
+DRAW = curves.write_curves
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     and train the real one."""
     if request.node.get_closest_marker("slow") is None:
         request.getfixturevalue("minute")
-        monkeypatch.setattr(curves, "write", lambda out, title: None)
+        monkeypatch.setattr(curves, "write_curves", lambda out, title: None)
 
 
 def steps(out: Path, kind: str = "train") -> list[int]:
@@ -59,7 +60,7 @@ def assert_log_is_whole(out: Path, last: int) -> None:
 
 
 def test_a_run_leaves_what_it_promises(tiny: Make, options: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curves, "write", DRAW)
+    monkeypatch.setattr(curves, "write_curves", DRAW)
     ticks: list[Tick] = []
     lines: list[dict[str, Any]] = []
     done = train(tiny(), options(probe=True), Watch(ticks.append, lines.append))
@@ -79,7 +80,7 @@ def test_a_run_leaves_what_it_promises(tiny: Make, options: Make, monkeypatch: p
     (began,) = runlog.of_kind(done.out, "run")
     assert recipe.from_dict(began["recipe"]) == tiny() and began["input_images_per_s"] > 0
     assert (began["train_images"], began["val_images"], began["left_out_per_epoch"]) == (64, 359, 0)
-    assert checkpoint.read_meta(checkpoint.found(done.out)[0])["step"] == 6
+    assert checkpoints.read_meta(checkpoints.found(done.out)[0])["step"] == 6
 
 
 def test_an_epochs_figures_are_the_means_of_its_steps(tiny: Make, options: Make) -> None:
@@ -98,13 +99,13 @@ def test_validation_is_that_of_the_exported_weights(tiny: Make, options: Make) -
     import torch.nn.functional as F
     from safetensors.torch import load_file
 
-    from resnet_fast.training import data
+    from resnet_fast.training.datasets import loading
     from resnet_fast.training.step import Normalise
 
     done = train(tiny(ema=0.5), options())
     net = optim.build(tiny(seed=1), 10)
     net.load_state_dict(load_file(done.out / "model.safetensors"))
-    found = data.load(tiny())
+    found = loading.load_data(tiny())
     samples = [found.val[(0, i)] for i in range(found.val_size)]
     x = Normalise(found.mean, found.std, torch.device("cpu"), True)(torch.stack([s.pixels for s in samples]))
     y = torch.tensor([s.label for s in samples])
@@ -147,12 +148,12 @@ def test_the_best_epoch_is_kept(
         train(chosen, options(save_steps=1, keep=1, stop_after=stop))
         run = options(save_steps=1, keep=1, resume="auto")
         if stop in (4, 8):  # killed between the checkpoint and what is kept of it
-            shutil.rmtree(checkpoint.bests(run.out)[0])
+            shutil.rmtree(checkpoints.bests(run.out)[0])
             (run.out / "best.safetensors").unlink()
     done = train(chosen, run)
-    assert sorted(p.name for p in checkpoint.folder_of(done.out).iterdir()) == ["best-00000008", "step-00000016"]
-    best = checkpoint.bests(done.out)[0]
-    assert checkpoint.read_meta(best)["best"] == {"step": 8, "val_error": 0.25}
+    assert sorted(p.name for p in checkpoints.folder_of(done.out).iterdir()) == ["best-00000008", "step-00000016"]
+    best = checkpoints.bests(done.out)[0]
+    assert checkpoints.read_meta(best)["best"] == {"step": 8, "val_error": 0.25}
     same(load_file(done.out / "best.safetensors"), load_file(best / "model.safetensors"))
     with pytest.raises(AssertionError):
         same(load_file(done.out / "best.safetensors"), load_file(done.out / "model.safetensors"))
@@ -162,10 +163,10 @@ def test_going_on_from_the_best_one(tiny: Make, options: Make, monkeypatch: pyte
     errors_of([0.25, 0.5, 0.5, 0.125, 0.5], monkeypatch)
     chosen = tiny(epochs=3, lr=0.01)
     first = train(chosen, options(keep=1))
-    best = checkpoint.bests(first.out)[0]
+    best = checkpoints.bests(first.out)[0]
     assert best.name == "best-00000004"
     train(chosen, options(keep=1, resume=str(best)))
-    assert sorted(p.name for p in checkpoint.folder_of(first.out).iterdir()) == [
+    assert sorted(p.name for p in checkpoints.folder_of(first.out).iterdir()) == [
         "best-00000008",
         "step-00000012",
         "step-00000012-set-aside",
@@ -174,7 +175,7 @@ def test_going_on_from_the_best_one(tiny: Make, options: Make, monkeypatch: pyte
 
 def test_a_plan_writes_nothing(tiny: Make, options: Make) -> None:
     run = options()
-    lines = plan(tiny(epochs=2, lr=0.1, schedule="step", milestones=[1]), run)
+    lines = describe_run(tiny(epochs=2, lr=0.1, schedule="step", milestones=[1]), run)
     assert lines == [
         "net: cifar_resnet20, 1,570 parameters",
         "data: digits: 64 training and 359 validation images of 10 classes (0, 1, 2, 3, 4, …)",
@@ -191,7 +192,7 @@ def test_a_plan_writes_nothing(tiny: Make, options: Make) -> None:
     assert not run.out.exists()
     train(tiny(), options(stop_after=2))
     before = {p: p.stat().st_mtime_ns for p in run.out.rglob("*")}
-    assert plan(tiny(), options(resume="auto"))[-1].endswith("step-00000002")
+    assert describe_run(tiny(), options(resume="auto"))[-1].endswith("step-00000002")
     assert {p: p.stat().st_mtime_ns for p in run.out.rglob("*")} == before
 
 
@@ -214,11 +215,11 @@ def figures(out: Path) -> list[Any]:
 
 def overflow(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the update of that step overflow, after the loss was found to be a number."""
-    from resnet_fast.training.step import Step
+    from resnet_fast.training.step import TrainingStep
 
-    call, count = Step.__call__, 0
+    call, count = TrainingStep.__call__, 0
 
-    def broken(self: Step, *arguments: Any) -> list[str]:
+    def broken(self: TrainingStep, *arguments: Any) -> list[str]:
         nonlocal count
         count += 1
         found = call(self, *arguments)
@@ -227,7 +228,7 @@ def overflow(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 self.inner[-1].bias[3] = torch.inf  # type: ignore[index]
         return found
 
-    monkeypatch.setattr(Step, "__call__", broken)
+    monkeypatch.setattr(TrainingStep, "__call__", broken)
 
 
 @pytest.mark.parametrize("where", ["the last step", "before a checkpoint", "at the end of an epoch"])
@@ -240,7 +241,7 @@ def test_an_update_that_overflows_is_not_saved(
     with pytest.raises(NotFinite, match=rf"^after the update of step {step} 4\.bias: 1 of 10 values not finite") as e:
         train(tiny(), run)
     assert e.value.expected == "weights that are numbers"
-    assert [checkpoint.step_of(p) for p in checkpoint.found(run.out)] == list(range(step - 2, 0, -2))[:2]
+    assert [checkpoints.step_of(p) for p in checkpoints.found(run.out)] == list(range(step - 2, 0, -2))[:2]
     assert not (run.out / "model.safetensors").exists()
     json_is_json(run.out)
 
@@ -277,20 +278,20 @@ def no_room(*arguments: Any, **named: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_from(step: int, what: str, run: Options, monkeypatch: pytest.MonkeyPatch) -> Watch:
+def full_from(step: int, what: str, run: RunOptions, monkeypatch: pytest.MonkeyPatch) -> Watch:
     """A disk that has no room for ``what`` after ``step``."""
 
     def fill(tick: Tick) -> None:
         if tick.step == step:
             place, name = {
-                "log.jsonl": (runlog.files, "json_text"),
+                "log.jsonl": (runlog.safe_files, "json_text"),
                 "curves.png": (curves, "write_png"),
                 "events.out": (runlog.Events, "_append"),
-                "model.safetensors": (checkpoint, "export"),
+                "model.safetensors": (checkpoints, "export_weights"),
             }[what]
 
             def failing(*arguments: Any, **named: Any) -> Any:
-                raise checkpoint.no_room(run.out / what, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+                raise disk.no_room(run.out / what, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
             monkeypatch.setattr(place, name, failing)
 
@@ -301,7 +302,7 @@ def full_from(step: int, what: str, run: Options, monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_written_ends_the_run_after_it_is_saved(
     what: str, saved: int, tiny: Make, options: Make, left: Make, same: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curves, "write", DRAW)
+    monkeypatch.setattr(curves, "write_curves", DRAW)
     whole = train(tiny(), options("whole"))
     run = options(save_steps=100, tensorboard=True)
     with monkeypatch.context() as patched:
@@ -312,19 +313,19 @@ def test_what_cannot_be_written_ends_the_run_after_it_is_saved(
         with pytest.raises(UserError, match=rf"room and leave to write .*{what}, got No space left on device; ") as e:
             train(tiny(), run, watch)
     assert f"the run is saved after step {saved}; mend that and go on with --resume auto" in str(e.value)
-    assert checkpoint.step_of(checkpoint.found(run.out)[0]) == saved
+    assert checkpoints.step_of(checkpoints.found(run.out)[0]) == saved
     again = train(tiny(), options(resume="auto"))
     if what != "log.jsonl":
         same(left(again.out), left(whole.out))
 
 
-def log_that_fails(run: Options, step: int) -> Any:
+def log_that_fails(run: RunOptions, step: int) -> Any:
     """A log whose file is on a full disk from ``step`` on."""
     write = runlog.RunLog.write
 
     def failing(self: runlog.RunLog, kind: str, number: int, **values: Any) -> None:
         if number >= step:
-            raise checkpoint.no_room(run.out / runlog.NAME, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            raise disk.no_room(run.out / runlog.NAME, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         write(self, kind, number, **values)
 
     return failing
@@ -353,7 +354,7 @@ def test_final_weights_that_cannot_be_written_leave_the_last_checkpoint(
         pytest.raises(UserError, match=r"to write .*model\.safetensors, got No space"),
     ):
         train(tiny(), run, full_from(6, "model.safetensors", run, patched))
-    assert checkpoint.step_of(checkpoint.found(run.out)[0]) == 6
+    assert checkpoints.step_of(checkpoints.found(run.out)[0]) == 6
     assert train(tiny(), options(resume="auto")).finished and (run.out / "model.safetensors").exists()
 
 
@@ -395,7 +396,7 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(tiny: Make, options
     whole = train(tiny(), options("whole"))
     run = options(save_steps=1, stop_after=5)
     train(tiny(), run)
-    shutil.rmtree(checkpoint.found(run.out)[0])  # as if killed before it was saved, after the log was written
+    shutil.rmtree(checkpoints.found(run.out)[0])  # as if killed before it was saved, after the log was written
     again = train(tiny(), options(resume="auto"))
     assert_log_is_whole(again.out, 6)
     same(left(again.out), left(whole.out))
@@ -404,10 +405,10 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(tiny: Make, options
 def test_an_older_checkpoint_by_name_rewinds_the_run(tiny: Make, options: Make, left: Make, same: Make) -> None:
     run = options(save_steps=1, keep=9)
     whole = left(train(tiny(), run).out)
-    older = checkpoint.found(run.out)[-2]
+    older = checkpoints.found(run.out)[-2]
     assert older.name == "step-00000002"
     train(tiny(), options(resume=str(older), stop_after=1))
-    assert checkpoint.found(run.out)[0].name == "step-00000003" and steps(run.out)[-1] == 3
+    assert checkpoints.found(run.out)[0].name == "step-00000003" and steps(run.out)[-1] == 3
     done = train(tiny(), options(resume="auto"))
     assert_log_is_whole(done.out, 6)
     same(left(done.out), whole)
@@ -504,7 +505,7 @@ def test_a_signal_ends_the_run_after_its_step(name: str, tiny: Make, options: Ma
 
     done = train(tiny(), options(save_steps=100), Watch(step=send))
     assert (done.finished, done.step, done.stopped_by) == (False, 3, name)
-    assert checkpoint.read_meta(checkpoint.found(done.out)[0])["step"] == 3 and steps(done.out) == [1, 2, 3]
+    assert checkpoints.read_meta(checkpoints.found(done.out)[0])["step"] == 3 and steps(done.out) == [1, 2, 3]
     assert signal.getsignal(number) == before
     assert train(tiny(), options(resume="auto")).finished
 
@@ -523,7 +524,7 @@ def test_a_run_in_a_thread_leaves_signals_alone(tiny: Make, options: Make) -> No
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
-        done: Result = pool.submit(train, tiny(steps=1), options()).result()
+        done: RunResult = pool.submit(train, tiny(steps=1), options()).result()
     assert done.finished
 
 
@@ -533,7 +534,7 @@ def test_worker_processes_change_nothing(tiny: Make, options: Make, left: Make, 
     same(left(there.out), left(here.out))
 
 
-def child(chosen: Recipe, run: Options) -> Any:
+def child(chosen: Recipe, run: RunOptions) -> Any:
     """A process that trains; its torch is imported already, once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnet_fast.training.loop", "resnet_fast.models.registry", "sklearn.datasets"])
@@ -568,7 +569,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         reached = steps(run.out)[-1]
-        place, meta, complaints = checkpoint.choose(run.out, "auto")
+        place, meta, complaints = checkpoints.resume_point(run.out, "auto")
         assert place is not None and complaints == [] and 0 <= reached - meta["step"] <= 1
     assert kills == times and reached < length
     process = child(chosen, run)
@@ -576,7 +577,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     assert process.exitcode == 0
     same(left(run.out), left(whole.out))
     assert_log_is_whole(run.out, length)
-    assert not list(checkpoint.folder_of(run.out).glob(".*"))
+    assert not list(checkpoints.folder_of(run.out).glob(".*"))
 
 
 @pytest.mark.slow
@@ -602,7 +603,7 @@ def test_a_signal_to_the_command_and_its_workers(number: int, code: int, options
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, said
     last = steps(run.out)[-1]
-    assert checkpoint.read_meta(checkpoint.found(run.out)[0])["step"] == last
+    assert checkpoints.read_meta(checkpoints.found(run.out)[0])["step"] == last
     name = signal.Signals(number).name
     assert said.splitlines()[-1] == f"stopped by {name} after step {last}, saved; go on with --resume auto"
     assert "Traceback" not in said
@@ -644,7 +645,7 @@ def test_a_terminal_that_closes_leaves_a_saved_run(options: Make) -> None:
     finally:
         os.close(ours)
     assert process.wait(60) == 129
-    assert checkpoint.step_of(checkpoint.found(run.out)[0]) == steps(run.out)[-1]
+    assert checkpoints.step_of(checkpoints.found(run.out)[0]) == steps(run.out)[-1]
 
 
 def _drain(terminal: int) -> None:
@@ -656,6 +657,6 @@ def _drain(terminal: int) -> None:
 @pytest.mark.slow
 def test_digits_are_read_by_the_shipped_recipe(options: Make) -> None:
     start = time.process_time()
-    done = train(recipe.load("digits"), options())
+    done = train(recipe.load_recipe("digits"), options())
     assert done.epochs[-1]["val_error"] <= 0.03
     assert time.process_time() - start < 120  # seconds of one core, whatever else the machine does

@@ -45,7 +45,7 @@ def usable(chosen: Recipe) -> None:
 
 def recipe_or_complaint(values: Any) -> None:
     try:
-        chosen = recipes.load(None, values)
+        chosen = recipes.load_recipe(None, values)
     except UserError as error:
         assert len(str(error)) < 1000
         return
@@ -88,10 +88,10 @@ def test_the_most_is_allowed_and_more_is_not(key: str, most: float) -> None:
     least = RANGES[key][0]
     others = {"steps": 10} if key == "warmup" else {}
     for value in (least, most):
-        usable(recipes.load(None, {key: value} | others))
+        usable(recipes.load_recipe(None, {key: value} | others))
     for value in (most * 2, -1):
         with pytest.raises(UserError, match=f"expected {key} from .* to .*; correct {key}"):
-            recipes.load(None, {key: value} | others)
+            recipes.load_recipe(None, {key: value} | others)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_most_is_allowed_and_more_is_not(key: str, most: float) -> None:
 )
 def test_numbers_that_contradict_each_other(values: dict[Any, Any], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        recipes.load(None, values)
+        recipes.load_recipe(None, values)
     assert said in str(refused.value)
 
 
@@ -162,7 +162,7 @@ def test_a_file_that_no_recipe_should_be_is_one_line(content: str, said: str, tm
     path.write_text(content)
     start = time.perf_counter()
     with pytest.raises(UserError) as refused:
-        recipes.load(path)
+        recipes.load_recipe(path)
     assert said in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
     assert time.perf_counter() - start < 20
 
@@ -171,7 +171,7 @@ def test_a_file_that_no_recipe_should_be_is_one_line(content: str, said: str, tm
 def test_a_key_that_is_no_text_is_unknown(content: str, tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text(content)
     with pytest.raises(UserError, match="expected a key of a recipe"):
-        recipes.load(tmp_path / "odd.yaml")
+        recipes.load_recipe(tmp_path / "odd.yaml")
 
 
 def test_what_is_no_plain_file_is_no_recipe(tmp_path: Path) -> None:
@@ -179,20 +179,20 @@ def test_what_is_no_plain_file_is_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     for name, said in (("pipe.yaml", "no plain file"), ("folder.yaml", "no plain file"), ("none.yaml", "no such file")):
         with pytest.raises(UserError, match=rf"a recipe in YAML, got .*{name} \({said}\)"):
-            recipes.load(tmp_path / name)
+            recipes.load_recipe(tmp_path / name)
     for odd in ("a\0b.yaml", "a\0b", "x" * 5000, "x" * 5000 + ".yaml"):
         with pytest.raises(UserError):
-            recipes.load(odd)
+            recipes.load_recipe(odd)
 
 
 def test_a_file_in_utf_8_and_16_is_read_in_any_locale(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "r.yaml").write_text("data: folder\ndata_path: Bäume/松\n", encoding=encoding)
-        assert recipes.load(tmp_path / "r.yaml").data_path == "Bäume/松"
+        assert recipes.load_recipe(tmp_path / "r.yaml").data_path == "Bäume/松"
 
 
 def test_numbers_as_people_write_them_are_read_and_text_in_quotes_stays() -> None:
-    assert recipes.parse(["a=0", "b=10", "c=0.5", "d=1e-4", "e='010'", "f=0x10"]) == {
+    assert recipes.parse_assignments(["a=0", "b=10", "c=0.5", "d=1e-4", "e='010'", "f=0x10"]) == {
         "a": 0,
         "b": 10,
         "c": 0.5,
@@ -203,21 +203,21 @@ def test_numbers_as_people_write_them_are_read_and_text_in_quotes_stays() -> Non
     with pytest.raises(
         UserError, match=r"a value that YAML can read, got '064' \(line 1: 064, which YAML 1\.1 reads in"
     ):
-        recipes.parse(["batch=064"])
+        recipes.parse_assignments(["batch=064"])
 
 
 def test_what_follows_from_a_length_is_said_of_a_recipe_alone() -> None:
     told: list[str] = []
     with pytest.raises(UserError, match="lr from 0 to"):
-        recipes.load("digits", {"steps": 1, "lr": 1e300}, told.append)
+        recipes.load_recipe("digits", {"steps": 1, "lr": 1e300}, told.append)
     assert told == []
-    recipes.load("digits", {"steps": 1}, told.append)
+    recipes.load_recipe("digits", {"steps": 1}, told.append)
     assert len(told) == 1 and told[0].startswith("steps 1 for epochs")
 
 
 def test_a_key_set_twice_is_refused() -> None:
     with pytest.raises(UserError, match=r"expected lr once, got --set lr=1 and --set lr = 2; leave one of them out"):
-        recipes.parse(["lr=1", "batch=3", "lr = 2"])
+        recipes.parse_assignments(["lr=1", "batch=3", "lr = 2"])
 
 
 def test_an_option_and_set_must_agree() -> None:

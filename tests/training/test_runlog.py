@@ -11,22 +11,22 @@ import pytest
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import runlog
-from resnet_fast.training.runlog import Lock, RunLog
+from resnet_fast.training.runlog import FolderLock, RunLog
 
 
 def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, tensorboard=False)
     log.write("train", 1, loss=0.1 + 0.2, text="a\nb")
-    assert runlog.read(tmp_path)[0]["loss"] == 0.1 + 0.2  # before close, for whoever looks on
+    assert runlog.read_log(tmp_path)[0]["loss"] == 0.1 + 0.2  # before close, for whoever looks on
     log.write("epoch", 2, val_error=0.5)
     log.close()
-    assert [(line["kind"], line["step"]) for line in runlog.read(tmp_path)] == [("train", 1), ("epoch", 2)]
+    assert [(line["kind"], line["step"]) for line in runlog.read_log(tmp_path)] == [("train", 1), ("epoch", 2)]
     assert [line["val_error"] for line in runlog.of_kind(tmp_path, "epoch")] == [0.5]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_no_log_is_an_empty_one(tmp_path: Path) -> None:
-    assert runlog.read(tmp_path) == []
+    assert runlog.read_log(tmp_path) == []
 
 
 def test_going_on_removes_what_came_after(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_going_on_removes_what_came_after(tmp_path: Path) -> None:
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while it wrote
-    assert len(runlog.read(tmp_path)) == 6
+    assert len(runlog.read_log(tmp_path)) == 6
     log = RunLog(tmp_path, 2, tensorboard=False)
     log.write("train", 3, again=True)
     log.close()
@@ -51,7 +51,7 @@ def test_going_on_removes_what_came_after(tmp_path: Path) -> None:
     ]
     assert lines[-1]["again"]
     RunLog(tmp_path, 0, tensorboard=False).close()
-    assert runlog.read(tmp_path) == []
+    assert runlog.read_log(tmp_path) == []
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
@@ -77,11 +77,11 @@ def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "deep" / "run")
+    lock = FolderLock(tmp_path / "deep" / "run")
     with pytest.raises(UserError, match=f"one run per output folder, got .*where process {os.getpid()} is at work"):
-        Lock(tmp_path / "deep" / "run")
+        FolderLock(tmp_path / "deep" / "run")
     lock.release()
-    Lock(tmp_path / "deep" / "run").release()
+    FolderLock(tmp_path / "deep" / "run").release()
 
 
 def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
     if (owner := os.fork()) == 0:
         try:
             os.close(theirs)
-            lock = Lock(tmp_path)
+            lock = FolderLock(tmp_path)
             if os.fork() == 0:  # as a worker process of the run, which may outlive it for seconds
                 os.read(ours, 1)
                 os._exit(0)
@@ -99,7 +99,7 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
             os._exit(1)
     os.close(ours)
     assert os.waitpid(owner, 0)[1] == 9
-    Lock(tmp_path).release()
+    FolderLock(tmp_path).release()
     os.close(theirs)
 
 
@@ -109,10 +109,10 @@ def test_a_file_of_the_locks_name_that_no_run_wrote_stays(tmp_path: Path) -> Non
     with pytest.raises(
         UserError, match=r"an output folder that is a run's, or new, got .*run\.lock, which no run wrote"
     ):
-        runlog.Lock(tmp_path)
+        runlog.FolderLock(tmp_path)
     assert (tmp_path / "mine").read_bytes() == b"precious \xff"
     (tmp_path / "mine").write_text("12345")  # a process that ended long ago
-    runlog.Lock(tmp_path).release()
+    runlog.FolderLock(tmp_path).release()
 
 
 def test_a_log_of_something_else_is_passed_over(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_log_of_something_else_is_passed_over(tmp_path: Path) -> None:
         [*lines, '{"kind": "train", "step": 2, "loss": NaN}', "\xff", "[" * 99999, '{"kind": "x", "step": 3}']
     )
     (tmp_path / "log.jsonl").write_bytes(body.encode("latin-1"))
-    assert [line["step"] for line in runlog.read(tmp_path)] == [1, 3]
+    assert [line["step"] for line in runlog.read_log(tmp_path)] == [1, 3]
     RunLog(tmp_path, 2, tensorboard=False).close()
     assert (tmp_path / "log.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
 
@@ -137,7 +137,7 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, tensorboard=False)
     log.write("epoch", 1, val_loss=float("inf"), more=[float("nan"), 2.0])
     log.close()
-    (line,) = runlog.read(tmp_path)
+    (line,) = runlog.read_log(tmp_path)
     assert (
         line["val_loss"] is None and line["more"] == [None, 2.0] and "NaN" not in (tmp_path / "log.jsonl").read_text()
     )
@@ -161,11 +161,11 @@ def test_a_lock_on_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "getpid", full)
     with pytest.raises(UserError, match=r"room and leave to write .*run\.lock, got No space left on device"):
-        Lock(tmp_path)
+        FolderLock(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["file", "file/deep"])
 def test_a_folder_that_cannot_be_written(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"expected a folder to write to, got .*{below} .*name another with --out"):
-        Lock(tmp_path / below)
+        FolderLock(tmp_path / below)

@@ -14,8 +14,9 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from resnet_fast.training import checkpoint, shards
-from resnet_fast.training.checkpoint import Damaged
+from resnet_fast.errors import UserError
+from resnet_fast.training import checkpoints
+from resnet_fast.training.checkpoints import Damaged, shards
 from resnet_fast.training.distributed import World
 from tests.support.checkpoint_cases import META, content, make, reseal, touching
 
@@ -23,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 def save(out: Path, step: int = 2) -> Path:
-    return checkpoint.save(out, make(ema=True), META | {"step": step}, World(), sharded=True, keep=2)
+    return checkpoints.save_checkpoint(out, make(ema=True), META | {"step": step}, World(), sharded=True, keep=2)
 
 
 def load(place: Path) -> Any:
     state = make(1, ema=True, steps=0)
-    checkpoint.load(place, checkpoint.read_meta(place), state, World())
+    checkpoints.restore_checkpoint(place, checkpoints.read_meta(place), state, World())
     return state
 
 
@@ -42,7 +43,7 @@ def change_metadata(place: Path, change: Callable[[Metadata], None]) -> None:
 
 def test_everything_comes_back(tmp_path: Path, same: Callable[[Any, Any], None]) -> None:
     state = make(ema=True)
-    place = checkpoint.save(tmp_path, state, META | {"step": 2}, World(), sharded=True, keep=2)
+    place = checkpoints.save_checkpoint(tmp_path, state, META | {"step": 2}, World(), sharded=True, keep=2)
     same(content(load(place)), content(state))
 
 
@@ -120,7 +121,7 @@ def test_a_checkpoint_of_another_net_is_one_line(tmp_path: Path) -> None:
     state.model[3] = torch.nn.Linear(16, 7)  # type: ignore[operator]
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(Damaged, match="expected a checkpoint of this net") as error:
-        checkpoint.load(place, checkpoint.read_meta(place), state, World())
+        checkpoints.restore_checkpoint(place, checkpoints.read_meta(place), state, World())
     assert "\n" not in str(error.value)
 
 
@@ -130,6 +131,6 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     good = save(tmp_path, 1)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(checkpoint.UserError, match=r"No space left on device.*, step-00000001, is untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*, step-00000001, is untouched"):
         save(tmp_path, 2)
-    assert checkpoint.found(tmp_path) == [good]
+    assert checkpoints.found(tmp_path) == [good]

@@ -18,9 +18,10 @@ from resnet_fast.errors import UserError
 from resnet_fast.training import optim, runlog
 from resnet_fast.training.distributed import World
 from resnet_fast.training.loader import Part
-from resnet_fast.training.loop import Options, train
+from resnet_fast.training.loop import train
+from resnet_fast.training.options import RunOptions
 from resnet_fast.training.recipe import Recipe
-from resnet_fast.training.step import Normalise, Step
+from resnet_fast.training.step import Normalise, TrainingStep
 from tests.support import memory_worker
 
 CPU = torch.device("cpu")
@@ -38,11 +39,13 @@ def batch(*sizes: int, unreadable: tuple[str, ...] = ()) -> list[Part]:
     return [Part(x, torch.randint(10, (len(x),)), unreadable) for x in pixels]
 
 
-def stepper(recipe: Recipe, model: nn.Module, ema: Any = None) -> Step:
-    return Step(recipe, model, optim.optimizer(model, recipe), Normalise(MEAN, STD, CPU, True), World(), 10, ema)
+def stepper(recipe: Recipe, model: nn.Module, ema: Any = None) -> TrainingStep:
+    return TrainingStep(
+        recipe, model, optim.optimizer(model, recipe), Normalise(MEAN, STD, CPU, True), World(), 10, ema
+    )
 
 
-def wide(recipe: Recipe) -> Step:
+def wide(recipe: Recipe) -> TrainingStep:
     """A step in float64; its own float32 are the pixels' normalisation and the loss."""
     model = net().double()
     model(torch.zeros(2, 3, 6, 6, dtype=torch.float64))
@@ -213,7 +216,7 @@ def test_memory_is_constant_over_a_thousand_steps(tmp_path: Path) -> None:
 
 
 def test_the_loop_adds_less_than_two_milliseconds_to_a_step(
-    minute: None, tiny: Callable[..., Recipe], options: Callable[..., Options]
+    minute: None, tiny: Callable[..., Recipe], options: Callable[..., RunOptions]
 ) -> None:
     done = train(tiny(steps=60, subset=960), options(log_every=5))
     lines = runlog.of_kind(done.out, "train")

@@ -55,7 +55,7 @@ class Case:
                 values["stride_in_1x1"] = False  # the two-layer blocks have no 1x1
         if data_path is not None:
             values["data_path"] = data_path
-        return recipes.load(source, values | dict(changes))
+        return recipes.load_recipe(source, values | dict(changes))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 from ...io import plots, safe_files
 from .. import curves
-from ..checkpoint import write_whole
+from ..disk import write_file
 from ..recipe import Recipe
 from . import verdicts
 from .protocols import Experiment
-from .responses import Responses, of_run
+from .responses import Responses, responses_of_run
 from .runs import Run
-from .verdicts import Verdict
+from .verdicts import Finding
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Page:
     name: str
     text: str
     picture: Any
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Finding, ...]
 
     def save(self, folder: Path) -> tuple[Path, ...]:
         """Write ``<name>.png`` and ``<name>.md`` into ``folder``; returns the page and the picture."""
@@ -34,7 +34,7 @@ class Page:
         picture = page.with_suffix(".png")
         if self.picture is not None:
             curves.write_png(self.picture, picture)
-        write_whole(page, self.text.encode())
+        write_file(page, self.text.encode())
         return (page,) if self.picture is None else (page, picture)
 
 
@@ -72,13 +72,13 @@ def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command:
     lines = [f"# {experiment.title}", "", f"**Question.** {experiment.question}", ""]
     lines += [f"**In the paper** ({experiment.source}). {experiment.found}", ""]
     picture: Any = None
-    found: list[Verdict] = []
+    found: list[Finding] = []
     if experiment.name == "flops":
         lines += _flops()
     else:
         measured: dict[str, Responses] = {}
         if experiment.name == "responses":
-            measured = {run.case.label: of_run(run.recipe, run.out / "model.safetensors") for run in runs}
+            measured = {run.case.label: responses_of_run(run.recipe, run.out / "model.safetensors") for run in runs}
             found = verdicts.responses(measured)
         else:
             found = getattr(verdicts, experiment.name)(by_label)
@@ -93,7 +93,7 @@ def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command:
     return Page(experiment.name, "\n".join(lines).rstrip() + "\n", picture, tuple(found))
 
 
-def sentence(verdict: Verdict) -> str:
+def sentence(verdict: Finding) -> str:
     """What a verdict says, without a full stop."""
     because = verdict.because[0].upper() + verdict.because[1:]
     return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {because}"

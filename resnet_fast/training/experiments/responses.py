@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import data as datasets
 from .. import loader
+from ..datasets.loading import load_data
 from ..recipe import Recipe
 from ..step import Normalise
 
@@ -49,7 +49,7 @@ def norms_after_3x3(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batches: list[Tensor]) -> Responses:
+def measure_responses(model: nn.Module, batches: list[Tensor]) -> Responses:
     """Responses of ``model`` in eval mode to ``batches``, each float32 (n, 3, H, W): deviations over all elements.
 
     Computed as the pooled deviation of the batches in float64, shifted by each batch's mean: no sum of large squares.
@@ -80,13 +80,13 @@ def _pooled(parts: list[tuple[int, float, float]]) -> float:
     return (sum(s + n * (m - mean) ** 2 for n, m, s in parts) / count) ** 0.5
 
 
-def of_run(recipe: Recipe, weights: Path) -> Responses:
+def responses_of_run(recipe: Recipe, weights: Path) -> Responses:
     """Responses of the net that a run of ``recipe`` left in ``weights``, to the first validation images of its data."""
     from safetensors.torch import load_file
 
     from ...models import registry
 
-    found = datasets.load(recipe)
+    found = load_data(recipe)
     classes = recipe.classes or len(found.classes)
     extra: dict[str, Any] = {"shortcut": recipe.shortcut, "stride_in_1x1": recipe.stride_in_1x1}
     model = registry.build(recipe.model, num_classes=classes, **extra)
@@ -94,4 +94,4 @@ def of_run(recipe: Recipe, weights: Path) -> Responses:
     normalise = Normalise(found.mean, found.std, torch.device("cpu"), recipe.channels_last)
     sampler = loader.ValidationSampler(min(IMAGES, found.val_size), 250, 0, 1)
     parts = loader.loader(found.val, sampler, 0, torch.device("cpu"))
-    return measure(model, [normalise(part.images) for part in parts])
+    return measure_responses(model, [normalise(part.images) for part in parts])

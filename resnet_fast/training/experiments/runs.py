@@ -9,7 +9,8 @@ from typing import Any
 
 from ...errors import UserError
 from ...io.safe_files import json_text
-from .. import checkpoint, loop, runlog
+from .. import checkpoints, loop, runlog
+from ..options import RunOptions, RunResult, Watch
 from ..recipe import Recipe, from_dict
 from .protocols import Case, Experiment
 
@@ -52,11 +53,11 @@ def folder(out: Path, case: Case, seed: int) -> Path:
     return out / "runs" / f"{case.key}-seed{seed}"
 
 
-def read(case: Case, out: Path, seed: int, recipe: Recipe) -> Run | None:
+def read_run(case: Case, out: Path, seed: int, recipe: Recipe) -> Run | None:
     """The finished run of ``case``; None if it is not finished. UserError if it was trained by another recipe."""
     place = folder(out, case, seed)
     lines: dict[str, list[dict[str, Any]]] = {}
-    for line in runlog.read(place):
+    for line in runlog.read_log(place):
         lines.setdefault(line["kind"], []).append(line)
     if "run" not in lines or not (place / "model.safetensors").exists():
         return None
@@ -81,16 +82,14 @@ def missing(
     """The runs that ``experiments`` need and ``out`` does not have finished, each once, the quickest nets first."""
     wanted = {case.key: case for e in experiments for case in e.cases}
     pairs = [(case, case.recipe(protocol, data_path, seed, changes)) for case in wanted.values()]
-    return [(case, recipe) for case, recipe in pairs if read(case, out, seed, recipe) is None]
+    return [(case, recipe) for case, recipe in pairs if read_run(case, out, seed, recipe) is None]
 
 
-def train(
-    case: Case, recipe: Recipe, out: Path, seed: int, options: Mapping[str, Any], watch: loop.Watch
-) -> loop.Result:
+def train_case(case: Case, recipe: Recipe, out: Path, seed: int, options: Mapping[str, Any], watch: Watch) -> RunResult:
     """Train ``case``, from its last checkpoint if it has one."""
     place = folder(out, case, seed)
-    resume = "auto" if checkpoint.found(place) else ""
-    return loop.train(recipe, loop.Options(out=place, resume=resume, **options), watch)
+    resume = "auto" if checkpoints.found(place) else ""
+    return loop.train(recipe, RunOptions(out=place, resume=resume, **options), watch)
 
 
 def short_log(run: Run) -> str:

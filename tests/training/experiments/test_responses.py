@@ -31,7 +31,7 @@ def test_deviation_is_that_of_all_images_together() -> None:
         model(x)
     for hook in hooks:
         hook.remove()
-    found = responses.measure(model, [x[:5], x[5:8], x[8:]])
+    found = responses.measure_responses(model, [x[:5], x[5:8], x[8:]])
     for name, out in seen.items():
         expected = out.double().std(unbiased=False).item()
         # eval mode: images do not see each other, but oneDNN may sum another batch size in another order
@@ -48,7 +48,7 @@ def test_response_is_before_relu_and_addition() -> None:
     with torch.no_grad():
         for _ in range(60):  # running statistics become those of this batch
             model(batch := torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
-    found = responses.measure(model, [batch])
+    found = responses.measure_responses(model, [batch])
     # BatchNorm's output has the deviation of its weight, 2; after ReLU it would be 1.17, after the addition larger
     assert found.std[1] == pytest.approx(2.0, rel=0.05)
     assert found.mean == pytest.approx(sum(found.std) / len(found.std))

@@ -31,7 +31,7 @@ def runs(name: str, **errors: float) -> dict[str, Run]:
     return found
 
 
-def shown(found: list[verdicts.Verdict]) -> list[bool]:
+def shown(found: list[verdicts.Finding]) -> list[bool]:
     return [v.shown for v in found]
 
 

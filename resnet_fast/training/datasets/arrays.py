@@ -1,7 +1,7 @@
 """Published data sets from their own files, as arrays: Fashion-MNIST's idx and CIFAR's batches.
 
-A file is data, whoever wrote it. It is read once, up to a stated size, and nothing in it is executed: CIFAR's batches
-are pickles, so their MD5 sums have to be the published ones, and the unpickler knows NumPy's arrays alone.
+A file may come from anywhere. It is read once, up to a limit, and nothing in it is executed: CIFAR's batches are
+pickles, so their MD5 sums must be the published ones, and the unpickler knows only NumPy's arrays.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ...errors import UserError
 
 MOST_BYTES = 2**28
-"""No file of these sets holds more, unpacked: the largest has 155 MB. What claims more is not one of them."""
+"""The most that an unpacked file may hold. The largest published one has 155 MB."""
 
 
 class _Foreign(Exception):
-    """What is wrong with a file, in words."""
+    """A file of something else; the message says what is wrong with it."""
 
 
 def _content(path: Path) -> bytes:
-    """All of a plain or gzipped file, unpacked; never more than :data:`MOST_BYTES` of it in memory."""
+    """Return the content of a plain or gzipped file. At most :data:`MOST_BYTES` of it are in memory."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -40,12 +40,19 @@ def _content(path: Path) -> bytes:
 
 
 def idx_file(folder: Path, stem: str) -> Path | None:
-    """``stem`` in ``folder``, gzipped or not; None where it is neither."""
+    """Return the path of ``stem`` in ``folder``, plain or gzipped; None if there is no such file."""
     return next((p for p in (folder / stem, folder / f"{stem}.gz") if os.path.isfile(p)), None)
 
 
 def read_idx(path: Path) -> Tensor:
-    """An idx file of bytes: uint8 (N, H, W) if its name says idx3, else (N). UserError for anything else."""
+    """Read an idx file of bytes.
+
+    Returns:
+        uint8 (N, H, W) if the name of the file says idx3, else (N).
+
+    Raises:
+        UserError: It is not such a file.
+    """
     dimensions = 3 if "idx3" in path.name else 1
     try:
         content = _content(path)
@@ -70,11 +77,11 @@ _ARRAYS = {
     ("numpy._core.numeric", "_frombuffer"),
     ("_codecs", "encode"),  # bytes in protocols before 3
 }
-"""What a pickle of arrays, lists, text and numbers refers to."""
+"""The names that a pickle of arrays, lists, text and numbers refers to."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays and plain values. A reference to anything else ends it before that is looked up."""
+    """Reads arrays and plain values. A reference to anything else is an error before the name is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ARRAYS:
@@ -87,7 +94,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def genuine(content: bytes, md5: str) -> bool:
-    """Is that the file whose MD5 sum was published?"""
+    """Return whether ``content`` has the published MD5 sum."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
 
 
@@ -107,7 +114,7 @@ def _unpickle(path: Path, md5: str) -> dict[str, Any]:
 
 
 def _cifar_part(entries: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Batches one after another: images uint8 (N, 3, 32, 32) and labels int64 (N)."""
+    """Join batches: images uint8 (N, 3, 32, 32) and labels int64 (N)."""
     import numpy as np
 
     rows, labels = [], []
@@ -122,11 +129,20 @@ def _cifar_part(entries: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.concatenate(rows)).reshape(-1, 3, 32, 32), torch.tensor(labels)
 
 
-def cifar(root: Path, hundred: bool) -> tuple[Any, Any, list[str]]:
-    """((images, labels) to train on, those to validate on, names) of CIFAR-10 or CIFAR-100, fine labels.
+def read_cifar(root: Path, hundred: bool) -> tuple[Any, Any, list[str]]:
+    """Read CIFAR-10, or CIFAR-100 with its fine labels, as torchvision unpacks it.
 
-    The files are those that torchvision unpacks: ``root/cifar-10-batches-py`` or ``root/cifar-100-python``. UserError
-    where one is absent, has not the published MD5 sum, or holds anything but arrays and plain values.
+    Args:
+        root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        hundred: Whether to read CIFAR-100.
+
+    Returns:
+        (images, labels) to train on, (images, labels) to validate on, and the class names. Images are uint8
+        (N, 3, 32, 32), labels int64 (N).
+
+    Raises:
+        UserError: A file is absent, has another MD5 sum than the published one, or holds anything other than arrays
+            and plain values.
     """
     from torchvision import datasets
 

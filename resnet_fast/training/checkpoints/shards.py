@@ -1,8 +1,8 @@
-"""The sharded layout: the files of torch.distributed.checkpoint, read without running anything that is in them.
+"""The sharded layout: files of torch.distributed.checkpoint, read without running any code in them.
 
-Its reader trusts what it reads: ``.metadata`` is a pickle, each plain value (a learning rate, say) is another, and both
-may name any function of Python's. Here the first may name the classes that the writer writes and no other, the second
-is read with ``weights_only=True``, and no entry may lie in a file that the checkpoint's ``meta.json`` does not list.
+Its own reader trusts the files: ``.metadata`` is a pickle, each plain value such as a learning rate is another one, and
+both may name any Python function. Here ``.metadata`` may name only the classes that the writer uses, plain values are
+read with ``weights_only=True``, and every entry must be in a file that the checkpoint's ``meta.json`` lists.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ADMITTED: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
-"""What a ``.metadata`` may name, and what it gets; besides these torch's dtypes."""
+"""The names that a ``.metadata`` may contain and what each becomes. torch's dtypes are allowed as well."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -55,9 +55,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path, files: Collection[str]) -> metadata.Metadata:
-    """The metadata of the checkpoint in ``folder``, each of whose entries lies in one of ``files`` (names there).
+    """Return the metadata of the sharded checkpoint in ``folder``.
 
-    pickle.UnpicklingError or ValueError for anything else.
+    Args:
+        folder: The folder of the shards.
+        files: The names of the files in it that entries may be stored in.
+
+    Raises:
+        pickle.UnpicklingError: The file names something that no checkpoint names.
+        ValueError: The file is not such metadata, or an entry is stored elsewhere.
     """
     found = _Unpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
     if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
@@ -73,7 +79,7 @@ def read_metadata(folder: Path, files: Collection[str]) -> metadata.Metadata:
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's, with metadata that was read already."""
+    """torch's reader, given metadata that was read and checked before."""
 
     def __init__(self, folder: Path, found: metadata.Metadata):
         super().__init__(folder)
@@ -85,7 +91,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Planner(dcp.DefaultLoadPlanner):
-    """torch's, which is given plain values that were read without running them, written anew."""
+    """torch's planner, given plain values that were read with ``weights_only=True`` and written again."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         again = io.BytesIO()
@@ -98,23 +104,28 @@ class _Planner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, again)
 
 
-def save(folder: Path, parts: dict[str, Any]) -> None:
-    """Write the shards that this process has of ``parts``. Every process calls it; OSError where one cannot write."""
+def save_shards(folder: Path, parts: dict[str, Any]) -> None:
+    """Write this process's shards of ``parts``. Every process calls it.
+
+    Raises:
+        OSError: A process cannot write.
+    """
     try:
         dcp.save(parts, checkpoint_id=str(folder))
     except dcp.CheckpointException as error:  # not an Exception; the same in every process
         raise OSError(_first(error)) from error
 
 
-def load(folder: Path, files: Collection[str], parts: dict[str, Any]) -> None:
-    """Read into ``parts`` in place, whatever number of processes wrote it. Every process calls it.
+def load_shards(folder: Path, files: Collection[str], parts: dict[str, Any]) -> None:
+    """Read a checkpoint of any number of processes into ``parts`` in place. Every process calls it.
 
-    ValueError and its like where the files are of something else.
+    Raises:
+        ValueError: The files hold something else. torch raises other errors as well.
     """
     reader = _Reader(folder, read_metadata(folder, files))
     alone = not torch.distributed.is_initialized()
     try:
-        with warnings.catch_warnings():  # that it loads in a single process: so it shall
+        with warnings.catch_warnings():  # loading in a single process is intended
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.load(parts, storage_reader=reader, planner=_Planner(), no_dist=alone)
     except dcp.CheckpointException as error:
@@ -122,6 +133,6 @@ def load(folder: Path, files: Collection[str], parts: dict[str, Any]) -> None:
 
 
 def _first(error: dcp.CheckpointException) -> str:
-    """The reason of the first process that failed."""
+    """Return the reason of the first process that failed."""
     rank, (cause, _) = min(error.failures.items())
     return f"{getattr(cause, 'strerror', None) or cause}, in process {rank}"

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
-from ..io.images import hidden
-
-Labelled = tuple[str, int]
-"""(path of a picture, number of its class)."""
+from ...errors import UserError
+from ...io.images import hidden
+from ..recipe import Recipe
+from .samples import FileSet, Labelled
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of the files that are read, in lower case: those of torchvision's ImageFolder."""
@@ -48,17 +47,12 @@ def role(name: str) -> str | None:
     return next((key for key, pattern in _ROLES.items() if pattern.fullmatch(letters)), None)
 
 
-@dataclass
-class Found:
-    """The pictures of a training and a validation set, their classes by number, and what is worth saying of them."""
-
-    classes: list[str]
-    train: list[Labelled]
-    val: list[Labelled]
-    notes: list[str]
+def read_folder(recipe: Recipe) -> FileSet:
+    """Find the pictures below ``data_path``; see :func:`find`."""
+    return find(Path(recipe.data_path or ""), recipe.follow_links)
 
 
-def find(root: Path, follow_links: bool = False) -> Found:
+def find(root: Path, follow_links: bool = False) -> FileSet:
     """The data set in ``root``. UserError wherever it is not clear which folder is a class, or one has no picture.
 
     ``follow_links``: read what links below ``root`` point to, too. Cycles are not followed in any case.
@@ -84,7 +78,7 @@ def find(root: Path, follow_links: bool = False) -> Found:
     if val_root is None:
         train, val = _held_out(train)
     notes += walk.complaints()
-    return Found(classes, train, val, notes)
+    return FileSet(classes, train, val, notes)
 
 
 def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list[Labelled], list[str]]:

@@ -12,18 +12,18 @@ from torch import nn
 from .. import limits
 from ..errors import printable
 from ..tools import summary
-from .data import Data, Files
-from .loader import Plan
+from .datasets.samples import Data, Files
+from .loader import BatchPlan
 from .recipe import Recipe
 
 MOST_CLASSES = 20
 """Classes whose counts are printed one by one."""
 
 
-def lines(
+def preview_lines(
     recipe: Recipe,
     data: Data,
-    plan: Plan,
+    plan: BatchPlan,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     total: int,
@@ -56,7 +56,7 @@ SHARE = 0.75
 measured peaks on a CPU were 0.76 to 1.5 of it, of seven nets and dtypes."""
 
 
-def check_room(
+def check_step_memory(
     model: str, images: int, size: int, amp: str = "none", names: tuple[str, str] = ("batch", "size")
 ) -> None:
     """UserError where the memory that is free cannot hold a training step of ``model`` on the CPU, nothing frozen."""
