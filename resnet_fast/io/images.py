@@ -1,9 +1,9 @@
-"""Photographs in, network input out.
+"""Read photographs and turn them into network input.
 
 Any file that Pillow decodes by itself becomes an 8-bit RGB tensor, whatever its mode, bit depth or EXIF orientation;
-everything else is an error that names the file. The preprocessing is the one that torchvision's ImageNet weights were
-evaluated with (resize 256, centre crop 224, normalise by the ImageNet mean and deviation). Without files, three
-photographs that ship with scikit-image serve as input, so that a comparison never runs on noise.
+everything else is an error that names the file. The preprocessing is the evaluation of torchvision's ImageNet weights:
+resize to 256, crop the centre 224, normalise by the ImageNet mean and deviation. Without files, three photographs that
+ship with scikit-image are the input, so that a comparison never runs on noise.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 MAX_ASPECT = 4
-"""Longer pictures are cut to this aspect first: the centre crop drops the rest, and a 1 x 5000 picture scaled until its
-short side fits would need gigabytes."""
+"""Longer pictures are cut to this aspect first. The centre crop drops the rest anyway, and scaling the short side of a
+1 x 5000 picture would need gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ class Photo:
 
 
 def bundled() -> list[Photo]:
-    """The three photographs of scikit-image, read from its installed files. UserError if scikit-image is absent."""
+    """Return the three photographs of scikit-image, read from its installed files.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
     try:
         from skimage import data
     except ImportError as error:
@@ -63,14 +67,19 @@ _HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "System Volume Inf
 
 
 def hidden(name: str) -> bool:
-    """Is that a file or folder that a program put beside the user's own: ``.git``, ``._a.jpg``, ``__MACOSX``?"""
+    """Return whether a file or folder was put there by a program: ``.git``, ``._a.jpg``, ``__MACOSX``."""
     return name.startswith(".") or name in _HIDDEN
 
 
 def find(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
-    """Files among ``paths``; a folder gives every picture below it (in it, if not recursive), by name.
+    """Return the files among ``paths``, with each folder replaced by its pictures, sorted by name.
 
-    UserError for a missing path.
+    Args:
+        paths: files and folders.
+        recursive: whether to search the subfolders too.
+
+    Raises:
+        UserError: a path does not exist or is no regular file, or a folder has no picture.
     """
     from PIL import Image
 
@@ -94,21 +103,23 @@ def find(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
 
 
 def _is_picture(path: Path, above: Path, kinds: Mapping[str, str]) -> bool:
-    """By its ending, for a plain file that is not hidden below ``above``."""
+    """Return whether ``path``, a regular file not hidden below ``above``, has the ending of a picture."""
     if kinds.get(path.suffix.lower(), _EXTERNAL[0]) in _EXTERNAL or any(map(hidden, path.relative_to(above).parts)):
         return False
     return path.is_file()
 
 
 _EXTERNAL = ("EPS", "WMF", "PDF", "MPEG", "BUFR", "GRIB", "HDF5")
-"""Pillow's formats that it hands to another program or cannot decode at all. EPS is one: Ghostscript executes it."""
+"""Formats that Pillow passes to another program (EPS to Ghostscript, which executes it) or cannot decode at all."""
 
 
 def read(path: Path) -> Photo:
-    """Decode one file to RGB: of several pictures in it the first, turned upright as its EXIF orientation says.
+    """Decode the first picture of a file to RGB, upright by its EXIF orientation.
 
-    Grey pictures of more than 8 bits and of floats are scaled by the range that their values need, see :func:`_grey`.
-    UserError that names the file if it is no plain file, no picture, damaged, cut short, or too large.
+    Grey pictures of more than 8 bits or of floats are scaled by the range of their values, see :func:`_grey`.
+
+    Raises:
+        UserError: the file is no regular file, no picture, damaged, incomplete or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -133,7 +144,7 @@ def read(path: Path) -> Photo:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A plain file, opened; ValueError for anything else. A pipe is not waited for."""
+    """Open a regular file; raise ValueError for anything else, without waiting for a pipe."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
@@ -145,7 +156,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _pixels(picture: Image.Image) -> Tensor:
-    """uint8 (3, H, W) of a picture that is loaded."""
+    """Return a loaded picture as uint8 (3, H, W)."""
     import numpy as np
     from PIL import Image
 
@@ -165,17 +176,20 @@ def _pixels(picture: Image.Image) -> Tensor:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF's number, 1 where there is none. ImageOps.exif_transpose writes all tags anew, and fails for an odd one."""
+    """Return the EXIF orientation, 1 if there is none.
+
+    ``ImageOps.exif_transpose`` is not used: it rewrites all tags and fails on a malformed one.
+    """
     from PIL import ExifTags
 
     try:
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata, which say nothing of the pixels
+    except Exception:  # damaged metadata do not affect the pixels
         return 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB. Transparency is laid on white: dropping alpha would show whatever colour lies beneath it."""
+    """Convert to 8-bit RGB, with transparency over white; dropping alpha would reveal arbitrary colours."""
     from PIL import Image
 
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # convert() would clip, not scale
@@ -187,12 +201,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _grey(picture: Image.Image) -> np.ndarray:
-    """(H, W) uint8 of grey values in integers of more than 8 bits, or in floats.
+    """Convert grey values of more than 8 bits, or floats, to uint8 (H, W).
 
-    A file says how wide its integers are, not how many bits a camera filled. So white is the largest value of the
-    smallest of 8, 10, 12 and 16 bits that holds every pixel; for floats up to 1 it is 1. PGM and JPEG 2000 state their
-    white, and Pillow has scaled it to 16 bits. A value that the file says is clear becomes white. ValueError for
-    negative, undefined and larger values.
+    A file states the width of its integers, but not how many bits the camera used. So white is the largest value of
+    the smallest of 8, 10, 12 and 16 bits that holds every pixel; for floats up to 1 it is 1. PGM and JPEG 2000 state
+    their white, which Pillow has scaled to 16 bits. A transparent value becomes white.
+
+    Raises:
+        ValueError: negative or undefined values, or values that need more than 16 bits.
     """
     import numpy as np
 
@@ -219,7 +235,7 @@ _WHITE = tuple(2**bits - 1 for bits in (8, 10, 12, 16))
 
 
 def _check_range(picture: Image.Image) -> None:
-    """ValueError where 16-bit colours use 12 bits or fewer: of each Pillow keeps the upper 8, so 16 levels or fewer."""
+    """Raise ValueError for 16-bit colours that use 12 bits or fewer: Pillow keeps the upper 8, so at most 16 levels."""
     extrema = picture.getextrema()
     if picture.mode in ("RGB", "RGBA", "LA", "RGBX") and isinstance(extrema[0], tuple):
         colours = extrema[: 1 if picture.mode == "LA" else 3]
@@ -228,14 +244,14 @@ def _check_range(picture: Image.Image) -> None:
 
 
 def load(paths: Sequence[Path] | None = None, limit: int | None = None) -> list[Photo]:
-    """The photographs of ``paths`` (files and folders), at most ``limit`` of them; the bundled ones without paths."""
+    """Return the photographs of ``paths`` (files and folders), at most ``limit``; without paths the bundled ones."""
     if not paths:
         return bundled()[:limit]
     return [read(path) for path in find(paths)[:limit]]
 
 
 def _trim(pixels: Tensor) -> Tensor:
-    """Cut the long side of an extreme picture around its centre, see ``MAX_ASPECT``."""
+    """Cut the long side of an extreme picture around its centre, see :data:`MAX_ASPECT`."""
     from torchvision.transforms.v2 import functional
 
     height, width = pixels.shape[-2:]
@@ -244,11 +260,11 @@ def _trim(pixels: Tensor) -> Tensor:
 
 
 RESIZE = 256 / 224
-"""The short side before the centre crop, over the crop's."""
+"""The resized short side over the side of the centre crop."""
 
 
 def centre(size: int, resize: float = RESIZE) -> list[Any]:
-    """Transforms that scale the short side to ``resize * size`` (antialiased bilinear) and cut the centre out."""
+    """Return transforms that scale the short side to ``resize * size`` (antialiased bilinear) and crop the centre."""
     from torchvision.transforms import v2
 
     return [_trim, v2.Resize(round(size * resize), antialias=True), v2.CenterCrop(size)]
@@ -261,11 +277,17 @@ def preprocess(
     std: Sequence[float] = STD,
     resize: float = RESIZE,
 ) -> Tensor:
-    """ImageNet evaluation preprocessing: uint8 (3, H, W) of any size >= 1 to normalised float32 (3, size, size).
+    """Preprocess one image for evaluation; the defaults are those of torchvision's references/classification.
 
-    The short side is scaled to ``resize * size`` (antialiased bilinear), then the centre is cut out: by default the
-    evaluation of torchvision's references/classification. ``mean`` and ``std`` of one channel are those of a net that
-    was trained on grey pictures: it sees three equal channels.
+    Args:
+        pixels: uint8 (3, H, W), any size from 1 x 1.
+        size: side of the centre crop.
+        mean, std: per channel, of pixels scaled to 0-1. One value each is for a net trained on grey images; it gets
+            three equal channels.
+        resize: the short side is scaled to ``resize * size`` (antialiased bilinear) before the crop.
+
+    Returns:
+        Normalised float32 (3, size, size).
     """
     from torchvision.transforms import v2
 
@@ -277,7 +299,7 @@ def preprocess(
 
 
 def _augment(pixels: Tensor, size: int, seed: int) -> Tensor:
-    """Another crop and flip of the same picture, a function of ``seed`` only; the global generator stays as it was."""
+    """Return a crop and flip of the picture that depend on ``seed`` only; the global generator is left unchanged."""
     from torchvision.transforms import v2
 
     transform = v2.Compose(
@@ -294,10 +316,13 @@ def _augment(pixels: Tensor, size: int, seed: int) -> Tensor:
 
 
 def batch(photos: Sequence[Photo], n: int, size: int = 224, seed: int = 0) -> Tensor:
-    """``n`` network inputs, float32 (n, 3, size, size), contiguous NCHW.
+    """Return ``n`` network inputs as float32 (n, 3, size, size), contiguous NCHW.
 
-    The first ``len(photos)`` are the plain centre crops; after that the photographs come round again with other crops
-    and flips. Entry i depends on ``seed`` and i alone, so a batch of 16 is the beginning of a batch of 32.
+    The first ``len(photos)`` entries are the plain centre crops; the following ones repeat the photographs with other
+    crops and flips. Entry i depends on ``seed`` and i only, so a batch of 16 is the beginning of a batch of 32.
+
+    Raises:
+        UserError: a negative batch, a size below 1, or no photograph.
     """
     if n < 0 or size < 1:
         raise UserError("a batch >= 0 and a size >= 1", f"batch {n}, size {size}", "correct --batch or --size")

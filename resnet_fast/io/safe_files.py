@@ -1,6 +1,7 @@
-"""Files that are whole or not there, written beside, flushed to the disk, then renamed; and JSON that is JSON.
+"""Read and write files safely: atomic writes, bounded reads, locks between processes, and strict JSON.
 
-A command that computes for minutes asks first whether it may write what it will write: :func:`check_target`.
+A file is written under a temporary name, flushed to disk, then renamed. A command that computes for minutes calls
+:func:`check_target` first, to learn whether its result can be written.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import Any
 from ..errors import UserError
 
 LARGEST = 256 * 2**20
-"""Bytes of a file that is looked into to see whether it is ours: most of ours are smaller."""
+"""Most bytes that are read of a file to see whether it is ours; almost all of ours are smaller."""
 
 
 def read_plain(path: Path, most: int = LARGEST) -> bytes:
-    """The bytes of a plain file, at most ``most``. OSError for anything else: a pipe is not waited for, a device not
-    read without end."""
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: the file cannot be read, is larger than ``most`` bytes, or is no regular file. The call neither waits
+            for a pipe nor reads a device without end.
+    """
 
     def refuse(number: int, why: str) -> OSError:
         return OSError(number, why, str(path))
@@ -50,9 +55,12 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Write ``path`` at once, or leave what was there before; returns it. OSError where that fails.
+    """Write ``path`` atomically and return it; on an error the previous file is left unchanged.
 
-    A link stays one: what it points at is written. Others may read the file as far as the umask lets them.
+    A symbolic link stays a link, and its target is written. The umask decides who may read the file.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     whole = path.resolve()
     temporary = whole.with_name(f".{whole.name[:200]}.{secrets.token_hex(4)}")
@@ -124,12 +132,16 @@ def check_target(
 
 
 def check_folder(folder: Path, make: bool = True) -> None:
-    """OSError unless files can be written into ``folder``, or, with ``make``, into one that can be created there."""
+    """Check that files can be written into ``folder``; with ``make`` the folder need not exist yet.
+
+    Raises:
+        OSError: they cannot.
+    """
     while make:
         try:
             os.lstat(folder)
             break
-        except FileNotFoundError:  # any other error, a name that is too long for instance, would meet the writer too
+        except FileNotFoundError:  # any other error, such as a name that is too long, would also stop the writer
             folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -137,9 +149,9 @@ def check_folder(folder: Path, make: bool = True) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path`` among processes and threads that read, change and write it: ``<name>.lock`` beside it.
+    """Hold the lock of ``path``, shared by all processes and threads that read, change and write it.
 
-    The system gives up the lock of a process that dies.
+    The lock is the file ``<name>.lock`` in the same folder. The system releases it if the process dies.
     """
     import filelock
 
@@ -147,7 +159,7 @@ def locked(path: Path) -> Iterator[None]:
     lock: filelock.BaseFileLock = filelock.FileLock(beside, thread_local=False)
     try:
         lock.acquire()
-    except NotImplementedError:  # a file system without locks: a file that is there or not, waited for a minute
+    except NotImplementedError:  # a file system without locks: the file's existence is the lock
         lock = filelock.SoftFileLock(beside, timeout=60, thread_local=False)
         lock.acquire()
     try:
@@ -157,9 +169,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def json_text(value: Any, **layout: Any) -> str:
-    """``value`` as JSON that every reader takes; ``layout`` as ``json.dumps`` has it (indent, separators, sort_keys).
+    """Return ``value`` as standard JSON; NaN and infinities, which JSON lacks, become ``null``.
 
-    NaN and the infinities, which JSON does not have, become ``null``: "measured, and no number".
+    Args:
+        value: mappings, lists, tuples, strings, numbers, booleans and None.
+        layout: options of :func:`json.dumps`: indent, separators, sort_keys.
     """
     return json.dumps(_finite(value), allow_nan=False, **layout)
 
@@ -175,7 +189,11 @@ def _finite(value: Any) -> Any:
 
 
 def json_value(text: str | bytes) -> Any:
-    """What JSON ``text`` says. ValueError for everything that is no JSON: bare NaN, and nesting without end, too."""
+    """Parse standard JSON.
+
+    Raises:
+        ValueError: ``text`` is not JSON. Bare NaN and excessive nesting are refused too.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")

@@ -1,7 +1,7 @@
-"""What a file of weights says of itself: its net, its classes' names and what its images went through.
+"""Read and write the facts in a weights file: its net, its class names and the preprocessing of its images.
 
-A training run writes them into the metadata of ``model.safetensors`` as one JSON text; exported programs carry the same
-text. A file comes from anywhere, so every value is checked before it decides what is built or how much memory is taken.
+A training run writes them as one JSON text into the metadata of ``model.safetensors``; exported programs carry the same
+text. Files come from anywhere, so every value is checked before it decides what is built or how much memory is used.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ KEY = "resnet_fast"
 """The entry of the metadata that holds the JSON text."""
 
 MAX_TEXT = 4 << 20
-"""Characters: 20,000 classes with long names take a fifth of it."""
+"""Most characters of the text; 20,000 classes with long names take a fifth of it."""
 MAX_RESIZE = 2.0
-"""The short side over the crop: 256 of 224 is usual. A picture of extreme shape has four times its square."""
+"""Largest ratio of the resized short side to the crop; 256 to 224 is usual. It bounds the memory of a resized image."""
 AMP = ("none", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """``model`` and its variant; ``classes``: names in the order of fc's rows; how its images are prepared.
+    """The facts of a trained net.
 
-    ``size``, ``mean``, ``std`` (of pixels scaled to 0-1; one value for grey pictures) and ``resize`` are what
-    :func:`resnet_fast.io.images.preprocess` takes. ``amp`` is the dtype of autocast that the run validated in, ``data``
-    the set that it was trained on, empty where the file does not say.
+    Attributes:
+        model: the net's name; ``shortcut`` and ``stride_in_1x1`` are its variant.
+        size: side of the input in pixels.
+        classes: names in the order of the rows of the last layer.
+        mean, std: per channel, of pixels scaled to 0-1; one value each for grey images.
+        resize: the resized short side over ``size``.
+        amp: the dtype of autocast that the run validated in, or ``none``.
+        data: the data set of the training run; empty if unknown.
     """
 
     model: str
@@ -47,28 +52,35 @@ class Facts:
     data: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON takes them."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """The text that :func:`parse` reads."""
+        """Return the JSON text that :func:`parse` reads."""
         return json_text(self.to_dict())
 
     @property
     def variant(self) -> dict[str, Any]:
-        """What :func:`resnet_fast.models.registry.build` takes besides the name."""
+        """The keyword arguments of :func:`resnet_fast.models.registry.build`."""
         return {"shortcut": self.shortcut, "stride_in_1x1": self.stride_in_1x1}
 
     @property
     def look(self) -> dict[str, Any]:
-        """What :func:`resnet_fast.io.images.preprocess` takes besides the pixels."""
+        """The keyword arguments of :func:`resnet_fast.io.images.preprocess`."""
         return {key: getattr(self, key) for key in ("size", "mean", "std", "resize")}
 
 
 def parse(text: str, where: str) -> Facts:
-    """The facts in ``text``. UserError that names ``where`` for anything that :class:`Facts` cannot be made of.
+    """Parse and check the facts in ``text``.
 
-    Unknown entries are passed over: a later version may write more. Whether there is such a net is not looked at.
+    Unknown entries are ignored, because a later version may write more. Whether the net exists is not checked.
+
+    Args:
+        text: the JSON text.
+        where: the file's name for error messages.
+
+    Raises:
+        UserError: an entry is missing, has another type or is out of range.
     """
     if len(text) > MAX_TEXT:
         raise refusal(f"at most {MAX_TEXT:,} characters", f"{len(text):,}", where)
@@ -146,7 +158,7 @@ def _shown(value: Any) -> str:
 
 
 def refusal(expected: str, got: str, where: str) -> UserError:
-    """The complaint about a file's facts."""
+    """Return the error about the facts of the file ``where``."""
     return UserError(
         f"{expected} in what {where} says of its weights (metadata {KEY!r})",
         got,

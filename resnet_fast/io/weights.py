@@ -1,8 +1,8 @@
-"""Weights from a user's file, checked in full before a single tensor of the model changes.
+"""Read a user's weights file, and check all of it before a single tensor of the model changes.
 
-A file is data: ``.safetensors`` holds nothing else, and a pickle is read with ``weights_only=True``, which refuses
-anything that would run code. Without a file, :func:`calibrate` turns a randomly initialised net into one whose
-activations look like a trained net's, so that error figures measured on it mean something.
+No code in a file is run: ``.safetensors`` holds tensors only, and a pickle is read with ``weights_only=True``.
+Without a file, :func:`calibrate` gives a randomly initialised net activations like a trained net's, so that errors
+measured on it are meaningful.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .weight_facts import Facts
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict")
 WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model")
-"""Entries of a checkpoint that hold a state dict. Averaged weights come first, as timm and torchvision's references
-validate by them and as our own training runs export them."""
+"""Entries of a checkpoint that hold a state dict. Averaged weights come first, because timm's and torchvision's scripts
+validate with them and our own training runs export them."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel and EMA, torch.compile, and Lightning put before each name."""
+"""Prefixes that DistributedDataParallel and EMA, torch.compile, and Lightning add to each name."""
 
 OTHER_MODEL = "name the model that the file was made for (--model)"
 
@@ -39,9 +39,15 @@ def _first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class File:
-    """A weights file as it was read: its state dict, the facts in it (None where it has none), and ``entry``, which
-    of a checkpoint's entries the state dict was, with ``others`` beside it that would have served as well."""
+class WeightsFile:
+    """A weights file as it was read.
+
+    Attributes:
+        state: the state dict.
+        facts: the facts in the file; None if it has none.
+        entry: the entry of a checkpoint that held the state dict; empty if the file is one itself.
+        others: other entries that hold a state dict too.
+    """
 
     state: dict[str, Tensor]
     facts: Facts | None = None
@@ -49,7 +55,7 @@ class File:
     others: tuple[str, ...] = ()
 
 
-def _load_safetensors(path: Path) -> File:
+def _load_safetensors(path: Path) -> WeightsFile:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -66,7 +72,7 @@ def _load_safetensors(path: Path) -> File:
             f"{path} ({type(error).__name__}: {_first_line(error)})",
             "save it as float32",
         ) from error
-    return File(state_of(state, path), None if text is None else weight_facts.parse(text, str(path)))
+    return WeightsFile(state_of(state, path), None if text is None else weight_facts.parse(text, str(path)))
 
 
 def _load_pickle(path: Path) -> Any:
@@ -120,7 +126,11 @@ def _is_archive(path: Path) -> bool:
 
 
 def check_archive(path: Path) -> None:
-    """UserError for an archive that is larger unpacked than it is: torch.save compresses nothing, a bomb does."""
+    """Check that an archive is not compressed: torch.save never compresses, but an archive bomb does.
+
+    Raises:
+        UserError: the archive unpacks to more than its own size, or is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
@@ -136,8 +146,8 @@ def check_archive(path: Path) -> None:
         )
 
 
-def _unwrap(found: Any, path: Path) -> File:
-    """The state dict inside a checkpoint: out of its wrappers, without training prefixes."""
+def _unwrap(found: Any, path: Path) -> WeightsFile:
+    """Return the state dict inside a checkpoint, without wrappers and training prefixes."""
     entries: list[str] = []
     others: tuple[str, ...] = ()
     while isinstance(found, Mapping) and len(entries) < 4:  # a checkpoint may hold itself
@@ -147,12 +157,15 @@ def _unwrap(found: Any, path: Path) -> File:
         entries.append(held[0])
         others = others or tuple(held[1:])
         found = found[held[0]]
-    return File(state_of(found, path), None, ".".join(entries), others)
+    return WeightsFile(state_of(found, path), None, ".".join(entries), others)
 
 
 def state_of(found: Any, path: Path) -> dict[str, Tensor]:
-    """``found`` as a state dict of plain tensors, without training prefixes. UserError, which names ``path``, for
-    everything else."""
+    """Return ``found`` as a state dict of plain tensors, without training prefixes.
+
+    Raises:
+        UserError: ``found`` is anything else; the message names ``path``.
+    """
     if not isinstance(found, Mapping) or not found:
         raise UserError(
             "a state dict (name -> tensor)", f"{path} with a {type(found).__name__}", "save model.state_dict()"
@@ -181,8 +194,10 @@ def state_of(found: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Is this dense, here, and no larger than what the file holds of it? An expanded tensor of a few bytes would decide
-    how large a net is built."""
+    """Return whether a tensor is dense, on the CPU, and no larger than its data.
+
+    An expanded tensor of a few bytes could otherwise demand a net of any size.
+    """
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -193,11 +208,11 @@ def _some(names: list[Any]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def open_file(path: Path) -> File:
-    """Read ``path`` to the CPU, unwrapped from ``{"state_dict": …}``, ``{"model_ema": …}`` and name prefixes.
+def open_file(path: Path) -> WeightsFile:
+    """Read a weights file to the CPU, without wrappers such as ``{"state_dict": …}`` and without name prefixes.
 
-    UserError if the file is absent, cut short, of another kind, says nonsense of itself, or would have to be executed
-    to be read.
+    Raises:
+        UserError: the file is missing, incomplete, of another kind, has invalid facts, or could run code when read.
     """
     if path.suffix not in (".safetensors", *PICKLES):
         raise UserError(
@@ -209,16 +224,20 @@ def open_file(path: Path) -> File:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The state dict of :func:`open_file`."""
+    """Return the state dict of :func:`open_file`."""
     return open_file(path).state
 
 
 HEADS = ("fc.weight", "classifier.6.weight")
-"""Where a ResNet (or GoogLeNet) and a VGG net have one row per class."""
+"""Names of the last layer's weight, which has one row per class: of ResNets and GoogLeNet, and of VGG nets."""
 
 
 def num_classes(state: Mapping[str, Tensor]) -> int:
-    """Number of classes: rows of the last layer, see :data:`HEADS`. UserError if there is none."""
+    """Return the number of classes: the rows of the last layer, see :data:`HEADS`.
+
+    Raises:
+        UserError: there is no such layer.
+    """
     weight = next((state[name] for name in HEADS if name in state), None)
     if weight is None or weight.ndim != 2 or not len(weight):
         raise UserError(
@@ -230,7 +249,11 @@ def num_classes(state: Mapping[str, Tensor]) -> int:
 
 
 def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """UserError naming the first offenders unless ``state`` fits ``model``: names, shapes, kinds, finite values."""
+    """Check that ``state`` fits ``model``: names, shapes, dtypes, finite values.
+
+    Raises:
+        UserError: it does not; the message names the first tensors that differ.
+    """
     own = model.state_dict()
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]  # old files lack the counter
     unknown = [n for n in state if n not in own]
@@ -271,25 +294,29 @@ def _kind(tensor: Tensor) -> tuple[bool, bool]:
 
 
 def apply(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Copy ``state`` into ``model`` after :func:`check` accepted all of it; the model is unchanged on an error."""
+    """Copy ``state`` into ``model`` and return it; on an error of :func:`check` the model is unchanged."""
     check(model, state)
     model.load_state_dict(dict(state), strict=True)
     return model
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """``build()`` with the initialisation that ``seed`` gives; the caller's random state is left alone."""
+    """Return ``build()`` with the initialisation of ``seed``; the caller's random state is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
 
 
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
-    """Give every BatchNorm of a random net the running statistics of ``x``, float (N, 3, H, W), in one pass.
+    """Give every BatchNorm of a random net the running statistics of ``x`` and return the net.
 
     A fresh net normalises by mean 0 and variance 1, so its activations grow from block to block and a relative error
-    says little. One forward pass without gradients with ``momentum=None`` (cumulative average) sets them; momentum and
-    training flags come back as they were. Same model, same ``x``: same statistics.
+    means little. One forward pass without gradients and with ``momentum=None`` (cumulative average) sets the
+    statistics. Momentum and training flags are restored. The result depends on the model and ``x`` only.
+
+    Args:
+        model: changed in place.
+        x: float (N, 3, H, W).
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     flags = {m: m.training for m in model.modules()}

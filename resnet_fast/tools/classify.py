@@ -1,7 +1,7 @@
-"""Pictures in, their most likely classes out, batch by batch: what is finished is there before the next is read.
+"""Classify pictures batch by batch; each batch is answered before the next is read.
 
-A picture that cannot be used (unreadable, or one whose outputs are no numbers) is an answer too, with its reason: the
-others do not suffer from it.
+A picture that cannot be used (unreadable, or with NaN in the outputs) gets an answer with the reason, and does not
+affect the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..io import images
 from .trained import Trained
 
 READERS = 8
-"""Threads that decode; Pillow decodes without holding Python's lock."""
+"""Most threads that decode; Pillow releases Python's lock while it decodes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Likely:
 
 @dataclass(frozen=True)
 class Answer:
-    """``top``: the most likely classes of ``image``, the first the most likely; None, and why, where there are none."""
+    """The most likely classes of ``image``, most likely first. ``top`` is None where ``refused`` gives a reason."""
 
     image: Path
     top: tuple[Likely, ...] | None
@@ -46,7 +46,13 @@ class Answer:
 
 
 def likeliest(logits: Tensor, names: Sequence[str], top: int) -> tuple[Likely, ...]:
-    """The ``top`` most likely classes of one picture, from its logits (classes,)."""
+    """Return the ``top`` most likely classes of one picture, most likely first.
+
+    Args:
+        logits: (classes,).
+        names: one name per class.
+        top: how many classes to return.
+    """
     best = logits.double().softmax(0).topk(min(top, len(names)))
     return tuple(Likely(int(i), names[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True))
 
@@ -60,7 +66,19 @@ def stream(
     device: str = "cpu",
     backend: str = "auto",
 ) -> Iterator[list[Answer]]:
-    """Answers for ``files`` in their order, up to ``batch`` at a time; ``trained``'s net is accelerated in place."""
+    """Yield lists of answers for ``files``, in their order.
+
+    Args:
+        trained: the classifier; its net is accelerated in place.
+        files: pictures.
+        top: how many classes to return for each.
+        batch: most pictures per list and per forward pass.
+        device: where the net runs, such as ``cuda:0``.
+        backend: the backend of fused blocks.
+
+    Raises:
+        UserError: ``top`` or ``batch`` is below 1.
+    """
     for name, value in (("top", top), ("batch", batch)):
         if value < 1:
             raise UserError(f"{name} >= 1", str(value), f"correct --{name}")
@@ -92,7 +110,10 @@ def _answer(path: Path, x: Tensor | UserError, logits: Iterator[Tensor], names: 
 
 @contextmanager
 def _reading(trained: Trained, files: Sequence[Path], ahead: int) -> Iterator[Iterator[tuple[Path, Any]]]:
-    """(file, input or complaint) in order, read by threads, at most ``ahead`` in memory; stops reading when left."""
+    """Read pictures in threads: gives (file, input or error) in order, with at most ``ahead`` in memory.
+
+    Leaving the ``with`` stops the reading.
+    """
 
     def one(path: Path) -> Tensor | UserError:
         try:

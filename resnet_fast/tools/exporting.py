@@ -1,4 +1,4 @@
-"""A trained net as a file that runs without this package: torch.export's ``.pt2``, or ONNX.
+"""Export a trained net to a file that runs without this package: torch.export's ``.pt2``, or ONNX.
 
 The stock layers are exported, so that every runtime knows every operator. The file also holds
 what the program was made from (net, class names, preprocessing): the JSON text of
@@ -32,19 +32,25 @@ EXTRA = f"{weight_facts.KEY}.json"
 SUFFIXES = (".pt2", ".onnx")
 INPUT, OUTPUT = "input", "logits"
 OLDEST_OPSET = 18
-"""The exporter writes 18 and later; it converts to earlier ones where it can, and else leaves 18 there unsaid."""
+"""PyTorch's exporter writes opset 18 and later. Where it cannot convert to an earlier one, it silently keeps 18."""
 
 LARGEST_ERROR = 1e-4
-"""Norm of the difference over the norm of the outputs. Rounding in another order makes about 1e-6 through the deepest
-net in float32; a wrong epsilon, stride or padding shows from 1e-3 on."""
+"""Largest norm of the difference over the norm of the outputs. Rounding in another order gives about 1e-6 in the
+deepest net in float32; a wrong epsilon, stride or padding gives 1e-3 or more."""
 
 Runner = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How far the exported program's outputs were from the net's own: the largest single difference, and the norm of
-    the difference over the norm. ``runner`` is what ran it, empty where nothing could."""
+    """How far the exported program's outputs are from the net's own.
+
+    Attributes:
+        runner: the runtime that ran the program; empty if none could.
+        inputs: number of images compared.
+        largest: the largest single difference.
+        relative: the norm of the difference over the norm of the outputs.
+    """
 
     runner: str
     inputs: int
@@ -61,18 +67,19 @@ def export(
     opset: int | None = None,
     inputs: Tensor | None = None,
 ) -> Checked:
-    """Write ``model`` to ``out``, ``.pt2`` or ``.onnx``, and return how it compares with ``model``.
+    """Write ``model`` to ``out`` and return how the exported program compares with it.
 
     Args:
-        model: a net of this package, accelerated or not; it is left as it is. Exported in eval mode, in float32.
+        model: a net of this package, accelerated or not; left unchanged. Exported in eval mode, in float32.
         facts: stored in the file; ``facts.size`` is the side of its input, (N, 3, size, size), normalised.
-        batch: N, by default any from 1 on.
-        opset: of ONNX; by default that of PyTorch's exporter.
-        inputs: real inputs to compare on, (n, 3, size, size), besides random ones.
+        out: a file ending in ``.pt2`` or ``.onnx``.
+        batch: N; by default any from 1.
+        opset: ONNX opset; by default that of PyTorch's exporter.
+        inputs: real inputs to compare on, (n, 3, size, size), in addition to random ones.
 
     Raises:
-        UserError: a file in the place of ``out`` that is no export, another ending, an opset that cannot be written, a
-            missing package, or outputs that differ.
+        UserError: ``out`` has another ending or is a file that is no export, the opset cannot be written, a package is
+            missing, or the outputs differ.
     """
     check_target(out)
     if out.suffix == ".onnx":
@@ -106,8 +113,12 @@ def export(
 
 
 def check_target(out: Path) -> None:
-    """UserError unless ``out`` ends in one of :data:`SUFFIXES`, in a folder that is there, and replaces nothing but an
-    earlier export."""
+    """Check that ``out`` may be written.
+
+    Raises:
+        UserError: the ending is not among :data:`SUFFIXES`, the folder does not exist, or ``out`` is a file that is no
+            export.
+    """
     if out.suffix not in SUFFIXES:
         raise UserError(f"a file ending in {' or '.join(SUFFIXES)}", repr(out.name), "correct --out")
 
@@ -118,7 +129,7 @@ def check_target(out: Path) -> None:
 
 
 def facts_in(content: bytes, suffix: str) -> Facts | None:
-    """What an exported file of these bytes says of itself; None for one that is no export of this package."""
+    """Return the facts in an exported file's bytes; None if it is no export of this package."""
     try:
         if suffix == ".pt2":
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -135,8 +146,8 @@ def facts_in(content: bytes, suffix: str) -> Facts | None:
 
 
 def _program(net: nn.Module, size: int, batch: int | None) -> torch.export.ExportedProgram:
-    """``net`` on (batch, 3, size, size); any batch if None. Without the paths of whoever exports it."""
-    example = torch.zeros(batch or 2, 3, size, size)  # 1 would be taken for a constant
+    """Trace ``net`` on (batch, 3, size, size), for any batch if None, and drop stack traces with local paths."""
+    example = torch.zeros(batch or 2, 3, size, size)  # a batch of 1 would be traced as a constant
     shapes = None if batch is not None else ({0: torch.export.Dim("batch", min=1)},)
     with torch.no_grad():
         program = torch.export.export(net, (example,), dynamic_shapes=shapes)
@@ -186,7 +197,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, facts: Facts, 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages and opset conversion; what comes of them is checked."""
+    """Silence the exporter's remarks about packages and opset conversion; their results are checked."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "torch.onnx", "onnx_ir")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -201,7 +212,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _load_onnx(path: Path) -> tuple[str, Runner | None]:
-    """(what runs it, the function that does); without onnxruntime the file is checked but not run."""
+    """Return the runtime's name and a function that runs the file; without onnxruntime the file is only checked."""
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)
@@ -221,7 +232,7 @@ def _load_onnx(path: Path) -> tuple[str, Runner | None]:
 
 
 def _inputs(size: int, batch: int | None, real: Tensor | None) -> list[Tensor]:
-    """Batches to compare on: random ones of several sizes, and the real ones."""
+    """Return the batches to compare on: random ones of several sizes, and the real inputs."""
     generator = torch.Generator().manual_seed(0)
     sizes = (1, 3) if batch is None else (batch,)
     out = [torch.randn(n, 3, size, size, generator=generator) for n in sizes]
@@ -232,7 +243,7 @@ def _inputs(size: int, batch: int | None, real: Tensor | None) -> list[Tensor]:
 
 
 def _compare(net: nn.Module, runner: str, run: Runner | None, batches: Sequence[Tensor]) -> Checked:
-    """UserError unless ``run`` gives ``net``'s outputs, up to rounding."""
+    """Compare ``run`` with ``net``; raise UserError if the outputs differ by more than rounding."""
     if run is None:
         return Checked("", 0, float("nan"), float("nan"))
     largest = relative = 0.0

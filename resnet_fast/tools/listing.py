@@ -1,6 +1,6 @@
-"""What nets there are: name, size and where each comes from, without building one in memory.
+"""List the known nets with their sizes and origins, without allocating one.
 
-Our own are counted from the tables of tuning/shapes.py, without torch. timm's are built on the meta device.
+Our own nets are counted from the tables of tuning/shapes.py, without torch. timm's are built on the meta device.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ SOURCES = {
 
 COMPARED = {"vgg16": (138_357_544, 15_470_264_320), "vgg19": (143_667_240, 19_632_062_464)}
 COMPARED |= {"googlenet": (6_624_904, 1_498_376_192)}
-"""Parameters and multiply-adds of the nets that have no table here; ``resnet-fast summary`` counts the same."""
+"""Parameters and multiply-adds of the nets without an architecture table; ``resnet-fast summary`` counts the same."""
 
 
 @dataclass(frozen=True)
 class ListedNet:
-    """One net. ``params``: parameters; ``macs``: multiply-adds of convolutions and fully connected layers for one image
-    of ``image`` pixels a side (None where they cannot be counted); ``source``: a key of :data:`SOURCES`; ``blocks`` and
-    ``fused``: residual blocks, and how many of them run fused."""
+    """One net.
+
+    Attributes:
+        name: the name to build it by.
+        source: a key of :data:`SOURCES`.
+        image: side of its input in pixels.
+        params: number of parameters.
+        macs: multiply-adds of convolutions and fully connected layers for one image; None if they cannot be counted.
+        blocks: number of residual blocks.
+        fused: how many of the blocks run fused.
+    """
 
     name: str
     source: str
@@ -42,7 +50,7 @@ class ListedNet:
 
 
 def entries(patterns: Sequence[str] = ()) -> list[ListedNet]:
-    """Our nets whose name matches one of ``patterns`` (see :func:`matching`), or all of them. No torch."""
+    """Return our nets that match one of ``patterns`` (see :func:`matching`), or all of them. Imports no torch."""
     return [_entry(name) for name in matching(registry.names(), patterns)]
 
 
@@ -59,8 +67,13 @@ def _entry(name: str) -> ListedNet:
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that one of ``patterns`` matches: as a glob where it has ``*``, ``?`` or ``[``, else as a part of the
-    name; upper and lower case alike. All names without a pattern. UserError where a pattern matches none."""
+    """Return the names that one of ``patterns`` matches, regardless of case; without patterns all names.
+
+    A pattern with ``*``, ``?`` or ``[`` is a glob; any other is a part of the name.
+
+    Raises:
+        UserError: a pattern matches no name.
+    """
     found: dict[str, None] = dict.fromkeys(names) if not patterns else {}
     for pattern in patterns:
         low = pattern.lower()
@@ -75,7 +88,11 @@ def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def timm_names(patterns: Sequence[str] = ()) -> list[str]:
-    """The names of timm's ResNets that match."""
+    """Return the names of timm's ResNets that match one of ``patterns``.
+
+    Raises:
+        UserError: timm is not installed, or a pattern matches no name.
+    """
     try:
         import timm
     except ImportError as error:
@@ -84,7 +101,7 @@ def timm_names(patterns: Sequence[str] = ()) -> list[str]:
 
 
 def timm_entries(names: Sequence[str]) -> Iterator[ListedNet]:
-    """Those of ``names`` that have blocks which run fused, each built on the meta device."""
+    """Yield the timm nets among ``names`` that have blocks which run fused; each is built on the meta device."""
     import timm
     import torch
 

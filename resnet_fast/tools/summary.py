@@ -1,8 +1,9 @@
-"""What a net costs, counted by running it once on the meta device: the paper's Table 1 for any net.
+"""Count what a net costs by running it once on the meta device: the paper's Table 1 for any net.
 
-A dispatch mode sees every ATen call of one inference without computing anything, and module hooks say which module
-made it. Each convolution and fully connected layer becomes a :class:`~resnet_fast.spec.ConvSpec` whose epilogue is
-what follows it (norm, add, ReLU, max-pool); parameters, multiply-adds and minimal bytes all come from that one list.
+A dispatch mode sees every ATen call of one inference without computing anything, and module hooks tell which module
+made it. Each convolution and fully connected layer becomes a :class:`~resnet_fast.spec.ConvSpec`; the operations that
+follow it (norm, add, ReLU, max-pool) become its epilogue. Parameters, multiply-adds and minimal bytes all come from
+that list.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BYTES = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or fully connected layer. ``params`` counts the norm behind it and biases too."""
+    """One convolution or fully connected layer; ``params`` includes its bias and the norm that follows it."""
 
     name: str
     spec: ConvSpec
@@ -45,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of Table 1. ``output``: height, width; ``macs``, ``min_bytes``: of the whole batch."""
+    """A row of Table 1. ``output`` is (height, width); ``macs`` and ``min_bytes`` are for the whole batch."""
 
     name: str
     module: str
@@ -72,23 +73,23 @@ class Summary:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects convolutions and matrix products, and folds what follows a convolution into its epilogue."""
+    """Collects convolutions and matrix products, and merges the operations after a convolution into its epilogue."""
 
     def __init__(self, dtype: str, layout: str):
         super().__init__()
         self.running: list[str] = []
         self.found: list[tuple[str, ConvSpec, bool]] = []
         self._dtype, self._layout = dtype, layout
-        # Which convolution a tensor comes from. The tensors are kept alive, so that no id is used twice.
+        # Maps a tensor's id to its convolution. The tensors are kept alive, so that no id is reused.
         self._source: dict[int, tuple[int, Tensor]] = {}
 
     def _extend(self, x: Any, out: Tensor, **epilogue: Any) -> None:
-        """``out`` is the next step after the convolution that ``x`` comes from, if it comes from one."""
+        """Extend the epilogue of the convolution that ``x`` comes from, if any; ``out`` is the result."""
         if id(x) in self._source:
             index = self._source[id(x)][0]
             name, spec, linear = self.found[index]
@@ -102,7 +103,7 @@ class _Recorder(TorchDispatchMode):
         kernel, stride, padding = args[1], args[2] if len(args) > 2 else args[1], args[3] if len(args) > 3 else [0, 0]
         square = all(len(set(p)) == 1 for p in (kernel, stride, padding))
         window = kernel[0], stride[0], padding[0]
-        # A ceil-mode window that hangs over the border is not the pooling that an Epilogue describes.
+        # An Epilogue does not describe a ceil-mode window that extends beyond the border.
         if square and all(conv_out(i, *window, 1) == o for i, o in zip(args[0].shape[2:], out.shape[2:], strict=True)):
             self._extend(args[0], out, pool=window)
 
@@ -147,7 +148,7 @@ class _Recorder(TorchDispatchMode):
             case "relu" | "relu_":
                 self._extend(args[0], out, relu=True)
             case "add" | "add_":
-                # The residual branch is the operand that no ReLU has closed; of two, torchvision's `out += identity`.
+                # The residual branch is the operand without a ReLU; of two, the first, as in `out += identity`.
                 branch = next((a for a in args[:2] if self._pending(a)), None)
                 self._extend(branch, out, add=True)
             case "max_pool2d_with_indices":
@@ -158,11 +159,18 @@ class _Recorder(TorchDispatchMode):
 def trace(
     model: nn.Module, batch: int = 1, image: int = 224, dtype: str = "float32", layout: str = "nhwc"
 ) -> list[Layer]:
-    """Every convolution and fully connected layer of ``model`` in order of execution, for (batch, 3, image, image).
+    """Return every convolution and fully connected layer of a net in order of execution.
 
-    ``model`` must be on the meta device; it is run once in eval mode, nothing is computed. ``dtype`` and ``layout``
-    only label the specs. Biases count as parameters, but not as bytes. Raises :class:`UserError` when the image does
-    not fit the net, for a size or dtype that does not exist, and for convolutions that are not 2-d.
+    Biases count as parameters, but not as bytes.
+
+    Args:
+        model: on the meta device. It runs once in eval mode on (batch, 3, image, image); nothing is computed.
+        batch: number of images.
+        image: side in pixels.
+        dtype, layout: labels for the specs.
+
+    Raises:
+        UserError: the image is too small for the net, a size or dtype does not exist, or a convolution is not 2-d.
     """
     if batch < 1 or image < 1:
         raise UserError("at least one image of at least one pixel", f"batch {batch}, image {image}", "raise it")
@@ -171,7 +179,7 @@ def trace(
         raise unknown_name("dtype", dtype, ITEMSIZE)
     recorder, handles, was_training = _Recorder(dtype, layout), [], model.training
 
-    def leave(*_: object) -> None:  # returning anything else than None would replace the module's output
+    def leave(*_: object) -> None:  # returning anything but None would replace the module's output
         recorder.running.pop()
 
     for name, module in model.named_modules():
@@ -194,7 +202,7 @@ def trace(
 
 
 def _params(model: nn.Module, layers: list[str]) -> list[int]:
-    """Parameters per layer: its own, and those of the modules registered between it and the next (its norm)."""
+    """Return parameters per layer: its own, and those of the modules between it and the next layer (its norm)."""
     position = {name: index for index, name in reversed(list(enumerate(layers)))}  # of its first call, if reused
     counts, index = [0] * len(layers), 0
     for name, parameter in model.named_parameters():
@@ -218,7 +226,10 @@ def _is_projection(layer: Layer) -> bool:
 
 
 def _formula(layers: Sequence[Layer]) -> str:
-    """``[1x1, 64; 3x3, 64; 1x1, 256] x 3``: the blocks of a stage, equal neighbours counted, projections left out."""
+    """Return a stage's blocks, with equal neighbours counted and projections omitted.
+
+    Example: ``[1x1, 64; 3x3, 64; 1x1, 256] x 3``.
+    """
     main = [layer for layer in layers if not _is_projection(layer)]
     if all(layer.name.count(".") < 2 for layer in main):
         return "; ".join(_conv_text(layer, show_stride=True) for layer in main)
@@ -230,13 +241,13 @@ def _formula(layers: Sequence[Layer]) -> str:
 
 
 def _stage_key(layer: Layer) -> tuple[str, tuple[int, int]]:
-    """Blocks are grouped by the container they are in; a flat container (VGG's) by output size as well."""
+    """Return the key that groups layers into stages: the container, and for a flat one (VGG's) the output size too."""
     top, *rest = layer.name.split(".")
     return top, ((layer.spec.ho, layer.spec.wo) if len(rest) == 1 else (0, 0))
 
 
 def stages(layers: Sequence[Layer], paper_names: bool) -> tuple[Stage, ...]:
-    """The rows of Table 1. ``paper_names``: call ``layer1`` conv2_x as the paper does, and so on."""
+    """Return the rows of Table 1; ``paper_names`` renames ``layer1`` to conv2_x as in the paper, and so on."""
     rows, before = [], ""
     for (top, _), group in groupby(layers, key=_stage_key):
         members = list(group)
@@ -262,13 +273,13 @@ def stages(layers: Sequence[Layer], paper_names: bool) -> tuple[Stage, ...]:
 
 
 def build_meta(name: str, shortcut: str | None = None, stride_in_1x1: bool = False) -> nn.Module:
-    """The net of that name on the meta device: shapes without storage."""
+    """Build the net of that name on the meta device: shapes without storage."""
     with torch.device("meta"):
         return registry.build(name, shortcut=shortcut, stride_in_1x1=stride_in_1x1)
 
 
 def variant(name: str, shortcut: str | None = None, stride_in_1x1: bool = False) -> str:
-    """Which of the paper's variants this is, in words: ``shortcut B, stride in 3x3``; empty where there is none."""
+    """Return the paper's variant in words, such as ``shortcut B, stride in 3x3 (v1.5)``."""
     entry = ARCHS.get(name)
     if entry is None:
         return "torchvision"
@@ -288,7 +299,19 @@ def summarize(
     shortcut: str | None = None,
     stride_in_1x1: bool = False,
 ) -> Summary:
-    """Table 1 for one net. ``image``: side in pixels, by default the net's own. Errors: :func:`trace`, registry."""
+    """Return Table 1 for one net.
+
+    Args:
+        name: a net of the registry.
+        image: side in pixels; by default the net's own.
+        batch: number of images.
+        dtype: of activations and weights, for the byte counts.
+        shortcut: A, B or C; by default the net's own.
+        stride_in_1x1: put a bottleneck's stride in the first 1x1.
+
+    Raises:
+        UserError: no such net or variant, or see :func:`trace`.
+    """
     image = registry.image_size(name) if image is None else image
     model = build_meta(name, shortcut, stride_in_1x1)
     layers = trace(model, batch, image, dtype)
@@ -310,7 +333,7 @@ def summarize(
 
 @dataclass(frozen=True)
 class Published:
-    """A figure as printed: ``gmacs`` in 10^9 multiply-adds, ``mparams`` in 10^6, and the variant it belongs to."""
+    """A published figure as printed: ``gmacs`` in 10^9 multiply-adds or ``mparams`` in 10^6, and its variant."""
 
     gmacs: str | None = None
     mparams: str | None = None
@@ -340,18 +363,23 @@ PUBLISHED: dict[str, Published] = {
         for depth, text in ((20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7"), (1202, "19.4"))
     },
 }
-"""What the papers print. GoogLeNet's is from its own paper; He et al. compare with it by error only."""
+"""The figures that the papers print. GoogLeNet's is from its own paper; He et al. compare with its error only."""
 
 
 def _as_printed(value: int, unit: int, printed: str, rounding: str = ROUND_HALF_UP) -> bool:
-    """Whether ``value``, in multiples of ``unit`` and with as many digits as ``printed``, reads the same."""
+    """Return whether ``value``, in multiples of ``unit`` and rounded to the digits of ``printed``, equals it."""
     return (Decimal(value) / unit).quantize(Decimal(printed), rounding) == Decimal(printed)
 
 
 @dataclass(frozen=True)
 class ComparedNet:
-    """One line of the comparison, per image. ``conv_macs``: without fully connected layers. ``note``: how the count
-    relates to the published figure where it is not simply equal to it."""
+    """The counts of one net for one image, and its published figure.
+
+    Attributes:
+        conv_macs: multiply-adds without fully connected layers.
+        published, source: the figure as printed and where; None without one.
+        note: how the count relates to the published figure; empty if they are equal.
+    """
 
     name: str
     variant: str
@@ -364,14 +392,14 @@ class ComparedNet:
     note: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def _row(
     name: str, shortcut: str | None, stride_in_1x1: bool, image: int, model: nn.Module, layers: Sequence[Layer]
 ) -> ComparedNet:
-    """The comparison's line for layers traced at any batch; a published figure stands at its own image size only."""
+    """Compare traced layers with the published figure, which applies to the net's own image size only."""
     batch = layers[0].spec.n
     params = sum(p.numel() for p in model.parameters())
     macs = sum(layer.spec.macs() for layer in layers) // batch
@@ -387,7 +415,7 @@ def _row(
 
 
 def _relation(figure: Published, theirs: str, ours: str, params: int, macs: int, conv_macs: int) -> str:
-    """How the count relates to the published figure, in words; empty when it reads the same as printed."""
+    """Return how the count relates to the published figure; empty if it rounds to the printed one."""
     value, unit, letter = (macs, 10**9, "G") if figure.gmacs else (params, 10**6, "M")
     printed = figure.gmacs or figure.mparams or "0"
     exact = f"{value / unit:.3f} {letter}"
@@ -408,9 +436,15 @@ def compare(
     shortcut: str | None = None,
     stride_in_1x1: bool = False,
 ) -> list[ComparedNet]:
-    """Count several nets. Without names: all nets with a published figure, each in the variant it was published for.
+    """Count several nets and compare them with published figures.
 
-    With names, ``shortcut`` and ``stride_in_1x1`` apply to all of them; nets that lack the variant are an error.
+    Args:
+        names: nets; by default all with a published figure, each in its published variant.
+        image: side in pixels; by default each net's own.
+        shortcut, stride_in_1x1: the variant of all named nets.
+
+    Raises:
+        UserError: a net lacks the variant, or a variant was given without names.
     """
     if not names and (shortcut is not None or stride_in_1x1):
         raise UserError("the names of nets whose variant to show", "none", "name them, e.g. resnet50 resnet101")

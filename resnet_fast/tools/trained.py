@@ -1,7 +1,7 @@
-"""A classifier from a file of weights: its net, what its pictures go through, its classes' names, what was assumed.
+"""Load a classifier from a weights file: its net, its preprocessing, its class names, and what was assumed.
 
-A file that says nothing of itself may be anybody's. What is taken for granted then (ResNet-50, ImageNet's classes and
-preprocessing) is collected as sentences, so that a program can say it once.
+If a file has no facts, ResNet-50 with ImageNet's classes and preprocessing is assumed. Each assumption is kept as a
+sentence, so that a program can print it once.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ DEFAULT_MODEL = "resnet50"
 
 @dataclass(frozen=True)
 class Trained:
-    """``net``: the stock module on the CPU in eval mode. ``facts``: the net, images and names (one per row of fc).
+    """A classifier.
 
-    ``said``: sentences on where the net, the names and the preprocessing come from. ``wnids``: ImageNet's synset of
-    each class where the classes are ImageNet's, else empty. ``named``: are the names more than numbers?
+    Attributes:
+        net: the stock module on the CPU in eval mode.
+        facts: the net's name, its preprocessing, and one class name per row of the last layer.
+        said: sentences that say where the net, the names and the preprocessing come from.
+        wnids: ImageNet's synset of each class; empty for other classes.
+        named: whether the names are more than numbers.
     """
 
     net: nn.Module
@@ -42,30 +46,35 @@ class Trained:
     named: bool = True
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """uint8 (3, H, W) to the net's input, float32 (3, size, size)."""
+        """Turn pixels, uint8 (3, H, W), into the net's input, float32 (3, size, size)."""
         return images.preprocess(pixels, **self.facts.look)
 
     def accelerated(self, backend: str = "auto") -> nn.Module:
-        """The net with fused blocks, channels last, where it has any. It is this ``net``, changed in place."""
+        """Return ``net``, changed in place: channels last, and with fused blocks if it has any that can be fused."""
         net = self.net.to(memory_format=torch.channels_last)
         return net if self.facts.model in registry.COMPARED else accelerate(net, backend=backend)
 
 
 def load(path: Path, model: str | None = None, names: Path | None = None) -> Trained:
-    """The classifier in ``path``, a file that :func:`resnet_fast.io.weights.open_file` reads.
+    """Load a classifier.
 
-    ``model``: its net, in place of what the file says; ``names``: a text file with one class name per line. Raises
-    UserError for whatever does not fit together.
+    Args:
+        path: a file that :func:`resnet_fast.io.weights.open_file` reads.
+        model: name of the net; by default the file's own, or :data:`DEFAULT_MODEL`.
+        names: a text file with one class name per line; by default the file's own names.
+
+    Raises:
+        UserError: the file cannot be read, or net, weights and names do not fit each other.
     """
     if model is not None:
-        registry.image_size(model)  # an unknown net is said before files are read
+        registry.image_size(model)  # reject an unknown net before reading files
     file = weights.open_file(path)
     said = [f"weights: {path}{_entry(file)}"]
     return build(file.state, file.facts, str(path), said, model, names)
 
 
 def untrained(model: str, seed: int = 0) -> Trained:
-    """A net with the random weights that ``seed`` gives and its builder's number of classes, which have no names."""
+    """Return a net with the random weights of ``seed`` and unnamed classes."""
     net = weights.seeded(lambda: registry.build(model), seed).eval()
     classes = weights.num_classes(net.state_dict())
     names = tuple(f"class {i}" for i in range(classes))
@@ -82,7 +91,18 @@ def build(
     model: str | None = None,
     names: Path | None = None,
 ) -> Trained:
-    """The classifier of ``state`` and what it says of itself; ``where`` names it in complaints."""
+    """Build the classifier of a state dict and its facts.
+
+    Args:
+        state: the weights.
+        facts: the facts of their file; None if it has none.
+        where: the file's name for error messages.
+        said: sentences about the origin of the weights.
+        model, names: as in :func:`load`.
+
+    Raises:
+        UserError: net, weights and names do not fit each other.
+    """
     classes = weights.num_classes(state)
     name, variant, origin = _net(facts, where, model)
     try:
@@ -99,7 +119,7 @@ def build(
 
 
 def _net(facts: Facts | None, where: str, model: str | None) -> tuple[str, dict[str, Any], str]:
-    """(name, variant, where that is from)."""
+    """Return the net's name, its variant, and where they come from."""
     if facts is not None and model in (None, facts.model):
         if facts.model not in registry.names():
             raise weight_facts.refusal("the name of a net", repr(facts.model)[:60], where)
@@ -114,7 +134,7 @@ def _net(facts: Facts | None, where: str, model: str | None) -> tuple[str, dict[
 def _names(
     model: str, classes: int, facts: Facts | None, where: str, path: Path | None
 ) -> tuple[tuple[str, ...], tuple[str, ...], bool, str]:
-    """(one name per class, wnids, are they names, where they are from)."""
+    """Return one name per class, the wnids, whether the names are more than numbers, and where they come from."""
     if path is not None:
         return names_of_file(path, classes), (), True, f"names of {path}"
     if facts is not None:
@@ -131,11 +151,15 @@ def _names(
 
 
 MOST_NAMES = 16 * 2**20
-"""Bytes of a file of class names: 20,000 long ones take a fiftieth of it."""
+"""Most bytes of a file of class names; 20,000 long names take a fiftieth of it."""
 
 
 def names_of_file(path: Path, classes: int) -> tuple[str, ...]:
-    """The lines of a text file, one name per class. UserError for another number of them."""
+    """Return the lines of a text file, one name per class.
+
+    Raises:
+        UserError: the file cannot be read, or has another number of lines.
+    """
     try:
         names = safe_files.read_plain(path, MOST_NAMES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -149,14 +173,14 @@ def names_of_file(path: Path, classes: int) -> tuple[str, ...]:
 
 @cache
 def imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(names, wnids) of ILSVRC2012's 1000 classes in the order of torchvision's weights: that of the wnids."""
+    """Return the names and wnids of ILSVRC2012's 1000 classes, sorted by wnid as in torchvision's weights."""
     from torchvision.models import ResNet50_Weights
 
     text = importlib.resources.files(__package__).joinpath("imagenet_wnids.json").read_text()
     return tuple(ResNet50_Weights.DEFAULT.meta["categories"]), tuple(json.loads(text))
 
 
-def _entry(file: weights.File) -> str:
+def _entry(file: weights.WeightsFile) -> str:
     if not file.entry:
         return ""
     others = f", not its {' or '.join(file.others)}" if file.others else ""

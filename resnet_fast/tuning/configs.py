@@ -1,7 +1,7 @@
-"""How a launch is cut into tiles: the shipped configs of every kernel, and the hardware rules that admit or drop them.
+"""Define how launches are cut into tiles: the shipped configs of each kernel and the hardware rules that admit them.
 
-Each rule is one function from (launch, config, GPU) to a :class:`~resnet_fast.spec.Verdict`; the heuristic, the tuner
-and the tests ask the same ones. Sizes are in elements, memory in bytes. Torch-free.
+A rule is a function from (launch, config, GPU) to a :class:`~resnet_fast.spec.Verdict`. The heuristic, the tuner and
+the tests call the same rules. Sizes are in elements, memory in bytes. Torch-free.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ..spec import ITEMSIZE, YES, LaunchSpec, Verdict
 from .routes import merged_groups, tile_side
 
 SPACE = 1
-"""Version of the config space. Part of every key of the tuning cache: raise it when a kernel or a rule changes."""
+"""Version of the config space, written into every tuning table. Raise it when a kernel or a rule changes."""
 
 NARROW = 32
-"""A tile side or K step of this length is admitted for anything: every kernel has one, so none is left without."""
+"""A tile side or K step of this length is always admitted. Every kernel has such a config, so none is without one."""
 
 STOCK = ("cudnn", "cudnn_fused")
 """Candidates that are PyTorch's own: convolution and separate pointwise kernels; cuDNN's conv-bias-(add)-ReLU."""
@@ -25,11 +25,18 @@ STOCK = ("cudnn", "cudnn_fused")
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run a launch. ``kernel``: a kernel of ours, or one of :data:`STOCK`, which has no tile sizes.
+    """One way to run a launch.
 
-    ``block_m`` x ``block_n`` outputs per program, ``block_k`` products per step; ``num_stages`` steps in flight;
-    ``group_m``: rows of tiles that share the L2 cache; ``descriptors``: loads by the bulk copy engine; ``rows``: pooled
-    rows per program of the stem; ``packed``: a training prologue in 16-bit pairs, otherwise in fp32.
+    Attributes:
+        kernel: a kernel of ours, or one of :data:`STOCK`, which has no tile sizes.
+        block_m, block_n: outputs per program.
+        block_k: products per step.
+        num_warps: warps per program.
+        num_stages: steps in flight.
+        group_m: rows of tiles that share the L2 cache.
+        descriptors: whether the bulk copy engine loads the operands.
+        rows: pooled rows per program of the stem.
+        packed: whether a training prologue works in 16-bit pairs, otherwise in fp32.
     """
 
     kernel: str
@@ -45,6 +52,7 @@ class Config:
 
     @property
     def stock(self) -> bool:
+        """Whether the config is one of PyTorch's own kernels."""
         return self.kernel in STOCK
 
     def __str__(self) -> str:
@@ -56,6 +64,7 @@ class Config:
 
 
 def of_sizes(kernel: str, *sizes: tuple[int, ...], **more: int | bool) -> tuple[Config, ...]:
+    """Return a config of ``kernel`` for each of ``sizes`` (the fields from ``block_m`` to ``num_stages``)."""
     return tuple(Config(kernel, *size, **more) for size in sizes)  # type: ignore[arg-type]
 
 
@@ -111,19 +120,19 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
 
 
 def for_dtype(config: Config, dtype: str) -> Config:
-    """``config`` with the K step that holds as many bytes in ``dtype`` as the shipped one does in 16 bit."""
+    """Return ``config`` with a K step of as many bytes in ``dtype`` as the shipped step has in 16 bit."""
     if ITEMSIZE[dtype] <= 2 or config.stock:
         return config
     return replace(config, block_k=max(16, config.block_k * 2 // ITEMSIZE[dtype]))
 
 
 def chain_width(launch: LaunchSpec) -> int:
-    """Channels of the tile that stays on chip between a chain's convolutions, as a power of two; 0 without a chain."""
+    """Return the channels of the tile that a chain keeps on chip, rounded up to a power of two; 0 without a chain."""
     return 0 if len(launch.convs) == 1 else tile_side(launch.first.co)
 
 
 def shared_bytes(launch: LaunchSpec, config: Config) -> int:
-    """Shared memory that the pipelined operand tiles take, and the chain's tile as the second product's operand."""
+    """Return the bytes of shared memory for the pipelined operand tiles and for a chain's tile between two products."""
     size, width = ITEMSIZE[launch.dtype], chain_width(launch)
     step = (config.block_m + (width or config.block_n)) * config.block_k
     if width:
@@ -137,12 +146,12 @@ def shared_bytes(launch: LaunchSpec, config: Config) -> int:
 
 
 def on_tensor_cores(launch: LaunchSpec) -> bool:
-    """Do the products run there? fp32 does only when its operands may be rounded to TF32."""
+    """Return whether the tensor cores compute the products; those of fp32 only if operands may be rounded to TF32."""
     return launch.dtype != "float32" or launch.last.tf32
 
 
 def accumulators(launch: LaunchSpec, config: Config) -> int:
-    """fp32 registers per thread that the tiles being summed take."""
+    """Return the fp32 registers per thread that hold the tiles being summed."""
     tiles = config.block_n * (3 if launch.kernel == "stem" else 1)  # a row's sum, its maximum, the carried maximum
     return config.block_m * max(tiles, chain_width(launch)) // (32 * config.num_warps)
 
@@ -155,10 +164,10 @@ def _fits_shared(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 
 
 def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """128 sums per thread leave room for little else: compiled for sm_80 they spill, and with a residual everywhere.
+    """Refuse what would spill. 128 sums per thread spill on sm_80, and on every architecture with a residual.
 
-    Without tensor cores (fp32 that is not rounded to TF32) the operands lie in registers too. Counted in what Triton
-    3.6 and 3.8 compile (docs/tables/static-budgets.md).
+    Without tensor cores (fp32 that is not rounded to TF32) the operands are in registers too. The limits were counted
+    in the code of Triton 3.6 and 3.8 (docs/tables/static-budgets.md).
     """
     need, limit = accumulators(launch, config), 64
     if not on_tensor_cores(launch):
@@ -173,14 +182,14 @@ def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 
 
 def _chain_on_tensor_cores(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """Between two products in fp32 registers there is no room for the tile in between: 2 to 6 KB spill per thread."""
+    """Refuse a chain of two products in fp32 registers: its tile has no room there, and 2 to 6 KB per thread spill."""
     if not chain_width(launch) or on_tensor_cores(launch):
         return YES
     return Verdict.no("16-bit tensors or TF32 for a fused tail", "float32", "set RESNET_FAST_TF32=1, or run it apart")
 
 
 def _not_wider_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """A tile of which more than half is masked off works for nothing; a narrower one is among the candidates."""
+    """Refuse a tile that is more than half masked off; a narrower one is among the candidates."""
     groups = merged_groups(launch.last)
     size = launch.last.co // groups
     if config.block_n > max(NARROW, 2 * size - 1):
@@ -224,7 +233,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def verdict(launch: LaunchSpec, config: Config, gpu: Gpu, rules: tuple[Rule, ...] = RULES) -> Verdict:
-    """May ``config`` run ``launch`` on ``gpu``? The first of ``rules`` that says no gives the reason."""
+    """Return whether ``config`` may run ``launch`` on ``gpu``; the first of ``rules`` that refuses gives the reason."""
     for rule in rules:
         answer = rule(launch, config, gpu)
         if not answer:
@@ -233,31 +242,34 @@ def verdict(launch: LaunchSpec, config: Config, gpu: Gpu, rules: tuple[Rule, ...
 
 
 def needs_proof(launch: LaunchSpec, config: Config) -> bool:
-    """The eight-warp trap: such convolutions with filters beyond 1x1 have been miscompiled (pytorch#173068).
+    """Return whether a config may run only after its output was compared with stock PyTorch's.
 
-    The heuristic does not choose them unmeasured, and the tuner admits one only after its output matched.
+    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068). The heuristic
+    never selects them without a measurement, and the tuner admits one only after its output matched.
     """
     return config.num_warps == 8 and any(c.r * c.s > 1 for c in launch.convs)
 
 
 def candidates(launch: LaunchSpec, gpu: Gpu) -> tuple[Config, ...]:
-    """The shipped configs that the rules admit.
+    """Return the shipped configs that the rules admit.
 
-    Never empty for one convolution, whose narrowest tile fits anything; a chain may be too wide for every config, and
-    a stem in fp32 without TF32 has none: both have another route.
+    A single convolution always has one, because the narrowest tile fits everything. A chain may be too wide for every
+    config, and a stem in fp32 without TF32 has none; both have another route.
     """
     return tuple(c for c, answer in judged(launch, gpu) if answer)
 
 
 def judged(launch: LaunchSpec, gpu: Gpu) -> tuple[tuple[Config, Verdict], ...]:
-    """Every shipped config of the launch's kernel with the verdict on it."""
+    """Return every shipped config of the launch's kernel with the verdict on it."""
     sized = dict.fromkeys(for_dtype(c, launch.dtype) for c in SHIPPED[launch.kernel])
     return tuple((c, verdict(launch, c, gpu)) for c in sized)
 
 
 def stock_candidates(launch: LaunchSpec) -> tuple[Config, ...]:
-    """PyTorch's own ways to run the launch (a stem's with its max-pool); none for a chain or a fused projection, whose
-    parts are launches of other routes."""
+    """Return PyTorch's own ways to run the launch, for a stem including its max-pool.
+
+    A chain or a fused projection has none: its parts are launches of other routes.
+    """
     if len(launch.convs) > 1 or launch.projection is not None:
         return ()
     epilogue = launch.last.epilogue

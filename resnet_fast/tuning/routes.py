@@ -1,4 +1,4 @@
-"""The ways to run a problem as kernel launches: which convolutions share one, by fusion plan.
+"""List the ways to run a problem as kernel launches: which convolutions share a launch, by fusion plan.
 
     bottleneck   conv   1x1 | 3x3 | 1x1 + add             one kernel per convolution; a projection is one more
                  proj   1x1 | 3x3 | 1x1 + projection      the projection accumulates into conv3's tile
@@ -6,8 +6,8 @@
     basic_block  conv   3x3 | 3x3 + add;   proj   3x3 | 3x3 + projection
     stem         conv   7x7 (pooling by PyTorch);   stem   7x7 -> max-pool in one kernel
 
-A route is a tuple of :class:`~resnet_fast.spec.LaunchSpec`; the tuner measures launches and adds them up, the roofline
-and the traffic tests count their bytes, and the backend runs the one that was chosen. Torch-free.
+A route is a tuple of :class:`~resnet_fast.spec.LaunchSpec`. The tuner measures launches and adds them up, the roofline
+and the traffic tests count their bytes, and the backend runs the route of the launch plan. Torch-free.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from ..spec import BlockSpec, ConvSpec, LaunchSpec
 
 MIN_CHANNELS = 16
-"""Channels that a tensor-core tile is filled with: ``tl.dot`` takes no side shorter than this."""
+"""Channels that fill a tensor-core tile: ``tl.dot`` takes no shorter side."""
 
 TAIL_CHANNELS = 256
-"""Widest conv2 whose output tile stays on chip: 64 pixels x 256 channels x 4 bytes are 64 KiB of registers."""
+"""Widest conv2 for which the output tile stays on chip: 64 pixels x 256 channels x 4 bytes are 64 KiB of registers."""
 
 FUSED_POOL = (3, 2, 1)
-"""Kernel, stride and padding of the max-pool that the stem kernel takes in; any other runs behind its convolution."""
+"""Kernel, stride and padding of the max-pool that the stem kernel includes; any other runs after its convolution."""
 
 STEM_STEP = 64
 """Longest filter row of the stem kernel: filter width times input channels, as a power of two."""
@@ -37,15 +37,16 @@ class Route:
     launches: tuple[LaunchSpec, ...]
 
     def min_bytes(self) -> int:
+        """Return the least bytes that the launches read and write."""
         return sum(launch.min_bytes() for launch in self.launches)
 
 
 def merged_groups(conv: ConvSpec) -> int:
-    """Groups after neighbours were merged until each has MIN_CHANNELS in and out, or one group is left.
+    """Return the groups that remain after merging neighbours until each has MIN_CHANNELS in and out.
 
-    A merged group's filter is block-diagonal, with zeros between its members: tensor cores multiply some zeros, and the
-    convolution of 4 channels per group stays one kernel that reads its input once. An infinity or NaN in x spreads to
-    the other members of its merged group (0 * inf is NaN).
+    The filter of a merged group is block-diagonal, with zeros between its members. The tensor cores multiply these
+    zeros, but a convolution of 4 channels per group stays one kernel that reads its input once. An infinity or NaN in x
+    spreads to the other members of its merged group (0 * inf is NaN).
     """
     groups = conv.groups
     for merge in range(1, groups + 1):
@@ -55,17 +56,17 @@ def merged_groups(conv: ConvSpec) -> int:
 
 
 def tile_side(size: int) -> int:
-    """The shortest side of a tile that holds ``size``: a power of two of at least MIN_CHANNELS."""
+    """Return the shortest tile side that holds ``size``: a power of two of at least MIN_CHANNELS."""
     return max(MIN_CHANNELS, 1 << (size - 1).bit_length())
 
 
 def stem_step(conv: ConvSpec) -> int:
-    """Products of one filter row, padded to a power of two: the stem's K step."""
+    """Return the stem's K step: the products of one filter row, rounded up to a power of two."""
     return tile_side(conv.s * conv.ci)
 
 
 def kernel_for(conv: ConvSpec) -> str:
-    """The kernel file for one convolution by itself."""
+    """Return the name of the kernel that runs one convolution by itself."""
     if conv.epilogue.pool:
         return "stem"
     plain = conv.groups == 1 and conv.padding == (0, 0)
@@ -77,12 +78,15 @@ def kernel_for(conv: ConvSpec) -> str:
 
 
 def launch(conv: ConvSpec) -> LaunchSpec:
-    """One convolution as a launch of its own."""
+    """Return one convolution as a launch of its own."""
     return LaunchSpec(kernel_for(conv), (conv,))
 
 
 def routes(spec: ConvSpec | BlockSpec) -> tuple[Route, ...]:
-    """Every route of a problem, the plain one first. Whether a kernel can run a launch is for configs to say."""
+    """Return every route of a problem, ``conv`` first.
+
+    Whether a kernel can run a launch is decided by the rules in configs.py.
+    """
     if isinstance(spec, ConvSpec):
         if spec.epilogue.pool is None:
             return (Route("conv", (launch(spec),)),)

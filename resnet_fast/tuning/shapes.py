@@ -1,4 +1,4 @@
-"""Every convolution and block of every ResNet here, by name, worked out from architecture tables without torch.
+"""Derive every convolution and block of every ResNet here, by name, from architecture tables, without torch.
 
 ``problems("resnet50")["r50.layer3.0.conv2"]`` is the :class:`~resnet_fast.spec.ConvSpec` that a fused inference of
 ResNet-50 runs there. The tables hold what the papers' tables hold: block kind, blocks per stage, groups, width,
@@ -28,8 +28,17 @@ _NORM = Epilogue()
 
 @dataclass(frozen=True)
 class Arch:
-    """One architecture. ``block``: basic, bottleneck or plain; ``depths``: blocks per stage; ``stem``: which paper
-    section's first layer, ``imagenet`` (7x7/2 and max-pool) or ``cifar`` (3x3)."""
+    """One architecture.
+
+    Attributes:
+        name: the public name, such as ``resnet50``.
+        key: the short name in problem names, such as ``r50``.
+        block: basic, bottleneck or plain.
+        depths: blocks per stage.
+        groups, width: of a bottleneck's 3x3, as torchvision's ``groups`` and ``width_per_group``.
+        stem: the first layer: ``imagenet`` (7x7/2 and max-pool) or ``cifar`` (3x3).
+        shortcut: one of :data:`SHORTCUT_OPTIONS`; None for a plain net.
+    """
 
     name: str
     key: str
@@ -42,11 +51,12 @@ class Arch:
 
     @property
     def planes(self) -> tuple[int, ...]:
-        """Base channels of each stage, before a bottleneck's expansion."""
+        """Base channels of each stage, without a bottleneck's expansion."""
         return (64, 128, 256, 512) if self.stem == "imagenet" else (16, 32, 64)
 
     @property
     def expansion(self) -> int:
+        """Output channels of a block over its base channels."""
         return 4 if self.block == "bottleneck" else 1
 
     @property
@@ -84,7 +94,7 @@ ARCHS: dict[str, Arch] = {
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not among ``known``: it lists the close matches, or all of them."""
+    """Return the error for a name that is not among ``known``; it lists the close matches, or all names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     todo = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"
@@ -92,17 +102,24 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def arch(name: str) -> Arch:
-    """The table entry of ``name``; :class:`UserError` with close matches when there is none."""
+    """Return the table entry of ``name``.
+
+    Raises:
+        UserError: there is none; the message lists close matches.
+    """
     if name not in ARCHS:
         raise unknown_name("ResNet", name, ARCHS)
     return ARCHS[name]
 
 
 def check_variant(name: str, shortcut: str | None = None, stride_in_1x1: bool = False) -> None:
-    """Raise :class:`UserError` where ``name`` has no such variant.
+    """Check that ``name`` has the requested variant.
 
-    Only residual nets have a shortcut to choose, and only the ImageNet ResNets a second place for the stride (for
-    basic blocks the two places coincide, so it is accepted and changes nothing).
+    Only residual nets have a shortcut to choose. Only ImageNet ResNets have a second place for the stride; in basic
+    blocks both places are the same, so the option is accepted and changes nothing.
+
+    Raises:
+        UserError: the net has no such variant.
     """
     entry = ARCHS.get(name)
     if shortcut is not None:
@@ -124,7 +141,7 @@ class _Variant:
 def _block(
     a: Arch, o: _Variant, hw: tuple[int, int], ci: int, planes: int, stride: int, dilation: int
 ) -> tuple[dict[str, ConvSpec], str | None]:
-    """The convolutions of one block by child name, and the BlockSpec's kind of shortcut (None for a plain block)."""
+    """Return the convolutions of one block by child name, and its kind of shortcut (None for a plain block)."""
     (h, w), co = hw, planes * a.expansion
     changes = stride != 1 or ci != co
     kind: str | None = "identity"
@@ -188,7 +205,7 @@ def _walk(
     batch_stats: bool,
     grad: bool,
 ) -> tuple[dict[str, ConvSpec], dict[str, tuple[dict[str, ConvSpec], str | None]]]:
-    """The stem, and the blocks with their kind of shortcut, both by full name, in order of execution."""
+    """Return the stem, and the blocks with their kinds of shortcut, by full name in order of execution."""
     a = arch(name)
     check_variant(name, shortcut, stride_in_1x1)
     h, w = _check_size(a.image if image is None else image, batch, dtype)
@@ -237,12 +254,25 @@ def problems(
     batch_stats: bool = False,
     grad: bool = False,
 ) -> dict[str, ConvSpec]:
-    """Every convolution of ``name`` in order of execution, with the epilogue that fused inference gives it.
+    """Return every convolution of a net in order of execution, with the epilogue that fused inference gives it.
 
-    Keys are the architecture's short key and torchvision's module name: ``r50.conv1``, ``r50.layer1.0.downsample.0``.
-    ``image``: side in pixels or (height, width), by default the paper's 224 or 32. ``shortcut``: A, B or C, by default
-    B (torchvision) for ImageNet nets and A (section 4.2) for CIFAR nets. ``stride_in_1x1``: the paper's v1, instead of
-    torchvision's stride in the 3x3. Raises :class:`UserError` for names, sizes and variants that do not exist.
+    Args:
+        name: one of :data:`ARCHS`.
+        batch: number of images.
+        image: side in pixels or (height, width); by default the paper's 224 or 32.
+        dtype: of activations and weights, such as ``bfloat16``.
+        shortcut: A, B or C; by default B (torchvision) for ImageNet nets and A (section 4.2) for CIFAR nets.
+        stride_in_1x1: put a bottleneck's stride in the first 1x1 (the paper's v1), not in the 3x3 (torchvision).
+        replace_stride_with_dilation: one value per stage after the first, as in torchvision.
+        layout: ``nhwc`` or ``nchw``.
+        batch_stats: whether BatchNorm uses the statistics of the batch.
+        grad: whether gradients are computed.
+
+    Returns:
+        Specs by the architecture's key and torchvision's module name: ``r50.conv1``, ``r50.layer1.0.downsample.0``.
+
+    Raises:
+        UserError: no such net, size or variant.
     """
     stem, found = _walk(
         name, batch, image, dtype, shortcut, stride_in_1x1, replace_stride_with_dilation, layout, batch_stats, grad
@@ -263,7 +293,10 @@ def blocks(
     batch_stats: bool = False,
     grad: bool = False,
 ) -> dict[str, BlockSpec]:
-    """Every residual block of ``name`` (``r50.layer1.0``), arguments as for :func:`problems`. Plain nets have none."""
+    """Return every residual block of a net by name, such as ``r50.layer1.0``; a plain net has none.
+
+    Arguments and errors are those of :func:`problems`.
+    """
     _, found = _walk(
         name, batch, image, dtype, shortcut, stride_in_1x1, replace_stride_with_dilation, layout, batch_stats, grad
     )

@@ -1,13 +1,13 @@
-"""Measured times, by GPU: the table that comes with the package, and the user's own in the cache folder.
+"""Store measured times by GPU: the table that ships with the package, and the user's own in the cache folder.
 
     resnet_fast/tuning/tables/<gpu>.json          written by ``make gpu-tune``, read-only for a user
     ~/.cache/resnet_fast/tuning/<gpu>.json        written by ``tune()``; RESNET_FAST_CACHE or XDG_CACHE_HOME move it
 
-Several tuning runs may share a file: each adds what it measured to what is there (:func:`add`).
+Several tuning runs may share a file: each adds its measurements to the file (:func:`add`).
 
-One entry per launch (its whole spec, as printed) holds the time of every candidate in microseconds, so that a diff
-reads like a report. A file for another GPU or another config space, or one that cannot be read, is ignored with a
-warning and replaced when something new is measured. Torch-free.
+A file has one entry per launch (the whole spec, as printed) with the time of every candidate in microseconds, so that a
+diff reads like a report. A file for another GPU or another config space, or one that cannot be read, is ignored with a
+warning and replaced by the next measurement. Torch-free.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SHIPPED = Path(__file__).with_name("tables")
 
 
 def slug(gpu_name: str) -> str:
-    """A GPU's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    """Return a GPU's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
 
 
 def user_file(gpu_name: str) -> Path:
-    """Where this user's measurements of ``gpu_name`` are kept."""
+    """Return the file of this user's measurements of ``gpu_name``."""
     folder = flags.cache_folder() / "tuning"
     return folder / f"{slug(gpu_name)}.json"
 
@@ -48,20 +48,20 @@ class Table:
     versions: dict[str, str] = field(default_factory=dict)
 
     def times(self, launch: LaunchSpec) -> dict[str, float | None]:
-        """What was measured of ``launch``; empty if nothing was."""
+        """Return microseconds by candidate for ``launch``; empty if nothing was measured."""
         return self.entries.get(str(launch), {})
 
     def merged(self, other: Table) -> Table:
-        """This table with ``other``'s launches in place of its own."""
+        """Return this table with the entries of ``other``, which replace this table's for the same launch."""
         return Table(self.gpu, self.entries | other.entries, self.versions | other.versions)
 
     def with_times(self, other: Table) -> Table:
-        """This table with ``other``'s times beside its own: of a launch that both have, every candidate of either."""
+        """Return this table with the times of ``other`` added: for a common launch, the candidates of both."""
         entries = {name: self.entries.get(name, {}) | times for name, times in other.entries.items()}
         return Table(self.gpu, self.entries | entries, self.versions | other.versions)
 
     def save(self, path: Path) -> None:
-        """Write the whole table at once, so that a cut loses nothing."""
+        """Write the table atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "space": SPACE,
@@ -78,7 +78,7 @@ def _refused_last(item: tuple[str, float | None]) -> float:
 
 
 def read(path: Path, gpu_name: str) -> Table:
-    """The table in ``path``; an empty one where there is no file, and with a warning where the file cannot be used."""
+    """Return the table in ``path``; an empty one if the file is missing, or with a warning if it cannot be used."""
     try:
         content = json.loads(safe_files.read_plain(path).decode())
         problem = _problem(content, gpu_name)
@@ -93,7 +93,7 @@ def read(path: Path, gpu_name: str) -> Table:
 
 
 def add(path: Path, new: Table) -> Table:
-    """Add ``new``'s times to the table in ``path`` and return the two together; nothing that others added is lost."""
+    """Add the times of ``new`` to the table in ``path`` and return the sum; additions by other processes are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with safe_files.locked(path):
         both = read(path, new.gpu).with_times(new)
@@ -102,7 +102,7 @@ def add(path: Path, new: Table) -> Table:
 
 
 def is_table(content: bytes) -> bool:
-    """Whether a file's bytes are a tuning table: of any GPU, of any version."""
+    """Return whether a file's bytes are a tuning table, of any GPU and version."""
     try:
         return _is_table(safe_files.json_value(content))
     except ValueError:
@@ -114,7 +114,11 @@ def _is_table(content: Any) -> bool:
 
 
 def check_target(path: Path, gpu_name: str) -> None:
-    """UserError unless ``path`` may be written: it is not there, or is a tuning table of this GPU."""
+    """Check that ``path`` may be written.
+
+    Raises:
+        UserError: ``path`` exists and is not a tuning table of this GPU, or cannot be written.
+    """
 
     def ours(content: bytes) -> bool:
         return is_table(content) and safe_files.json_value(content)["gpu"] == gpu_name
@@ -144,5 +148,5 @@ def _is_time(t: Any) -> bool:
 
 
 def load(gpu_name: str) -> Table:
-    """What is known of a GPU: the shipped table, overruled by the user's own measurements."""
+    """Return the table of a GPU: the shipped one, with the user's own measurements in place of its entries."""
     return read(SHIPPED / f"{slug(gpu_name)}.json", gpu_name).merged(read(user_file(gpu_name), gpu_name))

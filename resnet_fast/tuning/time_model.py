@@ -35,7 +35,7 @@ LATENCY_S = 0.5e-6  # of a load from L2 or memory, shared by the steps that are 
 
 
 def tiles(launch: LaunchSpec, config: Config) -> int:
-    """Programs of the launch."""
+    """Return the number of programs of the launch."""
     conv = launch.last
     if launch.kernel == "stem":
         hp, wp = conv.out_hw()
@@ -52,7 +52,7 @@ REGISTERS_BESIDES_SUMS = 56
 
 
 def resident(launch: LaunchSpec, config: Config, gpu: Gpu) -> int:
-    """Programs that fit on a multiprocessor at a time."""
+    """Return the number of programs that fit on a multiprocessor at a time."""
     threads = 32 * config.num_warps
     registers = threads * min(255, configs.accumulators(launch, config) + REGISTERS_BESIDES_SUMS)
     shared = configs.shared_bytes(launch, config) + 1024  # what the driver takes per block
@@ -61,7 +61,7 @@ def resident(launch: LaunchSpec, config: Config, gpu: Gpu) -> int:
 
 
 def _macs_per_tile(launch: LaunchSpec, config: Config) -> float:
-    """Multiply-adds of one program, masked ones included."""
+    """Return the multiply-adds of one program, including masked ones."""
     total = 0.0
     last = launch.last
     groups = merged_groups(last)
@@ -88,7 +88,7 @@ def _padded(size: int, block: int) -> int:
 
 
 def _steps(launch: LaunchSpec, config: Config) -> int:
-    """K steps of one program, one after another."""
+    """Return the K steps that one program runs one after another."""
     last = launch.last
     if launch.kernel == "stem":
         return (2 * config.rows + 1) * 3 * last.r
@@ -107,7 +107,7 @@ def _steps(launch: LaunchSpec, config: Config) -> int:
 
 
 def _operand_bytes_per_tile(launch: LaunchSpec, config: Config) -> float:
-    """Bytes that one program loads, from L2 or beyond."""
+    """Return the bytes that one program loads, from L2 or memory."""
     size, last = ITEMSIZE[launch.dtype], launch.last
     k = last.ci // merged_groups(last) * last.r * last.s
     if launch.kernel == "stem":
@@ -127,17 +127,16 @@ def _operand_bytes_per_tile(launch: LaunchSpec, config: Config) -> float:
 
 
 def fill(launch: LaunchSpec, config: Config) -> float:
-    """The part of the tensor cores' rate that the tile's shape can reach."""
+    """Return the part of the tensor cores' rate that the tile's shape can reach."""
     narrow = min(1.0, config.block_n / 128) if not configs.chain_width(launch) else 1.0
     short = min(1.0, config.block_m / (64 * max(1, config.num_warps // 4)))
     return (0.35 + 0.65 * narrow) * short * _issue_rate(launch)
 
 
 def _issue_rate(launch: LaunchSpec) -> float:
-    """The part of the tensor cores' rate that is left where the main loop is bound by issuing instructions.
+    """Return the part of the tensor cores' rate that remains where issuing instructions bounds the main loop.
 
-    Counted in machine code (docs/tables/static-budgets.md): lanes that load 2 bytes each, or find their tap by
-    division.
+    Counted in machine code (docs/tables/static-budgets.md): lanes load 2 bytes each, or find their tap by division.
     """
     conv = launch.last
     if launch.kernel == "stem":

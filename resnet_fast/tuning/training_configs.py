@@ -1,9 +1,9 @@
-"""Training launches: how forward, dgrad and wgrad of a convolution are cut into tiles, and which config runs.
+"""Define how the training launches of a convolution (forward, dgrad, wgrad) are cut into tiles.
 
 A training launch is a :class:`~resnet_fast.spec.LaunchSpec` of kernel ``conv_fwd``, ``conv_dgrad`` or ``conv_wgrad``
-with one convolution; ``prologue`` says that its input is raw (BatchNorm and ReLU are applied as it is read). Each of
-the three may run on cuDNN instead, with passes of our BatchNorm kernels around it, where a table says that this is
-faster. Torch-free.
+with one convolution. ``prologue`` means that its input is raw: BatchNorm and ReLU are applied as it is read. Each of
+the three may run on cuDNN instead, between passes of our BatchNorm kernels, if a table says that this is faster.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ WHOLE_TILE = 128 * 128
 """Outputs of a tile whose main loop keeps an H100's tensor cores busy."""
 
 FEW_VALUES = 16
-"""Below, BatchNorm's gradient is close to nothing but the difference of two large terms (of two values, exactly 0), and
-a packed prologue, which rounds before the difference, loses all of it. Stock rounds behind it."""
+"""Least values per channel for a packed prologue. With fewer, BatchNorm's gradient is almost only the difference of two
+large terms (with two values exactly 0). A packed prologue rounds before the difference and loses it; stock PyTorch
+rounds after it."""
 
 CUDNN = Config("cudnn")
 
@@ -77,9 +78,10 @@ def training_launches(spec: ConvSpec | BlockSpec) -> tuple[LaunchSpec, ...]:
 
 
 def gemm(launch: LaunchSpec) -> tuple[int, int, int, int]:
-    """(rows, columns, products) of a launch as one matrix product per group, and how many such products it is.
+    """Return a launch as matrix products: (rows, columns, products, number of such products).
 
-    A wgrad is one per tap; a dgrad of stride s spreads the same products over its input pixels.
+    There is one per group, and for a wgrad one per tap. A dgrad with strides spreads the same products over more input
+    pixels.
     """
     c, groups = launch.last, merged_groups(launch.last)
     ci, co, taps = c.ci // groups, c.co // groups, c.r * c.s
@@ -92,10 +94,10 @@ def gemm(launch: LaunchSpec) -> tuple[int, int, int, int]:
 
 
 def min_bytes(launch: LaunchSpec) -> int:
-    """Bytes that a launch must move: each operand that some output needs once, and its output.
+    """Return the bytes that a launch must move: each operand that some output needs once, and its output.
 
-    The gradient of a raw output is read as g and, where the norm uses this batch's statistics, y. A dgrad behind a
-    prologue reads the raw input, for the mask and the sums. Added tensors are the caller's to count.
+    The gradient of a raw output is read as g and, if the norm uses the batch's statistics, y. A dgrad with a prologue
+    reads the raw input too, for the mask and the sums. Added tensors are not included.
     """
     c = launch.last
     size, filters = ITEMSIZE[c.dtype], c.co * c.gemm_k
@@ -109,10 +111,10 @@ def min_bytes(launch: LaunchSpec) -> int:
 
 
 def is_memory_bound(launch: LaunchSpec) -> bool:
-    """Is the launch bound by memory on an H100 by the roofline, whatever its main loop costs?
+    """Return whether memory bounds the launch on an H100 by the roofline, whatever its main loop costs.
 
-    A 3x3 of 64 channels is, just so (288 operations per byte at most, 192 with g and y to read; the ridge lies at 295);
-    of more it is not, nor is a 1x1 with at least 256 channels on both sides.
+    A 3x3 of 64 channels is just bound by memory: it has at most 288 operations per byte (192 with g and y to read), and
+    the ridge is at 295. A 3x3 of more channels, and a 1x1 with at least 256 channels on both sides, are not.
     """
     c, groups = launch.last, merged_groups(launch.last)
     return min(c.ci, c.co) // groups < (256 if c.r * c.s == 1 else 128)
@@ -157,7 +159,7 @@ def _not_larger_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Ver
 
 
 def packs(launch: LaunchSpec) -> Verdict:
-    """May a launch take a packed prologue?"""
+    """Return whether a launch may take a packed prologue."""
     c = launch.last
     if ITEMSIZE[launch.dtype] != 2:
         return Verdict.no("16-bit tensors for a packed prologue", launch.dtype, "use an exact one")
@@ -175,8 +177,11 @@ LIMITS = (_fits_shared, _fits_registers, _fits_gather, _not_larger_than_needed, 
 
 
 def _issues_in_time(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """Where products are the limit and fill the GPU: of tiles below 128 x 128 the main loop issues longer than the
-    tensor cores take, for every prologue is applied to more elements per product (docs/tables/training-budgets.md)."""
+    """Refuse tiles below 128 x 128 where products are the limit and fill the GPU.
+
+    A smaller tile applies the prologue to more elements per product, so that its main loop issues instructions for
+    longer than the tensor cores take (docs/tables/training-budgets.md).
+    """
     if config.block_m * config.block_n >= WHOLE_TILE or is_memory_bound(launch) or not configs.on_tensor_cores(launch):
         return YES
     rows, columns, products, count = gemm(launch)
@@ -192,12 +197,18 @@ RULES = (*LIMITS, _issues_in_time)
 
 
 def verdict(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """May ``config`` run a launch on ``gpu``? The first rule that says no gives the reason."""
+    """Return whether ``config`` may run a launch on ``gpu``; the first rule that refuses gives the reason."""
     return configs.verdict(launch, config, gpu, RULES)
 
 
 def candidates(launch: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
-    """The shipped configs that the rules admit, with the prologue asked for where the launch may take it."""
+    """Return the shipped configs that the rules admit.
+
+    Args:
+        launch: a launch of a training step.
+        gpu: the GPU to run on.
+        packed: whether a prologue in 16-bit pairs is wanted; it is used if the launch may take one.
+    """
     wanted = packed and bool(packs(launch))
     sized = dict.fromkeys(replace(for_dtype(c, launch.dtype), packed=wanted) for c in SHIPPED[launch.kernel])
     return tuple(c for c in sized if verdict(launch, c, gpu))
