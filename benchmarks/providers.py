@@ -158,9 +158,8 @@ def _compiled(mode: str | None = None, freezing: bool = True, calls: int = 1) ->
 
 def _ours(model: nn.Module, x: Tensor) -> Prepared:
     from resnet_fast import packing_budget
+    from resnet_fast.backends.onednn import net
     from resnet_fast.backends.onednn.conv_bn_act import compute_dtype
-
-    net = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's attribute is the function
 
     module, x = nhwc(model, x)
     # A single op of the suites is no model that accelerate() knows; it brings its fused form along.

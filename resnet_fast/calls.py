@@ -1,14 +1,13 @@
 """Call records: the tensors and numbers of one op call, in the form that every backend receives them.
 
-The ops' dispatcher schemas are flat lists (that is all a schema can say); ``ops/`` turns them into these named tuples
-once, and nothing below it counts positions. A record holds no decision: what runs it is chosen from its Spec.
-
-``parameters()`` of a call are the tensors that outlive it (None where absent), ``numbers()`` what else of it, besides
-``x``, can decide how it runs; :mod:`resnet_fast.ops.infer` keeps what was prepared for a call by the two.
+The ops' dispatcher schemas are flat lists, which is all that a schema can express. ``ops/`` turns them into these named
+tuples once, and nothing below it counts positions. A record holds no decision: its Spec decides what runs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,6 +26,7 @@ class Conv(NamedTuple):
     groups: int
 
     def numbers(self) -> tuple[Pair, Pair, Pair, int]:
+        """Stride, padding, dilation and groups."""
         return self[2:]
 
 
@@ -35,8 +35,8 @@ class Norm(NamedTuple):
 
     ``batch_stats``: normalise by this batch's statistics, and update ``mean`` and ``var`` in place (where they are
     given) with factor ``momentum``, as :func:`torch.nn.functional.batch_norm` does. Without ``batch_stats`` and without
-    ``mean`` there is nothing to normalise by, and only the affine part (if given) is applied: the form of a folded or
-    an absent norm. ``sync``: the name of the process group whose processes share the batch's statistics, else empty.
+    ``mean`` only the affine part is applied, if there is one: the form of a folded or an absent norm. ``sync``: the
+    name of the process group that shares the batch's statistics; empty for one process.
     """
 
     weight: Tensor | None = None
@@ -49,14 +49,8 @@ class Norm(NamedTuple):
     sync: str = ""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, running mean and running variance."""
         return self[:4]
-
-    def numbers(self) -> tuple[bool, float, float, str]:
-        return self[4:]
-
-
-def _kind(t: Tensor | None) -> Any:
-    return None if t is None else (t.shape, t.dtype, t.device)
 
 
 class Pool(NamedTuple):
@@ -67,186 +61,131 @@ class Pool(NamedTuple):
     padding: int
 
 
-class ConvBnActCall(NamedTuple):
-    """``act(bn(conv(x)) + residual)``."""
-
-    x: Tensor
-    conv: Conv
-    norm: Norm
-    residual: Tensor | None
-    relu: bool
-
-    @property
-    def op(self) -> str:
-        return "conv_bn_act"
-
-    @property
-    def batch_stats(self) -> bool:
-        return self.norm.batch_stats
-
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.conv[:2] + self.norm[:4]
-
-    def numbers(self) -> tuple[Any, ...]:
-        return self.conv.numbers(), self.norm.numbers(), self.relu, _kind(self.residual)
+# C functions: these run for every layer of every call
+_conv_numbers, _norm_numbers = itemgetter(slice(2, None)), itemgetter(slice(4, None))
+_batch_stats, _sync = attrgetter("batch_stats"), attrgetter("sync")
 
 
-class StemCall(NamedTuple):
-    """``maxpool(relu(bn(conv(x))))``."""
+class Call(NamedTuple):
+    """The call of one op: convolutions with their norms, and what is done around them.
 
-    x: Tensor
-    conv: Conv
-    norm: Norm
-    pool: Pool
-
-    @property
-    def op(self) -> str:
-        return "stem"
-
-    @property
-    def batch_stats(self) -> bool:
-        return self.norm.batch_stats
-
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.conv[:2] + self.norm[:4]
-
-    def numbers(self) -> tuple[Any, ...]:
-        return self.conv.numbers(), self.norm.numbers(), self.pool
-
-
-class BlockCall(NamedTuple):
-    """A basic block (two convolutions) or a bottleneck (three), and how the shortcut is made.
-
-    ``projection``: a further (conv, norm) on the shortcut, last in ``convs`` and ``norms``; ``shortcut``: a tensor that
-    the caller computed; with neither, the shortcut is ``x``.
+    Attributes:
+        op: name of the op.
+        x: input (N, C, H, W).
+        convs: the convolutions of the main branch in order of execution, then the projection if there is one.
+        norms: the norm of each convolution.
+        added: a tensor of the output's shape that the caller computed: a residual, or a block's given shortcut.
+        relu: whether ReLU follows the sum.
+        pool: the max-pooling that follows ReLU.
+        projection: whether the last convolution is on the shortcut. A block without it and without ``added`` adds
+            ``x``.
     """
 
+    op: str
     x: Tensor
     convs: tuple[Conv, ...]
     norms: tuple[Norm, ...]
-    projection: bool
-    shortcut: Tensor | None
-
-    def main(self) -> list[tuple[Conv, Norm]]:
-        """The (conv, norm) pairs of the residual branch."""
-        pairs = list(zip(self.convs, self.norms, strict=True))
-        return pairs[:-1] if self.projection else pairs
+    added: Tensor | None = None
+    relu: bool = True
+    pool: Pool | None = None
+    projection: bool = False
 
     @property
-    def op(self) -> str:
-        """The op's name, by the number of convolutions on the residual branch."""
-        return "bottleneck" if len(self.convs) - self.projection == 3 else "basic_block"
+    def parts(self) -> tuple[Call, ...]:
+        """The call itself, as the one part of a net."""
+        return (self,)
 
     @property
     def batch_stats(self) -> bool:
-        return any([n.batch_stats for n in self.norms])
+        """Whether a norm uses this batch's statistics."""
+        return any(map(_batch_stats, self.norms))
+
+    @property
+    def sync(self) -> str:
+        """The process group that shares the batch's statistics; empty for one process."""
+        return next(filter(None, map(_sync, self.norms)), "")
+
+    def with_sync(self, group: str) -> Call:
+        """Return the call with the batch statistics of its norms shared among the processes of ``group``."""
+        return self._replace(norms=tuple([n._replace(sync=group) if n.batch_stats else n for n in self.norms]))
+
+    def main(self) -> list[tuple[Conv, Norm]]:
+        """The (conv, norm) pairs of the main branch."""
+        pairs = list(zip(self.convs, self.norms, strict=True))
+        return pairs[:-1] if self.projection else pairs
 
     def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that outlive the call; None where absent."""
         found: list[Tensor | None] = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             found += conv[:2]
             found += norm[:4]
         return tuple(found)
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the call."""
+        return [t for t in (self.x, self.added, *self.parameters()) if t is not None]
+
     def numbers(self) -> tuple[Any, ...]:
-        convs = tuple([c[2:] for c in self.convs])
-        return convs, tuple([n[4:] for n in self.norms]), self.projection, _kind(self.shortcut)
+        """What else, without ``x``, can decide how the call runs."""
+        added = self.added
+        return (
+            self.op,
+            tuple(map(_conv_numbers, self.convs)),
+            tuple(map(_norm_numbers, self.norms)),
+            None if added is None else (added.shape, added.dtype, added.device),
+            *self[5:],
+        )
 
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """The tensors that can have a gradient, None where absent.
 
-Call = ConvBnActCall | StemCall | BlockCall
-"""The calls that have a ``torch.library`` op."""
+        In this order: ``x``, ``added``, and of each layer the convolution's weights, then their biases, the norms'
+        weights, and their biases.
+        """
+        convs, norms = self.convs, self.norms
+        return (
+            self.x,
+            self.added,
+            *[c.weight for c in convs],
+            *[c.bias for c in convs],
+            *[n.weight for n in norms],
+            *[n.bias for n in norms],
+        )
+
+    def with_leaves(self, leaves: Sequence[Any]) -> Call:
+        """Return the call with other values in the order of :meth:`leaves`, and without running statistics."""
+        count = len(self.convs)
+        x, added, *rest = leaves
+        weights, biases, gammas, betas = (rest[i : i + count] for i in range(0, 4 * count, count))
+        convs = [Conv(w, b, *c[2:]) for c, w, b in zip(self.convs, weights, biases, strict=True)]
+        norms = [Norm(g, b, None, None, *n[4:]) for n, g, b in zip(self.norms, gammas, betas, strict=True)]
+        return Call(self.op, x, tuple(convs), tuple(norms), added, *self[5:])
 
 
 class NetCall(NamedTuple):
     """The convolutional part of a net in one call: ``parts`` one after another, from the stem to the last block.
 
-    A part's own ``x`` is not used: each gets what the part before it returned, the first gets ``x``.
+    A part's own ``x`` is not used: the first part gets ``x``, each later one the output of the part before it.
     """
 
     x: Tensor
-    parts: tuple[ConvBnActCall | StemCall | BlockCall, ...]
+    parts: tuple[Call, ...]
 
     @property
     def op(self) -> str:
+        """``net``."""
         return "net"
 
     @property
     def batch_stats(self) -> bool:
+        """Whether a norm uses this batch's statistics."""
         return any([p.batch_stats for p in self.parts])
 
     def parameters(self) -> tuple[Tensor | None, ...]:
+        """The tensors that outlive the call; None where absent."""
         return tuple([t for p in self.parts for t in p.parameters()])
 
     def numbers(self) -> tuple[Any, ...]:
-        return tuple([(type(p), p.numbers()) for p in self.parts])
-
-
-def norms_of(call: Call) -> tuple[Norm, ...]:
-    """The norms of a call, in the order of its convolutions."""
-    return call.norms if isinstance(call, BlockCall) else (call.norm,)
-
-
-def convs_of(call: Call) -> tuple[Conv, ...]:
-    """The convolutions of a call: main branch first, then the projection."""
-    return call.convs if isinstance(call, BlockCall) else (call.conv,)
-
-
-def given_of(call: Call) -> Tensor | None:
-    """The tensor that the caller adds: a residual, or a block's given shortcut."""
-    if isinstance(call, StemCall):
-        return None
-    return call.shortcut if isinstance(call, BlockCall) else call.residual
-
-
-class Leaves(NamedTuple):
-    """The tensors of a call that can have a gradient, and the gradients themselves: x, what is added, and per layer
-    the convolution's weight and bias and the norm's gamma and beta. None where absent."""
-
-    x: Any
-    given: Any
-    weights: tuple[Any, ...]
-    biases: tuple[Any, ...]
-    gammas: tuple[Any, ...]
-    betas: tuple[Any, ...]
-
-    @staticmethod
-    def of(call: Call) -> Leaves:
-        convs, norms = convs_of(call), norms_of(call)
-        return Leaves(
-            call.x,
-            given_of(call),
-            tuple([c.weight for c in convs]),
-            tuple([c.bias for c in convs]),
-            tuple([n.weight for n in norms]),
-            tuple([n.bias for n in norms]),
-        )
-
-    def flat(self) -> tuple[Any, ...]:
-        """One tuple, in the order of the fields."""
-        return (self.x, self.given, *self.weights, *self.biases, *self.gammas, *self.betas)
-
-    def like(self, flat: Any) -> Leaves:
-        """``flat`` in the form of these leaves."""
-        x, given, *rest = flat
-        parts = []
-        for group in self[2:]:
-            parts.append(tuple(rest[: len(group)]))
-            rest = rest[len(group) :]
-        return Leaves(x, given, *parts)
-
-    def put_into(self, call: Call) -> Call:
-        """``call`` with these tensors, and without running statistics, which no gradient needs."""
-        convs = tuple(
-            [c._replace(weight=w, bias=b) for c, w, b in zip(convs_of(call), self.weights, self.biases, strict=True)]
-        )
-        norms = tuple(
-            [
-                n._replace(weight=gamma, bias=beta, mean=None, var=None)
-                for n, gamma, beta in zip(norms_of(call), self.gammas, self.betas, strict=True)
-            ]
-        )
-        if isinstance(call, BlockCall):
-            return call._replace(x=self.x, convs=convs, norms=norms, shortcut=self.given)
-        if isinstance(call, ConvBnActCall):
-            return call._replace(x=self.x, conv=convs[0], norm=norms[0], residual=self.given)
-        return call._replace(x=self.x, conv=convs[0], norm=norms[0])
+        """What else, without ``x``, can decide how the call runs."""
+        return ("net", *[p.numbers() for p in self.parts])

@@ -10,7 +10,6 @@ output channels, ``gemm_k = Ci/groups*R*S`` products per output; there are ``gro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -96,6 +95,36 @@ class ConvSpec(_HashedOnce):
     @property
     def op(self) -> str:
         return "stem" if self.epilogue.pool else "conv_bn_act"
+
+    @property
+    def parts(self) -> tuple[ConvSpec]:
+        """The problem itself, as the one part of a net."""
+        return (self,)
+
+    @property
+    def convs(self) -> tuple[ConvSpec, ...]:
+        """The convolution itself, as the one of a block."""
+        return (self,)
+
+    @property
+    def main(self) -> tuple[ConvSpec, ...]:
+        """The convolution itself, as the one of a residual branch."""
+        return (self,)
+
+    @property
+    def projection(self) -> ConvSpec | None:
+        """None: no convolution is on the shortcut."""
+        return None
+
+    @property
+    def shortcut(self) -> str:
+        """``given`` where a residual is added, else ``none``."""
+        return "given" if self.epilogue.add else "none"
+
+    @property
+    def pool(self) -> tuple[int, int, int] | None:
+        """Kernel, stride and padding of the max-pooling; None without it."""
+        return self.epilogue.pool
 
     @cached_property
     def ho(self) -> int:
@@ -191,9 +220,24 @@ class BlockSpec(_HashedOnce):
     shortcut: str = "identity"
 
     @property
+    def parts(self) -> tuple[BlockSpec]:
+        """The problem itself, as the one part of a net."""
+        return (self,)
+
+    @property
     def main(self) -> tuple[ConvSpec, ...]:
         """The convolutions of the residual branch, without the projection."""
         return self.convs[:-1] if self.shortcut == "projection" else self.convs
+
+    @property
+    def projection(self) -> ConvSpec | None:
+        """The convolution on the shortcut; None without one."""
+        return self.convs[-1] if self.shortcut == "projection" else None
+
+    @property
+    def pool(self) -> None:
+        """None: a block ends without pooling."""
+        return None
 
     @property
     def n(self) -> int:
@@ -336,9 +380,14 @@ class NetSpec(_HashedOnce):
 
     __hash__ = _HashedOnce.__hash__
 
-    parts: tuple[ConvSpec | BlockSpec, ...]
+    parts: tuple[Spec, ...]
 
     op = "net"
+
+    @property
+    def convs(self) -> tuple[ConvSpec, ...]:
+        """Every convolution of every part."""
+        return tuple(c for p in self.parts for c in p.convs)
 
     @property
     def n(self) -> int:
@@ -425,62 +474,3 @@ class Verdict:
 
 
 YES = Verdict(True)
-
-
-@dataclass(frozen=True)
-class Training:
-    """An implementation whose gradient is code of its own, in place of a run that autograd records.
-
-    ``forward(call, spec, save)`` returns the output, the tensors that ``backward`` needs besides it, and what was
-    chosen, which prints as a text. Running statistics are not touched: ``statistics(call, saved)`` gives the batch's
-    (mean, unbiased variance) of every norm with batch statistics, None for the others, and the op updates them when all
-    went well.
-    ``backward(call, spec, saved, y, dy, needs)`` returns the gradients as :class:`resnet_fast.calls.Leaves`, where
-    ``needs`` says which are wanted. ``shapes(call, spec, save)``: (shape, dtype, layout) of each tensor in ``saved``,
-    for compilers.
-    """
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    statistics: Callable[..., Any]
-    shapes: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Upkeep:
-    """What the states of an implementation cost.
-
-    ``elements(call, spec, earlier)``: how many weights ``prepare`` would fold and pack, those shared with ``earlier``
-    states left out. ``nbytes(states)``: memory that the states hold, what they share counted once. A state that has
-    grown since it was prepared says so by ``grown``.
-    """
-
-    elements: Callable[[Any, Any, list[Any]], int]
-    nbytes: Callable[[list[Any]], int]
-
-
-@dataclass(frozen=True)
-class Impl:
-    """One backend's implementation of one op.
-
-    ``devices`` names the device types that it runs on, empty for all, and ``supports(spec)`` gives a :class:`Verdict`
-    on a problem there. ``run(call, spec, state)`` executes a call record of :mod:`resnet_fast.calls` and returns the
-    output tensor, of the shape, dtype and layout that the spec states; or a :class:`Verdict`, where the numbers in the
-    call's tensors rule it out, and nothing was written. ``state`` is what ``prepare(call, spec,
-    earlier)`` computed from the call's parameters (folded, packed weights), kept until one of them changes; ``earlier``
-    are the states of the same parameters for inputs of other sizes, to share parts with. With ``upkeep``, preparing
-    must pay (:mod:`resnet_fast.packing_budget`) unless the backend was asked for by name. An Impl that accepts a spec
-    with ``grad`` either has ``training``, which then serves every spec with ``grad`` or batch statistics, or returns a
-    result that autograd can differentiate. ``rank``: among several that accept, the highest wins.
-    """
-
-    op: str
-    backend: str
-    rank: int
-    supports: Callable[[Any], Verdict]
-    run: Callable[[Any, Any, Any], Any]
-    prepare: Callable[[Any, Any, list[Any]], Any] | None = None
-    devices: tuple[str, ...] = ()
-    note: str = ""
-    training: Training | None = None
-    upkeep: Upkeep | None = None

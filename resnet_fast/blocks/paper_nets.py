@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import ops
 from .. import paper_nets as stock
-from ..calls import ConvBnActCall
+from ..calls import Call
 from .fused import Fused, conv_record, counts, norm_record
 from .stem import Net
 
@@ -29,14 +29,14 @@ class PlainBlock(Fused, stock.PlainBlock):
             x = ops.run(call._replace(x=x), self.backend)
         return x
 
-    def parts(self, x: Tensor) -> tuple[ConvBnActCall, ...] | None:
+    def parts(self, x: Tensor) -> tuple[Call, ...] | None:
         """The two calls, as parts of a :class:`~resnet_fast.calls.NetCall`; None if a norm counts batches."""
         return None if any([counts(getattr(self, norm)) for _, norm in self.layers]) else self.calls(x)
 
-    def calls(self, x: Tensor) -> tuple[ConvBnActCall, ...]:
+    def calls(self, x: Tensor) -> tuple[Call, ...]:
         """The two calls, both with the input ``x``."""
         pairs = [(conv_record(getattr(self, conv)), norm_record(getattr(self, norm))) for conv, norm in self.layers]
-        return tuple([ConvBnActCall(x, conv, norm, None, True) for conv, norm in pairs])
+        return tuple([Call("conv_bn_act", x, (conv,), (norm,)) for conv, norm in pairs])
 
 
 class CifarResNet(Net, stock.CifarResNet):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
-from ..calls import BlockCall, ConvBnActCall
+from ..calls import Call
 from .fused import Fused, child, conv_obstacle, conv_record, counts, is_altered, norm_obstacle, norm_record
 
 
@@ -37,11 +37,11 @@ class ResidualBlock(Fused):
                 projection = True
                 pairs.append(parts[1:])
             else:
-                conv, norm = conv_record(parts[1]), norm_record(parts[2])
-                shortcut = ops.run(ConvBnActCall(parts[0](x), conv, norm, None, False), self.backend)
+                pooled, conv, norm = parts[0](x), conv_record(parts[1]), norm_record(parts[2])
+                shortcut = ops.run(Call("conv_bn_act", pooled, (conv,), (norm,), relu=False), self.backend)
         convs = tuple([conv_record(conv) for conv, _ in pairs])
         norms = tuple([norm_record(norm) for _, norm in pairs])
-        return ops.run(BlockCall(x, convs, norms, projection, shortcut), self.backend, self.save)
+        return ops.run(Call(self.op, x, convs, norms, shortcut, projection=projection), self.backend, self.save)
 
     def unlike_reference(self) -> str:
         """FrozenBatchNorm2d, or a shortcut that would be computed before the convolutions, where the stock block
@@ -54,7 +54,7 @@ class ResidualBlock(Fused):
             return "FrozenBatchNorm2d"
         return super().unlike_reference()
 
-    def parts(self, x: Tensor) -> tuple[BlockCall, ...] | None:
+    def parts(self, x: Tensor) -> tuple[Call, ...] | None:
         """This block as part of a :class:`~resnet_fast.calls.NetCall`; None if its shortcut is a module of its own or a
         norm counts batches."""
         children = self._modules
@@ -69,7 +69,7 @@ class ResidualBlock(Fused):
             return None
         convs = tuple([conv_record(conv) for conv, _ in pairs])
         norms = tuple([norm_record(norm) for _, norm in pairs])
-        return (BlockCall(x, convs, norms, downsample is not None, None),)
+        return (Call(self.op, x, convs, norms, projection=downsample is not None),)
 
 
 def projection_parts(shortcut: Any) -> tuple[nn.Module | None, nn.Module, nn.Module] | None:

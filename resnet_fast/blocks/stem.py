@@ -13,7 +13,7 @@ from torchvision.models import resnet as stock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
-from ..calls import BlockCall, ConvBnActCall, NetCall, Pool, StemCall
+from ..calls import Call, NetCall, Pool
 from ..dispatch import record, select
 from . import graph, unfused
 from . import stage as fused_stage
@@ -49,13 +49,13 @@ class Net(Fused):
             return x
         return ops.run(self.stem_call(x), self.backend)
 
-    def stem_call(self, x: Tensor) -> StemCall | ConvBnActCall:
+    def stem_call(self, x: Tensor) -> Call:
         """The first layers as a call."""
-        conv, norm = conv_record(self.conv1), norm_record(self.bn1)
+        convs, norms = (conv_record(self.conv1),), (norm_record(self.bn1),)
         if not self.pooled:
-            return ConvBnActCall(x, conv, norm, None, True)
+            return Call("conv_bn_act", x, convs, norms)
         pool: Any = self.maxpool
-        return StemCall(x, conv, norm, Pool(_int(pool.kernel_size), _int(pool.stride), _int(pool.padding)))
+        return Call("stem", x, convs, norms, pool=Pool(_int(pool.kernel_size), _int(pool.stride), _int(pool.padding)))
 
     def unfusable(self) -> str:
         reason = super().unfusable()
@@ -131,11 +131,10 @@ class Net(Fused):
         tiles = []
         for part in parts:
             largest = c * h * w
-            convs = part.convs[: len(part.convs) - part.projection] if isinstance(part, BlockCall) else (part.conv,)
-            for conv in convs:
+            for conv, _ in part.main():
                 c, h, w = conv.weight.shape[0], -(-h // conv.stride[0]), -(-w // conv.stride[1])
                 largest = max(largest, c * h * w)
-            if isinstance(part, StemCall):
+            if part.pool is not None:
                 h, w = -(-h // part.pool.stride), -(-w // part.pool.stride)
             tiles.append(self.tile(n, largest, x))
         found: list[tuple[tuple[Any, ...], int]] = []

@@ -1,8 +1,8 @@
-"""Which backends exist, loaded when first needed. Adding a backend adds one folder and one line here.
+"""Which backends exist, loaded when first needed. Adding one adds a folder and its name in :mod:`resnet_fast.flags`.
 
 A backend is a package ``resnet_fast.backends.NAME`` that exports
 
-* ``IMPLS``: a tuple of :class:`~resnet_fast.spec.Impl`;
+* ``IMPLS``: a tuple of :class:`~resnet_fast.impl.Impl`;
 * ``available()``: a :class:`~resnet_fast.spec.Verdict` on this machine and process, cheap enough to ask at each call.
 
 Backends never import dispatch.
@@ -15,50 +15,54 @@ from functools import cache
 from types import ModuleType
 
 from .. import flags
-from ..spec import Impl, Verdict
+from ..impl import Impl
+from ..spec import Verdict
 
-_PACKAGES = {
-    "reference": "resnet_fast.backends.reference",
-    "onednn": "resnet_fast.backends.onednn",
-    "triton": "resnet_fast.backends.triton",
-    "cuda": "resnet_fast.backends.cuda",
-}
+NAMES = tuple(name for name in flags.BACKENDS if name != "auto")
 
 
 @cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(_PACKAGES[name])
+    return importlib.import_module(f"resnet_fast.backends.{name}")
 
 
 @cache
 def loaded() -> tuple[ModuleType, ...]:
-    """Every backend package, in the order of the table above."""
-    return tuple(_load(name) for name in _PACKAGES)
+    """Every backend package."""
+    return tuple(map(_load, NAMES))
 
 
 @cache
 def impls(op: str) -> tuple[Impl, ...]:
-    """The implementations of one op, one per backend at the most."""
+    """The implementations of one op, at most one per backend."""
     return tuple(i for backend in loaded() for i in backend.IMPLS if i.op == op)
 
 
 @cache
+def ranked(op: str, device: str) -> tuple[Impl, ...]:
+    """The implementations of one op on a device type, the highest rank first."""
+    return tuple(sorted((i for i in impls(op) if i.runs_on(device)), key=lambda i: -i.rank))
+
+
+@cache
 def prepares(device: str) -> bool:
-    """Is there an implementation for this device type that derives something from the parameters?"""
-    return any(i.prepare and (not i.devices or device in i.devices) for b in loaded() for i in b.IMPLS)
+    """Return whether an implementation for this device type derives something from the parameters."""
+    return any(i.prepares and i.runs_on(device) for backend in loaded() for i in backend.IMPLS)
 
 
 def works(name: str) -> bool:
-    """Can this backend be used here and now? Asked at each call of a net."""
+    """Return whether this backend can be used here and now. Asked at each call of a net."""
     return bool(_load(name).available())
 
 
 def fingerprint() -> tuple[bool, ...]:
-    """Changes when a backend becomes available or goes (a user switches oneDNN off), and with the switches that change
-    how one computes: part of every decision's key."""
+    """Part of every decision's key: which backends are available, and the switches that change how one computes.
+
+    It changes when a user switches oneDNN off, for instance.
+    """
     return (*[bool(b.available()) for b in loaded()], flags.TF32.enabled())
 
 
 def availability() -> dict[str, Verdict]:
-    """Every backend name and whether it can be used here, with the reason where not."""
-    return {name: _load(name).available() for name in _PACKAGES}
+    """Every backend name, and whether it can be used here, with the reason where not."""
+    return {name: _load(name).available() for name in NAMES}

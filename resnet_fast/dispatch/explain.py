@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import devices
-from ..calls import BlockCall, Call
+from ..calls import Call
 from ..errors import UserError
 from ..roofline import cpu_ceilings, floors
 from . import record
@@ -149,14 +149,6 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     return Explanation(tuple(rows), str(first.device), ceilings, (*notes, *_untouched(model, tape)))
 
 
-@runtime_checkable
-class Described(Protocol):
-    """A state that prints what was chosen, and names the fusion plan of roofline/byte_model.py that it follows."""
-
-    @property
-    def fusion(self) -> str: ...
-
-
 def _put_back(buffer: Tensor, before: Tensor) -> None:
     """Write only where something changed: a write would make every weight derived from the buffer stale."""
     if buffer.device.type != "meta" and not torch.equal(buffer, before):
@@ -177,16 +169,24 @@ def _row(layer: str, event: record.Ran, device: devices.Device | None) -> Row:
         floor.nbytes / 1e6 if floor else spec.min_bytes() / 1e6,
         floor.seconds * 1e3 if floor else None,
         floor.bound if floor else "",
-        str(event.state) if isinstance(event.state, Described) else "",
+        str(event.state) if _fusion(event.state) else "",
     )
 
 
+def _fusion(state: Any) -> str:
+    """The fusion plan of the roofline that a state follows; empty for a state that describes no launches."""
+    return getattr(state, "fusion", "")
+
+
 def _plan(event: record.Ran) -> str:
-    """The fusion plan whose bytes bound this call: what the backend chose, one kernel per convolution where it tells
-    nothing, and in training, where every raw output is written."""
-    if event.spec.grad or event.spec.batch_stats or not isinstance(event.state, Described):
+    """The fusion plan whose bytes bound this call.
+
+    What the backend chose; one kernel per convolution where the state does not say, and in training, where every raw
+    output is written.
+    """
+    if event.spec.grad or event.spec.batch_stats:
         return "conv"
-    return event.state.fusion
+    return _fusion(event.state) or "conv"
 
 
 def _device(device: torch.device) -> tuple[devices.Device | None, str]:
@@ -211,10 +211,9 @@ def _device(device: torch.device) -> tuple[devices.Device | None, str]:
 
 
 def _name(call: Call, names: dict[int, str]) -> str:
-    """The layer's name in the model, found by a parameter that the call carries."""
-    if isinstance(call, BlockCall):
-        return names.get(id(call.convs[0].weight), "?").rsplit(".", 1)[0]
-    return names.get(id(call.conv.weight), "?")
+    """The layer's name in the model, found by its first convolution: the module around it if there are several."""
+    conv = names.get(id(call.convs[0].weight), "?")
+    return conv.rsplit(".", 1)[0] if len(call.convs) > 1 else conv
 
 
 def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple[str, ...]:
@@ -225,10 +224,8 @@ def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple
             part = getattr(event.module, "part", "")
             layers = getattr(event.module, part) if part else event.module
             covered |= {id(p) for p in layers.parameters()}
-        elif isinstance(event.call, BlockCall):
-            covered |= {id(c.weight) for c in event.call.convs}
         else:
-            covered.add(id(event.call.conv.weight))
+            covered |= {id(c.weight) for c in event.call.convs}
     left = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and id(m.weight) not in covered]
     if not left:
         return ()

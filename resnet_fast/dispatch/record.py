@@ -11,18 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import flags
-from ..calls import Call
+from ..calls import Call, NetCall
 from ..errors import BackendError
+from ..impl import Choice
 from ..locks import ForkSafeLock
 from ..spec import NetSpec, Spec
-
-if TYPE_CHECKING:
-    from .select import Choice
 
 log = logging.getLogger("resnet_fast")
 
@@ -51,26 +49,23 @@ class Stock(NamedTuple):
     op: str
 
 
-def chosen(spec: Spec | NetSpec, choice: Choice) -> None:
-    """Before a call runs: a fallback from a faster backend is logged once per reason, or raises in strict mode."""
-    if choice.fell_back:
-        # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
-        fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
+def fell_back(spec: Spec | NetSpec, choice: Choice) -> None:
+    """Before a call runs on a slower backend than it might: log it once per reason, or raise in strict mode."""
+    # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
+    fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
 
 
-def ran(call: Any, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
-    """Count a call."""
-    if isinstance(spec, NetSpec):  # its parts are what a reader of counters and explanations knows
-        states = state if isinstance(state, list) else [None] * len(spec.parts)
-        parts: list[tuple[Any, Any, Any]] = list(zip(call.parts, spec.parts, states, strict=True))
-    else:
-        parts = [(call, spec, state)]
+def ran(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
+    """Count a call: its parts, which is what counters and explanations show of a net."""
+    backend = choice.impl.backend
     with _counting:
-        for _, part_spec, _ in parts:
-            _calls[(part_spec.op, choice.impl.backend)] += 1
+        for part in spec.parts:
+            _calls[(part.op, backend)] += 1
     recording = _tape.get()
     if recording is not None:
-        recording += [Ran(part, part_spec, choice, part_state) for part, part_spec, part_state in parts]
+        states = state if isinstance(state, list) else [state] * len(spec.parts)
+        for part_call, part_spec, part_state in zip(call.parts, spec.parts, states, strict=True):
+            recording.append(Ran(part_call, part_spec, choice, part_state))
 
 
 def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from pathlib import Path
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,19 +21,11 @@ from torch import Tensor
 from .. import flags
 from ..calls import Call, NetCall
 from ..errors import BackendError
-from ..spec import ITEMSIZE, Impl, NetSpec, Spec, Verdict
-from . import catalog, record
+from ..impl import Choice, Impl
+from ..spec import ITEMSIZE, NetSpec, Spec, Verdict
+from . import catalog, profiling, record
 
 _override: ContextVar[str | None] = ContextVar("resnet_fast_backend", default=None)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen implementation and the verdict on every other backend, by name."""
-
-    impl: Impl
-    refused: tuple[tuple[str, str], ...]
-    fell_back: str = ""  # why a faster backend that works on this machine did not take this spec
 
 
 @contextmanager
@@ -77,7 +68,7 @@ def _choose(spec: Spec | NetSpec, device: str, wanted: str, fingerprint: tuple[b
     for impl in catalog.impls(spec.op):
         if impl.backend in verdicts:
             continue
-        verdict = impl.supports(spec) if _runs_on(impl, device) else _other_device(impl, device)
+        verdict = impl.supports(spec) if impl.runs_on(device) else _other_device(impl, device)
         if verdict:
             accepted.append(impl)
         else:
@@ -95,14 +86,10 @@ def _choose(spec: Spec | NetSpec, device: str, wanted: str, fingerprint: tuple[b
     refused_faster = [
         f"{i.backend}: {verdicts[i.backend].reason}"
         for i in catalog.impls(spec.op)
-        if i.rank > best.rank and i.backend in verdicts and availability[i.backend] and _runs_on(i, device)
+        if i.rank > best.rank and i.backend in verdicts and availability[i.backend] and i.runs_on(device)
     ]
     others = {i.backend: Verdict(False, f"{best.backend} ranks higher") for i in accepted if i is not best}
     return Choice(best, _reasons(verdicts | others), "; ".join(refused_faster))
-
-
-def _runs_on(impl: Impl, device: str) -> bool:
-    return not impl.devices or device in impl.devices
 
 
 def _other_device(impl: Impl, device: str) -> Verdict:
@@ -114,8 +101,12 @@ def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
 
 
 def prepare(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, earlier: list[Any]) -> Any:
-    """The state that the chosen implementation derives from the call's parameters; None if it needs none."""
-    return None if choice.impl.prepare is None else choice.impl.prepare(call, spec, earlier)
+    """The state that the chosen implementation derives from the call's parameters.
+
+    None where it derives nothing, and for an output without elements (an empty batch).
+    """
+    impl = choice.impl
+    return impl.prepare(call, spec, earlier) if impl.prepares and all(spec.out_shape()) else None
 
 
 def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> Tensor:
@@ -123,11 +114,18 @@ def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: A
 
     That holds for a backend asked for by name too: a net whose input holds NaN returns NaN, as the stock net does.
     """
-    record.chosen(spec, choice)
-    y = choice.impl.run(call, spec, state)
+    impl = choice.impl
+    if choice.fell_back:
+        record.fell_back(spec, choice)
+    if state is None and impl.prepares:
+        y: Any = call.x.new_empty(spec.out_shape())
+    elif impl.announces and profiling.is_running():
+        y = profiling.profiled(spec, lambda: impl.run(call, spec, state))
+    else:
+        y = impl.run(call, spec, state)
     if isinstance(y, Verdict):
         choice = replace(stock(spec, choice, y.reason), fell_back=y.reason)
-        record.chosen(spec, choice)
+        record.fell_back(spec, choice)
         y, state = choice.impl.run(call, spec, None), None
     record.ran(call, spec, choice, state)
     return y
@@ -140,7 +138,8 @@ def run(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice) -> Tensor:
 
 def trace(call: Call) -> Tensor:
     """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
-    return _reference(call.op).run(call, None, None)
+    y: Tensor = _reference(call.op).run(call, None, None)
+    return y
 
 
 def stock(spec: Spec | NetSpec, choice: Choice, reason: str) -> Choice:
@@ -153,47 +152,55 @@ def _reference(op: str) -> Impl:
     return next(impl for impl in catalog.impls(op) if impl.backend == "reference")
 
 
+def _trainer(device: str, dtype: torch.dtype, backend: str) -> Impl | None:
+    """The implementation whose own training kernels would run such an input; None if there is none."""
+    wanted, name = requested(backend), _name(dtype)
+    for impl in catalog.ranked("conv_bn_act", device):
+        if name in impl.trains and wanted in ("auto", impl.backend) and catalog.works(impl.backend):
+            return impl
+    return None
+
+
 def trains(device: str, dtype: torch.dtype, backend: str) -> bool:
-    """Are there training kernels of our own for such an input: is Triton here, and not another backend asked for?"""
-    if requested(backend) not in ("auto", "triton") or not catalog.works("triton") or dtype == torch.float64:
-        return False
-    return any(impl.training is not None and _runs_on(impl, device) for impl in catalog.impls("conv_bn_act"))
+    """Return whether a backend has training kernels of its own for such an input."""
+    return _trainer(device, dtype, backend) is not None
 
 
 def trains_nhwc(device: str, dtype: torch.dtype, backend: str) -> bool:
-    """Should a net in training convert its input to channels_last once? Yes where our training kernels will run."""
-    return trains(device, dtype, backend) and (device == "cuda" or requested(backend) == "triton")
+    """Return whether a net in training should convert its input to channels_last once.
+
+    True where training kernels that work in NHWC will run.
+    """
+    impl = _trainer(device, dtype, backend)
+    return impl is not None and impl.nhwc and (impl.rank > 0 or requested(backend) == impl.backend)
+
+
+def _for_nets(device: str, backend: str) -> Impl:
+    """The implementation that a whole net in eval is offered to first."""
+    wanted = requested(backend)
+    for impl in catalog.ranked("net", device):
+        if wanted == impl.backend or (wanted == "auto" and catalog.works(impl.backend)):
+            return impl
+    return _reference("net")
 
 
 def prefers_nhwc(device: str, backend: str) -> bool:
-    """Should a net convert its input to channels_last once? Yes where a fused NHWC backend would run it in eval."""
-    wanted = requested(backend)
-    fastest = {"cpu": "onednn", "cuda": "triton"}.get(device)
-    return wanted in ("onednn", "triton", "cuda") or (
-        wanted == "auto" and fastest is not None and catalog.works(fastest)
-    )
+    """Return whether a net in eval should convert its input to channels_last once."""
+    return _for_nets(device, backend).nhwc
 
 
 def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
-    """How many images of a batch of ``n`` to send through a whole eval net at a time.
+    """How many images of a batch of ``n`` to send through a whole net in eval at a time.
 
-    On a CPU the activations of a large batch fall out of the last-level cache, and blocks above 32 MiB are returned to
-    the system after each use, so that every layer pays page faults again (docs/notes/batch-tiling.md). A tile whose
-    largest activation fits twice (input and output of a layer) avoids both. ``largest``: elements per image of it.
+    Args:
+        largest: elements of an image's largest activation.
     """
-    on_onednn = device == "cpu" and requested(backend) in ("auto", "onednn") and prefers_nhwc(device, backend)
-    if not on_onednn or not flags.BATCH_TILE.enabled():
+    tile = _for_nets(device, backend).tile
+    if tile is None or not flags.BATCH_TILE.enabled():
         return n
-    size = max(ITEMSIZE.get(str(dtype).removeprefix("torch."), 4), 4)
-    tile = max(1, last_level_cache() // (2 * largest * size))
-    return n if tile >= n else 1 << (tile.bit_length() - 1)
+    images = tile(largest, ITEMSIZE.get(_name(dtype), 4))
+    return n if images >= n else 1 << (images.bit_length() - 1)
 
 
-@cache
-def last_level_cache() -> int:
-    """Bytes of the CPU's last-level cache as Linux reports it; 32 MiB where it does not."""
-    try:
-        sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-        return max(int(s[:-1]) * {"K": 1 << 10, "M": 1 << 20}[s[-1]] for s in sizes)
-    except (OSError, ValueError, KeyError):
-        return 32 << 20
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The only argument check, and the step from a call to its Spec.
+"""The checks of arguments that the ops share, the only ones that a call passes.
 
 Everything below (``dispatch/``, backends, kernels) trusts what passes here. A refusal is a
 :class:`~resnet_fast.errors.UserError`: expected, got, what to do.
@@ -6,43 +6,19 @@ Everything below (``dispatch/``, backends, kernels) trusts what passes here. A r
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import flags
-from ..calls import BlockCall, Call, Conv, ConvBnActCall, NetCall, Norm, StemCall
+from ..calls import Conv, Norm
 from ..errors import UserError
-from ..spec import BlockSpec, ConvSpec, Epilogue, NetSpec, Spec
-
-_KEEP = 4096
-_specs: dict[Any, Spec | NetSpec] = {}
+from ..spec import ConvSpec, Epilogue, Spec
 
 
-def spec_of(call: Call | NetCall, grad: bool) -> Spec | NetSpec:
-    """Check a call and give its Spec. Calls of a shape that was seen before cost one dictionary look-up."""
-    key = (_key(call), grad, flags.TF32.enabled())
-    spec = _specs.get(key)
-    if spec is None:
-        spec = check(call, grad)
-        if len(_specs) >= _KEEP:
-            _specs.clear()
-        _specs[key] = spec
-    return spec
-
-
-def _key(call: Call | NetCall) -> tuple[Any, ...]:
-    """All that :func:`check` looks at: shapes, strides, dtypes, devices and the numbers of the call."""
-    x = call.x
-    parts: list[Any] = [type(call), x.shape, x.dtype, x.device, x.stride(), call.numbers()]
-    for t in call.parameters():
-        parts.append(None if t is None else (t.shape, t.dtype, t.device, t.stride() if t.dim() == 4 else None))
-    return tuple(parts)
-
-
-class At(NamedTuple):
-    """Where a layer stands: what is known of its input. Inside a block or a net there is no tensor yet."""
+class LayerInput(NamedTuple):
+    """What is known of a layer's input. Inside a block or a net there is no tensor yet."""
 
     shape: tuple[int, ...]
     layout: str
@@ -50,49 +26,26 @@ class At(NamedTuple):
     device: torch.device
 
     @staticmethod
-    def of(x: Tensor) -> At:
-        return At(tuple(x.shape), layout_of(x) if x.dim() == 4 else "", x.dtype, x.device)
+    def of(x: Tensor) -> LayerInput:
+        """A tensor as an input."""
+        return LayerInput(tuple(x.shape), layout_of(x) if x.dim() == 4 else "", x.dtype, x.device)
 
-    def after(self, spec: ConvSpec | BlockSpec) -> At:
-        """Behind a layer of that spec."""
-        last = spec.main[-1] if isinstance(spec, BlockSpec) else spec
-        return At((last.n, last.co, *last.out_hw()), spec.layout, self.dtype, self.device)
-
-
-def check(call: Call | NetCall, grad: bool = False) -> Spec | NetSpec:
-    """Raise UserError where the call makes no sense, else describe it."""
-    at = At.of(call.x)
-    _check_x(at, call.op)
-    if isinstance(call, NetCall):
-        specs: list[ConvSpec | BlockSpec] = []
-        for part in call.parts:
-            specs.append(_check_part(part, at, grad))
-            at = at.after(specs[-1])
-        return NetSpec(tuple(specs))
-    return _check_part(call, at, grad)
+    def after(self, spec: Spec) -> LayerInput:
+        """The output of a layer or block as the next one's input."""
+        return LayerInput(spec.out_shape(), spec.layout, self.dtype, self.device)
 
 
-def _check_part(call: ConvBnActCall | StemCall | BlockCall, at: At, grad: bool) -> ConvSpec | BlockSpec:
-    if isinstance(call, BlockCall):
-        return _check_block(call, at, grad)
-    if isinstance(call, StemCall):
-        return _check_stem(call, at, grad)
-    epilogue = Epilogue(call.relu, call.residual is not None, _has_norm(call.norm))
-    spec = _check_conv(at, call.conv, call.norm, epilogue, grad, "conv_bn_act")
-    if call.residual is not None:
-        _same(call.residual, (spec.n, spec.co, spec.ho, spec.wo), at, "conv_bn_act: residual")
-    return spec
-
-
-def _has_norm(norm: Norm) -> bool:
+def has_norm(norm: Norm) -> bool:
+    """Return whether the norm does anything."""
     return norm.batch_stats or any(t is not None for t in norm.tensors())
 
 
-def _shape(t: Tensor | At) -> str:
+def _shape(t: Tensor | LayerInput) -> str:
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 
 
-def _check_x(x: At, where: str) -> None:
+def check_x(x: LayerInput, where: str) -> None:
+    """The input of an op is a batch of floating-point images."""
     if len(x.shape) != 4:
         raise UserError(f"{where}: x with 4 dimensions (N, C, H, W)", _shape(x), "add the missing ones with unsqueeze")
     if not x.dtype.is_floating_point:
@@ -101,7 +54,7 @@ def _check_x(x: At, where: str) -> None:
         )
 
 
-def _check_norm(norm: Norm, channels: int, x: At, where: str) -> None:
+def _check_norm(norm: Norm, channels: int, x: LayerInput, where: str) -> None:
     for name, t in zip(("weight", "bias", "running_mean", "running_var"), norm.tensors(), strict=True):
         if t is None:
             continue
@@ -125,8 +78,31 @@ def _check_norm(norm: Norm, channels: int, x: At, where: str) -> None:
         raise UserError(f"{where}: eps >= 0", repr(norm.eps), "BatchNorm's usual value is 1e-5")
 
 
-def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, where: str) -> ConvSpec:
-    """Check one convolution and its norm; the spec's layout is what the reference would return."""
+def check_conv(at: LayerInput, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, where: str) -> ConvSpec:
+    """Check one convolution and its norm, and return its spec, in the layout that the reference would return.
+
+    Args:
+        at: its input.
+        epilogue: what follows it.
+        grad: whether autograd needs the graph of the call.
+        where: the op, and the place in it, for error messages.
+    """
+    _check_weight(at, conv, where)
+    _check_channels(at, conv, where)
+    n, c, h, w = at.shape
+    co, _, r, s = conv.weight.shape
+    _check_norm(norm, co, at, where)
+    spec = ConvSpec(
+        n, h, w, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
+        str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(conv.weight)) else "nchw",
+        epilogue, norm.batch_stats, grad, at.dtype == torch.float32 and flags.TF32.enabled(), bool(norm.sync),
+    )  # fmt: skip
+    _check_output(spec, where)
+    return spec
+
+
+def _check_weight(at: LayerInput, conv: Conv, where: str) -> None:
+    """The weight by itself, and the numbers of the convolution."""
     w = conv.weight
     if w.dim() != 4:
         raise UserError(f"{where}: a weight of 4 dimensions (Co, Ci/groups, R, S)", _shape(w), "use a Conv2d's weight")
@@ -143,26 +119,26 @@ def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, 
             raise UserError(
                 f"{where}: {name} of at least {low}", repr(tuple(value)), "check the convolution's attributes"
             )
-    n, c, h, width = at.shape
-    co, cig, r, s = w.shape
     if w.numel() == 0:
         raise UserError(f"{where}: a weight with elements", _shape(w), "use a Conv2d's weight")
+
+
+def _check_channels(at: LayerInput, conv: Conv, where: str) -> None:
+    """Groups, input channels and the bias, which must match the weight."""
+    co, cig = conv.weight.shape[:2]
     if conv.groups < 1 or co % conv.groups:
         raise UserError(
             f"{where}: groups of at least 1 that divide the {co} output channels",
             f"groups={conv.groups}",
             "check the convolution's attributes",
         )
-    if c != cig * conv.groups:
-        hint = (
-            "x looks like NHWC: permute it to (N, C, H, W)"
-            if width == cig * conv.groups
-            else "match x to the first convolution"
-        )
+    ci = cig * conv.groups
+    if at.shape[1] != ci:
+        nhwc = at.shape[3] == ci
         raise UserError(
-            f"{where}: x with {cig * conv.groups} channels in dimension 1 (groups={conv.groups}, Co={co})",
+            f"{where}: x with {ci} channels in dimension 1 (groups={conv.groups}, Co={co})",
             f"x of shape {at.shape}",
-            hint,
+            "x looks like NHWC: permute it to (N, C, H, W)" if nhwc else "match x to the first convolution",
         )
     if conv.bias is not None and (conv.bias.shape != (co,) or conv.bias.device != at.device):
         raise UserError(
@@ -170,83 +146,33 @@ def _check_conv(at: At, conv: Conv, norm: Norm, epilogue: Epilogue, grad: bool, 
             _shape(conv.bias),
             f"match it to the weight, or call model.to({str(at.device)!r})",
         )
-    _check_norm(norm, co, at, where)
-    spec = ConvSpec(
-        n, h, width, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
-        str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(w)) else "nchw",
-        epilogue, norm.batch_stats, grad, at.dtype == torch.float32 and flags.TF32.enabled(), bool(norm.sync),
-    )  # fmt: skip
+
+
+def _check_output(spec: ConvSpec, where: str) -> None:
+    """The output has pixels, and enough of them for batch statistics."""
     if spec.ho < 1 or spec.wo < 1:
         raise UserError(
-            f"{where}: an image of at least {conv.dilation[0] * (r - 1) + 1 - 2 * conv.padding[0]}"
-            f"x{conv.dilation[1] * (s - 1) + 1 - 2 * conv.padding[1]} pixels for a {r}x{s} filter",
-            f"{h}x{width}",
+            f"{where}: an image of at least {spec.dilation[0] * (spec.r - 1) + 1 - 2 * spec.padding[0]}"
+            f"x{spec.dilation[1] * (spec.s - 1) + 1 - 2 * spec.padding[1]} pixels for a {spec.r}x{spec.s} filter",
+            f"{spec.h}x{spec.w}",
             "use a larger image",
         )
-    values = n * spec.ho * spec.wo
-    if norm.batch_stats and values == 1 and not norm.sync:
+    if spec.batch_stats and spec.gemm_m == 1 and not spec.sync:
         raise UserError(
             f"{where}: more than one value per channel for batch statistics",
-            f"an output of {(n, co, spec.ho, spec.wo)}",
+            f"an output of {(spec.n, spec.co, spec.ho, spec.wo)}",
             "use a larger batch or image, or model.eval()",
         )
-    return spec
 
 
-def _same(t: Tensor, shape: tuple[int, ...], x: At, what: str) -> None:
+def check_same(t: Tensor, shape: tuple[int, ...], x: LayerInput, what: str) -> None:
+    """A tensor that is added has the output's shape, and the dtype and device of ``x``."""
     if tuple(t.shape) != shape or t.dtype != x.dtype or t.device != x.device:
         raise UserError(
             f"{what} of shape {shape} {str(x.dtype).removeprefix('torch.')} on {x.device}",
             _shape(t),
             "the shortcut must match the output",
         )
-
-
-def _check_stem(call: StemCall, at: At, grad: bool) -> ConvSpec:
-    pool = call.pool
-    if pool.kernel < 1 or pool.stride < 1 or pool.padding < 0 or 2 * pool.padding > pool.kernel:
-        raise UserError(
-            "stem: a pooling kernel and stride >= 1 and padding <= kernel/2", repr(tuple(pool)), "ResNet's is (3, 2, 1)"
-        )
-    epilogue = Epilogue(relu=True, norm=_has_norm(call.norm), pool=(pool.kernel, pool.stride, pool.padding))
-    spec = _check_conv(at, call.conv, call.norm, epilogue, grad, "stem")
-    if min(spec.out_hw()) < 1:
-        raise UserError(
-            f"stem: an image that {pool.kernel}x{pool.kernel} pooling fits", f"{spec.h}x{spec.w}", "use a larger image"
-        )
-    return spec
-
-
-def _check_block(call: BlockCall, at: At, grad: bool) -> BlockSpec:
-    op, main, behind = call.op, call.main(), at
-    if call.projection and call.shortcut is not None:
-        raise UserError(f"{op}: a projection or a given shortcut", "both", "drop one")
-    convs = []
-    for i, (conv, norm) in enumerate(main):
-        epilogue = Epilogue(True, i == len(main) - 1, _has_norm(norm))
-        convs.append(_check_conv(behind, conv, norm, epilogue, grad, f"{op}: conv{i + 1}"))
-        behind = behind.after(convs[-1])
-    kind = "identity"
-    if call.projection:
-        conv, norm = call.convs[-1], call.norms[-1]
-        convs.append(_check_conv(at, conv, norm, Epilogue(norm=_has_norm(norm)), grad, f"{op}: projection"))
-        got, kind = at.after(convs[-1]).shape, "projection"
-        if got != behind.shape:
-            raise UserError(
-                f"{op}: a projection of shape {behind.shape}",
-                str(got),
-                "its stride and channels must match the block's",
-            )
-    elif call.shortcut is not None:
-        _same(call.shortcut, behind.shape, at, f"{op}: shortcut")
-        kind = "given"
-    elif at.shape != behind.shape:
-        raise UserError(
-            f"{op}: an output of the input's shape {at.shape} to add it to",
-            str(behind.shape),
-            "give the block a projection",
-        )
-    return BlockSpec(op, tuple(convs), kind)
 
 
 def layout_of(t: Tensor) -> str:

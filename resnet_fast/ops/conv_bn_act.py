@@ -7,26 +7,61 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calls import ConvBnActCall, Norm
-from .register import CONV_SCHEMA, NORM_SCHEMA, bind_conv, register
+from ..calls import Call, Conv, Norm
+from ..spec import ConvSpec, Epilogue, conv_out
+from .check import LayerInput, check_conv, check_same, has_norm
+from .op import Op
+from .register import register
+
+NORM_SCHEMA = (
+    "Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
+    "bool batch_stats, float momentum, float eps"
+)
+CONV_SCHEMA = "Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 
-def _bind(x: Any, *args: Any) -> ConvBnActCall:
-    relu, residual = args[13], args[14]
-    return ConvBnActCall(x, bind_conv(args[:6]), Norm(*args[6:13]), residual, relu)
+def bind_layer(args: tuple[Any, ...]) -> tuple[tuple[Conv], tuple[Norm]]:
+    """The arguments of CONV_SCHEMA and NORM_SCHEMA as the ``convs`` and ``norms`` of a call."""
+    weight, bias, stride, padding, dilation, groups, *norm = args
+    return (Conv(weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups),), (Norm(*norm),)
+
+
+def flatten_layer(call: Call) -> tuple[Any, ...]:
+    """The arguments of CONV_SCHEMA and NORM_SCHEMA."""
+    return *call.convs[0], *call.norms[0][:7]
+
+
+def _bind(x: Any, *args: Any) -> Call:
+    *layer, relu, residual = args
+    return Call("conv_bn_act", x, *bind_layer(tuple(layer)), residual, relu)
+
+
+def _flatten(call: Call) -> tuple[Any, ...]:
+    return call.x, *flatten_layer(call), call.relu, call.added
+
+
+def _check(call: Call, at: LayerInput, grad: bool) -> ConvSpec:
+    (conv,), (norm,), residual = call.convs, call.norms, call.added
+    epilogue = Epilogue(call.relu, residual is not None, has_norm(norm))
+    spec = check_conv(at, conv, norm, epilogue, grad, "conv_bn_act")
+    if residual is not None:
+        check_same(residual, spec.out_shape(), at, "conv_bn_act: residual")
+    return spec
 
 
 def conv_flops(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, tuple[int, int, int, int]]:
     """FLOPs and output shape of one convolution, from shapes (which may be symbolic: no Spec is built)."""
     n, _, h, w = x
     co, cig, r, s = weight
-    ho = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    wo = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    ho = conv_out(h, r, stride[0], padding[0], dilation[0])
+    wo = conv_out(w, s, stride[1], padding[1], dilation[1])
     return 2 * n * ho * wo * co * cig * r * s, (n, co, ho, wo)
 
 
-def _flops(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any, **kwargs: Any) -> int:
+def layer_flops(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of an op of one convolution."""
     return conv_flops(x, weight, stride, padding, dilation)[0]
 
 
-register("conv_bn_act", f"Tensor x, {CONV_SCHEMA}, {NORM_SCHEMA}, bool relu, Tensor? residual=None", _bind, _flops)
+SCHEMA = f"Tensor x, {CONV_SCHEMA}, {NORM_SCHEMA}, bool relu, Tensor? residual=None"
+register(Op("conv_bn_act", SCHEMA, _bind, _flatten, _check, layer_flops))

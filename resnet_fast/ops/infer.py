@@ -21,8 +21,9 @@ from torch import Tensor
 from .. import packing_budget, parameter_cache
 from ..calls import Call, NetCall
 from ..dispatch import catalog, record, select
-from ..spec import BlockSpec, Impl, NetSpec, Spec
-from .check import spec_of
+from ..impl import Choice, Impl
+from ..spec import NetSpec, Spec
+from .specs import spec_of
 
 BLOCK_SIZES, NET_SIZES = 8, 3
 """Input sizes kept at a time by backends that do not count the memory of their states."""
@@ -35,17 +36,17 @@ SIZES = 64
 
 NOT_YET = (
     "expected more calls with these weights and this input size, to make up for folding and packing them; until then "
-    "the stock layers' operations run, use_backend('onednn') packs at once"
+    "the stock layers' operations run, use_backend({!r}) packs at once"
 )
 
 
 @dataclass(slots=True)
-class Plan:
+class Prepared:
     """All that is needed to run a call. ``earns``: what a call adds to the account of its parameters; ``used``: when it
     last did."""
 
     spec: Spec | NetSpec
-    choice: select.Choice
+    choice: Choice
     state: Any
     earns: float = 0.0
     used: int = 0
@@ -53,34 +54,33 @@ class Plan:
 
 def infer(call: Call, backend: str) -> Tensor:
     """The result of a call without autograd."""
-    plan = _plan(call, backend)
+    plan = prepared(call, backend)
     return select.execute(call, plan.spec, plan.choice, plan.state)
 
 
 def infer_tiles(call: NetCall, tile: int, backend: str) -> Iterator[Tensor]:
     """The results of ``call`` for ``tile`` images of its batch at a time; parameters are looked at once per size."""
-    plan: Plan | None = None
+    plan: Prepared | None = None
     for x in call.x.split(tile) if tile < call.x.shape[0] else (call.x,):
         part = call._replace(x=x)
         if plan is None or plan.spec.n != x.shape[0]:
-            plan = _plan(part, backend, max(1, call.x.shape[0] // tile))
+            plan = prepared(part, backend, max(1, call.x.shape[0] // tile))
         yield select.execute(part, plan.spec, plan.choice, plan.state)
 
 
-def _plan(call: Call | NetCall, backend: str, times: int = 1) -> Plan:
+def prepared(call: Call | NetCall, backend: str, times: int = 1) -> Prepared:
     """What runs ``call`` and, with other numbers in ``x``, ``times`` calls in all."""
     x = call.x
     parameters = call.parameters()
-    anchored = any(p is not None for p in parameters)
-    if not anchored or not catalog.prepares(x.device.type) or call.batch_stats:
+    if not catalog.prepares(x.device.type) or call.batch_stats:
         spec = spec_of(call, grad=False)
         choice = select.choose(spec, x.device.type, backend)
-        return Plan(spec, choice, select.prepare(call, spec, choice, []))
-    fixed = (type(call), call.numbers(), x.dtype, x.device, select.requested(backend), catalog.fingerprint())
+        return Prepared(spec, choice, select.prepare(call, spec, choice, []))
+    fixed = (call.numbers(), x.dtype, x.device, select.requested(backend), catalog.fingerprint())
     key = (fixed, x.shape, x.stride())
     entry = parameter_cache.entry(parameters)
     with entry.lock:
-        plan: Plan | None = entry.find(parameters, key)
+        plan: Prepared | None = entry.find(parameters, key)
         if plan is None:
             plan = _new(entry, call, parameters, key, backend)
         elif getattr(plan.state, "grown", False):
@@ -97,13 +97,15 @@ def _new(
     parameters: parameter_cache.Sources,
     key: tuple[Any, ...],
     backend: str,
-) -> Plan:
+) -> Prepared:
     """A plan for a call that none is kept for: kept from now on, or for this call alone where that does not pay."""
     spec = spec_of(call, grad=False)
     choice = select.choose(spec, call.x.device.type, backend)
+    if not all(spec.out_shape()):
+        return Prepared(spec, choice, None)
     upkeep = choice.impl.upkeep
     earlier = [plan.state for other, plan in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
-    work = packing_budget.of_stock_call(spec.flops(), _convolutions(spec)) if upkeep else 0.0
+    work = packing_budget.of_stock_call(spec.flops(), len(spec.convs)) if upkeep else 0.0
     named = select.requested(backend) != "auto"
     at_once = named or packing_budget.is_at_once() or record.watched() or record.is_strict()
     if upkeep and not at_once:
@@ -113,22 +115,23 @@ def _new(
         elements = upkeep.elements(call, spec, earlier)
         room = _has_room(entry, choice.impl, spec, elements, entry.notes.seen(key))
         if not room or not entry.notes.pays(packing_budget.PACK * elements, version):
-            return Plan(spec, select.stock(spec, choice, NOT_YET), None, packing_budget.earned_by(work, packed=False))
+            stock = select.stock(spec, choice, NOT_YET.format(choice.impl.backend))
+            return Prepared(spec, stock, None, packing_budget.earned_by(work, packed=False))
 
-    def make(kept: dict[Any, Plan]) -> Plan:
+    def make(kept: dict[Any, Prepared]) -> Prepared:
         state = select.prepare(call, spec, choice, earlier)
-        return Plan(spec, choice, state, packing_budget.earned_by(work, packed=True))
+        return Prepared(spec, choice, state, packing_budget.earned_by(work, packed=True))
 
     plan = entry.make(parameters, key, make)
     _shrink(entry, plan)
     return plan
 
 
-def _shrink(entry: parameter_cache.CacheEntry, plan: Plan) -> None:
+def _shrink(entry: parameter_cache.CacheEntry, plan: Prepared) -> None:
     """Drop the plans used least recently until the rest keeps to its share of memory."""
     impl = plan.choice.impl
     if impl.upkeep is None:
-        keep = NET_SIZES if isinstance(plan.spec, NetSpec) else BLOCK_SIZES
+        keep = NET_SIZES if plan.spec.op == "net" else BLOCK_SIZES
         entry.shrink(lambda values: len(values) <= keep)
     else:
         most = _most(plan.spec)
@@ -140,30 +143,17 @@ def _has_room(entry: parameter_cache.CacheEntry, impl: Impl, spec: Spec | NetSpe
     call was ``seen``? Otherwise sizes that come in turn would push each other out, and none would be there in time."""
     if not elements or not entry.values or _nbytes(impl, entry.values) + 4 * elements <= _most(spec):
         return True
-    oldest: Plan = next(iter(entry.values.values()))
+    oldest: Prepared = next(iter(entry.values.values()))
     return oldest.used < seen
 
 
 def _most(spec: Spec | NetSpec) -> int:
-    return COPIES * 4 * _weights(spec)
+    return COPIES * 4 * spec.params()
 
 
-def _nbytes(impl: Impl, plans: dict[Hashable, Plan]) -> int:
+def _nbytes(impl: Impl, plans: dict[Hashable, Prepared]) -> int:
     states = [plan.state for plan in plans.values() if plan.choice.impl is impl]
     return impl.upkeep.nbytes(states) if impl.upkeep else 0
-
-
-def _convolutions(spec: Spec | NetSpec) -> int:
-    if isinstance(spec, NetSpec):
-        return sum(map(_convolutions, spec.parts))
-    return len(spec.convs) if isinstance(spec, BlockSpec) else 1
-
-
-def _weights(spec: Spec | NetSpec) -> int:
-    """Elements of all filters, and of the norms."""
-    if isinstance(spec, (NetSpec, BlockSpec)):
-        return sum(map(_weights, spec.parts if isinstance(spec, NetSpec) else spec.convs))
-    return spec.params()
 
 
 def _version(parameters: parameter_cache.Sources) -> Hashable:

@@ -1,38 +1,48 @@
 """From a call record to its result: what the blocks call.
 
-Plain eager inference goes straight to dispatch: PyTorch's dispatcher would unpack the lists of a block into boxed
-values and back twice, for nothing. Whatever else is going on (autograd, a
-compiler, autocast, a dispatch mode) takes the ``torch.library`` op, which has a rule for it.
+Plain eager calls go straight to dispatch (:mod:`.infer`) or to a training step (:mod:`.train`): PyTorch's dispatcher
+would unpack the lists of a block into boxed values and back several times, for nothing. A compiler, autocast or a
+dispatch mode takes the ``torch.library`` op, which has a rule for each.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
-from ..calls import BlockCall, Call, ConvBnActCall, norms_of
-from .infer import infer
+from ..calls import Call
+from ..dispatch import select
+from . import train
+from .infer import prepared
+from .op import OPS
 
 
 def run(call: Call, backend: str, save: str = "raw") -> Tensor:
-    """The result of ``call`` on ``backend`` (a name of :data:`resnet_fast.flags.BACKENDS`).
+    """Return the result of a call.
 
-    ``save``: what training keeps for the backward pass, ``raw`` (all raw outputs) or ``recompute`` (fewer).
+    Args:
+        backend: a name of :data:`resnet_fast.flags.BACKENDS`.
+        save: what training keeps for the backward pass: ``raw`` (all raw outputs) or ``recompute`` (fewer).
     """
-    if is_plain_inference(call.x) and not call.batch_stats:
-        return infer(call, backend)
-    sync = next((n.sync for n in norms_of(call) if n.sync), "")
-    return getattr(torch.ops.resnet_fast, call.op)(*flatten(call), backend, save, sync)
+    if is_plain(call.x):
+        graph = torch.is_grad_enabled() and train.needs_gradient(call)
+        if not graph and not call.batch_stats:
+            found = prepared(call, backend)
+            return select.execute(call, found.spec, found.choice, found.state)
+        if not profiler._is_profiler_enabled:  # which is shown the op
+            return train.run(call, train.Options(backend, save, call.sync), graph)
+    flat = OPS[call.op].flatten(call)
+    return getattr(torch.ops.resnet_fast, call.op)(*flat, backend, save, call.sync)
 
 
-def is_plain_inference(x: Tensor) -> bool:
-    """No autograd, compiler, tracer, transform, autocast or dispatch mode wants to know of a call with this input."""
+def is_plain(x: Tensor) -> bool:
+    """Return whether a call with this input concerns nobody but autograd.
+
+    That is no compiler, tracer, transform, autocast or mode.
+    """
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -44,21 +54,6 @@ def is_plain_inference(x: Tensor) -> bool:
     )
 
 
-def flatten(call: Call) -> tuple[Any, ...]:
-    """The call as the flat arguments of its op's schema, without the options."""
-    if isinstance(call, BlockCall):
-        geometry = [v for c in call.convs for v in (*c.stride, *c.padding, *c.dilation, c.groups)]
-        return (
-            call.x,
-            [c.weight for c in call.convs],
-            [c.bias for c in call.convs],
-            [t for n in call.norms for t in n.tensors()],
-            geometry,
-            [n.batch_stats for n in call.norms],
-            [n.momentum for n in call.norms],
-            [n.eps for n in call.norms],
-            call.shortcut,
-        )
-    if isinstance(call, ConvBnActCall):
-        return (call.x, *call.conv, *call.norm[:7], call.relu, call.residual)
-    return (call.x, *call.conv, *call.norm[:7], list(call.pool))
+def is_plain_inference(x: Tensor) -> bool:
+    """Return whether a call with this input concerns nobody, not even autograd."""
+    return not torch.is_grad_enabled() and is_plain(x)

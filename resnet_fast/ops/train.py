@@ -1,11 +1,13 @@
-"""Training on a backend whose gradient is code of its own: two ops per op, and the step of autograd between them.
+"""A call with a graph or batch statistics; with training kernels, one step of autograd.
+
+Eager training runs the chosen implementation's :class:`~resnet_fast.impl.Training` right here (:class:`_Direct`). A
+compiler is given two opaque ops with known shapes instead (:class:`_ThroughOps`), and so keeps one graph:
 
     NAME_train(args, options)                          -> y, saved          every call with a graph or batch statistics
-    NAME_backward(dy, y, saved, args, options, needs)  -> gradients         in the order of ``calls.Leaves``
+    NAME_backward(dy, y, saved, args, options, needs)  -> gradients         in the order of ``calls.Call.leaves``
 
-``args`` and ``options`` are those of the op NAME. The chosen implementation's :class:`~resnet_fast.spec.Training` runs
-below both, so a compiler sees two opaque ops with known shapes and keeps one graph. Running statistics are updated
-here, from what ``saved`` holds, after the forward has succeeded: a launch that fails leaves them as they were.
+``args`` and ``options`` are those of the op NAME. Running statistics are updated here, from what ``saved`` holds, after
+the forward pass has succeeded: a launch that fails leaves them as they were.
 
 ``saved`` holds raw convolution outputs and the vectors of the norms. It goes through ``save_for_backward`` together
 with the output, the input and the weights, so that saved-tensor hooks, checkpointing and autograd's check for tensors
@@ -14,7 +16,7 @@ that were changed in place see all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +24,13 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
 
-from ..calls import Call, Leaves, norms_of
+from ..calls import Call
 from ..dispatch import record, select
 from ..errors import BackendError
-from ..spec import Training
-from .check import check, spec_of
-from .run import flatten
-
-Bind = Callable[..., Call]
+from ..impl import Choice, Training
+from ..spec import Spec
+from .op import OPS, Op
+from .specs import check, spec_of
 
 
 class Options(NamedTuple):
@@ -43,71 +44,255 @@ class Options(NamedTuple):
 OPTIONS_SCHEMA = 'str backend="auto", str save="raw", str sync=""'
 
 
+def needs_gradient(call: Call) -> bool:
+    """Return whether a tensor of the call requires a gradient."""
+    return any(t.requires_grad for t in call.tensors())
+
+
+def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether forward-mode autograd follows one of the tensors."""
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def run(call: Call, options: Options, graph: bool) -> Tensor:
+    """Run a call on tensors with memory of their own. ``graph``: whether autograd needs its graph."""
+    spec = spec_of(call, graph)
+    choice = select.choose(spec, call.x.device.type, options.backend)
+    if not choice.impl.training:
+        return select.run(call, spec, choice)
+    return _step(call, _Direct(spec if graph else spec_of(call, True), choice, options.save), choice.impl.trainer)
+
+
+def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
+    """The same on any tensors: those of a compiler or tracer, and with forward-mode tangents, too."""
+    traced = _is_traced(call.x)
+    if traced and not all(type(size) is int for size in call.x.shape):
+        return select.trace(call)
+    tangents = forward_ad._current_level >= 0 and has_tangents(call.leaves())
+    if not traced and not tangents:
+        return run(call, options, graph)
+    spec = spec_of(call, graph)
+    choice = select.choose(spec, call.x.device.type, options.backend)
+    if not choice.impl.training:
+        return select.trace(call) if traced else select.run(call, spec, choice)
+    if tangents:
+        raise BackendError(
+            f"expected reverse-mode autograd on backend {choice.impl.backend!r}, got forward-mode tangents; run inside "
+            "resnet_fast.use_backend('reference')"
+        )
+    # The backward pass may run in a thread of autograd's, which the caller's ``use_backend`` does not reach.
+    options = options._replace(backend=select.requested(options.backend))
+    return _step(call, _ThroughOps(call.op, options), choice.impl.trainer)
+
+
+def _step(call: Call, passes: _Direct | _ThroughOps, trainer: Training) -> Tensor:
+    leaves = call.leaves()
+    if _wants_gradient(leaves):
+        return _Step.apply(passes, trainer.statistics, call, *leaves)[0]
+    with _AutoDispatchBelowAutograd():
+        y, saved = passes.forward(call)
+    with torch.no_grad():
+        _update_running(call, trainer.statistics(call, saved))
+    return y
+
+
+def _wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _update_running(call: Call, batch: list[tuple[Tensor, Tensor] | None]) -> None:
+    """running = (1 - momentum) * running + momentum * batch in place, as ``torch.nn.functional.batch_norm`` does it."""
+    for norm, found in zip(call.norms, batch, strict=True):
+        if found is None or norm.mean is None or norm.var is None:
+            continue
+        for running, value in zip((norm.mean, norm.var), found, strict=True):
+            running.copy_(running.float() * (1 - norm.momentum) + value * norm.momentum)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Return whether this is a tracer's tensor (fake, functional, symbolic), not one with memory of its own."""
+    return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Direct(NamedTuple):
+    """Both passes of an eager step, on the implementation that was chosen for the forward pass."""
+
+    spec: Spec
+    choice: Choice
+    save: str
+
+    def forward(self, call: Call) -> tuple[Tensor, list[Tensor]]:
+        """The output and what the backward pass needs; counted."""
+        spec, choice, save = self
+        if choice.fell_back:
+            record.fell_back(spec, choice)
+        y, saved, plan = choice.impl.trainer.forward(call, spec, save)
+        record.ran(call, spec, choice, plan)
+        return y, saved
+
+    def backward(self, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]) -> Sequence[Any]:
+        """The gradients of ``call.leaves()``."""
+        if _is_traced(dy):  # the graph of an eager step may be traced, by compiled autograd for instance
+            options = Options(self.choice.impl.backend, self.save, call.sync)
+            return _ThroughOps(call.op, options).backward(call, dy, y, saved, needs)
+        trainer = self.choice.impl.trainer
+
+        def run() -> Sequence[Any]:
+            return trainer.backward(call, self.spec, saved, y, dy, needs)
+
+        leaves = (dy, *call.leaves())
+        if _wants_gradient(leaves):
+            return _Second.apply(call.op, run, *leaves)
+        with _AutoDispatchBelowAutograd():
+            return run()
+
+
+class _ThroughOps(NamedTuple):
+    """Both passes of a step that is traced, as the ops ``op_train`` and ``op_backward``."""
+
+    op: str
+    options: Options
+
+    def forward(self, call: Call) -> tuple[Tensor, list[Tensor]]:
+        """The output and what the backward pass needs."""
+        op = getattr(torch.ops.resnet_fast, f"{self.op}_train").default
+        return op(*OPS[self.op].flatten(call), *self.options)
+
+    def backward(self, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]) -> Sequence[Any]:
+        """The gradients of ``call.leaves()``."""
+        op = getattr(torch.ops.resnet_fast, f"{self.op}_backward").default
+        return op(dy, y, saved, *OPS[self.op].flatten(call), *self.options, needs=needs)
+
+
+class _Step(torch.autograd.Function):
+    """The node of a training step in autograd's graph, with the leaves of the call as its inputs.
+
+    ``statistics``: how the running statistics are found in what the step saves; None: they are not this call's to
+    update. They are updated before anything is handed to autograd: the recomputation of a checkpoint stops as soon as
+    it has seen the last saved tensor, and stock's BatchNorm has counted the batch by then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        passes: _Direct | _ThroughOps,
+        statistics: Callable[..., Any] | None,
+        call: Call,
+        *leaves: Tensor | None,
+    ) -> Any:
+        with _AutoDispatchBelowAutograd():
+            y, saved = passes.forward(call)
+        if statistics is not None:
+            _update_running(call, statistics(call, saved))
+        ctx.passes, ctx.saved_count = passes, len(saved)
+        ctx.form = call.with_leaves([t is not None for t in leaves])  # everything of the call but its tensors
+        ctx.save_for_backward(y, *saved, *[t for t in leaves if t is not None])
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        return (y, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *others: Any) -> Any:
+        here, needs = ctx.form.leaves(), list(ctx.needs_input_grad[3:])
+        if dy is None:
+            return (None, None, None, *[None] * len(here))
+        y, *rest = ctx.saved_tensors
+        saved, tensors = rest[: ctx.saved_count], iter(rest[ctx.saved_count :])
+        call = ctx.form.with_leaves([next(tensors) if there else None for there in here])
+        grads = ctx.passes.backward(call, dy, y, saved, needs)
+        return (None, None, None, *[g if need else None for g, need in zip(grads, needs, strict=True)])
+
+
+class _Second(torch.autograd.Function):
+    """A first derivative inside a graph (``create_graph=True``): differentiating it again is what cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, backward: Callable[[], Sequence[Any]], *leaves: Tensor | None) -> Any:
+        ctx.name = name
+        with _AutoDispatchBelowAutograd():
+            return tuple(backward())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise BackendError(
+            f"expected a first derivative of {ctx.name}, got a request to differentiate its backward kernels (double "
+            "backward); run forward and backward inside resnet_fast.use_backend('reference'), or "
+            "accelerate(model, backend='reference')"
+        )
+
+
 def completer(op: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """What puts back the trailing arguments that PyTorch drops before it calls a Python kernel: those at default."""
     defaults = tuple(a.default_value for a in op._schema.arguments)
     return lambda args: (*args, *defaults[len(args) :])
 
 
-def define(library: torch.library.Library, name: str, schema: str, bind: Bind) -> None:
-    """Define ``name_train`` and ``name_backward``. ``schema``: the arguments of ``name`` without its options; ``bind``
-    makes a call of all arguments of ``name``."""
+def binder(op: Op, overload: Any) -> Callable[[tuple[Any, ...]], tuple[Call, Options]]:
+    """What makes the call and its options of the flat arguments that PyTorch calls a Python kernel with."""
+    complete = completer(overload)
+
+    def bound(args: tuple[Any, ...]) -> tuple[Call, Options]:
+        *given, backend, save, sync = complete(args)
+        call = op.bind(*given)
+        return call.with_sync(sync) if sync else call, Options(backend, save, sync)
+
+    return bound
+
+
+def define(library: torch.library.Library, op: Op) -> None:
+    """Define ``NAME_train`` and ``NAME_backward``."""
+    name, schema = op.name, op.schema
     library.define(f"{name}_train({schema}, {OPTIONS_SCHEMA}) -> (Tensor, Tensor[])")
     library.define(
         f"{name}_backward(Tensor dy, Tensor y, Tensor[] saved, {schema}, {OPTIONS_SCHEMA}, *, bool[] needs) -> Tensor[]"
     )
     forward_op = getattr(torch.ops.resnet_fast, f"{name}_train").default
     backward_op = getattr(torch.ops.resnet_fast, f"{name}_backward").default
-    complete = completer(forward_op)
-
-    def bound(args: tuple[Any, ...]) -> tuple[Call, Options]:
-        args = complete(args)
-        return bind(*args), Options(*args[-3:])
-
-    def chosen(call: Call, spec: Any, options: Options) -> tuple[select.Choice, Training]:
-        choice = select.choose(spec, call.x.device.type, options.backend)
-        return choice, _training(choice)
+    bound = binder(op, forward_op)
 
     def train(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)
-        spec: Any = spec_of(call, grad=True)
-        choice, training = chosen(call, spec, options)
-        record.chosen(spec, choice)
-        y, saved, plan = training.forward(call, spec, options.save)
-        record.ran(call, spec, choice, plan)
-        return y, saved
+        spec = spec_of(call, True)
+        return _Direct(spec, _chosen(call, spec, options), options.save).forward(call)
 
     def train_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)
-        spec: Any = check(call, grad=True)
-        shapes = chosen(call, spec, options)[1].shapes(call, spec, options.save)
+        spec = check(call, True)
+        shapes = _chosen(call, spec, options).impl.trainer.shapes(call, spec, options.save)
         return _empty(call.x, spec.out_shape(), call.x.dtype, spec.layout), [_empty(call.x, *each) for each in shapes]
 
     def train_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)
-        if not _wants_gradient(Leaves.of(call).flat()):
+        leaves = call.leaves()
+        if not _wants_gradient(leaves):
             with _AutoDispatchBelowAutograd():
                 return forward_op(*args)
-        y, *saved = _Step.apply(forward_op, backward_op, None, call, options, *Leaves.of(call).flat())
+        y, *saved = _Step.apply(_ThroughOps(name, options), None, call, *leaves)
         return y, saved
 
     def backward(dy: Tensor, y: Tensor, saved: list[Tensor], *args: Any, needs: list[bool]) -> list[Tensor]:
         call, options = bound(args)
-        spec: Any = spec_of(call, grad=True)
-        wanted = Leaves.of(call).like(needs)
-        grads = chosen(call, spec, options)[1].backward(call, spec, saved, y, dy, wanted).flat()
+        spec = spec_of(call, True)
+        grads = _chosen(call, spec, options).impl.trainer.backward(call, spec, saved, y, dy, needs)
         return [dy.new_empty(0) if g is None else g for g in grads]
 
     def backward_fake(dy: Tensor, y: Tensor, saved: list[Tensor], *args: Any, needs: list[bool]) -> list[Tensor]:
-        leaves = Leaves.of(bound(args)[0]).flat()
+        leaves: Iterable[Any] = bound(args)[0].leaves()
         return [torch.empty_like(t) if need else dy.new_empty(0) for t, need in zip(leaves, needs, strict=True)]
 
     def backward_autograd(dy: Tensor, y: Tensor, saved: list[Tensor], *args: Any, needs: list[bool]) -> list[Tensor]:
-        leaves = (dy, *Leaves.of(bound(args)[0]).flat())
-        if _wants_gradient(leaves):
-            return list(_Second.apply(name, backward_op, (dy, y, saved, *args), needs, *leaves))
-        with _AutoDispatchBelowAutograd():
+        def run() -> Sequence[Any]:
             return backward_op(dy, y, saved, *args, needs=needs)
+
+        leaves = (dy, *bound(args)[0].leaves())
+        if _wants_gradient(leaves):
+            return list(_Second.apply(name, run, *leaves))
+        with _AutoDispatchBelowAutograd():
+            return list(run())
 
     library.impl(f"{name}_train", train, "CompositeExplicitAutograd")
     library.impl(f"{name}_train", train_autograd, "Autograd")
@@ -117,114 +302,18 @@ def define(library: torch.library.Library, name: str, schema: str, bind: Bind) -
     torch.library.register_fake(f"resnet_fast::{name}_backward", backward_fake, lib=library)
 
 
-def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _training(choice: select.Choice) -> Training:
-    found = choice.impl.training
-    if found is None:
+def _chosen(call: Call, spec: Spec, options: Options) -> Choice:
+    """The choice for a call of the training ops themselves. BackendError where it has no training kernels."""
+    choice = select.choose(spec, call.x.device.type, options.backend)
+    if not choice.impl.training:
         op, backend = choice.impl.op, choice.impl.backend
         raise BackendError(
             f"expected a backend with training kernels of its own, got {backend!r}; call torch.ops.resnet_fast.{op}, "
             "which lets autograd record what that backend does"
         )
-    return found
+    return choice
 
 
 def _empty(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "") -> Tensor:
     nhwc = torch.channels_last if layout == "nhwc" else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=nhwc)
-
-
-def run(call: Call, choice: select.Choice, options: Options) -> Tensor:
-    """A call with a graph or batch statistics, on an implementation that has :class:`~resnet_fast.spec.Training`."""
-    tangents = forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in Leaves.of(call).flat()
-    )
-    if tangents:
-        raise BackendError(
-            f"expected reverse-mode autograd on backend {choice.impl.backend!r}, got forward-mode tangents; run inside "
-            "resnet_fast.use_backend('reference')"
-        )
-    forward_op = getattr(torch.ops.resnet_fast, f"{call.op}_train").default
-    backward_op = getattr(torch.ops.resnet_fast, f"{call.op}_backward").default
-    # The backward pass may run in a thread of autograd's, which the caller's ``use_backend`` does not reach.
-    options = options._replace(backend=select.requested(options.backend))
-    leaves, statistics = Leaves.of(call).flat(), _training(choice).statistics
-    if _wants_gradient(leaves):
-        return _Step.apply(forward_op, backward_op, statistics, call, options, *leaves)[0]
-    y, saved = forward_op(*flatten(call), *options)
-    with torch.no_grad():
-        _update_running(call, statistics(call, saved))
-    return y
-
-
-def _update_running(call: Call, batch: list[tuple[Tensor, Tensor] | None]) -> None:
-    """running = (1 - momentum) * running + momentum * batch in place, as ``torch.nn.functional.batch_norm`` does it."""
-    for norm, found in zip(norms_of(call), batch, strict=True):
-        if found is None or norm.mean is None or norm.var is None:
-            continue
-        for running, value in zip((norm.mean, norm.var), found, strict=True):
-            running.copy_(running.float() * (1 - norm.momentum) + value * norm.momentum)
-
-
-class _Step(torch.autograd.Function):
-    """The node of a training op in autograd's graph, with the leaves of the call as its inputs.
-
-    ``statistics``: how the running statistics are found in what the op saves; None: they are not this call's to update.
-    They are updated before anything is handed to autograd: the recomputation of a checkpoint stops as soon as it has
-    seen the last saved tensor, and stock's BatchNorm has counted the batch by then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: Any,
-        backward_op: Any,
-        statistics: Callable[..., Any] | None,
-        call: Call,
-        options: Options,
-        *leaves: Tensor | None,
-    ) -> Any:
-        with _AutoDispatchBelowAutograd():
-            y, saved = op(*flatten(call), *options)
-        if statistics is not None:
-            _update_running(call, statistics(call, saved))
-        here = [t is not None for t in leaves]
-        ctx.backward_op, ctx.options, ctx.here, ctx.saved_count = backward_op, options, here, len(saved)
-        ctx.form = Leaves.of(call).like([None] * len(leaves)).put_into(call)  # everything of the call but its tensors
-        ctx.save_for_backward(y, *saved, *(t for t in leaves if t is not None))
-        ctx.mark_non_differentiable(*saved)
-        ctx.set_materialize_grads(False)
-        return (y, *saved)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *others: Any) -> Any:
-        skipped = (None,) * 5
-        if dy is None:
-            return (*skipped, *(None for _ in ctx.here))
-        y, *rest = ctx.saved_tensors
-        saved, tensors = rest[: ctx.saved_count], iter(rest[ctx.saved_count :])
-        leaves = Leaves.of(ctx.form).like([next(tensors) if here else None for here in ctx.here])
-        call, needs = leaves.put_into(ctx.form), list(ctx.needs_input_grad[5:])
-        grads = ctx.backward_op(dy, y, saved, *flatten(call), *ctx.options, needs=needs)
-        return (*skipped, *(g if need else None for g, need in zip(grads, needs, strict=True)))
-
-
-class _Second(torch.autograd.Function):
-    """A first derivative inside a graph (``create_graph=True``): differentiating it again is what cannot be done."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, op: Any, args: tuple[Any, ...], needs: list[bool], *leaves: Tensor | None) -> Any:
-        ctx.name = name
-        with _AutoDispatchBelowAutograd():
-            return tuple(op(*args, needs=needs))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise BackendError(
-            f"expected a first derivative of {ctx.name}, got a request to differentiate its backward kernels (double "
-            "backward); run forward and backward inside resnet_fast.use_backend('reference'), or "
-            "accelerate(model, backend='reference')"
-        )

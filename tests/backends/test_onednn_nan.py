@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_fast
-from resnet_fast.backends.onednn import bounds
+from resnet_fast.backends.onednn import bottleneck, bounds, conv_bn_act
 from resnet_fast.backends.onednn.conv_bn_act import DTYPES
 from tests.support.op_cases import BLOCKS, LAYOUTS, OPS, Problem, make
-
-conv_module = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
-bottleneck_module = importlib.import_module("resnet_fast.backends.onednn.bottleneck")
 
 FLOATS = [getattr(torch, name) for name in DTYPES]
 NAN, INF = math.nan, math.inf
@@ -46,9 +42,9 @@ def test_the_primitive_does_hide_nan() -> None:
     """If this fails, oneDNN keeps NaN, and bounds.py is not needed any more."""
     p = make("conv_bn_act", layout="nhwc")
     conv, norm = p.convs[0], p.norms[0]
-    packed = conv_module.pack_one(conv, norm, tuple(p.x.shape), torch.float32)
+    packed = conv_bn_act.pack_one(conv, norm, tuple(p.x.shape), torch.float32)
     p.x[0, 3, 4, 4] = NAN
-    assert p.eager().isnan().any() and not conv_module.conv(p.x, packed, relu=True).isnan().any()
+    assert p.eager().isnan().any() and not conv_bn_act.conv(p.x, packed, relu=True).isnan().any()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -211,18 +207,18 @@ def test_fp16_storage_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
         y = real(x.float(), p, relu)
         return y.half()
 
-    real = conv_module.conv
+    real = conv_bn_act.conv
     p = make("bottleneck", ci=16, co=16, layout="nhwc")
     state = _state(p)
     q = p.map(lambda k, t: t.half() if k == "x" else t)
     call_x = q.x
-    monkeypatch.setattr(bottleneck_module, "compute_dtype", lambda dtype: torch.float16)
-    monkeypatch.setattr(bottleneck_module, "conv", conv)
-    monkeypatch.setattr(bottleneck_module, "conv_add", lambda x, p, other, relu, overwrite: F.relu(conv(x, p, False)))
-    from resnet_fast.calls import BlockCall
-    from resnet_fast.ops.check import spec_of
+    monkeypatch.setattr(bottleneck, "compute_dtype", lambda dtype: torch.float16)
+    monkeypatch.setattr(bottleneck, "conv", conv)
+    monkeypatch.setattr(bottleneck, "conv_add", lambda x, p, other, relu, overwrite: F.relu(conv(x, p, False)))
+    from resnet_fast.calls import Call
+    from resnet_fast.ops.specs import spec_of
 
-    call = BlockCall(call_x, p.convs, p.norms, p.projection, None)
+    call = Call("bottleneck", call_x, p.convs, p.norms, projection=p.projection)
     spec = spec_of(call._replace(x=p.x), grad=False)
-    assert isinstance(bottleneck_module.bottleneck(call, spec, state), Tensor)
-    assert bottleneck_module.bottleneck(call._replace(x=call_x.clamp(-3, 3) * 20000), spec, state) is bounds.OVERFLOW
+    assert isinstance(bottleneck.run(call, spec, state), Tensor)
+    assert bottleneck.run(call._replace(x=call_x.clamp(-3, 3) * 20000), spec, state) is bounds.OVERFLOW

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,9 +20,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_fast
 from resnet_fast import numerics, packing_budget, paper_nets, parameter_cache
+from resnet_fast.backends.onednn import net as module
 from resnet_fast.spec import ConvSpec, NetSpec
-
-module = importlib.import_module("resnet_fast.backends.onednn.net")  # the package's own name is the function
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: ResNet(Bottleneck, [1, 2, 1, 1], num_classes=10),
@@ -44,9 +42,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     shapes: list[torch.Size] = []
     compile_graph = module._compile
 
-    def spy(call: object, x: torch.Tensor, measured: list[int]) -> object:
+    def spy(call: object, spec: NetSpec, x: torch.Tensor, measured: list[int]) -> object:
         shapes.append(x.shape)
-        return compile_graph(call, x, measured)
+        return compile_graph(call, spec, x, measured)
 
     monkeypatch.setattr(module, "calls_before_compiling", lambda spec: 0)
     monkeypatch.setattr(module, "_compile", spy)

@@ -69,7 +69,7 @@ def test_a_call_that_runs_on_the_reference_is_counted_once() -> None:
 
 
 def test_without_a_profiler_nothing_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    import resnet_fast.backends.onednn.profiling as module
+    import resnet_fast.dispatch.profiling as module
 
     monkeypatch.setattr(module, "_announce", lambda conv: pytest.fail("announced"))
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast.backends.onednn import tiling
 
 timm = pytest.importorskip("timm")
 
@@ -39,13 +40,12 @@ def test_a_deep_stem_runs_its_layers_and_the_blocks_fuse() -> None:
 
 
 def test_tiles_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_fast.dispatch import select
 
     stock = net()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(3, 3, 32, 32)
     assert fused.images_are_independent()
-    monkeypatch.setattr(select, "last_level_cache", lambda: 1)
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: 1)
     resnet_fast.reset_stats()
     with torch.no_grad():
         torch.testing.assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-4)

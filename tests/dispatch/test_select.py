@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from resnet_fast import BackendError, UserError, reset_stats, stats, strict, use_backend
+from resnet_fast.backends.onednn import tiling
 from resnet_fast.dispatch import catalog, record, select
-from resnet_fast.ops.check import spec_of
+from resnet_fast.ops.specs import spec_of
 from resnet_fast.spec import ConvSpec, Epilogue
 from tests.support.op_cases import OPS, make
 
@@ -247,7 +248,7 @@ def test_the_tape_holds_call_spec_and_choice(op: str) -> None:
 
 
 def test_batch_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "last_level_cache", lambda: 32 << 20)
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: 32 << 20)
     largest = 64 * 112 * 112
     tile = select.batch_tile(64, largest, torch.float32, "cpu", "auto")
     assert tile == 4 and 2 * tile * largest * 4 <= 32 << 20 < 4 * tile * largest * 4
@@ -261,4 +262,4 @@ def test_batch_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_last_level_cache_is_a_plausible_size() -> None:
-    assert 1 << 18 <= select.last_level_cache() <= 1 << 31
+    assert 1 << 18 <= tiling.last_level_cache() <= 1 << 31

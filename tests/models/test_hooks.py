@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast.dispatch import select
+from resnet_fast.backends.onednn import tiling
 from tests.support import nets
 from tests.support.nets import twin
 
@@ -23,7 +23,7 @@ PLACES = [
 @pytest.fixture
 def tiny_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A last-level cache so small that every image is a tile of its own."""
-    monkeypatch.setattr(select, "last_level_cache", lambda: 1)
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: 1)
 
 
 def watch(model: nn.Module, place: str, seen: list[Any]) -> Any:

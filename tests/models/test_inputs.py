@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
+from resnet_fast.backends.onednn import tiling
 from resnet_fast.blocks.stem import Net
-from resnet_fast.calls import StemCall
 from resnet_fast.dispatch import select
 from tests.support import nets
 from tests.support.nets import twin
@@ -132,11 +132,11 @@ def tiles_of(monkeypatch: pytest.MonkeyPatch, nbytes: int = 1) -> list[int]:
         return stem_forward(self, x)
 
     def spy_net(call: Any, *rest: Any) -> Tensor:
-        if call.op == "net" and isinstance(call.parts[0], StemCall):
+        if call.op == "net" and call.parts[0].op == "stem":
             seen.append(call.x.shape[0])
         return execute(call, *rest)
 
-    monkeypatch.setattr(select, "last_level_cache", lambda: nbytes)
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: nbytes)
     monkeypatch.setattr(Net, "stem_forward", spy)
     monkeypatch.setattr(select, "execute", spy_net)
     return seen
@@ -173,7 +173,7 @@ def test_later_parts_take_more_images_at_a_time(monkeypatch: pytest.MonkeyPatch)
     fused = resnet_fast.resnet50().eval()
     x = torch.empty(16, 3, 224, 224)
     parts = fused.parts(x)
-    monkeypatch.setattr(select, "last_level_cache", lambda: 32 << 20)
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: 32 << 20)
     # 802,816 elements per image up to layer2.0's input, then 401,408, then 200,704 and fewer; twice, in 4 bytes
     assert [(len(segment), tile) for segment, tile in fused.segments(parts, x)] == [(5, 4), (4, 8), (8, 16)]
     assert tuple(part for segment, _ in fused.segments(parts, x) for part in segment) == parts
@@ -274,7 +274,7 @@ def test_no_tiles_with_autograd_in_training_or_on_request(monkeypatch: pytest.Mo
 
 def test_no_tiles_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     _, fused = twin()
-    monkeypatch.setattr(select, "last_level_cache", lambda: 1)
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: 1)
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
     with torch.no_grad():

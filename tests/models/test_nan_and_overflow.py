@@ -7,7 +7,6 @@ features.
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +18,9 @@ from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 
 import resnet_fast
+from resnet_fast.backends.onednn import conv_bn_act, tiling
 from tests.support import nets
 
-conv_bn_act = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
 NAN, INF = math.nan, math.inf
 Run = Callable[[nn.Module, Tensor], Any]
 
@@ -193,9 +192,8 @@ def test_the_reason_is_counted_once_per_part_and_strict_mode_raises() -> None:
 @pytest.mark.parametrize("backend", ["auto", "onednn"])
 def test_a_batch_in_tiles_and_a_backend_by_name(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the tile with the broken image runs its stock layers."""
-    from resnet_fast.dispatch import select
 
-    monkeypatch.setattr(select, "last_level_cache", lambda: 2 * 4 * 64 * 16 * 16)  # one image's stem at a time
+    monkeypatch.setattr(tiling, "last_level_cache", lambda: 2 * 4 * 64 * 16 * 16)  # one image's stem at a time
     stock = nets.bottleneck().eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock), backend)
     x = torch.randn(4, 3, 32, 32)

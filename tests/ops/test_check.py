@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast.calls import ConvBnActCall
+from resnet_fast.calls import Call
 from resnet_fast.errors import UserError
-from resnet_fast.ops.check import check, layout_of, spec_of
+from resnet_fast.ops.check import layout_of
+from resnet_fast.ops.specs import check, spec_of
 from tests.support.op_cases import BLOCKS, OPS, Problem, make
 
 RESIDUAL_OPS = tuple(op for op in OPS if op != "stem")
@@ -230,17 +231,17 @@ def test_an_empty_batch_gives_an_empty_result(op: str, backend: str, layout: str
 
 def test_a_spec_is_made_once_per_shape_and_again_for_another() -> None:
     p = make("conv_bn_act")
-    call = ConvBnActCall(p.x, p.convs[0], p.norms[0], None, True)
+    call = Call("conv_bn_act", p.x, p.convs, p.norms)
     spec = spec_of(call, grad=False)
     assert spec_of(call._replace(x=p.x + 1), grad=False) is spec and spec == check(call)
     others = [
         call._replace(x=p.x[:1]),
         call._replace(x=p.x.contiguous(memory_format=torch.channels_last)),
         call._replace(relu=False),
-        call._replace(conv=p.convs[0]._replace(stride=(2, 1))),
-        call._replace(conv=p.convs[0]._replace(weight=p.convs[0].weight[..., :1])),
-        call._replace(norm=p.norms[0]._replace(batch_stats=True)),
-        call._replace(residual=p.run()),
+        call._replace(convs=(p.convs[0]._replace(stride=(2, 1)),)),
+        call._replace(convs=(p.convs[0]._replace(weight=p.convs[0].weight[..., :1]),)),
+        call._replace(norms=(p.norms[0]._replace(batch_stats=True),)),
+        call._replace(added=p.run()),
     ]
     specs = [spec_of(c, grad=False) for c in others] + [spec_of(call, grad=True)]
     assert len({spec, *specs}) == len(specs) + 1 and [check(c) for c in others] == specs[:-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import time
 
 import pytest
@@ -13,10 +12,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import resnet_fast
 from resnet_fast import packing_budget, parameter_cache, reset_stats, stats, strict, use_backend
+from resnet_fast.backends.onednn import conv_bn_act as packing
+from resnet_fast.backends.onednn import net as compiling
 from resnet_fast.ops.infer import COPIES
-
-packing = importlib.import_module("resnet_fast.backends.onednn.conv_bn_act")
-compiling = importlib.import_module("resnet_fast.backends.onednn.net")
 
 CONVOLUTIONS = 12
 PARTS = 5

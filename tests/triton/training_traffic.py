@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resnet_fast.backends.triton.training import chain, convolution
 from resnet_fast.backends.triton.training.vectors import Act
-from resnet_fast.calls import BlockCall, Conv, Leaves, Norm, Pool, StemCall
+from resnet_fast.calls import Call, Conv, Norm, Pool
 from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
 from resnet_fast.tuning import shapes, training_configs
@@ -86,10 +86,10 @@ def kind(kernel: str) -> str:
     return kernel.strip("_").removesuffix("_kernel")
 
 
-def call_of(spec: ConvSpec | BlockSpec) -> StemCall | BlockCall:
+def call_of(spec: ConvSpec | BlockSpec) -> Call:
     """A random call of a bottleneck, a basic block or a pooled stem, running statistics included."""
     dtype = getattr(torch, spec.dtype)
-    convs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
+    convs = spec.convs
 
     def vector(c: ConvSpec) -> Tensor:
         return torch.rand(c.co) + 0.5
@@ -99,10 +99,8 @@ def call_of(spec: ConvSpec | BlockSpec) -> StemCall | BlockCall:
     weights = [torch.randn(c.co, c.ci // c.groups, c.r, c.s) / c.gemm_k**0.5 for c in convs]
     parameters = tuple(Conv(w, None, *c.geometry()) for w, c in zip(weights, convs, strict=True))
     norms = tuple(Norm(vector(c), torch.randn(c.co), torch.zeros(c.co), vector(c), True, 0.1, 1e-5) for c in convs)
-    if isinstance(spec, BlockSpec):
-        return BlockCall(x, parameters, norms, spec.shortcut == "projection", None)
-    assert spec.epilogue.pool is not None
-    return StemCall(x, parameters[0], norms[0], Pool(*spec.epilogue.pool))
+    pool = None if spec.pool is None else Pool(*spec.pool)
+    return Call(spec.op, x, parameters, norms, pool=pool, projection=spec.projection is not None)
 
 
 def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -> Part:
@@ -113,10 +111,8 @@ def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -
     """
     spec = spec.with_(batch_stats=True, grad=True)
     call, cpu = call_of(spec), torch.device("cpu")
-    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    plan = replace(chain.plan_of(spec.with_(n=batch), cpu), specs=specs)
-    leaves = Leaves.of(call)
-    needs = leaves.like([t is not None for t in leaves.flat()])._replace(x=isinstance(call, BlockCall))
+    plan = replace(chain.plan_of(spec.with_(n=batch), cpu), specs=spec.convs)
+    needs = [call.op != "stem", *[t is not None for t in call.leaves()[1:]]]
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(chain, "plan_of", lambda *_: plan))
         if not packing:

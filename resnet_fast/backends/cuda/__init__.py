@@ -2,7 +2,7 @@
 
     bottleneck.py    a whole bottleneck of stride 1 in one launch      conv_bn_act.py   any convolution without groups
     stem.py          7x7 + max-pool in one launch
-    plan.py          which of them run a call, and the loop over them
+    plan.py          which of them run a call, and the loop over them      net.py    a whole net
 
 They need no compiler on the user's machine, and no Triton. On a machine without a GPU they run in the emulator
 (csrc/emulator/): start the process with ``RESNET_FAST_EMULATE=1``. They then accept CPU tensors when they are asked
@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ... import native
-from ...spec import Impl, NetSpec, Spec, Verdict
-from ..layouts import in_layout
+from ...impl import Impl
+from ...spec import NetSpec, Spec, Verdict
 from ..refusals import inference_only, old_gpus
 from .device import EMULATED
 
@@ -41,7 +39,7 @@ def _gpu() -> Verdict:
 
 
 def available() -> Verdict:
-    """Is the native library there, and a GPU for it, or the emulator?"""
+    """Return whether the native library is there, and a GPU for it or the emulator."""
     found = native.status()
     if not found:
         return found
@@ -50,36 +48,19 @@ def available() -> Verdict:
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
     inference = inference_only(spec, DTYPES)
-    return inference and _module("plan").verdict(spec)
+    if not inference:
+        return inference
+    found: Verdict = importlib.import_module(f"{__name__}.plan").verdict(spec)
+    return found
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
-
-
-def _impl(name: str, module: str, run: str, prepare: str = "prepare") -> Impl:
-    """The module is imported at the first call."""
-
-    def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
-        if not all(spec.out_shape()):
-            return None
-        return getattr(_module(module), prepare)(call, spec, [e for e in earlier if e is not None])
-
-    def run_some(call: Any, spec: Any, state: Any) -> Tensor:
-        if state is None:
-            return in_layout(call.x.new_empty(spec.out_shape()), spec.layout)
-        return in_layout(getattr(_module(module), run)(call, spec, state), spec.layout)
-
+def _impl(op: str, module: str) -> Impl:
     # In the emulator below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-2, ("cuda", "cpu")) if EMULATED else (10, ("cuda",))
-    note = "compiled CUDA kernels, BN folded"
-    return Impl(name, "cuda", rank, _supports, run_some, prepare_some, devices, note)
+    return Impl(op, "cuda", rank, _supports, f"{__name__}.{module}", devices, prepares=True, nhwc=True)
 
 
 IMPLS = (
-    _impl("conv_bn_act", "plan", "run"),
-    _impl("stem", "plan", "run"),
-    _impl("bottleneck", "plan", "run"),
-    _impl("basic_block", "plan", "run"),
-    _impl("net", "plan", "run_net", "prepare_net"),
+    *[_impl(op, "plan") for op in ("conv_bn_act", "stem", "bottleneck", "basic_block")],
+    _impl("net", "net"),
 )

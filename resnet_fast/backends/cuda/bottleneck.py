@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ...spec import BlockSpec, ConvSpec, Verdict
+from ...spec import ConvSpec, Spec, Verdict
 
 STEP = 64
 """Input channels of a step of the weights."""
@@ -22,7 +22,7 @@ RESIDENT = 64
 longer than a launch per convolution (docs/tables/cuda-predictions.md)."""
 
 
-class Packed(NamedTuple):
+class BottleneckWeights(NamedTuple):
     """The kernel's parameters. ``weights`` (steps, Cmid, 64), biases fp32, ``bias3`` with the projection's added."""
 
     weights: Tensor
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
     projection: bool
 
 
-def verdict(spec: BlockSpec, shared: int, streamed: bool = False) -> Verdict:
+def verdict(spec: Spec, shared: int, streamed: bool = False) -> Verdict:
     """Should one launch run the block, on a device whose blocks may have ``shared`` bytes of shared memory?
 
     ``streamed``: even where the weights do not stay on chip?
@@ -41,7 +41,7 @@ def verdict(spec: BlockSpec, shared: int, streamed: bool = False) -> Verdict:
     if spec.op != "bottleneck":
         return Verdict.no("a bottleneck", spec.op, todo)
     conv1, conv2, conv3 = spec.main
-    projection = spec.convs[-1] if spec.shortcut == "projection" else None
+    projection = spec.projection
     if spec.shortcut == "given":
         return Verdict.no("the identity or a projection as shortcut", "a tensor", todo)
     if (conv2.co, conv3.co) not in CHANNELS:
@@ -65,7 +65,7 @@ def _plain(conv: ConvSpec, size: int) -> bool:
     return (conv.r, conv.s, *conv.geometry()) == (size, size, (1, 1), (pad, pad), (1, 1), 1)
 
 
-def pack(folded: list[tuple[Tensor, Tensor]], projection: bool, dtype: torch.dtype) -> Packed:
+def pack(folded: list[tuple[Tensor, Tensor]], projection: bool, dtype: torch.dtype) -> BottleneckWeights:
     """From (weight (Co, Ci, R, S), bias) of conv1, conv2, conv3 and the projection, BatchNorm folded, fp32."""
     (w1, b1), (w2, b2), (w3, b3), *rest = folded
     cmid = w1.shape[0]
@@ -75,9 +75,9 @@ def pack(folded: list[tuple[Tensor, Tensor]], projection: bool, dtype: torch.dty
     second = w2.permute(2, 3, 0, 1).reshape(9, cmid, cmid // STEP, STEP).permute(0, 2, 1, 3).reshape(-1, cmid, STEP)
     last = w3.reshape(w3.shape[0] // cmid, cmid, -1, STEP).permute(0, 2, 1, 3).reshape(-1, cmid, STEP)
     weights = torch.cat([first, second, last]).to(dtype).contiguous()
-    return Packed(weights, b1.contiguous(), b2.contiguous(), b3.contiguous(), projection)
+    return BottleneckWeights(weights, b1.contiguous(), b2.contiguous(), b3.contiguous(), projection)
 
 
-def launch(x: Tensor, packed: Packed) -> Tensor:
+def launch(x: Tensor, packed: BottleneckWeights) -> Tensor:
     """x (N, Ci, H, W) dense NHWC -> y (N, Co, H, W) dense NHWC."""
     return native.require().bottleneck_fwd(x, *packed)

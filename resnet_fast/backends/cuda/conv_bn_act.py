@@ -16,7 +16,7 @@ _ROWS = 2**31 - 1024
 _PIXELS = 2**30
 
 
-class Packed(NamedTuple):
+class ConvWeights(NamedTuple):
     """A folded convolution in a kernel's layout: 16-bit ``weight``, ``bias`` (Co) fp32."""
 
     weight: Tensor
@@ -54,13 +54,13 @@ def verdict(spec: ConvSpec) -> Verdict:
     return YES
 
 
-def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> Packed:
+def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> ConvWeights:
     """The fp32 weight (Co, Ci, R, S) and bias of :func:`resnet_fast.folding.fold`, as ``kernel(spec)`` reads them."""
     rounded = weight.permute(0, 2, 3, 1).to(getattr(torch, spec.dtype)).contiguous()
-    return Packed(rounded.flatten(1) if kernel(spec) == "conv_bn_act_1x1" else rounded, bias.contiguous())
+    return ConvWeights(rounded.flatten(1) if kernel(spec) == "conv_bn_act_1x1" else rounded, bias.contiguous())
 
 
-def launch(spec: ConvSpec, packed: Packed, x: Tensor, residual: Tensor | None) -> Tensor:
+def launch(spec: ConvSpec, packed: ConvWeights, x: Tensor, residual: Tensor | None) -> Tensor:
     """``act(conv(x) + bias + residual)``, dense NHWC. ``residual`` has the output's shape, where ``spec`` adds one."""
     x, residual = ready(x), None if residual is None else ready(residual)
     ops, relu = native.require(), spec.epilogue.relu

@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import native
 from ...spec import YES, ConvSpec, Verdict
 from ..refusals import inference_only
-from .conv_bn_act import DTYPES, Packed, ready
+from .conv_bn_act import DTYPES, ConvWeights, ready
 
 _POOL = (3, 2, 1)
 _SIZES = 2**29
@@ -33,7 +33,7 @@ def verdict(spec: ConvSpec) -> Verdict:
     return YES
 
 
-def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> Packed:
+def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> ConvWeights:
     """The fp32 weight (64, 3, 7, 7) of :func:`resnet_fast.folding.fold` in the order of the kernel's registers.
 
     A filter row of 7*3 numbers gets a zero before and two behind; all rows together are padded to 11 steps of 16. A
@@ -45,10 +45,10 @@ def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> Packed:
     halves, pairs, tiles, group = 2, 2, 2, 8
     parts = steps.reshape(halves, pairs, tiles, group, -1, 2, 4, 2)  # ..., step, word, quad, number
     lanes = parts.permute(0, 4, 1, 3, 6, 2, 5, 7)  # half, step, pair, group, quad, tile, word, number
-    return Packed(lanes.reshape(halves, -1, 32, 8).contiguous(), bias.contiguous())
+    return ConvWeights(lanes.reshape(halves, -1, 32, 8).contiguous(), bias.contiguous())
 
 
-def launch(spec: ConvSpec, packed: Packed, x: Tensor) -> Tensor:
+def launch(spec: ConvSpec, packed: ConvWeights, x: Tensor) -> Tensor:
     """``maxpool(relu(conv(x) + bias))``, dense NHWC."""
     y: Tensor = native.require().stem_fwd(ready(x), packed.weight, packed.bias)
     return y

@@ -14,27 +14,16 @@ none (:mod:`.bounds`); with NaN or infinity in its input or weights, or values t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from ...spec import YES, Impl, NetSpec, Spec, Upkeep, Verdict
+from ...impl import Impl, Upkeep
+from ...spec import YES, NetSpec, Spec, Verdict
 from ..refusals import inference_only
-from .basic_block import basic_block
-from .bottleneck import bottleneck
-from .conv_bn_act import DTYPES, conv_bn_act, elements, nbytes, prepare
-from .net import elements as elements_of_net
-from .net import nbytes as nbytes_of_net
-from .net import net
-from .net import prepare as prepare_net
-from .profiling import is_running, profiled
-from .stem import stem
+from . import conv_bn_act, net, tiling
 
 
 def available() -> Verdict:
-    """Is oneDNN built into this torch and switched on?"""
+    """Return whether oneDNN is built into this torch and switched on."""
     if not torch._C._has_mkldnn:
         return Verdict.no("a torch built with oneDNN", "one without", "install an x86-64 or AArch64 build of torch")
     if not torch._C._get_mkldnn_enabled():
@@ -43,47 +32,32 @@ def available() -> Verdict:
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
-    inference = inference_only(spec, DTYPES)
+    inference = inference_only(spec, conv_bn_act.DTYPES)
     if not inference:
         return inference
     if spec.h * spec.w == 0:
         return Verdict.no("an image with pixels", f"{spec.h}x{spec.w}", "use a larger image")
-    return Verdict.yes()
+    return YES
 
 
-def _impl(
-    name: str,
-    run: Callable[[Any, Any, Any], Tensor | Verdict],
-    prepare: Callable[[Any, Any, list[Any]], Any],
-    upkeep: Upkeep,
-) -> Impl:
-    """An output without elements (an empty batch) has no primitive: there is nothing to prepare and nothing to run."""
-
-    def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
-        return prepare(call, spec, _some(earlier)) if all(spec.out_shape()) else None
-
-    def run_some(call: Any, spec: Any, state: Any) -> Tensor | Verdict:
-        if state is None:
-            return call.x.new_empty(spec.out_shape())
-        return profiled(spec, lambda: run(call, spec, state)) if is_running() else run(call, spec, state)
-
-    kept = Upkeep(
-        lambda call, spec, earlier: upkeep.elements(call, spec, _some(earlier)) if all(spec.out_shape()) else 0,
-        lambda states: upkeep.nbytes(_some(states)),
+def _impl(op: str, upkeep: Upkeep) -> Impl:
+    return Impl(
+        op,
+        "onednn",
+        10,
+        _supports,
+        f"{__name__}.{op}",
+        devices=("cpu",),
+        prepares=True,
+        upkeep=upkeep,
+        nhwc=True,
+        tile=tiling.tile,
+        announces=True,
     )
-    note = "BN folded, fused, packed weights"
-    return Impl(name, "onednn", 10, _supports, run_some, prepare_some, ("cpu",), note, upkeep=kept)
 
 
-def _some(states: list[Any]) -> list[Any]:
-    return [state for state in states if state is not None]
-
-
-_PACKED = Upkeep(elements, nbytes)
+_OF_CONVS = Upkeep(conv_bn_act.elements, conv_bn_act.nbytes)
 IMPLS = (
-    _impl("conv_bn_act", conv_bn_act, prepare, _PACKED),
-    _impl("stem", stem, prepare, _PACKED),
-    _impl("bottleneck", bottleneck, prepare, _PACKED),
-    _impl("basic_block", basic_block, prepare, _PACKED),
-    _impl("net", net, prepare_net, Upkeep(elements_of_net, nbytes_of_net)),
+    *[_impl(op, _OF_CONVS) for op in ("conv_bn_act", "stem", "bottleneck", "basic_block")],
+    _impl("net", Upkeep(net.elements, net.nbytes)),
 )

@@ -2,6 +2,5 @@
 
 from __future__ import annotations
 
-from .bottleneck import bottleneck as basic_block
-
-__all__ = ["basic_block"]
+from .bottleneck import prepare as prepare
+from .bottleneck import run as run

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...calls import BlockCall
+from ...calls import Call
 from ...spec import BlockSpec, Verdict
 from . import bounds
-from .conv_bn_act import Folded, compute_dtype, conv, conv_add, like_reference, nhwc
+from .conv_bn_act import PackedCall, compute_dtype, conv, conv_add, like_reference, nhwc
+from .conv_bn_act import prepare as prepare
 
 
-def bottleneck(call: BlockCall, spec: BlockSpec, state: Folded) -> Tensor | Verdict:
+def run(call: Call, spec: BlockSpec, state: PackedCall) -> Tensor | Verdict:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    given = call.x if call.shortcut is None else call.shortcut
-    shortcut = x if call.shortcut is None else nhwc(given, dtype)
+    given = call.x if call.added is None else call.added
+    shortcut = x if call.added is None else nhwc(given, dtype)
     refusal = bounds.verdict((x,) if shortcut is x else (x, shortcut), state.reach)
     if refusal is not None:
         return refusal

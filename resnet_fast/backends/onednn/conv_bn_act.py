@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import folding
-from ...calls import BlockCall, Conv, ConvBnActCall, Norm, StemCall, convs_of, norms_of
-from ...spec import BlockSpec, ConvSpec, Spec, Verdict
+from ...calls import Call, Conv, Norm
+from ...spec import ConvSpec, Spec, Verdict
 from . import bounds
 from .bounds import Bounds
 
@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _fused = torch.ops.mkldnn
 
 
-class Packed(NamedTuple):
+class PackedConv(NamedTuple):
     """A folded convolution ready to run: ``weight`` in oneDNN's own layout, ``tail`` in ATen's argument order."""
 
     weight: Tensor
@@ -36,16 +36,16 @@ class Packed(NamedTuple):
     layout: bytes  # :func:`_layout` of the weight
 
 
-class Folded(NamedTuple):
+class PackedCall(NamedTuple):
     """The convolutions of a call, and how large its inputs may be (:mod:`.bounds`)."""
 
-    convs: list[Packed]
+    convs: list[PackedConv]
     bounds: Bounds
     reach: float
 
     @staticmethod
-    def of(convs: list[Packed], bounds: Bounds) -> Folded:
-        return Folded(convs, bounds, bounds.peak.reach())
+    def of(convs: list[PackedConv], bounds: Bounds) -> PackedCall:
+        return PackedCall(convs, bounds, bounds.peak.reach())
 
 
 @cache
@@ -63,7 +63,7 @@ def nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype=dtype, memory_format=torch.channels_last)
 
 
-def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
+def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype) -> PackedConv:
     """Fold and pack one convolution for an input of ``shape``.
 
     A derived tensor outlives the call that made it, so it is made outside inference mode.
@@ -72,10 +72,10 @@ def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype)
         weight, bias = (t.to(dtype) for t in folding.fold(conv, norm))
         tail = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         packed = _fused._reorder_convolution_weight(weight.contiguous(), *tail, list(shape))
-        return Packed(packed, bias, tail, bounds.of_conv(weight, bias, conv.weight, conv.bias), _layout(packed))
+        return PackedConv(packed, bias, tail, bounds.of_conv(weight, bias, conv.weight, conv.bias), _layout(packed))
 
 
-def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[Folded]) -> Folded:
+def prepare(call: Call, spec: Spec, earlier: list[PackedCall]) -> PackedCall:
     """Every convolution of the call folded and packed, each for the size that reaches it.
 
     oneDNN chooses the blocked layout by input size, and running in another layout means a reorder of the weight at
@@ -93,12 +93,10 @@ def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: lis
             _layouts[_problem(conv, shape, dtype)] = packed.layout
             packed = next((k for k in kept if k.layout == packed.layout), packed)
         convs.append(packed)
-    return Folded.of(convs, _bounds(call, convs))
+    return PackedCall.of(convs, _bounds(spec, convs))
 
 
-def elements(
-    call: ConvBnActCall | StemCall | BlockCall, spec: Spec, earlier: list[Folded], counted: set[Hashable] | None = None
-) -> int:
+def elements(call: Call, spec: Spec, earlier: list[PackedCall], counted: set[Hashable] | None = None) -> int:
     """How many weights :func:`prepare` would have to fold and pack.
 
     ``counted``: problems whose layout will be known by then, and probably be that of an ``earlier`` state.
@@ -115,16 +113,13 @@ def elements(
     return found
 
 
-def _problems(
-    call: ConvBnActCall | StemCall | BlockCall, spec: Spec
-) -> Iterator[tuple[Conv, Norm, tuple[int, int, int, int]]]:
+def _problems(call: Call, spec: Spec) -> Iterator[tuple[Conv, Norm, tuple[int, int, int, int]]]:
     """Each convolution, its norm and the shape of the input that reaches it."""
-    specs: Any = spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    for conv, norm, s in zip(convs_of(call), norms_of(call), specs, strict=True):
+    for conv, norm, s in zip(call.convs, call.norms, spec.convs, strict=True):
         yield conv, norm, (s.n, s.ci, s.h, s.w)
 
 
-def nbytes(states: list[Folded]) -> int:
+def nbytes(states: list[PackedCall]) -> int:
     """Memory of the packed weights, those that several states share counted once."""
     weights = {id(p.weight): p.weight for state in states for p in state.convs}
     return sum(w.numel() * w.element_size() for w in weights.values())
@@ -139,21 +134,20 @@ def _problem(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype) -> Hashable
     return conv.weight.shape, conv.numbers(), shape, dtype, torch.get_num_threads()
 
 
-def _shared(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype, kept: list[Packed]) -> Packed | None:
+def _shared(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype, kept: list[PackedConv]) -> PackedConv | None:
     """One of ``kept`` that has the layout for this size, if that is known from an earlier packing of any weights."""
     layout = _layouts.get(_problem(conv, shape, dtype)) if kept else None
     return None if layout is None else next((k for k in kept if k.layout == layout), None)
 
 
-def _bounds(call: ConvBnActCall | StemCall | BlockCall, convs: list[Packed]) -> Bounds:
+def _bounds(spec: Spec, convs: list[PackedConv]) -> Bounds:
     """The bounds of the call's main branch, one convolution behind the other, and of what is added to it."""
-    projection = isinstance(call, BlockCall) and call.projection
     found = bounds.UNCHANGED
-    for p in convs[:-1] if projection else convs:
+    for p in convs[: len(spec.main)]:
         found = found.then(p.bounds)
-    if isinstance(call, StemCall) or (isinstance(call, ConvBnActCall) and call.residual is None):
+    if spec.shortcut == "none":
         return found
-    return found.plus(bounds.UNCHANGED.then(convs[-1].bounds) if projection else bounds.UNCHANGED)
+    return found.plus(bounds.UNCHANGED.then(convs[-1].bounds) if spec.projection else bounds.UNCHANGED)
 
 
 def _layout(weight: Tensor) -> bytes:
@@ -161,12 +155,12 @@ def _layout(weight: Tensor) -> bytes:
     return torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
 
 
-def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
+def conv(x: Tensor, p: PackedConv, relu: bool) -> Tensor:
     """relu(conv(x) + bias), a new NHWC tensor."""
     return _fused._convolution_pointwise(x, p.weight, p.bias, *p.tail, "relu" if relu else "none", [], "")
 
 
-def conv_add(x: Tensor, p: Packed, other: Tensor, relu: bool, overwrite: bool) -> Tensor:
+def conv_add(x: Tensor, p: PackedConv, other: Tensor, relu: bool, overwrite: bool) -> Tensor:
     """relu(conv(x) + bias + other). ``overwrite``: ``other`` is this backend's own, and becomes the result."""
     if p.tail[-1] > 1 and x.dtype.itemsize == 2:
         # ATen adds apart where there are groups, in an add_relu that knows no 16-bit type (torch 2.14)
@@ -186,11 +180,11 @@ def like_reference(y: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
     return y.to(dtype=dtype, memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 
-def conv_bn_act(call: ConvBnActCall, spec: ConvSpec, state: Folded) -> Tensor | Verdict:
+def run(call: Call, spec: ConvSpec, state: PackedCall) -> Tensor | Verdict:
     """act(bn(conv(x)) + residual)."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    other = None if call.residual is None else nhwc(call.residual, dtype)
+    other = None if call.added is None else nhwc(call.added, dtype)
     refusal = bounds.verdict((x,) if other is None else (x, other), state.reach)
     if refusal is not None:
         return refusal
@@ -198,5 +192,5 @@ def conv_bn_act(call: ConvBnActCall, spec: ConvSpec, state: Folded) -> Tensor | 
     if other is None:
         y = conv(x, packed, call.relu)
     else:
-        y = conv_add(x, packed, other, call.relu, overwrite=other is not call.residual)
+        y = conv_add(x, packed, other, call.relu, overwrite=other is not call.added)
     return like_reference(y, call.x.dtype, spec.layout)

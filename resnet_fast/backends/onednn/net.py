@@ -30,30 +30,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import folding, packing_budget
-from ...calls import BlockCall, Conv, NetCall, Norm, StemCall, convs_of, norms_of
+from ...calls import Conv, NetCall, Norm
 from ...locks import ForkSafeLock
-from ...spec import BlockSpec, NetSpec, Verdict
-from . import bounds
-from .bottleneck import bottleneck
-from .conv_bn_act import Folded, compute_dtype, conv_bn_act, like_reference, nhwc
-from .conv_bn_act import elements as elements_of
-from .conv_bn_act import nbytes as packed_nbytes
-from .conv_bn_act import prepare as pack
-from .stem import stem
+from ...spec import NetSpec, Verdict
+from . import bottleneck, bounds, conv_bn_act, stem
+from .conv_bn_act import PackedCall, compute_dtype, like_reference, nhwc
 
 CALLS_BEFORE_COMPILING = 4
+_RUN: dict[str, Callable[..., Tensor | Verdict]] = {
+    "stem": stem.run,
+    "conv_bn_act": conv_bn_act.run,
+    "bottleneck": bottleneck.run,
+    "basic_block": bottleneck.run,
+}
 log = logging.getLogger("resnet_fast")
 _compiling = ForkSafeLock()  # the switch that lets TorchScript use oneDNN's graph is process-wide
 
 
 @dataclass
-class State:
+class NetState:
     """One input size of one net: packed parts until the graph is compiled, then the graph.
 
     ``reaches``: what the inputs of some parts are measured against, by the part's number (:func:`bounds.stretches`).
     """
 
-    parts: list[Folded] | None
+    parts: list[PackedCall] | None
     reaches: dict[int, float]
     weights: int  # bytes of one packed copy of all parts
     turn: list[int]  # which of the net's states ran last; all of them share it
@@ -86,35 +87,35 @@ def _say_once(reason: str) -> None:
     log.info("nets on oneDNN run part by part, not as one graph: %s", reason)
 
 
-def prepare(call: NetCall, spec: NetSpec, earlier: list[State]) -> State:
+def prepare(call: NetCall, spec: NetSpec, earlier: list[NetState]) -> NetState:
     """Pack every part. ``earlier`` sizes share what they still hold in equal layout."""
     held = [e.parts for e in earlier if e.parts is not None]
     parts = [
-        pack(part._replace(x=call.x), part_spec, [parts[i] for parts in held])
+        conv_bn_act.prepare(part._replace(x=call.x), part_spec, [parts[i] for parts in held])
         for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
     ]
     reaches = bounds.stretches([p.bounds for p in parts])
     parts = [p._replace(reach=reaches.get(i, math.inf)) for i, p in enumerate(parts)]
-    return State(parts, reaches, packed_nbytes(parts), earlier[0].turn if earlier else [0])
+    return NetState(parts, reaches, conv_bn_act.nbytes(parts), earlier[0].turn if earlier else [0])
 
 
-def elements(call: NetCall, spec: NetSpec, earlier: list[State]) -> int:
+def elements(call: NetCall, spec: NetSpec, earlier: list[NetState]) -> int:
     """How many weights :func:`prepare` would have to fold and pack."""
     held = [e.parts for e in earlier if e.parts is not None]
     counted: set[Hashable] = set()
     return sum(
-        elements_of(part._replace(x=call.x), part_spec, [parts[i] for parts in held], counted)
+        conv_bn_act.elements(part._replace(x=call.x), part_spec, [parts[i] for parts in held], counted)
         for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
     )
 
 
-def nbytes(states: list[State]) -> int:
+def nbytes(states: list[NetState]) -> int:
     """Memory of packed weights and of graphs; a graph holds the folded weights and oneDNN's reordered copy of them."""
     packed = [folded for state in states for folded in state.parts or ()]
-    return packed_nbytes(packed) + sum(2 * state.weights for state in states if state.parts is None)
+    return conv_bn_act.nbytes(packed) + sum(2 * state.weights for state in states if state.parts is None)
 
 
-def net(call: NetCall, spec: NetSpec, state: State) -> Tensor | Verdict:
+def run(call: NetCall, spec: NetSpec, state: NetState) -> Tensor | Verdict:
     """The last block's output."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
@@ -127,10 +128,7 @@ def net(call: NetCall, spec: NetSpec, state: State) -> Tensor | Verdict:
         y = _run_graph(state.graph, state.reaches, x)
     else:
         for part, part_spec, packed in zip(call.parts, spec.parts, parts, strict=True):
-            run: Any = (
-                bottleneck if isinstance(part, BlockCall) else stem if isinstance(part, StemCall) else conv_bn_act
-            )
-            y = run(part._replace(x=y), part_spec, packed)
+            y = _RUN[part.op](part._replace(x=y), part_spec, packed)
             if isinstance(y, Verdict):
                 break
     return y if isinstance(y, Verdict) else like_reference(y, call.x.dtype, spec.layout)
@@ -152,13 +150,13 @@ def _run_graph(
 
 def calls_before_compiling(spec: NetSpec) -> int:
     """How many calls of one size and one set of weights, one after another, earn the net's compilation."""
-    convolutions = sum(len(part.convs) if isinstance(part, BlockSpec) else 1 for part in spec.parts)
+    convolutions = len(spec.convs)
     work = packing_budget.of_stock_call(spec.flops(), convolutions)
     earned = packing_budget.earned_by(work, packed=True)
     return max(CALLS_BEFORE_COMPILING, math.ceil(packing_budget.COMPILE * convolutions / earned))
 
 
-def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: State) -> None:
+def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: NetState) -> None:
     """Count a call, and compile when enough have come. Nobody waits: while another thread compiles, parts run apart."""
     reason = compile_obstacle()
     if reason:
@@ -176,7 +174,7 @@ def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: State) -> No
         if state.calls <= state.patience or state.graph is not None or not _compiling.acquire(blocking=False):
             return
         try:
-            state.graph = _compile(call, x, [i for i in state.reaches if i > 0])
+            state.graph = _compile(call, spec, x, [i for i in state.reaches if i > 0])
             state.parts, state.grown = None, True
         except RuntimeError as error:
             state.fails = True
@@ -230,13 +228,14 @@ class _Convolution(NamedTuple):
         return F.conv2d(x, self.weight, self.bias, *self.conv.numbers())
 
 
-def _plainly(call: NetCall, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _plainly(call: NetCall, spec: NetSpec, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The net as a function in the plainest operations, which is what the graph's patterns are made of.
 
     It returns the output and the norms of the inputs of the parts in ``measured``.
     """
-    pairs = [pair for part in call.parts for pair in zip(convs_of(part), norms_of(part), strict=True)]
+    pairs = [pair for part in call.parts for pair in zip(part.convs, part.norms, strict=True)]
     folded = [_Convolution.of(conv, norm) for conv, norm in pairs]
+    shortcuts = [part.shortcut for part in spec.parts]
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         convs = iter(folded)
@@ -244,22 +243,20 @@ def _plainly(call: NetCall, measured: list[int]) -> Callable[[Tensor], tuple[Ten
         for i, part in enumerate(call.parts):
             if i in measured:
                 norms.append(torch.linalg.vector_norm(x)[None])
-            if isinstance(part, BlockCall):
-                y = x
-                for _ in part.main()[:-1]:
-                    y = torch.relu(next(convs)(y))
-                y = next(convs)(y)
-                x = torch.relu(y + (next(convs)(x) if part.projection else x))
-            else:
-                x = next(convs)(x)
-                x = torch.relu(x) if isinstance(part, StemCall) or part.relu else x
-                x = F.max_pool2d(x, *part.pool) if isinstance(part, StemCall) else x
+            y = x
+            for _ in part.main()[:-1]:
+                y = torch.relu(next(convs)(y))
+            y = next(convs)(y)
+            if shortcuts[i] != "none":
+                y = y + (next(convs)(x) if part.projection else x)
+            y = torch.relu(y) if part.relu else y
+            x = F.max_pool2d(y, *part.pool) if part.pool else y
         return x, torch.cat(norms)
 
     return forward
 
 
-def _compile(call: NetCall, x: Tensor, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _compile(call: NetCall, spec: NetSpec, x: Tensor, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Trace and fuse for inputs like ``x``. The executor observes one run and fuses in the next.
 
     What ``torch.jit.trace`` and ``freeze`` make belongs to TorchScript's process-wide compilation unit, which never
@@ -268,7 +265,9 @@ def _compile(call: NetCall, x: Tensor, measured: list[int]) -> Callable[[Tensor]
     """
     with torch.inference_mode(False), torch.no_grad(), _fusing():
         example = torch.zeros_like(x)  # an inference tensor cannot be traced
-        graph, _ = torch._C._create_graph_by_tracing(_plainly(call, measured), (example,), lambda _: "", True, False)
+        graph, _ = torch._C._create_graph_by_tracing(
+            _plainly(call, spec, measured), (example,), lambda _: "", True, False
+        )
         run = torch._C.CompilationUnit().create_function("net", graph)
         for _ in range(3):
             run(example)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...calls import StemCall
+from ...calls import Call
 from ...spec import ConvSpec, Verdict
 from . import bounds
-from .conv_bn_act import Folded, compute_dtype, conv, like_reference, nhwc
+from .conv_bn_act import PackedCall, compute_dtype, conv, like_reference, nhwc
+from .conv_bn_act import prepare as prepare
 
 
-def stem(call: StemCall, spec: ConvSpec, state: Folded) -> Tensor | Verdict:
+def run(call: Call, spec: ConvSpec, state: PackedCall) -> Tensor | Verdict:
     """maxpool(relu(bn(conv(x))))."""
+    assert call.pool is not None
     x = nhwc(call.x, compute_dtype(call.x.dtype))
     refusal = bounds.verdict((x,), state.reach)
     if refusal is not None:

@@ -5,16 +5,12 @@ The same ATen operations in the same order as torchvision's modules, so results 
 
 from __future__ import annotations
 
-from ...spec import YES, Impl, NetSpec, Spec, Verdict
-from .basic_block import basic_block
-from .bottleneck import bottleneck
-from .conv_bn_act import conv_bn_act
-from .net import net
-from .stem import stem
+from ...impl import Impl
+from ...spec import YES, NetSpec, Spec, Verdict
 
 
 def available() -> Verdict:
-    """Always."""
+    """Return yes: PyTorch is always there."""
     return YES
 
 
@@ -25,12 +21,6 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
 
 
 IMPLS = tuple(
-    Impl(name, "reference", 0, _supports, run, note="eager PyTorch")
-    for name, run in (
-        ("conv_bn_act", conv_bn_act),
-        ("stem", stem),
-        ("bottleneck", bottleneck),
-        ("basic_block", basic_block),
-        ("net", net),
-    )
+    Impl(op, "reference", 0, _supports, f"{__name__}.{op}")
+    for op in ("conv_bn_act", "stem", "bottleneck", "basic_block", "net")
 )

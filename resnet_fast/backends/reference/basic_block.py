@@ -2,6 +2,4 @@
 
 from __future__ import annotations
 
-from .bottleneck import bottleneck as basic_block
-
-__all__ = ["basic_block"]
+from .bottleneck import run as run

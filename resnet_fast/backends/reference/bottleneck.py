@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...calls import BlockCall
+from ...calls import Call
 from ...spec import Spec
 from .conv_bn_act import batch_norm, conv2d
 
 
-def bottleneck(call: BlockCall, spec: Spec | None = None, state: None = None) -> Tensor:
+def run(call: Call, spec: Spec | None = None, state: None = None) -> Tensor:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut), convolution by convolution."""
     out = call.x
     *inner, last = call.main()
@@ -20,6 +20,6 @@ def bottleneck(call: BlockCall, spec: Spec | None = None, state: None = None) ->
     if call.projection:
         shortcut = batch_norm(conv2d(call.x, call.convs[-1]), call.norms[-1])
     else:
-        shortcut = call.x if call.shortcut is None else call.shortcut
+        shortcut = call.x if call.added is None else call.added
     out += shortcut
     return F.relu_(out)

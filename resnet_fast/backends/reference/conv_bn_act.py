@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...calls import Conv, ConvBnActCall, Norm
+from ...calls import Call, Conv, Norm
 from ...spec import Spec
 
 
@@ -24,9 +24,9 @@ def batch_norm(y: Tensor, n: Norm) -> Tensor:
     return y if n.bias is None else y + n.bias.to(y.dtype)[:, None, None]
 
 
-def conv_bn_act(call: ConvBnActCall, spec: Spec | None = None, state: None = None) -> Tensor:
+def run(call: Call, spec: Spec | None = None, state: None = None) -> Tensor:
     """act(bn(conv(x)) + residual). In place where the tensor is this function's own, as torchvision's blocks do."""
-    y = batch_norm(conv2d(call.x, call.conv), call.norm)
-    if call.residual is not None:
-        y += call.residual
+    y = batch_norm(conv2d(call.x, call.convs[0]), call.norms[0])
+    if call.added is not None:
+        y += call.added
     return F.relu_(y) if call.relu else y

@@ -1,30 +1,30 @@
 """``net`` in eager PyTorch: its parts, one after another, in the layout of the weights.
 
-The net around such a call hands its input over in channels_last, for the sake of other backends. A stock net whose
-weights are not in channels_last would have been given the user's NCHW, and rounds otherwise there.
+The net around such a call converts its input to channels_last for the sake of other backends. A stock net with NCHW
+weights would have been given the user's NCHW input, and rounds differently there.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ...calls import BlockCall, NetCall, StemCall, convs_of
+from ...calls import NetCall
 from ...spec import NetSpec
-from .bottleneck import bottleneck
-from .conv_bn_act import conv_bn_act
-from .stem import stem
+from . import bottleneck, conv_bn_act, stem
+
+_RUN = {
+    "stem": stem.run,
+    "conv_bn_act": conv_bn_act.run,
+    "bottleneck": bottleneck.run,
+    "basic_block": bottleneck.run,
+}
 
 
-def net(call: NetCall, spec: NetSpec | None = None, state: None = None) -> Tensor:
+def run(call: NetCall, spec: NetSpec | None = None, state: None = None) -> Tensor:
     """Stem and blocks."""
     x = call.x
-    if all(conv.weight.is_contiguous() for part in call.parts for conv in convs_of(part)):
+    if all(conv.weight.is_contiguous() for part in call.parts for conv in part.convs):
         x = x.contiguous()
     for part in call.parts:
-        if isinstance(part, BlockCall):
-            x = bottleneck(part._replace(x=x))
-        elif isinstance(part, StemCall):
-            x = stem(part._replace(x=x))
-        else:
-            x = conv_bn_act(part._replace(x=x))
+        x = _RUN[part.op](part._replace(x=x))
     return x

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...calls import StemCall
+from ...calls import Call
 from ...spec import Spec
 from .conv_bn_act import batch_norm, conv2d
 
 
-def stem(call: StemCall, spec: Spec | None = None, state: None = None) -> Tensor:
+def run(call: Call, spec: Spec | None = None, state: None = None) -> Tensor:
     """maxpool(relu(bn(conv(x))))."""
-    y = F.relu_(batch_norm(conv2d(call.x, call.conv), call.norm))
+    assert call.pool is not None
+    y = F.relu_(batch_norm(conv2d(call.x, call.convs[0]), call.norms[0]))
     return F.max_pool2d(y, *call.pool)

@@ -16,18 +16,14 @@ then accept CPU tensors when they are asked for by name; ``auto`` never chooses 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...spec import BlockSpec, ConvSpec, Impl, NetSpec, Spec, Training, Verdict
-from ..layouts import in_layout
+from ...impl import Impl
+from ...spec import YES, NetSpec, Spec, Verdict
 from ..refusals import dtype_among, old_gpus
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,12 +36,12 @@ of a whole tensor in 64."""
 def _triton() -> Verdict:
     if importlib.util.find_spec("triton") is None:
         return Verdict.no("Triton", "none installed", "pip install triton (Linux only), or use another backend")
-    return Verdict.yes()
+    return YES
 
 
 @cache
 def _interpreted() -> bool:
-    """As Triton itself decides it, from the environment at the start of the process."""
+    """Return what Triton itself decides from the environment at the start of the process."""
     return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes", "y")
 
 
@@ -61,7 +57,7 @@ def _gpu() -> Verdict:
 
 
 def available() -> Verdict:
-    """Is Triton installed, and is there a GPU that it compiles for, or its interpreter?"""
+    """Return whether Triton is installed, with a GPU that it compiles for or its interpreter."""
     found = _triton()
     if not found:
         return found
@@ -72,62 +68,35 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
     known = dtype_among(spec, DTYPES)
     if not known:
         return known
-    if isinstance(spec, NetSpec):
-        if spec.grad or spec.batch_stats:
-            return Verdict.no("inference", "a whole net in training", "call its parts one by one")
-        return next((v for v in map(_supports, spec.parts) if not v), Verdict.yes())
-    if (spec.grad or spec.batch_stats) and not all(spec.out_shape()):
-        return Verdict.no("at least one element to train on", str(spec), "drop empty batches")
-    counted = [n for conv in _convs(spec) for n in (conv.gemm_m, conv.h * conv.w * conv.ci)]
-    if max(counted) >= INDEX_LIMIT:
-        return Verdict.no("fewer than 2^31 output pixels, and elements per image", str(spec), "split the batch")
-    return Verdict.yes()
+    training = spec.grad or spec.batch_stats
+    if training and spec.op == "net":
+        return Verdict.no("inference", "a whole net in training", "call its parts one by one")
+    for part in spec.parts:
+        if training and not all(part.out_shape()):
+            return Verdict.no("at least one element to train on", str(part), "drop empty batches")
+        if max(max(c.gemm_m, c.h * c.w * c.ci) for c in part.convs) >= INDEX_LIMIT:
+            return Verdict.no("fewer than 2^31 output pixels, and elements per image", str(part), "split the batch")
+    return YES
 
 
-def _convs(spec: ConvSpec | BlockSpec) -> tuple[ConvSpec, ...]:
-    return spec.convs if isinstance(spec, BlockSpec) else (spec,)
-
-
-def _impl(name: str, module: str, run: str) -> Impl:
-    """The module is imported at the first call. An output without elements needs no launch."""
-
-    def load() -> Any:
-        return importlib.import_module(f"{__name__}.{module}")
-
-    def prepare_some(call: Any, spec: Any, earlier: list[Any]) -> Any:
-        if not all(spec.out_shape()):
-            return None
-        return load().prepare(call, spec, [e for e in earlier if e is not None])
-
-    def run_some(call: Any, spec: Any, state: Any) -> Tensor:
-        if state is None:
-            return in_layout(call.x.new_empty(spec.out_shape()), spec.layout)
-        runner: Callable[..., Tensor] = getattr(load(), run)
-        return in_layout(runner(call, spec, state), spec.layout)
-
+def _impl(op: str, module: str, training: str = "") -> Impl:
     # In the interpreter below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-1, ("cuda", "cpu")) if _interpreted() else (20, ("cuda",))
-    training = None if name == "net" else TRAINING
-    note = "fused Triton kernels, BN folded or in prologues and epilogues"
-    return Impl(name, "triton", rank, _supports, run_some, prepare_some, devices, note, training)
-
-
-def _from_chain(name: str) -> Callable[..., Any]:
-    """A function of training/chain.py, which is imported at the first call."""
-
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"{__name__}.training.chain"), name)(*args)
-
-    return call
-
-
-TRAINING = Training(*map(_from_chain, ("forward", "backward", "statistics", "shapes")))
+    return Impl(
+        op,
+        "triton",
+        rank,
+        _supports,
+        f"{__name__}.{module}",
+        devices,
+        prepares=True,
+        training=training,
+        trains=DTYPES if training else (),
+        nhwc=True,
+    )
 
 
 IMPLS = (
-    _impl("conv_bn_act", "plan", "run"),
-    _impl("stem", "plan", "run"),
-    _impl("bottleneck", "plan", "run"),
-    _impl("basic_block", "plan", "run"),
-    _impl("net", "net", "net"),
+    *[_impl(op, "plan", f"{__name__}.training.chain") for op in ("conv_bn_act", "stem", "bottleneck", "basic_block")],
+    _impl("net", "net"),
 )

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import folding
-from ...calls import BlockCall, Conv, ConvBnActCall, StemCall, convs_of, given_of, norms_of
-from ...spec import BlockSpec, ConvSpec, LaunchSpec
+from ...calls import Call, Conv
+from ...spec import LaunchSpec, Spec
 from ...tuning.configs import Config
 from ...tuning.launch_plan import LaunchPlan, plan_launches
 from ...tuning.routes import merged_groups, stem_step
+from ..layouts import in_layout
 from . import bottleneck, conv_bn_act, conv_bn_act_1x1, conv_bn_act_3x3, stem, stock
 from .device import device_of, table_of
 from .launch import FoldedWeights, nhwc
@@ -36,7 +37,7 @@ LAUNCHERS: dict[str, Launcher] = {
 }
 
 
-class Step(NamedTuple):
+class PackedLaunch(NamedTuple):
     """One launch. ``makes_shortcut``: it computes the block's shortcut, not the next link of its main branch."""
 
     launch: LaunchSpec
@@ -47,11 +48,14 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The steps of a call, the choice that they come from, and the folded convolutions that they are packed from."""
+class TritonState:
+    """The launches of a call, the choice that they come from, and the folded convolutions that they are packed from.
+
+    ``pool``: the max-pooling that PyTorch runs after them, where no launch takes it in.
+    """
 
     chosen: LaunchPlan
-    steps: tuple[Step, ...]
+    launches: tuple[PackedLaunch, ...]
     folded: dict[int, tuple[Tensor, Tensor]]
     pool: tuple[int, int, int] | None = None
 
@@ -65,39 +69,36 @@ class Plan:
         return str(self.chosen)
 
 
-def prepare(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, earlier: list[Plan]) -> Plan:
-    """Choose, fold and pack. Plans of the same parameters for other sizes (``earlier``) share the packed weights.
+def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
+    """Choose, fold and pack. States of the same parameters for other sizes (``earlier``) share the packed weights.
 
     A derived tensor outlives the call that made it, so it is made outside inference mode.
     """
     chosen = plan_launches(spec, device_of(call.x.device), table_of(call.x.device))
-    convs, norms = convs_of(call), norms_of(call)
-    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
     folded = dict(earlier[0].folded) if earlier else {}
     with torch.inference_mode(False), torch.no_grad():
-        for i, (conv, norm, conv_spec) in enumerate(zip(convs, norms, specs, strict=True)):
+        for i, (conv, norm, conv_spec) in enumerate(zip(call.convs, call.norms, spec.convs, strict=True)):
             if i not in folded:
                 folded[i] = pack(conv, *folding.fold(conv, norm), merged_groups(conv_spec), call.x.dtype)
-        steps = _steps(spec, specs, chosen, folded)
-    launch = chosen.route.launches[0]
-    unpooled = isinstance(call, StemCall) and launch.last.epilogue.pool is None
-    return Plan(chosen, steps, folded, tuple(call.pool) if unpooled else None)  # type: ignore[union-attr]
+        launches = _launches(spec, chosen, folded)
+    pooled = chosen.route.launches[0].last.pool is not None
+    return TritonState(chosen, launches, folded, None if pooled else spec.pool)
 
 
-def _steps(spec: Any, specs: tuple[ConvSpec, ...], chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[Step, ...]:
+def _launches(spec: Spec, chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[PackedLaunch, ...]:
     """Parameters for each launch, found by its convolutions' places in the call: main branch first, projection last."""
-    projects = isinstance(spec, BlockSpec) and spec.shortcut == "projection"
-    first, steps = 0, []
+    projection = None if spec.projection is None else folded[len(spec.main)]
+    first, found = 0, []
     for at, (launch, config) in enumerate(zip(chosen.route.launches, chosen.configs, strict=True)):
-        makes_shortcut = projects and chosen.route.plan == "conv" and at == 0
-        if makes_shortcut:
-            members = [folded[len(specs) - 1]]
+        makes_shortcut = projection is not None and chosen.route.plan == "conv" and at == 0
+        if projection is not None and makes_shortcut:
+            members = [projection]
         else:
             members = [folded[first + k] for k in range(len(launch.convs))]
             first += len(launch.convs)
-        packed = parameters(launch, config, members, None if launch.projection is None else folded[len(specs) - 1])
-        steps.append(Step(launch, config, packed, LAUNCHERS[config.kernel], makes_shortcut))
-    return tuple(steps)
+        packed = parameters(launch, config, members, None if launch.projection is None else projection)
+        found.append(PackedLaunch(launch, config, packed, LAUNCHERS[config.kernel], makes_shortcut))
+    return tuple(found)
 
 
 def parameters(
@@ -139,17 +140,14 @@ def dense_images(x: Tensor) -> Tensor:
     return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)
 
 
-def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, plan: Plan) -> Tensor:
-    """The launches one after another; returns NHWC."""
-    if isinstance(call, StemCall):
-        y = call.x if plan.pool is None and not plan.steps[0].config.stock else dense_images(call.x)
-        y = plan.steps[0].launcher(*plan.steps[0][:3], y, None, None)
-        return y if plan.pool is None else F.max_pool2d(y, *plan.pool)
-    x = dense_images(call.x)
-    given = given_of(call)
-    shortcut = None if given is None else nhwc(given)
+def run(call: Call, spec: Spec, state: TritonState) -> Tensor:
+    """The launches one after another."""
+    x = call.x
+    if spec.pool is None or state.pool is not None or state.launches[0].config.stock:  # all but the stem's own kernel
+        x = dense_images(x)
+    shortcut = None if call.added is None else nhwc(call.added)
     y = x
-    for launch, config, packed, launcher, makes_shortcut in plan.steps:
+    for launch, config, packed, launcher, makes_shortcut in state.launches:
         if makes_shortcut:
             shortcut = launcher(launch, config, packed, x, None, None)
             continue
@@ -157,4 +155,6 @@ def run(call: ConvBnActCall | StemCall | BlockCall, spec: ConvSpec | BlockSpec, 
         if launch.residual:
             res = nhwc(x) if shortcut is None else shortcut
         y = launcher(launch, config, packed, y, res, x if launch.projection is not None else None)
-    return y
+    if state.pool is not None:
+        y = F.max_pool2d(y, *state.pool)
+    return in_layout(y, spec.layout)

@@ -161,14 +161,14 @@ def test_changed_weights_are_seen() -> None:
 )
 def test_a_refusal_is_the_same_sentence_everywhere(change: dict[str, Any], sentence: str) -> None:
     from resnet_fast.dispatch import select
-    from resnet_fast.ops.check import spec_of
+    from resnet_fast.ops.specs import spec_of
 
     p = make("conv_bn_act", **change)
     with torch.no_grad(), pytest.raises(BackendError, match=sentence):
         p.run("triton")
-    from resnet_fast.ops.conv_bn_act import _bind
+    from resnet_fast.ops.op import OPS
 
-    choice = select.choose(spec_of(_bind(*p.args()), False), "cpu", "auto")
+    choice = select.choose(spec_of(OPS["conv_bn_act"].bind(*p.args()), False), "cpu", "auto")
     assert choice.impl.backend != "triton" and sentence in dict(choice.refused)["triton"]
 
 

@@ -17,19 +17,20 @@ An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .... import flags
-from ....calls import BlockCall, Call, Conv, Leaves, Norm, StemCall, convs_of, given_of, norms_of
-from ....spec import BlockSpec, ConvSpec, Spec
-from ....tuning import launch_plan
-from ....tuning.launch_plan import TrainingConfigs
+from ....calls import Call, Conv, Norm
+from ....spec import ConvSpec, Spec
+from ....tuning.launch_plan import TrainingConfigs, plan_training
 from ....tuning.training_configs import CUDNN
-from .. import in_layout
+from ...layouts import in_layout
 from ..device import device_of, table_of
 from ..launch import nhwc
 from . import batch_norm, block_end, convolution, pool
@@ -37,7 +38,7 @@ from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """The chosen configs of every convolution, by its place in the call."""
 
     specs: tuple[ConvSpec, ...]
@@ -52,49 +53,46 @@ class Plan:
         return "conv"
 
 
-def plan_of(spec: Spec, device: torch.device) -> Plan:
+def plan_of(spec: Spec, device: torch.device) -> StepPlan:
     """Forward, dgrad and wgrad of each convolution: measured where measured, else modelled."""
     return _plan_of(spec, device, flags.PROLOGUE.read() == "packed")
 
 
 @lru_cache(maxsize=1024)
-def _plan_of(spec: Spec, device: torch.device, packed: bool) -> Plan:
-    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    inner = len(spec.main) if isinstance(spec, BlockSpec) else 1
-    device_, table = device_of(device), table_of(device)
-    chosen = (launch_plan.plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(specs))
-    return Plan(specs, tuple(chosen))
+def _plan_of(spec: Spec, device: torch.device, packed: bool) -> StepPlan:
+    inner, device_, table = len(spec.main), device_of(device), table_of(device)
+    chosen = [plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(spec.convs)]
+    return StepPlan(spec.convs, tuple(chosen))
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], Plan]:
+def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], StepPlan]:
     """(output, saved, plan). ``saved``: raw outputs of the convolutions, then the vectors of the norms, then the clamps
     of those that a convolution reads through, in the order of the call."""
     plan = plan_of(spec, call.x.device)
-    convs, norms = convs_of(call), norms_of(call)
-    x = nhwc(call.x)
-    main = len(convs) - _projects(call)
+    x, main = nhwc(call.x), len(spec.main)
     raws: list[Tensor] = []
     vectors: list[Tensor] = []
     clamps: list[Tensor] = []
     act = Act(x)
-    for i, (conv, norm) in enumerate(zip(convs, norms, strict=False)):
+    for i, (conv, norm) in enumerate(zip(call.convs, call.norms, strict=True)):
         y, v, clamp = _convolve(conv, norm, plan, i, act if i < main else Act(x))
         raws.append(y)
         vectors.append(v)
         if i < main - 1:
             clamps.append(x.new_empty(0) if clamp is None else clamp)
         act = Act(y, v, clamp)
-    z = _end(call, x, raws, vectors)
-    if save == "recompute" and isinstance(call, BlockCall):
+    z = _end(call, spec, x, raws, vectors)
+    if _recomputes(spec, save):
         raws[main - 1] = x.new_empty(0)
     return in_layout(z, spec.layout), [*raws, *vectors, *clamps], plan
 
 
-def _projects(call: Call) -> int:
-    return int(isinstance(call, BlockCall) and call.projection)
+def _recomputes(spec: Spec, save: str) -> bool:
+    """Return whether the backward pass computes the last raw output of the main branch again."""
+    return save == "recompute" and len(spec.main) > 1
 
 
 def _centre(conv: Conv, norm: Norm) -> Tensor | None:
@@ -106,7 +104,7 @@ def _centre(conv: Conv, norm: Norm) -> Tensor | None:
     return mean if conv.bias is None else mean - conv.bias.detach().float()
 
 
-def _convolve(conv: Conv, norm: Norm, plan: Plan, i: int, act: Act) -> tuple[Tensor, Tensor, Tensor | None]:
+def _convolve(conv: Conv, norm: Norm, plan: StepPlan, i: int, act: Act) -> tuple[Tensor, Tensor, Tensor | None]:
     """(raw output, vectors of its norm, clamp)."""
     spec, config = plan.specs[i], plan.chosen[i].fwd
     centre = None if config == CUDNN else _centre(conv, norm)
@@ -116,66 +114,67 @@ def _convolve(conv: Conv, norm: Norm, plan: Plan, i: int, act: Act) -> tuple[Ten
     return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, conv.bias, centre, y.dtype, norm.sync)
 
 
-def _end(call: Call, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
+def _end(call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
     """The output: norm, add and ReLU, or norm, ReLU and max-pool."""
-    if isinstance(call, StemCall):
+    if call.pool is not None:
         return pool.pool_end(raws[0], vectors[0], call.pool)
-    given = given_of(call)
-    if not isinstance(call, BlockCall):
-        return block_end.block_end(raws[0], vectors[0], None if given is None else nhwc(given), None, call.relu)
     if call.projection:
-        return block_end.block_end(raws[-2], vectors[-2], raws[-1], vectors[-1], True)
-    return block_end.block_end(raws[-1], vectors[-1], x if given is None else nhwc(given), None, True)
+        return block_end.block_end(raws[-2], vectors[-2], raws[-1], vectors[-1], call.relu)
+    added = x if spec.shortcut == "identity" else call.added
+    return block_end.block_end(raws[-1], vectors[-1], None if added is None else nhwc(added), None, call.relu)
 
 
 def statistics(call: Call, saved: list[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
     """The batch's (mean, unbiased variance) of every norm with batch statistics; None for the others."""
-    first = len(convs_of(call))
+    first = len(call.convs)
     return [
         (v[BATCH_MEAN], v[BATCH_VAR]) if norm.batch_stats else None
-        for norm, v in zip(norms_of(call), saved[first:], strict=False)
+        for norm, v in zip(call.norms, saved[first:], strict=False)
     ]
 
 
 def shapes(call: Call, spec: Spec, save: str) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
     """(shape, dtype, layout) of every tensor in ``saved``."""
-    dtype = call.x.dtype
-    specs = spec.convs if isinstance(spec, BlockSpec) else (spec,)
-    main = len(specs) - _projects(call)
+    dtype, last = call.x.dtype, len(spec.main) - 1
     raws: list[tuple[tuple[int, ...], torch.dtype, str]]
-    raws = [((c.n, c.co, c.ho, c.wo), dtype, "nhwc") for c in specs]
-    if save == "recompute" and isinstance(call, BlockCall):
-        raws[main - 1] = ((0,), dtype, "")
+    raws = [((c.n, c.co, c.ho, c.wo), dtype, "nhwc") for c in spec.convs]
+    if _recomputes(spec, save):
+        raws[last] = ((0,), dtype, "")
     narrow = dtype.itemsize == 2
-    clamps = [((3, c.co) if narrow else (0,), dtype, "") for c in specs[: main - 1]]
-    return [*raws, *(((10, c.co), torch.float32, "") for c in specs), *clamps]
+    clamps = [((3, c.co) if narrow else (0,), dtype, "") for c in spec.main[:last]]
+    return [*raws, *(((10, c.co), torch.float32, "") for c in spec.convs), *clamps]
 
 
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-def backward(call: Call, spec: Spec, saved: list[Tensor], z: Tensor, dz: Tensor, needs: Leaves) -> Leaves:
-    """The gradients that ``needs`` asks for."""
-    plan = plan_of(spec, call.x.device)
-    return _Backward(call, plan, saved).run(nhwc(z), nhwc(dz), needs, spec.layout)
+def backward(
+    call: Call, spec: Spec, saved: list[Tensor], z: Tensor, dz: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that ``needs`` asks for, in the order of :meth:`Call.leaves`."""
+    return _Backward(call, spec, saved, needs).run(nhwc(z), nhwc(dz))
 
 
 class _Backward:
-    """One backward pass: what the forward saved, and the gradients as they come."""
+    """One backward pass: what the forward saved, and the gradients as they come.
 
-    def __init__(self, call: Call, plan: Plan, saved: list[Tensor]) -> None:
-        self.call, self.plan = call, plan
-        self.convs, self.norms = convs_of(call), norms_of(call)
-        count, self.main = len(self.convs), len(self.convs) - _projects(call)
+    ``needs``: a record like the call, with True in place of each tensor whose gradient is wanted.
+    """
+
+    def __init__(self, call: Call, spec: Spec, saved: list[Tensor], needs: Sequence[bool]) -> None:
+        self.call, self.spec, self.plan = call, spec, plan_of(spec, call.x.device)
+        self.needs: Any = call.with_leaves(needs)
+        self.convs, self.norms = call.convs, call.norms
+        count, self.main = len(self.convs), len(spec.main)
         # a saved-tensor hook may bring them back in another layout (by way of NumPy, from a file)
         self.raws = [nhwc(t) if t.dim() == 4 else t for t in saved[:count]]
-        self.vectors = saved[count : count + len(self.norms)]
-        self.clamps = [c if c.numel() else None for c in saved[count + len(self.norms) :]]
+        self.vectors = saved[count : 2 * count]
+        self.clamps = [c if c.numel() else None for c in saved[2 * count :]]
         self.x = nhwc(call.x)
         self.weights: list[Tensor | None] = [None] * count
         self.biases: list[Tensor | None] = [None] * count
-        self.gammas: list[Tensor | None] = [None] * len(self.norms)
-        self.betas: list[Tensor | None] = [None] * len(self.norms)
+        self.gammas: list[Tensor | None] = [None] * count
+        self.betas: list[Tensor | None] = [None] * count
 
     def below(self, i: int) -> Act:
         """What convolution ``i`` reads."""
@@ -183,72 +182,66 @@ class _Backward:
             return Act(self.x)
         return Act(self.raws[i - 1], self.vectors[i - 1], self.clamps[i - 1])
 
-    def run(self, z: Tensor, dz: Tensor, needs: Leaves, layout: str) -> Leaves:
-        last = self.main - 1
+    def run(self, z: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, from the output ``z`` and its gradient ``dz``."""
+        needs, last = self.needs, self.main - 1
         if not self.raws[last].numel():
             centre = self.vectors[last][CENTRE]  # what the forward subtracted, and not what it would be today
             spec, config = self.plan.specs[last], self.plan.chosen[last].fwd
             self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, False)[0]
-        g, grads = self.end(z, dz, needs)
-        wanted = [self.wanted(i, needs) for i in range(len(self.convs))]
+        g, grads = self.end(z, dz)
+        wanted = [self.wanted(i) for i in range(len(self.convs))]
         dx_of_projection = None
-        if _projects(self.call):
-            dx_of_projection = self.projection(grads[-1], needs)
+        if self.call.projection:
+            dx_of_projection = self.projection(grads[-1])
         grad = grads[0]
         dx: Tensor | None = None
         for i in range(last, -1, -1):
-            if needs.weights[i]:
+            if needs.convs[i].weight:
                 self.weights[i] = self.wgrad(i, grad)
             if i > 0:
                 if not (needs.x or any(wanted[:i])):
                     break
-                grad = self.dgrad_inner(i, grad, needs)
+                grad = self.dgrad_inner(i, grad)
             elif needs.x:
-                identity = isinstance(self.call, BlockCall) and not self.call.projection and self.call.shortcut is None
-                dx = self.dgrad_first(grad, g if identity else None, dx_of_projection)
-        given = g if needs.given else None
-        if given is not None and (given is dx or given.data_ptr() == dz.data_ptr()):
-            given = given.clone()  # an op's outputs are its own
-        shaped = None if given is None else in_layout(given, layout)
-        return Leaves(
-            None if dx is None else in_layout(dx, layout),
-            shaped,
-            tuple(self.weights),
-            tuple(self.biases),
-            tuple(self.gammas),
-            tuple(self.betas),
-        )
+                identity = g if self.spec.shortcut == "identity" else None
+                dx = self.dgrad_first(grad, identity, dx_of_projection)
+        added = g if needs.added else None
+        if added is not None and (added is dx or added.data_ptr() == dz.data_ptr()):
+            added = added.clone()  # an op's outputs are its own
+        images = [None if t is None else in_layout(t, self.spec.layout) for t in (dx, added)]
+        return (*images, *self.weights, *self.biases, *self.gammas, *self.betas)
 
-    def wanted(self, i: int, needs: Leaves) -> bool:
-        """Does layer ``i`` have a parameter whose gradient is asked for?"""
-        return bool(needs.weights[i] or needs.biases[i] or needs.gammas[i] or needs.betas[i])
+    def wanted(self, i: int) -> bool:
+        """Return whether a gradient of a parameter of layer ``i`` is wanted."""
+        return any([*self.needs.convs[i][:2], *self.needs.norms[i][:2]])
 
-    def end(self, z: Tensor, dz: Tensor, needs: Leaves) -> tuple[Tensor, list[Grad]]:
+    def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Grad]]:
         """The end of the chain: the gradient of the sum, and that of each raw output that was added."""
         call, last = self.call, self.main - 1
         y = self.raws[last]
-        if isinstance(call, StemCall):
+        if call.pool is not None:
             g, sums = pool.pool_end_backward(dz, y, self.vectors[0], call.pool)
-            return g, [self.grad(0, g, y, sums, needs)]
-        masked = z if isinstance(call, BlockCall) or call.relu else None
-        yd, vd = (self.raws[-1], self.vectors[-1]) if _projects(call) else (None, None)
+            return g, [self.grad(0, g, y, sums)]
+        masked = z if call.relu else None
+        yd, vd = (self.raws[-1], self.vectors[-1]) if call.projection else (None, None)
         g, sums, sums_d = block_end.block_end_backward(dz, masked, y, self.vectors[last], yd, vd)
-        grads = [self.grad(last, g, y, sums, needs)]
+        grads = [self.grad(last, g, y, sums)]
         if yd is not None and sums_d is not None:
-            grads.append(self.grad(last + 1, g, yd, sums_d, needs))
+            grads.append(self.grad(last + 1, g, yd, sums_d))
         return g, grads
 
-    def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor, needs: Leaves) -> Grad:
+    def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor) -> Grad:
         """The gradient of raw output ``i``; its norm's parameters get theirs on the way."""
         norm = self.norms[i]
         coefficients, packed, dgamma, dbeta = batch_norm.coefficients(
             sums, self.vectors[i], norm.batch_stats, g.dtype, norm.sync
         )
-        if needs.gammas[i]:
+        if self.needs.norms[i].weight:
             self.gammas[i] = dgamma.to(norm.weight.dtype)  # type: ignore[union-attr]
-        if needs.betas[i]:
+        if self.needs.norms[i].bias:
             self.betas[i] = dbeta.to(norm.bias.dtype)  # type: ignore[union-attr]
-        if needs.biases[i]:
+        if self.needs.convs[i].bias:
             # the sum of dy: with batch statistics the norm takes any constant away, and it is exactly zero
             bias = torch.zeros_like(dbeta) if norm.batch_stats else coefficients[A] * dbeta
             self.biases[i] = bias.to(self.convs[i].bias.dtype)  # type: ignore[union-attr]
@@ -264,18 +257,18 @@ class _Backward:
         """dx of a convolution that reads the call's input, by cuDNN."""
         return nhwc(convolution.stock_backward(self.weight(i), self.plan.specs[i], grad, self.x, (True, False))[0])
 
-    def dgrad_inner(self, i: int, grad: Grad, needs: Leaves) -> Grad:
+    def dgrad_inner(self, i: int, grad: Grad) -> Grad:
         """From the gradient of raw output ``i`` to that of ``i - 1``."""
         chosen, below = self.plan.chosen[i], self.below(i)
         g, sums = convolution.dgrad_to(self.weight(i), self.plan.specs[i], chosen.dgrad, grad, below, chosen.fwd.packed)
-        return self.grad(i - 1, g, below.y, sums, needs)
+        return self.grad(i - 1, g, below.y, sums)
 
-    def projection(self, grad: Grad, needs: Leaves) -> tuple[Tensor, tuple[int, int] | None] | None:
+    def projection(self, grad: Grad) -> tuple[Tensor, tuple[int, int] | None] | None:
         """dW of the projection, and its dx: at every pixel (no strides), or at those that it reads."""
         i = self.main
-        if needs.weights[i]:
+        if self.needs.convs[i].weight:
             self.weights[i] = self.wgrad(i, grad)
-        if not needs.x:
+        if not self.needs.x:
             return None
         spec = self.plan.specs[i]
         if self.plan.chosen[i].dgrad == CUDNN:

@@ -1,0 +1,122 @@
+"""A backend's implementation of one op, and the choice of one: what backends declare and dispatch decides by."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from .spec import Verdict
+
+
+class Training(Protocol):
+    """A module whose forward and backward passes are code of its own, in place of a run that autograd records.
+
+    ``forward(call, spec, save)`` returns the output, the tensors that ``backward`` needs in addition, and the launch
+    plan, which prints as a text. It leaves running statistics alone: ``statistics(call, saved)`` returns the batch's
+    (mean, unbiased variance) of every norm with batch statistics, None for the others, and the op updates them after
+    the forward pass has succeeded. ``backward(call, spec, saved, y, dy, needs)`` returns the gradients that ``needs``
+    asks for, None for the others; both are in the order of :meth:`resnet_fast.calls.Call.leaves`.
+    ``shapes(call, spec, save)`` returns (shape, dtype, layout) of each tensor in ``saved``, for compilers.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    statistics: Callable[..., Any]
+    shapes: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What the states of an implementation cost.
+
+    ``elements(call, spec, earlier)``: how many weights ``prepare`` would fold and pack, without those shared with
+    ``earlier`` states. ``nbytes(states)``: memory that the states hold; shared parts count once. A state that has grown
+    since it was prepared sets ``grown``.
+    """
+
+    elements: Callable[[Any, Any, list[Any]], int]
+    nbytes: Callable[[list[Any]], int]
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One backend's implementation of one op, and the backend's policy for it.
+
+    Attributes:
+        op: name of the op.
+        backend: name of the backend.
+        rank: among several that accept a spec, the highest wins. Below the reference's 0, ``auto`` never takes it.
+        supports: ``supports(spec)`` returns a :class:`~resnet_fast.spec.Verdict` on a problem on one of ``devices``.
+        module: the module of the functions :attr:`run` and :attr:`prepare`, imported at their first use.
+        devices: the device types that it runs on; empty for all.
+        prepares: whether the module has ``prepare``.
+        upkeep: with it, preparing must pay (:mod:`resnet_fast.packing_budget`) unless the backend was asked for by
+            name.
+        training: name of a :class:`Training` module, which then runs every spec with ``grad`` or batch statistics.
+            Without one, an implementation that accepts ``grad`` returns a result that autograd can differentiate.
+        trains: dtypes that ``training`` takes.
+        nhwc: whether it works in NHWC, so that a net or a stage converts its input once.
+        tile: ``tile(largest, itemsize)`` returns how many images to send through a whole net at a time, where the
+            largest activation of an image has ``largest`` elements; None to send all of them.
+        announces: whether a profiler has to be told of its convolutions, which are no ATen operators.
+    """
+
+    op: str
+    backend: str
+    rank: int
+    supports: Callable[[Any], Verdict]
+    module: str
+    devices: tuple[str, ...] = ()
+    prepares: bool = False
+    upkeep: Upkeep | None = None
+    training: str = ""
+    trains: tuple[str, ...] = ()
+    nhwc: bool = False
+    tile: Callable[[int, int], int] | None = None
+    announces: bool = False
+
+    @cached_property
+    def run(self) -> Callable[[Any, Any, Any], Any]:
+        """``run(call, spec, state)``: execute a call of :mod:`resnet_fast.calls`.
+
+        Returns the output, of the shape, dtype and layout that the spec states, which has elements; or a
+        :class:`~resnet_fast.spec.Verdict` where the numbers in the call's tensors rule it out and nothing was written.
+        """
+        run: Callable[[Any, Any, Any], Any] = importlib.import_module(self.module).run
+        return run
+
+    @cached_property
+    def prepare(self) -> Callable[[Any, Any, list[Any]], Any]:
+        """``prepare(call, spec, earlier)``: the state that ``run`` takes, computed from the call's parameters.
+
+        Packed weights and launches; kept until a parameter changes. ``earlier``: the states of the same parameters for
+        inputs of other sizes, to share parts with.
+        """
+        prepare: Callable[[Any, Any, list[Any]], Any] = importlib.import_module(self.module).prepare
+        return prepare
+
+    @cached_property
+    def trainer(self) -> Training:
+        """The module that ``training`` names."""
+        module: Any = importlib.import_module(self.training)
+        return module
+
+    def runs_on(self, device: str) -> bool:
+        """Return whether it runs on a device type ("cpu", "cuda")."""
+        return not self.devices or device in self.devices
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen implementation, and the reason against every other backend by name.
+
+    ``fell_back``: why a faster backend that works on this machine did not take the spec; empty where none was passed
+    over.
+    """
+
+    impl: Impl
+    refused: tuple[tuple[str, str], ...]
+    fell_back: str = ""

@@ -1,0 +1,46 @@
+"""The step from a call to its Spec: checked once per shape, then found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import flags
+from ..calls import Call, NetCall
+from ..spec import NetSpec, Spec
+from .check import LayerInput, check_x
+from .op import OPS
+
+_KEEP = 4096
+_specs: dict[Any, Spec | NetSpec] = {}
+
+
+def spec_of(call: Call | NetCall, grad: bool) -> Any:
+    """Check a call and return its Spec. Calls of a shape that was seen before cost one dictionary look-up."""
+    key = (_key(call), grad, flags.TF32.enabled())
+    spec = _specs.get(key)
+    if spec is None:
+        spec = check(call, grad)
+        if len(_specs) >= _KEEP:
+            _specs.clear()
+        _specs[key] = spec
+    return spec
+
+
+def _key(call: Call | NetCall) -> tuple[Any, ...]:
+    """All that :func:`check` looks at: shapes, strides, dtypes, devices and the numbers of the call."""
+    x = call.x
+    parts: list[Any] = [x.shape, x.dtype, x.device, x.stride(), call.numbers()]
+    for t in call.parameters():
+        parts.append(None if t is None else (t.shape, t.dtype, t.device, t.stride() if t.dim() == 4 else None))
+    return tuple(parts)
+
+
+def check(call: Call | NetCall, grad: bool = False) -> Any:
+    """Return the Spec of a call. UserError where the call makes no sense."""
+    at = LayerInput.of(call.x)
+    check_x(at, call.op)
+    specs = []
+    for part in call.parts:
+        specs.append(OPS[part.op].check(part, at, grad))
+        at = at.after(specs[-1])
+    return NetSpec(tuple(specs)) if call.op == "net" else specs[0]
