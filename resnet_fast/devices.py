@@ -1,9 +1,9 @@
-"""What devices can do: bandwidths, tensor-core rates and launch costs, each with its origin and its source in words.
+"""Describe what devices can do: bandwidths, tensor-core rates and launch costs, each with its origin and source.
 
-Every figure is a :class:`Ceiling` and carries its origin: ``measured`` on such a device, ``published`` by its maker, or
-``modelled`` from other figures. The H100's copy bandwidth and bfloat16 rate were measured. Everything else that a data
-sheet gives is scaled by what the H100 reached of its own published figure, so that devices and dtypes compare on one
-footing, and the published peak is kept beside it in ``Ceiling.published``::
+Every figure is a :class:`Ceiling` with an origin: ``measured`` on such a device, ``published`` by its maker, or
+``modelled`` from other figures. The H100's copy bandwidth and bfloat16 rate were measured. Every other figure of a data
+sheet is scaled by the part of its published figure that the H100 reached, so that devices and dtypes are comparable;
+``Ceiling.published`` keeps the published peak::
 
     modelled = published * measured(H100) / published(H100)      copy: 3.02 / 3.35 = 0.90,  bfloat16: 792 / 989.4 = 0.80
 
@@ -29,9 +29,13 @@ KIB, MIB = 1024, 1024 * 1024
 
 @dataclass(frozen=True)
 class Ceiling:
-    """One bound of a device: bytes/s, FLOP/s, or seconds (a launch). ``origin``: one of :data:`ORIGINS`.
+    """One bound of a device.
 
-    ``source``: where the figure comes from, in words. ``published``: the maker's peak, where ``value`` is not that.
+    Attributes:
+        value: bytes/s, FLOP/s, or seconds of a launch.
+        origin: one of :data:`ORIGINS`.
+        source: where the figure comes from, in words.
+        published: the maker's peak, if ``value`` is another.
     """
 
     value: float
@@ -42,13 +46,21 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The resources of a CUDA device that the shape of a kernel is chosen by.
+    """The resources of a CUDA device that decide the shape of a kernel.
 
-    ``arch``: compute capability times ten; ``sms``: streaming multiprocessors; ``shared_per_sm`` and
-    ``shared_per_block`` (opt-in) in bytes; ``registers_per_sm``: of 32 bits; ``l2_bandwidth``: bytes/s that all
-    multiprocessors together read from L2; ``launch_s``: seconds from the end of one kernel to the start of a dependent
-    one in a CUDA graph; ``clock_hz``: boost clock. Limits by architecture: CUDA C++ Programming Guide, technical
-    specifications per compute capability.
+    The limits by architecture are those of the CUDA C++ Programming Guide, technical specifications per compute
+    capability.
+
+    Attributes:
+        arch: compute capability times ten.
+        sms: streaming multiprocessors.
+        shared_per_sm, shared_per_block: bytes of shared memory; per block with opt-in.
+        registers_per_sm: registers of 32 bits.
+        max_threads_per_sm: resident threads.
+        l2_bytes: size of the L2 cache.
+        l2_bandwidth: bytes/s that all multiprocessors together read from L2.
+        launch_s: seconds from the end of one kernel to the start of a dependent one in a CUDA graph.
+        clock_hz: boost clock.
     """
 
     arch: int
@@ -65,7 +77,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cache:
-    """The caches of a CPU together: bytes that may be in them before and after a call, and bytes/s in and out."""
+    """All caches of a CPU together: the bytes that they hold, and their bandwidth in bytes/s, read plus written."""
 
     nbytes: int
     bandwidth: Ceiling
@@ -73,9 +85,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class Device:
-    """``bandwidth`` in bytes/s (read plus written); ``rates`` in FLOP/s (two per multiply-add) by dtype name.
+    """The ceilings of a device.
 
-    ``cache``: of a CPU, whose floors hold although a call finds its tensors in the caches and leaves its result there.
+    Attributes:
+        name: for people.
+        bandwidth: of memory, in bytes/s, read plus written.
+        rates: FLOP/s (two per multiply-add) by dtype name.
+        gpu: the resources of a GPU.
+        cache: the caches of a CPU. Its floors hold even if a call finds its tensors in the caches and leaves its result
+            there.
     """
 
     name: str
@@ -85,7 +103,11 @@ class Device:
     cache: Cache | None = None
 
     def rate(self, dtype: str) -> Ceiling:
-        """The rate for ``dtype``; :class:`UserError` where none is known."""
+        """Return the rate for a dtype.
+
+        Raises:
+            UserError: none is known.
+        """
         for name, ceiling in self.rates:
             if name == dtype:
                 return ceiling
@@ -98,13 +120,13 @@ _COPY = Ceiling(3.02e12, "measured", f"copy of a large tensor {_ON_H100}; publis
 _PRODUCT = Ceiling(792e12, "measured", f"8192^3 product {_ON_H100}; published: NVIDIA H100 white paper", 989.4e12)
 
 COPY_REACHED = 3.02 / 3.35
-"""What the H100's copy reaches of its published memory bandwidth."""
+"""The part of its published memory bandwidth that the H100's copy reaches."""
 
 RATE_REACHED = 792 / 989.4
-"""What the H100's large bfloat16 product reaches of its published dense rate."""
+"""The part of its published dense rate that the H100's large bfloat16 product reaches."""
 
 L2_REACHED = 0.6
-"""What all multiprocessors together are assumed to read of the L2's width times its clock; not measured yet."""
+"""The part of the L2's width times its clock that all multiprocessors together are assumed to reach; not measured."""
 
 LAUNCH = Ceiling(
     2e-6,
@@ -114,14 +136,14 @@ LAUNCH = Ceiling(
 
 
 def _copy(peak: float, source: str) -> Ceiling:
-    """A copy's bandwidth from the published peak in bytes/s."""
+    """Return a copy's bandwidth from the published peak in bytes/s."""
     return Ceiling(peak * COPY_REACHED, "modelled", f"{source}, times {COPY_REACHED:.2f} as on the H100", peak)
 
 
 def _rates(
     source: str, bf16: float, tf32: float, fp64: float, fp8: float | None, int8: float
 ) -> tuple[tuple[str, Ceiling], ...]:
-    """Rates by dtype from published dense peaks in TFLOP/s; None where the tensor cores lack the dtype."""
+    """Return rates by dtype from published dense peaks in TFLOP/s; None where the tensor cores lack the dtype."""
     peaks = {"bfloat16": bf16, "float16": bf16, "float32": tf32, "float64": fp64, "float8_e4m3fn": fp8, "int8": int8}
     why = f"{source}, times {RATE_REACHED:.2f} as on the H100"
     return tuple(
@@ -132,16 +154,16 @@ def _rates(
 
 
 def _l2(bytes_per_clock: int, clock: float, source: str) -> Ceiling:
-    """The L2's read bandwidth: width times boost clock in Hz, times :data:`L2_REACHED`."""
+    """Return the L2's read bandwidth: width times boost clock in Hz, times :data:`L2_REACHED`."""
     peak = bytes_per_clock * clock
     why = f"{source}, times the boost clock of {clock / 1e9:.4g} GHz, times {L2_REACHED} (assumed)"
     return Ceiling(peak * L2_REACHED, "modelled", why)
 
 
 def _gpu(arch: int, sms: int, l2_mib: int, clock: float, l2_width: int, width_source: str) -> Gpu:
-    """What the architecture decides, and what the product does: boost clock in Hz, the L2's width in bytes a clock."""
+    """Return the resources of a product; ``clock`` is its boost clock in Hz, ``l2_width`` in bytes a clock."""
     shared_kib, threads = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048)}[arch]
-    # one KiB of each block's shared memory is the system's
+    # the system uses one KiB of each block's shared memory
     l2 = _l2(l2_width, clock, width_source)
     boost = Ceiling(clock, "published", "boost clock")
     return Gpu(arch, sms, shared_kib * KIB, (shared_kib - 1) * KIB, 65536, threads, l2_mib * MIB, l2, LAUNCH, boost)
@@ -163,7 +185,7 @@ H200 = Device(
     "NVIDIA H200",
     bandwidth=_copy(4.8e12, "NVIDIA H200 data sheet, SXM column"),
     rates=_rates("NVIDIA H200 data sheet, SXM column, dense", 989.4, 494.7, 66.9, 1978.9, 1978.9),
-    gpu=H100.gpu,  # the same chip beside another memory
+    gpu=H100.gpu,  # the same chip with another memory
 )
 
 A100 = Device(
@@ -190,16 +212,20 @@ RTX_4090 = Device(
 _GPUS = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "rtx4090": RTX_4090}
 
 _OTHER_MODELS = {"pcie", "nvl", "mig", "laptop", "d", "40gb"}
-"""Words in torch's name of a device that make it another than the one here: fewer multiprocessors, other memory."""
+"""Words in torch's device name that mean another product: fewer multiprocessors, or other memory."""
 
 
 def gpus() -> dict[str, Device]:
-    """Every GPU with known ceilings, by the name that :func:`gpu` and the command line take."""
+    """Return every GPU with known ceilings, by the name that :func:`gpu` and the command line take."""
     return dict(_GPUS)
 
 
 def gpu(name: str) -> Device:
-    """The GPU called ``name``; :class:`UserError` with the close matches when there is none."""
+    """Return the GPU called ``name``.
+
+    Raises:
+        UserError: there is none; the message lists close matches.
+    """
     key = re.sub(r"[\s_-]+", "", name.lower())
     if key in _GPUS:
         return _GPUS[key]
@@ -209,7 +235,7 @@ def gpu(name: str) -> Device:
 
 
 def detect(torch_device_name: str) -> Device | None:
-    """The GPU that ``torch.cuda.get_device_name()`` calls so; None where its ceilings are unknown."""
+    """Return the GPU with this name of ``torch.cuda.get_device_name()``; None if its ceilings are unknown."""
     words = set(re.split(r"[\s_-]+", torch_device_name.lower()))
     if words & _OTHER_MODELS:
         return None
@@ -218,7 +244,15 @@ def detect(torch_device_name: str) -> Device | None:
 
 
 def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_block: int, l2_bytes: int) -> Device:
-    """An estimate for a GPU without known figures: the H100's bandwidths and rates by the share of multiprocessors."""
+    """Estimate a GPU without known figures: the H100's bandwidths and rates, scaled by the multiprocessors.
+
+    Args:
+        name: for people.
+        arch: compute capability times ten.
+        sms: streaming multiprocessors.
+        shared_per_sm, shared_per_block: bytes of shared memory.
+        l2_bytes: size of the L2 cache.
+    """
     known = H100.gpu
     assert known is not None
     share = sms / known.sms
@@ -251,7 +285,11 @@ def cpu_model() -> str:
 
 
 def check_device(device: str) -> None:
-    """UserError unless ``device`` is ``cpu`` or a CUDA device that is there."""
+    """Check that ``device`` is ``cpu`` or a CUDA device of this machine.
+
+    Raises:
+        UserError: it is not.
+    """
     import torch
 
     try:

@@ -1,8 +1,8 @@
-"""The environment report: ``python -m resnet_fast.env`` and ``resnet-fast env``.
+"""Print the environment report: ``python -m resnet_fast.env`` and ``resnet-fast env``.
 
-Every fact is a probe of its own. A probe that fails becomes a line with its reason and takes nothing else down, so the
-report can be asked for on the very machine where something is broken: without torch, with a driver that does not
-answer, with a native library that does not load. It is plain text, to be pasted into a bug report.
+Every fact has its own probe. A probe that fails becomes a line with its reason and does not affect the others, so the
+report works on a broken machine: without torch, with a driver that does not answer, with a native library that does not
+load. It is plain text to paste into a bug report.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .devices import cpu_model
 from .errors import BackendError, UserError
 
 ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx_ne_convert")
-"""Instruction sets that decide which CPU kernels can run, as Linux and :mod:`resnet_fast.native` name them."""
+"""Instruction sets that decide which CPU kernels can run, by their names in Linux and :mod:`resnet_fast.native`."""
 
 
 @dataclass(frozen=True)
 class FailedProbe:
-    """A probe that did not answer, with its reason."""
+    """A probe that failed, with its reason."""
 
     reason: str
 
@@ -43,7 +43,7 @@ Probe = Callable[[], Any]
 
 
 def _distribution(name: str) -> Probe:
-    """Version of an installed distribution by its metadata: no import, so nothing slow and nothing that can break."""
+    """Return a probe of an installed distribution's version that reads metadata only and imports nothing."""
 
     def probe() -> str:
         try:
@@ -95,7 +95,7 @@ def _isa() -> dict[str, bool]:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("flags"):
             flags = line.split()
-            # The kernel does not list avx_ne_convert on every version: absent here says nothing about the CPU.
+            # Some kernels do not list avx_ne_convert, so its absence here says nothing about the CPU.
             return {name: name in flags for name in ISA if name != "avx_ne_convert"}
     raise LookupError("/proc/cpuinfo lists no flags and there is no host module")
 
@@ -130,7 +130,7 @@ def _host_module() -> dict[str, str]:
 
 
 def _devices() -> dict[str, Any]:
-    """Every device torch can use. An accelerator is queried, never initialised for work."""
+    """Return every device that torch can use. An accelerator is queried, never initialised for work."""
     import torch
 
     found: dict[str, Any] = {"cpu": cpu_model()}
@@ -157,7 +157,7 @@ def _backends() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Switch:
-    """An environment variable: its value now, and what it may be."""
+    """An environment variable: its current value, its choices and its meaning."""
 
     value: str
     set: bool
@@ -171,7 +171,7 @@ class Switch:
 
 
 def _switches() -> dict[str, Any]:
-    """Every switch, and what is set that is none."""
+    """Return every switch, and variables with our prefix that are no switch."""
 
     def switch(flag: flags.Flag) -> Switch:
         value, default = flag.read(), flag.default
@@ -218,11 +218,7 @@ def _ask(probe: Probe) -> Any:
         return probe()
     except Exception as error:
         text = " ".join(str(error).split())
-        if type(error) in (
-            LookupError,
-            BackendError,
-            UserError,
-        ):  # raised here or in native.py, with a sentence of its own
+        if type(error) in (LookupError, BackendError, UserError):  # ours, with a complete sentence
             return FailedProbe(text)
         return FailedProbe(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
@@ -236,7 +232,7 @@ def collect() -> dict[str, Any]:
 
 
 def to_json(value: Any) -> Any:
-    """The report in JSON's types. A failure becomes ``{"available": false, "reason": ...}``."""
+    """Return the report as JSON values; a failed probe becomes ``{"available": false, "reason": ...}``."""
     if isinstance(value, FailedProbe):
         return {"available": False, "reason": value.reason}
     if isinstance(value, Switch):
@@ -247,7 +243,7 @@ def to_json(value: Any) -> Any:
 
 
 def render(report: dict[str, Any], width: int | None = None) -> str:
-    """The report as text: one block per section, one line per fact, or several of at most ``width`` characters."""
+    """Return the report as text: a block per section, a line per fact, folded to ``width`` characters if given."""
     blocks = []
     for title, facts in report.items():
         if not isinstance(facts, dict):
@@ -260,11 +256,11 @@ def render(report: dict[str, Any], width: int | None = None) -> str:
 
 
 def _lines(label: str, text: str, width: int | None) -> list[str]:
-    """``text`` behind its label, folded between words, never inside a word."""
+    """Return ``text`` after its label, folded between words, never inside a word."""
     indent = " " * min(len(label), 30)
     if width is None:
         return [label + text]
-    # whole words: a name or a path can be searched for
+    # whole words, so that a name or a path can be searched for
     wrapper = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
     return wrapper.wrap(label + text)
 
@@ -278,6 +274,6 @@ def _text(fact: Any) -> str:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a device may have letters that a terminal has not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a device's name may have letters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     print(render(collect()))

@@ -1,4 +1,4 @@
-"""The one shape of every complaint: what was expected, what came, what to do."""
+"""Define the errors for users. Each message says what was expected, what was given, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import metadata
 
 
 class UserError(ValueError):
-    """Input that cannot be used. ``str()`` reads ``expected …, got …; <what to do>``; the CLI prints it on one line."""
+    """Input that cannot be used. The message is ``expected …, got …; <what to do>``; the CLI prints it on one line."""
 
     def __init__(self, expected: str, got: str, todo: str):
         self.expected, self.got, self.todo = expected, got, todo
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve this call, or strict mode met a fallback."""
+    """A backend requested by name cannot serve this call, or a call fell back in strict mode."""
 
 
 def install_command(package: str, extra: str | None = None) -> str:
@@ -51,8 +51,8 @@ def missing_package(
 
 
 def printable(text: str) -> str:
-    """``text`` without what a terminal would obey or an encoding refuse: escapes in their place.
+    """Escape characters that a terminal would interpret or an encoding would reject.
 
-    For names that come out of files: class names, file names.
+    Use it for names that come from files, such as class names and file names.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

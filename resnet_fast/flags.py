@@ -1,7 +1,7 @@
-"""Every environment switch: name, type, default, meaning. A value that cannot be read is an error, never a default.
+"""Define every environment switch: name, choices, default, meaning. An invalid value is an error, never the default.
 
-Read at the time of use, so that a test (or a notebook) may change ``os.environ`` after the import. A variable with our
-prefix that is none of these is a typing error: :func:`unknown` finds it, the command line says so.
+Switches are read at the time of use, so that a test or a notebook may change ``os.environ`` after the import. A
+variable with our prefix that is no switch is probably a typo: :func:`unknown` finds it, the command line reports it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from .errors import UserError
 
 BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
-"""The names that a backend can be asked for by; ``auto`` lets dispatch choose."""
+"""Names of backends to request; ``auto`` lets dispatch choose."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One environment switch. ``choices`` are the accepted values, in lower case; without any it takes free text."""
+    """One environment switch. ``choices`` are the accepted values in lower case; if empty, any text is accepted."""
 
     name: str
     default: str
@@ -28,7 +28,11 @@ class Flag:
     meaning: str
 
     def read(self) -> str:
-        """The current value. Raises UserError where the variable holds anything but one of ``choices``."""
+        """Return the current value.
+
+        Raises:
+            UserError: the value is not among ``choices``, or names a file or folder of the wrong kind.
+        """
         raw = os.environ.get(self.name)
         if raw is None or raw == "":
             return self.default
@@ -42,7 +46,7 @@ class Flag:
         return value
 
     def _path(self, raw: str) -> str:
-        """``raw`` itself, unless it cannot be the file or the folder that is meant."""
+        """Return ``raw`` after checking that it can be the expected file or folder."""
         path = Path(raw).expanduser()
         if self is LIBRARY_FILE and not path.is_file():
             raise UserError(f"{self.name} to name a file", repr(raw), "unset it for the package's own library")
@@ -51,7 +55,7 @@ class Flag:
         return raw
 
     def enabled(self) -> bool:
-        """For the on/off switches: is it ``1``?"""
+        """Return whether an on/off switch is ``1``."""
         return self.read() == "1"
 
 
@@ -93,10 +97,10 @@ DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tr
 ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
-"""Folder of what was measured here; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
+"""Folder of measurements on this machine; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
 
 LIBRARY = "RESNET_FAST_LIBRARY"
-"""File of a native library to load in place of the package's own: one that was built out of tree."""
+"""File of a native library, built out of tree, to load instead of the package's own."""
 
 CACHE_FOLDER = Flag(CACHE, "", (), "folder of what tuning and explain measured here")
 LIBRARY_FILE = Flag(
@@ -110,7 +114,7 @@ BUILD = (
     Flag("RESNET_FAST_BUILD_HOST", "0", _BUILT, "pip install: build the module of CPU facts, which needs no torch"),
     Flag("RESNET_FAST_CUDA_ARCHS", "", (), "pip install: architectures of the CUDA half, as CMake spells them"),
 )
-"""What setup.py reads."""
+"""Switches that setup.py reads."""
 
 TABLE = (*ALL, CACHE_FOLDER, LIBRARY_FILE, *BUILD)
 """Every variable that means something here."""
@@ -134,18 +138,26 @@ def unknown(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """The folder that :data:`CACHE` names, or the default. It need not exist. UserError where a file has that name."""
+    """Return the folder that :data:`CACHE` names, or the default; it need not exist.
+
+    Raises:
+        UserError: a file has that name.
+    """
     named = CACHE_FOLDER.read()
     return Path(named).expanduser() if named else default_cache_folder()
 
 
 def default_cache_folder() -> Path:
-    """Where the cache is if :data:`CACHE` does not name another folder."""
+    """Return the cache folder to use if :data:`CACHE` is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_fast"
 
 
 def check_backend(name: str) -> str:
-    """``name`` itself if it is a backend's name. Raises UserError otherwise."""
+    """Return ``name`` if it is the name of a backend.
+
+    Raises:
+        UserError: it is not.
+    """
     if name not in BACKENDS:
         raise UserError(f"a backend among {', '.join(BACKENDS)}", repr(name), "use 'auto' to let dispatch choose")
     return name

@@ -1,5 +1,7 @@
-"""BatchNorm -> (scale, shift) in fp32, and a convolution with its BatchNorm folded in. The only file where eps appears,
-beside the kernel that takes the root of a batch's variance (backends/triton/training/batch_norm.py).
+"""Turn BatchNorm into (scale, shift) in fp32, and fold it into a convolution.
+
+Only this file, and the kernel that takes the root of a batch's variance (backends/triton/training/batch_norm.py),
+compute with eps.
 
     bn(y) = gamma * (y - mean) / sqrt(var + eps) + beta = scale * y + shift
     scale = gamma / sqrt(var + eps)          shift = beta - mean * scale
@@ -16,10 +18,10 @@ from .calls import Conv, Norm
 
 
 def scale_shift(norm: Norm, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The affine form of a norm with constant statistics, fp32, each of shape (channels).
+    """Return scale and shift of a norm with constant statistics, fp32, each of shape (channels,).
 
-    Computed in fp64 and rounded once: a variance near zero makes ``1/sqrt(var + eps)`` large, and with it the error of
-    a computation in fp32.
+    They are computed in fp64 and rounded once: a variance near zero makes ``1/sqrt(var + eps)`` large, and with it the
+    error of a computation in fp32.
     """
     one = torch.ones(channels, dtype=torch.float64, device=device)
     gamma = one if norm.weight is None else norm.weight.detach().double()
@@ -31,7 +33,7 @@ def scale_shift(norm: Norm, channels: int, device: torch.device) -> tuple[Tensor
 
 
 def fold(conv: Conv, norm: Norm) -> tuple[Tensor, Tensor]:
-    """fp32 weight (Co, Ci/groups, R, S) and bias (Co) of the convolution that equals ``bn(conv(x))``."""
+    """Return the fp32 weight (Co, Ci/groups, R, S) and bias (Co,) of the convolution that equals ``bn(conv(x))``."""
     scale, shift = scale_shift(norm, conv.weight.shape[0], conv.weight.device)
     weight = conv.weight.detach().float() * scale[:, None, None, None]
     return weight, shift if conv.bias is None else torch.addcmul(shift, conv.bias.detach().float(), scale)

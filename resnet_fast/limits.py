@@ -1,7 +1,7 @@
-"""What this machine holds: cores, memory that is free, and checks of a request against them before it is begun.
+"""Check a request against this machine's cores and free memory before the work starts.
 
-A container may have less than the machine: Linux's control groups (both versions) are asked, too. Where the system does
-not say how much memory is free, only the stated limits apply.
+A container may have less than the machine, so Linux's control groups (both versions) count too. If the system does not
+report free memory, only the fixed limits apply.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from .errors import UserError
 
 MOST_BATCH = 2**20
 MOST_SIDE = 2**14
-"""The largest batch and side of an image that any command takes."""
+"""The largest batch and the largest side of an image that any command accepts."""
 
 PER_CORE, AT_LEAST = 8, 32
-"""Threads or worker processes that may be asked for: 8 per core, 32 on any machine. More only wait for each other, and
-a thousand processes or threads exhaust a small machine."""
+"""Most threads or worker processes: 8 per core, or 32 on a machine with few cores. More would only wait for each other,
+and a thousand exhaust a small machine."""
 
 LEAST_PLANES = 3 + 2 * 16
-"""Values per pixel of the input that any of the nets holds at once: the image, and a first layer's input and output.
-That layer has 16 channels (CIFAR's nets), or 64 at half the side."""
+"""Values per pixel of the input that every net holds at once: the image, and the input and output of a first layer with
+16 channels (CIFAR's nets), or 64 at half the side."""
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
-    """Cores that this process may use: its affinity, and its control groups' share of the processor, rounded up."""
+    """Return the cores that this process may use: its affinity, limited by its control groups' share (rounded up)."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _groups("cpu", proc, cgroups):
         quota, period = _numbers(folder / "cpu.max", 2) or (
@@ -41,9 +41,9 @@ def cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
 
 
 def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
-    """Bytes that can still be allocated: what the system has free or can free, and what its control groups leave.
+    """Return the bytes that can still be allocated, by the system and by the process's control groups.
 
-    None where the system does not say.
+    None if the system does not report it.
     """
     free = _free(proc)
     for folder in _groups("memory", proc, cgroups):
@@ -63,7 +63,7 @@ def _free(proc: Path) -> int | None:
 
 
 def _groups(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
-    """Folders of this process's control groups for ``controller`` and of all above them, whose limits hold as well."""
+    """Yield the folders of this process's control groups for ``controller``, and their parents, which limit it too."""
     for line in _lines(proc / "self" / "cgroup"):
         _, names, path = line.split(":", 2)
         if names == "":
@@ -80,7 +80,7 @@ def _groups(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:
 
 
 def _cached(stat: Path) -> int:
-    """Bytes that the group's usage counts and the kernel gives back when asked for memory: files' unused pages."""
+    """Return the bytes of unused file pages, which count as usage but which the kernel frees on demand."""
     for line in _lines(stat):
         key, _, value = line.partition(" ")
         if key in ("inactive_file", "total_inactive_file") and value.strip().isdigit():
@@ -96,13 +96,21 @@ def _lines(path: Path) -> list[str]:
 
 
 def _numbers(path: Path, count: int) -> tuple[int, ...]:
-    """The first ``count`` whole numbers of a file; nothing where it has not so many, or says ``max``."""
+    """Return the first ``count`` integers of a file; an empty tuple if it has fewer, or says ``max``."""
     words = " ".join(_lines(path)).split()[:count]
     return tuple(map(int, words)) if len(words) == count and all(w.lstrip("-").isdigit() for w in words) else ()
 
 
 def check_count(name: str, value: int | None, least: int, most: int, why: str = "") -> None:
-    """UserError unless ``least`` <= ``value`` <= ``most``; None passes. ``name`` as the user types it."""
+    """Check ``least`` <= ``value`` <= ``most``; None passes.
+
+    Args:
+        name: the option as the user types it.
+        why: a reason for ``most``, appended to it in the message.
+
+    Raises:
+        UserError: ``value`` is out of range.
+    """
     if value is not None and value < least:
         raise UserError(f"{name} >= {least}", str(value), f"correct {name}")
     if value is not None and value > most:
@@ -110,19 +118,19 @@ def check_count(name: str, value: int | None, least: int, most: int, why: str = 
 
 
 def check_threads(value: int | None, name: str = "--threads") -> None:
-    """UserError unless ``value`` threads suit this machine's cores."""
+    """Raise UserError unless ``value`` threads are reasonable for this machine's cores."""
     most = max(AT_LEAST, PER_CORE * cores())
     check_count(name, value, 1, most, f" on these {cores()} cores")
 
 
 def check_workers(value: int | None, name: str = "--workers") -> None:
-    """UserError unless ``value`` worker processes suit this machine's cores; 0 is none."""
+    """Raise UserError unless ``value`` worker processes are reasonable for this machine's cores; 0 is allowed."""
     most = max(AT_LEAST, PER_CORE * cores())
     check_count(name, value, 0, most, f" on these {cores()} cores")
 
 
 def check_memory(needed: int, what: str, todo: str) -> None:
-    """UserError where ``needed`` bytes for ``what`` are more than :func:`available_memory`."""
+    """Raise UserError if ``needed`` bytes for ``what`` are more than :func:`available_memory`."""
     free = available_memory()
     if free is not None and needed > free:
         raise UserError(f"{what} to fit into the {_size(free)} of memory that are free", f"{_size(needed)}", todo)
@@ -135,9 +143,17 @@ def check_input(
     planes: int = LEAST_PLANES,
     names: tuple[str, str] = ("--batch", "--image"),
 ) -> None:
-    """UserError unless a batch (``batch``, 3, ``side``, ``side``) is within the limits and a net's memory for it free.
+    """Check that a batch (``batch``, 3, ``side``, ``side``) is within the limits and fits into free memory.
 
-    ``planes`` values of ``itemsize`` bytes are held per pixel at once; with 0 nothing is (sizes alone are computed).
+    Args:
+        batch: number of images; None passes.
+        side: height and width in pixels; None passes.
+        itemsize: bytes of a value.
+        planes: values per pixel that are in memory at once; 0 if only sizes are computed.
+        names: the two options as the user types them.
+
+    Raises:
+        UserError: a limit is exceeded, or memory is short.
     """
     check_count(names[0], batch, 1, MOST_BATCH)
     check_count(names[1], side, 1, MOST_SIDE)

@@ -1,8 +1,8 @@
-"""Locks that a forked child process finds open.
+"""Provide a lock that is open in a forked child process.
 
-A fork copies a lock as it is. Where another thread of the parent held it, nobody in the child would ever release it: a
-``DataLoader``'s workers beside a serving thread would hang at their first call. What such a lock guards here is a
-cache, whose every step leaves it usable, so the child may go on with what it finds.
+A fork copies a lock in its current state. If another thread of the parent held it, nobody in the child would release
+it, and a ``DataLoader``'s worker would hang at its first call. Our locks guard caches that every step leaves usable, so
+the child can continue with them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 
 class ForkSafeLock:
-    """A reentrant lock, new and open in a child process, whoever held it in the parent at the fork."""
+    """A reentrant lock that is new and open in a child process, even if it was held at the fork."""
 
     __slots__ = ("__weakref__", "_lock", "acquire", "release")
 

@@ -1,9 +1,11 @@
-"""The compiled parts, loaded on first use: ``_C`` (ops over libtorch), ``_host`` (facts about the CPU, no torch) and
-``_emulator`` (the CUDA kernels compiled for the CPU, no torch).
+"""Load the compiled modules on first use.
 
-The package works without any. Where one is absent or does not load, the cause is kept as a :class:`Verdict`, and
-the same sentence serves :func:`require`, ``explain()`` and the environment report. Nothing is loaded or compiled when
-this module is imported.
+- ``_C``: ops over libtorch.
+- ``_host``: facts about the CPU, without torch.
+- ``_emulator``: the CUDA kernels compiled for the CPU, without torch.
+
+The package works without any of them. If one is missing or does not load, the cause is kept as a :class:`Verdict`;
+:func:`require`, ``explain()`` and the environment report give the same sentence. Importing this module loads nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _HOW_TO_BUILD = {
 
 
 def _import(name: str) -> ModuleType:
-    """The module, or the one in the file that RESNET_FAST_LIBRARY names."""
+    """Import a module, from the file that RESNET_FAST_LIBRARY names if it is the library."""
     named = os.environ.get(flags.LIBRARY)
     if name != LIBRARY or not named:
         return importlib.import_module(name)
@@ -49,11 +51,11 @@ def _load(name: str) -> tuple[ModuleType | None, Verdict]:
     if not named and importlib.util.find_spec(name) is None:
         return None, Verdict.no(f"the compiled module {name}", "a package built without it", _HOW_TO_BUILD[name])
     try:
-        # Its symbols are resolved against the libtorch that is already in the process.
+        # The library's symbols are resolved against the libtorch that is already in the process.
         if name == LIBRARY:
             importlib.import_module("torch")
         return _import(name), Verdict.yes()
-    except Exception as error:  # whatever the loader says is the cause that the report must show
+    except Exception as error:  # the report shows whatever the loader says
         cause = " ".join(str(error).split())
         got = f"one that cannot be loaded ({type(error).__name__}: {cause})"
         return None, Verdict.no(
@@ -62,12 +64,16 @@ def _load(name: str) -> tuple[ModuleType | None, Verdict]:
 
 
 def status() -> Verdict:
-    """Whether the native library is loaded, or the sentence that says why it is not. Loads it on the first call."""
+    """Return whether the native library is loaded, or why it is not. The first call loads it."""
     return _load(LIBRARY)[1]
 
 
 def require() -> Any:
-    """The namespace ``torch.ops.resnet_fast_native``. Raises BackendError with the cause where there is no library."""
+    """Return the namespace ``torch.ops.resnet_fast_native``.
+
+    Raises:
+        BackendError: the library is missing or does not load; the message gives the cause.
+    """
     verdict = status()
     if not verdict:
         raise BackendError(verdict.reason)
@@ -77,25 +83,42 @@ def require() -> Any:
 
 
 def build_info() -> dict[str, str]:
-    """With what the library was built: compiler, cxx_standard, torch_headers, torch_target, python_api, cuda_toolkit,
-    cuda_archs; the last two are ``none`` without CUDA code. Raises BackendError where there is no library."""
+    """Return how the library was built.
+
+    Returns:
+        compiler, cxx_standard, torch_headers, torch_target, python_api, cuda_toolkit and cuda_archs; the last two are
+        ``none`` without CUDA code.
+
+    Raises:
+        BackendError: there is no library.
+    """
     text: str = require().build_info()
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
 def host_status() -> Verdict:
-    """Whether the host module is loaded, or why it is not."""
+    """Return whether the host module is loaded, or why it is not."""
     return _load(HOST)[1]
 
 
 def host_build_info() -> dict[str, str]:
-    """With what the host module was built: compiler and cxx_standard. Raises BackendError where there is none."""
+    """Return how the host module was built: compiler and cxx_standard.
+
+    Raises:
+        BackendError: there is no host module.
+    """
     return dict(_require_host().build_info())
 
 
 def host_isa() -> dict[str, bool]:
-    """Instruction set -> whether CPU and operating system let a program use it: avx2, avx512f, avx512_bf16, amx_bf16,
-    avx_ne_convert; empty on other architectures than x86-64. Raises BackendError where there is no host module."""
+    """Return which instruction sets CPU and operating system let a program use.
+
+    Returns:
+        Values for avx2, avx512f, avx512_bf16, amx_bf16 and avx_ne_convert; empty on architectures other than x86-64.
+
+    Raises:
+        BackendError: there is no host module.
+    """
     return dict(_require_host().isa())
 
 
@@ -111,8 +134,11 @@ def _require(name: str) -> Any:
 
 
 def emulator() -> Any:
-    """The emulator's module, whose kernels native ops on CPU tensors run in from the first call on. Raises BackendError
-    where it or the native library is missing."""
+    """Return the emulator's module; from the first call, native ops on CPU tensors run its kernels.
+
+    Raises:
+        BackendError: the module or the native library is missing.
+    """
     module, ops = _require(EMULATOR), require()
     _install(ops, module.kernels_address())
     return module
@@ -124,7 +150,7 @@ def _install(ops: Any, address: int) -> None:
 
 
 def emulator_status() -> Verdict:
-    """Whether the emulator is installed, or why it cannot be. Loads it on the first call."""
+    """Return whether the emulator runs native ops on CPU tensors, or why it cannot. The first call loads it."""
     verdict = _load(EMULATOR)[1]
     if not verdict or not status():
         return verdict and status()

@@ -1,11 +1,11 @@
-"""How far an output may be from the truth: error report, error budget, and the boundary band of ReLU.
+"""Judge the error of an output: error report, error budget, and the boundary band of ReLU.
 
-The truth is the same problem in float64 on the same, already rounded, inputs. What may be lost is judged by what stock
-torch loses in the same dtype and layout ("eager"), never by a fixed tolerance:
+The reference is the same problem in float64 on the same, already rounded, inputs. The allowed error depends on the
+error of stock torch in the same dtype and layout ("eager"), never on a fixed tolerance:
 
     error(out) <= 2 * error(eager) + floor,    error(x) = ||x - ref|| / ||ref||
 
-and likewise for the largest single error, which a norm over a whole tensor would hide.
+The largest single error, which a norm over a whole tensor would hide, has a similar bound.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ from torch import Tensor
 from .errors import UserError
 
 FACTOR = 2.0
-"""How many times eager's own error is granted."""
+"""Allowed error in units of eager's own error."""
 
 PEAK = 8.0
-"""Standard deviations that no normally distributed error of a tensor exceeds: the chance is 1e-15 per element."""
+"""Largest normally distributed error in standard deviations; the chance to exceed it is 1e-15 per element."""
 
 
 @dataclass(frozen=True)
 class ErrorReport:
     """Errors of ``out`` (and of eager) against the float64 reference.
 
-    ``rel``: ``||out - ref|| / ||ref||`` over the finite part of the reference; ``max_abs`` at index ``max_at``, where
-    ``out_at`` came and ``ref_at`` was expected; ``mismatched``: elements where only one side is finite, or infinities
-    differ, ``mismatch_at`` the first. ``ratio``: rel / eager_rel, None without eager.
+    Attributes:
+        rel: ``||out - ref|| / ||ref||`` over the finite part of the reference.
+        max_abs, max_at: the largest single error and its index.
+        out_at, ref_at: output and reference at ``max_at``.
+        mismatched, mismatch_at: elements where only one side is finite or infinities differ, and the first of them.
+        rms, peak: root mean square and largest magnitude of the reference.
+        eager_rel, eager_max: ``rel`` and ``max_abs`` of eager; None without it.
     """
 
     rel: float
@@ -48,7 +52,7 @@ class ErrorReport:
 
     @property
     def ratio(self) -> float | None:
-        """Error in units of eager's: 1.0 is as good; inf where eager is exact and this is not."""
+        """``rel`` in units of eager's: 1.0 is as good, inf if only eager is exact; None without eager."""
         if self.eager_rel is None:
             return None
         if self.eager_rel == 0:
@@ -78,12 +82,18 @@ def _check(out: Tensor, ref64: Tensor, what: str) -> None:
 
 
 def compare(out: Tensor, ref64: Tensor, eager: Tensor | None = None) -> ErrorReport:
-    """The :class:`ErrorReport` of ``out`` against ``ref64`` (float64, same shape; any layout, any device).
+    """Compare an output with the reference.
 
-    ``eager``: stock torch's result for the same problem in ``out``'s dtype and layout. Where the reference is not
-    finite, ``out`` must hold the same value (NaN for NaN); those elements count as mismatched otherwise and never
-    enter a norm. An empty tensor has no error. Raises :class:`UserError` for another shape or a reference that is not
-    float64.
+    Where the reference is not finite, ``out`` must have the same value (NaN for NaN); otherwise the element counts as
+    mismatched. Such elements never enter a norm. An empty tensor has no error.
+
+    Args:
+        out: any dtype, layout and device.
+        ref64: float64, same shape.
+        eager: stock torch's result for the same problem in the dtype and layout of ``out``.
+
+    Raises:
+        UserError: the shapes differ, or the reference is not float64.
     """
     _check(out, ref64, "an output")
     ref = ref64.detach().cpu().contiguous()
@@ -113,11 +123,11 @@ def compare(out: Tensor, ref64: Tensor, eager: Tensor | None = None) -> ErrorRep
 
 
 def floor(dtype: torch.dtype, gemm_k: int) -> float:
-    """Relative error that is granted even where eager happens to be exact: ``(u_out + u_acc * sqrt(gemm_k)) / 4``.
+    """Return the relative error that is allowed even if eager is exact: ``(u_out + u_acc * sqrt(gemm_k)) / 4``.
 
-    u is half the epsilon, of the output's dtype and of the accumulator (float32, or float64 for float64). A sum of k
-    terms in another order differs like a random walk, hence the root; the quarter is about the standard deviation of
-    one rounding in units of u, so that the floor stays below what eager usually loses itself.
+    u is half the epsilon of the output's dtype, and of the accumulator (float32, or float64 for float64). A sum of k
+    terms in another order differs like a random walk, therefore the root. The quarter is about the standard deviation
+    of one rounding in units of u, so that the floor stays below eager's usual error.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     u_out, u_acc = torch.finfo(dtype).eps / 2, torch.finfo(accumulator).eps / 2
@@ -126,14 +136,23 @@ def floor(dtype: torch.dtype, gemm_k: int) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """Largest allowed relative error and largest allowed single error."""
+    """The largest allowed relative error and the largest allowed single error."""
 
     rel: float
     max_abs: float
 
 
 def budget(report: ErrorReport, dtype: torch.dtype, gemm_k: int) -> Budget:
-    """What :func:`assert_close` allows for a report that knows eager's errors; ``gemm_k`` products per output."""
+    """Return the errors that :func:`assert_close` allows.
+
+    Args:
+        report: a report with eager's errors.
+        dtype: of the output.
+        gemm_k: products per output.
+
+    Raises:
+        UserError: the report lacks eager's errors.
+    """
     if report.eager_rel is None or report.eager_max is None:
         raise UserError("a report with eager's own error", "none", "pass eager to compare()")
     granted, u_out = floor(dtype, gemm_k), torch.finfo(dtype).eps / 2
@@ -145,9 +164,14 @@ def budget(report: ErrorReport, dtype: torch.dtype, gemm_k: int) -> Budget:
 
 @dataclass(frozen=True)
 class BandReport:
-    """ReLU seen apart from arithmetic. ``half_width``: the band is ``|pre| <= half_width``; ``inside``: elements in
-    it; ``flips_inside``: of those, zero on one side and positive on the other; ``flips_outside``: the same where the
-    sign was never in doubt, ``flip_at`` the first of them."""
+    """Elements that ReLU treats differently in output and reference.
+
+    Attributes:
+        half_width: the band is ``|pre| <= half_width``.
+        inside: elements in the band.
+        flips_inside: elements of the band that are zero on one side and positive on the other.
+        flips_outside, flip_at: the same outside the band, where the sign is certain, and the first of them.
+    """
 
     half_width: float
     inside: int
@@ -161,9 +185,12 @@ class BandReport:
 
 
 def relu_band(out: Tensor, pre64: Tensor, half_width: float) -> BandReport:
-    """Count where ``out = relu(...)`` and ``relu(pre64)`` disagree about being positive, in and out of the band.
+    """Count the elements for which only one of ``out = relu(...)`` and ``relu(pre64)`` is positive.
 
-    ``pre64``: the reference before ReLU, float64, shape of ``out``. Within rounding of zero either answer is right.
+    Args:
+        out: the output after ReLU.
+        pre64: the reference before ReLU, float64, same shape.
+        half_width: width of the band around zero in which either answer is right.
     """
     _check(out, pre64, "an output")
     pre = pre64.detach().cpu().contiguous()
@@ -180,12 +207,19 @@ def relu_band(out: Tensor, pre64: Tensor, half_width: float) -> BandReport:
 
 
 def assert_close(out: Tensor, ref64: Tensor, eager: Tensor, gemm_k: int, pre64: Tensor | None = None) -> ErrorReport:
-    """Raise AssertionError unless ``out`` is within the budget of ``ref64``; return the report otherwise.
+    """Assert that an output is within its error budget, and return the report.
 
-    ``gemm_k``: products per output of the largest convolution behind ``out``. ``pre64``: the reference before a final
-    ReLU, if there is one: then no element may change between zero and positive except within rounding of zero. The
-    message gives both errors, both budgets and where the maximum sits. A wrong shape or dtype, a NaN or an infinity
-    that the reference does not have is an AssertionError too.
+    Args:
+        out: the output.
+        ref64: the reference, float64, same shape.
+        eager: stock torch's result in the dtype and layout of ``out``.
+        gemm_k: products per output of the largest convolution that ``out`` depends on.
+        pre64: the reference before a final ReLU, if any. Then no element may change between zero and positive, except
+            within rounding of zero.
+
+    Raises:
+        AssertionError: an error is over its budget, the shape or dtype is wrong, or ``out`` has a NaN or infinity that
+            the reference lacks. The message gives the errors, the budgets and the index of the maximum.
     """
     if out.dtype != eager.dtype:
         raise AssertionError(f"expected the dtype of eager, {eager.dtype}, got {out.dtype}; compare like with like")

@@ -1,7 +1,7 @@
-"""Define the ops as soon as torch is there: now where it is imported already, else right after its import.
+"""Define the ops as soon as torch is imported: now if it already is, otherwise right after its import.
 
-``import resnet_fast`` alone does not import torch, which takes seconds: a help text or a table of a command needs none.
-Whoever imports torch, before or after, finds ``torch.ops.resnet_fast``.
+``import resnet_fast`` alone does not import torch, which takes seconds and which a help text does not need. A program
+that imports torch, before or after, finds ``torch.ops.resnet_fast``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ OPS = "resnet_fast.ops"
 
 
 class _Loader(importlib.abc.Loader):
-    """The loader of torch, and the ops behind it. It takes itself out of the way before torch sees it."""
+    """Load torch with its own loader, then the ops. It replaces itself by that loader before torch runs."""
 
     def __init__(self, inner: Any):
         self._inner = inner
 
-    def __getattr__(self, name: str) -> Any:  # a spec that is only looked at has the loader's other methods too
-        if name == "_inner":  # a copy is asked for things before it has any
+    def __getattr__(self, name: str) -> Any:  # a spec that is only inspected needs the loader's other methods too
+        if name == "_inner":  # a copy is asked for attributes before it has any
             raise AttributeError(name)
         return getattr(self._inner, name)
 
@@ -38,7 +38,7 @@ class _Loader(importlib.abc.Loader):
         self._inner.exec_module(module)
         try:
             importlib.import_module(OPS)
-        except Exception as error:  # torch itself is sound, and half of it in sys.modules would be worse than no ops
+        except Exception as error:  # torch itself loaded; half of it in sys.modules would be worse than no ops
             cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
             warnings.warn(f"the ops of resnet_fast are not defined ({cause})", RuntimeWarning, stacklevel=2)
 
@@ -62,7 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def define_ops() -> None:
-    """Import the ops, or have them imported by the import of torch."""
+    """Import the ops now if torch is imported, otherwise together with torch."""
     if "torch" in sys.modules:
         importlib.import_module(OPS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -47,22 +47,28 @@ TRAINING = {
     "train-conv-bn": "BN in the convolutions' prologues and epilogues",
 }
 PLANS = INFERENCE | TRAINING
-"""Every fusion plan, and what it fuses."""
+"""Every fusion plan and what it fuses."""
 
 FUSED_BLOCK_CHANNELS = 128
-"""Widest bottleneck that plan stage12 runs as one kernel: its weights stay on chip."""
+"""Widest bottleneck that plan stage12 runs as one kernel, with its weights on chip."""
 
 _ROUTES = {"conv": ("conv",), "proj": ("proj", "conv"), "tail": ("tail", "stem", "proj", "conv")}
-"""The routes that a plan takes, the first that a problem has."""
+"""The routes of a plan, in order of preference: it takes the first one that a problem has."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel launch: ``part`` the layer or block it belongs to, ``name`` what of it, ``kernel`` which kind.
+    """One kernel launch.
 
-    ``nbytes``: least bytes read plus written; ``activations``: the same by the convention of the hand counts (see
-    above); ``flops``: two per multiply-add; ``least_flops``: those without products with a padding's zeros, by default
-    all of them.
+    Attributes:
+        part: the layer or block it belongs to.
+        name: what it does there.
+        kernel: its kind, such as conv, bn or dgrad.
+        nbytes: least bytes read plus written.
+        activations: the same by the convention of the hand counts, see above.
+        flops: two per multiply-add.
+        dtype: of its tensors.
+        least_flops: without the products with a padding's zeros; None: all of ``flops``.
     """
 
     part: str
@@ -76,7 +82,7 @@ class Work:
 
 
 def _taps(size: int, filters: int, out: int, stride: int, padding: int, dilation: int) -> int:
-    """Along one side: pairs of an output and a filter tap that lies on the image, not on its padding."""
+    """Return the pairs of an output and a filter tap along one side for which the tap is on the image."""
     starts = (o * stride - padding for o in range(out))
     return sum(sum(0 <= start + k * dilation < size for k in range(filters)) for start in starts)
 
@@ -91,7 +97,7 @@ def _least_flops(convs: Iterable[ConvSpec]) -> int:
 
 
 def _size(c: ConvSpec) -> tuple[int, int, int]:
-    """Elements of the input, of the convolution's output, and of what is stored after pooling."""
+    """Return the elements of the input, of the convolution's output, and of the stored output after pooling."""
     ho, wo = c.out_hw()
     return c.n * c.h * c.w * c.ci, c.gemm_m * c.co, c.n * ho * wo * c.co
 
@@ -105,7 +111,7 @@ def _convs(spec: Spec) -> dict[str, ConvSpec]:
 
 
 def _pass(part: str, name: str, kernel: str, elements: int, dtype: str) -> Work:
-    """A launch that reads and writes ``elements`` in all; its few operations cost nothing beside its bytes."""
+    """Return a launch that reads and writes ``elements`` in total; its few operations are negligible."""
     nbytes = elements * ITEMSIZE[dtype]
     return Work(part, f"{name} {kernel}".strip(), kernel, nbytes, nbytes, 0, dtype)
 
@@ -160,10 +166,10 @@ def _fused(spec: Spec, plan: str, part: str) -> Iterator[Work]:
 
 
 def _norm_passes(plan: str, e: Epilogue) -> dict[str, int]:
-    """Tensors of a convolution's output size that the kernels between convolutions read and write, per kernel.
+    """Return how many tensors of a convolution's output size each kernel between convolutions reads and writes.
 
-    Fused BN keeps no ReLU mask: it recomputes the mask from the raw output, or where a residual was added reads the
-    block's output, and then writes the masked gradient for the shortcut.
+    Fused BN stores no ReLU mask. It recomputes the mask from the raw output; after an added residual it reads the
+    block's output instead, and writes the masked gradient for the shortcut.
     """
     if plan == "train-eager":
         forward = {"bn_stats": e.norm, "bn": 2 * e.norm, "add": 3 * e.add, "relu": 2 * e.relu}
@@ -176,12 +182,12 @@ def _norm_passes(plan: str, e: Epilogue) -> dict[str, int]:
 
 
 def _dgrad_reads(spec: ConvSpec | BlockSpec, name: str, before: Spec | None) -> int:
-    """Tensors of the input's size that a dgrad of train-conv-bn reads in its epilogue.
+    """Return how many tensors of the input's size a dgrad of train-conv-bn reads in its epilogue.
 
-    Below an inner convolution that is the raw output, for the ReLU mask and the BN's two sums. Below a block's first it
-    is the gradient of the shortcut, and of the block before: its output (mask), its raw last output, and its
-    projection's where it has one (sums). Behind a max-pool there is no BN to serve, and a projection's dgrad hands
-    over to the first convolution's.
+    - An inner convolution: the raw output below it, for the ReLU mask and the BN's two sums.
+    - A block's first convolution: the gradient of the shortcut, and of the block before, its output (mask), its raw
+      last output and its projection's raw output, if any (sums). After a max-pool there is no BN to serve.
+    - A projection: none, because its result is added by the first convolution's dgrad.
     """
     if isinstance(spec, ConvSpec) or name == "downsample":
         return int(name != "downsample")
@@ -193,13 +199,15 @@ def _dgrad_reads(spec: ConvSpec | BlockSpec, name: str, before: Spec | None) -> 
 
 
 def _training(spec: Spec, plan: str, part: str, before: Spec | None) -> Iterator[Work]:
-    """One step's kernels, forward and backward, of a problem that ``before`` feeds (by default a block).
+    """Yield a training step's kernels, forward and backward, of a problem that ``before`` feeds (by default a block).
 
-    Each convolution is three: itself, dgrad (none for an image) and wgrad. In the eager plan and those of fused BN
-    kernels, BN, add and ReLU lie between, and the two gradients that meet at a block's input are added in a kernel. In
-    train-conv-bn the forward statistics and the normalisation ride on the convolutions and only the block ends are
-    kernels; dgrad and wgrad read gradient and raw output (the BN's gradient is computed in their prologues), and
-    dgrad's epilogue does the rest, see :func:`_dgrad_reads`. Weights are read or written once in each of the three.
+    - Each convolution has three kernels: itself, dgrad (none for an image) and wgrad. Each reads or writes the weights
+      once.
+    - In the eager plan and those of fused BN kernels, BN, add and ReLU run between convolutions, and a kernel adds the
+      two gradients that meet at a block's input.
+    - In train-conv-bn the convolutions do the forward statistics and the normalisation; only block ends are kernels.
+      dgrad and wgrad read gradient and raw output and compute the BN's gradient in their prologues; dgrad's epilogue
+      does the rest, see :func:`_dgrad_reads`.
     """
     fused = plan == "train-conv-bn"
     for name, c in _convs(spec).items():
@@ -227,9 +235,16 @@ def _training(spec: Spec, plan: str, part: str, before: Spec | None) -> Iterator
 def work(
     spec: Spec | LaunchSpec | NetSpec, plan: str = "block", part: str = "", before: Spec | None = None
 ) -> tuple[Work, ...]:
-    """What ``plan`` launches for a problem; :class:`UserError` for an unknown plan.
+    """Return what a plan launches for a problem.
 
-    ``part``: the name that the items carry. ``before``: the problem that feeds this one; it matters in train-conv-bn.
+    Args:
+        spec: a problem, a launch or a net.
+        plan: one of :data:`PLANS`.
+        part: the name of the layer or block, for the items.
+        before: the problem that feeds this one; used by train-conv-bn only.
+
+    Raises:
+        UserError: an unknown plan.
     """
     if plan not in PLANS:
         raise UserError(f"a fusion plan out of {', '.join(PLANS)}", repr(plan), "choose one of them")
@@ -246,7 +261,18 @@ def work(
 def net_work(
     name: str, plan: str, batch: int = 1, image: int | tuple[int, int] | None = None, dtype: str = "bfloat16"
 ) -> tuple[Work, ...]:
-    """What ``plan`` launches for a whole net of tuning/shapes.py, global pool and fully connected layer included."""
+    """Return what a plan launches for a whole net, including the global pool and the fully connected layer.
+
+    Args:
+        name: a net of tuning/shapes.py.
+        plan: one of :data:`PLANS`.
+        batch: number of images.
+        image: side in pixels or (height, width); by default the net's own.
+        dtype: of activations and weights.
+
+    Raises:
+        UserError: an unknown plan, net, size or dtype.
+    """
     blocks = shapes.blocks(name, batch, image, dtype)
     parts: dict[str, Spec] = {}
     for key, conv in shapes.problems(name, batch, image, dtype).items():
@@ -272,5 +298,5 @@ def net_work(
 
 
 def bytes_moved(spec: Spec | NetSpec, plan: str = "block") -> int:
-    """Least bytes read plus written under a plan of :data:`PLANS`; :class:`UserError` for an unknown plan."""
+    """Return the least bytes read plus written under a plan of :data:`PLANS`."""
     return sum(item.nbytes for item in work(spec, plan))

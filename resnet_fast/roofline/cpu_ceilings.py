@@ -1,10 +1,10 @@
-"""What this CPU can do at most, so that a floor derived from it is one.
+"""Measure the most that this CPU can do, so that floors computed from it are real bounds.
 
-A ceiling is the best rate that was ever measured on this machine, by any run, and an allowance. A busy machine measures
-less, and then the best of earlier runs counts: they are kept in the cache folder (``ceilings.json``), by CPU model,
-threads and torch version. Rates of one thread are measured in pieces of a millisecond or less, because such a piece
-finds a quiet moment on a busy machine, and are multiplied by the threads. Memory too, which many threads share: with
-many, its ceiling is far above what the chip does, but it is none that a call could break through.
+A ceiling is the best rate that any run ever measured on this machine, plus an allowance. A busy machine measures less,
+so the best of earlier runs counts; the cache folder keeps them (``ceilings.json``) by CPU model, threads and torch
+version. Rates of one thread are measured in pieces of a millisecond or less, which find a quiet moment on a busy
+machine, and multiplied by the threads. For memory, which the threads share, the ceiling of many threads is far above
+what the chip does, but no call can exceed it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..devices import Cache, Ceiling, Device, cpu_model
 from ..io import safe_files
 
 ALLOWANCE = 1.15
-"""What a kernel may do better than the best of ours: the rates measured are those of good kernels, not of the chip."""
+"""How much better a kernel may be than the best of ours: the rates are those of good kernels, not of the chip."""
 
 CACHE_ALLOWANCE = 2.0
 """The same for a cache: a copy reads and writes in turn, and a core can do both at once."""
@@ -31,7 +31,7 @@ MEASURES = ("float32", "bfloat16", "cache", "memory")
 
 
 def _best_rate(work: float, run: Callable[[], Any], budget_s: float) -> float:
-    """Highest ``work``/s over runs that together take about ``budget_s``: the best run is the least disturbed one."""
+    """Return the highest ``work``/s, that of the least disturbed run, over runs that take about ``budget_s`` in total."""
     run()  # the first touches pages and builds oneDNN's primitive
     best, end = math.inf, time.perf_counter() + budget_s
     while True:
@@ -57,8 +57,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def measure() -> dict[str, float]:
-    """Rates of one thread at this moment, about 0.3 s: FLOP/s by dtype, and bytes/s, read plus written, in its caches
-    and in memory."""
+    """Measure the rates of one thread now, in about 0.3 s.
+
+    Returns:
+        FLOP/s by dtype, and bytes/s (read plus written) in the caches and in memory, by the names of :data:`MEASURES`.
+    """
     import torch
     from torch.nn.functional import conv2d
 
@@ -67,7 +70,7 @@ def measure() -> dict[str, float]:
         return _best_rate(2 * 256**3, partial(torch.mm, a, a, out=out), 0.03)
 
     def convolution(dtype: torch.dtype) -> float:
-        """A library of matrix products may know this CPU less well than oneDNN does, or the other way round."""
+        """Convolve, because oneDNN may use this CPU better than the library of matrix products, or worse."""
         x, weight = (
             torch.ones(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
             for shape in ((1, 64, 58, 58), (64, 64, 3, 3))
@@ -101,7 +104,7 @@ def _file() -> Path:
 
 
 def _kept(path: Path) -> dict[str, dict[str, float]]:
-    """The best rates by machine; empty where there is no file, or one that cannot be read."""
+    """Return the best rates by machine; empty if there is no file, or one that cannot be read."""
     try:
         content = safe_files.json_value(safe_files.read_plain(path))
     except (OSError, ValueError):
@@ -118,7 +121,7 @@ def _kept(path: Path) -> dict[str, dict[str, float]]:
 
 
 def best(threads: int) -> tuple[dict[str, float], str]:
-    """The best rates of this machine, this moment's among them, and where they are kept (or why they are not)."""
+    """Measure now, and return the best rates of this machine and where they are kept (or why they are not)."""
     now, name, path = measure(), _machine(threads), _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def best(threads: int) -> tuple[dict[str, float], str]:
 
 
 def cache_bytes() -> int:
-    """Bytes of all caches that hold data, of all CPUs, as Linux reports them; 1 GiB, more than most have, elsewhere."""
+    """Return the bytes of all data caches of all CPUs, as Linux reports them; 1 GiB, more than most have, elsewhere."""
     seen: dict[tuple[str, str, str], int] = {}
     try:
         for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
@@ -152,9 +155,9 @@ def cache_bytes() -> int:
 
 @cache
 def calibrate_cpu() -> Device:
-    """This machine with torch's current threads, as what it can do at most; measured once per process, about 0.3 s.
+    """Return the ceilings of this CPU with torch's current threads; measured once per process, in about 0.3 s.
 
-    bfloat16 is never below float32, because a kernel may convert; float16 and float64 are modelled from those two.
+    bfloat16 is never below float32, because a kernel may convert. float16 and float64 are modelled from those two.
     """
     import torch
 

@@ -27,8 +27,17 @@ from .byte_model import Work, work
 
 @dataclass(frozen=True)
 class Floor:
-    """A least time. ``bound``: memory or compute, whichever takes longer. ``origin``: that of the binding figure, or
-    ``mixed`` in a sum. ``nbytes``: bytes read plus written; ``flops``: two per multiply-add."""
+    """A least time.
+
+    Attributes:
+        seconds: the floor.
+        bound: memory or compute, whichever takes longer.
+        origin: the origin of the ceiling that binds; ``mixed`` in a sum of different ones.
+        memory_s, compute_s: seconds by memory and by operations.
+        nbytes: bytes read plus written.
+        flops: two per multiply-add.
+        device, plan: what it was computed for.
+    """
 
     seconds: float
     bound: str
@@ -46,11 +55,12 @@ class Floor:
         return self.flops / self.nbytes if self.nbytes else 0.0
 
     def to_dict(self) -> dict[str, float | int | str]:
-        """One flat row, for CSV or JSON."""
+        """Return one flat row for CSV or JSON."""
         return asdict(self) | {"intensity": self.intensity}
 
 
 def launch_floor(item: Work, device: Device, plan: str) -> Floor:
+    """Return the floor of one launch."""
     rate = device.rate(item.dtype)
     memory_s, compute_s, origin = item.nbytes / device.bandwidth.value, item.flops / rate.value, device.bandwidth.origin
     if device.cache is not None:
@@ -74,7 +84,19 @@ def launch_floor(item: Work, device: Device, plan: str) -> Floor:
 
 
 def floor(items: Iterable[Work], device: Device, plan: str) -> Floor:
-    """The floors of launches that run one after another, summed; ``bound``: which kind takes most of the time."""
+    """Return the sum of the floors of launches that run one after another.
+
+    Args:
+        items: launches of :func:`resnet_fast.roofline.byte_model.work`.
+        device: the ceilings.
+        plan: a label for the result.
+
+    Returns:
+        The sum; its ``bound`` is the kind that takes most of the time.
+
+    Raises:
+        UserError: there are no items, or the device has no rate for a dtype.
+    """
     floors = [launch_floor(item, device, plan) for item in items]
     if not floors:
         raise UserError("at least one problem", "none", "pass the values of tuning.shapes.problems(...)")
@@ -95,10 +117,10 @@ def floor(items: Iterable[Work], device: Device, plan: str) -> Floor:
 
 
 def floor_seconds(spec: Spec | NetSpec, device: Device, plan: str = "block") -> Floor:
-    """The roofline of one problem, its launches one after another."""
+    """Return the floor of one problem, with its launches one after another."""
     return floor(work(spec, plan), device, plan)
 
 
 def net_floor(specs: Iterable[Spec], device: Device, plan: str = "block") -> Floor:
-    """The floors of problems that run one after another, summed."""
+    """Return the sum of the floors of problems that run one after another."""
     return floor((item for spec in specs for item in work(spec, plan)), device, plan)

@@ -5,12 +5,12 @@
     shared    wavefronts: cycles of the 32 banks, bulk copies' writes among them  / (multiprocessors * clock)
     tensor    multiply-adds of the tensor cores                                   / (rate / 2 * share of it reached)
 
-Each of the four works while the others do, so the time is the longest of them, and a launch. Latency that nothing hides
-is in none of them: a prediction is a bound from counted work, as floors are bounds from least work. A kernel that loads
-per block and walks over many tiles is counted twice, with one image and with two, and extrapolated:
-:func:`extrapolated`. Blocks that get one tile more than others are charged for: work is rounded up to whole rounds.
+The four work at the same time, so the time is the longest of them plus a launch. Exposed latency is not included: a
+prediction is a bound from counted work, as a floor is a bound from least work. A kernel that loads per block and walks
+over many tiles is counted with one image and with two, and extrapolated (:func:`extrapolated`); work is rounded up to
+whole rounds, because some blocks get one tile more than others.
 
-No torch in here; ``launch`` is a dictionary of the emulator's ``take_counters()``.
+Torch-free; ``launch`` is a dictionary of the emulator's ``take_counters()``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ WAVEFRONT = 128
 MMA_MACS = 16 * 8 * 16
 
 WARP_MMA_REACHES = {80: 1.0, 90: 0.62}
-"""Of the tensor cores' dense rate, what warp-level ``mma.sync`` reaches, by architecture. sm_90: Luo et al. 2024,
-"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture"; the full rate is ``wgmma``'s alone. Others: taken as
-1."""
+"""The part of the tensor cores' dense rate that warp-level ``mma.sync`` reaches, by architecture. sm_90: Luo et al.
+2024, "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture"; only ``wgmma`` reaches the full rate. Other
+architectures are assumed to reach 1."""
 
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """One launch. ``dram`` and ``l2`` in bytes, read plus written; ``wavefronts`` of shared memory; the tensor cores'
-    multiply-adds, ``macs`` issued as ``mma.sync`` and ``group_macs`` as ``wgmma``."""
+    """What the emulator counted of one launch.
+
+    Attributes:
+        kernel: its name.
+        blocks, threads: of the grid, and of a block.
+        shared: bytes of shared memory per block.
+        dram, l2: bytes read plus written.
+        wavefronts: cycles of shared memory.
+        macs: multiply-adds that the tensor cores do by ``mma.sync``.
+        group_macs: the same by ``wgmma``.
+    """
 
     kernel: str
     blocks: int
@@ -71,10 +80,16 @@ class KernelCounts:
 
 
 def extrapolated(one: KernelCounts, two: KernelCounts, images: int, blocks: int, tiles: int) -> KernelCounts:
-    """The launch for ``images`` images from those for one and two, each on a single block that walks over all tiles.
+    """Extrapolate a launch for many images from one for one image and one for two, each on a single block.
 
-    What does not grow with the batch is work per block (weights that stay): once for DRAM, once per block elsewhere.
-    ``tiles``: of all images; they go to ``blocks`` blocks in rounds, of which the last may be part empty.
+    Work that does not grow with the batch is done per block (weights that stay): once for DRAM, once per block for the
+    other resources.
+
+    Args:
+        one, two: counts for one image and for two.
+        images: the batch.
+        blocks: blocks of the launch.
+        tiles: tiles of all images; the blocks take them in rounds, of which the last may be partly empty.
     """
     rounded = -(-tiles // blocks) * blocks / tiles
 
@@ -96,7 +111,7 @@ def extrapolated(one: KernelCounts, two: KernelCounts, images: int, blocks: int,
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Seconds for each resource, and for the launch: ``seconds`` is their longest and the launch's own cost."""
+    """The predicted time of a launch: ``seconds`` is the longest of ``parts`` plus the cost of the launch itself."""
 
     seconds: float
     bound: str
@@ -108,7 +123,16 @@ class KernelTime:
 
 
 def kernel_time(counted: KernelCounts, device: Device, dtype: str = "bfloat16") -> KernelTime:
-    """The time of a launch on ``device``; :class:`UserError` where that is no GPU."""
+    """Predict the time of a launch.
+
+    Args:
+        counted: what the emulator counted.
+        device: a GPU.
+        dtype: of the products.
+
+    Raises:
+        UserError: the device is no GPU.
+    """
     gpu = device.gpu
     if gpu is None:
         raise UserError("a GPU to predict for", device.name, "name one of resnet_fast.devices.gpus()")

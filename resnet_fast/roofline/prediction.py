@@ -19,9 +19,9 @@ from .floors import Floor, floor, launch_floor
 
 @dataclass(frozen=True)
 class StockRates:
-    """ResNet-50 at 224 in bfloat16 on an H100 SXM (torch 2.11): images/s by batch size, and the plan it comes close to.
+    """Measured images/s by batch size of ResNet-50 at 224 in bfloat16 on an H100 SXM (torch 2.11).
 
-    Cells whose time is Python's and not the GPU's are left out.
+    ``plan`` is the fusion plan that comes closest. Batch sizes for which Python limited the speed are omitted.
     """
 
     what: str
@@ -58,17 +58,21 @@ PROFILE_S = {
 """Measured seconds of an eager AMP training step's kernels by kind: ResNet-50, batch 256, the H100 of MEASURED."""
 
 _LIKE = {"bn_act": "bn", "block_end": "bn", "bn_act_grad": "bn_grad", "block_end_grad": "bn_grad"}
-"""Kernels that no stock path has, and the stock kernel that they are taken to be as good as."""
+"""Kernels that no stock path has, and the stock kernel that they are assumed to be as good as."""
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What stock kernels reached on an H100, so that ``seconds = floor / reached + launch_s`` per launch.
 
-    ``by_kernel``: fraction of the floor by kernel, from :data:`PROFILE_S`; ``fused``: that of every other kernel, and
-    ``launch_s`` seconds: the least-squares fit of relative errors to the best stock inference, five batch sizes.
-    ``launch_s`` is more than a launch: ramp-up, the first loads' latency and the last wave's tail are in it. ``error``:
-    the fit's worst relative one.
+    ``fused`` and ``launch_s`` are the least-squares fit of relative errors to the best stock inference at five batch
+    sizes.
+
+    Attributes:
+        fused: fraction of the floor reached by every kernel that is not in ``by_kernel``.
+        launch_s: seconds per launch, including ramp-up, the latency of the first loads and the tail of the last wave.
+        by_kernel: fraction of the floor reached by kernel, from :data:`PROFILE_S`.
+        error: the largest relative error of the fit.
     """
 
     fused: float
@@ -77,7 +81,7 @@ class Calibration:
     error: float
 
     def reached(self, kernel: str) -> float:
-        """The fraction for a kernel."""
+        """Return the fraction of the floor that ``kernel`` reached."""
         return dict(self.by_kernel).get(_LIKE.get(kernel, kernel), self.fused)
 
 
@@ -93,7 +97,7 @@ def _measured_kernels() -> dict[str, float]:
 
 @cache
 def calibration() -> Calibration:
-    """The fit to :data:`MEASURED` and :data:`PROFILE_S`, made once."""
+    """Return the fit to :data:`MEASURED` and :data:`PROFILE_S`, computed once."""
     known, rows = _measured_kernels(), []
     for batch, rate in MEASURED[0].images_per_s:
         items = net_work("resnet50", MEASURED[0].plan, batch)
@@ -110,9 +114,13 @@ def calibration() -> Calibration:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What launches would take with kernels as good as stock ones, see :class:`Calibration`; always modelled.
+    """The time of launches with kernels as good as stock ones, see :class:`Calibration`; always modelled.
 
-    ``bound``: memory, compute or launch, whichever takes longest (in a sum: most of the time).
+    Attributes:
+        seconds: the predicted time.
+        bound: memory, compute or launch, whichever takes most of the time.
+        launches: number of launches.
+        floor: their floor.
     """
 
     seconds: float
@@ -121,14 +129,23 @@ class Prediction:
     floor: Floor
 
     def to_dict(self) -> dict[str, float | int | str]:
-        """One flat row: the floor's, with ``floor_s`` and ``floor_bound`` for its time and bound."""
+        """Return one flat row: the floor's, with its time and bound named ``floor_s`` and ``floor_bound``."""
         row = self.floor.to_dict()
         row["floor_s"], row["floor_bound"] = row.pop("seconds"), row.pop("bound")
         return row | {"predicted_s": self.seconds, "bound": self.bound, "launches": self.launches}
 
 
 def predict_time(items: Iterable[Work], device: Device, plan: str) -> Prediction:
-    """Seconds of launches that run one after another in a CUDA graph; :class:`UserError` for a device without one."""
+    """Predict the time of launches that run one after another in a CUDA graph.
+
+    Args:
+        items: launches of :func:`resnet_fast.roofline.byte_model.work`.
+        device: a GPU.
+        plan: a label for the result.
+
+    Raises:
+        UserError: the device is no GPU.
+    """
     if device.gpu is None:
         raise UserError("a GPU to predict for", device.name, "use floor() for its bound")
     items, fit = tuple(items), calibration()
