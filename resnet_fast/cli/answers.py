@@ -1,9 +1,8 @@
-"""How ``resnet-fast predict`` writes its answers: each as it comes, flushed, as tables, a JSON array or CSV."""
+"""Write the answers of ``resnet-fast predict`` as tables, a JSON array or CSV, each answer at once and flushed."""
 
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserError, printable
-from ..io.safe_files import json_text
+from ..io.safe_files import check_target, json_text
 from .output import show
 
 if TYPE_CHECKING:
@@ -21,13 +20,13 @@ CSV_HEADER = ("image", "rank", "class", "name", "probability", "error")
 
 
 class Writer(Protocol):
-    """Writes some answers and hands them on to whoever reads the output."""
+    """Writes some answers and flushes the output."""
 
     def __call__(self, answers: Sequence[Answer]) -> None: ...
 
 
 def tables(answers: Sequence[Answer]) -> None:
-    """A table per picture on stdout."""
+    """Print a table per picture."""
     from rich.table import Table
     from rich.text import Text
 
@@ -43,7 +42,7 @@ def tables(answers: Sequence[Answer]) -> None:
 
 @contextmanager
 def json_array() -> Iterator[Writer]:
-    """One array on stdout, one line per picture; closed also where the program is stopped."""
+    """Yield a writer of one JSON array on stdout, a line per picture. The array is closed even if the program stops."""
     separator = "[\n"
 
     def write(answers: Sequence[Answer]) -> None:
@@ -73,7 +72,7 @@ def _plain(answer: Answer) -> dict[str, Any]:
 
 @contextmanager
 def csv_lines(target: str) -> Iterator[Writer]:
-    """A line per picture and class in the file ``target``, or on stdout for ``-``."""
+    """Yield a writer of a line per picture and class, to the file ``target`` or to stdout for ``-``."""
     with csv_file(target, CSV_HEADER) as lines:
 
         def write(answers: Sequence[Answer]) -> None:
@@ -91,16 +90,21 @@ def csv_lines(target: str) -> Iterator[Writer]:
 
 @contextmanager
 def csv_file(target: str, header: Sequence[str]) -> Iterator[Callable[[Sequence[Sequence[Any]]], None]]:
-    """A function that writes rows below ``header`` to the file ``target``, or to stdout for ``-``, and flushes them.
+    """Yield a function that writes rows below ``header`` to the file ``target``, or to stdout for ``-``, and flushes.
 
-    UserError where the file cannot be written, or is there and is not an earlier one with the same header.
+    Raises:
+        UserError: The file cannot be written, or is something other than an earlier one with the same header.
     """
+
+    def ours(content: bytes) -> bool:
+        return content.partition(b"\n")[0].rstrip(b"\r") == ",".join(header).encode()
+
     with ExitStack() as stack:
         if target == "-":
             file: IO[str] = sys.stdout
         else:
             path = Path(target)
-            check_replaceable(path, header)
+            check_target(path, "a CSV file of this command", ours, todo="name another with --csv", largest=None)
             try:
                 file = stack.enter_context(path.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
             except OSError as error:
@@ -113,23 +117,3 @@ def csv_file(target: str, header: Sequence[str]) -> Iterator[Callable[[Sequence[
 
         write([header])
         yield write
-
-
-def check_replaceable(path: Path, header: Sequence[str]) -> None:
-    """UserError if ``path`` is there and is anything but an empty file or an earlier CSV file of these columns."""
-    if not os.path.lexists(path):
-        return
-    ours = False
-    if path.is_file():  # no pipe, which would wait for a writer
-        try:
-            with path.open(encoding="utf-8") as file:
-                first = file.readline(1000).rstrip("\r\n")
-            ours = first == ",".join(header) or not path.stat().st_size
-        except (OSError, UnicodeDecodeError):
-            pass
-    if not ours:
-        raise UserError(
-            "a new file, or a CSV file of this command",
-            f"{path} (there already, and something else: it would be lost)",
-            "name another with --csv",
-        )

@@ -1,4 +1,4 @@
-"""``resnet-fast bench``: the accelerated net and its peers side by side on photographs, in inference or training."""
+"""``resnet-fast bench``: compare the accelerated net with its peers on photographs, in inference or training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from .options import DeviceOption, PicturesOption, ThreadsOption
 from .output import progress_bar, show
 
 
@@ -47,24 +48,24 @@ def bench(
     steps: Annotated[
         int | None, typer.Option(help="For --suite train: compare the loss after this many steps; by default 10.")
     ] = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="A picture or a folder of pictures; repeatable. By default three photographs."),
-    ] = None,
+    images: PicturesOption = None,
     weights: Annotated[
         Path | None, typer.Option(help="Weights, .safetensors or .pth. By default random, calibrated on the pictures.")
     ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the input in pixels; by default the net's own.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds per cell.")] = 10,
     budget: Annotated[
-        float, typer.Option(help="Seconds for the whole run; each cell runs one round at least.")
+        float, typer.Option(help="Seconds for the whole run; each cell runs at least one round.")
     ] = 300.0,
-    device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's choice.")] = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.csv, .md, .json and .png.")] = Path("out/bench"),
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, and no progress bar.")] = False,
 ) -> None:
-    """Speed and numeric error (in training: memory and loss) of the accelerated net and its peers, interleaved."""
+    """Measure speed and numeric error of the accelerated net and its peers in interleaved rounds.
+
+    With --suite train: speed, memory and loss of training steps.
+    """
     from resnet_fast.benchmarks import compare, report, suites, train
     from resnet_fast.benchmarks import providers as peers
 

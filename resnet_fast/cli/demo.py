@@ -1,4 +1,4 @@
-"""``resnet-fast demo``: a stock ResNet-50 and the accelerated one side by side on real photographs."""
+"""``resnet-fast demo``: compare a stock ResNet-50 with the accelerated one on photographs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import PicturesOption
 from .output import progress_bar, show
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ BUDGET = (
 
 
 def answer_table(answers: list[AnswerPair], names: list[str] | None) -> Table:
-    """One row per picture; classes by name where the weights give them a meaning, else by number."""
+    """Return a table with one row per picture; classes are named if weights were given, else numbered."""
     from rich.table import Table
     from rich.text import Text
 
@@ -60,7 +61,7 @@ def answer_table(answers: list[AnswerPair], names: list[str] | None) -> Table:
 
 
 def summarise(explanation: Explanation) -> list[dict[str, Any]]:
-    """Rows of ``explain`` counted by op, backend and the reasons against the others."""
+    """Count the rows of ``explain`` by op, backend and the reasons against the other backends."""
     counted = Counter((row.op, row.backend, tuple(sorted(row.why_not.items()))) for row in explanation.rows)
     return [
         {"op": op, "backend": backend, "calls": n, "why_not": dict(reasons)}
@@ -86,16 +87,13 @@ def demo(
         Path | None, typer.Option(help="Weights, .safetensors or .pth. By default random, calibrated on the pictures.")
     ] = None,
     model: Annotated[str, typer.Option(help="Net to show.")] = "resnet50",
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="A picture or a folder of pictures; repeatable. By default three photographs."),
-    ] = None,
+    images: PicturesOption = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of the speed comparison.")] = 5,
     budget: Annotated[float, typer.Option(help="Seconds for the speed comparison.")] = 60.0,
     out: Annotated[Path, typer.Option(help="Folder for demo.csv, .md, .json and .png.")] = Path("out/demo"),
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, and no progress bar.")] = False,
 ) -> None:
-    """A stock net and the accelerated one on photographs: same answer, how much faster, which kernel ran and why."""
+    """Compare a stock net with the accelerated one on photographs: answers, speed, and which kernel ran and why."""
     import torch
 
     from resnet_fast.benchmarks import compare, report, side_by_side

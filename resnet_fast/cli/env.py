@@ -1,4 +1,4 @@
-"""``resnet-fast env``."""
+"""``resnet-fast env``: a report of the installation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .output import terminal_width
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
-    """Versions, devices, backends and why each can or cannot run here, and every environment switch."""
+    """Print versions, devices, which backends can run here and why not the others, and every environment switch."""
     from ..env import collect, render, to_json
 
     report = collect()
-    # Plain lines where the report goes into a file or a bug report, folded ones where a person reads them.
+    # Lines are wrapped for a terminal only, not for a file or a bug report.
     print(json_text(to_json(report), indent=2) if as_json else render(report, terminal_width()))

@@ -1,4 +1,4 @@
-"""``resnet-fast explain``: which kernel runs each layer of a net here, why not another, and the floor time."""
+"""``resnet-fast explain``: print which kernel runs each layer of a net here, why not another, and the floor time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def explain(
     timm: Annotated[bool, typer.Option("--timm", help="Take the net from timm.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Per layer of a net in eval mode: the problem, the backend chosen, why not the others, and the floor time."""
+    """Print for each layer of a net in eval mode the problem, the backend, why not the others, and the floor time."""
     limits.check_input(batch, image, planes=0)
     import torch
 

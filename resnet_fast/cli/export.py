@@ -1,4 +1,4 @@
-"""``resnet-fast export``: trained weights as a program that runs without this package."""
+"""``resnet-fast export``: write trained weights as a program that runs without this package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError, printable
+from .options import ModelOption, NamesOption, PicturesOption
 from .output import progress_bar, say, show
 
 if TYPE_CHECKING:
@@ -20,30 +21,24 @@ if TYPE_CHECKING:
 def export(
     source: Annotated[
         str,
-        typer.Argument(help="Weights (.safetensors, .pth), a checkpoint's or a run's folder, or the name of a net."),
+        typer.Argument(help="Weights (.safetensors, .pth), the folder of a checkpoint or a run, or a net's name."),
     ],
     out: Annotated[Path, typer.Option(help="File to write: .pt2 (torch.export) or .onnx.")],
-    model: Annotated[
-        str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
-    ] = None,
-    names: Annotated[
-        Path | None, typer.Option(help="Text file of class names, one per line; by default what the file says.")
-    ] = None,
+    model: ModelOption = None,
+    names: NamesOption = None,
     size: Annotated[int | None, typer.Option(help="Side of the input in pixels; by default the weights' own.")] = None,
     static: Annotated[
-        bool, typer.Option("--static", help="Fix the number of images at --batch; by default any from 1 on.")
+        bool, typer.Option("--static", help="Fix the number of images to --batch; by default any number.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Images at a time, for --static.")] = 1,
-    opset: Annotated[int | None, typer.Option(help="Of ONNX; by default PyTorch's choice.")] = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(help="Pictures to compare on, or a folder of them; repeatable. By default three photographs."),
-    ] = None,
+    batch: Annotated[int, typer.Option(help="Images per batch, with --static.")] = 1,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; by default PyTorch's choice.")] = None,
+    images: PicturesOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of sentences.")] = False,
 ) -> None:
-    """Write a net's stock layers to a file, load that again, and compare it with the net; then the file gets its name.
+    """Export a net to a file that runs without this package, and compare the file's outputs with the net's.
 
-    Class names and preprocessing go with it: extra file resnet_fast.json of a .pt2, metadata resnet_fast of ONNX.
+    The file gets its name only if they agree. It holds class names and preprocessing too: as the extra file
+    resnet_fast.json of a .pt2, as the metadata resnet_fast of ONNX.
     """
     from .. import limits
     from ..io import safe_files
@@ -80,7 +75,7 @@ def export(
 
 
 def _classifier(source: str, model: str | None, names: Path | None) -> Trained:
-    """The net that ``source`` stands for: a file or folder if there is one of that name, else a net's name."""
+    """Return the net that ``source`` names: a file or folder if there is one, else a net by name."""
     from ..models import registry
     from ..tools import trained
     from ..training import restored
@@ -95,7 +90,7 @@ def _classifier(source: str, model: str | None, names: Path | None) -> Trained:
 
 
 def _real(paths: list[Path] | None, classifier: Trained) -> tuple[Tensor | None, str]:
-    """(real inputs to compare on, what the comparison runs on in words)."""
+    """Return real inputs to compare on, or None, and a description of them."""
     import torch
 
     from ..io import images

@@ -1,4 +1,4 @@
-"""What becomes of an error: one line for the user and an exit code, by the kind of the error."""
+"""Turn an error into one line for the user and an exit code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..errors import BackendError, UserError, missing_package
 PROGRAM = "resnet-fast"
 
 OURS = ("", "resnet_fast")
-"""Modules whose absence is an error of the program, not of an installation; the first is one without a name."""
+"""Modules that are part of the program: if one is missing, the program is broken. "" is a module without a name."""
 
 USER, OWN, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
-"""Exit codes: a request that cannot be served; an error of the program's own; Ctrl-C; a reader that went away."""
+"""Exit codes: a request that cannot be served; an error in the program; Ctrl-C; a closed pipe."""
 
 
 @dataclass(frozen=True)
-class Failure:
+class CommandFailure:
     """The line for stderr and the exit code."""
 
     line: str
@@ -33,36 +33,39 @@ _NO_MEMORY = re.compile(
     r"Unable to allocate|(calculation|multiplication) overflow",
     re.IGNORECASE,
 )
-"""How torch, numpy, the system and C++ say that a tensor is too large; the last: too large to even count its bytes."""
+"""How torch, numpy, the system and C++ say that a tensor is too large. "overflow" means its size in bytes."""
 
 _SMALLER = ("--batch", "--image", "--size", "--width", "--workers")
-"""Options whose value decides how much memory a command needs."""
+"""Options that decide how much memory a command needs."""
 
 _ANY_FILE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
-"""Errors of the system that are nobody's mistake here even where they name no file: a full disk, a read-only one."""
+"""Errors of the system that are not errors of the program, even if they name no file: a full or read-only disk."""
 
 
-def failure(error: BaseException, command: str = PROGRAM, options: Sequence[str] = ()) -> Failure:
-    """What to say about ``error``, and the exit code.
+def describe_failure(error: BaseException, command: str = PROGRAM, options: Sequence[str] = ()) -> CommandFailure:
+    """Return what to print about ``error``, and the exit code.
 
-    ``command``: what was asked for, ``resnet-fast bench``; ``options``: those that it has, as they are typed.
+    Args:
+        error: What the command raised.
+        command: The command that ran, such as ``resnet-fast bench``.
+        options: The options of that command, as they are typed.
     """
     if isinstance(error, (UserError, BackendError)):
-        return Failure(str(error), USER)
+        return CommandFailure(str(error), USER)
     if hasattr(error, "format_message"):
-        return Failure(_usage(error, command, options), USER)
+        return CommandFailure(_usage(error, command, options), USER)
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) not in OURS:
-        return Failure(str(missing_package(package, f"which {command} needs", error)), USER)
+        return CommandFailure(str(missing_package(package, f"which {command} needs", error)), USER)
     if is_memory(error):
-        return Failure(str(_memory(error, options)), USER)
+        return CommandFailure(str(_memory(error, options)), USER)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _ANY_FILE):
-        return Failure(str(_system(error)), USER)
+        return CommandFailure(str(_system(error)), USER)
     hint = f"an error in {PROGRAM} itself, RESNET_FAST_DEBUG=1 shows where"
-    return Failure(f"{type(error).__name__}: {error}; {hint}", OWN)
+    return CommandFailure(f"{type(error).__name__}: {error}; {hint}", OWN)
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether the error says that memory did not suffice, on the CPU or on a GPU."""
+    """Return whether ``error`` says that there was not enough memory, on the CPU or on a GPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -80,7 +83,7 @@ def _memory(error: BaseException, options: Sequence[str]) -> UserError:
 
 
 def _system(error: OSError) -> UserError:
-    """One line for a file that cannot be read or written, whoever tried."""
+    """Return the error for a file that cannot be read or written."""
     what = error.strerror or type(error).__name__
     where = f"{what}: {error.filename}" if error.filename is not None else what
     todo = (
@@ -92,8 +95,10 @@ def _system(error: OSError) -> UserError:
 
 
 def _usage(error: Any, command: str, options: Sequence[str]) -> str:
-    """A command line that cannot be parsed. typer imports or vendors click, depending on its version; the base class
-    of these errors has no public name, their method has."""
+    """Return the line for a command line that cannot be parsed.
+
+    typer imports or vendors click, depending on its version, so the class of these errors has no public name.
+    """
     if type(error).__name__ != "NoSuchOption":
         return f"expected what '{command} --help' describes, got: {error.format_message()}"
     typed = error.option_name
@@ -101,12 +106,12 @@ def _usage(error: Any, command: str, options: Sequence[str]) -> str:
 
 
 def option_names(command: Any) -> list[str]:
-    """The options of a command as they are typed, ``--no-x`` included."""
+    """Return the options of a command as they are typed, ``--no-x`` included."""
     every = [name for p in command.params for name in (*p.opts, *p.secondary_opts) if name.startswith("--")]
     return list(dict.fromkeys([*every, "--help"]))
 
 
 def did_you_mean(typed: str, known: Sequence[str]) -> str:
-    """``; did you mean a or b?`` with the close matches among ``known``; empty where there is none."""
+    """Return ``; did you mean a or b?`` with the close matches among ``known``, or "" if there are none."""
     close = difflib.get_close_matches(typed, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""

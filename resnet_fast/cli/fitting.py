@@ -1,7 +1,7 @@
-"""Tables on a narrow terminal: no name and no number is cut.
+"""Fit tables to a narrow terminal without cutting a name or a number.
 
-rich shortens cells, or drops letters of a column, where a table is wider than the terminal. Here text folds between
-words, and what still does not fit becomes several tables, one below the other, that begin with the same columns.
+rich shortens cells if a table is wider than the terminal. Here text is wrapped between words, and a table that is still
+too wide is split into several, one below the other, that begin with the same columns.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from rich.table import Column, Table
 
 KEYS_SHARE = 0.6
-"""Of the width that the repeated columns may take."""
+"""The share of the width that the repeated columns may take."""
 
 _BORDERS = 3
-"""Characters beside a cell: a line and two spaces."""
+"""Characters around a cell: a line and two spaces."""
 
 
 @dataclass(frozen=True)
 class _Need:
-    """A column, and the characters that it needs: for its longest word, and for its longest cell."""
+    """A column, and the width of its longest word and of its longest cell."""
 
     column: Column
     least: int
@@ -47,10 +47,13 @@ def _width(columns: Sequence[_Need]) -> int:
 
 
 def fit(table: Table, width: int) -> list[Table]:
-    """``table`` as tables of at most ``width`` characters that hold all of its cells; itself where it fits.
+    """Split ``table`` into tables of at most ``width`` characters that hold all of its cells.
 
-    The columns before the first number begin every part, as far as they take no more than :data:`KEYS_SHARE` of the
-    width. A word longer than the width is the one thing that is broken into lines.
+    Every part begins with the columns before the first number, as long as they take no more than :data:`KEYS_SHARE` of
+    the width. Only a word longer than the width is broken into lines.
+
+    Returns:
+        The parts, or only ``table`` if it fits.
     """
     needs = [_need(column) for column in table.columns]
     if 1 + sum(need.natural + _BORDERS for need in needs) <= width:
@@ -69,7 +72,7 @@ def fit(table: Table, width: int) -> list[Table]:
 
 
 def _part(table: Table, needs: Sequence[_Need], width: int, number: int) -> Table:
-    """A table of these columns; the title stands above the first."""
+    """Return a table of these columns. Only the first part has the title."""
     from rich.table import Table
 
     out = Table(title=table.title if number == 0 else None, title_justify=table.title_justify, box=table.box)

@@ -1,7 +1,7 @@
-"""``resnet-fast``: the table of commands, and what becomes of their errors.
+"""``resnet-fast``: the table of commands, and the handling of their errors.
 
-A command is a plain function in a file of its own. Only the file of the command that was asked for is imported, so
-that one which cannot be imported leaves the others working.
+A command is a plain function in its own file. Only the file of the requested command is imported, so a command that
+cannot be imported does not break the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from .. import flags
 from .._version import __version__
 from ..errors import UserError, printable
-from .failures import BROKEN_PIPE, INTERRUPTED, PROGRAM, did_you_mean, failure, option_names
+from .failures import BROKEN_PIPE, INTERRUPTED, PROGRAM, describe_failure, did_you_mean, option_names
 from .output import accept_any_text, fill_closed_streams, silence
 
 COMMANDS = {
@@ -39,11 +39,11 @@ COMMANDS = {
     "roofline": "resnet_fast.cli.roofline:roofline",
     "env": "resnet_fast.cli.env:env",
 }
-"""Command -> where its function is, in the order of ``--help``."""
+"""Command -> module and function, in the order of ``--help``."""
 
 
 def _load(name: str) -> Callable[..., Any]:
-    """The command's function, or one that raises where its file cannot be imported."""
+    """Return the function of a command, or one that raises if the module cannot be imported."""
     module, _, attribute = COMMANDS[name].partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -105,7 +105,7 @@ def _root(
 
 
 def _check_switches() -> None:
-    """Say which variables with our prefix mean nothing, and refuse values that cannot be read, before any work."""
+    """Warn of variables with our prefix that are no switch, and raise for a value that cannot be read."""
     if os.environ.get("RANK", "0") == "0":  # under torchrun, once
         for name, todo in flags.unknown().items():
             _complain(f"warning: the environment sets {name}, which is no switch; {todo}")
@@ -114,7 +114,7 @@ def _check_switches() -> None:
 
 
 def _check_given(arguments: Sequence[str]) -> None:
-    """Refuse empty arguments: an empty path is the current folder to Python; to a shell it is an unset variable."""
+    """Raise for an empty argument: often an unset shell variable, which Python would take for the current folder."""
     for before, word in itertools.pairwise(arguments):
         option, equals, value = word.partition("=")
         if word == "" or (equals and not value and option.startswith("--")):
@@ -137,8 +137,9 @@ def _show_traceback(error: Exception) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (``sys.argv`` if None) and return the exit code.
 
-    0 done; 1 an error of the program's own; 2 a request that cannot be served, said in one line on stderr; 130
-    interrupted; 141 the reader of our output went away. ``RESNET_FAST_DEBUG=1`` prints the traceback before the line.
+    Returns:
+        0: done. 1: an error in the program. 2: a request that cannot be served, explained in one line on stderr. 130:
+        interrupted. 141: the reader of the output closed it. ``RESNET_FAST_DEBUG=1`` prints the traceback as well.
     """
     fill_closed_streams()
     accept_any_text()
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_given(given)
         with warnings.catch_warnings():
-            # Pillow warns, with lines of its own source, of damaged metadata; what costs a picture is an error of ours
+            # Pillow prints source lines when it warns of damaged metadata. A picture it cannot read is our own error.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             result = typer.main.get_command(app).main(args=given, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
@@ -161,13 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _show_traceback(error):
             traceback.print_exc()
-        found = failure(error, *_asked_for(given))
+        found = describe_failure(error, *_requested(given))
         _complain(found.line)
         return found.code
 
 
-def _asked_for(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that was asked for, and its options."""
+def _requested(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the requested command and its options."""
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name not in COMMANDS:
         return PROGRAM, option_names(typer.main.get_command(app))

@@ -1,4 +1,4 @@
-"""``resnet-fast models``: the nets that the other commands take."""
+"""``resnet-fast models``: list the nets that the other commands take."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def models(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """The nets by name: parameters, multiply-adds, image size and where each comes from."""
+    """List the nets by name: parameters, multiply-adds, image size and source."""
     from ..tools import listing
 
     if timm:
@@ -49,7 +49,7 @@ def models(
 
 
 def table(found: Sequence[ListedNet]) -> Table:
-    """One row per net; of a net whose blocks do not all run fused, how many do."""
+    """Return a table with one row per net, and how many of its blocks run fused if not all do."""
     from rich.table import Table
 
     out = Table("name", title_justify="left")

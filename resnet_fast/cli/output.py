@@ -1,4 +1,4 @@
-"""What the commands print with: tables that nothing cuts, a progress bar on stderr."""
+"""Print tables without cutting them, sentences, and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN |= dict.fromkeys("–—−‑", "-") | dict.fromkeys("‘’", "'") | di
 
 
 def _plain(character: str) -> str:
-    """A character in ASCII: a box's line as -, | or +, a letter without its accent, else as Python escapes it."""
+    """Return a character in ASCII: a box line as -, | or +, a letter without its accent, else escaped as in Python."""
     if character in _PLAIN:
         return _PLAIN[character]
     name = unicodedata.name(character, "")
@@ -40,8 +40,7 @@ def _transliterate(error: UnicodeError) -> tuple[str, int]:
 
 
 def accept_any_text() -> None:
-    """Let stdout and stderr print whatever their encoding lacks, a dash in ASCII or half a file name, as near to it as
-    they can; a report must not be lost to one character."""
+    """Let stdout and stderr replace characters that their encoding lacks: one of them must not lose a whole report."""
     codecs.register_error("resnet_fast.plain", _transliterate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -49,8 +48,10 @@ def accept_any_text() -> None:
 
 
 def fill_closed_streams() -> None:
-    """Put the null device in the place of standard streams that are closed (``>&-``): what is printed goes nowhere, and
-    not into a file that happens to be opened under their number."""
+    """Open the null device for standard streams that are closed (``>&-``).
+
+    Otherwise what is printed would go into any file that is opened under the same number.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             try:
@@ -61,14 +62,13 @@ def fill_closed_streams() -> None:
 
 
 def silence() -> None:
-    """Let what is still to be flushed vanish: nobody reads stdout any more."""
+    """Discard what is still to be flushed: nobody reads stdout any more."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(*parts: RenderableType) -> None:
-    """Print to stdout: on a terminal tables fold to its width and nothing of them is cut (fitting.py); where stdout is
-    no terminal there is no width, and each row is one line, for programs that read it."""
+    """Print to stdout. Tables are fitted to the width of a terminal; otherwise each row is one line, for programs."""
     from rich.console import Console
     from rich.table import Table
 
@@ -82,7 +82,7 @@ def show(*parts: RenderableType) -> None:
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none."""
+    """Return the width of the terminal in columns; None if stdout is no terminal."""
     from rich.console import Console
 
     console = Console()
@@ -90,16 +90,17 @@ def terminal_width() -> int | None:
 
 
 def say(text: str) -> None:
-    """Print a sentence to stderr, at once and without what a terminal would obey."""
+    """Print a sentence to stderr, flushed, with control characters escaped."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress_bar(silent: bool = False, eta: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    """A rich progress bar on stderr as a ``progress(done, total, what)`` function; one that does nothing if silent, or
-    where stderr is no terminal.
+    """Yield a function ``progress(done, total, what)`` that moves a progress bar on stderr.
 
-    ``eta``: with the time that the rest will take at the speed so far.
+    Args:
+        silent: Show nothing. Nothing is shown either if stderr is no terminal.
+        eta: Show the time that the rest will take at the speed so far.
     """
     if silent:
         yield lambda done, total, what: None

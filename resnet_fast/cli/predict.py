@@ -12,39 +12,31 @@ import typer
 from ..errors import UserError
 from ..flags import BACKENDS
 from .answers import Writer, csv_lines, json_array, tables
-from .options import one_of
+from .options import DeviceOption, ModelOption, NamesOption, ThreadsOption, one_of
 from .output import progress_bar, say
 
 
 def predict(
     image: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    weights: Annotated[Path, typer.Option(help="Weights (.safetensors, .pth), a checkpoint's folder, or a run's.")],
-    model: Annotated[
-        str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
-    ] = None,
+    weights: Annotated[
+        Path, typer.Option(help="Weights (.safetensors, .pth), or a folder: a checkpoint's or a run's.")
+    ],
+    model: ModelOption = None,
     top: Annotated[int, typer.Option(help="Classes to print per picture.")] = 5,
-    names: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text file of class names, one per line; by default what the file says. Without both, ImageNet's for "
-            "a net of 1000 classes, else numbers."
-        ),
-    ] = None,
-    recursive: Annotated[
-        bool, typer.Option("--recursive/--no-recursive", help="Look into folders inside folders.")
-    ] = True,
-    batch: Annotated[int, typer.Option(help="Pictures at a time; their answers are printed together.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.")] = None,
+    names: NamesOption = None,
+    recursive: Annotated[bool, typer.Option("--recursive/--no-recursive", help="Look into subfolders.")] = True,
+    batch: Annotated[int, typer.Option(help="Pictures per batch; their answers are printed together.")] = 16,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     backend: Annotated[str, one_of(BACKENDS, "Backend that has to run it")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON array in place of tables.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of tables.")] = False,
     csv: Annotated[
-        str | None, typer.Option(help="Write a line per picture and class to this file, in place of tables; - prints.")
+        str | None, typer.Option(help="Write a line per picture and class to this file instead of tables; - is stdout.")
     ] = None,
 ) -> None:
-    """The most likely classes of each picture, printed as they come.
+    """Print the most likely classes of each picture.
 
-    A picture that cannot be read is named on stderr and the others go on; the exit code is 2 then.
+    A picture that cannot be read is named on stderr, the others are classified, and the exit code is 2.
     """
     from .. import devices, limits
     from ..io import images

@@ -1,4 +1,4 @@
-"""``resnet-fast reproduce``: the paper's experiments, trained and written down."""
+"""``resnet-fast reproduce``: repeat the paper's experiments and write a page for each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from .options import ThreadsOption
 from .output import progress_bar, show
 from .train import EXIT, default_device, watch
 
@@ -21,23 +22,23 @@ def reproduce(
         str, typer.Option(help="reduced (Fashion-MNIST, two CPU cores, an hour) or full (the paper's).")
     ] = "reduced",
     data_path: Annotated[
-        Path | None, typer.Option(help="Where CIFAR-10 or ImageNet lies, for the full protocol; by default nowhere.")
+        Path | None, typer.Option(help="Folder of CIFAR-10 or ImageNet, for the full protocol; by default none.")
     ] = None,
     set: Annotated[
-        list[str] | None, typer.Option(help="Change a recipe key of every run, as key=value; repeatable.")
+        list[str] | None, typer.Option(help="Change a key of every run's recipe, as key=value; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every run.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default PyTorch's choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if there is a GPU.")] = None,
+    threads: ThreadsOption = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read images; by default what suits the machine.")
+        int | None, typer.Option(help="Processes that read images; by default as the machine allows.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are not trained again.")] = Path(
         "out/reproduce"
     ),
-    report: Annotated[Path | None, typer.Option(help="Folder of the pages; by default that of the runs.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder of the pages; by default the folder of the runs.")] = None,
 ) -> None:
-    """Train the nets of the paper's experiments and write, per experiment, a page with figures, picture and verdict."""
+    """Train the nets of the paper's experiments, and write a page with figures, picture and verdict for each."""
     from ..training import recipe as recipes
     from ..training.disk import write_file
     from ..training.experiments import protocols, runs
@@ -78,7 +79,7 @@ def reproduce(
             found.append(run)
         page = pages.compose(experiment, found, protocol, command)
         show(f"{experiment.name}: {folder / experiment.name}.md", *[f"  {pages.sentence(v)}" for v in page.verdicts])
-        page.save(folder)  # after its verdicts are printed: a disk that is full takes nothing from them
+        page.save(folder)  # after printing: a full disk must not lose the verdicts
         for run in found:
             kept = folder / "logs" / f"{run.case.key}.jsonl"
             kept.parent.mkdir(exist_ok=True)
@@ -86,7 +87,7 @@ def reproduce(
 
 
 def _options(protocol: str, seed: int, threads: int | None, changes: list[str] | None) -> list[str]:
-    """The options that change what is computed, as they were given."""
+    """Return the options that change what is computed, as they were given."""
     out = [] if protocol == "reduced" else ["--protocol", protocol]
     out += ["--seed", str(seed)] if seed else []
     out += ["--threads", str(threads)] if threads is not None else []

@@ -1,4 +1,4 @@
-"""``resnet-fast roofline``: what bounds a net on a GPU, launch by launch, without having that GPU."""
+"""``resnet-fast roofline``: print what bounds a net on a GPU, launch by launch, without having that GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def roofline(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, .png, .svg or .pdf; by default none.")] = None,
 ) -> None:
-    """Floor and predicted time of every launch, block and fusion plan of a net on a GPU that need not be here."""
+    """Print the floor and predicted time of every launch, block and fusion plan of a net on any known GPU."""
     device = devices.gpu(gpu)
     if plot is not None:
         plots.require_matplotlib("which draws the picture", "bench", "leave out --plot")

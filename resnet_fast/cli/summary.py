@@ -1,4 +1,4 @@
-"""``resnet-fast summary``: a net as the paper's Table 1 prints it, or several side by side."""
+"""``resnet-fast summary``: print a net as the paper's Table 1 does, or compare several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def summary(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="One net for its stages, several to compare, none for the paper's own comparison."),
+        typer.Argument(help="One net prints its stages, several are compared; by default the paper's own comparison."),
     ] = None,
     image: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the net's own.")] = None,
     batch: Annotated[int, typer.Option(help="Images per batch (one net only).")] = 1,
@@ -33,7 +33,7 @@ def summary(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Layers, parameters, multiply-adds and minimal bytes of a net; with no name, the paper's figures recounted."""
+    """Print layers, parameters, multiply-adds and least bytes of a net; without a name, recount the paper's figures."""
     from ..errors import UserError
     from ..tools.summary import compare, summarize
     from .output import show
@@ -76,7 +76,7 @@ def _stage_table(s: Summary) -> Table:
 
 
 def _comparison(rows: list[ComparedNet]) -> tuple[Table | str, ...]:
-    """The table and its notes, numbered where a figure needs one."""
+    """Return the table and its numbered notes."""
     from rich.table import Table
 
     from ..tools.summary import COUNTED

@@ -1,4 +1,4 @@
-"""``resnet-fast train``: a net from its first step, or from where it was stopped, to its curves."""
+"""``resnet-fast train``: train a net from its first step, or from where it was stopped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from ..errors import UserError, printable
 from ..flags import BACKENDS
 from ..io.safe_files import json_text
+from ..training.datasets import DATASETS
 from .output import progress_bar, show
 
 if TYPE_CHECKING:
@@ -26,17 +27,17 @@ RUN = "How to run it"
 def train(
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe out of --list, or a YAML file; by default digits.", rich_help_panel=RECIPE),
+        typer.Option(help="A recipe from --list, or a YAML file; by default digits.", rich_help_panel=RECIPE),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Net, see `resnet-fast models`.", rich_help_panel=RECIPE)] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, fashion-mnist, cifar10, cifar100, folder (ImageNet's layout) or synthetic.",
+            help=f"Data set: {', '.join(DATASETS)}.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
-    data_path: Annotated[Path | None, typer.Option(help="Where the data lies.", rich_help_panel=RECIPE)] = None,
+    data_path: Annotated[Path | None, typer.Option(help="Folder of the data.", rich_help_panel=RECIPE)] = None,
     size: Annotated[int | None, typer.Option(help="Side of the network's input.", rich_help_panel=RECIPE)] = None,
     epochs: Annotated[float | None, typer.Option(help="Length in epochs.", rich_help_panel=RECIPE)] = None,
     steps: Annotated[int | None, typer.Option(help="Length in optimizer steps.", rich_help_panel=RECIPE)] = None,
@@ -74,49 +75,54 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: go on with the run in --out; or a run's or a checkpoint's folder. By default a new run.",
+            help="auto: resume the run in --out. Or the folder of a run or a checkpoint. By default start a new run.",
             rich_help_panel=RUN,
         ),
     ] = "",
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.", rich_help_panel=RUN)
+        str | None, typer.Option(help="cpu or cuda; by default cuda if there is a GPU.", rich_help_panel=RUN)
     ] = None,
     parallel: Annotated[str, typer.Option(help="Under torchrun: ddp, or fsdp (sharded).", rich_help_panel=RUN)] = "ddp",
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read images; by default what suits.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Processes that read images; by default as the machine allows.", rich_help_panel=RUN),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.", rich_help_panel=RUN)
     ] = None,
     strict_data: Annotated[
-        bool, typer.Option("--strict-data", help="An unreadable image is an error, found first.", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--strict-data", help="Decode all images first; an unreadable one is an error.", rich_help_panel=RUN
+        ),
     ] = False,
     save_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints; 0: as often as costs 1 % of the time.", rich_help_panel=RUN)
+        int, typer.Option(help="Steps between checkpoints; 0 spends 1 % of the time on them.", rich_help_panel=RUN)
     ] = 0,
-    keep: Annotated[
-        int, typer.Option(help="Checkpoints of the run that stay, besides the best one.", rich_help_panel=RUN)
-    ] = 2,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep, not counting the best one.", rich_help_panel=RUN)] = 2,
     log_every: Annotated[int, typer.Option(help="Steps per line of the log.", rich_help_panel=RUN)] = 10,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard/--no-tensorboard", help="Event files too.", rich_help_panel=RUN)
+        bool, typer.Option("--tensorboard/--no-tensorboard", help="Write TensorBoard event files.", rich_help_panel=RUN)
     ] = True,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="cuDNN's deterministic algorithms alone.", rich_help_panel=RUN)
+        bool, typer.Option("--deterministic", help="Use only deterministic cuDNN algorithms.", rich_help_panel=RUN)
     ] = False,
     stop_after: Annotated[
-        int | None, typer.Option(help="Save and stop after that many steps; by default none.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Save and stop after that many steps; by default at the end.", rich_help_panel=RUN),
     ] = None,
     list_recipes: Annotated[bool, typer.Option("--list", help="Print the recipes and stop.")] = False,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe as YAML, for --recipe, and stop.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build everything, say what would be done, and stop.")
+        bool, typer.Option("--dry-run", help="Build everything, print what would be done, and stop.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the epochs as JSON instead of a table.")] = False,
 ) -> None:
-    """Train a net with fused blocks: log, curves and checkpoints in one folder. Without options: digits, on the CPU.
+    """Train a net with fused blocks, and write log, curves and checkpoints to one folder.
+
+    Without options it trains a small net on digits in a minute.
 
     On several GPUs: torchrun --nproc-per-node 8 -m resnet_fast.cli.main train …
     """
@@ -184,7 +190,7 @@ def train(
 
 
 def _report(result: Any, json: bool) -> None:
-    """Print what a run reached, and where it stopped."""
+    """Print what the run reached, and where it stopped."""
     if json:
         typer.echo(json_text({"out": str(result.out), "step": result.step, "epochs": result.epochs}, indent=2))
     elif result.epochs:
@@ -200,7 +206,7 @@ def _report(result: Any, json: bool) -> None:
 
 
 def _kept(out: Path | None, resume: str) -> tuple[Path | None, dict[str, Any] | None]:
-    """(folder, recipe) of the run that is gone on with: its own where no other folder is named, its checkpoint's."""
+    """Return the folder of the run to resume, unless ``out`` names one, and the recipe in its checkpoint."""
     from ..training import checkpoints
 
     if not resume or (resume == "auto" and out is None):
@@ -215,7 +221,7 @@ def _kept(out: Path | None, resume: str) -> tuple[Path | None, dict[str, Any] | 
 
 
 def default_device() -> str:
-    """A GPU if there is one."""
+    """Return ``cuda`` if there is a GPU, else ``cpu``."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -223,7 +229,7 @@ def default_device() -> str:
 
 @contextmanager
 def _divergence() -> Iterator[None]:
-    """A loss that is no number is the recipe's doing, not an error of the program's own."""
+    """Turn NotFinite into a UserError: a loss that is no number is due to the recipe, not to the program."""
     from ..training.diagnosis import NotFinite
 
     try:
@@ -234,11 +240,11 @@ def _divergence() -> Iterator[None]:
 
 
 EXIT = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
-"""What a shell reports for a program that these signals ended: a scheduler sees that the run is not finished."""
+"""What a shell reports for a program ended by these signals, so that a scheduler sees an unfinished run."""
 
 
 def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
-    """The loop's :class:`~resnet_fast.training.Watch` that moves a progress bar and prints a line per epoch."""
+    """Return a :class:`~resnet_fast.training.options.Watch` that moves a progress bar and prints a line per epoch."""
     from ..training.options import Watch
 
     if silent:
@@ -262,7 +268,7 @@ def watch(progress: Any, silent: bool = False, label: str = "") -> Any:
 
 
 def _tell(text: str) -> None:
-    """Print to stderr, unless nobody is there to read it (a closed terminal or pipe): the run goes on."""
+    """Print to stderr. If it is a closed terminal or pipe, the run continues."""
     with suppress(OSError):
         print(printable(text), file=sys.stderr)
 

@@ -34,13 +34,13 @@ def tune(
         str | None,
         typer.Option(help="Kernel whose launches are measured, such as conv_bn_act_3x3; by default all."),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds to spend; the next run goes on with what is left.")] = 170.0,
+    budget: Annotated[float, typer.Option(help="Seconds to spend; the next run measures the rest.")] = 170.0,
     table: Annotated[
-        Path | None, typer.Option(help="File to read and write; by default the one that calls on this GPU look into.")
+        Path | None, typer.Option(help="File to read and write; by default the one that calls on this GPU use.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, and no progress bar.")] = False,
 ) -> None:
-    """Time every kernel that a net can run on here; the fastest, ours or PyTorch's, runs from then on."""
+    """Time every kernel that a net can run on here, ours and PyTorch's. The fastest one runs from then on."""
     if not budget >= 0:
         raise UserError("--budget >= 0", str(budget), "correct --budget")
     limits.check_input(batch, image, planes=0)
@@ -128,7 +128,7 @@ def _times(us: float | None, stock_us: float | None) -> tuple[str, str, str]:
 
 
 def _notes(tuned: Tuned) -> list[str]:
-    """What the table does not say: where the numbers are, what was refused, what a dash means."""
+    """Return what the table does not say: where the numbers are, what was refused, what a dash means."""
     notes = [str(tuned)]
     if tuned.refused:
         notes.append(f"{len(tuned.refused)} candidates refused; --json gives the reasons")

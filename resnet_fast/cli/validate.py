@@ -1,4 +1,4 @@
-"""``resnet-fast validate``: how often trained weights are right, per class, and how fast."""
+"""``resnet-fast validate``: measure the accuracy of trained weights, overall and per class, and the speed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import typer
 from ..errors import UserError, printable
 from ..flags import BACKENDS
 from ..io.weight_facts import AMP
+from ..training.datasets import DATASETS
 from .answers import csv_file
-from .options import one_of
+from .options import DeviceOption, ModelOption, NamesOption, ThreadsOption, one_of
 from .output import progress_bar, say, show
 
 if TYPE_CHECKING:
@@ -24,48 +25,43 @@ if TYPE_CHECKING:
 
 CSV_HEADER = ("image", "class", "answer", "probability", "right", "in_top5", "error")
 SHOWN = 40
-"""Classes in the printed table; JSON has all."""
+"""Most classes in the printed table. JSON has all of them."""
 
 
 def validate(
     file: Annotated[
-        Path, typer.Argument(help="Weights (.safetensors, .pth), a checkpoint's folder, or the folder of a run.")
+        Path, typer.Argument(help="Weights (.safetensors, .pth), or the folder of a checkpoint or of a run.")
     ],
     data: Annotated[
         str | None,
-        typer.Option(
-            help="digits, fashion-mnist, cifar10, cifar100, or folder; by default what the weights were trained on."
-        ),
+        typer.Option(help=f"Data set: {', '.join(DATASETS)}; by default the one that the weights were trained on."),
     ] = None,
     data_path: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the data lies, by default where the run had it. Of a folder: its validation half, or all."
-        ),
+        typer.Option(help="Folder of the data; by default the run's. Of class folders: the validation half, or all."),
     ] = None,
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Of a folder without halves the fifth that a run does not train on.")
+        bool,
+        typer.Option(
+            "--held-out", help="Take only the fifth that a run holds out of a folder without a validation half."
+        ),
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="The net of the weights; by default what the file says, else resnet50.")
-    ] = None,
-    names: Annotated[
-        Path | None, typer.Option(help="Text file of class names, one per line; by default what the file says.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Images at a time; by default the run's, else 64.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
+    model: ModelOption = None,
+    names: NamesOption = None,
+    batch: Annotated[int | None, typer.Option(help="Images per batch; by default the run's, else 64.")] = None,
+    device: DeviceOption = "cpu",
     workers: Annotated[
         int | None, typer.Option(help="Processes that read images; by default one per core, at most 8.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the net; by default PyTorch's choice.")] = None,
-    amp: Annotated[str | None, one_of(AMP, "Dtype of autocast, by default that of the run's validation")] = None,
+    threads: ThreadsOption = None,
+    amp: Annotated[str | None, one_of(AMP, "Dtype of autocast, by default the run's")] = None,
     backend: Annotated[str, one_of(BACKENDS, "Backend that has to run it")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     csv: Annotated[str | None, typer.Option(help="Write a line per image to this file.")] = None,
 ) -> None:
-    """Top-1 and top-5 accuracy of weights, also per class, and the images per second that it took.
+    """Measure the top-1 and top-5 accuracy of weights, overall and per class, and the images per second.
 
-    Unreadable images are named on stderr and counted; outputs that are not numbers make the exit code 2.
+    Unreadable images are named on stderr and counted. If outputs are not numbers, the exit code is 2.
     """
     from .. import devices, limits
     from ..training import evaluate, restored
@@ -109,7 +105,7 @@ def _teller(
     classes: Sequence[str],
     total: int,
 ) -> Callable[[list[ImageResult], int, list[str]], None]:
-    """What is done with each batch: bad files named, a CSV line per image, the bar moved."""
+    """Return the function called after each batch: it names bad files, writes CSV lines and moves the bar."""
 
     def tell(results: list[ImageResult], done: int, unreadable: list[str]) -> None:
         for text in unreadable:
