@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from resnet_fast import clear_derived, parameter_cache
+from tests.support.processes import in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -326,35 +328,20 @@ def test_threads_share_one_entry() -> None:
     net = Net()
     xs = [torch.randn(n, 8, 5, 5) for n in range(1, 13)]  # more sizes than are kept: every thread evicts
     expected = [net.stock(x) for x in xs]
-    failures: list[BaseException] = []
 
     def work(offset: int) -> None:
-        try:
-            for i in range(60):
-                j = (i + offset) % len(xs)
-                torch.testing.assert_close(net.fused(xs[j]), expected[j], rtol=1e-4, atol=1e-5)
-        except BaseException as error:
-            failures.append(error)
+        for i in range(60):
+            j = (i + offset) % len(xs)
+            torch.testing.assert_close(net.fused(xs[j]), expected[j], rtol=1e-4, atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=(3 * k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures
+    in_threads(*(partial(work, 3 * k) for k in range(4)))
 
 
 def test_two_entries_are_made_at_the_same_time() -> None:
     """What one net packs does not wait for what another packs."""
     meeting = threading.Barrier(2, timeout=20)
     sources = [(torch.randn(3),), (torch.randn(3),)]
-    threads = [
-        threading.Thread(target=parameter_cache.get, args=(s, 0, lambda kept: meeting.wait() + 1)) for s in sources
-    ]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(*(partial(parameter_cache.get, s, 0, lambda kept: meeting.wait() + 1) for s in sources))
     assert not meeting.broken
 
 

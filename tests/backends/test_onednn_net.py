@@ -8,8 +8,8 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import resnet_fast
 from resnet_fast import numerics, packing_budget, paper_nets, parameter_cache
 from resnet_fast.backends.onednn import net as module
 from resnet_fast.spec import ConvSpec, NetSpec
+from tests.support.processes import in_threads
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: ResNet(Bottleneck, [1, 2, 1, 1], num_classes=10),
@@ -273,8 +274,7 @@ def test_threads_run_a_net_while_one_of_them_compiles(compiled: list[torch.Size]
                 j = (i // 4 + k) % 2
                 torch.testing.assert_close(fused(xs[j]), expected[j], rtol=1e-4, atol=1e-4)
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
+    in_threads(*(partial(work, k) for k in range(4)))
     assert compiled
 
 

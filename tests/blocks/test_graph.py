@@ -7,9 +7,9 @@ import gc
 import importlib
 import io
 import pickle
-import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +31,7 @@ from tests.support.graph_cases import (
     restore_a_stage,
     small,
 )
+from tests.support.processes import in_threads
 
 
 def test_replays_follow_the_input_and_outputs_stay(net: nn.Module, recorder: type[CpuRecorder]) -> None:
@@ -273,9 +274,5 @@ def test_threads_get_their_own_results(net: nn.Module, recorder: type[CpuRecorde
                     if not torch.equal(net(xs[i]), wants[i]):
                         wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(*(partial(work, start) for start in range(4)))
     assert not wrong and replays() == 48 and len(recorder.captures) == 2

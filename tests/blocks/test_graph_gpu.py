@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from tests.support.graph_cases import (
     large,
     replays,
 )
+from tests.support.processes import in_threads
 
 
 @pytest.fixture
@@ -132,11 +133,7 @@ def test_gpu_threads(on_gpu: nn.Module) -> None:
                 if not torch.equal(y, wants[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(*(partial(work, start) for start in range(4)))
     assert not wrong and replays() == 48
 
 

@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from resnet_fast.dispatch import catalog, record, select
 from resnet_fast.ops.specs import spec_of
 from resnet_fast.spec import ConvSpec, Epilogue
 from tests.support.op_cases import OPS, make
+from tests.support.processes import in_threads
 
 SPEC = ConvSpec(2, 9, 7, 8, 8, 3, 3, padding=(1, 1), epilogue=Epilogue(relu=True))
 
@@ -58,13 +58,6 @@ def test_use_backend_is_undone_by_an_exception_and_refuses_a_bad_name() -> None:
     assert select.requested("auto") == "auto"
     with pytest.raises(UserError, match=r"expected a backend among .*, got 'tpu'"), use_backend("tpu"):
         pass
-
-
-def in_threads(*works: Callable[[], object]) -> None:
-    """Run each in a thread of its own, all at the same time, and raise what one of them raised."""
-    with ThreadPoolExecutor(len(works)) as pool:
-        for future in [pool.submit(work) for work in works]:
-            future.result(timeout=60)
 
 
 def test_threads_have_different_backends() -> None:

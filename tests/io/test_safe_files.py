@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from resnet_fast.errors import UserError
 from resnet_fast.io import safe_files
+from tests.support.processes import in_threads
 
 
 def ours(content: bytes) -> bool:
@@ -125,9 +125,5 @@ def test_a_lock_holds_between_threads(tmp_path: Path) -> None:
                 most[0] = max(most[0], inside[0])
                 inside[0] -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(work, work, work, work)
     assert most == [1]
