@@ -22,6 +22,7 @@ import resnet_fast
 from resnet_fast import numerics, packing_budget, paper_nets, parameter_cache
 from resnet_fast.backends.onednn import net as module
 from resnet_fast.spec import ConvSpec, NetSpec
+from tests.support.nets import randomize
 from tests.support.processes import in_threads
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -54,14 +55,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 def randomized(name: str) -> nn.Module:
     torch.manual_seed(0)
-    net = NETS[name]()
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.2)
-            m.running_mean.normal_(0, 0.2)
-            m.running_var.uniform_(0.5, 2)
-    return net.eval()
+    return randomize(NETS[name]()).eval()
 
 
 @torch.inference_mode()

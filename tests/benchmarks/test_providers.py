@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock
 
 from resnet_fast.benchmarks import providers
 from resnet_fast.errors import UserError
+from tests.support.nets import randomize
 
 BY_NAME = {p.name: p for p in providers.INFERENCE}
 
@@ -19,11 +20,7 @@ BY_NAME = {p.name: p for p in providers.INFERENCE}
 def net() -> nn.Module:
     torch.manual_seed(0)
     shortcut = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2, bias=False), nn.BatchNorm2d(8))
-    net = BasicBlock(3, 8, stride=2, downsample=shortcut)
-    for norm in (net.bn1, net.bn2, shortcut[1]):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    return net.eval()
+    return randomize(BasicBlock(3, 8, stride=2, downsample=shortcut)).eval()
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,11 @@ from tests.support.graph_cases import (
     eager,
     fallbacks,
     image,
-    randomized,
     replays,
     restore_a_stage,
     small,
 )
+from tests.support.nets import randomize
 from tests.support.processes import in_threads
 
 
@@ -52,7 +52,7 @@ def test_every_kind_of_net(name: str, recorder: type[CpuRecorder], monkeypatch: 
         model = resnet_fast.resnet18(num_classes=10)
     else:
         model = getattr(paper_nets, name)()
-    model = resnet_fast.accelerate(randomized(model), cuda_graph=True)
+    model = resnet_fast.accelerate(randomize(model.eval()), cuda_graph=True)
     monkeypatch.setattr(recorder, "net", model, raising=False)
     x = image()
     with torch.inference_mode():

@@ -14,17 +14,13 @@ import resnet_fast
 from resnet_fast import numerics
 from resnet_fast.blocks import stage
 from resnet_fast.dispatch import record
+from tests.support.nets import randomize
 
 
 @pytest.fixture
 def stock() -> ResNet:
     torch.manual_seed(0)
-    model = resnet18(num_classes=10).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            m.running_var.uniform_(0.5, 2)
-    return model
+    return randomize(resnet18(num_classes=10)).eval()
 
 
 def layouts(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[str]]:

@@ -17,18 +17,6 @@ from resnet_fast import paper_nets
 from tests.support import nets
 
 
-def untidy(model: nn.Module) -> nn.Module:
-    """Norms as after training: a gamma of zero, as timm's nets start with, would hide a branch's gradient."""
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-                m.weight.uniform_(0.5, 1.5)
-                m.bias.normal_(0, 0.2)
-                m.running_mean.normal_(0, 0.2)
-                m.running_var.uniform_(0.5, 2)
-    return model
-
-
 def step(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """Outputs, gradients and buffers of a step whose loss sees every output."""
     x = x.clone().requires_grad_()
@@ -60,14 +48,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("training", [True, False])
 def test_a_step(name: str, training: bool) -> None:
     torch.manual_seed(0)
-    stock = untidy(NETS[name]()).train(training)
+    stock = nets.randomize(NETS[name]()).train(training)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(2, 3, 64, 64)
     nets.assert_equal(step(fused, x), step(stock, x))
 
 
 def test_only_what_needs_a_gradient_takes_the_stock_layers() -> None:
-    net = resnet_fast.accelerate(untidy(frozen(resnet.BasicBlock)))
+    net = resnet_fast.accelerate(nets.randomize(frozen(resnet.BasicBlock)))
     x = torch.randn(1, 3, 32, 32)
     net.layer4.requires_grad_(True)
     for name in ("conv1", "layer1", "layer2", "layer3"):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 import resnet_fast
 from tests.support import nets
-from tests.support.nets import twin
+from tests.support.nets import Checkpointed, twin
 
 
 @pytest.fixture
@@ -63,21 +63,6 @@ def test_fully_sharded() -> None:
         grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
         outs.append((out.detach(), grads, model.eval()(x).detach()))
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
-
-
-class Checkpointed(nn.Module):
-    """Recomputes every stage in backward."""
-
-    def __init__(self, net: nn.Module, reentrant: bool):
-        super().__init__()
-        self.net, self.reentrant = net, reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.net
-        x = n.maxpool(n.relu(n.bn1(n.conv1(x))))
-        for stage in (n.layer1, n.layer2, n.layer3, n.layer4):
-            x = checkpoint(stage, x, use_reentrant=self.reentrant)
-        return n.fc(torch.flatten(n.avgpool(x), 1))
 
 
 @pytest.mark.parametrize("train", [True, False])

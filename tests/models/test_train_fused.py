@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
-from tests.support.nets import assert_equal
+from tests.support.nets import Checkpointed, assert_equal
 from tests.support.train_nets import (
     all_gradients,
     assert_values_within_budget,
@@ -225,21 +224,6 @@ def test_eval_uses_what_training_left() -> None:
         second = fused.eval()(x)
         torch.testing.assert_close(second, stock(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(first, second, rtol=1e-2)
-
-
-class Checkpointed(nn.Module):
-    """A net that runs its stages again in backward."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.net
-        x = n.relu(n.bn1(n.conv1(x)))
-        for stage in (n.layer1, n.layer2):
-            x = checkpoint(stage, x, use_reentrant=False)
-        return n.fc(torch.flatten(n.avgpool(x), 1))
 
 
 def test_activation_checkpointing() -> None:

@@ -20,17 +20,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 import resnet_fast
 from resnet_fast import paper_nets
 from resnet_fast.blocks import graph
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """In eval, with statistics and norms as after training."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.uniform_(m.bias, -0.5, 0.5)
-            m.running_mean.uniform_(-0.5, 0.5)
-            m.running_var.uniform_(0.5, 2)
-    return model.eval()
+from tests.support.nets import randomize
 
 
 def small() -> nn.Module:
@@ -38,11 +28,11 @@ def small() -> nn.Module:
     model = paper_nets.cifar_resnet20(shortcut="B")
     for stage in (model.layer1, model.layer2, model.layer3):
         del stage[1:]
-    return randomized(model)
+    return randomize(model).eval()
 
 
 def large() -> nn.Module:
-    return randomized(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10))
+    return randomize(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10)).eval()
 
 
 class CpuRecorder(graph.Recorder):

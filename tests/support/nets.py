@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import resnet_fast
 
@@ -91,6 +92,23 @@ def assert_close_to_eager(fused: nn.Module, stock: nn.Module, x: Tensor, gemm_k:
     with torch.no_grad():
         ref = copy.deepcopy(stock).double()(x.double())
         numerics.assert_close(fused(x), ref, stock(x), gemm_k * layers)
+
+
+class Checkpointed(nn.Module):
+    """A net that runs its stages again in backward."""
+
+    def __init__(self, net: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.net
+        x = n.relu(n.bn1(n.conv1(x)))
+        x = n.maxpool(x) if hasattr(n, "maxpool") else x
+        for name, stage in n.named_children():
+            if name.startswith("layer"):
+                x = checkpoint(stage, x, use_reentrant=self.reentrant)
+        return n.fc(torch.flatten(n.avgpool(x), 1))
 
 
 def twin(model: nn.Module | None = None, backend: str = "auto") -> tuple[nn.Module, nn.Module]:
