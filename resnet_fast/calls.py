@@ -155,11 +155,10 @@ class Call(NamedTuple):
 
     def with_leaves(self, leaves: Sequence[Any]) -> Call:
         """Return the call with other values in the order of :meth:`leaves`, and without running statistics."""
-        count = len(self.convs)
         x, added, *rest = leaves
-        weights, biases, gammas, betas = (rest[i : i + count] for i in range(0, 4 * count, count))
-        convs = [Conv(w, b, *c[2:]) for c, w, b in zip(self.convs, weights, biases, strict=True)]
-        norms = [Norm(g, b, None, None, *n[4:]) for n, g, b in zip(self.norms, gammas, betas, strict=True)]
+        count = len(self.convs)
+        convs = [Conv(rest[i], rest[count + i], *c[2:]) for i, c in enumerate(self.convs)]
+        norms = [Norm(rest[2 * count + i], rest[3 * count + i], None, None, *n[4:]) for i, n in enumerate(self.norms)]
         return Call(self.op, x, tuple(convs), tuple(norms), added, *self[5:])
 
 

@@ -52,7 +52,8 @@ def prepares(device: str) -> bool:
 
 def works(name: str) -> bool:
     """Return whether this backend can be used here and now. Asked at each call of a net."""
-    return bool(_load(name).available())
+    verdict: Verdict = _load(name).available()
+    return verdict.ok
 
 
 def fingerprint() -> tuple[bool, ...]:
@@ -60,7 +61,7 @@ def fingerprint() -> tuple[bool, ...]:
 
     It changes when a user switches oneDNN off, for instance.
     """
-    return (*[bool(b.available()) for b in loaded()], flags.TF32.enabled())
+    return (*[b.available().ok for b in loaded()], flags.TF32.enabled())
 
 
 def availability() -> dict[str, Verdict]:

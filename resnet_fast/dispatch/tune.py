@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import parameter_cache
 from ..errors import BackendError, UserError
 from ..io import safe_files
-from ..spec import BlockSpec, ConvSpec, LaunchSpec
+from ..spec import LaunchSpec, Spec
 from ..tuning import configs, launch_plan, launches, tables, training_configs
 from ..tuning.configs import Config
 from ..tuning.shapes import unknown_name
@@ -119,7 +119,7 @@ def check_kernel(name: str) -> None:
         raise unknown_name("kernel", name, launches.KERNELS)
 
 
-def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
+def specs_of(model: nn.Module, x: Tensor) -> list[Spec]:
     """The problem of every convolution and block of ``model(x)`` that runs on Triton, in order, repeats included.
 
     A model in training mode keeps its buffers: statistics are not counted.
@@ -145,7 +145,7 @@ def specs_of(model: nn.Module, x: Tensor) -> list[ConvSpec | BlockSpec]:
     return found
 
 
-def _ran(model: nn.Module, x: Tensor, backend: str) -> list[ConvSpec | BlockSpec]:
+def _ran(model: nn.Module, x: Tensor, backend: str) -> list[Spec]:
     before = {name: b.clone() for name, b in model.named_buffers()} if model.training else {}
     try:
         with record.tape() as tape, nullcontext() if model.training else torch.inference_mode():
@@ -155,11 +155,10 @@ def _ran(model: nn.Module, x: Tensor, backend: str) -> list[ConvSpec | BlockSpec
             for name, buffer in model.named_buffers():
                 if name in before:
                     buffer.copy_(before[name])
-    specs = [e.spec for e in tape if isinstance(e, record.Ran) and e.choice.impl.backend == backend]
-    return [spec for spec in specs if isinstance(spec, (ConvSpec, BlockSpec))]
+    return [e.spec for e in tape if isinstance(e, record.Ran) and e.choice.impl.backend == backend]
 
 
-def launches_of(specs: Iterable[ConvSpec | BlockSpec], device: torch.device) -> tuple[LaunchSpec, ...]:
+def launches_of(specs: Iterable[Spec], device: torch.device) -> tuple[LaunchSpec, ...]:
     """Every launch of every route of ``specs`` that ``device`` has a candidate for, each once."""
     from ..backends.triton import device as gpus
 
@@ -220,9 +219,7 @@ def tune(
     return result
 
 
-def _net_us(
-    specs: list[ConvSpec | BlockSpec], device: torch.device, table: tables.Table
-) -> tuple[float | None, float | None]:
+def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tuple[float | None, float | None]:
     """Microseconds of all ``specs`` as tuned and on stock kernels; None where a launch of theirs was not measured."""
     from ..backends.triton import device as gpus
 

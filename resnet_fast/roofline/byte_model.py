@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..spec import ITEMSIZE, BlockSpec, ConvSpec, Epilogue, LaunchSpec, NetSpec, Spec
+from ..spec import ITEMSIZE, ConvSpec, Epilogue, LaunchSpec, NetSpec, Spec
 from ..tuning import shapes
 from ..tuning.routes import routes
 
@@ -104,10 +104,9 @@ def _size(c: ConvSpec) -> tuple[int, int, int]:
 
 def _convs(spec: Spec) -> dict[str, ConvSpec]:
     """The convolutions of a problem by short name."""
-    if isinstance(spec, ConvSpec):
-        return {"conv": spec}
-    named = {f"conv{i}": c for i, c in enumerate(spec.main, 1)}
-    return named | ({"downsample": spec.convs[-1]} if spec.shortcut == "projection" else {})
+    names = [f"conv{i}" for i, _ in enumerate(spec.main, 1)] if len(spec.main) > 1 else ["conv"]
+    named = dict(zip(names, spec.main, strict=True))
+    return named if spec.projection is None else named | {"downsample": spec.projection}
 
 
 def _pass(part: str, name: str, kernel: str, elements: int, dtype: str) -> Work:
@@ -128,7 +127,7 @@ def _fused_launch(spec: LaunchSpec, part: str, names: dict[int, str]) -> Work:
     return Work(part, name, spec.kernel, spec.min_bytes(), activations, spec.flops(), spec.dtype, least)
 
 
-def _fused_block(spec: BlockSpec, part: str) -> Work:
+def _fused_block(spec: Spec, part: str) -> Work:
     x, stored = _size(spec.main[0])[0], _size(spec.main[-1])[2]
     activations = (x + stored * (2 if spec.shortcut == "given" else 1)) * ITEMSIZE[spec.dtype]
     least = _least_flops(spec.convs)
@@ -151,7 +150,7 @@ def _separate(spec: Spec, part: str) -> Iterator[Work]:
 
 
 def _fused(spec: Spec, plan: str, part: str) -> Iterator[Work]:
-    if isinstance(spec, BlockSpec):
+    if len(spec.main) > 1:
         narrow = all(c.co <= FUSED_BLOCK_CHANNELS for c in spec.main[: -1 if spec.op == "bottleneck" else None])
         if plan == "block" or (plan == "stage12" and narrow):
             yield _fused_block(spec, part)
@@ -161,8 +160,8 @@ def _fused(spec: Spec, plan: str, part: str) -> Iterator[Work]:
     route = next(by_plan[p] for p in _ROUTES[plan] if p in by_plan)
     names = {id(c): name for name, c in _convs(spec).items()}
     yield from (_fused_launch(one, part, names) for one in route.launches)
-    if isinstance(spec, ConvSpec) and spec.epilogue.pool and route.plan != "stem":
-        yield _pool(spec, part)
+    if spec.pool and route.plan != "stem":
+        yield _pool(spec.main[0], part)
 
 
 def _norm_passes(plan: str, e: Epilogue) -> dict[str, int]:
@@ -181,7 +180,7 @@ def _norm_passes(plan: str, e: Epilogue) -> dict[str, int]:
     return {"block_end": 3 * e.add}
 
 
-def _dgrad_reads(spec: ConvSpec | BlockSpec, name: str, before: Spec | None) -> int:
+def _dgrad_reads(name: str, before: Spec | None) -> int:
     """Return how many tensors of the input's size a dgrad of train-conv-bn reads in its epilogue.
 
     - An inner convolution: the raw output below it, for the ReLU mask and the BN's two sums.
@@ -189,13 +188,13 @@ def _dgrad_reads(spec: ConvSpec | BlockSpec, name: str, before: Spec | None) -> 
       last output and its projection's raw output, if any (sums). After a max-pool there is no BN to serve.
     - A projection: none, because its result is added by the first convolution's dgrad.
     """
-    if isinstance(spec, ConvSpec) or name == "downsample":
-        return int(name != "downsample")
+    if name == "downsample":
+        return 0
     if name != "conv1":
         return 1
-    if isinstance(before, ConvSpec):
-        return 1 + (before.epilogue.pool is None)
-    return 3 + (isinstance(before, BlockSpec) and before.shortcut == "projection")
+    if before is None:
+        return 3
+    return 3 + (before.projection is not None) if len(before.main) > 1 else 1 + (before.pool is None)
 
 
 def _training(spec: Spec, plan: str, part: str, before: Spec | None) -> Iterator[Work]:
@@ -215,7 +214,7 @@ def _training(spec: Spec, plan: str, part: str, before: Spec | None) -> Iterator
         once = y * 2 if fused else y
         elements = {"conv": x + y, "dgrad": once + x, "wgrad": once + x}
         if fused:
-            elements["dgrad"] += x * _dgrad_reads(spec, name, before)
+            elements["dgrad"] += x * _dgrad_reads(name, before)
         if c.ci == 3:
             del elements["dgrad"]
         for kernel, count in elements.items():
@@ -228,7 +227,7 @@ def _training(spec: Spec, plan: str, part: str, before: Spec | None) -> Iterator
         if c.epilogue.pool:
             yield _pool(c, part)
             yield _pass(part, "", "maxpool_grad", stored + once, c.dtype)
-    if isinstance(spec, BlockSpec) and not fused:
+    if len(spec.main) > 1 and not fused:
         yield _pass(part, "", "add_grad", 3 * _size(spec.convs[0])[0], spec.dtype)
 
 
@@ -248,14 +247,16 @@ def work(
     """
     if plan not in PLANS:
         raise UserError(f"a fusion plan out of {', '.join(PLANS)}", repr(plan), "choose one of them")
-    if isinstance(spec, NetSpec):
-        feeds = (before, *spec.parts)
-        return tuple(i for one, fed in zip(spec.parts, feeds, strict=False) for i in work(one, plan, part, fed))
     if isinstance(spec, LaunchSpec):
         return (_fused_launch(spec, part, {}),)
-    if plan in TRAINING:
-        return tuple(_training(spec, plan, part, before))
-    return tuple(_separate(spec, part) if plan == "separate" else _fused(spec, plan, part))
+    items: list[Work] = []
+    for one in spec.parts:
+        if plan in TRAINING:
+            items += _training(one, plan, part, before)
+        else:
+            items += _separate(one, part) if plan == "separate" else _fused(one, plan, part)
+        before = one
+    return tuple(items)
 
 
 def net_work(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ..devices import Device
 from ..errors import BackendError
-from ..spec import BlockSpec, ConvSpec, LaunchSpec
+from ..spec import ConvSpec, LaunchSpec, Spec
 from . import configs, heuristic, training_configs
 from .configs import Config
 from .routes import Route, routes
@@ -67,7 +67,7 @@ def fastest_modelled(launch: LaunchSpec, device: Device, table: Table) -> tuple[
     return next((pick for pick in heuristic.rank(launch, device) if str(pick[0]) not in refused), None)
 
 
-def plan_launches(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> LaunchPlan:
+def plan_launches(spec: Spec, device: Device, table: Table) -> LaunchPlan:
     """Return the fastest known way to run ``spec`` on ``device``.
 
     Args:
@@ -98,7 +98,7 @@ def plan_launches(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> L
     return replace(fastest, others=tuple((c.route.plan, c.seconds) for c in found if c is not fastest))
 
 
-def stock_seconds(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> float | None:
+def stock_seconds(spec: Spec, device: Device, table: Table) -> float | None:
     """Return the seconds of ``spec`` on PyTorch's kernels alone; None where they were not measured."""
     sums = []
     for route in routes(spec):
@@ -110,13 +110,14 @@ def stock_seconds(spec: ConvSpec | BlockSpec, device: Device, table: Table) -> f
     return min(sums, default=None)
 
 
-def _pooling(stem: ConvSpec | BlockSpec, route: Route, device: Device) -> float:
+def _pooling(problem: Spec, route: Route, device: Device) -> float:
     """Return the seconds of PyTorch's max-pool after an unpooled stem, 0 for any other problem.
 
     It reads the convolution's output and writes the pooled one.
     """
-    if route.plan != "conv" or not isinstance(stem, ConvSpec) or not stem.epilogue.pool:
+    if route.plan != "conv" or not problem.pool:
         return 0.0
+    (stem,) = problem.main
     ho, wo = stem.out_hw()
     elements = stem.n * stem.co * (stem.ho * stem.wo + ho * wo)
     assert device.gpu is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import flags
 from ..devices import Device
-from ..spec import BlockSpec, ConvSpec, LaunchSpec
+from ..spec import LaunchSpec, Spec
 from . import configs, heuristic, training_configs
 from .configs import Config
 from .routes import routes
@@ -33,7 +33,7 @@ def expected_seconds(launch: LaunchSpec, device: Device) -> float:
     return 0.0 if found is None else found[1]
 
 
-def launches_of(spec: ConvSpec | BlockSpec, device: Device) -> tuple[LaunchSpec, ...]:
+def launches_of(spec: Spec, device: Device) -> tuple[LaunchSpec, ...]:
     """Return every launch of every route of a problem, or of its training step, that ``device`` has a candidate for."""
     if spec.grad or spec.batch_stats:
         found = training_configs.training_launches(spec)

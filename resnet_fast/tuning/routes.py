@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..spec import BlockSpec, ConvSpec, LaunchSpec
+from ..spec import ConvSpec, LaunchSpec, Spec
 
 MIN_CHANNELS = 16
 """Channels that fill a tensor-core tile: ``tl.dot`` takes no shorter side."""
@@ -82,20 +82,19 @@ def launch(conv: ConvSpec) -> LaunchSpec:
     return LaunchSpec(kernel_for(conv), (conv,))
 
 
-def routes(spec: ConvSpec | BlockSpec) -> tuple[Route, ...]:
+def routes(spec: Spec) -> tuple[Route, ...]:
     """Return every route of a problem, ``conv`` first.
 
     Whether a kernel can run a launch is decided by the rules in configs.py.
     """
-    if isinstance(spec, ConvSpec):
-        if spec.epilogue.pool is None:
-            return (Route("conv", (launch(spec),)),)
-        unpooled = spec.with_(epilogue=replace(spec.epilogue, pool=None))
+    if spec.pool is not None:
+        (stem,) = spec.main
+        unpooled = stem.with_(epilogue=replace(stem.epilogue, pool=None))
         apart = Route("conv", (launch(unpooled),))
-        fits = spec.epilogue.pool == FUSED_POOL and spec.groups == 1 and stem_step(spec) <= STEM_STEP
-        return (apart, Route("stem", (launch(spec),))) if fits else (apart,)
+        fits = spec.pool == FUSED_POOL and stem.groups == 1 and stem_step(stem) <= STEM_STEP
+        return (apart, Route("stem", (launch(stem),))) if fits else (apart,)
     *inner, last = (launch(c) for c in spec.main)
-    projection = spec.convs[-1] if spec.shortcut == "projection" else None
+    projection = spec.projection
     first: tuple[LaunchSpec, ...] = () if projection is None else (launch(projection),)
     found = [Route("conv", (*first, *inner, last))]
     merges = last.kernel in ("conv_bn_act_1x1", "conv_bn_act_3x3") and last.first.groups == 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..devices import Gpu
-from ..spec import ITEMSIZE, YES, BlockSpec, ConvSpec, LaunchSpec, Verdict
+from ..spec import ITEMSIZE, YES, ConvSpec, LaunchSpec, Spec, Verdict
 from . import configs
 from .configs import NARROW, Config, for_dtype, of_sizes
 from .routes import MIN_CHANNELS, merged_groups
@@ -71,10 +71,10 @@ def training_launch(kernel: str, conv: ConvSpec, prologue: bool) -> LaunchSpec:
     return LaunchSpec(kernel, (conv,), prologue=prologue)
 
 
-def training_launches(spec: ConvSpec | BlockSpec) -> tuple[LaunchSpec, ...]:
+def training_launches(spec: Spec) -> tuple[LaunchSpec, ...]:
     """Return all launches of a problem's training step, in the order of its convolutions."""
-    convs, inner = (spec.convs, len(spec.main)) if isinstance(spec, BlockSpec) else ((spec,), 1)
-    return tuple(training_launch(kernel, conv, 0 < i < inner) for i, conv in enumerate(convs) for kernel in KERNELS)
+    inner, convs = len(spec.main), enumerate(spec.convs)
+    return tuple(training_launch(kernel, conv, 0 < i < inner) for i, conv in convs for kernel in KERNELS)
 
 
 def gemm(launch: LaunchSpec) -> tuple[int, int, int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +29,33 @@ pytestmark = pytest.mark.interpret
 def case(op: str, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
     """Smaller than those of the numerics."""
     return train_cases.case(op, dtype, **{"h": 4, "w": 3, "ci": 16, "co": 16 if op == "basic_block" else 8, **options})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_checks_and_chooses_once(autocast: bool) -> None:
+    """Eager training takes its runner directly. Autocast goes through the op once, forward only."""
+    block, x = accelerate(BasicBlock(16, 16), backend="triton"), torch.randn(2, 16, 4, 4).requires_grad_()
+    counts: Counter[str] = Counter()
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        code = frame.f_code
+        if event == "call" and "/resnet_fast/" in code.co_filename and "/backends/" not in code.co_filename:
+            counts[code.co_name] += 1
+
+    def one() -> None:
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            y = block(x)
+        y.float().sum().backward()
+
+    one()
+    sys.setprofile(count)
+    try:
+        one()
+    finally:
+        sys.setprofile(None)
+    assert counts["spec_of"] == counts["choose"] == 1
+    assert counts["bind"] == counts["_flatten"] == int(autocast)
+    assert counts["leaves"] == counts["with_leaves"] == 3
 
 
 def train_op(p: Problem) -> Any:
