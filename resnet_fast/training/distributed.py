@@ -127,6 +127,28 @@ def _meet(store: dist.Store, rank: int, size: int) -> str:
 
 
 @contextmanager
+def process_group(backend: str, **how: Any) -> Iterator[None]:
+    """Set up the default process group, and take it down with no thread of it at work.
+
+    A gloo thread that still holds a tensor while Python shuts down aborts the process, and torchrun then ends the whole
+    job. So all processes meet before they leave: by then every thread has let go of what it sent before.
+
+    Args:
+        backend: as in :func:`torch.distributed.init_process_group`, which also takes ``how``.
+    """
+    # Its functions have the group that exists at their import as a default argument, and so keep that group and its
+    # threads to the end of the process. DDP imports it, too late for us: imported here, it finds no group.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group(backend, **how)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def world(device: str, parallel: str) -> Iterator[World]:
     """This process's place, from torchrun's environment, with the process group set up and taken down.
 
@@ -159,17 +181,10 @@ def world(device: str, parallel: str) -> Iterator[World]:
         yield World(device=kind)
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo",
-        store=dist.PrefixStore(_meet(store, rank, size), store),
-        rank=rank,
-        world_size=size,
-        timeout=TIMEOUT,
-    )
-    try:
+    store = dist.PrefixStore(_meet(store, rank, size), store)
+    backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
+    with process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT):
         yield World(rank, size, kind)
-    finally:
-        dist.destroy_process_group()
 
 
 def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False) -> nn.Module:

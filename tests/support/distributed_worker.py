@@ -49,14 +49,12 @@ def plant(rank: int, step: int, kind: str) -> None:
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with distributed.reported():
-        dist.init_process_group("gloo")
+    with distributed.reported(), distributed.process_group("gloo"):
         for job in jobs:
             if "fails" in job:
                 plant(*job["fails"])
             result = run(Path(job["out"]), job.get("recipe", {}), job.get("options", {}))
             print(f"rank {dist.get_rank()} at step {result.step} of {job['out']}")
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -354,6 +354,34 @@ def test_mistake_ends_all_processes_with_one_message(arguments: list[str], messa
     assert said.count(f"resnet-fast: {message}") == 1 and said.count("resnet-fast: ") == 1, said
 
 
+THREADS_AFTER = """
+import os, sys
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from resnet_fast.training.distributed import process_group
+
+def threads():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+
+with process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1):
+    net = DistributedDataParallel(torch.nn.Linear(3, 3))
+    net(torch.ones(2, 3)).sum().backward()
+    del net
+    print(*threads())
+print(*threads())
+"""
+
+
+@needs_gloo
+@needs_proc
+@pytest.mark.slow
+def test_no_thread_of_gloo_outlives_its_group(tmp_path: Path) -> None:
+    """One that still held a tensor when Python shut down would abort the process."""
+    command = [sys.executable, "-c", THREADS_AFTER, str(tmp_path / "store")]
+    inside, after = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    assert "gloo" in inside and "gloo" not in after
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
 def test_validation_shares_hold_each_image_once(processes: int) -> None:
     shares = [loader.ValidationSampler(VALIDATION, 16, rank, processes) for rank in range(processes)]
