@@ -210,6 +210,7 @@ RTX_4090 = Device(
 )
 
 _GPUS = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "rtx4090": RTX_4090}
+"""By the name on the command line, which without ``rtx`` is the word for the product in torch's device name."""
 
 _OTHER_MODELS = {"pcie", "nvl", "mig", "laptop", "d", "40gb"}
 """Words in torch's device name that mean another product: fewer multiprocessors, or other memory."""
@@ -239,8 +240,7 @@ def detect(torch_device_name: str) -> Device | None:
     words = set(re.split(r"[\s_-]+", torch_device_name.lower()))
     if words & _OTHER_MODELS:
         return None
-    model = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "4090": RTX_4090}
-    return next((device for word, device in model.items() if word in words), None)
+    return next((device for name, device in _GPUS.items() if name.removeprefix("rtx") in words), None)
 
 
 def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_block: int, l2_bytes: int) -> Device:
