@@ -1,4 +1,4 @@
-"""What every test gets: no switches from the caller's shell, a fixed seed, and no GPU test without a GPU."""
+"""Fixtures of every test: no switches from the caller's shell, a fixed seed, and no GPU test without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is measured on this machine goes here, not into the user's cache."""
+    """Return the folder for measurements of this machine, in place of the user's cache."""
     return tmp_path_factory.mktemp("cache")
 
 

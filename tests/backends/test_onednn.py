@@ -1,4 +1,4 @@
-"""oneDNN against fp64 and against the reference: every op, dtype, layout and geometry; what it must not touch."""
+"""oneDNN against fp64 and against the reference: every op, dtype, layout and geometry; arguments stay unchanged."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ NAN, INF = math.nan, math.inf
 
 
 def kinds(y: Tensor) -> Tensor:
-    """0 for a finite number, 1 for NaN, 2 for infinity, 3 for negative infinity."""
+    """Return 0 for each finite number, 1 for NaN, 2 for infinity, 3 for negative infinity."""
     return y.isnan() * 1 + y.isposinf() * 2 + y.isneginf() * 3
 
 
 def assert_stock(p: Problem, reason: str, backend: str = "onednn") -> Tensor:
-    """``p`` gives what stock PyTorch gives, bit for bit, and one fallback with this reason is counted."""
+    """Assert that ``p`` equals stock PyTorch bit for bit and counts one fallback with this reason."""
     resnet_fast.reset_stats()
     with torch.no_grad():
         ours, stock = p.run(backend), p.eager()
@@ -39,7 +39,7 @@ def assert_stock(p: Problem, reason: str, backend: str = "onednn") -> Tensor:
 
 
 def test_the_primitive_does_hide_nan() -> None:
-    """If this fails, oneDNN keeps NaN, and bounds.py is not needed any more."""
+    """If this fails, oneDNN keeps NaN and bounds.py is no longer needed."""
     p = make("conv_bn_act", layout="nhwc")
     conv, norm = p.convs[0], p.norms[0]
     packed = conv_bn_act.pack_one(conv, norm, tuple(p.x.shape), torch.float32)
@@ -88,7 +88,7 @@ def test_a_whole_channel_and_a_whole_image(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_broken_parameters(op: str, value: float) -> None:
-    """In any convolution and norm of the call; a negative or infinite variance is BatchNorm's business."""
+    """Covers every convolution and norm of the call; BatchNorm handles a negative or infinite variance."""
     for name in make(op, bias=True).tensors():
         if name in ("x", "residual"):
             continue
@@ -106,7 +106,7 @@ def test_broken_parameters(op: str, value: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", OPS)
 def test_overflow_inside(op: str, dtype: torch.dtype) -> None:
-    """Finite input and weights, whose products are infinite: inf - inf is NaN, and ReLU would make it 0."""
+    """Finite input and weights can have infinite products: inf - inf is NaN, and ReLU would turn it into 0."""
     p = make(op, dtype=dtype, ci=16, co=16)
     p.x.mul_(1e37)
     p.convs[0].weight.mul_(1e3)
@@ -123,7 +123,7 @@ def test_overflow_in_an_inner_convolution(op: str) -> None:
 
 
 def test_an_overflow_that_folding_would_hide() -> None:
-    """The stock convolution overflows, and BatchNorm divides infinity; folded, the weight would be small."""
+    """The stock convolution overflows before BatchNorm scales it down; the folded weight is small and would not."""
     p = make("conv_bn_act", ci=16, co=16)
     p.convs[0].weight.mul_(1e38)
     p.norms[0].var.fill_(1e38)
@@ -143,7 +143,7 @@ def test_large_numbers_that_fit_run_fused(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_bounds_hold(op: str) -> None:
-    """An adversarial input, the signs of a filter, comes close to a convolution's bound and never above it."""
+    """An adversarial input (the signs of a filter) comes close to a convolution's bound and never exceeds it."""
     p = make(op, h=6, w=6, projection=True if op in BLOCKS else None, bias=True)
     x = p.convs[0].weight[0].sign().repeat(2, 1, 3, 3)[:, :, :6, :6] * 7.0
     q = p.map(lambda k, t: x if k == "x" else t)
@@ -154,7 +154,7 @@ def test_the_bounds_hold(op: str) -> None:
 
 
 def _state(p: Problem) -> Any:
-    """What is kept for a call after it ran."""
+    """Return the state that is kept for a call after it ran."""
     from resnet_fast import parameter_cache
 
     parameter_cache.clear()
@@ -201,7 +201,7 @@ def test_stretches_cover_every_part_and_leave_room() -> None:
 
 
 def test_fp16_storage_that_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU with fp16 arithmetic keeps inner tensors in fp16: emulated, since few CPUs have it."""
+    """Emulates a CPU with fp16 arithmetic, which keeps inner tensors in fp16; few CPUs have it."""
 
     def conv(x: Tensor, p: Any, relu: bool) -> Tensor:
         y = real(x.float(), p, relu)

@@ -1,4 +1,4 @@
-"""A whole net in one call: the compiled graph gives what its parts give, and notices every edit."""
+"""A whole net in one call: the compiled graph equals its parts and follows every edit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Compiles at the first call; the list collects the input shapes that were compiled for."""
+    """Compile at the first call; return the list that collects the input shapes compiled for."""
     shapes: list[torch.Size] = []
     compile_graph = module._compile
 
@@ -198,7 +198,7 @@ def test_a_compiler_that_fails_leaves_the_parts(
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
-    """Weak references to the memory of every weight that a graph is compiled from."""
+    """Return weak references to the memory of every weight that a graph is compiled from."""
     found: list[weakref.ref[Any]] = []
     fold = module._Convolution.of
 
@@ -235,7 +235,7 @@ def test_a_graph_frees_its_weights(end: str, compiled: list[torch.Size], memory:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the resident set is read from Linux' /proc")
 @torch.no_grad()
 def test_compiling_again_and_again_does_not_fill_the_memory(compiled: list[torch.Size]) -> None:
-    """Neither of one net whose weights change, nor of nets that come and go. One compile holds 20 MB of weights."""
+    """Covers one net with changing weights, and nets that come and go. One compile holds 20 MB of weights."""
     libc = ctypes.CDLL(None)
 
     def resident() -> float:
@@ -281,7 +281,7 @@ def test_compiling_leaves_the_process_wide_switch_alone(compiled: list[torch.Siz
 
 @torch.no_grad()
 def test_the_memory_of_many_sizes_is_bounded(compiled: list[torch.Size]) -> None:
-    """A graph takes two copies of the weights, and no more than three are kept: a second graph ends the first."""
+    """A graph takes two copies of the weights, and at most three copies are kept: a second graph replaces the first."""
     parameter_cache.clear()
     stock = randomized("basic")
     fused = resnet_fast.accelerate(copy.deepcopy(stock), backend="onednn")

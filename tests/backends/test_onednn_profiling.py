@@ -16,7 +16,7 @@ import resnet_fast
 
 
 def counted(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, set[str]]:
-    """FLOPs by torch.profiler, and the names of what it saw."""
+    """Return torch.profiler's FLOPs and the names of the ops it saw."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as found, torch.no_grad():
         run(x)
     events = found.events()

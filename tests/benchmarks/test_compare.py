@@ -1,4 +1,4 @@
-"""benchmarks/compare.py: options that are refused, and what becomes of each kind of competitor."""
+"""benchmarks/compare.py: refused options, and the row that each kind of competitor gets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _provider(name: str, prepare, stock: bool = False, verdict: Verdict | None =
 
 
 def _plain(factor: float = 1.0, pause: float = 0.0):  # type: ignore[no-untyped-def]
-    """The right answer, times ``factor``; a call takes ``pause`` seconds however busy the machine is."""
+    """Return the right answer times ``factor``; a call takes ``pause`` seconds however busy the machine is."""
 
     @torch.inference_mode()
     def prepare(model: nn.Module, x: Tensor) -> providers.Prepared:

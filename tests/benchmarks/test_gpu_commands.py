@@ -34,7 +34,7 @@ ABSENT = ("typer", "rich", "hypothesis", "timm", "matplotlib", "safetensors", "s
 
 
 def imported(path: Path, everywhere: bool = True) -> set[str]:
-    """Top-level names of what a file imports; ``everywhere``: inside functions too."""
+    """Return the top-level names that a file imports; with ``everywhere``, inside functions too."""
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree) if everywhere else iter(tree.body)
     found = set()
@@ -57,7 +57,7 @@ def test_the_commands_import_what_a_bare_machine_has() -> None:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which what a bare machine lacks cannot be imported."""
+    """Return an environment in which packages that a bare machine lacks cannot be imported."""
     folder = tmp_path_factory.mktemp("absent")
     for name in ABSENT:
         (folder / f"{name}.py").write_text(f"raise ImportError('no {name} on a bare machine')\n")
@@ -75,7 +75,7 @@ def run(name: str, out: Path, env: dict[str, str], *options: str) -> subprocess.
 
 
 def rows(out: Path, name: str) -> list[dict[str, Any]]:
-    """Every line, each of which must be whole."""
+    """Return the rows of every line, and fail if a line is cut off."""
     return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
 
 
@@ -87,7 +87,7 @@ BEGINS = {
 
 
 def expect_results(out: Path, name: str) -> list[dict[str, Any]]:
-    """Every kind of row, good ones only, each under its own key; the environment and the report beside them."""
+    """Expect every kind of row, all good, each under its own key, and the environment and the report."""
     found = rows(out, name)
     assert {row["status"] for row in found} <= {"passed", "measured", "refused", "skipped"}
     assert all(row["key"].startswith(f"{row['case']} | Triton interpreter | space {configs.SPACE} | ") for row in found)
@@ -160,7 +160,7 @@ def cases(settings):
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[GpuCase]]:
-    """A module of cases that workers can import, and its cases."""
+    """Return a module of cases that workers can import, and its cases."""
     (tmp_path / "toy_cases.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -291,7 +291,7 @@ def test_every_shipped_config_runs_on_an_h100_or_no_launch_admits_it(precision: 
 
 @pytest.mark.parametrize("precision", cases.PRECISIONS)
 def test_every_training_config_runs_on_an_h100(precision: str) -> None:
-    """In fp32 some tiles are out of reach: without tensor cores a thread holds fewer sums."""
+    """Some tiles do not run in fp32: without tensor cores a thread holds fewer sums."""
     gpu = devices.gpu("h100").gpu
     assert gpu is not None
     for kernel, shipped in training_configs.SHIPPED.items():
@@ -398,7 +398,7 @@ def test_tests_for_a_gpu_are_rows_and_those_that_passed_are_not_run_again(tmp_pa
 
 
 def fabricated(group: tune.Group, ours: float, stock: float) -> tables.Table:
-    """A table in which every launch's first candidate takes ``ours`` and every stock form ``stock`` microseconds."""
+    """Return a table in which the first candidate takes ``ours`` microseconds and every stock form ``stock``."""
     gpu = devices.gpu("h100").gpu
     assert gpu is not None
     table = tables.Table(sessions.INTERPRETER)

@@ -1,4 +1,4 @@
-"""benchmarks/harness.py: who runs when, what is kept, what a failure does."""
+"""benchmarks/harness.py: the order of runs, the samples that are kept, and what a failure does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/memory.py: the peak is what is held at once, not what is allocated in all."""
+"""benchmarks/memory.py: the peak counts bytes held at once, not all bytes allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/providers.py: each competitor computes the same function, leaves the model alone, says why it passes."""
+"""benchmarks/providers.py: competitors compute the same function, keep the model unchanged, and say why they cannot run."""
 
 from __future__ import annotations
 

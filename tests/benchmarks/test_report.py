@@ -1,4 +1,4 @@
-"""benchmarks/report.py: every format holds what was measured, and files appear whole or not at all."""
+"""benchmarks/report.py: every format holds the measurements, and files appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/train.py: the same start for all, what is measured of each, and what becomes of one that fails."""
+"""benchmarks/train.py: all competitors start alike, what is measured of each, and the row of one that fails."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_seed_gives_the_same_losses_and_bfloat16_others() -> None:
 
 def test_competitors_that_fail_keep_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(nn.Module):
-        """Breaks in its third call."""
+        """Fails in its third call."""
 
         def __init__(self, net: nn.Module):
             super().__init__()

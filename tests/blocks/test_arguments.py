@@ -1,4 +1,4 @@
-"""Any argument that a stock layer takes: the accelerated module gives what the stock one gives, or its error."""
+"""For any argument that a stock layer takes, the accelerated module gives the same output or the same error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHER: list[tuple[Any, Any, Any]] = [(3, 0, 1), (3, (0, 1), 1), (3, "valid", 1),
 
 @st.composite
 def convs(draw: st.DrawFn, ci: int, co: int) -> nn.Module:
-    """A convolution; most keep the image's size, so that a block of them works."""
+    """Draw a convolution; most keep the image's size, so that a block of them works."""
     kernel, padding, dilation = draw(st.sampled_from(KEEPING * 3 + OTHER))
     stride = 1 if padding == "same" else draw(st.sampled_from([1, 1, 1, 1, (1, 1), [1, 1], 2, (2, 1)]))
     mode = draw(st.sampled_from(["zeros"] * 6 + ["reflect", "circular"]))
@@ -108,7 +108,7 @@ def replace(m: nn.Module, name: str, value: Any) -> None:
 
 
 def outcome(m: nn.Module, x: Tensor) -> tuple[Any, Any]:
-    """Output and buffers, or that it raised."""
+    """Return the output and buffers, or the name of the error."""
     try:
         with torch.no_grad():
             y = m(x)
@@ -118,7 +118,7 @@ def outcome(m: nn.Module, x: Tensor) -> tuple[Any, Any]:
 
 
 def check(plain: nn.Module, x: Tensor) -> None:
-    """The same outcome in eval and in training, and a reason of one line for whatever ran unfused."""
+    """Assert the same outcome in eval and in training, and a reason of one line for each unfused part."""
     for m in plain.modules():
         if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None and m.running_var is not None:
             m.running_mean.uniform_(-0.5, 0.5)
@@ -187,7 +187,7 @@ HEADS: dict[str, Callable[[], Any]] = {
 @quickly
 @given(st.data())
 def test_nets(data: st.DataObject) -> None:
-    """Stem, poolings, stages and classifier; the later stages are small here."""
+    """Covers stem, poolings, stages and classifier; the later stages are small."""
     torch.manual_seed(0)
     model = stock.ResNet(stock.BasicBlock, [1, 1, 1, 1], num_classes=10)
     for name in ("layer2", "layer3", "layer4"):

@@ -1,4 +1,4 @@
-"""What keeps a layer out of a fused call, sentence by sentence, and what is read from a norm."""
+"""Every reason that keeps a layer out of a fused call, and what is read from a norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole nets: when one is replayed, when it is stale, what is kept and what is given back."""
+"""CUDA graphs of whole nets: when one is replayed or stale, and which memory is kept or freed."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_graphs_die_with_the_net(recorder: type[CpuRecorder], monkeypatch: pytes
 
 
 def test_a_graph_keeps_the_weights_that_it_reads(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans for fewer input sizes than graphs are kept."""
+    """Fewer plans than graphs are kept."""
     monkeypatch.setattr(importlib.import_module("resnet_fast.ops.infer"), "SIZES", 3)
     made: list[graph.Graph] = []
     init = graph.Graph.__init__

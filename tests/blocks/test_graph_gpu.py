@@ -36,7 +36,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 def check(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """``y`` against float64, as good as the stock net's."""
+    """Assert that ``y`` is as close to float64 as the stock net's output."""
     plain = resnet_fast.restore(copy.deepcopy(model))
     with torch.no_grad():
         numerics.assert_close(y, copy.deepcopy(plain).double()(x.double()), plain(x), gemm_k=4608)

@@ -1,4 +1,4 @@
-"""The recorder's own order of streams and events, on a torch.cuda that writes down what is asked of it."""
+"""The recorder's order of streams and events, on a torch.cuda that records its calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.graph_cases import (
 
 
 class FakeCuda:
-    """torch.cuda as far as the recorder uses it, writing down in which order."""
+    """The part of torch.cuda that the recorder uses; it records the order of calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.log: list[str] = []

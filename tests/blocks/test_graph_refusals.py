@@ -1,4 +1,4 @@
-"""What runs without its CUDA graph, and how that is counted; failed captures; inputs that are not on a GPU."""
+"""Calls that run without a CUDA graph and how they are counted; failed captures; inputs that are not on a GPU."""
 
 from __future__ import annotations
 

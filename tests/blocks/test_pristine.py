@@ -1,4 +1,4 @@
-"""Whatever is replaced in a layer, its class or its library, is run: fused is only what is as it was."""
+"""A function replaced in a layer, its class or its library runs: only unchanged layers are fused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ PLACES: dict[str, tuple[Any, str, Callable[[], nn.Module]]] = {
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str) -> Iterator[None]:
-    """The function of that name, whose results are changed a little; ``wraps`` makes it look like the original."""
+    """Return the function of that name with slightly changed results; ``wraps`` makes it look like the original."""
     original = getattr(owner, name)
     own = name in vars(owner)
 
@@ -87,7 +87,7 @@ def replaced(owner: Any, name: str) -> Iterator[None]:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_function_replaced_in_a_class_or_library_is_run(place: str, when: str) -> None:
-    """In inference, as a whole net and stage by stage, and in training; and fused again when it is put back."""
+    """It runs in inference (whole net, stage by stage) and in training; the layer fuses again once it is put back."""
     owner, name, make = PLACES[place]
     plain, x = make(), torch.randn(2, 3, 32, 32)
     if when == "after":
@@ -169,7 +169,7 @@ def test_nothing_is_replaced_in_a_fresh_process() -> None:
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("used", [False, True])
 def test_compile_takes_a_replaced_class(used: bool, train: bool) -> None:
-    """As it is when the net is compiled; torch.compile itself does not follow a class that is patched later."""
+    """The class counts as it is at compile time; torch.compile does not follow later patches."""
     plain, x = net().train(train), torch.randn(2, 3, 32, 32)
     model = resnet_fast.accelerate(copy.deepcopy(plain))
     if used:
@@ -265,7 +265,7 @@ def test_an_edited_instance_is_run_as_it_is(where: str, edit: Callable[[nn.Modul
 
 
 def replace(m: nn.Module, name: str, value: Any) -> None:
-    """What ``m.name`` is from now on, be it a module or not."""
+    """Set ``m.name`` to ``value``, a module or not."""
     delattr(m, name)
     setattr(m, name, value)
 
@@ -408,7 +408,7 @@ def test_a_default_device_is_no_obstacle() -> None:
 
 @pytest.mark.parametrize("where", ["layer1.0", "layer2", "", "timm", "timm features"])
 def test_a_function_put_into_a_fused_class_is_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks an accelerated module for its class gets ours."""
+    """Asking an accelerated module for its class gives ours."""
     model = resnet_fast.accelerate(timm_net() if where.startswith("timm") else net())
     x = torch.randn(2, 3, 64, 64)
     cls = type(model.get_submodule("" if where.startswith("timm") else where))

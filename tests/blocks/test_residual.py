@@ -1,4 +1,4 @@
-"""Shortcuts: which become part of the block's op, and that every kind is computed right."""
+"""Shortcuts: which kinds become part of the block's op, and that each is computed right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timm's own: additions to a block, stochastic depth, deep stems, its methods."""
+"""Features of timm: additions to a block, stochastic depth, deep stems, its methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``resnet-fast export``: from weights or a name to a file, and what it says of it."""
+"""``resnet-fast export``: from weights or a name to a file, and what is printed."""
 
 from __future__ import annotations
 

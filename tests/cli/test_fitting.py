@@ -26,7 +26,7 @@ LINES = re.compile(r"[─━│┃┏┓┗┛┡┩├┤┳┻╇┼╋┴┬�
 
 
 def words(text: str) -> Counter[str]:
-    """The words of a text without the lines of its tables."""
+    """Return the words of a text without the lines of its tables."""
     return Counter(LINES.sub(" ", text).split())
 
 
@@ -47,7 +47,7 @@ def check(wide: str, narrow: str, width: int = 80) -> None:
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """What a command prints where stdout is no terminal, and on one of 80 columns."""
+    """Return what a command prints without a terminal, and on one of 80 columns."""
 
     def run(*arguments: str) -> tuple[str, str]:
         assert main(list(arguments)) == 0

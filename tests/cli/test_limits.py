@@ -1,4 +1,4 @@
-"""Numbers that no machine holds: every command says so in one line, at once, before it takes anything."""
+"""Numbers too large for any machine: every command refuses them at once, in one line, before it allocates."""
 
 from __future__ import annotations
 

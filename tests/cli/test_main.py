@@ -24,7 +24,7 @@ from tests.support.processes import run_python
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
-    """Registers a function as the command ``probe``."""
+    """Register a function as the command ``probe``."""
 
     def register(function: Callable[..., None]) -> None:
         module = types.ModuleType("resnet_fast_test_command")
@@ -74,7 +74,7 @@ for arguments in (["--help"], ["--version"], *([name, "--help"] for name in COMM
 
 
 def test_no_help_text_imports_torch() -> None:
-    """What takes seconds to import is imported when a command runs, not when it is described."""
+    """Slow imports happen when a command runs, not when its help is printed."""
     done = run_python(HELP)
     assert done.returncode == 0, done.stderr
 
@@ -193,7 +193,7 @@ def test_env_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_memory_names_the_options_that_the_command_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A real allocation that no machine can serve, where the system does not say what it has."""
+    """Makes a real allocation that fails on every machine, where the system does not report its memory."""
     monkeypatch.setattr("resnet_fast.limits.available_memory", lambda: None)
     assert cli.main(["explain", "resnet18", "--batch", "1000000", "--image", "16000"]) == 2
     assert one_line(capsys.readouterr().err).endswith("lower --batch or --image\n")
@@ -201,7 +201,7 @@ def test_memory_names_the_options_that_the_command_has(
 
 @contextlib.contextmanager
 def terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.BytesIO]:
-    """stdout and stderr as one stream of bytes in that encoding."""
+    """Return stdout and stderr as one stream of bytes in that encoding."""
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
@@ -213,7 +213,7 @@ def terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.Byte
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_text_fits_every_encoding(encoding: str, command: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def probe() -> None:
-        """Prints a dash — and more."""
+        """Print a dash — and more."""
         print("a — b … 3×3 é │─┼ ≤ 名 \udc80")
 
     command(probe)
@@ -236,7 +236,7 @@ def test_help_in_ascii(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
 def test_closed_streams_are_the_null_device(closed: tuple[int, ...], tmp_path: Path) -> None:
-    """Nothing is printed into a file that got a closed stream's number, nor to stdout in place of stderr."""
+    """Nothing is printed into a file that reuses a closed stream's number, nor to stdout instead of stderr."""
     shell = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
     plot = tmp_path / "out.png"
     line = f'"{sys.executable}" -m resnet_fast.cli.main "$@" {shell}'
@@ -277,7 +277,7 @@ def test_variables_that_are_no_switch_are_named(
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_option_tells_its_default(name: str) -> None:
-    """A value that is used where none is given, a sentence that says what happens then, or nothing to say: a flag."""
+    """Each option shows its default value or a sentence about its absence; a flag needs neither."""
     group = typer.main.get_command(cli.app)
     silent = []
     for option in group.get_command(None, name).params:  # type: ignore[attr-defined]

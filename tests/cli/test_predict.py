@@ -91,7 +91,7 @@ def test_unusable_input(net: nn.Module, tmp_path: Path, changes: dict[str, objec
 
 @pytest.fixture
 def folder(net: nn.Module, tmp_path: Path) -> Path:
-    """Nine pictures, the fourth of which is damaged."""
+    """Return a folder of nine pictures; the fourth is damaged."""
     place = tmp_path / "pictures"
     place.mkdir()
     for i in range(9):
@@ -133,7 +133,7 @@ def test_a_damaged_picture_costs_its_own_answer_alone(
 def test_answers_are_printed_before_the_next_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C keeps what there was, and the array is whole."""
+    """Ctrl-C keeps the answers so far, and the JSON array is complete."""
     read = images.read
 
     def stopped_at_the_eighth(path: Path) -> images.Photo:
@@ -206,7 +206,7 @@ def test_a_csv_file_replaces_only_its_like(folder: Path, tmp_path: Path, capsys:
 def test_what_overflows_inside_the_net_is_no_answer(
     net: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Finite weights, and outputs that mean nothing."""
+    """The weights are finite, and the outputs are not."""
     state = {k: v.clone() for k, v in net.state_dict().items()}
     state["layer1.0.conv1.weight"] = 1e38 * torch.randn_like(state["layer1.0.conv1.weight"]).abs().clamp(max=3)
     torch.save(state, tmp_path / "w.pth")
@@ -295,7 +295,7 @@ def test_a_training_runs_weights_know_their_net_classes_and_images(tmp_path: Pat
 def test_damaged_metadata_print_no_warning(
     net: nn.Module, tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An EXIF tag of three doubles that are outside the file: Pillow warns, with a line of its own source."""
+    """An EXIF tag points to three doubles outside the file; Pillow would warn with a line of its source."""
     tag = b"\x32\x01\x0c\0\x03\0\0\0\xff\xff\xff\xff"
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + tag + bytes(4)
     Image.new("RGB", (40, 50)).save(tmp_path / "odd.jpg", exif=exif)

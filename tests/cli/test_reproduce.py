@@ -1,4 +1,4 @@
-"""``resnet-fast reproduce``: runs that are trained once and gone on with, pages that say what their logs say."""
+"""``resnet-fast reproduce``: runs are trained once and continued, and pages agree with the logs."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_tables_are_printed_though_the_picture_cannot_be_written(
 
 @pytest.mark.parametrize("plan", ["tail", "separate", "train-conv-bn"])
 def test_nothing_of_the_picture_is_cut(plan: str) -> None:
-    """Every launch with operations is inside the axes; areas are shares of the time; both legends are there."""
+    """Every launch with operations is inside the axes, areas are shares of the time, and both legends exist."""
     pytest.importorskip("matplotlib")
     from matplotlib.legend import Legend
 

@@ -64,7 +64,7 @@ def test_without_a_gpu_it_says_what_is_missing(
 
 @pytest.fixture
 def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """Exchange ``tune()`` for a function; returns the arguments that it gets."""
+    """Replace ``tune()`` with a function, and return the arguments that it gets."""
 
     def replace(function: Callable[..., tuning.Tuned]) -> list[dict[str, Any]]:
         seen: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, An
 
 
 def tuned(path: Path, on_progress: Any) -> tuning.Tuned:
-    """Three launches: ours is faster, stock is faster, not measured."""
+    """Return three launches: ours is faster, stock is faster, not measured."""
     problems = shapes.problems("resnet50", 8, dtype="bfloat16")
     launches = tuple(launch(problems[f"r50.layer1.0.conv{i}"]) for i in (1, 2, 3))
     entries: dict[str, dict[str, float | None]] = {
@@ -222,7 +222,7 @@ def test_a_table_that_cannot_be_written_later_keeps_the_times(tmp_path: Path, mo
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block of three channels in place of a net."""
+    """Replace the net with one block of three channels."""
     monkeypatch.setattr(registry, "build", lambda name: nn.Sequential(BasicBlock(3, 3)))
 
 

@@ -1,4 +1,4 @@
-"""``resnet-fast validate``: what it prints, writes and answers with, on a run small enough for a test."""
+"""``resnet-fast validate``: its output, files and exit code on a small run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("same_threads")
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Untrained weights of ten named classes, and a folder with four of them, one picture of which is damaged."""
+    """Save untrained weights of ten named classes and a folder with four of them; one picture is damaged."""
     names = tuple(f"kind{i}" for i in range(10))
     net = registry.build("cifar_resnet20", num_classes=10).eval()
     facts = Facts("cifar_resnet20", 16, names, (0.5,) * 3, (0.25,) * 3, 1.0, data="folder")

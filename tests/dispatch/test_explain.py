@@ -1,4 +1,4 @@
-"""explain: one row per block with what ran and why not the others; the model is left as it was."""
+"""explain: one row per block with its backend and the reasons against the others; the model stays unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ran: stock modules are counted beside ops, and the record stays out of the way of compilers."""
+"""The record of what ran: stock modules are counted like ops, and compilers do not see it."""
 
 from __future__ import annotations
 

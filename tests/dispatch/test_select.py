@@ -1,4 +1,4 @@
-"""The decision: who is asked first, what an explicit request may do, and the sentences it leaves."""
+"""The choice of a backend: the order of backends, explicit requests, and the reasons it gives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEC = ConvSpec(2, 9, 7, 8, 8, 3, 3, padding=(1, 1), epilogue=Epilogue(relu=True
 
 
 def ran_on(fn: Callable[[], object]) -> str:
-    """The backend that served the one conv_bn_act call made by ``fn``."""
+    """Return the backend that served the one conv_bn_act call made by ``fn``."""
     reset_stats()
     fn()
     ((name, count),) = stats()["calls"].items()

@@ -1,4 +1,4 @@
-"""``tune()``: what it measures, what it refuses, what it leaves on disk; kernels run in Triton's interpreter."""
+"""``tune()``: what it measures, refuses and writes; kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ H100 = devices.gpu("h100")
 
 
 def block(n: int = 1, backend: str = "triton") -> tuple[nn.Module, Tensor]:
-    """A basic block of 16 channels and its input (n, 16, 3, 3): two launches of conv_bn_act_3x3."""
+    """Return a basic block of 16 channels and its input (n, 16, 3, 3): two launches of conv_bn_act_3x3."""
     place: dict[str, Any] = {"dtype": torch.float16, "memory_format": torch.channels_last}
     net = resnet_fast.accelerate(nn.Sequential(BasicBlock(16, 16)).eval().to(**place), backend=backend)
     return net, torch.randn(n, 16, 3, 3).to(**place)
@@ -40,7 +40,7 @@ class Progress(list):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuning.Tuned, Progress]:
-    """One complete run."""
+    """Return the result of one complete run."""
     path, progress = tmp_path_factory.mktemp("tune") / "new" / "table.json", Progress()
     net, x = block()
     return resnet_fast.tune(net, x, on_progress=progress, path=path), progress
@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuning.Tuned, Progres
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Exchange the 3x3 kernel's launcher for one that does something else with one config."""
+    """Replace the 3x3 kernel's launcher with one that treats one config differently."""
     from resnet_fast.backends.triton import plan
 
     def exchange(config: str, other: Callable[[Any, Tensor], Tensor]) -> None:
@@ -187,7 +187,7 @@ def test_a_failure_at_full_size_is_a_refusal(broken: Callable[..., None], tmp_pa
 
 @pytest.mark.interpret
 def test_a_model_whose_choice_fails_can_be_tuned(broken: Callable[..., None]) -> None:
-    """Tuning is what helps it."""
+    """Tuning is what makes the choice succeed."""
 
     def fail(spec: Any, y: Tensor) -> Tensor:
         raise RuntimeError("out of resources")
@@ -200,7 +200,7 @@ def test_a_model_whose_choice_fails_can_be_tuned(broken: Callable[..., None]) ->
 
 @pytest.mark.interpret
 def test_memory_that_ran_out_is_no_refusal(broken: Callable[..., None], tmp_path: Path) -> None:
-    """Another process may have held it: nothing is written down."""
+    """Another process may have used the memory, so nothing is recorded."""
 
     def fail(spec: Any, y: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_tuned_says_why(tmp_path: Path) -> None:
 
 
 def training_block() -> tuple[nn.Module, Tensor]:
-    """A basic block of 16 channels in training, and its input (2, 16, 4, 4)."""
+    """Return a basic block of 16 channels in training mode, and its input (2, 16, 4, 4)."""
     net = nn.Sequential(BasicBlock(16, 16)).to(memory_format=torch.channels_last)
     return resnet_fast.accelerate(net.train(), backend="triton"), torch.randn(2, 16, 4, 4)
 
@@ -263,7 +263,7 @@ def tuned_step(net: nn.Module, x: Tensor, **options: Any) -> tuning.Tuned:
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory) -> tuning.Tuned:
-    """A training step, tuned."""
+    """Tune a training step."""
     return tuned_step(*training_block(), path=tmp_path_factory.mktemp("train") / "t")
 
 

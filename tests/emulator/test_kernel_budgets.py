@@ -43,7 +43,7 @@ def test_one_kernel_keeps_its_budget() -> None:
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.kernel} {row.config} sm_{row.arch}")
 def test_hard_rules(row: Budget) -> None:
-    """What holds for every row, whoever wrote the table."""
+    """Check rules that every row must meet, whatever the table says."""
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1
     narrow = {access for loop in row.loops for access in loop.accesses if is_narrow(access)}

@@ -25,7 +25,7 @@ def cutlass_headers() -> Path:
 
 
 def toolkit_headers() -> Path:
-    """Of a CUDA toolkit: CuTe includes its runtime API and its C++ standard library."""
+    """Return the include folders of a CUDA toolkit: CuTe needs its runtime API and its C++ standard library."""
     roots = [os.environ.get("CUDA_HOME", "")]
     if nvcc := shutil.which("nvcc"):
         said = subprocess.run(
@@ -44,7 +44,7 @@ LANES = {"wgmma.a": 128, "wgmma.d": 128, "swizzle": 8, "descriptor": 1, "corners
 
 @pytest.fixture(scope="module")
 def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
-    """By name, for each lane the indices of its values."""
+    """Return by name, for each lane, the indices of its values."""
     headers = toolkit_headers()
     program = tmp_path_factory.mktemp("cute") / "layouts"
     folders = [cutlass_headers(), headers, headers / "cccl"]
@@ -69,7 +69,7 @@ def test_mma_fragments(dtype: str, operand: str, rows: int, cute, emulator: Path
 
 @pytest.mark.parametrize("matrices", [2, 4])
 def test_ldmatrix(matrices: int, cute, emulator: Path) -> None:
-    """Lane l names word 4 l of shared memory, in which word i is i."""
+    """Lane l reads from word 4 l of shared memory, where word i holds i."""
     got = emulation.load(emulator).probe_ldmatrix(matrices)
     theirs = [[bit // 32 for bit in lane[::32]] for lane in cute[f"ldmatrix_x{matrices}"]]
     assert got == theirs
@@ -81,12 +81,12 @@ def test_hopper(what: str, cute, emulator: Path) -> None:
 
 
 def test_matrix_descriptor(cute, emulator: Path) -> None:
-    """The one that cute/layouts.cpp fills in, field by field."""
+    """Equals the descriptor that cute/layouts.cpp fills in, field by field."""
     assert [[emulation.load(emulator).wgmma_descriptor(0x2C00 + 32, 2048)]] == cute["descriptor"]
 
 
 def test_corners_of_im2col(cute, emulator: Path) -> None:
-    """By side (padding, filter, dilation), W before H: the windows of cute/layouts.cpp."""
+    """Compares the windows of cute/layouts.cpp by side (padding, filter, dilation), W before H."""
     module = emulation.load(emulator)
     found = []
     for sides in ([(1, 3, 1), (1, 3, 1)], [(3, 7, 1), (2, 5, 1)], [(4, 3, 4), (0, 1, 1)]):

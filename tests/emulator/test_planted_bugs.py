@@ -209,7 +209,7 @@ def test_mistake_on_hopper(what: str) -> None:
 
 
 def test_poison_is_nan_in_every_format() -> None:
-    """What fills shared memory and outputs before a launch."""
+    """The poison fills shared memory and outputs before a launch."""
     word = numpy.full(4, 0xFF, numpy.uint8)
     assert numpy.isnan(word.view(numpy.float32)).all() and numpy.isnan(word.view(numpy.float16)).all()
     assert torch.isnan(torch.full((4,), 0xFF, dtype=torch.uint8).view(torch.bfloat16)).all()

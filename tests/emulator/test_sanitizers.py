@@ -1,7 +1,7 @@
 """The emulator under AddressSanitizer and UndefinedBehaviorSanitizer: kernels as they are, and mistakes that its own
-checks cannot see, because they go round the vocabulary.
+checks cannot see, because they bypass the vocabulary.
 
-In processes of their own: the sanitizer must be in a process from its start (LD_PRELOAD).
+Each run is a process of its own: the sanitizer must be loaded from the start (LD_PRELOAD).
 """
 
 from __future__ import annotations

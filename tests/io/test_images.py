@@ -148,7 +148,7 @@ def test_pixels_without_a_range_are_refused(value: float, reason: str, tmp_path:
 
 
 def _png16(colours: np.ndarray) -> bytes:
-    """A PNG of 16 bits per channel, (H, W, 3) or (H, W, 4): Pillow writes none."""
+    """Return a PNG of 16 bits per channel, (H, W, 3) or (H, W, 4), which Pillow cannot write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -173,7 +173,7 @@ def test_colours_of_16_bits_are_scaled_or_refused_but_never_crushed(channels: in
 
 
 def _exif(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """EXIF of (tag, type, count, 4 bytes of value or offset)."""
+    """Return EXIF of entries (tag, type, count, 4 bytes of value or offset)."""
     body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
 
@@ -242,7 +242,7 @@ def _saved(folder: Path, ending: str) -> Path:
 def test_a_damaged_file_is_read_or_named_and_nothing_else(
     ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Flipped, cut, doubled and zeroed bytes, more of them in the header, where sizes and types are."""
+    """Bytes are flipped, cut, doubled and zeroed, most of them in the header, which holds sizes and types."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**18)
     whole = _saved(tmp_path, ending).read_bytes()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""JSON that every reader takes."""
+"""JSON output that every reader accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(safe_files.__file__).parents[1]
 
 
 def strict(text: str) -> Any:
-    """As a reader of another language does."""
+    """Parse JSON as strictly as readers in other languages do."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -39,6 +39,6 @@ def test_what_is_no_json_is_a_value_error(text: Any) -> None:
 
 
 def test_nothing_else_in_the_package_writes_json() -> None:
-    """json.dumps writes NaN, which no other reader takes."""
+    """json.dumps writes NaN, which other readers reject."""
     writers = [p for p in PACKAGE.rglob("*.py") if "json.dump" in p.read_text().replace("``json.dumps``", "")]
     assert writers == [Path(safe_files.__file__)]

@@ -1,4 +1,4 @@
-"""Pictures say whose they are, so that a later run replaces its own and no other."""
+"""Pictures name the program that drew them, so that a later run replaces only its own."""
 
 from __future__ import annotations
 

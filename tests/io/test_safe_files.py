@@ -1,4 +1,4 @@
-"""Files that are whole or not there, targets that are asked for before the work, locks between processes."""
+"""Files are written whole or not at all, targets are checked before the work, and locks hold between processes."""
 
 from __future__ import annotations
 

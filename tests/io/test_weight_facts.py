@@ -1,4 +1,4 @@
-"""resnet_fast/io/weight_facts.py: what a file says of itself is checked before anything is built from it."""
+"""resnet_fast/io/weight_facts.py: a file's metadata is checked before anything is built from it."""
 
 from __future__ import annotations
 

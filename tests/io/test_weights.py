@@ -1,4 +1,4 @@
-"""resnet_fast/io/weights.py: what is read, what is refused and why, and that nothing is half applied."""
+"""resnet_fast/io/weights.py: files that are read, files that are refused and why, and nothing is half applied."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_bare_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 class _Namespace(argparse.Namespace):
-    """What is allowed beside weights, with code in it."""
+    """An object that is allowed next to weights, with code in it."""
 
     def __reduce__(self):  # type: ignore[no-untyped-def]
         return argparse.Namespace, (), {"lr": _Evil(self.target)}
@@ -137,7 +137,7 @@ def test_which_entry_was_taken_is_known(tmp_path: Path) -> None:
 
 
 def _tar(path: Path) -> None:
-    """PyTorch's format before 0.4: a tar archive with pickles in it."""
+    """Write PyTorch's format before 0.4: a tar archive of pickles."""
     with tarfile.open(path, "w:") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             content = pickle.dumps({})
@@ -162,7 +162,7 @@ def _compressed(path: Path) -> None:
 
 
 def _expanded(path: Path) -> None:
-    """A head of 2**50 classes in four bytes."""
+    """Return a head of 2**50 classes stored in four bytes."""
     state = _Net().state_dict()
     state["fc.weight"] = torch.ones(1, 1).expand(2**50, 4)
     torch.save(state, path)

@@ -1,4 +1,4 @@
-"""accelerate and restore: what they change, what they leave, and what they refuse."""
+"""accelerate and restore: what they change, keep and refuse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.nets import twin
 
 
 def ran(backend: str = "onednn") -> int:
-    """Op calls that ``backend`` has served since the last reset."""
+    """Return the op calls that ``backend`` has served since the last reset."""
     return sum(n for call, n in resnet_fast.stats()["calls"].items() if call.endswith(f"/{backend}"))
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Class, attribute names and attribute values of every module."""
+    """Return class, attribute names and attribute values of every module."""
     return [(name, type(m), {k: id(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
 
 

@@ -1,4 +1,4 @@
-"""Training on a CPU is the stock net's bit for bit, down to the order in which gradients of one tensor are summed."""
+"""Training on a CPU equals the stock net bit for bit, down to the order in which gradients of one tensor are summed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import nets
 
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Outputs, gradients and buffers of a step whose loss sees every output."""
+    """Return outputs, gradients and buffers of a step with a loss over every output."""
     x = x.clone().requires_grad_()
     out = model(x)
     outs = list(out) if isinstance(out, (list, tuple)) else [out]

@@ -19,7 +19,7 @@ def fused_blocks(model: nn.Module) -> int:
 
 
 def compare(model: nn.Module, x: Any, train: bool = True) -> tuple[nn.Module, nn.Module]:
-    """Reference bit-equal, auto within tolerance, in eval and (for one output tensor) in training."""
+    """Assert that reference is bit-equal and auto within tolerance, in eval and (for one output tensor) in training."""
     stock = nets.randomize(model).eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_timm_features_through_fx() -> None:
 
 
 def test_timm_stochastic_depth() -> None:
-    """In training the blocks with it run stock, with the same random numbers; in eval they fuse."""
+    """In training these blocks run stock, with the same random numbers; in eval they fuse."""
     x = torch.randn(2, 3, 32, 32)
     _, fused = compare(timm_net("resnet18", drop_path_rate=0.5, drop_block_rate=0.0), x)
     resnet_fast.reset_stats()
@@ -171,7 +171,7 @@ def test_timm_grad_checkpointing() -> None:
 
 
 def test_timm_freeze_and_unfreeze() -> None:
-    """timm swaps norms for frozen ones, in the living net, and back."""
+    """timm replaces the norms of an accelerated net with frozen ones, and back."""
     from timm.utils import freeze, unfreeze
 
     stock = nets.randomize(timm_net("resnet18")).train()

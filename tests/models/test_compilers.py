@@ -1,4 +1,4 @@
-"""What compiles, exports, scripts or traces a net, and what it then finds in its graph."""
+"""Compilers, exporters, TorchScript and tracers, and the graph that each gets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def targets(graph: torch.fx.Graph) -> list[str]:
 
 
 class Recorder:
-    """A dynamo backend that runs the graph as it is and keeps it."""
+    """A dynamo backend that keeps the graph and runs it unchanged."""
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
@@ -135,7 +135,7 @@ def test_compiled_with_an_unfused_block() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_inductor(train: bool) -> None:
-    """In training against the stock net compiled alike: Inductor's own convolutions and sums are not eager's."""
+    """Training is compared with the compiled stock net: Inductor's convolutions and sums differ from eager's."""
     stock = nets.bottleneck().train(train)
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(4, 3, 64, 64)  # a last stage with few values per channel would have gradients of noise
@@ -150,7 +150,7 @@ def test_inductor(train: bool) -> None:
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_shows_the_stock_layers_and_runs_for_any_batch(kind: str, strict: bool) -> None:
-    """Node by node the stock net's program: what quantizers and other runtimes look for."""
+    """The program equals the stock net's node by node, as quantizers and other runtimes expect."""
     stock, fused = twin(getattr(nets, kind)())
     x = torch.randn(2, 3, 32, 32)
     resnet_fast.reset_stats()
@@ -266,7 +266,7 @@ def padded_shortcut(model: nn.Module) -> None:
     [swap_relu, circular, no_statistics, no_affine, group_norm, frozen_norm, identity_norm, own_pool, padded_shortcut],
 )
 def test_script_of_an_edited_net(edit: Callable[[nn.Module], None]) -> None:
-    """The same edits that make eager blocks run unfused must not be lost in TorchScript."""
+    """TorchScript must keep the edits that make eager blocks run unfused."""
     model = nets.basic()
     edit(model)
     stock, fused = twin(model)

@@ -19,7 +19,7 @@ from tests.support.nets import Checkpointed, twin
 
 @pytest.fixture
 def gloo(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, over a file."""
+    """Start a process group of this process alone, over a file."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -47,7 +47,7 @@ def test_distributed_data_parallel(static_graph: bool) -> None:
 
 @pytest.mark.usefixtures("gloo")
 def test_fully_sharded() -> None:
-    """FSDP2 swaps classes and parameters: the blocks must still be right, fused or not."""
+    """FSDP2 swaps classes and parameters; the blocks must still be right, fused or not."""
     from torch.distributed.fsdp import fully_shard
 
     stock = nets.basic().train()

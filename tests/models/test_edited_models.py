@@ -1,4 +1,4 @@
-"""Edits of a living net: weights written in place, loaded, averaged, pruned, reparametrized; layers exchanged."""
+"""Edits of an accelerated net: weights written in place, loaded, averaged, pruned, reparametrized; layers replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def x() -> Tensor:
 
 
 def check(x: Tensor, edit: Edit, train: bool = True) -> nn.Module:
-    """Eval, edit, eval (and a training step): after an edit nothing derived from the old weights may be used."""
+    """Run eval, edit, eval (and a training step): after an edit nothing derived from the old weights may be used."""
     stock, fused = twin()
     with torch.no_grad():
         before = fused(x)
@@ -141,7 +141,7 @@ def test_an_optimizers_step_in_eval_mode(kind: str, foreach: bool, x: Tensor) ->
 
 
 def test_new_classifier_and_input_layer() -> None:
-    """Transfer to five classes and one input channel."""
+    """Transfers to five classes and one input channel."""
     stock, fused = twin()
     for model in (stock, fused):
         torch.manual_seed(5)
@@ -245,7 +245,7 @@ def test_a_childs_forward_replaced(where: str, x: Tensor) -> None:
 
 
 def check_edit_without_copy(x: Tensor, edit: Edit) -> None:
-    """Closures are not copied with the model, so there is no float64 twin: compare with stock directly."""
+    """Compare with stock directly: closures are not copied with the model, so there is no float64 twin."""
     stock, fused = twin()
     with torch.no_grad():
         before = fused(x)
@@ -290,7 +290,7 @@ def test_a_block_exchanged_for_a_stock_one_runs_stock(x: Tensor) -> None:
 
 
 def test_fuse_conv_bn_eval(x: Tensor) -> None:
-    """Folded by PyTorch's own tool, with Identity where the norm was."""
+    """PyTorch's own tool folds the norm and leaves Identity in its place."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     stock, fused = twin()

@@ -1,4 +1,4 @@
-"""Hooks: each sees on the accelerated net exactly what it sees on the stock one, in batch tiles too."""
+"""Hooks see on the accelerated net exactly what they see on the stock one, in batch tiles too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACES = [
 
 @pytest.fixture
 def tiny_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A last-level cache so small that every image is a tile of its own."""
+    """Shrink the last-level cache until every image is a tile of its own."""
     monkeypatch.setattr(tiling, "last_level_cache", lambda: 1)
 
 
@@ -146,7 +146,7 @@ def test_global_hooks_see_every_inner_layer() -> None:
 
 
 def test_tensor_hooks_and_retained_gradients() -> None:
-    """As Grad-CAM does it: keep a stage's output and read its gradient."""
+    """Keep a stage's output and read its gradient, as Grad-CAM does."""
     kept: list[Tensor] = []
     for model in twin():
         model.layer3.register_forward_hook(lambda m, args, out: (out.retain_grad(), kept.append(out))[0])

@@ -65,7 +65,7 @@ def test_empty_batch(size: int) -> None:
 
 
 def test_the_input_is_never_written() -> None:
-    """The last primitive of a block adds in place where the tensor is its own, which an input is not."""
+    """The last primitive of a block adds in place only into tensors of its own, never into an input."""
     _, fused = twin()
     y = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
     for dtype in (torch.float32, torch.bfloat16):
@@ -97,7 +97,7 @@ def test_input_that_no_resnet_takes_is_refused_with_reasons(x: Tensor, message: 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 def test_nan_and_infinity_break_the_logits_as_in_the_stock_net(kind: str, bad: float, dtype: torch.dtype) -> None:
-    """oneDNN's ReLU turns NaN into 0: a broken image would get confident logits. The whole batch runs on reference."""
+    """oneDNN's ReLU turns NaN into 0, and a broken image would get confident logits: the batch runs on reference."""
     stock, fused = twin(getattr(nets, kind)().to(dtype))
     x = torch.randn(3, 3, 32, 32).to(dtype)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_nan_and_infinity_break_the_logits_as_in_the_stock_net(kind: str, bad: f
 
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, nbytes: int = 1) -> list[int]:
-    """Makes the cache ``nbytes`` large; the returned list collects the sizes of the batches that a stem sees.
+    """Set the cache to ``nbytes``; return a list that collects the sizes of the batches that a stem sees.
 
     The stem runs as a call of its own, by its stock layers, or as the first part of a whole net's call.
     """
@@ -358,7 +358,7 @@ def test_function_transforms(kind: str) -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_mode_ad(grad: bool) -> None:
-    """A dual tensor asks for no gradient; its tangent must not be lost. In float64: one flipped ReLU would show."""
+    """A dual tensor requires no gradient, and its tangent must not be lost. In float64 a single flipped ReLU shows."""
     import torch.autograd.forward_ad as fwad
 
     tangents = []
@@ -374,7 +374,7 @@ def test_forward_mode_ad(grad: bool) -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_double_backward(train: bool) -> None:
-    """A gradient penalty."""
+    """Computes a gradient penalty."""
     results = []
     x = torch.randn(2, 3, 32, 32)
     for model in twin():

@@ -1,4 +1,4 @@
-"""Modes a net is put into: train and eval, dtypes, layouts, devices, frozen parts, every kind of norm, autocast."""
+"""Modes of a net: train and eval, dtypes, layouts, devices, frozen parts, every kind of norm, autocast."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_double_back_and_forth_follows_the_values(x: torch.Tensor) -> None:
 @pytest.mark.parametrize("place", ["bn1", "layer1.0.bn2", "layer2", "layer2.0.downsample.1"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_batch_is_counted_once(place: str, momentum: float | None, x: torch.Tensor) -> None:
-    """A norm in training inside a net in eval, without gradients: as who estimates the statistics anew runs it."""
+    """Runs a norm in training mode inside a net in eval mode, without gradients, as re-estimating statistics does."""
     stock, fast = twin()
     for model in (stock, fast):
         for norm in norms(model):
@@ -114,7 +114,7 @@ def test_a_batch_is_counted_once_in_a_plain_net() -> None:
 
 @pytest.mark.parametrize("part", ["net", "stages"])
 def test_parameters_are_swapped_as_in_a_stock_net(part: str, x: torch.Tensor) -> None:
-    """``torch.utils.swap_tensors`` refuses whatever has a weak reference, and kept weights have one to their source."""
+    """``torch.utils.swap_tensors`` refuses tensors with weak references, and kept weights have one to their source."""
     stock, fast = twin()
     other = {k: t * 1.25 if t.is_floating_point() else t.clone() for k, t in stock.state_dict().items()}
     kept = torch.__future__.get_swap_module_params_on_conversion()
@@ -203,7 +203,7 @@ def test_stages_without_gradients(stages: tuple[str, ...], mode: bool, x: torch.
 
 
 def test_gradient_of_the_input_alone(x: torch.Tensor) -> None:
-    """All parameters frozen, as for adversarial examples: the graph must still reach the input."""
+    """With all parameters frozen, as for adversarial examples, the graph must still reach the input."""
     stock, fused = twin()
     grads = []
     for model in (stock, fused):
@@ -246,7 +246,7 @@ def untracked_later(model: nn.Module) -> None:
 
 
 def train_layer3_norm(model: nn.Module) -> None:
-    """An eval net with one norm in training."""
+    """Put one norm of an eval net into training mode."""
     model.eval()
     model.layer3[0].bn1.train()
 
@@ -256,7 +256,7 @@ def train_layer3_norm(model: nn.Module) -> None:
     "edit", [freeze_all, freeze_first, cumulative, other_numbers, zero_momentum, untracked_later, train_layer3_norm]
 )
 def test_norm_settings(edit: Edit, after: bool, x: torch.Tensor) -> None:
-    """Two training steps and an eval forward equal stock's bit for bit, whenever the settings were made."""
+    """Two training steps and an eval forward equal stock's bit for bit, whether the settings change before or after."""
     stock = nets.basic().train()
     fused = copy.deepcopy(stock)
     edit(stock)
@@ -295,7 +295,7 @@ def group(c: int) -> nn.Module:
 @pytest.mark.parametrize("norm_layer", [no_affine, no_tracking, nothing, group, instance, nn.Identity])
 @pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.slow)])
 def test_norm_kinds(kind: str, norm_layer: Callable[[int], nn.Module]) -> None:
-    """Put in after the build: torchvision initialises norms with a weight only."""
+    """Norms are put in after the build: torchvision only initialises norms that have a weight."""
     x = torch.randn(2, 3, 48, 48) * (0.1 if norm_layer is nn.Identity else 1)
     stock = getattr(nets, kind)()
     for name, m in list(stock.named_modules()):

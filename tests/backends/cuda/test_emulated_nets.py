@@ -1,6 +1,6 @@
 """Whole nets on the CUDA kernels, on CPU tensors in the emulator, as a user would run them: RESNET_FAST_EMULATE=1.
 
-In processes of their own, for the switch is read when the backend is loaded.
+Each run is a process of its own because the switch is read when the backend is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which kernels of the cuda backend run a problem, and the sentence where they do not."""
+"""Which kernels of the cuda backend run a problem, and the reason when none does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ H100, A100, RTX = 227 << 10, 163 << 10, 99 << 10
 
 @pytest.fixture(autouse=True)
 def _emulator() -> Iterator[None]:
-    """The table of kernels, for questions about shared memory."""
+    """Return the emulator's module, which knows how much shared memory each kernel takes."""
     if not native.emulator_status():
         pytest.skip(native.emulator_status().reason)
     yield

@@ -1,4 +1,4 @@
-"""Launches of one kernel, built from a LaunchSpec alone: what the tests of configs, traffic and offsets run."""
+"""Launches of one kernel, built from a LaunchSpec alone, for the tests of configs, traffic and offsets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture
 def poisoned_outputs():
-    """Every tensor that is allocated uninitialised holds NaN: what a kernel does not write shows."""
+    """Fill uninitialised tensors with NaN, so that elements a kernel does not write show."""
     import torch
 
     before = torch.utils.deterministic.fill_uninitialized_memory

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference over the norm of ``b``."""
+    """Return the norm of the difference divided by the norm of ``b``."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 

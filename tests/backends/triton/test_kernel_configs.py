@@ -19,7 +19,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 def _families(dtype: str) -> dict[str, list[LaunchSpec]]:
-    """Launches per kernel that no tile divides: 126 pixels, channels off the powers of two, every epilogue."""
+    """Return launches per kernel that no tile divides: 126 pixels, odd channel counts, every epilogue."""
     plain = Epilogue()
     c1 = conv(72, 40, 1, epilogue=ADD, dtype=dtype)
     wide = conv(64, 200, 1, dtype=dtype)
@@ -76,7 +76,7 @@ def test_shipped_config(launch: LaunchSpec, config: configs.Config, poisoned_out
 
 @pytest.mark.parametrize("apart", ["images", "base"])
 def test_descriptors_are_for_dense_aligned_tensors_only(apart: str) -> None:
-    """Every other image of a batch, and a tensor that begins between two 16-byte words, run on the pointer kernel."""
+    """The pointer kernel runs every other image of a batch, and a tensor that begins between two 16-byte words."""
     p = problem(LaunchSpec("conv_bn_act_1x1", (conv(64, 48, 1),)))
     config = next(c for c in configs.SHIPPED["conv_bn_act_1x1"] if c.descriptors)
     n, c, h, w = p.x.shape
@@ -94,7 +94,7 @@ def test_every_shipped_config_has_a_case() -> None:
 
 
 def test_a_wrong_answer_is_found() -> None:
-    """The check itself: one weight off by a half in a launch that is right otherwise."""
+    """Check the check: one weight of a correct launch is off by a half."""
     p = problem(LaunchSpec("conv_bn_act_1x1", (conv(32, 16, 1),)))
     wrong = replace(p, weights=[p.weights[0].clone()])
     wrong.weights[0][3, 4] += 0.5

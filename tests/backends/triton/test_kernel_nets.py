@@ -18,7 +18,7 @@ SLOW = ("resnet18", "resnet50", "resnext50_32x4d")
 
 
 def randomised(net: nn.Module) -> nn.Module:
-    """Running statistics as a trained net has them, and outputs that stay of size one."""
+    """Set running statistics as in a trained net; outputs keep a size of about one."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(0, 0.3)

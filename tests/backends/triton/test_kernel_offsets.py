@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements: offsets are 64-bit where rows begin, by construction and on real memory."""
+"""Tensors of more than 2^31 elements: row offsets are 64-bit, by construction and on real memory."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ FLOATS = [getattr(torch, name) for name in DTYPES]
 
 
 def check(p: Problem) -> None:
-    """Within the budget of fp64, with the reference's shape, dtype and strides."""
+    """Assert an error within the budget, and the reference's shape, dtype and strides."""
     with torch.no_grad():
         y = p.run("triton")
         eager, double = p.eager(), p.to(torch.float64)
@@ -197,7 +197,7 @@ def test_auto_never_chooses_the_interpreter() -> None:
     relu=st.booleans(), dtype=st.sampled_from(FLOATS), layout=st.sampled_from(LAYOUTS),
 )  # fmt: skip
 def test_any_convolution(**options: Any) -> None:
-    """Eight output channels at least: over a single number, a rounding error is no statistic."""
+    """Uses eight output channels or more, because a single number's rounding error says nothing."""
     reach = options["dilation"] * (options["k"] - 1)
     if min(options["h"], options["w"]) + 2 * options["dilation"] * (options["k"] // 2) <= reach:
         return  # the filter does not fit, which ops/ refuses

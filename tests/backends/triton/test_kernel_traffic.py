@@ -1,4 +1,4 @@
-"""Bytes and products of each kernel, counted, against the plan's least; nothing outside of its tensors is touched."""
+"""Counted bytes and products of each kernel against the plan's least; no access outside its tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_unique_bytes_are_the_plans_least(name: str) -> None:
 
 
 def test_the_table_holds_the_whole_net_within_ten_percent() -> None:
-    """docs/tables/traffic.json, whose launches are counted again by the slow test."""
+    """Reads docs/tables/traffic.json; the slow test counts its launches again."""
     table = json.loads(traffic.JSON.read_text())
     for plan in ("conv", "tail"):
         net = table["net"][plan]

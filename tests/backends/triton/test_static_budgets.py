@@ -1,6 +1,6 @@
 """Machine code of the shipped configs against docs/tables/static-budgets.json: no spills, tensor cores, wide accesses.
 
-Compiled here, without a GPU, in processes of their own.
+Kernels are compiled here, without a GPU, in separate processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_every_shipped_config_keeps_its_budget() -> None:
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
 def test_hard_rules(row: Budget) -> None:
-    """What holds for every row, whoever wrote the table."""
+    """Check rules that every row must meet, whatever the table says."""
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1
     if ", fp32" in row.config:

@@ -78,7 +78,7 @@ def test_variance_where_the_mean_is_a_hundred_deviations(
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("tiles", [1, 2, 129, 300])
 def test_merge_of_many_tiles(tiles: int, levels: int, outlier: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mean of 100 deviations, and a first tile that may lie apart from the others."""
+    """Uses a mean of 100 standard deviations, and a first tile that may differ from the others."""
     chunk = {1: tiles, 2: 100, 3: 8}[levels]
     monkeypatch.setattr(batch_norm, "CHUNK", chunk)
     monkeypatch.setattr(batch_norm, "LAST_TILES", chunk)
@@ -228,7 +228,7 @@ def test_a_centre_that_is_the_running_mean_leaves_beta() -> None:
 
 
 def autograd(y: Tensor, g: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """(dy, dgamma, dbeta) of batch_norm in training, in the dtype of y."""
+    """Return (dy, dgamma, dbeta) of batch_norm in training, in the dtype of y."""
     y, gamma, beta = (t.detach().clone().requires_grad_() for t in (y, norm.weight, norm.bias))
     F.batch_norm(y, None, None, gamma, beta, True, 0.0, norm.eps).backward(g)
     return y.grad, gamma.grad, beta.grad
@@ -315,7 +315,7 @@ def test_constant_statistics_pass_the_gradient_through(dtype: torch.dtype) -> No
 
 
 def test_three_processes_are_one(tmp_path: Path) -> None:
-    """Uneven counts, one of them nothing: vectors and coefficients of the whole batch, dgamma and dbeta of its own."""
+    """Uneven processes, one empty, get the whole batch's vectors and coefficients, and their own dgamma and dbeta."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     counts = (0, 3, 1)

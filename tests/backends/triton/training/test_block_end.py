@@ -21,7 +21,7 @@ SHORTCUTS = ["none", "tensor", "raw"]
 
 
 def stock(y: Tensor, norm: Norm) -> Tensor:
-    """The norm in the dtype of y, its parameters in fp32, as autocast runs it."""
+    """Run the norm as autocast does: in the dtype of y, with fp32 parameters."""
     z = F.batch_norm(y.float(), norm.mean, norm.var, norm.weight, norm.bias, False, 0.0, norm.eps)
     return z.to(y.dtype)
 
@@ -79,7 +79,7 @@ def test_backward(
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_what_is_broken_shows(dtype: torch.dtype) -> None:
-    """NaN and infinity pass through as in stock: values in forward, and in backward the gradient where z is NaN."""
+    """NaN and infinity pass as in stock PyTorch: values in forward, and in backward the gradient where z is NaN."""
     y = cases.raw(2, 20, 3, 5, dtype)
     rows, _ = cases.vectors(y)
     y[0, 4, 1, 2], y[1, 5, 0, 0], y[1, 6, 2, 4] = float("nan"), float("inf"), float("-inf")

@@ -24,13 +24,13 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def stepped(block: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output, every gradient and every buffer."""
+    """Return the output, every gradient and every buffer."""
     return [*step(block, x), *block.buffers()]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_float32_against_fp64(name: str) -> None:
-    """Sums of a few dozen values that cancel: rounding of the sums, 1e-5 of each tensor's norm, not of its result."""
+    """Sums of a few dozen values cancel, so the bound is 1e-5 of each tensor's norm."""
     block, x = made(BLOCKS[name], 2, 16, 6, 5)
     exact = stepped(copy.deepcopy(block).double(), x.double())
     ours = stepped(accelerate(copy.deepcopy(block), backend="triton"), x)

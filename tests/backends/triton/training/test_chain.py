@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16)
 
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sends the directions that are named ("fwd dgrad wgrad") to cuDNN, the others to our kernels."""
+    """Send the named directions ("fwd dgrad wgrad") to cuDNN and the others to our kernels."""
     from resnet_fast.backends.triton.training import chain
 
     real = launch_plan.plan_training
@@ -48,7 +48,7 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each convolution kernel ran."""
+    """Count how often each convolution kernel runs."""
     from resnet_fast.backends.triton.training import convolution
 
     counts: Counter[str] = Counter()
@@ -247,7 +247,7 @@ def test_twenty_steps_of_running_statistics() -> None:
 
 @pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}])
 def test_norms_with_other_books(options: dict[str, Any]) -> None:
-    """A cumulative average of the batches, and no running statistics at all, by torch's own modules."""
+    """Covers a cumulative average of the batches and no running statistics, compared with torch's own modules."""
 
     def norm(channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels, **options)
@@ -280,7 +280,7 @@ def test_what_is_not_finite_shows_where_it_shows_in_torch(op: str, value: float)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_running_mean_far_from_the_batch(dtype: torch.dtype) -> None:
-    """Two standard deviations: what is stored is three times as large as eager's, and so is its rounding."""
+    """At two standard deviations, stored values and their rounding are three times as large as eager's."""
     p = case("basic_block", dtype, co=16, drift=2.0)
     ours = step(p, fused)
     dy = train_cases.cotangent(ours["y"])
@@ -354,7 +354,7 @@ def test_a_tensor_changed_before_backward_is_noticed(changed: str) -> None:
 
 
 def test_running_statistics_may_change_before_backward() -> None:
-    """An EMA copy or a second forward of the same layer: the first backward uses what its own forward saw."""
+    """After an EMA copy or a second forward, the first backward still uses the values of its own forward."""
     p = case("bottleneck", torch.float16, co=16, stride=2)
     expected = step(p, fused)
     q = p.copy(grad=True)
@@ -378,7 +378,7 @@ def test_gradients_of_two_steps_add_up(op: str) -> None:
 
 
 def test_a_problem_counts_what_it_holds() -> None:
-    """The inputs are what the module says: gammas of both signs and 0, no activation near 0, each ReLU both ways."""
+    """Inputs have gammas of both signs and 0, no activation near 0, and ReLUs that decide both ways."""
     p: Problem = case("bottleneck", co=16, stride=2)
     y = p.to(train_cases.WIDE).eager(relu=False)
     assert y.abs().min() > 1e-2 and (y > 0).any() and (y < 0).any()

@@ -1,7 +1,7 @@
 """conv_dgrad in the interpreter: every config, prologue, epilogue and geometry against fp64, and autograd of the whole
 chain of BatchNorm, convolution, BatchNorm.
 
-gamma of the norm behind has both signs and a 0; inputs and parameters lie between NaN (dgrad_cases.py).
+gamma of the following norm has both signs and a 0; inputs and parameters are surrounded by NaN (dgrad_cases.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TILE = Config("conv_dgrad", 64, 32, 32)
 
 @pytest.fixture
 def promised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the launcher told the compiler about addresses, launch by launch."""
+    """Collect what the launcher tells the compiler about addresses, launch by launch."""
     real, told = module.alignment, []
     monkeypatch.setattr(module, "alignment", lambda *starts: told.append(real(*starts)) or told[-1])
     return told
@@ -79,7 +79,7 @@ def test_compact_is_the_gradient_of_the_pixels_that_were_read(prologue: str, poi
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("mean", [1.0, 3.0])
 def test_large_means(mean: float, dtype: str, prologue: str) -> None:
-    """GAMMA is large then, and its place outside the image must be 0 all the same."""
+    """GAMMA is large here, and must still be 0 outside the image."""
     case(conv(24, 32, 3, n=1, dtype=dtype), prologue, mean=mean).check(TILE)
 
 
@@ -109,8 +109,8 @@ CHAINS = [
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("spec", CHAINS, ids=["1x1", "3x3", "3x3_stride2", "groups"])
 def test_autograd_of_norm_relu_conv_norm(spec: ConvSpec, dtype: str, prologue: str) -> None:
-    """The gradient of relu(norm(x)) that reaches the convolution's input through a norm on the statistics of y, and
-    the two sums that the norm below turns it on with; all of it by autograd in fp64, from the tensors as stored."""
+    """Compare with autograd in fp64 the gradient of relu(norm(x)) that goes through a norm on the statistics of y, and
+    the two sums that the preceding norm needs, from the tensors as stored."""
     if (dtype, prologue) == ("float32", "packed"):
         pytest.skip("fp32 has no pairs")
     c = case(spec.with_(dtype=dtype), prologue, "below")
@@ -151,7 +151,7 @@ def test_two_runs_are_equal_bit_for_bit(dtype: str, prologue: str) -> None:
 def test_values_that_are_not_finite_reach_the_pixels_that_eager_gives_them(
     stride: int, value: float, prologue: str
 ) -> None:
-    """The norm's coefficients stay those of the finite tensors, as if the value came from a single wrong pixel."""
+    """The norm keeps the coefficients of the finite tensors, as if a single pixel were wrong."""
     c = case(conv(24, 20, 3, n=1, h=6, w=7, stride=stride), prologue)
     rows, grad = c.coefficients(), c.grad()
     g = c.g.clone()
@@ -182,7 +182,7 @@ def test_nan_below_passes_as_in_eager() -> None:
 
 
 def test_coefficients_of_nan_reach_every_pixel() -> None:
-    """A batch with a NaN has NaN statistics."""
+    """A batch that contains NaN has NaN statistics."""
     for prologue in ("exact", "packed"):
         c = case(conv(24, 20, 3, n=1, h=4, w=4), prologue, "plain")
         c.g[0, 4, 1, 2] = float("nan")
@@ -190,7 +190,7 @@ def test_coefficients_of_nan_reach_every_pixel() -> None:
 
 
 def test_far_apart_images_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64-bit distances within a tile, as images of 2^31 elements need them."""
+    """Uses the 64-bit distances within a tile that images of 2^31 elements need."""
     c = case(conv(24, 20, 3, n=3, h=3, w=4, stride=2), "packed")
     near = c.run(TILE)[0]
     assert not module._wide(c.conv, TILE)
@@ -205,7 +205,7 @@ def test_which_images_are_far_apart() -> None:
 
 
 def test_tensors_off_16_bytes(promised: list[int]) -> None:
-    """The compiler must not be promised more than the tensors keep: here it may only read slower."""
+    """The compiler must not assume alignment that the tensors lack; slower reads are fine."""
     c = case(conv(24, 16, 3), "packed")
     n, co, h, w = c.g.shape
     field = torch.empty(c.g.numel() + 1, dtype=torch.float16)
@@ -216,7 +216,7 @@ def test_tensors_off_16_bytes(promised: list[int]) -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_phases_multiply_nothing_in_vain(stride: int) -> None:
-    """A stride of 2 spreads 9 taps over four phases; whole tiles, so that every product is one that counts."""
+    """A stride of 2 spreads 9 taps over four phases; with whole tiles every product counts."""
     c = case(conv(32, 32, 3, n=1, h=16, w=16, stride=stride), "packed")
     with count() as counts:
         c.run(TILE)
@@ -225,7 +225,7 @@ def test_phases_multiply_nothing_in_vain(stride: int) -> None:
 
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_traffic(prologue: str) -> None:
-    """g, y, the weight and the input below once, dx and the partial sums once; nothing outside of them."""
+    """Reads g, y, the weight and the input once, writes dx and the partial sums once, and nothing else."""
     c = case(conv(40, 48, 3, n=1, h=8, w=11), prologue)
     with count(inside_views=True) as counts:
         dx, partials = c.run(TILE)
@@ -253,7 +253,7 @@ def test_inputs_are_not_written() -> None:
 
 
 def test_a_wrong_coefficient_is_found() -> None:
-    """The check itself: one channel's GAMMA off by a tenth."""
+    """Check the check: one channel's GAMMA is off by a tenth."""
 
     class Wrong(Case):
         def grad(self) -> Any:

@@ -1,6 +1,6 @@
 """conv_fwd in the interpreter: every config, prologue and geometry against fp64, and its statistics against its output.
 
-Every norm has both signs of gamma and channels of gamma 0 (fwd_cases.py); inputs and parameters lie between NaN.
+Every norm has both signs of gamma and channels of gamma 0 (fwd_cases.py); NaN surrounds inputs and parameters.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ RAW = ("1x1_stride2", "1x1_padded", "3x3_stride2", "7x7_three_channels", "groups
     "name,prologue", [(n, p) for n in GEOMETRIES for p in ("none", "exact", "packed") if p != "none" or n in RAW]
 )
 def test_geometry(name: str, prologue: str, poisoned_outputs: None) -> None:
-    """Without a prologue only loads differ, and they are the exact one's."""
+    """Without a prologue only the loads differ; they are those of the exact prologue."""
     case(GEOMETRIES[name], prologue).check(TILE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_packed_prologue_where_every_channel_is_constant(dtype: str) -> None:
-    """gamma is 0: each is relu(beta) inside the image and 0 in its padding, which no clamp can say."""
+    """With gamma 0 each channel is relu(beta) inside the image and 0 in its padding, which a clamp cannot express."""
     c = case(conv(20, 24, 3, padding=2, dtype=dtype), "packed")
     rows = torch.zeros(10, 20)
     rows[v.SHIFT] = torch.randn(20)
@@ -80,7 +80,7 @@ def test_a_packed_prologue_where_every_channel_is_constant(dtype: str) -> None:
 
 
 def test_a_scale_too_small_for_a_threshold() -> None:
-    """|shift| > 65504 |scale|: constant too, and so is its truth to far below a rounding."""
+    """With |shift| > 65504 |scale| a channel is constant, and so is its exact value within far less than a rounding."""
     c = case(conv(20, 24, 3), "packed")
     rows = torch.zeros(10, 20)
     rows[v.SCALE] = torch.randn(20).sign() * 1e-6
@@ -91,7 +91,7 @@ def test_a_scale_too_small_for_a_threshold() -> None:
 @pytest.mark.parametrize("prologue", ["exact", "packed"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_means_of_one_standard_deviation(dtype: str, prologue: str) -> None:
-    """As far as packed prologues are meant to go; a centre keeps a net's tensors well below."""
+    """Packed prologues are meant for means up to this size; centring keeps a net's tensors well below."""
     case(conv(64, 24, 3, n=1, dtype=dtype), prologue, mean=1.0).check(TILE)
 
 
@@ -124,7 +124,7 @@ def test_images_that_lie_2_to_the_31_elements_apart(prologue: str) -> None:
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("float16", 1e-4), ("bfloat16", 1e-4)])
 def test_statistics_of_a_mean_of_a_hundred_deviations(dtype: str, tolerance: float) -> None:
-    """Against the output as stored: in bfloat16 it is stored in steps of a deviation."""
+    """Compares with the output as stored: bfloat16 stores it in steps of a deviation."""
     spec = conv(20, 24, 1, n=3, h=9, w=9, dtype=dtype)
     c = case(spec, "none", centre=False)
     w, _ = c.packs()
@@ -171,7 +171,7 @@ def test_values_that_are_not_finite_reach_the_outputs_that_eager_gives_them(
 
 
 def test_a_norm_of_nan_reaches_every_output() -> None:
-    """A batch with a NaN has NaN statistics."""
+    """A batch that contains NaN has NaN statistics."""
     for prologue in ("exact", "packed"):
         c = case(conv(20, 24, 3, n=1), prologue)
         assert c.x.vectors is not None
@@ -182,7 +182,7 @@ def test_a_norm_of_nan_reaches_every_output() -> None:
 
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_traffic(prologue: str) -> None:
-    """x, the weight and the rows of a norm once, y and the partial sums once; nothing outside of them."""
+    """Reads x, the weight and the rows of a norm once, writes y and the partial sums once, and nothing else."""
     c = case(conv(48, 40, 3, n=1, h=8, w=11), prologue)
     w, const = c.packs()
     x = c.x if prologue != "none" else Act(c.x.y)
@@ -199,7 +199,7 @@ def test_traffic(prologue: str) -> None:
 
 
 def test_a_wrong_constant_is_found() -> None:
-    """The check itself: one threshold off by a hundredth."""
+    """Check the check: one threshold is off by a hundredth."""
     c = case(conv(20, 24, 3), "packed")
     assert c.x.vectors is not None
     _, const = c.packs()
@@ -231,7 +231,7 @@ def test_the_input_is_not_written() -> None:
 
 
 def test_an_input_off_16_bytes() -> None:
-    """A packed prologue must not promise the compiler more than its tensors keep: here it may only read slower."""
+    """A packed prologue must not make the compiler assume alignment that its tensors lack; slower reads are fine."""
     c = case(conv(24, 16, 3), "packed")
     n, ci, h, w = c.x.y.shape
     field = torch.empty(c.x.y.numel() + 1, dtype=torch.float16)

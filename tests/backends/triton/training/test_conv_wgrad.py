@@ -1,6 +1,6 @@
 """conv_wgrad in the interpreter: every config, prologue and geometry against fp64; how pixels are split; traffic.
 
-gamma of both norms has both signs and zeros; inputs and parameters lie between NaN (wgrad_cases.py).
+gamma of both norms has both signs and zeros; NaN surrounds inputs and parameters (wgrad_cases.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TILE = Config("conv_wgrad", 32, 32, 64)
 @pytest.mark.parametrize("dtype,prologue", VARIANTS)
 @pytest.mark.parametrize("config", SHIPPED["conv_wgrad"], ids=str)
 def test_every_config(config: Config, dtype: str, prologue: str, raw: bool, poisoned_outputs: None) -> None:
-    """20 channels to 20, 5 images of 35 pixels: no tile divides any of them, and no stream is as long as the next."""
+    """No tile divides 20 channels or 5 images of 35 pixels, and no stream is as long as the next."""
     case(conv(20, 20, 3, n=5, h=7, w=5, dtype=dtype), prologue, raw).check(for_dtype(config, dtype))
 
 
@@ -52,7 +52,7 @@ def test_geometry_without_batch_statistics(name: str, poisoned_outputs: None) ->
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, 9, 13])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7), (1, 40)], ids=str)
 def test_batches_and_images_of_every_length(size: tuple[int, int], n: int, poisoned_outputs: None) -> None:
-    """One, two and four streams; streams that end early or are empty; steps over rows, images and several images.
+    """Covers one, two and four streams, streams that end early or are empty, and steps over rows and images.
 
     Exact where a channel has few values: tuning/training_configs.py sends no such launch to a packed prologue. A
     single value has no statistics.
@@ -102,17 +102,17 @@ def test_streams_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("mean", [1.0, 3.0])
 def test_large_means(mean: float, dtype: str, prologue: str) -> None:
-    """What the packed gradient's rounding leaves in common is multiplied with the mean of an activation."""
+    """The common part of the packed gradient's rounding is multiplied with the mean of an activation."""
     case(conv(24, 32, 3, n=4, h=9, w=8, dtype=dtype), prologue, mean=mean).check(TILE)
 
 
 def test_every_other_image_of_a_batch() -> None:
-    """A 1x1 whose images do not follow each other, so that its pixels are not those of dy."""
+    """Runs a 1x1 on images that are not adjacent, so that its pixels are not those of dy."""
     case(conv(24, 20, 1, n=5), "packed", images=2).check(TILE)
 
 
 def test_tensors_off_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler must not be promised more than the tensors keep: here it may only read slower."""
+    """The compiler must not assume alignment that the tensors lack; slower reads are fine."""
     real, told = module.alignment, []
     monkeypatch.setattr(module, "alignment", lambda *starts: told.append(real(*starts)) or told[-1])
     dw = [case(conv(24, 16, 3), "packed", gap=gap).run(TILE) for gap in (0, 1)]
@@ -129,7 +129,7 @@ def test_two_runs_are_equal_bit_for_bit(dtype: str, prologue: str) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_a_nan_stays_in_its_channel(prologue: str) -> None:
-    """And what is not NaN in fp64 of the other channels is right."""
+    """The other channels are right where fp64 is not NaN."""
     c = case(conv(24, 20, 3, n=2), prologue)
     clean = c.run(TILE)
     grad = c.behind.grad()
@@ -143,7 +143,7 @@ def test_a_nan_stays_in_its_channel(prologue: str) -> None:
 
 @pytest.mark.parametrize("prologue", ["none", "exact", "packed"])
 def test_traffic(prologue: str) -> None:
-    """g, y and the raw input once, and every split's tile; nothing outside of them."""
+    """Reads g, y and the raw input once, writes every split's tile, and touches nothing else."""
     c = case(conv(40, 48, 1, n=5, h=8, w=11), prologue)
     launch = LaunchSpec("conv_wgrad", (c.conv,), prologue=True)
     splits, _ = module.splits_of(launch, TILE, SMS)
@@ -169,7 +169,7 @@ def test_inputs_are_not_written() -> None:
 
 
 def test_a_wrong_coefficient_is_found() -> None:
-    """The check itself: one channel's BETA off by a hundredth."""
+    """Check the check: one channel's BETA is off by a hundredth."""
 
     class Wrong(dgrad_cases.Case):
         def grad(self) -> Any:

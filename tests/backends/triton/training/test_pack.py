@@ -32,7 +32,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def dense(weight: Tensor, c: ConvSpec) -> Tensor:
-    """(Co, merged Ci, R, S): every group's filters in their place in the merged group, zeros elsewhere."""
+    """Return (Co, merged Ci, R, S): every group's filters in their place in the merged group, zeros elsewhere."""
     wide = weight.new_zeros(c.co, c.ci // merged_groups(c), c.r, c.s)
     merge = c.groups // merged_groups(c)
     own_ci, own_co = c.ci // c.groups, c.co // c.groups
@@ -49,7 +49,7 @@ def per_group(row: Tensor, c: ConvSpec) -> Tensor:
 
 
 def laid(weight: Tensor, layout: str) -> Tensor:
-    """The same values, dense, channels last, or every other element of a larger tensor; between NaN."""
+    """Return the same values, dense, channels last, or every other element of a larger tensor, surrounded by NaN."""
     if layout == "nhwc":
         return guard(weight.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
     if layout == "sliced":
@@ -120,7 +120,7 @@ def test_dgrad_casts_any_layout(given: torch.dtype, dtype: torch.dtype, layout: 
 
 
 def test_a_factor_that_is_not_finite_stays_in_its_channel() -> None:
-    """Zeros between the members of a merged group are zeros whatever they would have been multiplied with."""
+    """Zeros between the members of a merged group stay zero, whatever the factor."""
     c = CONVS["groups_merged"]
     own = c.ci // c.groups
     weight = torch.randn(c.co, own, 3, 3)

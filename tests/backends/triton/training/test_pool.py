@@ -34,22 +34,22 @@ NAN_CASES = [("resnet", dtype) for dtype in cases.DTYPES] + [("halves", HALF), (
 
 
 def coarse(y: Tensor) -> Tensor:
-    """Many equal values, so that the choice among equal maxima matters."""
+    """Return many equal values, so that the choice among equal maxima matters."""
     return cases.guarded((y.float() * 2).round().div(2).to(y.dtype))
 
 
 def activation(y: Tensor, rows: Tensor) -> Tensor:
-    """As the kernels round it, fp64."""
+    """Return the activation in fp64, rounded as the kernels round it."""
     return cases.mapped(y, rows, torch.float32).relu().to(y.dtype).double()
 
 
 def few_digits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Gradients whose sums are exact in every dtype."""
+    """Return gradients with sums that are exact in every dtype."""
     return cases.guarded((torch.randint(-16, 17, shape).double() / 8).to(dtype))
 
 
 def truth(y: Tensor, rows: Tensor, dz: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """(z, g) of PyTorch in fp64, from the rounded activation."""
+    """Return PyTorch's (z, g) in fp64, from the rounded activation."""
     act = activation(y, rows).requires_grad_()
     z = F.max_pool2d(act, *pool)
     (g,) = torch.autograd.grad(z, act, dz.double())
@@ -81,7 +81,7 @@ def test_forward_and_backward(
 
 @pytest.mark.parametrize("strips", STRIPS[1:])
 def test_strips_agree(strips: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a launch is cut changes no bit of z and g; run twice, no bit at all."""
+    """The place of a cut changes no bit of z and g, and a second run changes no bit at all."""
     pool, y = POOLS["resnet"], cases.raw(2, 20, 10, 5, torch.float16)
     rows, _ = cases.vectors(y)
     dz = cases.gradient(pool_end(y, rows, pool))
@@ -106,7 +106,7 @@ def test_gradients_round_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name,dtype", NAN_CASES, ids=str)
 def test_nan_wins_as_in_stock(name: str, dtype: torch.dtype) -> None:
-    """One NaN in a window, several, infinities beside them; the gradient goes where PyTorch's goes."""
+    """Covers one NaN in a window, several, and infinities next to them; the gradient goes where PyTorch's goes."""
     pool, y = POOLS[name], coarse(cases.raw(1, 20, 6, 5, dtype))
     rows, _ = cases.vectors(y)
     for c, h, w in ((2, 0, 0), (3, 3, 3), (3, 3, 4), (3, 4, 2), (5, 5, 4), (6, 3, 3), (6, 2, 2)):

@@ -1,7 +1,7 @@
 """Machine code of the training kernels against docs/tables/training-budgets.json: no spills, and in the compute-bound
 main loops fewer issue slots than tensor cycles.
 
-Compiled here, without a GPU, in processes of their own.
+Kernels are compiled here, without a GPU, in separate processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMPUTE_BOUND = ("1x1", "1x1 first", "1x1 behind", "1x1/2", "3x3", "3x3/2")
 
 
 def test_a_sample_keeps_its_budget() -> None:
-    """The first config of one launch per kernel, and two of the passes."""
+    """Compile the first config of one launch per kernel, and two of the passes."""
     passes = ("block_end_backward projection", "pool_end_backward")
     names = tuple(f"{name}," for name in SAMPLE)
     sample = [j for j in budgets.jobs(every=False) if j.config.startswith(names) or j.config in passes]
@@ -37,7 +37,7 @@ def test_every_shipped_config_keeps_its_budget() -> None:
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
 def test_hard_rules(row: Budget) -> None:
-    """What holds for every row, whoever wrote the table."""
+    """Check rules that every row must meet, whatever the table says."""
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1
     kernel, _, rest = row.config.partition(" ")
@@ -54,7 +54,7 @@ def test_hard_rules(row: Budget) -> None:
 
 
 def test_main_loops_issue_in_time() -> None:
-    """Of every config that may run a compute-bound convolution on an H100 the tensor cores are kept busy, through a
+    """Every config that may run a compute-bound convolution on an H100 keeps the tensor cores busy through a
     packed prologue; the model chooses among these."""
     h100, rows, slow = devices.gpu("h100"), 0, []
     assert h100.gpu is not None

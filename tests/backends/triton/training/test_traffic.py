@@ -1,4 +1,4 @@
-"""Bytes of a training step, counted: whole blocks against what their launches must move, and the table of ResNet-50."""
+"""Counted bytes of a training step: whole blocks against what their launches must move, and ResNet-50's table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.interpret
 
 
 def bottleneck(ci: int, width: int, co: int, stride: int, h: int, w: int) -> BlockSpec:
-    """A bottleneck block on one image; a projection where its input has another shape than its output."""
+    """Return a bottleneck block on one image, with a projection if its input and output differ in shape."""
     ho, wo = -(-h // stride), -(-w // stride)
     convs: list[ConvSpec] = [
         conv(ci, width, 1, n=1, h=h, w=w),
@@ -45,7 +45,7 @@ def test_the_least_of_an_identity_block_is_82_inner_tensors() -> None:
 
 
 def test_the_table_holds_the_whole_net_within_the_goal() -> None:
-    """docs/tables/training-traffic.json; stock moves 474 MB per image by the model."""
+    """Reads docs/tables/training-traffic.json; by the model, stock PyTorch moves 474 MB per image."""
     net = json.loads(traffic.JSON.read_text())["net"]
     assert net["counted activations"] <= 270
     assert 1.0 <= net["counted activations"] / net["least of these launches"] <= 1.10
