@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from torch import nn
 
 from resnet_fast.training import checkpoints
 from resnet_fast.training.checkpoints import TrainingState
+from resnet_fast.training.distributed import World
 
 META = {"classes": 3, "recipe": {}, "sums": [0.1, 2.0, 3.0], "seconds": 1.5}
 
@@ -73,3 +75,35 @@ def reseal(place: Path, **changes: Any) -> None:
     }
     meta = {name: value for name, value in (meta | changes).items() if value is not ... and name != "sha256"}
     path.write_text(json.dumps(meta | {"sha256": checkpoints.seal(meta)}))
+
+
+def save(out: Path, state: TrainingState, step: int, keep: int = 2, **meta: Any) -> Path:
+    return checkpoints.save_checkpoint(out, state, META | {"step": step} | meta, World(), sharded=False, keep=keep)
+
+
+def names(out: Path) -> list[str]:
+    """What is in the folder, hidden or not."""
+    return sorted(p.name for p in checkpoints.folder_of(out).iterdir())
+
+
+def damage(place: Path, how: str) -> str:
+    """Spoil a checkpoint; returns what a complaint about it has to name."""
+    name, _, what = how.partition(": ")
+    path = place / name
+    if what == "gone":
+        path.unlink()
+    elif what == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what == "flipped":
+        body = bytearray(path.read_bytes())
+        body[len(body) // 2] ^= 1
+        path.write_bytes(body)
+    else:
+        path.write_text(what)
+    return name
+
+
+def full(*arguments: Any, **named: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

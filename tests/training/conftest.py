@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast.training import checkpoints, optim, recipe, runlog
+from resnet_fast.training import checkpoints, curves, optim, recipe, runlog
 from resnet_fast.training.options import RunOptions
 from resnet_fast.training.recipe import Recipe
 
@@ -96,3 +96,12 @@ def same() -> Callable[[Any, Any], None]:
             assert a == b, where
 
     return check
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a minute net and draw nothing: the loop depends on neither. Slow tests start processes, which this does not
+    reach, and train the real net."""
+    if request.node.get_closest_marker("slow") is None:
+        request.getfixturevalue("minute")
+        monkeypatch.setattr(curves, "write_curves", lambda out, title: None)

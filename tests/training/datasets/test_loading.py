@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import re
 import resource
 import struct
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import recipe
-from resnet_fast.training.datasets import arrays, fashion_mnist, loading, samples
+from resnet_fast.training.datasets import DATASETS, arrays, fashion_mnist, loading, samples
 from resnet_fast.training.loop import train
 from resnet_fast.training.options import RunOptions, Watch
 from resnet_fast.training.recipe import Recipe
@@ -326,3 +327,10 @@ def test_a_batch_without_readable_images_is_an_error(
         path.write_bytes(b"")
     with pytest.raises(UserError, match="2 readable images or more in every part of a batch, got 0"):
         train(tiny(data="folder", data_path=str(damaged), subset=None), options())
+
+
+def test_the_pages_table_lists_every_data_set() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    table = page.split("## Data\n\n")[1].split("\n\n")[0]
+    first_cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    assert re.findall(r"`([\w-]+)`", " ".join(first_cells)) == list(DATASETS)
