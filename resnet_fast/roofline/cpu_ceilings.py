@@ -31,7 +31,7 @@ MEASURES = ("float32", "bfloat16", "cache", "memory")
 
 
 def _best_rate(work: float, run: Callable[[], Any], budget_s: float) -> float:
-    """Return the highest ``work``/s, that of the least disturbed run, over runs that take about ``budget_s`` in total."""
+    """Return the highest ``work``/s, that of the least disturbed run. All runs take about ``budget_s``."""
     run()  # the first touches pages and builds oneDNN's primitive
     best, end = math.inf, time.perf_counter() + budget_s
     while True:

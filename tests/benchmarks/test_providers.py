@@ -1,4 +1,4 @@
-"""benchmarks/providers.py: competitors compute the same function, keep the model unchanged, and say why they cannot run."""
+"""benchmarks/providers.py: competitors compute the same function, keep the model, and say why they cannot run."""
 
 from __future__ import annotations
 
