@@ -1,4 +1,4 @@
-"""The table of GPUs: every figure with origin and source, the names it answers to, and what is made of unknown ones."""
+"""The table of GPUs: every figure with origin and source, its aliases, and unknown GPUs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_figure_says_where_it_comes_from(device: Device) -> None:
 
 @pytest.mark.parametrize("device", KNOWN, ids=lambda d: d.name)
 def test_unmeasured_peaks_are_scaled_as_the_h100_was(device: Device) -> None:
-    """So that devices and dtypes compare: none is credited with a peak that no kernel reaches."""
+    """Devices and dtypes then compare fairly: none gets a peak that no kernel reaches."""
     for ceiling, reached in ((device.bandwidth, 3.02 / 3.35), *((c, 792 / 989.4) for _, c in device.rates)):
         assert ceiling.published is not None
         assert ceiling.value == pytest.approx(ceiling.published * reached)

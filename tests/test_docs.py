@@ -1,4 +1,4 @@
-"""The pages keep what they promise: code that runs, commands that parse, links and files that exist."""
+"""The pages are right: code runs, commands parse, links and files exist."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def prose(page: Path) -> str:
 
 
 def quoted(page: Path) -> list[str]:
-    """What stands between backticks outside of blocks."""
+    """Return the text between backticks outside code blocks."""
     return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def commands(page: Path) -> Iterator[str]:
-    """The arguments of every command line of the program, from blocks and from text."""
+    """Return the arguments of every command line of the program, in code blocks and in text."""
     lines = [line for body in blocks(page, "") for line in re.sub(r"\\\n\s*", " ", body).splitlines()]
     for line in [*lines, *quoted(page)]:
         if (found := PROGRAM.match(line)) and not re.search(r"resnet-fast: ", line):
@@ -53,7 +53,7 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def unknown_command(arguments: str) -> str:
-    """What the command line says against these arguments; empty where it takes them. Nothing is run."""
+    """Return the error of the command line for these arguments, empty if they are valid. Nothing is run."""
     given = [word for word in shlex.split(arguments, comments=True) if word not in ("…", "NET")]
     if not given or given[0].startswith("-"):
         given = given or ["--help"]
@@ -77,7 +77,7 @@ def unknown_command(arguments: str) -> str:
 
 
 def exists(path: str, page: Path) -> bool:
-    """Is there such a file or folder, from the page, the root, the package, or below one of the kernels' folders?"""
+    """Return whether the path exists, from the page, the root, the package, or one of the kernels' folders."""
     places = [
         page.parent,
         ROOT,
@@ -173,7 +173,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pages
 def test_files_named_in_text_exist(page: Path) -> None:
-    """Every backticked path whose first part is a folder or file of the repository or the package."""
+    """Checks every backticked path that starts with a folder or file of the repository or the package."""
     tops = {path.name for path in (*ROOT.iterdir(), *(ROOT / "resnet_fast").iterdir())} - {"build", "dist", "out"}
     for text in quoted(page):
         path = text.partition(":")[0]

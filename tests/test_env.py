@@ -1,4 +1,4 @@
-"""The environment report: complete, and alive when everything it asks is broken."""
+"""The environment report is complete, and does not crash when everything it asks is broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an error says about a package that is not there: names that pip can install."""
+"""Errors about missing packages name packages that pip can install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environment switches: read when used, an unreadable value is an error."""
+"""Environment switches are read when used, and a bad value is an error."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_check_backend() -> None:
 
 
 def test_every_variable_of_the_build_is_in_the_table() -> None:
-    """setup.py runs where the package cannot be imported, so its names and choices are checked here."""
+    """setup.py cannot import the package, so its names and choices are checked here."""
     text = (ROOT / "setup.py").read_text()
     read = set(re.findall(r"RESNET_FAST_(?:BUILD_[A-Z]+|CUDA_ARCHS)", text))
     assert read == {flag.name for flag in flags.BUILD}

@@ -57,7 +57,7 @@ assert resnet_fast.ops is sys.modules["resnet_fast.ops"]
 
 
 def test_torch_comes_later_and_the_ops_with_it() -> None:
-    """``import resnet_fast`` does not wait for torch; whoever imports torch afterwards finds the ops."""
+    """``import resnet_fast`` does not import torch; a later import of torch brings the ops."""
     run(OPS_FOLLOW_TORCH)
     run("import resnet_fast; resnet_fast.ops.conv_bn_act; import torch; torch.ops.resnet_fast.stem.default")
     run("import resnet_fast, importlib.util as u; spec = u.find_spec('torch'); assert spec.loader.is_package('torch')")

@@ -1,4 +1,4 @@
-"""The lazy loader keeps the cause when a compiled module is missing or does not load."""
+"""The lazy loader keeps the cause if a compiled module is missing or does not load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge judged: what must pass passes, and every planted error is caught and located."""
+"""Tests of the error reports themselves: correct results pass, and every planted error is caught and located."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ K = 16 * 9
 
 
 def _conv(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(ours, ref64, eager) of one convolution: ours multiplies im2col columns, eager is torch's own."""
+    """Return (ours, ref64, eager) of one convolution: ours multiplies im2col columns, eager is torch's own."""
     torch.manual_seed(seed)
     x = torch.randn(2, 16, 13, 11).to(dtype)
     w = (torch.randn(24, 16, 3, 3) / 12).to(dtype)

@@ -41,7 +41,7 @@ print("BUILT", json.dumps([getattr(backend, f"build_{what}")(target) for what in
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of the sources, so that a build leaves nothing in the tree under test."""
+    """Return a copy of the sources, so that a build leaves nothing in the tree under test."""
     target = tmp_path / "checkout"
     skip = shutil.ignore_patterns(".*", "__pycache__", "*.so", "build", "dist", "*.egg-info", "results")
     shutil.copytree(ROOT, target, symlinks=True, ignore=skip)
@@ -49,7 +49,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def build(checkout: Path, *what: str, ok: bool = True, **switches: str) -> Any:
-    """Build in the copy: the paths of the files, or stdout and stderr of a build that must fail."""
+    """Build in the copy; return the paths of the files, or stdout and stderr of a build that must fail."""
     pytest.importorskip("scikit_build_core")
     target = checkout / "dist"
     target.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def load(path: Path) -> ModuleType:
 
 @pytest.fixture
 def setup_file() -> ModuleType:
-    """setup.py as a module: its last line builds only when it is the program."""
+    """Return setup.py as a module: its last line builds only if it is the program."""
     pytest.importorskip("scikit_build_core")
     return load(ROOT / "setup.py")
 
@@ -94,7 +94,7 @@ def test_no_requirement_is_a_pin() -> None:
 
 
 def test_extras_hold_what_the_code_asks_for_by_name() -> None:
-    """Each optional package that an error tells to install stands in the extra that the error names."""
+    """Each optional package that an error asks for is in the extra that the error names."""
     asked = re.compile(r"missing_package\(\s*\"([\w-]+)\",\s*\"[^\"]*\",\s*error,\s*\"(\w+)\"")
     found = [
         pair

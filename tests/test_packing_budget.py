@@ -1,4 +1,4 @@
-"""When preparing pays: an budget never spends what was not earned, and knows patterns of use."""
+"""When packing pays: a budget never spends more than it earned, and follows patterns of use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resnet_fast.packing_budget import PackingBudget
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_loses_more_than_a_tenth_whatever_comes(seed: int) -> None:
-    """Time taken, in work of the stock layers, over any sequence of calls, sizes and changes of weights."""
+    """Measures time in work of the stock layers, over any sequence of calls, sizes and changes of weights."""
     draw = random.Random(seed)
     whole = draw.uniform(1, 50)
     budget, stock, taken, version = PackingBudget(whole), 0.0, 0.0, 0

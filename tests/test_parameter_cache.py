@@ -1,4 +1,4 @@
-"""Derived tensors: kept while nothing changed, computed anew after every way that users change a parameter."""
+"""Derived tensors are kept while nothing changes, and computed again after every way to change a parameter."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_an_entry_dies_with_any_of_its_sources() -> None:
 
 
 def counted(sources: tuple[Tensor | None, ...], key: object = 0, keep: int = 8) -> tuple[object, bool]:
-    """What ``get`` returns, and whether it had to compute it."""
+    """Return the result of ``get``, and whether it was computed."""
     made: list[object] = []
 
     def make(kept: dict[object, object]) -> object:
@@ -338,7 +338,7 @@ def test_threads_share_one_entry() -> None:
 
 
 def test_two_entries_are_made_at_the_same_time() -> None:
-    """What one net packs does not wait for what another packs."""
+    """One net's packing does not wait for another's."""
     meeting = threading.Barrier(2, timeout=20)
     sources = [(torch.randn(3),), (torch.randn(3),)]
     in_threads(*(partial(parameter_cache.get, s, 0, lambda kept: meeting.wait() + 1) for s in sources))
@@ -356,7 +356,7 @@ def test_entries_that_share_sources_live_side_by_side() -> None:
 
 
 def test_a_followed_counter_makes_its_tensor_stale() -> None:
-    """As on a GPU, where BatchNorm's own update of its statistics is seen by the counter beside them alone."""
+    """On a GPU only num_batches_tracked shows that BatchNorm updated its statistics."""
     mean, counter, made = torch.zeros(3), torch.tensor(0), []
 
     def value() -> int:

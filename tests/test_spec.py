@@ -133,7 +133,7 @@ def test_block_changes_every_convolution() -> None:
 
 
 def _chain() -> tuple[ConvSpec, ConvSpec, ConvSpec]:
-    """A 3x3/2, the 1x1 behind it with an add, and a projection of the block's input to the same shape."""
+    """Return a 3x3/2, the next 1x1 with an add, and a projection of the block's input to the same shape."""
     conv2 = ConvSpec(2, 8, 8, 16, 16, 3, 3, (2, 2), (1, 1), dtype="float16", epilogue=Epilogue(relu=True))
     conv3 = ConvSpec(2, 4, 4, 16, 64, 1, 1, dtype="float16", epilogue=Epilogue(relu=True, add=True))
     return conv2, conv3, ConvSpec(2, 8, 8, 32, 64, 1, 1, (2, 2), dtype="float16")

@@ -25,7 +25,7 @@ IMAGES = 400
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits: images (N, 1, 8, 8) in -1 to 1, labels (N)."""
+    """Return scikit-learn's digits: images (N, 1, 8, 8) in -1 to 1, labels (N)."""
     datasets = pytest.importorskip("sklearn.datasets")
     found = datasets.load_digits()
     x = torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1
@@ -39,7 +39,7 @@ def _fast() -> Iterator[None]:
 
 
 def net_of(seed: int) -> nn.Module:
-    """The small CIFAR net for one channel and ten classes, with a first convolution that strides; fresh norms."""
+    """Return the small CIFAR net for one channel and ten classes, with a strided first convolution and fresh norms."""
     torch.manual_seed(seed)
     net = cifar(channels=1, classes=10)
     net.conv1.stride = (2, 2)
@@ -54,7 +54,7 @@ def net_of(seed: int) -> nn.Module:
 def train(
     net: nn.Module, digits: tuple[Tensor, Tensor], seed: int, dtype: torch.dtype, steps: int = STEPS
 ) -> tuple[Tensor, int]:
-    """(smoothed losses, images read right at the end) of SGD on a cosine schedule. ``seed`` orders the data."""
+    """Train with SGD on a cosine schedule; return smoothed losses and images right at the end. ``seed`` orders data."""
     x, labels = digits
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)

@@ -1,4 +1,4 @@
-"""Two processes that train one net, on batches of three and of five images, against one process with all eight.
+"""Two processes train one net on batches of three and five images, against one process with all eight.
 
 Stock SyncBatchNorm does not train on CPU tensors; the truth is the plain net in float64 in this process.
 """
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 
 def problem() -> tuple[nn.Module, Tensor, Tensor]:
-    """The net and the whole batch, the same in every process."""
+    """Return the net and the whole batch, the same in every process."""
     torch.manual_seed(1)
     return (cifar(), *images(sum(SPLIT)))
 
@@ -37,7 +37,7 @@ def share(rank: int) -> slice:
 
 
 def loss_of_share(out: Tensor, labels: Tensor) -> Tensor:
-    """This process's part of the mean over the whole batch."""
+    """Return this process's part of the mean over the whole batch."""
     return loss_of(out, labels) * len(labels) / sum(SPLIT)
 
 
@@ -46,7 +46,7 @@ def synced(net: nn.Module, save: str = "raw") -> nn.Module:
 
 
 def plain_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Any]:
-    """SyncBatchNorm and no wrapper: gradients are those of this process's part of the loss."""
+    """Run SyncBatchNorm without a wrapper: gradients are those of this process's part of the loss."""
     model = synced(net)
     out = model(x)
     loss_of_share(out, labels).backward()
@@ -55,7 +55,7 @@ def plain_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def data_parallel_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Parameters and buffers after a step of SGD in DDP, which averages what the processes have."""
+    """Return parameters and buffers after a step of SGD in DDP, which averages gradients over processes."""
     model = DistributedDataParallel(twin(net, "recompute"))
     nn.SyncBatchNorm.convert_sync_batchnorm(model.module)  # afterwards: DDP itself takes it on a GPU alone
     optimizer = torch.optim.SGD(model.parameters(), RATE)
@@ -65,7 +65,7 @@ def data_parallel_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, T
 
 
 def sharded_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The same in FSDP2, every block and the rest sharded."""
+    """Return the same in FSDP2, with every block and the rest sharded."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -79,7 +79,7 @@ def sharded_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]
 
 
 def worker(rank: int, folder: str) -> None:
-    """Every step of this file in one process of two; what each gives goes into a file."""
+    """Run every step of this file in one process of two, and save the results to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT))
     net, x, labels = problem()
@@ -97,7 +97,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process found."""
+    """Return the results of each process."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder: Path = tmp_path_factory.mktemp("ranks")
@@ -107,13 +107,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def exact() -> dict[str, Tensor]:
-    """The step of one process with the whole batch, in float64."""
+    """Return the step of one process with the whole batch, in float64."""
     return exact_step(*problem())  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
 def stepped(exact: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its parameters and buffers after a step of SGD."""
+    """Return the parameters and buffers after a step of SGD."""
     net = problem()[0].double()
     moved = {n: p.detach() - RATE * exact[f"gradient of {n}"] for n, p in net.named_parameters()}
     return moved | {n: exact[n] for n, _ in net.named_buffers()}
@@ -131,7 +131,7 @@ def assert_fused(found: list[dict[str, Any]], what: str) -> None:
 
 
 def test_sync_batch_norm_equals_the_whole_batch(found: list[dict[str, Any]], exact: dict[str, Tensor]) -> None:
-    """Outputs, gradients summed over processes, running statistics."""
+    """Compares outputs, gradients summed over processes, and running statistics."""
     ranks = [one["plain_step"] for one in found]
     errors = [assert_near(torch.cat([r["out"] for r in ranks]), exact["out"], "out")]
     for name in ranks[0]["grads"]:
@@ -145,7 +145,7 @@ def test_sync_batch_norm_equals_the_whole_batch(found: list[dict[str, Any]], exa
 
 
 def test_running_statistics_are_equal_in_both_processes(found: list[dict[str, Any]]) -> None:
-    """Bit for bit: the same numbers are merged in the same order."""
+    """They are equal bit for bit: the same numbers are merged in the same order."""
     one, other = (f["plain_step"]["buffers"] for f in found)
     for name, buffer in one.items():
         assert torch.equal(buffer, other[name]), name

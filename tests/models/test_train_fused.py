@@ -1,4 +1,4 @@
-"""Whole nets that train on our kernels, in the interpreter: everything that users do with a net between two steps."""
+"""Whole nets train on our kernels in the interpreter, with everything that users do to a net between two steps."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_a_step_is_as_exact_as_stock(kind: str, save: str) -> None:
     ],
 )
 def test_steps_in_16_bit_are_as_exact_as_stock(kind: str, dtype: torch.dtype, save: str) -> None:
-    """Over seven nets: 16-bit rounding flips a ReLU of one such net in four, ours or stock's, and every gradient below
-    it leaps by up to a hundred times the rounding. The median does not."""
+    """Takes the median over seven nets: rounding flips a ReLU in one net of four, ours or stock's, and every gradient
+    before it jumps by up to a hundred times the rounding. The median does not."""
     ours, stock = [], []
     for seed in range(7):
         torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def test_steps_in_16_bit_are_as_exact_as_stock(kind: str, dtype: torch.dtype, sa
 
 
 def test_sgd_with_momentum_and_eval_between() -> None:
-    """Weights, running statistics and what eval makes of them follow stock's over three steps."""
+    """Weights, running statistics and eval outputs follow stock's over three steps."""
     stock, (x, labels) = cifar(), images()
     fused = twin(stock)
     optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, weight_decay=1e-3) for m in (stock, fused)]
@@ -108,7 +108,7 @@ def test_fine_tuning_with_a_frozen_stage(dtype: torch.dtype) -> None:
 
 
 def test_fine_tuning_with_all_norms_in_eval() -> None:
-    """Their gamma and beta still learn; no statistic moves."""
+    """gamma and beta still learn; no statistic changes."""
     net, (x, labels) = cifar(), images()
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -120,7 +120,7 @@ def test_fine_tuning_with_all_norms_in_eval() -> None:
 
 
 def test_frozen_batch_norm() -> None:
-    """A detector's backbone: norms that are no more than buffers."""
+    """Trains a detector's backbone, where norms consist of buffers."""
 
     def freeze(module: nn.Module) -> None:
         for name, child in module.named_children():
@@ -140,7 +140,7 @@ def test_frozen_batch_norm() -> None:
 
 @pytest.mark.parametrize("group", [False, True])
 def test_sync_batch_norm_of_one_process(group: bool, tmp_path: Path) -> None:
-    """Without a group, or alone in one, it is a plain norm, bit for bit."""
+    """Without a group, or alone in one, it equals a plain norm bit for bit."""
     plain, (x, labels) = cifar(), images()
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
     if group:
@@ -155,7 +155,7 @@ def test_sync_batch_norm_of_one_process(group: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_images_stay_in_nhwc(layout: torch.memory_format) -> None:
-    """Between stages in forward, and the gradients between them in backward."""
+    """Checks the images between stages in forward and the gradients between them in backward."""
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -175,7 +175,7 @@ def test_images_stay_in_nhwc(layout: torch.memory_format) -> None:
 
 
 def test_grad_scaler() -> None:
-    """A scale that overflows is halved and its step left out; afterwards weights move as stock's do."""
+    """A scale that overflows is halved and its step skipped; afterwards weights follow stock's."""
     stock, (x, labels) = cifar(), images()
     fused = twin(stock)
     scales, before = [], copy.deepcopy(stock.state_dict())
@@ -200,7 +200,7 @@ def test_grad_scaler() -> None:
 
 
 def test_copies_and_checkpoints_go_on_bit_for_bit() -> None:
-    """A deep copy (EMA) and a state_dict in a fresh net, taken in the middle, make the same next step."""
+    """A deep copy (EMA) and a state_dict in a fresh net, taken between steps, make the same next step."""
     x, labels = images()
     net = twin(cifar())
     step(net, x, labels)
@@ -227,7 +227,7 @@ def test_eval_uses_what_training_left() -> None:
 
 
 def test_activation_checkpointing() -> None:
-    """Statistics are counted twice, as stock's are; with ``recompute`` two kinds of recomputation meet."""
+    """Statistics are counted twice, as in stock PyTorch; ``recompute`` combines two kinds of recomputation."""
     net, (x, labels) = cifar(), images()
     got = step(Checkpointed(twin(net, save="recompute")), x, labels)
     exact = exact_step(Checkpointed(net), x, labels)
@@ -249,7 +249,7 @@ def test_a_hook_inside_a_block_unfuses_that_block_alone() -> None:
 
 
 def test_backward_twice_through_one_graph() -> None:
-    """What the forward saved is not used up: a second backward adds the same gradients, bit for bit."""
+    """The forward's saved tensors stay valid: a second backward adds the same gradients, bit for bit."""
     net, (x, labels) = twin(cifar(), save="recompute"), images()
     with torch.autocast("cpu", torch.float16):
         loss = loss_of(net(x), labels)

@@ -1,4 +1,4 @@
-"""Bytes that a training step keeps for its backward pass: counted on fake tensors, from what goes into autograd."""
+"""Bytes that a training step keeps for its backward pass, counted on fake tensors from what autograd saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGES = 2
 
 
 def saved_storages(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[StorageWeakRef, tuple[int, torch.Size]]:
-    """(bytes, shape) of every storage that a forward in autocast saves for backward, without parameters and buffers."""
+    """Return (bytes, shape) of every storage that a forward in autocast saves, without parameters and buffers."""
     own = {StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     found: dict[StorageWeakRef, tuple[int, torch.Size]] = {}
     kept: list[Tensor] = []  # a storage that is freed could give its address to another
@@ -36,7 +36,7 @@ def saved_storages(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[Stor
 
 
 def activation_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
-    """Saved bytes of images: what grows with the batch."""
+    """Return the saved bytes of images, the part that grows with the batch."""
     return sum(
         size for size, shape in saved_storages(model, x, dtype).values() if len(shape) == 4 and shape[0] == len(x)
     )
@@ -74,7 +74,7 @@ def test_resnet18_at_224() -> None:
 
 @pytest.mark.parametrize("save", ["raw", "recompute"])
 def test_images_kept_are_raw_outputs_and_block_outputs(save: str) -> None:
-    """Fake tensors count as real ones do: the input, every raw output but those recomputed, every output."""
+    """Real tensors count as fake ones do: the input, every raw output that is not recomputed, every output."""
     net, (x, _) = cifar(), images(2, 8, 8)
     with fewest_programs():
         real = activation_bytes(twin(net, save), x, torch.float16)
@@ -91,8 +91,8 @@ def test_images_kept_are_raw_outputs_and_block_outputs(save: str) -> None:
 
 @pytest.mark.parametrize("layout", ["kept", "lost"])
 def test_saved_tensor_hooks_see_everything(layout: str) -> None:
-    """Offloading: what hooks take away and bring back is all that the backward pass needs, and its values are; an array
-    of NumPy is in C order, so that stock layers of the net sum in another order too."""
+    """With offloading, hooks store and bring back everything that the backward pass needs, unchanged. An array
+    of NumPy is in C order, so the net's stock layers also sum in another order."""
     net, (x, labels) = cifar(), images()
     away = (lambda t: t.clone()) if layout == "kept" else (lambda t: torch.from_numpy(t.numpy().copy(order="C")))
     with fewest_programs():

@@ -1,4 +1,4 @@
-"""Derivatives through the ops: gradcheck, double backward, forward mode, torch.func; what autograd is not asked for."""
+"""Derivatives through the ops: gradcheck, double backward, forward mode, torch.func, and leaves without gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY: dict[str, Any] = {"n": 2, "h": 3, "w": 4, "ci": 2, "co": 2, "dtype": torch
 
 
 def function(p: Problem) -> tuple[Any, tuple[Tensor, ...]]:
-    """The op as a function of its leaves, and the leaves."""
+    """Return the op as a function of its leaves, and the leaves."""
     names = list(p.leaves())
 
     def fn(*leaves: Tensor) -> Tensor:

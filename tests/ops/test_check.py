@@ -1,4 +1,4 @@
-"""Bad input to every op: one sentence of expected / got / what to do; an empty batch is not bad input."""
+"""Bad input to every op gives one sentence of expected / got / what to do; an empty batch is valid input."""
 
 from __future__ import annotations
 

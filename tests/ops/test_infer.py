@@ -1,4 +1,4 @@
-"""How often inference packs weights: in each pattern of use no oftener than it pays, and within bounded memory."""
+"""How often inference packs weights: only as often as it pays in each pattern of use, and within bounded memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = 5
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shape of the input of every convolution that was packed."""
+    """Collect the input shape of every convolution that is packed."""
     shapes: list[tuple[int, ...]] = []
     pack_one = packing.pack_one
 
@@ -77,7 +77,7 @@ def test_one_size_and_one_set_of_weights_is_packed_once(packs: list[tuple[int, .
 
 
 def test_weights_that_change_before_each_call_are_not_packed(packs: list[tuple[int, ...]]) -> None:
-    """A mean teacher. The first call packs, as every net's does."""
+    """Runs a mean teacher. The first call packs, as in every net."""
     fused, stock = both()
     compare(fused, stock, image())
     reset_stats()
@@ -131,7 +131,7 @@ def test_four_batch_sizes_in_turn_are_packed_once_each_at_the_most(packs: list[t
 def test_24_image_sizes_in_turn_do_not_push_each_other_out(
     free: bool, packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much is earned: what does not fit stays on the stock layers, and what is packed is used."""
+    """Sizes that do not fit stay on the stock layers whatever they earn, and packed ones are used."""
     if free:
         earns(monkeypatch, 100.0)
     fused, stock = both()
@@ -198,7 +198,7 @@ def test_what_is_asked_for_by_name_and_what_explain_shows_is_packed_at_once(pack
 
 
 def test_blocks_alone_keep_to_the_same_rule(packs: list[tuple[int, ...]]) -> None:
-    """As in a detector's body, whose stages are called one by one."""
+    """Calls stages one by one, as a detector's body does."""
     fused, stock = both()
     x = torch.randn(1, 64, 8, 8)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_blocks_alone_keep_to_the_same_rule(packs: list[tuple[int, ...]]) -> Non
 
 
 def ratio_of(pattern: str) -> float:
-    """CPU seconds of 96 calls of a fresh accelerated net, divided by those of the stock net."""
+    """Return the CPU seconds of 96 calls of a fresh accelerated net divided by those of the stock net."""
     stock = stock_net()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     sizes = {
@@ -235,7 +235,7 @@ def ratio_of(pattern: str) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", ["four batch sizes", "24 image sizes", "weights change"])
 def test_no_pattern_of_use_is_much_slower_than_stock(pattern: str) -> None:
-    """The limit is far above the tenth that is aimed at.
+    """The limit is far above the goal of a tenth.
 
     Calls of both nets alternate, and CPU time leaves out what other processes run in between. Shared caches and clock
     rates still scatter: they raise or lower one try by chance, and each try starts from a fresh net. A pattern that

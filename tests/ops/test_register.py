@@ -15,13 +15,13 @@ from tests.support.op_cases import BLOCKS, OPS, Call, Problem, make
 
 
 def small(op: str, **options: Any) -> Problem:
-    """The smallest problem of each op that has all of its parts."""
+    """Return the smallest problem of each op that has all of its parts."""
     return make(op, **{"ci": 4, "co": 4, "h": 5, "w": 6, "stride": 2 if op in BLOCKS else 1, **options})
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
-    """Every test compiles the same ``forward`` for another op: none shall see the others' guards."""
+    """Reset dynamo: every test compiles the same ``forward`` for another op and must not see other guards."""
     torch._dynamo.reset()
 
 

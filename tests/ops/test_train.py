@@ -1,4 +1,4 @@
-"""Training ops on kernels of our own: fakes, compilers, autograd's other modes, autocast, strides, refusals."""
+"""Training ops on our kernels: fakes, compilers, autograd's other modes, autocast, strides, refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.interpret
 
 
 def case(op: str, dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
-    """Smaller than those of the numerics."""
+    """Return a smaller problem than those of the numerical tests."""
     return train_cases.case(op, dtype, **{"h": 4, "w": 3, "ci": 16, "co": 16 if op == "basic_block" else 8, **options})
 
 
@@ -67,7 +67,7 @@ def backward_op(p: Problem) -> Any:
 
 
 def needs(p: Problem) -> list[bool]:
-    """Everything that is there."""
+    """Return which leaves exist."""
     leaves = p.leaves()
     count = len(p.convs)
     per_conv = [[f"{name}{i}" in leaves for i in range(count)] for name in ("weight", "bias")]
@@ -185,7 +185,7 @@ def test_without_autograd_the_same_is_computed(op: str) -> None:
 
 
 def test_running_statistics_of_inference_tensors_are_updated() -> None:
-    """A net that was built in inference mode, and runs there in training mode."""
+    """Runs a net in training mode that was built in inference mode."""
     p = case("conv_bn_act")
     expected = step(p, fused)
     with torch.inference_mode():
@@ -201,7 +201,7 @@ def test_checkpointing_changes_no_gradient(op: str) -> None:
 
 
 def test_a_whole_recomputation_updates_running_statistics_as_torch_does() -> None:
-    """Once more, that is. By default a recomputation ends where the last tensor was saved, before our update."""
+    """They are updated a second time. By default a recomputation ends at the last saved tensor, before our update."""
     p = case("conv_bn_act")
 
     def under(run: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("op", ["basic_block", "conv_bn_act"])
 def test_a_scaled_loss_scales_the_gradients(op: str) -> None:
-    """What GradScaler relies on: backward is linear, and a power of two commutes with every rounding."""
+    """GradScaler relies on it: backward is linear, and a power of two commutes with every rounding."""
     p = case(op)
     dy = train_cases.cotangent(p.eager())
     one, scaled = step(p, fused, dy=dy), step(p, fused, dy=dy * 1024)
@@ -240,7 +240,7 @@ def test_a_scaled_loss_scales_the_gradients(op: str) -> None:
 
 
 def test_an_overflow_of_the_scaled_loss_shows() -> None:
-    """GradScaler skips a step by the infinities that it finds."""
+    """GradScaler skips a step when it finds infinities."""
     p = case("conv_bn_act", torch.float16)
     p.convs[0].weight.mul_(256)
     p.norms[0].var.fill_(1.0)
@@ -297,7 +297,7 @@ def test_a_gradient_of_any_strides_is_taken() -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_output_may_be_changed_in_place(grad: bool) -> None:
-    """It is no view, of which autograd would forbid it: ``y += head(y)``, also where a frozen net made y."""
+    """The output is no view, so autograd allows ``y += head(y)``, even if a frozen net made y."""
     factor = torch.ones((), requires_grad=True)
     for op in OPS:
         p = case(op)

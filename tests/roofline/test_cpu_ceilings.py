@@ -1,4 +1,4 @@
-"""A CPU's ceilings: the best of all runs, so that a floor is one whatever else the machine does."""
+"""A CPU's ceilings: the best of all runs, so that other load cannot raise a floor."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_bytes_that_a_cache_can_hold_cost_no_memory() -> None:
     ],
 )
 def test_products_with_a_paddings_zeros_are_no_work(spec: ConvSpec) -> None:
-    """Counted by a convolution of ones with ones: each output is the number of its taps on the image."""
+    """Counts with a convolution of ones: each output is the number of its taps on the image."""
     taps = torch.nn.functional.conv2d(
         torch.ones(spec.n, spec.ci, spec.h, spec.w), torch.ones(spec.co, spec.ci // spec.groups, spec.r, spec.s), None,
         spec.stride, spec.padding, spec.dilation, spec.groups,

@@ -107,7 +107,7 @@ def test_activations_of_resnet50_agree_with_the_hand_counts(plan: str, megabytes
 
 @pytest.mark.parametrize(("plan", "megabytes"), [("conv", 52.5), ("proj", 46.4), ("tail", 40.0)])
 def test_least_bytes_of_resnet50_in_the_routes(plan: str, megabytes: float) -> None:
-    """What the convolutions' own kernels touch, without PyTorch's pools and the fully connected layer."""
+    """Counts the convolutions' kernels, without PyTorch's pools and the fully connected layer."""
     batch = 4096  # so many that the weights vanish
     items = [i for i in net_work("resnet50", plan, batch) if i.part != "head" and i.kernel != "maxpool"]
     assert sum(i.nbytes for i in items) / batch / 1e6 == pytest.approx(megabytes, rel=0.003)
@@ -164,7 +164,7 @@ def test_batch_one_is_bound_by_launches_and_fewer_of_them_win() -> None:
 
 
 def test_calibration_agrees_with_what_was_measured() -> None:
-    """Inference is what it was fitted to, 5 cells by 2 numbers; the eager cells are predicted from the profile."""
+    """The model was fitted to inference (5 cells, 2 numbers) and predicts the eager cells from the profile."""
     fit = calibration()
     assert 0.4 < fit.fused < 0.8 and 3e-6 < fit.launch_s < 10e-6 and fit.error < 0.03
     assert all(0 < reached <= 1 for _, reached in fit.by_kernel)
@@ -176,7 +176,7 @@ def test_calibration_agrees_with_what_was_measured() -> None:
 
 
 def test_profile_of_native_elementwise_kernels_confirms_the_byte_model() -> None:
-    """They run at the copy's bandwidth, so their measured times are bytes: within 5 % of what the model counts."""
+    """They run at the bandwidth of a copy, so measured times give bytes: within 5 % of the model."""
     items = net_work("resnet50", "train-eager", 256)
     for kernels in (("relu",), ("add", "add_grad"), ("relu_grad",)):
         least = floor((i for i in items if i.kernel in kernels), H100, "train-eager").seconds

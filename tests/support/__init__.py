@@ -1,4 +1,4 @@
-"""What tests share: problems, nets, the emulator's build. Import it as ``tests.support.NAME``."""
+"""Helpers that tests share: problems, nets, the emulator's build. Import them as ``tests.support.NAME``."""
 
 from pathlib import Path
 

@@ -21,25 +21,25 @@ EPS = 1e-5
 
 
 def raw(n: int, c: int, h: int, w: int, dtype: torch.dtype, mean: float = 1.0, std: float = 2.0) -> Tensor:
-    """Dense NHWC between NaN; every channel has its own mean, of size ``mean``, and standard deviation."""
+    """Return dense NHWC surrounded by NaN; every channel has its own mean (of size ``mean``) and deviation."""
     own = mean * std * torch.where(torch.rand(c) < 0.5, -1.0, 1.0)[None, :, None, None]
     spread = std * torch.empty(c).uniform_(0.5, 1.5)[None, :, None, None]
     return guarded((torch.randn(n, c, h, w) * spread + own).to(dtype))
 
 
 def gradient(y: Tensor) -> Tensor:
-    """Random, of the shape and dtype of ``y``, dense NHWC between NaN."""
+    """Return random values with the shape and dtype of ``y``, dense NHWC surrounded by NaN."""
     return guarded(torch.randn(y.shape).to(y.dtype))
 
 
 def guard(t: Tensor) -> Tensor:
-    """The values of ``t``, dense, between NaN."""
+    """Return the values of ``t``, dense, surrounded by NaN."""
     field = torch.full((t.numel() + 128,), float("nan"), dtype=t.dtype)
     return field[64 : 64 + t.numel()].view(t.shape).copy_(t)
 
 
 def affine(c: int) -> tuple[Tensor, Tensor]:
-    """gamma of both signs, the first two exactly 0, before a positive and before a negative beta."""
+    """Return gamma of both signs and beta; the first two gammas are 0, with a positive and a negative beta."""
     gamma = torch.empty(c).uniform_(0.5, 1.5) * torch.where(torch.rand(c) < 0.3, -1.0, 1.0)
     beta = torch.randn(c)
     gamma[:2], beta[:2] = 0.0, torch.tensor([0.7, -0.7])[: min(c, 2)]
@@ -47,13 +47,13 @@ def affine(c: int) -> tuple[Tensor, Tensor]:
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, fp64."""
+    """Return mean and biased variance per channel in fp64."""
     flat = y.double().transpose(0, 1).flatten(1)
     return flat.mean(1), flat.var(1, unbiased=False)
 
 
 def vectors(y: Tensor) -> tuple[Tensor, Norm]:
-    """``vectors`` of a random norm on the statistics of ``y``, in fp64 rounded once, and the norm in stock's form.
+    """Return ``vectors`` of a random norm on the statistics of ``y``, rounded once from fp64, and the stock norm.
 
     Rows that only a batch norm's own kernels use are NaN.
     """
@@ -71,7 +71,7 @@ def per_channel(t: Tensor) -> Tensor:
 
 
 def mapped(y: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """SCALE * y + SHIFT, computed in ``dtype``."""
+    """Return SCALE * y + SHIFT, computed in ``dtype``."""
     return y.to(dtype) * per_channel(rows[v.SCALE].to(dtype)) + per_channel(rows[v.SHIFT].to(dtype))
 
 
@@ -82,7 +82,7 @@ def sums(g: Tensor, y: Tensor, rows: Tensor) -> Tensor:
 
 
 def assert_sums(partials: Tensor, g: Tensor, y: Tensor, rows: Tensor) -> None:
-    """Partial sums (2, tiles, C) add up to those of ``g`` as stored, within the rounding of fp32 sums."""
+    """Assert that partial sums (2, tiles, C) add up to those of ``g`` as stored, within the rounding of fp32 sums."""
     assert partials.dtype == torch.float32 and partials.shape[::2] == (2, y.shape[1])
     want = sums(g, y, rows)
     size = (
@@ -94,12 +94,12 @@ def assert_sums(partials: Tensor, g: Tensor, y: Tensor, rows: Tensor) -> None:
 
 
 def walks_of(steps: int) -> Callable[[Tensor, tuple[int, int]], tuple[int, int]]:
-    """In place of passes.walk, which keeps the walks of small tensors short."""
+    """Replace passes.walk, which keeps the walks of small tensors short."""
     return lambda t, tile: (steps, -(-t.numel() // t.shape[1] // (tile[0] * steps)))
 
 
 def step(y: Tensor, g: Tensor, norm: Norm, group: str = "") -> dict[str, Tensor]:
-    """What a process computes of a batch norm's training step on its images ``y`` and the gradient ``g``."""
+    """Return a process's part of a batch norm's training step on its images ``y`` and the gradient ``g``."""
     from resnet_fast.backends.triton.training import batch_norm
 
     partials, rows = batch_norm.statistics(y)
@@ -114,7 +114,7 @@ def step(y: Tensor, g: Tensor, norm: Norm, group: str = "") -> dict[str, Tensor]
 
 
 def batch_of_group(images: int) -> tuple[Tensor, Tensor, Norm]:
-    """The same tensors in every process of a test."""
+    """Return the same tensors in every process of a test."""
     torch.manual_seed(5)
     y = raw(images, 20, 3, 5, torch.float16, mean=3.0)
     gamma, beta = affine(20)

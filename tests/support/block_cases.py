@@ -1,4 +1,4 @@
-"""Residual blocks for the tests of training: torchvision's, with norms as after some training, and a step of theirs."""
+"""torchvision's residual blocks with trained norms, and a training step of them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def projection(ci: int, co: int, stride: int) -> nn.Sequential:
-    """A 1x1 convolution and its norm, as torchvision's option B."""
+    """Return a 1x1 convolution and its norm, torchvision's option B."""
     return nn.Sequential(nn.Conv2d(ci, co, 1, stride, bias=False), nn.BatchNorm2d(co))
 
 
 def made(
     make: Callable[[], nn.Module], n: int, channels: int, h: int, w: int, device: str = "cpu"
 ) -> tuple[nn.Module, Tensor]:
-    """The block, in training, with gammas of both signs; and an input (n, channels, h, w) in NHWC."""
+    """Return the block in training mode, with gammas of both signs, and an input (n, channels, h, w) in NHWC."""
     torch.manual_seed(0)
     block = nn.Sequential(make()).to(device).train()
     for m in block.modules():
@@ -27,7 +27,7 @@ def made(
 
 
 def step(block: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Output, dx and every parameter's gradient; in autocast to ``dtype`` where it is a 16-bit one."""
+    """Return output, dx and every parameter's gradient, in autocast to a 16-bit ``dtype``."""
     x = x.clone().requires_grad_()
     with torch.autocast(x.device.type, dtype=dtype, enabled=dtype.itemsize == 2):
         y = block(x)

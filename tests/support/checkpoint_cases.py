@@ -1,4 +1,4 @@
-"""A small net with its state, and what an attacker may leave in a checkpoint; shared by the tests of checkpoints."""
+"""A small net with its state, and payloads that an attacker may leave in a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ META = {"classes": 3, "recipe": {}, "sums": [0.1, 2.0, 3.0], "seconds": 1.5}
 
 
 def make(seed: int = 0, amp: bool = False, ema: bool = False, steps: int = 2, momentum: float = 0.9) -> TrainingState:
-    """A small net after ``steps`` steps of SGD."""
+    """Return a small net after ``steps`` steps of SGD."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
     model = model.to(memory_format=torch.channels_last)
@@ -54,7 +54,7 @@ def content(state: TrainingState) -> dict[str, Any]:
 
 
 class touching:
-    """What creates the file ``proof`` where a pickle of it is read without restriction."""
+    """Return an object that creates the file ``proof`` if its pickle is read without restriction."""
 
     def __init__(self, proof: Path):
         self.proof = proof
@@ -64,8 +64,8 @@ class touching:
 
 
 def reseal(place: Path, **changes: Any) -> None:
-    """Write a ``meta.json`` with ``changes`` that fits the files as they are now, as whoever spoils one with care
-    does. A change to ``...`` removes the field."""
+    """Write a ``meta.json`` with ``changes`` that fits the present files, as an attacker would. A change to ``...``
+    removes the field."""
     path = place / checkpoints.META
     meta = json.loads(path.read_text())
     meta["files"] = {

@@ -62,12 +62,12 @@ GEOMETRIES = {
 
 
 def over(row: Tensor) -> Tensor:
-    """A value per channel, to be spread over images."""
+    """Return a value per channel that broadcasts over images."""
     return row[None, :, None, None]
 
 
 def packed_weight(weight: Tensor, conv: ConvSpec, dtype: torch.dtype, a: Tensor | None) -> Tensor:
-    """What ``pack_dgrad`` makes, spelled out: (Ci, R, S, Co/merged groups), block-diagonal where groups were merged."""
+    """Return what ``pack_dgrad`` makes, spelled out: (Ci, R, S, Co/merged groups), block-diagonal for merged groups."""
     scaled = weight.float() if a is None else weight.float() * a[:, None, None, None]
     ci, co, merged = conv.ci // conv.groups, conv.co // conv.groups, conv.co // merged_groups(conv)
     out = torch.zeros(conv.ci, conv.r, conv.s, merged)
@@ -79,7 +79,7 @@ def packed_weight(weight: Tensor, conv: ConvSpec, dtype: torch.dtype, a: Tensor 
 
 @dataclass
 class Case:
-    """A launch, the gradient of its raw output and what lies beneath; ``gamma`` of the norm behind, fp64."""
+    """A launch, the gradient of its raw output, and the layers before it; ``gamma`` of the following norm in fp64."""
 
     conv: ConvSpec
     prologue: str
@@ -98,11 +98,11 @@ class Case:
 
     @property
     def packed(self) -> bool:
-        """Without batch statistics there is nothing but A, which wt takes in 16 bit."""
+        """Without batch statistics only A is left, which the weight takes in 16 bit."""
         return self.prologue == "packed" or (self.prologue == "none" and self.g.dtype != torch.float32)
 
     def coefficients(self) -> Tensor:
-        """A, B, C of vectors.py in fp64, from the statistics of y and the two means of g."""
+        """Return A, B, C of vectors.py in fp64, from the statistics of y and the two means of g."""
         g, y = self.g.double(), self.y.double()
         mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
         invstd = (var + EPS).rsqrt()
@@ -113,7 +113,7 @@ class Case:
         return torch.stack([a, -a * invstd * s2, a * (invstd * s2 * mean - s1)])
 
     def grad(self) -> Grad:
-        """As the norm behind hands it over, between NaN."""
+        """Return the gradient as the following norm passes it on, surrounded by NaN."""
         rows = self.coefficients()
         packed = None
         if self.packed:
@@ -136,7 +136,7 @@ class Case:
         return over(a) * self.g.double() + over(b) * self.y.double() + over(c)
 
     def passes(self) -> Tensor | None:
-        """Which elements the ReLU below lets pass, by the comparison that the forward pass makes."""
+        """Return which elements the preceding ReLU passes, by the comparison of the forward pass."""
         if self.below is None:
             return None
         y = self.below.y
@@ -148,7 +148,7 @@ class Case:
         return ~(y.float() * over(self.below.vectors[v.SCALE]) + over(self.below.vectors[v.SHIFT]) <= 0)
 
     def _finished(self, dx: Tensor) -> Tensor:
-        """With what is added, behind the ReLU below; rounding after each operation, in the dtype of ``dx``."""
+        """Add the other gradients and apply the preceding ReLU, rounding each operation to the dtype of ``dx``."""
         if self.add is not None:
             dx = dx + self.add.to(dx.dtype)
         if self.add_strided is not None:
@@ -177,7 +177,7 @@ class Case:
         return self._finished(self._input_gradient(dy, self.weight.to(dtype)))
 
     def check(self, config: Config) -> numerics.ErrorReport:
-        """dx within the budget, and the sums those of dx as stored."""
+        """Assert that dx is within the budget and the sums are those of dx as stored."""
         dx, partials = self.run(config)
         assert dx.dtype == self.g.dtype and dx.is_contiguous(memory_format=torch.channels_last)
         assert (partials is None) == (self.below is None)
@@ -191,7 +191,7 @@ class Case:
 
 
 def assert_sums(dx: Tensor, partials: Tensor, below: Act) -> None:
-    """Sums over tiles against sums over the pixels of ``dx``, of the terms' size."""
+    """Compare sums over tiles with sums over the pixels of ``dx``, relative to the size of the terms."""
     assert below.vectors is not None
     assert partials.dtype == torch.float32 and partials.shape[::2] == (2, dx.shape[1])
     wide, away = dx.double(), below.y.double() - over(below.vectors[v.MEAN].double())
@@ -203,7 +203,7 @@ def assert_sums(dx: Tensor, partials: Tensor, below: Act) -> None:
 def case(conv: ConvSpec, prologue: str, epilogue: str = "below", seed: int = 0, mean: float = 0.5) -> Case:
     """Random tensors. ``mean``: size of a channel's mean in standard deviations, in y and in the raw input below.
 
-    Of the norm behind, gamma has both signs and is 0 in the first channel; of the norm below, see fwd_cases.py.
+    The following norm's gamma has both signs and is 0 in the first channel; for the preceding norm see fwd_cases.py.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, conv.dtype)

@@ -1,4 +1,4 @@
-"""What test_distributed.py has torchrun start: training runs one after the other, in one group of processes.
+"""Training runs one after the other in one group of processes; test_distributed.py starts it with torchrun.
 
 ``distributed_worker.py FILE``: FILE holds a JSON list of runs ``{"out", "recipe", "options", "fails"}``. ``fails`` is
 ``[rank, step, kind]``: in that process that step raises (``error``), or its loss becomes NaN (``nan``).
@@ -23,7 +23,7 @@ BASE: dict[str, Any] = {"data": "digits", "size": 8, "subset": 101, "batch": 32,
 
 
 def run(out: Path, recipe_: dict[str, Any], options: dict[str, Any]) -> RunResult:
-    """A tiny run of ``BASE`` with changes: every step is logged."""
+    """Run ``BASE`` with changes and log every step."""
     settings = {"probe": False, "threads": 1, "log_every": 1} | options
     return loop.train(recipe.load_recipe(None, BASE | recipe_), RunOptions(out=out, **settings))
 

@@ -37,7 +37,7 @@ def rectangle(ci: int, co: int, r: int, s: int, **changes: Any) -> ConvSpec:
 
 
 def guard(t: Tensor) -> Tensor:
-    """The values of ``t``, dense, between NaN."""
+    """Return the values of ``t``, dense, surrounded by NaN."""
     field = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype)
     return field[GUARD : GUARD + t.numel()].view(t.shape).copy_(t)
 
@@ -64,7 +64,7 @@ def norm(y: Tensor, generator: torch.Generator) -> Act:
 
 
 def with_clamp(y: Tensor, rows: Tensor) -> Act:
-    """FOLD, THR and the clamp from SCALE and SHIFT, as vectors.py defines them."""
+    """Add FOLD, THR and the clamp from SCALE and SHIFT, as vectors.py defines them."""
     scale, shift = rows[v.SCALE].double(), rows[v.SHIFT].double()
     constant = shift.abs() > 65504 * scale.abs()
     threshold = torch.where(constant, 0.0, -shift / torch.where(constant, 1.0, scale)).to(y.dtype)
@@ -97,7 +97,7 @@ class Case:
         return LaunchSpec("conv_fwd", (self.conv,), prologue=self.prologue != "none")
 
     def packs(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and constant, between NaN."""
+        """Return weight and constant, surrounded by NaN."""
         act = self.x if self.packed else None
         w, const = pack_forward(self.weight, self.x.y.dtype, self.conv, act)
         return guard(w), None if const is None else guard(const)
@@ -124,14 +124,14 @@ class Case:
         return self._minus_centre(F.conv2d(z, self.weight.double(), None, *self.conv.geometry()))
 
     def eager(self) -> Tensor:
-        """Stock PyTorch under autocast: the activation and the weight rounded, the output rounded where it lies."""
+        """Stock PyTorch under autocast: the activation, the weight and the output are rounded."""
         dtype = self.x.y.dtype
         z = self._activation(self.x.y.float()).to(dtype)
         y = F.conv2d(z, self.weight.to(dtype), None, *self.conv.geometry())
         return self._minus_centre(y.double()).to(dtype)
 
     def check(self, config: Config) -> numerics.ErrorReport:
-        """Output within the budget, and the statistics those of the output as stored."""
+        """Assert that the output is within the budget and the statistics are those of the output as stored."""
         y, partials = self.run(config)
         assert y.dtype == self.x.y.dtype and y.is_contiguous(memory_format=torch.channels_last)
         assert partials is not None
@@ -154,7 +154,7 @@ def case(conv: ConvSpec, prologue: str, seed: int = 0, mean: float = 0.5, centre
 
 
 def moments(partials: Tensor, rows: int, block_m: int) -> tuple[Tensor, Tensor]:
-    """Mean and population variance per channel from (2, tiles, C), merged in fp64 (Chan, Golub and LeVeque 1979)."""
+    """Merge (2, tiles, C) in fp64 into mean and population variance per channel (Chan, Golub and LeVeque 1979)."""
     mean, m2 = partials.double()
     counts = torch.tensor([min(block_m, rows - t * block_m) for t in range(mean.shape[0])]).double()[:, None]
     total = (counts * mean).sum(0) / rows
@@ -162,7 +162,7 @@ def moments(partials: Tensor, rows: int, block_m: int) -> tuple[Tensor, Tensor]:
 
 
 def assert_moments(y: Tensor, partials: Tensor, block_m: int, tolerance: float = 1e-4) -> float:
-    """The largest relative error of a variance against the values of ``y`` as stored; at most ``tolerance``."""
+    """Assert that variances match the values of ``y`` as stored within ``tolerance``; return the largest error."""
     flat = y.double().transpose(0, 1).flatten(1)
     assert partials.shape == (2, -(-flat.shape[1] // block_m), flat.shape[0]) and partials.dtype == torch.float32
     mean, var = moments(partials, flat.shape[1], block_m)

@@ -1,6 +1,6 @@
 """Nets, edits of them and a recorder without a GPU: for the tests of CUDA graphs.
 
-The stand-in replays, on static CPU buffers, a copy of the net as it was at the capture: a graph that ought to be stale
+The recorder replays a copy of the net from the time of capture on static CPU buffers: a graph that should be stale
 gives wrong numbers here as it would on a GPU.
 """
 
@@ -36,7 +36,7 @@ def large() -> nn.Module:
 
 
 class CpuRecorder(graph.Recorder):
-    """What a CUDA recorder does, with the device left out. ``net``: whose forward the captures are of."""
+    """Record like a CUDA recorder, without the device. ``net`` is the net whose forward is captured."""
 
     device_type = "cpu"
     net: ClassVar[nn.Module]
@@ -98,7 +98,7 @@ def net(recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch) -> nn.Modu
 
 
 def eager(model: nn.Module, x: Tensor) -> Tensor:
-    """The same net launch by launch."""
+    """Run the net without a graph."""
     with torch.no_grad():
         return resnet_fast.accelerate(copy.deepcopy(model))(x)
 
@@ -156,7 +156,7 @@ def change_eps(model: nn.Module) -> None:
 
 
 def train_a_little(model: nn.Module) -> None:
-    """Statistics only: no weight changes."""
+    """Update the statistics; no weight changes."""
     model.train()
     with torch.no_grad():
         model(3 + image())

@@ -1,6 +1,6 @@
-"""A training run of 1,000 steps in a process of its own: ``python memory_worker.py FOLDER`` prints what it held.
+"""A training run of 1,000 steps: ``python memory_worker.py FOLDER`` prints the memory that it held.
 
-Other tests' garbage would move the memory of a process that ran them, hundreds of megabytes up or down.
+It is a process of its own because other tests' garbage moves a process's memory by hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from resnet_fast.training.recipe import Recipe
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
-    """A net whose step takes a millisecond."""
+    """Return a net whose step takes a millisecond."""
     torch.manual_seed(recipe.seed)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return this process's resident bytes."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 

@@ -14,7 +14,7 @@ import resnet_fast
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """BatchNorm parameters and statistics as after training: a fresh norm (1, 0, 0, 1) would hide mistakes."""
+    """Give BatchNorm parameters and statistics as after training: a fresh norm (1, 0, 0, 1) hides mistakes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
@@ -26,7 +26,7 @@ def randomize(model: nn.Module) -> nn.Module:
 
 @functools.lru_cache
 def _template(kind: str) -> nn.Module:
-    """Initialising a net takes longer than most tests of it: the net without options is built once and copied."""
+    """Build the net without options once: initialising takes longer than most of its tests."""
     from torchvision.models import resnet
 
     with torch.inference_mode(False):
@@ -42,17 +42,17 @@ def _build(kind: str, **kwargs: Any) -> nn.Module:
 
 
 def basic(**kwargs: Any) -> nn.Module:
-    """torchvision's ResNet of basic blocks, one per stage and an identity block in the first. 10 classes."""
+    """Return torchvision's ResNet of basic blocks: one per stage, an identity block in the first, 10 classes."""
     return _build("BasicBlock", **kwargs)
 
 
 def bottleneck(**kwargs: Any) -> nn.Module:
-    """The same of bottlenecks."""
+    """Return the same net of bottlenecks."""
     return _build("Bottleneck", **kwargs)
 
 
 def assert_equal(got: Any, want: Any) -> None:
-    """Bit for bit, through any nesting; NaN equals NaN."""
+    """Assert equality bit for bit, through any nesting; NaN equals NaN."""
     assert type(got) is type(want)
     if isinstance(want, Tensor):
         assert got.dtype == want.dtype
@@ -70,7 +70,7 @@ def assert_equal(got: Any, want: Any) -> None:
 
 
 def train_step(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """One forward and backward in the mode that the model is in: output, all gradients, all buffers afterwards."""
+    """Run forward and backward in the model's mode; return the output, all gradients, and all buffers afterwards."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     out = model(x)
@@ -81,9 +81,9 @@ def train_step(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def assert_close_to_eager(fused: nn.Module, stock: nn.Module, x: Tensor, gemm_k: int = 4608) -> None:
-    """Eval outputs within twice eager's own error to float64.
+    """Assert that eval outputs are within twice eager's own error to float64.
 
-    Every convolution rounds anew, and a net's few outputs may by chance hold less of that than usual: the floor is that
+    Every convolution rounds, and a net's few outputs may by chance have less error than usual: the floor is that
     of one sum over all layers' products, along which errors walk at random.
     """
     from resnet_fast import numerics
@@ -112,6 +112,6 @@ class Checkpointed(nn.Module):
 
 
 def twin(model: nn.Module | None = None, backend: str = "auto") -> tuple[nn.Module, nn.Module]:
-    """A stock net in eval mode, ``basic()`` unless given, and an accelerated copy of it."""
+    """Return a stock net in eval mode (default ``basic()``) and an accelerated copy of it."""
     stock = (basic() if model is None else model).eval()
     return stock, resnet_fast.accelerate(copy.deepcopy(stock), backend)

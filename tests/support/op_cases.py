@@ -34,7 +34,7 @@ class Problem:
     projection: bool = False
 
     def args(self) -> tuple[Any, ...]:
-        """The op's flat arguments, without ``backend``."""
+        """Return the op's flat arguments, without ``backend``."""
         if self.op in BLOCKS:
             geometry = [v for c in self.convs for v in (*c.stride, *c.padding, *c.dilation, c.groups)]
             return (
@@ -57,7 +57,7 @@ class Problem:
         return getattr(torch.ops.resnet_fast, self.op)(*self.args(), backend)
 
     def eager(self, relu: bool = True) -> Tensor:
-        """The op in stock PyTorch, out of place. ``relu=False`` leaves the final ReLU out."""
+        """Run the op in stock PyTorch, out of place. ``relu=False`` leaves the final ReLU out."""
         last = torch.relu if relu and self.relu else lambda t: t
         if self.op == "conv_bn_act":
             y = _bn(_conv(self.x, self.convs[0]), self.norms[0])
@@ -76,7 +76,7 @@ class Problem:
         return last(y + shortcut)
 
     def map(self, fn: Callable[[str, Tensor], Tensor]) -> Problem:
-        """A copy with every tensor replaced by ``fn(name, tensor)``."""
+        """Return a copy with every tensor replaced by ``fn(name, tensor)``."""
 
         def change(name: str, t: Any) -> Any:
             return fn(name, t) if isinstance(t, Tensor) else t
@@ -101,21 +101,21 @@ class Problem:
         return found
 
     def leaves(self) -> dict[str, Tensor]:
-        """What a gradient may be asked for: everything but the running statistics."""
+        """Return the tensors that may require a gradient: all but the running statistics."""
         return {k: t for k, t in self.tensors().items() if not is_statistic(k)}
 
     def statistics(self) -> dict[str, Tensor]:
         return {k: t for k, t in self.tensors().items() if is_statistic(k)}
 
     def copy(self, grad: bool = False) -> Problem:
-        """Own tensors of the same strides; ``grad`` asks for gradients of the leaves."""
+        """Return a copy with its own tensors of the same strides; with ``grad``, leaves require gradients."""
         return self.map(lambda k, t: t.detach().clone().requires_grad_(grad and not is_statistic(k)))
 
     def to(self, dtype: torch.dtype) -> Problem:
         return self.map(lambda k, t: t.detach().to(dtype, copy=True))
 
     def gemm_k(self) -> int:
-        """Products per output of the largest convolution."""
+        """Return the products per output of the largest convolution."""
         return max(c.weight[0].numel() for c in self.convs)
 
 
@@ -136,7 +136,7 @@ def _bn(x: Tensor, n: Norm) -> Tensor:
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:
-    """The values of ``t`` in a layout; the sliced ones lie in a larger buffer of NaN, so that a stray read shows."""
+    """Return ``t`` in a layout; a sliced one is part of a larger buffer of NaN, so that a stray read shows."""
     if layout == "nchw":
         return t.contiguous()
     if layout == "nhwc":
@@ -155,7 +155,7 @@ LAYOUTS = ("nchw", "nhwc", "sliced", "sliced_nhwc", "transposed")
 
 
 def norm(c: int, *, affine: bool = True, tracked: bool = True, batch_stats: bool = False, present: bool = True) -> Norm:
-    """Random BatchNorm parameters: mean N(0, 1), variance U(0.5, 2), as hidden faults need them."""
+    """Return random BatchNorm parameters with mean N(0, 1) and variance U(0.5, 2), which expose hidden faults."""
     if not present:
         return Norm()
     gamma, beta = (torch.rand(c) + 0.5, torch.randn(c)) if affine else (None, None)
@@ -187,7 +187,7 @@ def make(
     norm_dtype: torch.dtype | None = None,
     **norm_options: bool,
 ) -> Problem:
-    """A random problem. In a block ``stride``, ``dilation`` and ``groups`` belong to the 3x3 as in torchvision's;
+    """Return a random problem. In a block ``stride``, ``dilation`` and ``groups`` belong to the 3x3, as in torchvision;
     ``projection`` defaults to where the shapes need one; ``residual`` gives the shortcut as a tensor instead."""
 
     def conv(a: int, b: int, k: int, s: int = 1, p: int = 0, d: int = 1, g: int = 1) -> Conv:
@@ -235,7 +235,7 @@ def _out_shape(p: Problem) -> torch.Size:
 
 
 def assert_equals_eager(p: Problem, backend: str = "reference") -> None:
-    """Output, strides, running statistics and gradients of the op are stock PyTorch's, bit for bit."""
+    """Assert that output, strides, running statistics and gradients equal stock PyTorch's bit for bit."""
     ours, stock = p.copy(grad=True), p.copy(grad=True)
     y, z = ours.run(backend), stock.eager()
     assert torch.equal(y, z) and y.stride() == z.stride() and y.dtype == z.dtype
@@ -254,7 +254,7 @@ def _updates(p: Problem, name: str) -> bool:
 
 
 def assert_within_budget(p: Problem, backend: str = "onednn") -> numerics.ErrorReport:
-    """The op's error to fp64 is within the budget that eager's own error sets, and no argument was written to."""
+    """Assert that the op's error to fp64 is within the budget set by eager's error, and no argument changes."""
     before = {k: t.clone() for k, t in p.tensors().items()}
     with torch.no_grad():
         y = p.run(backend)

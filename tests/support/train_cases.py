@@ -1,8 +1,8 @@
 """Training steps on random problems: ours, stock autocast and the truth in fp64, and the budget between them.
 
-A gradient jumps where an activation crosses zero or two pooled values change places, so a rounding there says nothing
-of the arithmetic. ``case`` therefore moves each channel's beta into a gap of its values: every ReLU decides the same in
-every precision, and in each channel both ways.
+A gradient jumps where an activation crosses zero or two pooled values swap, so rounding there says nothing
+about the arithmetic. ``case`` moves each channel's beta into a gap of its values: every ReLU decides the same in
+every precision, and both ways in each channel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDE = torch.float64
 def case(
     op: str, dtype: torch.dtype = torch.float32, *, frozen: tuple[int, ...] = (), drift: float = 0.5, **options: Any
 ) -> Problem:
-    """A training problem of :func:`op_cases.make`: x and residual in ``dtype`` and NHWC, parameters fp32.
+    """Return a training problem of :func:`op_cases.make`: x and residual in ``dtype`` and NHWC, parameters fp32.
 
     gamma has both signs and is 0 in the first two channels, before a positive and before a negative beta. ``frozen``:
     the norms that are in eval mode. ``drift``: how many standard deviations a running mean lies off the batch's. Raw
@@ -48,7 +48,7 @@ def case(
 
 
 def _without_ties(p: Problem, drift: float) -> Problem:
-    """``p`` with each running mean near its batch's, and each beta before a ReLU moved so that no value lies near 0."""
+    """Return ``p`` with running means near the batch's, each beta before a ReLU moved to keep values away from 0."""
     if p.projection:
         _set_mean(p, len(p.convs) - 1, _conv(p.to(WIDE).x, p.to(WIDE).convs[-1]), drift)
     main = list(range(BLOCKS.get(p.op, 1)))
@@ -85,7 +85,7 @@ def _added(p: Problem) -> Tensor | float:
 
 
 def _to_gap(y: Tensor) -> Tensor:
-    """What to add per channel so that 0 lies amid the widest gap of its middle half; a constant channel stays."""
+    """Return the shift per channel that centres 0 in the widest gap of its middle half; 0 for a constant channel."""
     values = y.transpose(0, 1).flatten(1).sort(1).values
     count = values.shape[1]
     lo, hi = count // 4, max(count // 4 + 1, 3 * count // 4)
@@ -97,7 +97,7 @@ def _to_gap(y: Tensor) -> Tensor:
 
 
 def cotangent(y: Tensor) -> Tensor:
-    """Some gradient of an output, of its dtype and strides."""
+    """Return a random gradient with the dtype and strides of an output."""
     numbers = torch.arange(y.numel(), dtype=WIDE).mul(0.7).cos() + 0.1
     return torch.empty_like(y).copy_(numbers.view(y.shape))
 
@@ -108,7 +108,7 @@ def step(
     frozen: Callable[[str], bool] = lambda name: False,
     dy: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """One training step on own copies of the tensors: ``y``, ``grad NAME`` of every leaf that is not ``frozen``, and
+    """Run one training step on copies of the tensors: return ``y``, ``grad NAME`` of every leaf not ``frozen``, and
     the running statistics by name."""
     q = p.copy(grad=True)
     for name, t in q.leaves().items():
@@ -129,22 +129,22 @@ def fused(p: Problem) -> Tensor:
 
 
 def stock(p: Problem) -> Tensor:
-    """Eager PyTorch, under autocast for a 16-bit x."""
+    """Run eager PyTorch, under autocast for a 16-bit x."""
     with torch.autocast("cpu", p.x.dtype, enabled=p.x.dtype.itemsize == 2):
         y = p.eager()
     return y.to(p.x.dtype)
 
 
 def is_zero(p: Problem, name: str) -> bool:
-    """Is the true gradient exactly 0? A norm on batch statistics takes a convolution's bias away."""
+    """Return whether the true gradient is exactly 0: a norm on batch statistics cancels a convolution's bias."""
     return name.startswith("grad bias") and p.norms[int(name.removeprefix("grad bias"))].batch_stats
 
 
 def check(p: Problem, ours: dict[str, Tensor] | None = None) -> dict[str, numerics.ErrorReport]:
-    """Assert that every tensor of a step is within the budget; the reports by name.
+    """Assert that every tensor of a step is within the budget; return the reports by name.
 
-    Per-channel tensors of a kind (of all gammas, say) are judged together: a handful of sums, each with an error of its
-    own that may be any fraction of the standard deviation, says little about a kernel.
+    Per-channel tensors of a kind (all gammas, for example) are judged together: a handful of sums, each with its own
+    error of any fraction of the standard deviation, says little about a kernel.
     """
     ours = step(p, fused) if ours is None else ours
     eager, truth = step(p, stock), step(p.to(WIDE), lambda q: q.eager(), dy=cotangent(ours["y"]))
@@ -175,7 +175,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def pooled_gap(p: Problem) -> float:
-    """Least distance between the two largest positive values of any pooling window of a stem."""
+    """Return the least distance between the two largest positive values of any pooling window of a stem."""
     exact = p.to(WIDE)
     y = torch.relu(_bn(_conv(exact.x, exact.convs[0]), exact.norms[0]))
     kernel, stride, padding = p.pool

@@ -1,4 +1,4 @@
-"""Nets small enough to be trained in Triton's interpreter, a training step of theirs, and what it may be off by."""
+"""Nets small enough to train in Triton's interpreter, a training step of them, and its error budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDE = torch.float64
 
 
 def _untidy(net: nn.Module) -> nn.Module:
-    """Norms as after some training: gamma of both signs, running means away from zero."""
+    """Set norms as after some training: gamma of both signs, running means away from zero."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, -0.5, 1.5)
@@ -40,7 +40,7 @@ def _untidy(net: nn.Module) -> nn.Module:
 
 
 def imagenet(block: type[BasicBlock | Bottleneck]) -> ResNet:
-    """torchvision's ResNet cut down to the stem and two stages of one block, of which the second strides."""
+    """Return torchvision's ResNet cut down to the stem and two stages of one block; the second stage strides."""
     net = ResNet(block, [1, 1, 1, 1])
     net.inplanes = 8
     net.conv1, net.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
@@ -52,7 +52,7 @@ def imagenet(block: type[BasicBlock | Bottleneck]) -> ResNet:
 
 
 def cifar(channels: int = 3, classes: int = CLASSES, blocks: int = 1) -> CifarResNet:
-    """The paper's CIFAR net with two stages, of 8 and 16 channels: an identity and a padded shortcut."""
+    """Return the paper's CIFAR net with two stages of 8 and 16 channels: an identity and a padded shortcut."""
     net = CifarResNet(BasicBlock, 1, classes)
     net.conv1, net.bn1 = conv3x3(channels, 8), nn.BatchNorm2d(8)
     net.layer1 = net._stage(BasicBlock, blocks, 8, 8, 1, nn.BatchNorm2d)
@@ -62,13 +62,13 @@ def cifar(channels: int = 3, classes: int = CLASSES, blocks: int = 1) -> CifarRe
 
 
 def build(kind: str) -> nn.Module:
-    """``basic`` and ``bottleneck``: ImageNet's stem and blocks; ``cifar``."""
+    """Build ``basic`` or ``bottleneck`` (ImageNet's stem and blocks) or ``cifar``."""
     blocks = {"basic": BasicBlock, "bottleneck": Bottleneck}
     return imagenet(blocks[kind]) if kind in blocks else cifar()
 
 
 def shipped(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
-    """The shipped config of which the interpreter runs the fewest steps."""
+    """Return the shipped config with the fewest steps in the interpreter."""
     rows, columns, products, _ = training_configs.gemm(one)
     return min(
         training_configs.candidates(one, gpu, packed),
@@ -80,7 +80,7 @@ def shipped(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
 
 
 def whole(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
-    """A tile as large as the launch, up to 256 x 64 x 256, which no GPU would take: the interpreter's time goes by
+    """Return a tile as large as the launch, up to 256 x 64 x 256, too large for a GPU: the interpreter's time goes by
     operations, not by elements."""
     rows, columns, products, _ = training_configs.gemm(one)
     sizes = (min(most, max(16, 1 << (n - 1).bit_length())) for most, n in ((256, rows), (64, columns), (256, products)))
@@ -89,7 +89,7 @@ def whole(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
 
 @contextmanager
 def fewest_programs(tile: Callable[[LaunchSpec, Gpu, bool], Config] = shipped) -> Iterator[None]:
-    """Inside, every convolution takes the configs that ``tile`` picks."""
+    """Make every convolution take the configs that ``tile`` picks."""
     from resnet_fast.backends.triton.training import chain
 
     def plan(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> TrainingConfigs:
@@ -105,12 +105,12 @@ def fewest_programs(tile: Callable[[LaunchSpec, Gpu, bool], Config] = shipped) -
 
 
 def twin(net: nn.Module, save: str = "raw") -> nn.Module:
-    """A copy of ``net`` that trains on our kernels."""
+    """Return a copy of ``net`` that trains on our kernels."""
     return resnet_fast.accelerate(copy.deepcopy(net), backend="triton", save=save)
 
 
 def images(n: int = 2, h: int = 8, w: int = 7, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """A batch (n, channels, h, w) and its labels."""
+    """Return a batch (n, channels, h, w) and its labels."""
     return torch.randn(n, channels, h, w), torch.arange(n) % CLASSES
 
 
@@ -119,7 +119,7 @@ def loss_of(out: Tensor, labels: Tensor) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor | None]:
-    """One forward and backward, in autocast to ``dtype`` where it is a 16-bit one: output, gradients, buffers."""
+    """Run forward and backward, in autocast to a 16-bit ``dtype``; return output, gradients and buffers."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
@@ -131,12 +131,12 @@ def step(model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch
 
 
 def exact_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
-    """The same in float64."""
+    """Run the same step in float64."""
     return step(copy.deepcopy(net).double(), x.double(), labels, WIDE)
 
 
 def all_gradients(got: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any]) -> numerics.ErrorReport:
-    """The error over all gradients of a step together."""
+    """Return the error over all gradients of a step together."""
     grads = [n for n, t in exact.items() if n.startswith("gradient") and t is not None]
     return numerics.compare(*(torch.cat([f[n].double().flatten() for n in grads]) for f in (got, exact, eager)))
 
@@ -144,9 +144,9 @@ def all_gradients(got: dict[str, Any], eager: dict[str, Any], exact: dict[str, A
 def assert_within_budget(
     got: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Every tensor of a step within twice eager's error to float64.
+    """Assert that every tensor of a step is within twice eager's error to float64.
 
-    A ReLU that rounding flips changes a gradient by leaps, here or there: what eager loses over all gradients together
+    A ReLU that rounding flips makes a gradient jump, in ours or in eager's: eager's error over all gradients together
     is granted to each of them.
     """
     overall, granted = all_gradients(got, eager, exact), numerics.floor(dtype, 4608)
@@ -161,7 +161,7 @@ def assert_values_within_budget(
     dtype: torch.dtype,
     gradients: float | None = None,
 ) -> None:
-    """Output and buffers within twice eager's error; so every gradient, with ``gradients`` granted; None: they may be
+    """Assert output, buffers and gradients within twice eager's error, ``gradients`` granted; with None they may be
     anything finite."""
     granted = numerics.floor(dtype, 4608)
     assert list(got) == list(eager) == list(exact)
@@ -178,7 +178,7 @@ def assert_values_within_budget(
 
 
 def check_step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32, save: str = "raw") -> Any:
-    """A training step of ``net`` on our kernels within the budget; returns the module that made it."""
+    """Assert that a training step of ``net`` on our kernels is within the budget; return the accelerated net."""
     fused = twin(net, save)
     got, exact, eager = (
         step(fused, x, labels, dtype),
@@ -190,6 +190,6 @@ def check_step(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = t
 
 
 def calls() -> dict[str, int]:
-    """Calls since ``resnet_fast.reset_stats()``, by op and backend."""
+    """Return calls since ``resnet_fast.reset_stats()``, by op and backend."""
     found: dict[str, int] = resnet_fast.stats()["calls"]
     return found

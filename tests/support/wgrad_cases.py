@@ -28,7 +28,7 @@ SMS = 4
 
 @dataclass
 class Case:
-    """A launch: the gradient of its raw output, and its input, ``raw`` or as it is."""
+    """A launch: the gradient of its raw output, and its input, ``raw`` or activated."""
 
     behind: dgrad_cases.Case
     x: Act
@@ -71,7 +71,7 @@ class Case:
         return self._weight_gradient(dy.to(self.dtype), act.to(self.dtype))
 
     def check(self, config: Config, sms: int = SMS) -> numerics.ErrorReport:
-        """dW within the budget, in fp32 and in the memory order of a channels_last weight."""
+        """Assert that dW is within the budget, in fp32 and in the memory order of a channels_last weight."""
         dw = self.run(config, sms)
         c = self.conv
         assert dw.dtype == torch.float32 and dw.shape == (c.co, c.ci // c.groups, c.r, c.s)
@@ -82,8 +82,8 @@ class Case:
 def case(
     conv: ConvSpec, prologue: str, raw: bool = True, seed: int = 0, mean: float = 0.5, images: int = 1, gap: int = 0
 ) -> Case:
-    """Random tensors, as in dgrad_cases.py. ``images``: x is every n-th of a batch; ``gap``: elements between x and the
-    first address of its memory."""
+    """Return random tensors as in dgrad_cases.py. ``images``: x is every n-th of a batch; ``gap``: elements before x in
+    its memory."""
     generator = torch.Generator().manual_seed(seed + 1)
     y = torch.randn(images * conv.n, conv.ci, conv.h, conv.w, generator=generator)
     y = guarded((y + mean * over(torch.randn(conv.ci, generator=generator))).to(getattr(torch, conv.dtype)))[::images]

@@ -1,4 +1,4 @@
-"""resnet_fast/tools/exporting.py: files that other programs run, with this package out of reach."""
+"""resnet_fast/tools/exporting.py: files that other programs run without this package."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def net() -> nn.Module:
 
 
 def _alone(code: str, x: torch.Tensor, folder: Path) -> torch.Tensor:
-    """What a process without this package computes."""
+    """Return what a process without this package computes."""
     torch.save(x, folder / "x.pt")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     done = run_python(code, cwd=folder, timeout=300, env=environment)

@@ -1,4 +1,4 @@
-"""resnet_fast/tools/trained.py: the net, the names and the preprocessing that a file of weights stands for."""
+"""resnet_fast/tools/trained.py: the net, the names and the preprocessing of a file of weights."""
 
 from __future__ import annotations
 

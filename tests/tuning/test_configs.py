@@ -31,7 +31,7 @@ H100 = GPUS["h100"]
 
 
 def conv(ci: int, co: int, k: int = 1, stride: int = 1, groups: int = 1, dtype: str = "bfloat16", **more) -> ConvSpec:
-    """A convolution of a 28x28 image, batch 8, that keeps the image's size at stride 1."""
+    """Return a convolution of a 28x28 image, batch 8, that keeps the image's size at stride 1."""
     more = {"n": 8, "h": 28, "w": 28, "epilogue": RELU} | more
     pairs = {"stride": (stride, stride), "padding": (k // 2, k // 2)}
     return ConvSpec(ci=ci, co=co, r=k, s=k, groups=groups, dtype=dtype, **pairs, **more)
@@ -44,7 +44,7 @@ def tail(ci: int, mid: int, co: int, dtype: str = "bfloat16", projection: ConvSp
 
 @cache
 def net_launches() -> tuple[LaunchSpec, ...]:
-    """Every launch of every route of every net, batches 1 and 256, in three dtypes; each once."""
+    """Return every launch of every route of every net once, for batches 1 and 256, in three dtypes."""
     specs: dict = {}
     for name in shapes.ARCHS:
         if name == "cifar_resnet1202":
@@ -60,7 +60,7 @@ def net_launches() -> tuple[LaunchSpec, ...]:
 
 
 def reason(one: LaunchSpec, config: Config, on: Gpu = H100) -> str:
-    """The sentence of the refusal; empty where the config is admitted."""
+    """Return the reason of the refusal, empty if the config is allowed."""
     return configs.verdict(one, config, on).reason
 
 
@@ -200,7 +200,7 @@ def test_judged_lists_every_shipped_config_with_its_verdict() -> None:
 
 @pytest.mark.parametrize("on", GPUS)
 def test_every_single_convolution_of_every_net_has_a_candidate(on: str) -> None:
-    """A stem in fp32 has none: the plain route, a convolution and then the pool, runs it."""
+    """A stem in fp32 has none: the plain route (a convolution, then the pool) runs it."""
     scalar_stems = {one for one in net_launches() if one.kernel == "stem" and not configs.on_tensor_cores(one)}
     assert scalar_stems and not any(_unmeasured(one, GPUS[on]) for one in scalar_stems)
     alone = [one for one in net_launches() if len(one.convs) == 1 and one not in scalar_stems]
@@ -246,7 +246,7 @@ def test_any_number_of_groups_has_a_candidate(on: str, dtype: str) -> None:
 
 
 def _unmeasured(one: LaunchSpec, on: Gpu) -> list[Config]:
-    """What the heuristic may take."""
+    """Return what the heuristic may take."""
     return [c for c in configs.candidates(one, on) if not configs.needs_proof(one, c)]
 
 
@@ -278,7 +278,7 @@ def test_shipped_configs_are_distinct_in_themselves_and_in_print(kernel: str) ->
 
 @pytest.mark.parametrize("kernel", SHIPPED)
 def test_every_shipped_config_is_legal_somewhere(kernel: str) -> None:
-    """One that no launch of any net may use would be compiled and tested for nothing."""
+    """A config that no launch may use would be compiled and tested for nothing."""
     mine = [one for one in net_launches() if one.kernel == kernel and one.dtype != "float32"]
     used = {config for one in mine for on in GPUS.values() for config in configs.candidates(one, on)}
     assert [str(config) for config in SHIPPED[kernel] if config not in used] == []

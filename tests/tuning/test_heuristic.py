@@ -1,4 +1,4 @@
-"""The choice without measurement: legal, sane at both ends of the batch, as close to the roofline as it claims."""
+"""The choice without measurement is legal, sensible for every batch, and as close to the roofline as claimed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NETS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "plain18",
 
 
 def net(name: str, batch: int, dtype: str = "bfloat16") -> dict[str, LaunchSpec]:
-    """One launch per convolution, the stem's max-pool apart."""
+    """Return one launch per convolution, without the stem's max-pool."""
     found = shapes.problems(name, batch, dtype=dtype)
     return {key: launch(c.with_(epilogue=replace(c.epilogue, pool=None))) for key, c in found.items()}
 
 
 def everything(name: str, batch: int, dtype: str) -> list[LaunchSpec]:
-    """Every launch of every route."""
+    """Return every launch of every route."""
     specs = (
         *shapes.problems(name, batch, dtype=dtype).values(),
         *shapes.blocks(name, batch, dtype=dtype).values(),
@@ -87,7 +87,7 @@ def test_large_batches_get_large_tiles(key: str) -> None:
 
 
 def test_one_image_gets_smaller_tiles_than_a_large_batch() -> None:
-    """Few pixels and many channels: tiles as for a large batch would leave most multiprocessors without work."""
+    """With few pixels and many channels, a large batch's tiles would leave most multiprocessors idle."""
     many = net("resnet50", 256)
     for name, one in net("resnet50", 1).items():
         if ".layer3." in name or ".layer4." in name:
@@ -97,7 +97,7 @@ def test_one_image_gets_smaller_tiles_than_a_large_batch() -> None:
 
 
 def test_one_image_is_not_cut_into_long_chains_of_short_steps() -> None:
-    """Each K step waits for its load: 16 products a step would make 288 of them in stage 4's 3x3."""
+    """Each K step waits for its load, and 16 products a step would take 288 steps in stage 4's 3x3."""
     picked = heuristic.select(net("resnet50", 1)["r50.layer4.1.conv2"], H100)
     assert picked and picked[0].block_k >= 64
 
@@ -137,7 +137,7 @@ def test_no_launch_beats_its_own_roofline() -> None:
 
 
 def test_resnet50_at_batch_256_is_within_twice_the_roofline() -> None:
-    """Of one kernel per convolution, and of the launches that were chosen."""
+    """Checks one kernel per convolution, and the chosen launches."""
     problems = shapes.problems("resnet50", 256, dtype="bfloat16")
     specs = [problems["r50.conv1"], *shapes.blocks("resnet50", 256, dtype="bfloat16").values()]
     chosen = [launch_plan.plan_launches(spec, H100, Table(H100.name)) for spec in specs]

@@ -1,4 +1,4 @@
-"""Measured times decide where there are any; the model decides the rest, and never for what tuning refused."""
+"""Measured times decide where they exist; the model decides the rest, and never takes what tuning refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(*entries: tuple[LaunchSpec, dict[str, float | None]]) -> Table:
 
 
 def throughout(route: Route, us: float) -> list[tuple[LaunchSpec, dict[str, float | None]]]:
-    """Every launch of ``route`` measured on one candidate of ours."""
+    """Return a measured time for every launch of ``route`` on one candidate of ours."""
     return [(one, {names(one)[0]: us}) for one in route.launches]
 
 
@@ -44,7 +44,7 @@ def test_without_measurements_the_model_decides() -> None:
 
 
 def test_a_measured_time_beats_a_modelled_one() -> None:
-    """However slow: it is known."""
+    """A measured time counts however slow it is."""
     one = launch(CONV)
     picked = str(choose(CONV).configs[0])
     slow, slower = (name for name in names(one)[:3] if name != picked)
@@ -132,7 +132,7 @@ def test_nothing_left_at_all_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_names_that_are_no_candidates_are_ignored() -> None:
-    """Such as one of a config that is no longer shipped."""
+    """A config that is no longer shipped has such a name."""
     chosen = choose(CONV, (launch(CONV), {"1x1x1 w1 s1": 0.001}))
     assert not chosen.measured and chosen == choose(CONV)
 

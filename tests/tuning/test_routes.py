@@ -1,4 +1,4 @@
-"""The routes of every problem: nothing is lost or done twice, and each saves the bytes that it is for."""
+"""The routes of every problem: nothing is lost or done twice, and each saves the bytes it promises."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _geometry(spec: ConvSpec) -> tuple[Any, ...]:
 
 
 def _seen(model: nn.Module, batch: int, hw: tuple[int, int]) -> dict[str, tuple[Any, ...]]:
-    """What plain forward hooks see at every convolution of ``model``, in order of execution."""
+    """Return what plain forward hooks see at every convolution of ``model``, in order of execution."""
     seen: dict[str, tuple[Any, ...]] = {}
 
     def hook(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Tables on disk: what goes in comes out, what cannot be used is ignored with a reason, and a cut loses nothing."""
+"""Tables on disk read back what was written, ignore unusable entries with a reason, and survive interruption."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMES: dict[str, float | None] = {"64x64x64 w4 s4": 10.5, "cudnn": 9.25, "128x64
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in place of the shipped tables."""
+    """Replace the shipped tables with an empty folder."""
     folder = tmp_path / "shipped"
     monkeypatch.setattr(tables, "SHIPPED", folder)
     return folder
@@ -52,7 +52,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_file_reads_like_a_report(tmp_path: Path) -> None:
-    """Unit, versions and one line per candidate, fastest first, refused last."""
+    """It shows the unit, versions and one line per candidate, fastest first, refused last."""
     path = tmp_path / "table.json"
     Table(GPU, {str(LAUNCH): TIMES}, {"torch": "2.14"}).save(path)
     written = json.loads(path.read_text())
@@ -202,7 +202,7 @@ def test_where_the_users_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_every_shipped_table_can_be_used() -> None:
-    """Written for this config space, by the GPU that its name says."""
+    """Each was written for this config space, on the GPU that its name says."""
     for path in tables.SHIPPED.glob("*.json"):
         name = json.loads(path.read_text())["gpu"]
         assert path.stem == tables.slug(name)
@@ -212,7 +212,7 @@ def test_every_shipped_table_can_be_used() -> None:
 
 
 def test_two_runs_into_one_file_lose_nothing(tmp_path: Path) -> None:
-    """Interleaved: each read the file before the other wrote; and two candidates of one launch."""
+    """Two runs are interleaved (each reads before the other writes), also with two candidates of one launch."""
     path = tmp_path / "cache" / "table.json"
     one, other = read(path, GPU), read(path, GPU)
     assert one == other == Table(GPU)
