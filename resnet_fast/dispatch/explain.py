@@ -17,7 +17,7 @@ from . import record
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """One op call, or one module that ran its stock layers (``backend`` is then ``stock`` and ``spec`` empty).
 
     ``detail``: the kernels and configs that the backend chose, where it has a choice.
@@ -42,7 +42,7 @@ HEAD = ("layer", "op", "spec", "backend", "GFLOP", "MB", "floor ms", "bound")
 class Explanation:
     """What ran where. ``str()`` is a table, ``to_dict()`` goes into JSON."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[LayerRow, ...]
     device: str
     ceilings: str
     notes: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     for event in tape:
         if isinstance(event, record.Stock):
             layer = ".".join(filter(None, (modules.get(id(event.module), "?"), getattr(event.module, "part", ""))))
-            row = Row(layer, event.op, "", "stock", {"fused": event.reason})
+            row = LayerRow(layer, event.op, "", "stock", {"fused": event.reason})
         else:
             layer = _name(event.call, names)
             row = _row(layer, event, device)
@@ -156,10 +156,10 @@ def _put_back(buffer: Tensor, before: Tensor) -> None:
             buffer.copy_(before)
 
 
-def _row(layer: str, event: record.Ran, device: devices.Device | None) -> Row:
+def _row(layer: str, event: record.Ran, device: devices.Device | None) -> LayerRow:
     spec, choice = event.spec, event.choice
     floor = floors.floor_seconds(spec, device, _plan(event)) if device else None
-    return Row(
+    return LayerRow(
         layer,
         spec.op,
         str(spec),

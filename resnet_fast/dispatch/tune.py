@@ -40,7 +40,7 @@ OnProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class LaunchRow:
     """One launch of a report: the fastest candidate and PyTorch's fastest, in microseconds; None where not measured."""
 
     launch: str
@@ -77,16 +77,16 @@ class Tuned:
     net_stock_us: float | None = None
     unsaved: str = ""
 
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[LaunchRow, ...]:
         """The launches with what is known of each."""
         return tuple(self._row(launch) for launch in self.launches)
 
-    def _row(self, launch: LaunchSpec) -> Row:
+    def _row(self, launch: LaunchSpec) -> LaunchRow:
         known = self.table.times(launch)
         times = {name: us for name, us in known.items() if us is not None}
         best = min(times, key=times.__getitem__, default=None)
         stock = min((times[name] for name in configs.STOCK if name in times), default=None)
-        return Row(str(launch), best, None if best is None else times[best], stock, len(known) - len(times))
+        return LaunchRow(str(launch), best, None if best is None else times[best], stock, len(known) - len(times))
 
     def __str__(self) -> str:
         text = f"{self.measured} launches measured, {self.kept} known before, in {self.seconds:.0f} s; {self.path}"

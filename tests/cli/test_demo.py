@@ -15,7 +15,7 @@ from typer.testing import Result
 from resnet_fast.benchmarks import providers
 from resnet_fast.benchmarks.side_by_side import AnswerPair, largest_gemm_k
 from resnet_fast.cli import demo as module
-from resnet_fast.dispatch.explain import Explanation, Row
+from resnet_fast.dispatch.explain import Explanation, LayerRow
 from resnet_fast.models import registry
 from tests.support.cli import invoke
 
@@ -74,8 +74,8 @@ def test_disagreement_shows() -> None:
 
 
 def test_kernels_are_counted_by_reason() -> None:
-    rows = [Row(f"l{i}", "bottleneck", "", "onednn", {"triton": "no GPU"}) for i in range(3)]
-    rows.append(Row("l3", "bottleneck", "", "stock", {"fused": "a hook"}))
+    rows = [LayerRow(f"l{i}", "bottleneck", "", "onednn", {"triton": "no GPU"}) for i in range(3)]
+    rows.append(LayerRow("l3", "bottleneck", "", "stock", {"fused": "a hook"}))
     summary = module.summarise(Explanation(tuple(rows), "cpu", ""))
     assert [(s["backend"], s["calls"], s["why_not"]) for s in summary] == [
         ("onednn", 3, {"triton": "no GPU"}),
