@@ -1,15 +1,16 @@
-"""The build. What is compiled is defined in CMakeLists.txt; this file decides whether anything is.
+"""The build. CMakeLists.txt defines what is compiled; this file decides whether to compile it.
 
-Switches, all environment variables (default first):
+Environment variables (default first):
 
 ``RESNET_FAST_BUILD_NATIVE=auto|0|1``  the native library ``resnet_fast._C``. auto builds it where torch, a C++
-                                       compiler and Python's headers are present, 1 fails where they are not
+                                       compiler and Python's headers are present, 1 fails if they are not
 ``RESNET_FAST_BUILD_CUDA=auto|0|1``    its CUDA half. auto builds it where nvcc and libtorch_cuda are found
 ``RESNET_FAST_CUDA_ARCHS``             architectures of that half, as CMAKE_CUDA_ARCHITECTURES spells them
-``RESNET_FAST_BUILD_HOST=0|auto|1``    the torch-free module ``resnet_fast._host``, for one version of Python
+``RESNET_FAST_BUILD_HOST=0|auto|1``    the modules without torch, ``resnet_fast._host`` and the emulator
+                                       ``resnet_fast._emulator``, for one version of Python
 
-torch is no build requirement: an isolated build would fetch gigabytes of a torch that is not the user's. So ``pip
-install .`` gives the pure package, and ``pip install --no-build-isolation .`` the one with the native library.
+torch is not a build requirement: an isolated build would download gigabytes of a torch that is not the user's. So ``pip
+install .`` installs the pure Python package, and ``pip install --no-build-isolation .`` adds the native library.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def switch(name: str, *choices: str) -> str:
-    """The switch's value; the first of ``choices`` where the variable is not set."""
+    """Return the value of an environment variable, by default the first of ``choices``."""
     value = os.environ.get(name) or choices[0]
     if value not in choices:
         raise SystemExit(
@@ -45,7 +46,7 @@ def switch(name: str, *choices: str) -> str:
 
 
 def torch_folder() -> tuple[Path | None, str]:
-    """Where the torch of the building environment lies, and why not where it cannot be used. torch is not imported."""
+    """Return the directory of the build environment's torch, or None and why not. Does not import torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None, "no torch in the building environment (pip install --no-build-isolation uses yours)"
@@ -57,16 +58,16 @@ def torch_folder() -> tuple[Path | None, str]:
 
 
 def no_toolchain() -> str:
-    """Why C++ extension modules cannot be compiled here; empty where they can."""
+    """Return why C++ extension modules cannot be compiled here, or an empty string."""
     if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
-        return f"no C++ compiler (looked for {', '.join(COMPILERS)}; CXX names another)"
+        return f"no C++ compiler (looked for {', '.join(COMPILERS)}; set CXX to use another)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return f"no Python.h in {sysconfig.get_path('include')} (Debian: apt-get install python3-dev)"
     return ""
 
 
 def require_cmake() -> None:
-    """Exit with one line where CMake, or a tool that runs its build, is missing: pip can install both."""
+    """Exit with one line if CMake or a tool that runs its build is missing; pip can install both."""
     missing = []
     if program_search.best_program(program_search.get_cmake_programs(), version=CMAKE) is None:
         missing.append(f"no CMake {CMAKE}")
@@ -79,16 +80,17 @@ def require_cmake() -> None:
         )
 
 
-def refuse_or_say(what: str, reason: str, demanded: bool) -> None:
-    if demanded:
+def refuse_or_warn(what: str, reason: str, required: bool) -> None:
+    """Exit if ``what`` is required but cannot be built for ``reason``, else print a line to stderr."""
+    if required:
         raise SystemExit(
-            f"expected to build {what}, got {reason}; unset the RESNET_FAST_BUILD_* switch that asks for it"
+            f"expected to build {what}, got {reason}; unset the RESNET_FAST_BUILD_* variable that asks for it"
         )
     print(f"resnet_fast is built without {what}: {reason}", file=sys.stderr)
 
 
 def native_folder() -> Path | None:
-    """torch's folder if ``_C`` is to be built, else None. Says on stderr why not."""
+    """Return torch's directory if ``_C`` is to be built, else None. Prints to stderr why not."""
     choice = switch("RESNET_FAST_BUILD_NATIVE", "auto", "0", "1")
     cuda = switch("RESNET_FAST_BUILD_CUDA", "auto", "0", "1")
     if choice == "0":
@@ -99,18 +101,18 @@ def native_folder() -> Path | None:
         return None
     folder, reason = torch_folder()
     if reason := reason or no_toolchain():
-        refuse_or_say("its native library", reason, "1" in (choice, cuda))
+        refuse_or_warn("its native library", reason, "1" in (choice, cuda))
         return None
     return folder
 
 
 def host_wanted() -> bool:
-    """Whether ``_host`` is to be built. Says on stderr why not where it was asked for."""
+    """Return whether ``_host`` is to be built. Prints to stderr why not if it was requested."""
     choice = switch("RESNET_FAST_BUILD_HOST", "0", "auto", "1")
     if choice == "0":
         return False
     if reason := no_toolchain():
-        refuse_or_say("its host module", reason, choice == "1")
+        refuse_or_warn("its host module", reason, choice == "1")
     return not reason
 
 
@@ -139,11 +141,11 @@ def main() -> None:
     if torch is None and not host:
         setuptools.setup(**arguments)  # nothing to compile: a py3-none-any wheel
         return
-    # Not where only metadata is asked for: with build isolation pip installs CMake after it has those.
+    # Not if only metadata is requested: with build isolation pip installs CMake after it has the metadata.
     if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
         require_cmake()
-    # _C is built against Python's limited API and torch's stable one, so one wheel serves every Python from 3.10;
-    # _host is not (pybind11 needs the full API) and ties the wheel to the Python that built it.
+    # _C uses Python's limited API and torch's stable one, so one wheel works with every Python from 3.10. _host ties the
+    # wheel to the Python that built it, because pybind11 needs the full API.
     options: dict[str, Any] = {} if host else {"options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
     wrapper.setup(cmake_source_dir=".", cmake_args=cmake_arguments(torch, host), **options, **arguments)
 

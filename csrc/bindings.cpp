@@ -1,7 +1,7 @@
-// The native library's ops, schemas only. Each is implemented in csrc/ops/<name>.cpp.
+// The schemas of the native library's ops. Each op is implemented in csrc/ops/<name>.cpp.
 //
-// The namespace is not `resnet_fast`: that one belongs to the public ops, which Python registers with their fake,
-// autograd and autocast rules. What is registered here is what backends call.
+// Backends call these ops. They have a namespace of their own because `resnet_fast` belongs to the public ops, which
+// Python registers with their fake, autograd and autocast rules.
 
 #include <Python.h>
 

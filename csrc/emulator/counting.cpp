@@ -1,4 +1,4 @@
-// The emulator's counters. state.h holds what the parts share, runtime.h says what is checked and counted.
+// The emulator's counters. state.h has the shared state, runtime.h lists what is checked and counted.
 
 #include "state.h"
 
@@ -26,7 +26,7 @@ int wavefronts(const uint64_t* address, uint32_t active, int bytes, int first, i
   return most;
 }
 
-// Lanes whose accesses of this width the banks serve together: 128 bytes' worth.
+// The number of lanes whose accesses of this width the banks serve together: 128 bytes in all.
 int lanes_per_phase(int bytes) {
   return bytes == 16 ? 8 : bytes == 8 ? 16 : 32;
 }
@@ -108,7 +108,7 @@ Buffer* buffer_of(const void* p) {
   return nullptr;
 }
 
-// The n-th passage of each lane by a line counts as one instruction of the warp: exact as long as lanes pass together.
+// Takes the n-th call of each lane at a line as one instruction of the warp, which is exact while lanes run together.
 void gather(uint64_t address, int bytes, Kind kind, bool active, Where where) {
   Warp& warp = now->warps[self_warp()];
   const int id = now->sites.id(where, kind);
@@ -126,7 +126,7 @@ void gather(uint64_t address, int bytes, Kind kind, bool active, Where where) {
   if (g.lanes == kAllLanes) finish(g, id);
 }
 
-// At a barrier of the block all lanes are level: what is still open will not be joined by more of them.
+// At a block barrier all lanes have run equally far, so no more lanes will join what is still open.
 void flush_logs() {
   for (Warp& warp : now->warps) {
     for (int id : warp.touched) {

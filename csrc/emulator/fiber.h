@@ -1,5 +1,5 @@
-// Fibers: threads that hand over to each other by name. On x86-64 a switch is fourteen instructions; elsewhere it is
-// ucontext's, which also saves the signal mask and takes ten times as long.
+// Fibers: cooperative threads that switch to each other explicitly. On x86-64 a switch takes fourteen instructions.
+// Elsewhere ucontext does it, which also saves the signal mask and takes ten times as long.
 #pragma once
 
 #include <cstddef>
@@ -21,16 +21,16 @@ namespace emulator {
 
 class Fiber {
  public:
-  // The fiber that the thread is running as from its start.
+  // The fiber of the running thread itself.
   Fiber() = default;
-  // One that will call `entry`, which must never return.
+  // A fiber that calls `entry`, which must never return.
   Fiber(size_t stack_bytes, void (*entry)()) : stack_(new unsigned char[stack_bytes]), bytes_(stack_bytes) {
     reset(entry);
   }
 
   void reset(void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
-    // The frames that the last block left on this stack never returned, and their variables stay out of scope for ever.
+    // The last block's frames on this stack never returned, so the sanitizer still considers their variables poisoned.
     __asan_unpoison_memory_region(stack_.get(), bytes_);
 #endif
 #if defined(__x86_64__)
@@ -38,7 +38,7 @@ class Fiber {
     auto* words = reinterpret_cast<uintptr_t*>(top) - 8;
     for (int i = 0; i < 6; ++i) words[i] = 0;       // the saved registers
     words[6] = reinterpret_cast<uintptr_t>(entry);  // where the first switch returns to
-    words[7] = 0;                                   // the caller that entry does not have
+    words[7] = 0;                                   // entry has no caller
     saved_ = words;
 #else
     getcontext(&context_);
@@ -49,7 +49,7 @@ class Fiber {
 #endif
   }
 
-  // Save this one, go on with `next`. Returns when another fiber switches back.
+  // Saves this fiber and continues `next`. Returns when another fiber switches back.
   void switch_to(Fiber& next) {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
@@ -67,7 +67,7 @@ class Fiber {
 #endif
   }
 
-  // The first thing that an entry calls.
+  // An entry must call this first.
   static void arrived(void* fake = nullptr) {
 #if defined(__SANITIZE_ADDRESS__)
     const void* bottom = nullptr;

@@ -1,5 +1,4 @@
-// Hopper's mbarriers and bulk copies. hopper_state.h holds what is remembered, include/emulator/hopper.h says what is
-// checked.
+// Hopper's mbarriers and bulk copies. hopper_state.h has their state, include/emulator/hopper.h lists what is checked.
 
 #include <resnet_fast/hopper.h>
 
@@ -44,7 +43,7 @@ Barrier& barrier_at(uint32_t at, Where where) {
   return b;
 }
 
-// Ends the phase if nothing is missing.
+// Ends the phase of the mbarrier if no arrivals and no bytes are missing.
 void end_phase(uint32_t at, Barrier& b, Where where) {
   if (b.missing > 0) return;
   if (b.bytes < 0)
@@ -58,7 +57,7 @@ void end_phase(uint32_t at, Barrier& b, Where where) {
   for (int thread : std::exchange(b.waiters, {})) release(thread);
 }
 
-// What is under way to this barrier lands, in any order.
+// Completes the copies in flight to this mbarrier, in a random order.
 void land(uint32_t at, Barrier& b) {
   std::vector<BulkCopy>& all = now->hopper.copies;
   std::vector<BulkCopy> mine;
@@ -81,7 +80,7 @@ void land(uint32_t at, Barrier& b) {
   }
 }
 
-// The reads of a copy from `bytes` of global memory that lie together.
+// Checks and counts a copy's read of `bytes` contiguous bytes of global memory.
 void read_global(const unsigned char* p, int bytes, Where where) {
   Buffer* b = buffer_of(p);
   if (b == nullptr || p + bytes > b->tensor.start + b->tensor.bytes)
@@ -102,7 +101,7 @@ void read_global(const unsigned char* p, int bytes, Where where) {
   site.least += (bytes + kSector - 1) / kSector;
 }
 
-// A copy of these pieces, for whose end the barrier stands.
+// Issues a copy of these pieces, which the mbarrier completes.
 void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
   Barrier& b = barrier_at(barrier, where);
   if (!b.fenced)
@@ -125,7 +124,7 @@ void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
   if (!b.waiters.empty()) land(barrier, b);
 }
 
-// Rows of a box, one after another as they lie in shared memory: what is copied, with what is read for it.
+// Collects the rows of a box in the order of shared memory, and checks and counts the reads for them.
 struct Rows {
   uint32_t at;
   const TensorBox& box;
@@ -144,7 +143,7 @@ struct Rows {
     return i >= 0 && i < static_cast<int64_t>(box.size[dimension]);
   }
 
-  // The row of the pixel at these coordinates, zeros outside of the tensor.
+  // Adds the row of the pixel at these coordinates; zeros outside the tensor.
   void add(int64_t c0, int64_t c1, int64_t c2, int64_t c3) {
     const int row_bytes = static_cast<int>(box.box[0]) * kNumber, each = kChunk / kNumber;
     const bool present = inside(1, c1) && inside(2, c2) && inside(3, c3);
@@ -172,7 +171,7 @@ struct Rows {
   }
 };
 
-// The last place along W or H where a filter is put down, at or before this one with steps.
+// The last position of a filter along W or H; with a stride the real last position may be before it.
 int64_t last_of(const Im2colBox& box, int side) {
   return static_cast<int64_t>(box.x.size[1 + side]) - 1 + box.upper[side];
 }

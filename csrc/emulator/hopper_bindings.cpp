@@ -1,4 +1,4 @@
-// The probes of hopper_probes.h, and Hopper's layouts, in Python: test_hopper.py, test_layouts.py.
+// Python bindings of the probes in hopper_probes.h, and of Hopper's layouts, for test_hopper.py and test_layouts.py.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -65,8 +65,8 @@ py::array_t<uint32_t> probe_ring(const py::array_t<uint32_t>& x) {
   return y;
 }
 
-// By thread, the indices of its values: of d (64 x 64) and of a in registers, row + 64 * column or k; and where eight
-// rows of 64 numbers lie.
+// The indices of each thread's values: row + 64 * column of d (64 x 64), row + 64 * k of a in registers; and the
+// positions of the values of eight swizzled rows of 64.
 py::dict layouts() {
   std::vector<std::vector<int>> d(kWarpgroup), a(kWarpgroup), rows(kSwizzleRows);
   for (int t = 0; t < kWarpgroup; ++t) {
@@ -90,10 +90,10 @@ void bind_hopper(py::module_& m) {
   m.def("probe_wgmma", &probe_wgmma, py::arg("a"), py::arg("b"), py::arg("bfloat16"),
         "a (64, 64) . b (columns, 64)^T by wgmma: with a from shared memory, and from registers.");
   m.def("probe_tensor_load", &probe_tensor_load, py::arg("x"), py::arg("corner"), py::arg("box"), py::arg("swizzle"),
-        "A box of x (n, h, w, c) as it lies in shared memory.");
+        "A box of x (n, h, w, c) in the layout of shared memory.");
   m.def("probe_im2col_load", &probe_im2col_load, py::arg("x"), py::arg("first"), py::arg("box"), py::arg("tap"),
         py::arg("filter"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("swizzle"),
-        "One tap of a convolution's windows on x (n, h, w, c), as they lie in shared memory.");
+        "One tap of a convolution's windows on x (n, h, w, c), in the layout of shared memory.");
   m.def("im2col_lower", &im2col_lower, py::arg("padding"), "An Im2colBox's lower corner.");
   m.def("im2col_upper", &im2col_upper, py::arg("padding"), py::arg("filter"), py::arg("dilation"),
         "An Im2colBox's upper corner.");
@@ -101,5 +101,5 @@ void bind_hopper(py::module_& m) {
   m.def("hopper_layouts", &layouts, "Layouts of wgmma's fragments and of the swizzle.");
   m.def(
       "wgmma_descriptor", [](uint32_t at, int stride) { return wgmma_descriptor(at, stride); }, py::arg("at"),
-      py::arg("stride"), "Of an operand in shared memory.");
+      py::arg("stride"), "The descriptor of an operand in shared memory.");
 }

@@ -1,4 +1,4 @@
-// See hopper_probes.h. test_hopper.py compares what they give with NumPy and breaks them on purpose.
+// See hopper_probes.h. test_hopper.py compares the results with NumPy, and breaks the kernels on purpose.
 
 #include "hopper_probes.h"
 
@@ -13,8 +13,8 @@ using namespace resnet_fast;
 constexpr int kThreads = kProductGroups * kWarpgroup;
 constexpr int kRows = kProductRows, kDepth = kProductDepth, kSteps = kDepth / 16;
 
-// d (64 x columns) = a (64 x 64) . b (columns x 64)^T, twice over: the first warpgroup takes a from shared memory, the
-// second from registers. Threads write a, the copy engine brings b.
+// d (64 x columns) = a (64 x 64) . b (columns x 64)^T, computed twice: the first warpgroup takes a from shared memory,
+// the second from registers. Threads write a, the copy engine loads b.
 struct Product {
   const void* a;
   const void* b;
@@ -77,7 +77,7 @@ Status launch_product(const Product& p, const Grid& grid) {
   return emulator::launch<product_kernel<T, 256>>(grid, p);
 }
 
-// A box as it lies in shared memory; of an Im2colBox at a tap.
+// A box in the layout of shared memory. An Im2colBox is read at a tap.
 struct Box {
   TensorMap map;
   int corner[4], tap[2];
@@ -120,7 +120,7 @@ Status box_in_shared(const AnyBox& box, const TensorBox& tensor, size_t tensor_b
   return emulator::launch<box_kernel<kIm2col>>({1, kThreads, kSwizzleBytes + (p.bytes + 15) / 16 * 16}, p);
 }
 
-// Words of x, doubled: one warp copies them through a ring of places, the others take them out.
+// Doubles the words of x. One warp copies them to a ring of buffers, and the other warps read them from there.
 struct Ring {
   static constexpr int kPlaces = 3, kPieceBytes = kRingPieceBytes, kTakers = 4;
   const uint32_t* x;

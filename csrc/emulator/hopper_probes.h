@@ -1,5 +1,5 @@
-// Small kernels, one for each part of Hopper's vocabulary: what the bindings call. Kept apart from them, so that a
-// kernel that a test breaks compiles in a second.
+// Small kernels that the bindings call, one for each group of Hopper's device functions. They are apart from the
+// bindings so that a kernel that a test breaks compiles in a second.
 #pragma once
 
 #include <array>
@@ -13,7 +13,8 @@ constexpr int kProductGroups = 2, kProductRows = 64, kProductDepth = 64;
 // d (2, 64, columns) = a (64, 64) . b (columns, 64)^T by wgmma: with a from shared memory, and from registers.
 resnet_fast::Status run_product(const void* a, const void* b, float* d, int columns, bool bfloat16);
 
-// A box of a tensor of so many bytes, as it lies in shared memory; corner with c first. Of an Im2colBox at a tap.
+// A box of a tensor of `tensor_bytes`, in the layout of shared memory; corner with c first. An Im2colBox is read at a
+// tap.
 resnet_fast::Status run_box(const resnet_fast::TensorBox& box, size_t tensor_bytes, std::array<int, 4> corner,
                             void* out);
 resnet_fast::Status run_im2col(const resnet_fast::Im2colBox& box, size_t tensor_bytes, std::array<int, 4> first,

@@ -1,4 +1,4 @@
-// What a launch remembers of mbarriers, bulk copies and wgmma.
+// State of mbarriers, bulk copies and wgmma within a launch.
 #pragma once
 
 #include <array>
@@ -14,21 +14,22 @@
 namespace emulator {
 
 constexpr int kMaxWarps = 32;
-// Each mbarrier has a component of the vector clocks, behind the warps': the number of its phases that are over. Copies
-// that land on it write shared memory as its first thread, so to speak: what is true of threads is then true of them.
+// Each mbarrier has a component of the vector clocks, after those of the warps: the number of its finished phases.
+// Copies that land on it count as writes of an extra thread with this clock, so that the rules for threads apply to
+// them.
 constexpr int kMaxBarriers = 24;
 constexpr int kClocks = kMaxWarps + kMaxBarriers;
 using Clock = std::array<uint32_t, kClocks>;
 
 struct Barrier {
   int slot = 0;
-  int arrivals = 0;   // of a phase
-  int missing = 0;    // of this phase
-  int64_t bytes = 0;  // expected and not come
+  int arrivals = 0;   // per phase
+  int missing = 0;    // arrivals, in this phase
+  int64_t bytes = 0;  // expected in this phase and not yet arrived
   uint32_t phase = 0;
   int initialised_by = 0, site = 0;
   bool fenced = false;
-  Clock arrived{}, over{};  // known to those who arrived in this phase, and in those before
+  Clock arrived{}, over{};  // the joined clocks of threads that arrived in this phase, and in finished phases
   std::vector<int> waiters;
 };
 
@@ -42,16 +43,16 @@ struct BulkCopy {
   std::vector<Piece> pieces;
 };
 
-// Products that go to the same accumulators, one after another.
+// Products that add to the same accumulators, one after another.
 struct Chain {
   std::array<float*, resnet_fast::kWarp * 4> d{};
-  int each = 0;              // numbers of a thread
+  int each = 0;              // values of a thread
   std::vector<float> value;  // (64, columns)
 };
 
 struct Product {
   std::shared_ptr<Chain> chain;
-  std::vector<uint32_t> a, b;  // chunks of 16 bytes: of a, two for each of 64 rows, or none
+  std::vector<uint32_t> a, b;  // addresses of 16-byte chunks, two per row; a is empty if it comes from registers
 };
 using Products = std::vector<std::shared_ptr<Product>>;
 
@@ -62,9 +63,9 @@ struct Warpgroup {
   std::vector<std::shared_ptr<Chain>> chains;
 };
 
-// Of a thread.
+// The asynchronous operations of a thread.
 struct Asynchronous {
-  uint32_t fences = 0;  // fence_async so far
+  uint32_t fences = 0;  // fence_async calls so far
   bool registers_fenced = false;
   Products issued;
   std::vector<Products> groups;

@@ -1,4 +1,4 @@
-// The emulator's rules of memory. state.h holds what the parts share, runtime.h says what is checked and counted.
+// The emulator's memory rules. state.h has the shared state, runtime.h lists what is checked and counted.
 
 #include "state.h"
 
@@ -8,7 +8,7 @@
 
 namespace emulator {
 
-// Did an access of `thread` at `time` happen before what this thread does now?
+// Returns whether an access of `thread` at `time` happened before what this thread does now.
 bool ordered(int thread, uint32_t time) {
   return thread == self().index || ordered_for(self_warp(), thread, time);
 }

@@ -1,9 +1,9 @@
-// The Python module of the emulator: the table of kernels as compiled for it, settings, counters, and layouts.
+// The Python module of the emulator: its table of kernels, settings, counters, and layouts.
 //
-//   kernels_address()   of the table that csrc/ops calls; resnet_fast/native.py hands it over
-//   configure(...)      the device that launchers believe in, and the seed of the order of threads
-//   take_counters()     what the launches since the last call counted, one dictionary each
-//   fragments(), probe_ldmatrix()   layouts, for the comparison with CuTe's; Hopper's: hopper_probes.cpp
+//   kernels_address()   address of the table that csrc/ops calls; resnet_fast/native.py passes it to csrc/ops
+//   configure(...)      sets the emulated device, and the seed of the order of threads
+//   take_counters()     returns the counts of the launches since the last call, one dictionary each
+//   fragments(), probe_ldmatrix()   layouts, which tests compare with CuTe's; for Hopper's see hopper_bindings.cpp
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,7 +13,7 @@
 #include <resnet_fast/fragments.h>
 #include <resnet_fast/kernels.h>
 
-// Named by the build, so that several builds (sanitized, broken on purpose) can live in one process.
+// The build may name the module, so that several builds (sanitized, broken on purpose) can live in one process.
 #ifndef EMULATOR_MODULE
 #define EMULATOR_MODULE _emulator
 #endif
@@ -100,7 +100,7 @@ void configure(uint64_t seed, int arch, int sms, int shared) {
   emulator::settings() = {{arch, sms, shared, nullptr}, seed};
 }
 
-// Coordinates by lane and register, each as (row, column) or, for operands, (row or column, k).
+// Coordinates by lane and register: (row, column) for the accumulator, (row or column, k) for operands.
 py::dict fragments() {
   using namespace resnet_fast;
   using Coordinates = std::vector<std::vector<std::pair<int, int>>>;
@@ -119,7 +119,7 @@ py::dict fragments() {
   return out;
 }
 
-// What each lane gets of ldmatrix when lane l names word 4 l of a shared memory in which word i is i.
+// What each lane gets from ldmatrix if lane l passes the address of word 4 l, and word i of shared memory is i.
 struct Probe {
   uint32_t* out;
   int matrices;
@@ -170,8 +170,8 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
         for (const auto& c : emulator::take_counters()) all.append(to_dict(c));
         return all;
       },
-      "What the launches since the last call counted.");
-  m.def("probe_ldmatrix", &probe_ldmatrix, py::arg("matrices"), "The words that each lane gets of ldmatrix.");
+      "Return the counts of the launches since the last call.");
+  m.def("probe_ldmatrix", &probe_ldmatrix, py::arg("matrices"), "The words that each lane gets from ldmatrix.");
   bind_hopper(m);
   m.def("fragments", &fragments, "Layouts of the tensor-core fragments: coordinates by lane.");
 }

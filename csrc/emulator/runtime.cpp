@@ -1,17 +1,17 @@
-// The emulator's scheduler and collectives. state.h holds what the parts share, runtime.h says what is checked and
-// counted.
+// The emulator's scheduler and collectives. state.h has the shared state, runtime.h lists what is checked and counted.
 
 #include "state.h"
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <sstream>
 
 #include <resnet_fast/fragments.h>
 
 #if defined(__x86_64__)
-// System V ABI: rbx, rbp and r12-r15 belong to the caller, all other registers were saved by the compiler.
+// System V ABI: rbx, rbp and r12-r15 belong to the caller; the compiler has saved all other registers.
 asm(R"(
 .text
 .globl resnet_fast_emulator_switch
@@ -110,7 +110,7 @@ int take_runnable() {
 
 }  // namespace
 
-// Let another thread run; this one goes on when somebody made it runnable and the draw falls on it.
+// Lets another thread run. This one continues once another has made it runnable and it is drawn.
 void yield_from(int me) {
   if (now->runnable.empty()) {
     now->fibers[me].switch_to(now->scheduler);
@@ -287,7 +287,7 @@ void run_block(int block) {
   const int first = take_runnable();
   now->current = &now->threads[first];
   now->scheduler.switch_to(now->fibers[first]);
-  // Back here: nobody can run.
+  // No thread can run any more.
   if (now->fault.empty()) {
     for (Thread& t : now->threads) {
       if (t.done) continue;
@@ -391,39 +391,37 @@ Settings& settings() {
   return all;
 }
 
-resnet_fast::Status execute(const char* kernel, const resnet_fast::Grid& grid, std::vector<Tensor> tensors,
-                            const std::function<void()>& body) {
-  const resnet_fast::Device& device = settings().device;
-  last_fault().clear();
-  if (grid.threads % kWarp != 0 || grid.threads <= 0 || grid.threads > kMaxWarps * kWarp || grid.blocks <= 0 ||
-      grid.shared > device.shared) {
-    last_fault() = std::string("kernel ") + kernel + " cannot be launched: " + std::to_string(grid.blocks) +
-                   " blocks of " + std::to_string(grid.threads) + " threads with " + std::to_string(grid.shared) +
-                   " bytes of shared memory, of which the device has " + std::to_string(device.shared);
-    return last_fault().c_str();
+namespace {
+
+// Why the emulated device cannot launch this grid, or "".
+std::string refused(const char* kernel, const resnet_fast::Grid& grid) {
+  const int shared = settings().device.shared;
+  if (grid.threads % kWarp == 0 && grid.threads > 0 && grid.threads <= kMaxWarps * kWarp && grid.blocks > 0 &&
+      grid.shared <= shared)
+    return "";
+  return std::string("kernel ") + kernel + " cannot be launched: " + std::to_string(grid.blocks) + " blocks of " +
+         std::to_string(grid.threads) + " threads with " + std::to_string(grid.shared) +
+         " bytes of shared memory, of which the device has " + std::to_string(shared);
+}
+
+// The history of a tensor; fills an output with NaN.
+Buffer buffer_for(Tensor tensor) {
+  Buffer b;
+  const auto start = reinterpret_cast<uintptr_t>(tensor.start);
+  b.first_sector = start / kSector;
+  b.touched.resize((start + tensor.bytes - 1) / kSector - b.first_sector + 1);
+  b.in_l1.resize(b.touched.size());
+  if (tensor.access == Access::kWrite) {
+    b.writers.resize((tensor.bytes + 1) / 2);
+    std::memset(const_cast<unsigned char*>(tensor.start), 0xff, tensor.bytes);
   }
-  auto launch = std::make_unique<Launch>();
-  now = launch.get();
-  now->kernel = kernel;
-  now->grid = grid;
-  now->body = &body;
-  now->counters.kernel = kernel;
-  now->counters.grid = grid;
-  now->random = settings().seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-  for (Tensor& t : tensors) {
-    if (t.bytes == 0) continue;
-    Buffer b;
-    const auto start = reinterpret_cast<uintptr_t>(t.start);
-    b.first_sector = start / kSector;
-    b.touched.resize((start + t.bytes - 1) / kSector - b.first_sector + 1);
-    b.in_l1.resize(b.touched.size());
-    if (t.access == Access::kWrite) {
-      b.writers.resize((t.bytes + 1) / 2);
-      std::memset(const_cast<unsigned char*>(t.start), 0xff, t.bytes);
-    }
-    b.tensor = std::move(t);
-    now->buffers.push_back(std::move(b));
-  }
+  b.tensor = std::move(tensor);
+  return b;
+}
+
+// Makes the threads, warps and shared memory that all blocks use one after another.
+void make_block() {
+  const resnet_fast::Grid& grid = now->grid;
   now->threads.resize(grid.threads);
   now->warps.resize(grid.threads / kWarp);
   now->fibers.reserve(grid.threads);
@@ -433,13 +431,37 @@ resnet_fast::Status execute(const char* kernel, const resnet_fast::Grid& grid, s
   now->shared =
       now->shared_storage.data() + (kAlign - reinterpret_cast<uintptr_t>(now->shared_storage.data()) % kAlign) % kAlign;
   now->history.resize(grid.shared / kGranule + 1);
-  std::vector<int> order(grid.blocks);
-  for (int i = 0; i < grid.blocks; ++i) order[i] = i;
-  for (int i = grid.blocks - 1; i > 0; --i) std::swap(order[i], order[draw(i + 1)]);
+}
+
+// Runs all blocks in a random order, until one fails.
+void run_blocks() {
+  std::vector<int> order(now->grid.blocks);
+  std::iota(order.begin(), order.end(), 0);
+  for (int i = now->grid.blocks - 1; i > 0; --i) std::swap(order[i], order[draw(i + 1)]);
   for (int block : order) {
     run_block(block);
-    if (!now->fault.empty()) break;
+    if (!now->fault.empty()) return;
   }
+}
+
+}  // namespace
+
+resnet_fast::Status execute(const char* kernel, const resnet_fast::Grid& grid, std::vector<Tensor> tensors,
+                            const std::function<void()>& body) {
+  last_fault() = refused(kernel, grid);
+  if (!last_fault().empty()) return last_fault().c_str();
+  auto launch = std::make_unique<Launch>();
+  now = launch.get();
+  now->kernel = kernel;
+  now->grid = grid;
+  now->body = &body;
+  now->counters.kernel = kernel;
+  now->counters.grid = grid;
+  now->random = settings().seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
+  for (Tensor& t : tensors)
+    if (t.bytes > 0) now->buffers.push_back(buffer_for(std::move(t)));
+  make_block();
+  run_blocks();
   for (const Buffer& b : now->buffers)
     if (now->fault.empty()) now->fault = unwritten(b);
   last_fault() = now->fault;

@@ -1,4 +1,5 @@
-// What the parts of the emulator's runtime share: the launch that is running, its threads, and their memory's history.
+// State that the parts of the emulator's runtime share: the running launch, its threads, and the history of their
+// memory.
 #pragma once
 
 #include <array>
@@ -20,7 +21,7 @@ using resnet_fast::kWarp;
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kSector = 32, kBanks = 32, kWord = 4;
-constexpr int kGranule = 2;  // bytes of shared memory that have a history of their own
+constexpr int kGranule = 2;  // bytes of shared memory per history
 
 struct Site {
   const char* file;
@@ -28,7 +29,7 @@ struct Site {
   Kind kind;
 };
 
-// Sites by number: found again by the address of the file's name, which is one per translation unit.
+// Numbers the sites, and finds them by the address of the file's name, which is unique per translation unit.
 class Sites {
  public:
   int id(Where where, Kind kind) {
@@ -64,7 +65,7 @@ class Sites {
   std::vector<Site> sites_;
 };
 
-// One instruction of a warp, gathered lane by lane. A lane whose flag was off takes part without an address.
+// One instruction of a warp, gathered lane by lane. A lane whose flag is off takes part without an address.
 struct Gathered {
   uint32_t lanes = 0, active = 0;
   int bytes = 0;
@@ -72,7 +73,7 @@ struct Gathered {
 };
 
 struct SiteLog {
-  std::array<uint32_t, kWarp> next{};  // per lane: which of `open` it will join
+  std::array<uint32_t, kWarp> next{};  // per lane: the entry of `open` that it joins next
   std::vector<Gathered> open;
 };
 
@@ -87,8 +88,8 @@ struct Thread {
   bool waiting = false;
   const char* waits_for = "";
   Where where{};
-  std::vector<std::vector<Copy>> groups;  // committed, not waited for
-  std::vector<Copy> issued;               // not committed
+  std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
+  std::vector<Copy> issued;               // not yet committed
   Asynchronous async;
 };
 
@@ -104,15 +105,15 @@ struct Warp {
 
 enum State : uint8_t { kUnwritten, kWritten, kInFlight };
 
-// What happened to two bytes of shared memory: the last write, and the last reads by two different warps.
+// The history of two bytes of shared memory: the last write, and the last reads by two different warps.
 struct History {
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
   int16_t writer = -1, reader = -1, other_reader = -1;
   int16_t write_site = -1;
   State state = kUnwritten;
-  bool several_lanes = false;  // of the last reader's warp
-  uint16_t operand_of = 0;     // warps of products that are not waited for
-  uint32_t fences = 0;         // of the writer, at the write
+  bool several_lanes = false;  // more than one lane of the last reader's warp read it
+  uint16_t operand_of = 0;     // warps with a product in flight that reads it
+  uint32_t fences = 0;         // fence_async calls of the writer before the write
 };
 
 struct Buffer {
@@ -120,7 +121,7 @@ struct Buffer {
   uint64_t first_sector = 0;
   std::vector<uint8_t> touched;   // per sector: bit 0 read, bit 1 written
   std::vector<uint32_t> in_l1;    // per sector: 1 + the last block that read it through L1
-  std::vector<uint32_t> writers;  // per two bytes, of an output: block * 1024 + thread + 1
+  std::vector<uint32_t> writers;  // per two bytes of an output: block * 1024 + thread + 1
   BufferCount count;
 };
 
@@ -151,25 +152,25 @@ struct Launch {
   Hopper hopper;
 };
 
-// The launch that is running; one at a time.
+// The running launch. There is one at a time.
 extern Launch* now;
 
 Thread& self();
 int self_warp();
 int self_lane();
 
-// runtime.cpp: a number below `below` from the launch's seed; end the launch with a report; texts for reports.
+// runtime.cpp: draws a number below `below` from the launch's seed; ends the launch with a report; texts for reports.
 uint64_t draw(uint64_t below);
 [[noreturn]] void fail(Where where, const std::string& what);
 std::string text_of(Where where);
 std::string thread_text(int index);
 
-// runtime.cpp: this thread waits; another need not wait any longer; this one lets others run, now or when it may.
+// runtime.cpp: makes this thread wait; makes another one runnable again; lets other threads run.
 void wait_at(const char* what, Where where);
 void release(int thread);
 void yield_from(int me);
 
-// counting.cpp: one lane's access; end of a phase in which lanes may be apart; the counters of one warp's access.
+// counting.cpp: notes an access of one lane; closes all open instructions at a barrier; counts the access of a warp.
 void gather(uint64_t address, int bytes, Kind kind, bool active, Where where);
 void flush_logs();
 void count_shared(SiteCount& site, const uint64_t* address, uint32_t active, int bytes);
@@ -177,7 +178,7 @@ SiteCount& count_of(int site);
 void keep_counters();
 Buffer* buffer_of(const void* p);
 
-// hopper.cpp: an asynchronous access to what a thread wrote.
+// hopper.cpp: fails where an asynchronous access meets a write without a fence_async.
 void expect_fenced(const History& h, uint32_t at, const char* doing, Where where);
 
 // memory.cpp: the rules of shared memory.

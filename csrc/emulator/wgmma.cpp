@@ -1,4 +1,4 @@
-// Hopper's wgmma. hopper_state.h holds what is remembered, include/emulator/hopper.h says what is checked.
+// Hopper's wgmma. hopper_state.h has its state, include/emulator/hopper.h lists what is checked.
 
 #include <resnet_fast/hopper.h>
 
@@ -15,12 +15,13 @@ namespace {
 using resnet_fast::kWarpgroup;
 
 constexpr int kRows = 64, kDepth = 16;
-constexpr int kChunk = 16, kChunks = kDepth * 2 / kChunk;  // of a row of an operand
+constexpr int kChunk = 16, kChunks = kDepth * 2 / kChunk;  // bytes of a chunk; chunks of an operand's row
 constexpr int kGroupRows = 8;
 constexpr int kWavefront = 128;
 
-// Byte addresses of an operand's chunks, two for each row: the eight rows of a group in the swizzle's pitch, groups at
-// a stride of their own. Without a swizzle 8 x 16 bytes lie together, and the other half of k a stride away.
+// Returns the byte addresses of an operand's chunks, two per row. The eight rows of a group are a swizzle pitch apart,
+// and groups are a stride apart. Without a swizzle, 8 x 16 bytes are contiguous and the other half of k is a leading
+// stride away.
 std::vector<uint32_t> chunks_of(uint64_t descriptor, int rows, Where where) {
   const auto field = [&](int bit, int bits) { return static_cast<uint32_t>(descriptor >> bit & ((1u << bits) - 1)); };
   const uint32_t start = field(0, 14) << 4, leading = field(16, 14) << 4, stride = field(32, 14) << 4;
@@ -33,7 +34,7 @@ std::vector<uint32_t> chunks_of(uint64_t descriptor, int rows, Where where) {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       uint32_t at = start + row / kGroupRows * stride + row % kGroupRows * pitch;
       at += mode == 0 ? chunk * leading : static_cast<uint32_t>(chunk) * kChunk;
-      // Bits 4, 5 and 6 xor 7, 8 and 9, of which a narrower pitch leaves fewer.
+      // Bits 4, 5 and 6 xor bits 7, 8 and 9; fewer of them for a narrower pitch.
       if (mode != 0) at ^= (at >> 7 & (pitch / kChunk - 1)) << 4;
       check_bounds(at, kChunk, where);
       chunks.push_back(at);
@@ -41,7 +42,7 @@ std::vector<uint32_t> chunks_of(uint64_t descriptor, int rows, Where where) {
   return chunks;
 }
 
-// An operand's read on behalf of a warp, which lasts until the warp waits.
+// Starts the read of an operand chunk by a warp, which lasts until the warp waits.
 void begin_read(uint32_t at, int warp, Where where) {
   for (uint32_t g = at / kGranule; g < (at + kChunk) / kGranule; ++g) {
     History& h = now->history[g];
@@ -60,6 +61,19 @@ void end_read(uint32_t at, int thread, uint32_t time) {
   for (uint32_t g = at / kGranule; g < (at + kChunk) / kGranule; ++g) {
     now->history[g].operand_of -= 1;
     note_read(now->history[g], thread, time);
+  }
+}
+
+// The content of an accumulator while its product is in flight: NaN.
+constexpr uint32_t kInFlightFloat = 0xffffffffu;
+
+// Fails where a thread's accumulators changed since the product was issued: the thread wrote them, or they went out of
+// scope.
+void expect_untouched(const float* d, int count, Where where) {
+  for (int i = 0; i < count; ++i) {
+    uint32_t word;
+    std::memcpy(&word, &d[i], sizeof(word));
+    if (word != kInFlightFloat) fail(where, "the accumulators of this wgmma were written before it was waited for");
   }
 }
 
@@ -135,7 +149,7 @@ void multiply(Warpgroup& group, int first_thread, Where where) {
       value = sum;
     }
   for (int t = 0; t < kWarpgroup; ++t) {
-    std::memset(product->chain->d[t], 0xff, product->chain->each * sizeof(float));
+    std::memset(product->chain->d[t], 0xff, product->chain->each * sizeof(float));  // kInFlightFloat
     now->threads[first_thread + t].async.issued.push_back(product);
     now->threads[first_thread + t].where = where;
   }
@@ -197,11 +211,14 @@ void wgmma_wait(int pending) {
     return any;
   };
   const int thread = me.index % kWarpgroup;
+  std::vector<const Chain*> written;
   for (const auto& product : done) {
     if (self_lane() == 0)
       for_chunks_of_warp(*product, thread / kWarp, [&](uint32_t at) { end_read(at, me.index, time_of(self_warp())); });
     const Chain& chain = *product->chain;
-    if (goes_on(product->chain)) continue;
+    if (goes_on(product->chain) || std::count(written.begin(), written.end(), &chain)) continue;
+    written.push_back(&chain);
+    expect_untouched(chain.d[thread], chain.each, me.where);
     const int columns = chain.each * kWarpgroup / kRows;
     for (int i = 0; i < chain.each; ++i)
       chain.d[thread][i] =

@@ -1,6 +1,6 @@
-// _host: facts about the host that neither Python nor torch reports. No torch in here.
+// _host: facts about the host CPU that neither Python nor torch reports. Does not use torch.
 //
-//   isa()         instruction set -> usable, by CPUID and by what the operating system saves on a context switch
+//   isa()         instruction set -> usable, from CPUID and the registers that the operating system saves
 //   build_info()  compiler and C++ standard
 
 #include <map>
@@ -21,7 +21,7 @@ struct Registers {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// All zero where the CPU does not know the leaf, which reads as "not there".
+// All zeros if the CPU does not have the leaf, which means "unsupported".
 Registers cpuid(unsigned leaf, unsigned subleaf) {
   Registers r;
   __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);

@@ -4,11 +4,11 @@
 //   t2 = relu(conv3x3(t1, w2) + b2)     (N, H, W, Cmid)          zero padding 1 of t1, not of x
 //   y  = relu(conv1x1(t2, w3) + b3 + s) (N, H, W, Co)            s = x, or conv1x1(x, wp) of a projection
 //
-// Saved bytes. With one kernel per convolution t1 and t2 are each written and read, and x is read a second time for the
-// shortcut: (Ci + Cmid) + 2 Cmid + (Cmid + 2 Co) numbers per pixel; here Ci + Co. At Ci = Co = 256, Cmid = 64, in 16
-// bit and 56 x 56: 6.42 MB per image -> 3.21 MB.
+// Saved bytes. With one kernel per convolution, t1 and t2 are each written and read, and x is read a second time for
+// the shortcut: (Ci + Cmid) + 2 Cmid + (Cmid + 2 Co) values per pixel. Here it is Ci + Co. With Ci = Co = 256, Cmid =
+// 64 and 56 x 56 pixels of 16 bits: 6.42 MB per image -> 3.21 MB.
 //
-// GEMM. Three in a chain over one tile of 8 x 8 pixels, gemm_k cut into steps of 64 (one shared row of 128 bytes):
+// GEMM. A chain of three over one tile of 8 x 8 pixels, with gemm_k in steps of 64 (one shared row of 128 bytes):
 //
 //      10 x 10 pixels with halo             8 x 8 pixels
 //     +----------------+            +------------+              +------------+
@@ -18,31 +18,34 @@
 //     +----------------+            +------------+    views     +------------+   + x (registers)
 //       cp.async, once                zero outside of the image
 //
-//   256 threads are 8 warps. conv1: 112 rows (7 tiles of 16; rows above 100 repeat the last and are dropped), warps 4
-//   x 2. conv2: 64 rows, every warp 32 x 32; for Cmid 64 that makes 2 x 2 warps, twice: the second four take the other
-//   half of gemm_k, and each pair adds up through shared memory. conv3: passes of kPass channels, every warp 32 wide.
-//   conv1 computes (10 * 10) / (8 * 8) = 1.56 times the pixels, 13 % more multiply-adds over the block.
+//   256 threads form 8 warps.
+//   conv1: 112 rows (7 tiles of 16; rows from 100 on repeat row 99 and are dropped), 4 x 2 warps. It computes
+//   (10 * 10) / (8 * 8) = 1.56 times the pixels, which is 13 % more multiply-adds over the block.
+//   conv2: 64 rows, 32 x 32 for every warp. With Cmid 64 these are 2 x 2 warps; the other four warps take the second
+//   half of gemm_k, and each pair of warps adds up through shared memory.
+//   conv3: passes of kPass channels, 32 for every warp.
 //
-// x is read from memory once. After conv1 the threads take the shortcut's numbers into registers, in the layout of
-// conv3's accumulators; from then on x's place is free, and the next tile's x arrives during conv2 and conv3. A
-// projection's x is needed until the end: it has two places.
+// x is read from memory once. After conv1 the threads load the shortcut into registers, in the layout of conv3's
+// accumulators. The buffer of x is then free, and the x of the next tile arrives during conv2 and conv3. With a
+// projection x is needed until the end of the tile, so it has two buffers.
 //
-// Weights. Resident (Cmid 64 and 227 KB of shared memory): loaded once, the block walks over the tiles. Streamed (Cmid
-// 128, or 163 KB): a ring of steps, each (Cmid, 64), filled by cp.async while the steps before it are multiplied; every
-// tile reads them anew, from L2.
+// Weights. Resident (Cmid 64 and 227 KB of shared memory): loaded once, while the block walks over the tiles. Streamed
+// (Cmid 128, or 163 KB): a ring of steps, each (Cmid, 64), which cp.async fills while earlier steps are multiplied;
+// every tile reads the weights again, from L2.
 //
-// Shared memory rows are swizzled (fragments.h): no access below meets a bank conflict. An 8-wide tile keeps the eight
-// rows of each ldmatrix neighbours in the halo tile, so that the nine shifted views are free of them too.
+// Shared-memory rows are swizzled (fragments.h), so no access below has a bank conflict. With a tile width of 8, the
+// eight rows of each ldmatrix are neighbours in the halo tile, so the nine shifted views have no conflicts either.
 //
 // Numerics: fp32 accumulators; t1, t2 and y are rounded once each, as if they had been stored. Bias, then shortcut,
 // then ReLU. Halo pixels outside the image are zero AFTER conv1's ReLU: relu(0 . w1 + b1) is not zero.
 //
-// Where bottleneck_fwd_sm90a.cu fits, on Hopper with 64 channels between, that one runs instead.
+// On Hopper with 64 inner channels, bottleneck_fwd_sm90a.cu runs instead.
 //
-// Limits: backends/cuda/bottleneck.py. Alone: python -m pytest tests/emulator -k bottleneck. Counted: docs/tables/.
+// Limits: backends/cuda/bottleneck.py. To test this file: python -m pytest tests/emulator -k bottleneck. Counts:
+// docs/tables/.
 //
-// Not taken: tiles of 8 x 14, which leave no row of conv1 idle at 56 x 56 (1.43 times the pixels) but need 243 KB;
-// conv1 with split gemm_k as conv2 (its partial sums are 28 KB, which do not fit beside the weights).
+// Tried and rejected: tiles of 8 x 14, which leave no row of conv1 idle at 56 x 56 (1.43 times the pixels) but need 243
+// KB; splitting gemm_k in conv1 as in conv2 (its partial sums take 28 KB, for which the weights leave no room).
 
 #include <resnet_fast/bottleneck_fwd.h>
 #include <resnet_fast/bottleneck_tile.h>
@@ -55,12 +58,12 @@ namespace resnet_fast {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTiles1 = (kHaloPixels + 15) / 16, kTiles2 = kPixels / 16;  // of 16 rows
+constexpr int kTiles1 = (kHaloPixels + 15) / 16, kTiles2 = kPixels / 16;  // tiles of 16 rows
 constexpr int kWide = 32 / 8;                                             // n tiles of a warp in conv2 and conv3
 constexpr int kChunkBytes = 16;
 
-// Variant: how many channels lie between, how many come out, and the steps in the ring of streamed weights; none: the
-// weights stay.
+// Inner channels, output channels, and the number of steps in the ring of streamed weights; 0 keeps all weights in
+// shared memory.
 template <typename T_, int kMid_, int kCo_, int kSlots_>
 struct Variant {
   using T = T_;
@@ -80,8 +83,8 @@ struct Variant {
 // Byte offsets in shared memory.
 struct Layout {
   uint32_t bias, weights, x, t1, sums, t2, end;
-  uint32_t x_bytes;  // of one place for x
-  int x_places;
+  uint32_t x_bytes;  // of one buffer for x
+  int x_places;      // buffers for x
 };
 
 template <typename V>
@@ -94,13 +97,13 @@ RF_HOST_DEVICE Layout layout_of(const BottleneckParams& p) {
   at.x = at.weights + static_cast<uint32_t>((V::kResident ? p.steps() : V::kSlots) * V::kStepBytes);
   at.t1 = at.x + static_cast<uint32_t>(at.x_places) * at.x_bytes;
   at.sums = at.t1 + V::kMidSteps * kHaloPixels * kRowBytes;
-  // Where warps do not add up pairwise, t2 takes t1's place.
+  // Where no pairs of warps add up, t2 overwrites t1.
   at.t2 = V::kWarpsK2 > 1 ? at.sums + kPixels * V::kMid * 4 : at.t1;
   at.end = (V::kWarpsK2 > 1 ? at.t2 + V::kMidSteps * kPixels * kRowBytes : at.sums);
   return at;
 }
 
-// x of a tile with its halo -> shared memory, zeros outside of the image; to be committed by the caller.
+// Starts the copy of x of a tile with its halo to shared memory; zeros outside the image. The caller commits it.
 RF_DEVICE void issue_x(const BottleneckParams& p, const Tile& tile, uint32_t at) {
   const int chunks = p.ci / 8;
   for (int i = thread_index(); i < (kHaloPixels * chunks + kThreads - 1) / kThreads * kThreads; i += kThreads) {
@@ -114,7 +117,7 @@ RF_DEVICE void issue_x(const BottleneckParams& p, const Tile& tile, uint32_t at)
   }
 }
 
-// One step of the weights, (kMid, 64) -> shared memory.
+// Starts the copy of one step of the weights, (kMid, 64), to shared memory.
 template <typename V>
 RF_DEVICE void issue_weights(const BottleneckParams& p, int step, uint32_t at) {
   constexpr int kChunks = V::kMid * kStepChunks;
@@ -125,16 +128,17 @@ RF_DEVICE void issue_weights(const BottleneckParams& p, int step, uint32_t at) {
     cp_async16(at + swizzled(i / kStepChunks, i % kStepChunks), from + i * kChunkBytes);
 }
 
-// Where the steps of the weights are, and the ring that brings them where they do not stay.
+// The steps of the weights in shared memory, and the ring that loads them where they are streamed.
 template <typename V>
 struct Weights {
   const BottleneckParams& p;
   uint32_t at;
   int steps;      // of a tile
-  int remaining;  // steps that this block has still to load
+  int remaining;  // steps that this block still has to load
   int loaded = 0, used = 0;
 
-  // The first steps of the ring, one group each; the first group takes along what was issued before (x).
+  // Starts the first steps of the ring, one cp.async group each. The first group includes the copies issued before it
+  // (x).
   RF_DEVICE void start() {
     for (int i = 0; i < (V::kResident ? steps : V::kSlots - 1); ++i) {
       load();
@@ -148,8 +152,8 @@ struct Weights {
     loaded += 1;
     remaining -= 1;
   }
-  // The next step in order: waits until it is there, and fills the slot that the step before it has left. Every thread
-  // of the block calls it.
+  // Returns the address of the next step, after waiting for its arrival, and refills the slot of the step before it.
+  // Every thread of the block calls this.
   RF_DEVICE uint32_t next() {
     const int step = used++;
     if constexpr (V::kResident) {
@@ -164,216 +168,237 @@ struct Weights {
   }
 };
 
+// t1 = relu(x . w1 + b1) on the halo tile; 0 outside the image.
+template <typename V>
+RF_DEVICE void conv1(const BottleneckParams& p, const Layout& at, const Tile& tile, uint32_t x_at, int warp,
+                     Weights<V>& weights) {
+  using T = typename V::T;
+  const int lane = fresh(lane_index()), quad = lane % 4;
+  const int warp_m = warp / V::kWarpsN1, warp_n = warp % V::kWarpsN1;
+  constexpr int kWarpsM1 = kWarps / V::kWarpsN1, kTall1 = (kTiles1 + kWarpsM1 - 1) / kWarpsM1;
+  const int used = (kTiles1 - warp_m + kWarpsM1 - 1) / kWarpsM1;
+  float acc[kTall1][V::kWide1][4];
+  begin_with(acc, at.bias + warp_n * V::kWide1 * 8 * 4, lane);
+#pragma unroll 1
+  for (int s = 0; s < p.steps1(); ++s) {
+    const uint32_t step = weights.next();
+#pragma unroll
+    for (int k = 0; k < kStepMmas; ++k) {
+      uint32_t a[kTall1][4];
+#pragma unroll
+      for (int m = 0; m < kTall1; ++m) {
+        const int row = (warp_m + m * kWarpsM1) * 16 + a_address_row(lane);
+        const int pixel = row < kHaloPixels ? row : kHaloPixels - 1;
+        if (m < used)
+          ldmatrix_x4(a[m], x_at + s * kHaloPixels * kRowBytes + swizzled(pixel, k * 2 + a_address_chunk(lane)));
+      }
+      multiply<T>(acc, a, step, warp_n * V::kWide1 * 8, k, lane, used);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kTall1; ++m) {
+    if (m >= used) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = (warp_m + m * kWarpsM1) * 16 + d_row(lane, 2 * half);
+      const bool inside = in_image(p, tile, pixel);
+#pragma unroll
+      for (int n = 0; n < V::kWide1; ++n) {
+        const int chunk = warp_n * V::kWide1 + n;
+        const uint32_t t = relu2<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+        const uint32_t to =
+            at.t1 + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks) + quad * 4;
+        store_shared(to, inside ? t : 0u, pixel < kHaloPixels);
+      }
+    }
+  }
+}
+
+// The part of the shortcut that a thread adds: one word of two channels for every two of its accumulators in conv3.
+template <typename V>
+using Shortcut = uint32_t[V::kPasses][V::kTall3][kWide][2];
+
+// Loads the centre of x into registers.
+template <typename V>
+RF_DEVICE void take_shortcut(Shortcut<V>& shortcut, uint32_t x_at, int warp) {
+  const int lane = fresh(lane_index()), quad = lane % 4;
+#pragma unroll
+  for (int pass = 0; pass < V::kPasses; ++pass)
+#pragma unroll
+    for (int m = 0; m < V::kTall3; ++m)
+#pragma unroll
+      for (int n = 0; n < kWide; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = (warp / V::kWarpsN3 * V::kTall3 + m) * 16 + d_row(lane, 2 * half);
+          const int chunk = pass * V::kPass / 8 + warp % V::kWarpsN3 * kWide + n;
+          shortcut[pass][m][n][half] = load_shared<uint32_t>(x_at + chunk / kStepChunks * kHaloPixels * kRowBytes +
+                                                             swizzled(centre(row), chunk % kStepChunks) + quad * 4);
+        }
+}
+
+// Adds the partial sums of a pair of warps, each of which took half of gemm_k. Each warp keeps one of the two row
+// tiles, in acc[0].
+template <typename V>
+RF_DEVICE void add_halves(float (&acc)[V::kTall2][kWide][4], const Layout& at, int warp_k, int pair, int lane) {
+  static_assert(V::kTall2 == 2, "one row tile for each warp of a pair");
+  const auto place = [&](int of_k, int n) {
+    return at.sums +
+           static_cast<uint32_t>((((of_k * V::kWarpsM2 * V::kWarpsN2 + pair) * kWide + n) * kWarp + lane) * 16);
+  };
+#pragma unroll
+  for (int n = 0; n < kWide; ++n) {
+    Vec16 sent;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = warp_k == 0 ? acc[1][n][i] : acc[0][n][i];
+      __builtin_memcpy(&sent.word[i], &value, 4);
+    }
+    store_shared(place(warp_k, n), sent);
+  }
+  sync_block();
+#pragma unroll
+  for (int n = 0; n < kWide; ++n) {
+    const Vec16 got = load_shared<Vec16>(place(1 - warp_k, n));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float value;
+      __builtin_memcpy(&value, &got.word[i], 4);
+      acc[0][n][i] = (warp_k == 0 ? acc[0][n][i] : acc[1][n][i]) + value;
+    }
+  }
+}
+
+// t2 = relu(conv3x3(t1, w2) + b2)
+template <typename V>
+RF_DEVICE void conv2(const BottleneckParams& p, const Layout& at, int warp, Weights<V>& weights) {
+  using T = typename V::T;
+  const int lane = fresh(lane_index()), quad = lane % 4;
+  const int warp_k = warp / (V::kWarpsM2 * V::kWarpsN2), rest = warp % (V::kWarpsM2 * V::kWarpsN2);
+  const int warp_m = rest / V::kWarpsN2, warp_n = rest % V::kWarpsN2;
+  constexpr int kMmas = kStepMmas / V::kWarpsK2;
+  float acc[V::kTall2][kWide][4] = {};
+  if (warp_k == 0) begin_with(acc, at.bias + (V::kMid + warp_n * kWide * 8) * 4, lane);
+#pragma unroll 1
+  for (int s = 0; s < p.steps2(); ++s) {
+    const uint32_t step = weights.next();
+    const int tap = s / V::kMidSteps, part = s % V::kMidSteps;
+    const int shift = tap / 3 * kHalo + tap % 3;
+#pragma unroll
+    for (int k = 0; k < kMmas; ++k) {
+      uint32_t a[V::kTall2][4];
+#pragma unroll
+      for (int m = 0; m < V::kTall2; ++m) {
+        const int row = (warp_m * V::kTall2 + m) * 16 + a_address_row(lane);
+        const int pixel = row / kTile * kHalo + row % kTile + shift;
+        ldmatrix_x4(a[m], at.t1 + part * kHaloPixels * kRowBytes +
+                              swizzled(pixel, (warp_k * kMmas + k) * 2 + a_address_chunk(lane)));
+      }
+      multiply<T>(acc, a, step, warp_n * kWide * 8, warp_k * kMmas + k, lane);
+    }
+  }
+  if constexpr (V::kWarpsK2 > 1)
+    add_halves<V>(acc, at, warp_k, rest, lane);
+  else
+    sync_block();  // every warp has read t1
+#pragma unroll
+  for (int m = 0; m < V::kTall2 / V::kWarpsK2; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = (warp_m * V::kTall2 + m + (V::kWarpsK2 > 1 ? warp_k : 0)) * 16 + d_row(lane, 2 * half);
+#pragma unroll
+      for (int n = 0; n < kWide; ++n) {
+        const int chunk = warp_n * kWide + n;
+        const uint32_t t = relu2<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+        store_shared(at.t2 + chunk / kStepChunks * kPixels * kRowBytes + swizzled(row, chunk % kStepChunks) + quad * 4,
+                     t);
+      }
+    }
+}
+
+// y = relu(t2 . w3 + b3 + shortcut)
+template <typename V>
+RF_DEVICE void conv3(const BottleneckParams& p, const Layout& at, const Tile& tile, uint32_t x_at, int warp,
+                     Weights<V>& weights, const Shortcut<V>& shortcut) {
+  using T = typename V::T;
+  const int warp_m = warp / V::kWarpsN3, warp_n = warp % V::kWarpsN3;
+#pragma unroll
+  for (int pass = 0; pass < V::kPasses; ++pass) {
+    const int lane = fresh(lane_index()), group = lane / 4, quad = lane % 4;
+    // Streamed: a step holds the channels of the pass. Resident: a step holds Cmid channels.
+    const int channel = warp_n * kWide * 8;
+    float acc[V::kTall3][kWide][4];
+    begin_with(acc, at.bias + (2 * V::kMid + pass * V::kPass + channel) * 4, lane);
+#pragma unroll 1
+    for (int s = 0; s < p.steps3(); ++s) {
+      uint32_t step = weights.next();
+      if (V::kResident) step += static_cast<uint32_t>(channel / V::kMid * p.steps3()) * V::kStepBytes;
+      const bool from_x = s >= V::kMidSteps;
+      const int part = from_x ? s - V::kMidSteps : s;
+// Unrolled by two where the shortcut takes 64 registers: unrolling fully would spill one.
+#pragma unroll(V::kCo == 512 ? 2 : kStepMmas)
+      for (int k = 0; k < kStepMmas; ++k) {
+        uint32_t a[V::kTall3][4];
+#pragma unroll
+        for (int m = 0; m < V::kTall3; ++m) {
+          const int row = (warp_m * V::kTall3 + m) * 16 + a_address_row(lane);
+          const int chunk = k * 2 + a_address_chunk(lane);
+          ldmatrix_x4(a[m], from_x ? x_at + part * kHaloPixels * kRowBytes + swizzled(centre(row), chunk)
+                                   : at.t2 + part * kPixels * kRowBytes + swizzled(row, chunk));
+        }
+        multiply<T>(acc, a, step, channel % V::kMid, k, lane);
+      }
+    }
+    if (V::kResident) weights.used += (V::kCo / V::kMid - 1) * p.steps3();
+#pragma unroll
+    for (int m = 0; m < V::kTall3; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t out[kWide];
+#pragma unroll
+        for (int n = 0; n < kWide; ++n) {
+          Pair s;
+          unpack2<T>(shortcut[pass][m][n][half], s.first, s.second);
+          out[n] = relu2<T>(acc[m][n][2 * half] + s.first, acc[m][n][2 * half + 1] + s.second);
+        }
+        const int row = (warp_m * V::kTall3 + m) * 16 + group + 8 * half;
+        store_pixel<V::kCo>(p, tile, row, pass * V::kPass + channel + quad * 8, out);
+      }
+  }
+}
+
 template <typename V>
 RF_KERNEL(kThreads)
 bottleneck_fwd_kernel(const BottleneckParams p) {
-  using T = typename V::T;
   const Layout at = layout_of<V>(p);
   const int warp = warp_index();
   const int tiles = p.n * p.tiles_h() * p.tiles_w();
   const int mine = (tiles - block_index() + block_count() - 1) / block_count();
+  const auto tile_at = [&](int round) { return tile_of(p, block_index() + round * block_count()); };
+  const auto x_at = [&](int round) { return at.x + static_cast<uint32_t>(round % at.x_places) * at.x_bytes; };
   Weights<V> weights{p, at.weights, p.steps(), V::kResident ? p.steps() : mine * p.steps()};
 
-  // the first tile's x, the weights, the biases
-  issue_x(p, tile_of(p, block_index()), at.x);
+  // x of the first tile, the weights, the biases
+  issue_x(p, tile_at(0), at.x);
   weights.start();
   stage_biases<V::kMid, V::kCo, kThreads>(p, at.bias);
-  sync_block();  // accumulators begin with biases, before a ring's first step waits for anybody
+  sync_block();  // accumulators start with the biases, before the first step of a ring waits
 
   for (int round = 0; round < mine; ++round) {
-    const Tile tile = tile_of(p, block_index() + round * block_count());
-    const uint32_t x_at = at.x + static_cast<uint32_t>(round % at.x_places) * at.x_bytes;
+    const Tile tile = tile_at(round);
     if (V::kResident) {
       cp_async_wait<0>();
       sync_block();
     }
-
-    // t1 = relu(x . w1 + b1) on the halo tile; 0 outside of the image
-    {
-      const int lane = fresh(lane_index()), quad = lane % 4;
-      const int warp_m = warp / V::kWarpsN1, warp_n = warp % V::kWarpsN1;
-      constexpr int kWarpsM1 = kWarps / V::kWarpsN1, kTall1 = (kTiles1 + kWarpsM1 - 1) / kWarpsM1;
-      const int used = (kTiles1 - warp_m + kWarpsM1 - 1) / kWarpsM1;
-      float acc[kTall1][V::kWide1][4];
-      begin_with(acc, at.bias + warp_n * V::kWide1 * 8 * 4, lane);
-#pragma unroll 1
-      for (int s = 0; s < p.steps1(); ++s) {
-        const uint32_t step = weights.next();
-#pragma unroll
-        for (int k = 0; k < kStepMmas; ++k) {
-          uint32_t a[kTall1][4];
-#pragma unroll
-          for (int m = 0; m < kTall1; ++m) {
-            const int row = (warp_m + m * kWarpsM1) * 16 + a_address_row(lane);
-            const int pixel = row < kHaloPixels ? row : kHaloPixels - 1;
-            if (m < used)
-              ldmatrix_x4(a[m], x_at + s * kHaloPixels * kRowBytes + swizzled(pixel, k * 2 + a_address_chunk(lane)));
-          }
-          multiply<T>(acc, a, step, warp_n * V::kWide1 * 8, k, lane, used);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kTall1; ++m) {
-        if (m >= used) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int pixel = (warp_m + m * kWarpsM1) * 16 + d_row(lane, 2 * half);
-          const bool inside = in_image(p, tile, pixel);
-#pragma unroll
-          for (int n = 0; n < V::kWide1; ++n) {
-            const int chunk = warp_n * V::kWide1 + n;
-            const uint32_t t = relu2<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
-            const uint32_t to =
-                at.t1 + chunk / kStepChunks * kHaloPixels * kRowBytes + swizzled(pixel, chunk % kStepChunks) + quad * 4;
-            store_shared(to, inside ? t : 0u, pixel < kHaloPixels);
-          }
-        }
-      }
-    }
-
-    // the shortcut's numbers, where conv3's accumulators will be
-    const int warp_m3 = warp / V::kWarpsN3, warp_n3 = warp % V::kWarpsN3;
-    uint32_t shortcut[V::kPasses][V::kTall3][kWide][2] = {};
-    if (!p.projection) {
-      const int lane = fresh(lane_index()), quad = lane % 4;
-#pragma unroll
-      for (int pass = 0; pass < V::kPasses; ++pass)
-#pragma unroll
-        for (int m = 0; m < V::kTall3; ++m)
-#pragma unroll
-          for (int n = 0; n < kWide; ++n)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int row = (warp_m3 * V::kTall3 + m) * 16 + d_row(lane, 2 * half);
-              const int chunk = pass * V::kPass / 8 + warp_n3 * kWide + n;
-              shortcut[pass][m][n][half] = load_shared<uint32_t>(x_at + chunk / kStepChunks * kHaloPixels * kRowBytes +
-                                                                 swizzled(centre(row), chunk % kStepChunks) + quad * 4);
-            }
-    }
+    conv1<V>(p, at, tile, x_at(round), warp, weights);
+    Shortcut<V> shortcut = {};
+    if (!p.projection) take_shortcut<V>(shortcut, x_at(round), warp);
     sync_block();
-    if (round + 1 < mine) {
-      const int place = (round + 1) % at.x_places;
-      issue_x(p, tile_of(p, block_index() + (round + 1) * block_count()),
-              at.x + static_cast<uint32_t>(place) * at.x_bytes);
-    }
+    if (round + 1 < mine) issue_x(p, tile_at(round + 1), x_at(round + 1));
     if (V::kResident) cp_async_commit();
-
-    // t2 = relu(conv3x3(t1, w2) + b2)
-    {
-      const int lane = fresh(lane_index()), quad = lane % 4;
-      const int warp_k = warp / (V::kWarpsM2 * V::kWarpsN2), rest = warp % (V::kWarpsM2 * V::kWarpsN2);
-      const int warp_m = rest / V::kWarpsN2, warp_n = rest % V::kWarpsN2;
-      constexpr int kMmas = kStepMmas / V::kWarpsK2;
-      float acc[V::kTall2][kWide][4] = {};
-      if (warp_k == 0) begin_with(acc, at.bias + (V::kMid + warp_n * kWide * 8) * 4, lane);
-#pragma unroll 1
-      for (int s = 0; s < p.steps2(); ++s) {
-        const uint32_t step = weights.next();
-        const int tap = s / V::kMidSteps, part = s % V::kMidSteps;
-        const int shift = tap / 3 * kHalo + tap % 3;
-#pragma unroll
-        for (int k = 0; k < kMmas; ++k) {
-          uint32_t a[V::kTall2][4];
-#pragma unroll
-          for (int m = 0; m < V::kTall2; ++m) {
-            const int row = (warp_m * V::kTall2 + m) * 16 + a_address_row(lane);
-            const int pixel = row / kTile * kHalo + row % kTile + shift;
-            ldmatrix_x4(a[m], at.t1 + part * kHaloPixels * kRowBytes +
-                                  swizzled(pixel, (warp_k * kMmas + k) * 2 + a_address_chunk(lane)));
-          }
-          multiply<T>(acc, a, step, warp_n * kWide * 8, warp_k * kMmas + k, lane);
-        }
-      }
-      // each of a pair of warps keeps the rows of its number and gets the other half of their sum
-      if constexpr (V::kWarpsK2 > 1) {
-        static_assert(V::kTall2 == 2, "one row tile for each of the two");
-        const auto place = [&](int of_k, int n) {
-          return at.sums +
-                 static_cast<uint32_t>((((of_k * V::kWarpsM2 * V::kWarpsN2 + rest) * kWide + n) * kWarp + lane) * 16);
-        };
-#pragma unroll
-        for (int n = 0; n < kWide; ++n) {
-          Vec16 sent;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float value = warp_k == 0 ? acc[1][n][i] : acc[0][n][i];
-            __builtin_memcpy(&sent.word[i], &value, 4);
-          }
-          store_shared(place(warp_k, n), sent);
-        }
-        sync_block();
-#pragma unroll
-        for (int n = 0; n < kWide; ++n) {
-          const Vec16 got = load_shared<Vec16>(place(1 - warp_k, n));
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float value;
-            __builtin_memcpy(&value, &got.word[i], 4);
-            acc[0][n][i] = (warp_k == 0 ? acc[0][n][i] : acc[1][n][i]) + value;
-          }
-        }
-      }
-      if (V::kWarpsK2 == 1) sync_block();  // all have read t1
-#pragma unroll
-      for (int m = 0; m < V::kTall2 / V::kWarpsK2; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = (warp_m * V::kTall2 + m + (V::kWarpsK2 > 1 ? warp_k : 0)) * 16 + d_row(lane, 2 * half);
-#pragma unroll
-          for (int n = 0; n < kWide; ++n) {
-            const int chunk = warp_n * kWide + n;
-            const uint32_t t = relu2<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
-            store_shared(
-                at.t2 + chunk / kStepChunks * kPixels * kRowBytes + swizzled(row, chunk % kStepChunks) + quad * 4, t);
-          }
-        }
-    }
+    conv2<V>(p, at, warp, weights);
     sync_block();
-
-    // y = relu(t2 . w3 + b3 + shortcut)
-#pragma unroll
-    for (int pass = 0; pass < V::kPasses; ++pass) {
-      const int lane = fresh(lane_index()), group = lane / 4, quad = lane % 4;
-      // Streamed: a step holds the pass's channels. Resident: those of Cmid channels, one after another.
-      const int channel = warp_n3 * kWide * 8;
-      float acc[V::kTall3][kWide][4];
-      begin_with(acc, at.bias + (2 * V::kMid + pass * V::kPass + channel) * 4, lane);
-#pragma unroll 1
-      for (int s = 0; s < p.steps3(); ++s) {
-        uint32_t step = weights.next();
-        if (V::kResident) step += static_cast<uint32_t>(channel / V::kMid * p.steps3()) * V::kStepBytes;
-        const bool from_x = s >= V::kMidSteps;
-        const int part = from_x ? s - V::kMidSteps : s;
-// By two where 64 registers hold the shortcut: unrolled whole, one more would spill.
-#pragma unroll(V::kCo == 512 ? 2 : kStepMmas)
-        for (int k = 0; k < kStepMmas; ++k) {
-          uint32_t a[V::kTall3][4];
-#pragma unroll
-          for (int m = 0; m < V::kTall3; ++m) {
-            const int row = (warp_m3 * V::kTall3 + m) * 16 + a_address_row(lane);
-            const int chunk = k * 2 + a_address_chunk(lane);
-            ldmatrix_x4(a[m], from_x ? x_at + part * kHaloPixels * kRowBytes + swizzled(centre(row), chunk)
-                                     : at.t2 + part * kPixels * kRowBytes + swizzled(row, chunk));
-          }
-          multiply<T>(acc, a, step, channel % V::kMid, k, lane);
-        }
-      }
-      if (V::kResident) weights.used += (V::kCo / V::kMid - 1) * p.steps3();
-#pragma unroll
-      for (int m = 0; m < V::kTall3; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t out[kWide];
-#pragma unroll
-          for (int n = 0; n < kWide; ++n) {
-            Pair s;
-            unpack2<T>(shortcut[pass][m][n][half], s.first, s.second);
-            out[n] = relu2<T>(acc[m][n][2 * half] + s.first, acc[m][n][2 * half + 1] + s.second);
-          }
-          const int row = (warp_m3 * V::kTall3 + m) * 16 + group + 8 * half;
-          store_pixel<V::kCo>(p, tile, row, pass * V::kPass + channel + quad * 8, out);
-        }
-    }
+    conv3<V>(p, at, tile, x_at(round), warp, weights, shortcut);
   }
 }
 
@@ -384,7 +409,7 @@ Status launch(const BottleneckParams& p, const Device& device) {
   return RF_LAUNCH(bottleneck_fwd_kernel<V>, grid, device, p);
 }
 
-// By channels, the variants from most to least bytes on chip. `Half` stands for both types where only bytes count.
+// The variants by channels, from most to least bytes on chip. Where only bytes count, `Half` is used for both types.
 template <typename T>
 struct Variants {
   using Stays64 = Variant<T, 64, 256, 0>;
@@ -399,7 +424,7 @@ bool fits(const BottleneckParams& p, const Device& device) {
   return static_cast<int>(layout_of<V>(p).end) <= device.shared;
 }
 
-// The first variant that fits; the last one's launch says what is missing.
+// Launches the first variant that fits. If none fits, the launch of the last one returns the reason.
 template <typename T>
 Status launch_as(const BottleneckParams& p, const Device& device) {
   using All = Variants<T>;

@@ -1,5 +1,5 @@
-// Any convolution + BatchNorm + residual + ReLU as an implicit GEMM: conv_bn_act_1x1.cu with windows in place of
-// pixels. What the two have in common (ring, products, epilogue) is explained there.
+// Any convolution + BatchNorm + residual + ReLU as an implicit GEMM: conv_bn_act_1x1.cu with windows instead of pixels.
+// That file explains what the two have in common (ring, products, epilogue).
 //
 //   y[m, co] = act( sum_k x[pixel(m, k), channel(k)] * w[co, k]  +  b[co]  +  residual[m, co] )
 //   k = (r * S + s) * Ci + ci
@@ -7,18 +7,19 @@
 //
 //   x (N, H, W, Ci)   w (Co, R, S, Ci), BatchNorm folded   b (Co) fp32   residual, y (N, Ho, Wo, Co)      NHWC, 16 bit
 //
-// Saved bytes. No matrix of windows: im2col of a 3x3 convolution writes and reads nine times x; here a window's pixels
-// are copied from x itself, once from memory and eight times from L2. And as in the 1x1: y is written once.
+// Saved bytes. No matrix of windows is stored: im2col of a 3x3 convolution writes and reads nine times x. Here the
+// pixels of a window are copied from x itself, once from memory and eight times from L2. As in the 1x1, y is written
+// once.
 //
-// GEMM. gemm_m = N * Ho * Wo, gemm_n = Co, gemm_k = R * S * Ci as ONE axis, cut into steps of 64 and those into chunks
-// of 8 channels, 16 bytes. A chunk never crosses a tap, a step may:
+// GEMM. gemm_m = N * Ho * Wo, gemm_n = Co, gemm_k = R * S * Ci as ONE axis, in steps of 64 and chunks of 8 channels (16
+// bytes). A chunk never crosses a tap; a step may:
 //
-//     Ci = 64    step 0 = tap 0            step 1 = tap 1            ...        all chunks of a step shift alike
+//     Ci = 64    step 0 = tap 0            step 1 = tap 1            ...        all chunks of a step have one shift
 //     Ci = 24    step 0 = |tap 0|tap 1|ta  step 1 = p 2|tap 3|tap 4| ...        each chunk has its own (r, s, ci)
 //
-//   A thread copies chunk `thread % 8` of four pixels in every step, so that it has ONE (r, s, ci) a step: carried from
-//   step to step by additions, never divided. Each of its pixels contributes where its window begins (computed once);
-//   the rest is one shift for all four and two comparisons each, whether the tap is inside the image.
+//   A thread copies chunk `thread % 8` of four pixels in every step, so it has ONE (r, s, ci) per step. It updates this
+//   from step to step by additions, without divisions. The corner of each pixel's window is computed once. What remains
+//   per step is one shift for all four pixels, and for each of them two comparisons: is the tap inside the image?
 //
 //          x, one image               window of pixel m, 3x3: corner (h, w) may lie outside
 //       +---------------+               +---+---+---+
@@ -27,14 +28,15 @@
 //       |  . . .        |               |1,0|1,1| ...                                   [once per thread and step]
 //       +---------------+
 //
-// Zero padding: chunks outside of the image are asked for with inside = false and arrive as zeros, as are those behind
-// the last k, pixel or channel.
+// Zero padding: chunks outside the image, and chunks past the last k, pixel or channel, are requested with inside =
+// false and arrive as zeros.
 //
-// Numerics, bank conflicts: as conv_bn_act_1x1.cu. Limits: groups 1, Ci and Co multiples of 8; pixels, with
-// padding, are counted in 32 bits (ops/conv_bn_act.cpp). Alone: python -m pytest tests/emulator -k conv_bn_act.
+// Numerics, bank conflicts: as in conv_bn_act_1x1.cu. Limits: groups 1, Ci and Co multiples of 8; pixels, including
+// padding, are counted in 32 bits (ops/conv_bn_act.cpp). To test this file: python -m pytest tests/emulator -k
+// conv_bn_act.
 //
-// Not taken: x of a tile with its halo in shared memory, and nine shifted views of it, as in bottleneck_fwd.cu (x from
-// L2 once instead of nine times, but a kernel for each filter and stride).
+// Tried and rejected: x of a tile with its halo in shared memory and nine shifted views of it, as in bottleneck_fwd.cu
+// (x comes from L2 once instead of nine times, but every filter and stride needs its own kernel).
 
 #include <resnet_fast/conv_bn_act.h>
 #include <resnet_fast/ring_product.h>
@@ -42,7 +44,7 @@
 namespace resnet_fast {
 namespace {
 
-// The chunk of k that a thread copies: which tap, which channels of it.
+// The chunk of k that a thread copies: its tap, and the first of its channels.
 struct Tap {
   int r, s, ci;
 
@@ -64,9 +66,9 @@ RF_KERNEL(V::kThreads, 2)
 conv_bn_act_kernel(const ConvParams p) {
   const TilePlace<V> tile(p.co);
 
-  // What this thread copies: one chunk of 16 bytes in rows `copied`, `copied` + 32, ... of the windows and of w. A
-  // window begins at pixel (h, w) of its image, number `corner` of all; one behind the last pixel so far above its
-  // image that no tap is inside.
+  // This thread copies one chunk of 16 bytes in rows `copied`, `copied` + 32, ... of the windows and of w. A window
+  // starts at pixel (h, w) of its image, which is number `corner` of all pixels. Windows past the last pixel start so
+  // far above their image that no tap is inside.
   constexpr int kFarAbove = INT32_MIN / 2;
   const int copied = thread_index() / kRowChunks, chunk = thread_index() % kRowChunks;
   const int gemm_m = p.gemm_m(), gemm_k = p.gemm_k();
@@ -83,7 +85,8 @@ conv_bn_act_kernel(const ConvParams p) {
   Tap tap{0, 0, 0};
   tap.advance(p, chunk * 8);
 
-  // Starts the copies of a step: kRows windows' chunks of x and behind them kColumns rows of w. Steps come in order.
+  // Starts the copies of a step: the chunks of kRows windows of x, followed by kColumns rows of w. Called in the order
+  // of steps.
   const auto issue = [&](int step, uint32_t slot) {
     const int k = step * V::kStep + chunk * 8;
     const bool real = k < gemm_k;

@@ -1,4 +1,4 @@
-// The CUDA device that the calling thread would launch on.
+// Properties of the CUDA device on which the calling thread would launch.
 
 #include <cuda_runtime_api.h>
 

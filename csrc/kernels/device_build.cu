@@ -1,5 +1,5 @@
-// Facts of the device compilation. A .cu file because only nvcc defines __CUDA_ARCH_LIST__: the architectures for which
-// the kernels beside this file are really compiled, whatever the build script asked for.
+// Facts about the device compilation. This is a .cu file because only nvcc defines __CUDA_ARCH_LIST__, the
+// architectures for which the kernels are actually compiled, whatever the build script asked for.
 
 #include <cuda_runtime_api.h>
 

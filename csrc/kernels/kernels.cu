@@ -5,7 +5,7 @@
 
 namespace resnet_fast {
 
-// Where the launchers would run: the current CUDA device, or what the emulator was told to be.
+// Gets the device of the launchers: the current CUDA device, or the one that the emulator is configured to be.
 Status current_device(Device* device);
 
 const Kernels& kernels() {

@@ -1,60 +1,61 @@
 // The first layers of an ImageNet ResNet in one launch: conv 7x7/2 + BatchNorm + ReLU + max-pool 3x3/2.
 //
 //   c[n, p, q, co] = sum_rsc x[n, 2p - 3 + r, 2q - 3 + s, c] * w[co, r, s, c]  +  b[co]      7x7, stride 2, padding 3
-//   y[n, i, j, co] = relu( max over p in 2i-1..2i+1, q in 2j-1..2j+1 of c[n, p, q, co] )     -inf outside of c
+//   y[n, i, j, co] = relu( max over p in 2i-1..2i+1, q in 2j-1..2j+1 of c[n, p, q, co] )     -inf outside c
 //
 //   x (N, H, W, 3)   w (64, 7, 7, 3), BatchNorm folded   b (64) fp32   y (N, Hp, Wp, 64)     NHWC, 16 bit
 //
-// Saved bytes, per image of 224 x 224 in 16 bit: c (112 x 112 x 64, 1.61 MB) is neither written nor read back. x (0.30)
-// and y (0.40) remain: 3.92 MB (convolution, then pooling) -> 0.70.
+// Saved bytes, per image of 224 x 224 pixels of 16 bits: c (112 x 112 x 64, 1.61 MB) is neither written nor read back.
+// x (0.30) and y (0.40) remain: 3.92 MB (convolution, then pooling) -> 0.70.
 //
-// GEMM. gemm_m = pixels of c, gemm_n = 64, gemm_k = 7 filter rows of 7 * 3 = 21 numbers that lie together in x, each
-// row padded to 24: one zero before it and two behind. 7 * 24 = 168, and 8 more make eleven steps of mma's 16.
+// GEMM. gemm_m = pixels of c, gemm_n = 64, gemm_k = 7 filter rows of 7 * 3 = 21 values that are adjacent in x. Each row
+// is padded to 24 values: one zero before it and two after. 7 * 24 = 168, and 8 more give eleven steps of mma's 16.
 //
-//   numbers of image row 2p - 3 + r         . . |.|R G B R G B R G B R G B R G B R G B R G B|. .| . .
+//   values of image row 2p - 3 + r          . . |.|R G B R G B R G B R G B R G B R G B R G B|. .| . .
 //   k of filter row r                            0 1 2 3 4 ...                           21 22 23
 //   words of 4 bytes                            |  0|  1|  2|  3|  4|  5|  6|  7|  8|  9| 10| 11|
 //   groups of a quad's four lanes               |       0       |       1       |       2       |
 //
-//   Why so. The window of q begins 6 numbers after that of q - 1, 12 bytes: no address for ldmatrix, but one for loads
-//   of 4 bytes, if the zero in front makes the first number even. Eight neighbouring q times a quad are words 3g + t,
-//   within 25 that follow one another: no bank conflict. Per 16 pixels, 32 channels and warp, counted:
+//   Reason: the window of q starts 6 values (12 bytes) after that of q - 1. ldmatrix cannot use such an address, but
+//   4-byte loads can, because the zero in front makes the first index even. Eight neighbouring q and a quad read words
+//   3g + t, which are among 25 consecutive words: no bank conflicts. Counts per 16 pixels, 32 channels and warp:
 //
 //      21 -> 32 (a step holds one filter row)   42 loads   42 wavefronts   56 mma
 //      147 -> 160 (no padding inside)           40 loads   50 wavefronts   40 mma    quads cross filter rows
 //      21 -> 24, 168 -> 176 (this)              42 loads   42 wavefronts   44 mma
 //
-//   The three padding numbers belong to neighbours in x: they are cleared after loading, since 0 * NaN is NaN.
+//   The three padding values belong to neighbours in x. They are cleared after loading, because 0 * NaN is NaN.
 //
-// The tile: 7 x 14 pooled pixels of one image. Its patch of x, 35 rows of 200 numbers, is staged by 16-byte cp.async
-// two tiles deep: number 12 * (14 * k) - 16 of a row is where it begins, 16-byte aligned where W is a multiple of 8.
-// Other widths are staged with loads of 8, 4 or 2 bytes, as far as W * 6 bytes are aligned.
+// A tile is 7 x 14 pooled pixels of one image. Its patch of x, 35 rows of 200 values, is staged with 16-byte cp.async
+// and double buffering. It starts at value 12 * (14 * k) - 16 of a row, which is 16-byte aligned if W is a multiple
+// of 8. Other widths are staged with loads of 8, 4 or 2 bytes, whichever the alignment of W * 6 bytes allows.
 //
-//      columns of c:  0 1 2 ... 14 15     A warp makes 16 columns of one row of c at a time, 32 channels, and walks
-//      down
-//                    (-1)                 the rows. 4 warps: 2 neighbours in q (14 columns apart: the 15th and 16th are
-//      pooled          0  1  ...  6       made twice), 2 halves of the channels. All weights of its half stay in 88
-//                                         registers, brought there by 16-byte loads in the order of the fragments.
+//      columns of c:  0 1 2 ... 14 15     A warp computes 16 columns of one row of c at a time, 32 channels, and walks
+//                    (-1)                 down the rows. 4 warps: 2 neighbours in q (14 columns apart, so the 15th and
+//      pooled          0  1  ...  6       16th are computed twice) times 2 halves of the channels. All weights of its
+//                                         half stay in 88 registers, loaded 16 bytes at a time in fragment order.
 //
-//      rows of c:  2i-1 \                 Row 2i + 1 serves pooled rows i and i + 1: it is made once, and the maximum
-//                  2i    > i              that has it as its first member starts with it. The recomputed part of c:
-//                  2i+1 / \               (15 / 14 rows) * (16 / 14 columns), 1.22 times the products.
+//      rows of c:  2i-1 \                 Row 2i + 1 serves pooled rows i and i + 1: it is computed once, and is the
+//                  2i    > i              first of the three in i + 1. With the parts of c that two tiles compute:
+//                  2i+1 / \               (15 / 14 rows) * (16 / 14 columns) = 1.22 times the products.
 //
 // Pooling happens in registers. Down the rows: packed 16-bit maxima, one instruction for two channels. Across the
-// columns, once per pooled row: a lane holds columns g and 8 + g of c; even g take over pooled column g / 2, odd g 4 +
-// g / 2, for which three shuffles a word bring what others hold. After that ReLU, and 16-byte stores (epilogue.h).
+// columns, once per pooled row: a lane holds columns g and 8 + g of c. Lanes with even g compute pooled column g / 2,
+// lanes with odd g compute 4 + g / 2; three shuffles per word bring what other lanes hold. ReLU and 16-byte stores
+// follow (epilogue.h).
 //
-// Numerics: fp32 accumulators, + b, rounded once, then maximum and ReLU: rounding is monotonic, so that this equals the
+// Numerics: fp32 accumulators, + b, rounded once, then maximum and ReLU. Rounding is monotonic, so this equals the
 // rounded maximum. NaN passes through both, as in ATen.
 //
-// Limits: this filter, this pool, 3 channels in, 64 out (backends/cuda/stem.py). Alone: python -m pytest tests/emulator
-// -k stem.
+// Limits: this filter, this pool, 3 input and 64 output channels (backends/cuda/stem.py). To test this file: python -m
+// pytest tests/emulator -k stem.
 //
-// Not taken, counted per 16 pixels of c and 64 channels, where this needs 84 wavefronts of loads and 16 of shuffles: c
-// of a tile in shared memory and pooling from there (40 in place of the 16, and two barriers a tile); weights by
-// ldmatrix (176 for each set of row tiles that a warp makes at once, 42 for the patch, which all channels then share:
-// as many as now with four row tiles, but those are 128 accumulators a lane). Columns 2j - 1 and 2j in one lane, which
-// spares a shuffle: words 6g + t meet in banks, every load costs two wavefronts.
+// Tried and rejected, with counts per 16 pixels of c and 64 channels, where this kernel needs 84 wavefronts of loads
+// and 16 of shuffles:
+//   - c of a tile in shared memory, and pooling from there: 40 instead of the 16, and two barriers a tile;
+//   - weights by ldmatrix: 176 for each set of row tiles that a warp computes at once, and 42 for the patch, which all
+//     channels then share. Four row tiles would need as many as now, but 128 accumulators a lane;
+//   - columns 2j - 1 and 2j in one lane, which saves a shuffle: words 6g + t conflict, two wavefronts a load.
 
 #include <cmath>
 
@@ -69,20 +70,20 @@ namespace {
 
 constexpr int kThreads = 128, kBlocks = 3;  // blocks that an SM's registers hold
 constexpr int kWarpsN = kStemHalves;
-constexpr int kStripW = 7, kStripColumns = 2 * kStripW;  // pooled columns of a warp, and columns of c to the next one
+constexpr int kStripW = 7, kStripColumns = 2 * kStripW;  // pooled columns of a warp; columns of c to the next warp
 constexpr int kFilter = 7, kChannelsIn = 3;
-constexpr int kRowGroups = 3, kGroups = kFilter * kRowGroups;  // groups of 8 k: of a filter row, of all
-constexpr int kSteps = (kGroups + 1) / 2;                      // of 16 k
+constexpr int kRowGroups = 3, kGroups = kFilter * kRowGroups;  // groups of 8 k: of a filter row, in all
+constexpr int kSteps = (kGroups + 1) / 2;                      // steps of 16 k
 constexpr int kWide = kStemChannels / kStemHalves / 8;         // column tiles of 8 of a warp
 constexpr int kChunkBytes = 16;
-// Numbers from the window of a column of c to the next one's, and the patch: the last window with its padding.
+// Values from the window of a column of c to that of the next; then the patch, up to the last window with its padding.
 constexpr int kWindowStep = 2 * kChannelsIn;
 constexpr int kPatchRows = 4 * kStemTileH + kFilter;
 constexpr int kPatchNumbers = 200, kPatchPitch = kPatchNumbers * 2, kPatchBytes = kPatchRows * kPatchPitch;
 static_assert(kPatchNumbers >= kWindowStep * (kStripColumns + 15) + 8 * kRowGroups, "the last window fits");
 static_assert(kStemTileW == 2 * kStripW && kStemUnits == 2 * kSteps && kPatchBytes % kChunkBytes == 0, "as explained");
 
-// Where the patch's numbers are in x, a unit of kNumbers at a time: units are inside of a row of the image or outside.
+// The position in x of a unit of kNumbers values of the patch. A unit is wholly inside a row of the image or outside.
 template <int kNumbers>
 struct Unit {
   bool inside;
@@ -97,7 +98,7 @@ struct Unit {
   }
 };
 
-// The patch by way of registers, for images whose rows are aligned to V and no more.
+// Copies the patch through registers, for images whose rows are aligned only to V.
 template <typename V>
 RF_DEVICE void copy_patch(const StemParams& p, const Tile& tile, uint32_t at) {
   constexpr int kNumbers = sizeof(V) / 2;
@@ -107,8 +108,8 @@ RF_DEVICE void copy_patch(const StemParams& p, const Tile& tile, uint32_t at) {
   }
 }
 
-// x of a tile -> shared memory, zeros outside of the image; asynchronous where 16-byte copies are possible, to be
-// committed by the caller.
+// Copies x of a tile to shared memory; zeros outside the image. The copy is asynchronous where 16-byte copies are
+// possible; the caller commits it.
 RF_DEVICE void issue_patch(const StemParams& p, const Tile& tile, uint32_t at) {
   if (p.w % 8 == 0) {
     for (int i = thread_index(); i < kPatchBytes / kChunkBytes; i += kThreads) {
@@ -124,11 +125,30 @@ RF_DEVICE void issue_patch(const StemParams& p, const Tile& tile, uint32_t at) {
   }
 }
 
-// One row of c, 16 columns and 32 channels, rounded: word [half][n] holds columns d_row(lane, 2 * half) and channels
-// d_column of column tile n. `at`: the lane's first word of the first window row.
+// The weights and biases of a half of the channels, as a lane keeps them.
+struct Weights {
+  uint32_t words[kSteps][kWide][2];
+  Pair bias[kWide];
+};
+
+RF_DEVICE void load_weights(Weights& weights, const StemParams& p, int half) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int unit = 0; unit < kStemUnits; ++unit) {
+    const char* from = static_cast<const char*>(p.weights);
+    const Vec16 four = load_global<Vec16>(from + ((half * kStemUnits + unit) * kWarp + lane) * kChunkBytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weights.words[unit / 2][unit % 2 * 2 + i / 2][i % 2] = four.word[i];
+  }
+#pragma unroll
+  for (int n = 0; n < kWide; ++n)
+    weights.bias[n] = load_global<Pair>(p.bias + (half * kWide + n) * 8 + d_column(lane, 0));
+}
+
+// Computes one row of c, 16 columns and 32 channels, rounded. Word [half][n] holds column d_row(lane, 2 * half) and
+// channels d_column of column tile n. `at`: the lane's first word of the first window row.
 template <typename T>
-RF_DEVICE void convolve_row(uint32_t (&c)[2][kWide], const uint32_t (&weights)[kSteps][kWide][2],
-                            const Pair (&bias)[kWide], uint32_t at) {
+RF_DEVICE void convolve_row(uint32_t (&c)[2][kWide], const Weights& weights, uint32_t at) {
   const int quad = lane_index() % 4;
   const uint32_t keep_first = quad == 0 ? 0xffff0000u : 0xffffffffu, keep_last = quad == 3 ? 0u : 0xffffffffu;
   float acc[kWide][4] = {};
@@ -144,17 +164,17 @@ RF_DEVICE void convolve_row(uint32_t (&c)[2][kWide], const uint32_t (&weights)[k
       a[word] = part == 0 ? numbers & keep_first : part == kRowGroups - 1 ? numbers & keep_last : numbers;
     }
 #pragma unroll
-    for (int n = 0; n < kWide; ++n) mma_m16n8k16<T>(acc[n], a, weights[step][n]);
+    for (int n = 0; n < kWide; ++n) mma_m16n8k16<T>(acc[n], a, weights.words[step][n]);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int n = 0; n < kWide; ++n)
-      c[half][n] = pack2<T>(acc[n][2 * half] + bias[n].first, acc[n][2 * half + 1] + bias[n].second);
+      c[half][n] = pack2<T>(acc[n][2 * half] + weights.bias[n].first, acc[n][2 * half + 1] + weights.bias[n].second);
 }
 
-// Maxima over three columns of c -> one pooled pixel a lane: column g / 2 of the strip for even g, 4 + g / 2 for odd
-// ones, of which g = 7 has none. Even g need columns g, g + 1, g + 2 of c; odd ones 8 + g - 1, 8 + g, 8 + g + 1.
+// Takes maxima over three columns of c: one pooled pixel per lane, column g / 2 of the strip for even g and 4 + g / 2
+// for odd g (none for g = 7). Even g need columns g, g + 1, g + 2 of c; odd g need 8 + g - 1, 8 + g, 8 + g + 1.
 template <typename T>
 RF_DEVICE void pool_columns(uint32_t (&pooled)[kWide], const uint32_t (&c)[2][kWide]) {
   const int lane = lane_index(), group = lane / 4;
@@ -164,11 +184,23 @@ RF_DEVICE void pool_columns(uint32_t (&pooled)[kWide], const uint32_t (&c)[2][kW
   for (int n = 0; n < kWide; ++n) {
     const uint32_t low = c[0][n], high = c[1][n];
     const uint32_t second = shuffle_xor(odd ? low : high, 4);
-    // column 8, the third of even g = 6, is a high one of g = 0
+    // column 8, the third of g = 6, is held by g = 0 as its high column
     const uint32_t third_low = shuffle(group == 0 ? high : low, third), third_high = shuffle(high, third);
     const uint32_t two = larger2<T>(odd ? high : low, second);
     pooled[n] = larger2<T>(two, odd ? third_high : third_low);
   }
+}
+
+// y[n, i, j, :] = relu(pooled), where j is the lane's pooled column.
+template <typename T>
+RF_DEVICE void store_pooled(const StemParams& p, uint32_t (&pooled)[kWide], int n, int i, int j, int half) {
+  const int lane = lane_index(), group = lane / 4, quad = lane % 4;
+#pragma unroll
+  for (int k = 0; k < kWide; ++k) pooled[k] = larger2<T>(pooled[k], 0u);
+  const bool inside = group != 7 && j < p.wp();
+  const size_t pixel = inside ? (static_cast<size_t>(n) * p.hp() + i) * p.wp() + j : 0;
+  store_global(static_cast<char*>(p.y) + (pixel * kStemChannels + half * kWide * 8 + quad * 8) * 2,
+               transposed_in_quad(pooled), inside);
 }
 
 template <typename T>
@@ -177,22 +209,12 @@ stem_fwd_kernel(const StemParams p) {
   const int warp_n = warp_index() % kWarpsN, strip = warp_index() / kWarpsN;
   const int lane = lane_index(), group = lane / 4, quad = lane % 4;
   const int tiles = p.n * p.tiles_h() * p.tiles_w();
-  const int ho = p.ho(), wo = p.wo(), hp = p.hp(), wp = p.wp();
+  const int ho = p.ho(), wo = p.wo(), hp = p.hp();
   issue_patch(p, tile_of<kStemTileH, kStemTileW>(p, block_index()), 0);
   cp_async_commit();
 
-  // this half's weights and biases, for good
-  uint32_t weights[kSteps][kWide][2];
-  Pair bias[kWide];
-#pragma unroll
-  for (int unit = 0; unit < kStemUnits; ++unit) {
-    const char* from = static_cast<const char*>(p.weights);
-    const Vec16 words = load_global<Vec16>(from + ((warp_n * kStemUnits + unit) * kWarp + lane) * kChunkBytes);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) weights[unit / 2][unit % 2 * 2 + i / 2][i % 2] = words.word[i];
-  }
-#pragma unroll
-  for (int n = 0; n < kWide; ++n) bias[n] = load_global<Pair>(p.bias + (warp_n * kWide + n) * 8 + d_column(lane, 0));
+  Weights weights;
+  load_weights(weights, p, warp_n);
 
   const uint32_t outside = pack2<T>(-INFINITY, -INFINITY);
   const int pooled_column = strip * kStripW + (group % 2 == 0 ? 0 : 4) + group / 2;
@@ -216,7 +238,7 @@ stem_fwd_kernel(const StemParams p) {
       uint32_t c[2][kWide];
       const int p_row = 2 * tile.h - 1 + row;
       const bool row_exists = p_row >= 0 && p_row < ho;
-      if (row_exists) convolve_row<T>(c, weights, bias, patch + 2 * row * kPatchPitch);
+      if (row_exists) convolve_row<T>(c, weights, patch + 2 * row * kPatchPitch);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -226,16 +248,10 @@ stem_fwd_kernel(const StemParams p) {
         }
       if (row % 2 == 1 || row == 0) continue;
 
-      // rows 2i - 1, 2i and 2i + 1 are in: y[n, i, j, :] = relu(best); the last one begins the next
+      // Rows 2i - 1, 2i and 2i + 1 are in: store pooled row i. Row 2i + 1 starts the next maximum.
       uint32_t pooled[kWide];
       pool_columns<T>(pooled, best);
-#pragma unroll
-      for (int n = 0; n < kWide; ++n) pooled[n] = larger2<T>(pooled[n], 0u);
-      const int i = tile.h + row / 2 - 1, j = tile.w + pooled_column;
-      const bool inside = group != 7 && j < wp;
-      const size_t pixel = inside ? (static_cast<size_t>(tile.n) * hp + i) * wp + j : 0;
-      store_global(static_cast<char*>(p.y) + (pixel * kStemChannels + warp_n * kWide * 8 + quad * 8) * 2,
-                   transposed_in_quad(pooled), inside);
+      store_pooled<T>(p, pooled, tile.n, tile.h + row / 2 - 1, tile.w + pooled_column, warp_n);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll

@@ -16,10 +16,11 @@ Tensor bottleneck_fwd(const Tensor& x, const Tensor& weights, const Tensor& bias
   p.cmid = static_cast<int>(bias1.numel()), p.co = static_cast<int>(bias3.numel());
   p.projection = projection;
   const bool known = (p.cmid == 64 && p.co == 256) || (p.cmid == 128 && (p.co == 256 || p.co == 512));
-  call.expect(known, "64 channels between and 256 out, or 128 and 256 or 512", "use a kernel per convolution", p.cmid,
-              " and ", p.co);
+  call.expect(known, "64 inner and 256 output channels, or 128 inner and 256 or 512 output channels",
+              "use a kernel per convolution", p.cmid, " and ", p.co);
   call.expect(p.ci % kBottleneckStep == 0 && p.ci > 0 && (projection || p.ci == p.co),
-              "as many channels in as out, or a projection and a multiple of 64", "use a kernel per convolution", p.ci);
+              "as many input as output channels, or a projection and a multiple of 64", "use a kernel per convolution",
+              p.ci);
   call.expect_dense(weights, "weights", x.scalar_type(), {p.steps(), p.cmid, kBottleneckStep});
   call.expect_dense(bias1, "bias1", ScalarType::Float, {p.cmid});
   call.expect_dense(bias2, "bias2", ScalarType::Float, {p.cmid});

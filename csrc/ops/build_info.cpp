@@ -1,7 +1,7 @@
-// build_info() -> str: with what this library was built, one `key=value` per line.
+// build_info() -> str: how this library was built, one `key=value` per line.
 //
-// Every value comes from the compiler that built the code, not from the build script, so that the report is about the
-// binary at hand. resnet_fast/native.py parses it; `resnet-fast env` prints it.
+// Every value comes from the compiler that built the code, not from the build script, so the report describes this
+// binary. resnet_fast/native.py parses it, and `resnet-fast env` prints it.
 
 #include <Python.h>
 
@@ -59,7 +59,7 @@ std::string build_info() {
 
 }  // namespace
 
-// An op without tensor arguments has no device to be dispatched on; this key is the one that such a call reaches.
+// An op without tensor arguments is not dispatched by device; such a call reaches this key.
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast_native, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -1,12 +1,13 @@
-// What the ops of single convolutions check alike.
+// Checks that the ops of single convolutions share.
 #pragma once
 
 #include "engine.h"
 
 namespace resnet_fast::ops {
 
-// x, residual and bias of a convolution into its params, whose co and output size (ho, wo) are known; returns y.
-// Blocks and rows of the GEMM, up to the end of the last tile, and chunks of 8 numbers are counted in 32 bits.
+// Checks x, residual and bias of a convolution with output size (ho, wo), puts them into its params, and returns y. The
+// params already have co. Blocks and rows of the GEMM, up to the end of the last tile, and chunks of 8 values are
+// counted in 32 bits.
 template <typename Params>
 Tensor convolution_operands(const Call& call, Params& p, const Tensor& x, const Tensor& bias,
                             const std::optional<Tensor>& residual, int64_t ho, int64_t wo) {
@@ -17,7 +18,7 @@ Tensor convolution_operands(const Call& call, Params& p, const Tensor& x, const 
   call.expect(static_cast<int64_t>(p.n) * ho * wo * ((p.co + 63) / 64) < kLimit, "fewer than 2^31 output pixels",
               "split the batch", static_cast<int64_t>(p.n) * ho * wo);
   call.expect(x.numel() / 8 < kLimit && static_cast<int64_t>(p.co) * p.ci / 8 < kLimit,
-              "tensors of fewer than 2^34 numbers", "split the batch", shape_text(x));
+              "tensors of fewer than 2^34 values", "split the batch", shape_text(x));
   if (residual) {
     call.expect(residual->scalar_type() == x.scalar_type(), "residual in the dtype of x", "convert it",
                 shape_text(*residual));
@@ -34,7 +35,7 @@ Tensor convolution_operands(const Call& call, Params& p, const Tensor& x, const 
   return y;
 }
 
-// The sizes of x into params.
+// Checks x and puts its sizes into the params.
 template <typename Params>
 void convolution_input(const Call& call, Params& p, const Tensor& x) {
   p.bfloat16 = call.is_bfloat16(x);

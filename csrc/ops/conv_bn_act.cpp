@@ -23,19 +23,20 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias, st
   call.expect_dense(weight, "weight", x.scalar_type(), {p.co, p.r, p.s, p.ci});
   call.expect(p.r > 0 && p.s > 0 && stride_h > 0 && stride_w > 0 && dilation_h > 0 && dilation_w > 0 && pad_h >= 0 &&
                   pad_w >= 0,
-              "a filter, strides and dilations of 1 or more, and padding of 0 or more", "use such ones", p.r, "x", p.s,
-              " stride ", stride_h, ", ", stride_w, " padding ", pad_h, ", ", pad_w, " dilation ", dilation_h, ", ",
-              dilation_w);
+              "a filter, strides and dilations of 1 or more, and padding of 0 or more", "change these numbers", p.r,
+              "x", p.s, " stride ", stride_h, ", ", stride_w, " padding ", pad_h, ", ", pad_w, " dilation ", dilation_h,
+              ", ", dilation_w);
   const int64_t ho = out_size(p.h, p.r, stride_h, pad_h, dilation_h);
   const int64_t wo = out_size(p.w, p.s, stride_w, pad_w, dilation_w);
   call.expect(ho > 0 && wo > 0, "a filter that fits into the padded image", "use larger images", shape_text(x));
-  // Pixels are counted in 32 bits, also those where windows begin outside of their images.
+  // Pixels are counted in 32 bits, including those where windows start outside their images.
   constexpr int64_t kFar = int64_t{1} << 30;
   const int64_t high = p.h + 2 * pad_h, across = p.w + 2 * pad_w;
   const bool near = pad_h < kFar && pad_w < kFar && stride_h < kFar && stride_w < kFar && dilation_h < kFar &&
                     dilation_w < kFar && high < kFar && across < kFar;
   call.expect(near && high * across < kFar / (p.n + 1) && int64_t{p.r} * p.s * p.ci < kFar,
-              "fewer than 2^30 pixels with their padding, and products an output", "split the batch", shape_text(x));
+              "fewer than 2^30 pixels including padding, and fewer than 2^30 products per output", "split the batch",
+              shape_text(x));
   p.ho = static_cast<int>(ho), p.wo = static_cast<int>(wo);
   p.stride_h = static_cast<int>(stride_h), p.stride_w = static_cast<int>(stride_w);
   p.pad_h = static_cast<int>(pad_h), p.pad_w = static_cast<int>(pad_w);

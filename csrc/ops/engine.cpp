@@ -1,4 +1,4 @@
-// See engine.h. emulator(int) installs a table of emulated kernels for CPU tensors.
+// See engine.h. The op emulator(int) installs a table of emulated kernels for CPU tensors.
 
 #include "engine.h"
 
@@ -86,7 +86,7 @@ void Call::expect_nhwc(const Tensor& t, const char* what) const {
   for (int i = 0; i < 4; ++i) nhwc &= t.size(i) <= 1 || t.stride(i) == dense[i];
   expect(nhwc || t.numel() == 0, (std::string(what) + " dense in NHWC").c_str(),
          "call .contiguous(memory_format=torch.channels_last)", "strides ", listed(t.strides()));
-  expect(is_aligned(t), (std::string(what) + " on a 16-byte boundary").c_str(), "clone it", "an address between two");
+  expect(is_aligned(t), (std::string(what) + " on a 16-byte boundary").c_str(), "clone it", "an unaligned address");
 }
 
 void Call::expect_dense(const Tensor& t, const char* what, ScalarType dtype,
@@ -97,7 +97,7 @@ void Call::expect_dense(const Tensor& t, const char* what, ScalarType dtype,
   for (const int64_t size : sizes) same = same && t.size(i++) == size;
   expect(same, (std::string("contiguous ") + what + " " + listed(sizes) + " " + name_of(dtype)).c_str(),
          "pack the parameters for this problem", shape_text(t), t.is_contiguous() ? "" : " with gaps");
-  expect(is_aligned(t), (std::string(what) + " on a 16-byte boundary").c_str(), "clone it", "an address between two");
+  expect(is_aligned(t), (std::string(what) + " on a 16-byte boundary").c_str(), "clone it", "an unaligned address");
 }
 
 bool Call::is_bfloat16(const Tensor& t) const {

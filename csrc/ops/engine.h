@@ -1,4 +1,4 @@
-// What every op does before and after a launch: find the kernels for its tensors, check them, report failure.
+// What every op does around a launch: find the kernels for its tensors, check the tensors, report failure.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ namespace resnet_fast::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One call of an op. CUDA tensors run on the current stream of their device, which is current as long as this lives;
-// CPU tensors on the emulator, if one is installed. Messages begin with the op's name.
+// One call of an op. CUDA tensors run on the current stream of their device, which stays the current device for the
+// lifetime of this object. CPU tensors run on the emulator, if one is installed. Messages start with the op's name.
 class Call {
  public:
   Call(const char* op, const Tensor& x);
@@ -37,11 +37,11 @@ class Call {
     throw std::runtime_error(text.str());
   }
 
-  // (N, C, H, W), dense NHWC, 16-byte aligned, on the device of x; `what` names the tensor in messages.
+  // Throws unless t is (N, C, H, W), dense NHWC, 16-byte aligned and on the device of x. `what` names t in messages.
   void expect_nhwc(const Tensor& t, const char* what) const;
-  // Contiguous, 16-byte aligned, of this dtype and these sizes, on the device of x.
+  // Throws unless t is contiguous, 16-byte aligned, of this dtype and these sizes, and on the device of x.
   void expect_dense(const Tensor& t, const char* what, ScalarType dtype, std::initializer_list<int64_t> sizes) const;
-  // Half or bfloat16, and which.
+  // Returns whether t is bfloat16; throws if it is neither half nor bfloat16.
   bool is_bfloat16(const Tensor& t) const;
 
   const Kernels& kernels() const {
@@ -50,7 +50,7 @@ class Call {
   const Device& device() const {
     return device_;
   }
-  // Throws with the problem if the launch failed.
+  // Throws if the launch failed; the message includes `problem`.
   void check(Status status, const std::string& problem) const;
 
  private:
@@ -64,10 +64,10 @@ class Call {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-// The table for questions that no tensor is needed for: the emulator's if there is one, else the library's own.
+// The table of kernels for ops without tensors: the emulator's if one is installed, else the library's own.
 const Kernels& any_kernels(const char* op);
 
-// An uninitialised (n, c, h, w) like x, dense NHWC.
+// Returns an uninitialized tensor (n, c, h, w), dense NHWC, with the dtype and device of x.
 Tensor empty_nhwc(const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w);
 
 std::string shape_text(const Tensor& t);

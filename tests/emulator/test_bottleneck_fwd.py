@@ -210,8 +210,8 @@ def unaligned(t: Tensor) -> Tensor:
         (1, lambda t: t[:-1], r"expected contiguous weights \(17, 64, 64\) float16, got \(16, 64, 64\) float16"),
         (1, lambda t: t.to(torch.bfloat16), "expected contiguous weights .* float16, got .* bfloat16"),
         (2, lambda t: t.half(), "expected contiguous bias1"),
-        (2, lambda t: t[:63], "expected 64 channels between and 256 out"),
-        (4, lambda t: t[::2], "expected 64 channels between and 256 out"),
+        (2, lambda t: t[:63], "expected 64 inner and 256 output channels"),
+        (4, lambda t: t[::2], "expected 64 inner and 256 output channels"),
         (5, lambda _: True, r"expected contiguous weights \(33, 64, 64\)"),
     ],
 )

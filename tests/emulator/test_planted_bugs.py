@@ -54,11 +54,11 @@ def test_the_kernel_as_it_is_passes() -> None:
 # Number of the barrier in the file, and channels whose variant passes it.
 BARRIERS = {
     "in the ring": (0, STREAMED),
-    "between biases and accumulators": (1, STREAMED),
-    "before conv1, where weights stay": (2, RESIDENT),
-    "between t1 and conv2": (3, RESIDENT),
-    "between the two halves of a sum": (4, RESIDENT),
-    "before t2 takes the place of t1": (5, STREAMED),
+    "between the two halves of a sum": (1, RESIDENT),
+    "before t2 takes the place of t1": (2, STREAMED),
+    "between biases and accumulators": (3, STREAMED),
+    "before conv1, where weights stay": (4, RESIDENT),
+    "between t1 and conv2": (5, RESIDENT),
     "between t2 and conv3": (6, RESIDENT),
 }
 
@@ -122,7 +122,7 @@ MISTAKES = {
         edit("sync_block();", "if (warp != 3) sync_block();", 6), r"barrier|nobody has written"
     ),
     "thread that leaves": Planted(
-        edit("    // t1 = relu(x . w1", "    if (thread_index() == 40) return;\n    // t1 = relu(x . w1"),
+        edit("    conv1<V>(", "    if (thread_index() == 40) return;\n    conv1<V>("),
         r"left|leaves|never reach",
     ),
     "write to an input": Planted(
@@ -154,15 +154,13 @@ ON_HOPPER = {
     "zeros and biases not fenced": Planted(
         hopper("  fence_async();\n  sync_block();", "  sync_block();"), "without a fence_async"
     ),
-    "x not waited for": Planted(
-        hopper("      mbarrier_wait(V::kXReady, round % 2);\n", ""), "in flight|while bulk copies"
-    ),
+    "x not waited for": Planted(hopper("  mbarrier_wait(V::kXReady, round % 2);\n", ""), "in flight|while bulk copies"),
     "parity of x": Planted(hopper("round % 2", "(round + 1) % 2"), "while bulk copies|waits for ever"),
     "weights not waited for": Planted(hopper("  mbarrier_wait(V::kWeightsReady, 0);\n", ""), "while bulk copies"),
     "x loaded while conv1 reads it": Planted(
         hopper(
-            "      wgmma_commit();\n",
-            "      wgmma_commit();\n if (thread == 0 && index + block_count() < tiles) load_x<V>(all, tile);\n",
+            "  wgmma_commit();\n",
+            "  wgmma_commit();\n if (at.group + at.thread == 0) load_x<V>(all, tile);\n",
         ),
         r"copies to shared memory|no barrier orders|writes shared memory|operand",
     ),
@@ -172,9 +170,7 @@ ON_HOPPER = {
     "more bytes expected": Planted(
         hopper("kHaloPixels * kRowBytes);", "kHaloPixels * kRowBytes + 16);"), "waits for ever"
     ),
-    "registers read before the products are there": Planted(
-        hopper("      wgmma_wait<0>(acc);\n", "", 2), "never waited for"
-    ),
+    "registers read before the products are there": Planted(hopper("  wgmma_wait<0>(acc);\n", "", 2), "waited for"),
     "operand a overwritten": Planted(hopper("wgmma_fence(acc);\n", "\n", 1), "wgmma_fence"),
     "descriptor in the middle of the pattern": Planted(
         hopper("kSecondRow = 40", "kSecondRow = 44"), "does not|do not start where"
@@ -185,14 +181,14 @@ ON_HOPPER = {
     "halo not zeroed": Planted(hopper("inside ? t : 0u", "t")),
     "taps in the wrong order": Planted(hopper("(r * 3 + s) * kStepBytes", "(s * 3 + r) * kStepBytes")),
     "a row of the halo too low": Planted(
-        hopper("2 * (warp_of_group + i) + row", "2 * (warp_of_group + i) + 1 + row"), "nobody has written"
+        hopper("2 * (at.warp + i) + row", "2 * (at.warp + i) + 1 + row"), "nobody has written"
     ),
     "shortcut of the other half": Planted(hopper("(n + i) % 2 * 2 + half", "(n + i) % 2 * 2 + (1 - half)")),
     "x of the wrong place": Planted(hopper("tile.w - 1, tile.h - 1,", "tile.w, tile.h - 1,")),
     "a group that leaves out a wgmma": Planted(
         hopper(
-            "      wgmma_fence(acc);\n#pragma unroll\n      for (int k",
-            "      wgmma_fence(acc);\n if (warp != 2)\n      for (int k",
+            "  wgmma_fence(acc);\n#pragma unroll\n  for (int k",
+            "  wgmma_fence(acc);\n if (at.warp != 2)\n  for (int k",
         ),
         "warpgroup part|never reach|left",
     ),

@@ -1,9 +1,9 @@
-// Prints what CuTe's traits say of the instructions that the vocabulary has: one line each, name and then the indices
-// of all lanes' values. An mma operand's index is row + rows * column (of a: row, k; of b: column of the product, k);
-// ldmatrix's is a bit of the 32 rows of 128 bits that the lanes name. Of wgmma the threads are 128; of the 128-byte
-// swizzle, the places of eight rows' numbers. Then a matrix descriptor, and the corners (lower W, H, upper W, H) of
-// im2col for the filters, paddings and dilations (W, H) that test_layouts.py names too. Compiled for the host by
-// test_layouts.py.
+// Prints CuTe's layouts of the instructions among the device functions, one line each: a name, then the indices of the
+// values of all lanes. The index of an mma operand is row + rows * column (for a: row, k; for b: column of the product,
+// k). That of ldmatrix is a bit of the 32 rows of 128 bits that the lanes address. wgmma has 128 threads. The line of
+// the 128-byte swizzle has the positions of the values of eight rows. A matrix descriptor follows, and the corners
+// (lower W, H, upper W, H) of im2col for the filters, paddings and dilations (W, H) in test_layouts.py, which compiles
+// this file for the host.
 
 #include <cstdio>
 
@@ -13,7 +13,7 @@
 #include <cute/atom/mma_traits_sm80.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 
-#include <cute/arch/copy_sm100_tma.hpp>  // these three, too: it does not include what it uses
+#include <cute/arch/copy_sm100_tma.hpp>  // these three too: the last header does not include what it uses
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/detail/dependent_false.hpp>
 

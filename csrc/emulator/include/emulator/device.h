@@ -1,6 +1,5 @@
-// The device vocabulary on a CPU: what csrc/kernels/include/resnet_fast/device.h declares, each call checked, counted
-// and then carried out by runtime.cpp. Calls end in two arguments that the compiler fills in: the source line that made
-// them.
+// The device functions of resnet_fast/device.h on a CPU. runtime.cpp checks, counts and executes each call. The
+// compiler fills in the last two arguments: the source line of the call.
 #pragma once
 
 #include <cstdint>

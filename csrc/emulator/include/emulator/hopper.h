@@ -1,17 +1,19 @@
-// The vocabulary of hopper.h on a CPU. What is checked beside runtime.h's rules:
+// The device functions of resnet_fast/hopper.h on a CPU. Checked in addition to the rules of runtime.h:
 //
-//   mbarriers     use before the init, or before a barrier of the block says that it is done; more arrivals or bytes
-//                 than a phase has room for; copies on one whose init was not fenced; a wait that never ends, named by
-//                 barrier, phase and what is missing. An arrival passes on what its warp knows, a wait takes it over
-//   bulk copies   everything that threads are held to when they write; any access before the end of the barrier's
-//                 phase, which comes no sooner than somebody waits for it; leaving the kernel before; a map of the
-//                 other mode, a first pixel or an offset that im2col does not know
-//   wgmma         four warps at different lines or with different operands; a descriptor that no mode of hopper.h says;
-//                 registers without a wgmma_fence; operands written before the wait. The accumulators are NaN until it
-//   proxies       bulk copies and wgmma that meet what a thread wrote and did not fence (fence_async)
+//   mbarriers     use before the init, or without a block barrier after it; arrivals or bytes that a phase does not
+//                 expect; copies to one whose init was not fenced; a wait that never ends (the report names the
+//                 mbarrier, the phase and what is missing). An arrival publishes what its warp has seen, a wait
+//                 acquires it
+//   bulk copies   the rules of a thread's write; access before the end of the mbarrier's phase, which comes only when
+//                 a thread waits for it; exit from the kernel before that; a map of the other mode; a first pixel or an
+//                 offset outside the range of im2col
+//   wgmma         four warps at different lines or with different operands; a descriptor of an unknown mode; registers
+//                 without a wgmma_fence; operands or accumulators written before the wait. Until the wait the
+//                 accumulators are NaN
+//   proxies       bulk copies and wgmma that meet a thread's write without a fence_async
 //
-// Not seen: registers of operand a that change before the wait (ptxas orders those); a warp of which some lanes arrive
-// or wait for the others without a sync_warp.
+// Not checked: registers of operand a that change before the wait (ptxas orders those); a warp of which some lanes
+// arrive or wait for the others without a sync_warp.
 #pragma once
 
 #include <emulator/runtime.h>

@@ -1,18 +1,17 @@
-// A block of threads on a CPU: what the emulated vocabulary calls.
+// Runs the threads of a block on a CPU, for the emulated device functions.
 //
-// Threads are fibers. A thread runs until it must wait for others (a barrier, a collective of its warp); who runs next
-// is drawn from a seeded random order. All that is wrong ends the launch with a report that names kernel, block, thread
-// and source line:
+// Threads are fibers. A thread runs until it must wait for others, at a barrier or a collective of its warp; a seeded
+// random draw decides which one runs next. A mistake ends the launch with a report that names kernel, block, thread and
+// source line:
 //
-//   global memory   an access outside of the tensors that the launch names, or not aligned; a write to an input; two
-//                   threads writing one place; reading what the launch writes; an output that was not written in full
-//   shared memory   an access outside of the block's, or not aligned; reading what nobody wrote; two accesses of which
-//   one
-//                   is a write with no barrier between them (vector clocks, one component per warp)
-//   cp_async        any access to bytes in flight; leaving the kernel with bytes in flight
-//   collectives     lanes of a warp, or threads of a block, that wait at different lines; that wait for one which left
+//   global memory   access outside the tensors that the launch names, or unaligned; write to an input; two threads that
+//                   write one place; read of an output before it is written; output not written in full
+//   shared memory   access outside the block's, or unaligned; read of bytes that nobody wrote; two accesses, at least
+//                   one a write, with no barrier between them (vector clocks, one component per warp)
+//   cp_async        access to bytes in flight; exit from the kernel with bytes in flight
+//   collectives     lanes of a warp, or threads of a block, that wait at different lines, or for one that has exited
 //
-// What is counted is in Counters, per launch: module.cpp gives it to Python.
+// Counters holds the counts of a launch; module.cpp passes them to Python.
 #pragma once
 
 #include <cstdint>
@@ -42,19 +41,20 @@ enum class Kind {
   kWgmma,
 };
 
-// Of one tensor. Bytes are what threads asked for; sectors are the 32-byte pieces that memory moves, once per
-// instruction of a warp; unique ones are those that differ, over the whole launch: what DRAM must deliver. Of the
-// sectors read, L2 delivers those that the block has not read before, which L1 holds, and all that go round L1
-// (cp_async).
+// Counts of one tensor. Bytes: what threads requested. Sectors: the 32-byte units that memory moves, once per
+// instruction of a warp. Unique sectors: distinct ones over the whole launch, which DRAM must deliver. L2 sectors:
+// those that L2 delivers, which are the sectors that the block has not read before (L1 holds those), and all that
+// bypass L1 (cp_async).
 struct BufferCount {
   uint64_t size = 0;
   uint64_t bytes_read = 0, sectors_read = 0, unique_sectors_read = 0, l2_sectors_read = 0;
   uint64_t bytes_written = 0, sectors_written = 0, unique_sectors_written = 0;
 };
 
-// Of one source line. `units`: sectors for global memory, wavefronts for shared memory (cycles of its 32 banks);
-// `least`: the same with full sectors, or without bank conflicts. `narrowest`: bytes per lane. A wgmma's wavefronts are
-// 128 bytes of operands each: the four warps fetch 16 rows of a apiece, where it is in shared memory, and b together.
+// Counts of one source line. `units`: sectors for global memory, wavefronts (cycles of the 32 banks) for shared memory.
+// `least`: the same with full sectors, or without bank conflicts. `narrowest`: bytes per lane. A wavefront of a wgmma
+// is 128 bytes of operands: each of the four warps fetches 16 rows of a, if a is in shared memory, and all fetch b
+// together.
 struct SiteCount {
   uint64_t instructions = 0, units = 0, least = 0;
   int narrowest = 16;

@@ -1,4 +1,4 @@
-// What bottleneck_fwd.cu needs to know of a call.
+// Parameters and launcher of bottleneck_fwd.cu.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,9 @@ namespace resnet_fast {
 constexpr int kBottleneckTile = 8;
 constexpr int kBottleneckStep = 64;
 
-// Tensors of 16 bits, NHWC and dense, 16-byte aligned: x (n, h, w, ci), y (n, h, w, co). `weights`: all convolutions'
-// as (steps, cmid, 64), in the order of bottleneck_steps. Biases fp32: bias1 and bias2 (cmid), bias3 (co), into which
-// the projection's was added.
+// 16-bit tensors, NHWC and dense, 16-byte aligned: x (n, h, w, ci), y (n, h, w, co). `weights`: those of all
+// convolutions as (steps, cmid, 64), in the order that backends/cuda/bottleneck.py packs them. fp32 biases: bias1 and
+// bias2 (cmid), bias3 (co), which includes the bias of the projection.
 struct BottleneckParams {
   const void* x;
   const void* weights;
@@ -58,14 +58,14 @@ struct BottleneckParams {
   }
 };
 
-// Bytes of shared memory that the smallest variant for these channels needs.
+// Returns the bytes of shared memory that the smallest variant for these channels needs.
 int bottleneck_fwd_shared(const BottleneckParams& params);
 
-// One launch, at least one pixel. The caller has checked shapes; see ops/bottleneck_fwd.cpp.
+// Launches the kernel for at least one pixel. The caller has checked shapes; see ops/bottleneck_fwd.cpp.
 Status launch_bottleneck_fwd(const BottleneckParams& params, const Device& device);
 
-// The launch on Hopper's own instructions, bottleneck_fwd_sm90a.cu, which launch_bottleneck_fwd takes where it fits: 64
-// channels between, 256 out, the identity or a projection of 64; compiled for sm_90a and run there.
+// bottleneck_fwd_sm90a.cu, with Hopper's own instructions. launch_bottleneck_fwd uses it where it fits: compiled for
+// sm_90a and running there, 64 inner and 256 output channels, with the identity or a projection of 64 channels.
 bool bottleneck_fwd_sm90a_fits(const BottleneckParams& params, const Device& device);
 Status launch_bottleneck_fwd_sm90a(const BottleneckParams& params, const Device& device);
 

@@ -1,5 +1,5 @@
-// What both kernels of a whole bottleneck share: the tile of output pixels that a block works on, and accumulators that
-// begin with a bias.
+// Parts that both kernels of a whole bottleneck share: the tile of output pixels of a block, accumulators that start
+// with a bias, and the store of a pixel.
 #pragma once
 
 #include <resnet_fast/bottleneck_fwd.h>
@@ -10,7 +10,7 @@
 
 namespace resnet_fast {
 
-constexpr int kTile = kBottleneckTile, kHalo = kTile + 2;  // pixels a side, of y and of t1
+constexpr int kTile = kBottleneckTile, kHalo = kTile + 2;  // side in pixels, of y and of t1
 constexpr int kPixels = kTile * kTile, kHaloPixels = kHalo * kHalo;
 constexpr int kStep = kBottleneckStep, kStepChunks = kStep / 8, kStepMmas = kStep / 16;
 
@@ -21,17 +21,18 @@ RF_DEVICE Tile tile_of(const BottleneckParams& p, int index) {
 RF_DEVICE bool in_image(const BottleneckParams& p, int h, int w) {
   return h >= 0 && h < p.h && w >= 0 && w < p.w;
 }
-// Is this pixel of the halo tile?
+// Returns whether a pixel of the halo tile is inside the image.
 RF_DEVICE bool in_image(const BottleneckParams& p, const Tile& tile, int pixel) {
   return in_image(p, tile.h - 1 + pixel / kHalo, tile.w - 1 + pixel % kHalo);
 }
 
-// The pixel of the halo tile on which pixel `row` of the output is centred.
+// The pixel of the halo tile at the centre of the window of output pixel `row`.
 RF_HOST_DEVICE constexpr int centre(int row) {
   return (row / kTile + 1) * kHalo + row % kTile + 1;
 }
 
-// The three biases -> shared memory, one behind another from `at` on; all kThreads threads, before a barrier.
+// Copies the three biases to shared memory, one after another from `at` on. Called by all kThreads threads; a barrier
+// must follow.
 template <int kMid, int kCo, int kThreads>
 RF_DEVICE void stage_biases(const BottleneckParams& p, uint32_t at) {
   for (int i = thread_index(); i < 2 * kMid + kCo; i += kThreads) {
@@ -40,8 +41,8 @@ RF_DEVICE void stage_biases(const BottleneckParams& p, uint32_t at) {
   }
 }
 
-// Accumulators that begin with the bias of their columns, the first of which is at `at` in shared memory: one load for
-// all rows, and no addition at the end.
+// Initializes accumulators with the bias of their columns; the first bias is at `at` in shared memory. This takes one
+// load for all rows, and no addition at the end.
 template <int kN>
 RF_DEVICE void begin_with(float (&acc)[kN][4], uint32_t at, int lane) {
 #pragma unroll
@@ -62,8 +63,8 @@ RF_DEVICE void begin_with(float (&acc)[kM][kN][4], uint32_t at, int lane) {
       for (int i = 0; i < 4; ++i) acc[m][n][i] = acc[0][n][i];
 }
 
-// y of one of the tile's 64 pixels, unless it is past the image's edge: 32 channels by a quad, of which this lane
-// stores the eight from `channel` on.
+// Stores y of pixel `row` of the tile, unless it is outside the image. A quad stores 32 channels, this lane the eight
+// from `channel` on.
 template <int kCo>
 RF_DEVICE void store_pixel(const BottleneckParams& p, const Tile& tile, int row, int channel,
                            const uint32_t (&accumulators)[4]) {

@@ -1,4 +1,4 @@
-// What conv_bn_act.cu needs to know of a call.
+// Parameters and launcher of conv_bn_act.cu.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace resnet_fast {
 
-// Tensors of 16 bits, NHWC and dense, 16-byte aligned: x (n, h, w, ci), residual and y (n, ho, wo, co), weight (co, r,
+// 16-bit tensors, NHWC and dense, 16-byte aligned: x (n, h, w, ci), residual and y (n, ho, wo, co), weight (co, r,
 // s, ci). bias (co) fp32. residual may be nullptr.
 struct ConvParams {
   const void* x;
@@ -38,7 +38,7 @@ struct ConvParams {
   }
 };
 
-// One launch, at least one pixel. The caller has checked shapes; see ops/conv_bn_act.cpp.
+// Launches the kernel for at least one pixel. The caller has checked shapes; see ops/conv_bn_act.cpp.
 Status launch_conv_bn_act(const ConvParams& params, const Device& device);
 
 }  // namespace resnet_fast

@@ -1,4 +1,4 @@
-// What conv_bn_act_1x1.cu needs to know of a call.
+// Parameters and launcher of conv_bn_act_1x1.cu.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace resnet_fast {
 
-// Tensors of 16 bits, NHWC and dense, 16-byte aligned: x (n, h, w, ci), residual and y (n, ho, wo, co), weight (co,
+// 16-bit tensors, NHWC and dense, 16-byte aligned: x (n, h, w, ci), residual and y (n, ho, wo, co), weight (co,
 // ci). bias (co) fp32. residual may be nullptr.
 struct Conv1x1Params {
   const void* x;
@@ -41,7 +41,7 @@ struct Conv1x1Params {
   }
 };
 
-// One launch, at least one pixel. The caller has checked shapes; see ops/conv_bn_act_1x1.cpp.
+// Launches the kernel for at least one pixel. The caller has checked shapes; see ops/conv_bn_act_1x1.cpp.
 Status launch_conv_bn_act_1x1(const Conv1x1Params& params, const Device& device);
 
 }  // namespace resnet_fast

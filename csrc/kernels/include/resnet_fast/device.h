@@ -1,4 +1,4 @@
-// The device vocabulary: all that a kernel of this library may say to the hardware.
+// The device functions: everything through which a kernel of this library uses the hardware.
 //
 //   ids            thread_index  warp_index  lane_index  block_index  block_count
 //   barriers       sync_block  sync_warp
@@ -7,19 +7,18 @@
 //   shared memory  load_shared  store_shared             addresses are byte offsets into the block's shared memory
 //   async copies   cp_async16  cp_async_commit  cp_async_wait                      global -> shared, 16 bytes a thread
 //   tensor cores   ldmatrix_x2  ldmatrix_x4  mma_m16n8k16                          fragments: fragments.h
-//   compiler       fresh                                     forget what was computed from a value: device_cuda.h
+//   compiler       fresh                                     hide a value's origin from the compiler: device_cuda.h
 //   numbers        Half  Bfloat16, pack2  unpack2, relu  larger2
 //
 // Under nvcc each is one or two instructions (device_cuda.h). Under any other C++ compiler the emulator in
-// csrc/emulator/ implements them, so that the same source runs on a CPU, where every access is checked and counted. A
-// kernel therefore touches memory through these functions only: a plain `*pointer` would compile, and go unseen.
+// csrc/emulator/ implements them, so the same source runs on a CPU, where every access is checked and counted. A kernel
+// must therefore access memory only through these functions: a plain `*pointer` compiles, but the emulator does not see
+// it.
 //
-// Accesses that some threads must not make take a flag instead of an `if`: `store_global(p, v, inside)`. All lanes of a
-// warp then pass the same line together, which is what the hardware does and what the emulator groups its counts by.
+// Where some threads must not access memory, pass a flag instead of using an `if`: `store_global(p, v, inside)`. All
+// lanes of a warp then run the same line together, as on the hardware, and the emulator counts them as one instruction.
 //
-// What Hopper adds: hopper.h.
-//
-// How to write a kernel with these and debug it on a CPU: docs/cuda-kernels.md.
+// Additions for Hopper: hopper.h. How to write a kernel and debug it on a CPU: docs/cuda-kernels.md.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +29,7 @@ namespace resnet_fast {
 
 constexpr int kWarp = 32;
 
-// 16 bytes as four words: what one thread loads or stores at a time.
+// 16 bytes as four words: the widest access of a thread.
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };

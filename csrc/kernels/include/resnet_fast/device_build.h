@@ -1,4 +1,4 @@
-// What the CUDA compiler says about the device code in this library. No torch, no CUDA header.
+// Facts about the device code of this library, from the CUDA compiler. Includes neither torch nor CUDA headers.
 #pragma once
 
 namespace resnet_fast {

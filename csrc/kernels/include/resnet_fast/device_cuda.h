@@ -1,4 +1,4 @@
-// The device vocabulary on NVIDIA GPUs, sm_80 and later. Meaning of each instruction: PTX ISA, at its name.
+// The device functions on NVIDIA GPUs, sm_80 and later. The PTX ISA explains each instruction under its name.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,12 +6,12 @@
 #include <cuda_runtime.h>
 
 #define RF_DEVICE __device__ __forceinline__
-// Threads of a block, and how many blocks an SM must have registers for where that matters.
+// Arguments: threads of a block and, optionally, the number of blocks for which an SM must have registers.
 #define RF_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 
 namespace resnet_fast {
 
-// One array for every kernel; which part is what, each kernel's layout says. 1024: the widest swizzle's period.
+// One array for every kernel, which each kernel divides by its own layout. 1024: the period of the widest swizzle.
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 RF_DEVICE int thread_index() {
@@ -21,7 +21,7 @@ RF_DEVICE int lane_index() {
   return threadIdx.x % kWarp;
 }
 RF_DEVICE int warp_index() {
-  // The same for the whole warp, which the compiler cannot see; told so, it keeps what follows in uniform registers.
+  // Uniform over the warp. The shuffle tells the compiler so, which then uses uniform registers.
   return __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);
 }
 RF_DEVICE int block_index() {
@@ -31,8 +31,8 @@ RF_DEVICE int block_count() {
   return gridDim.x;
 }
 
-// The same value, of which the compiler knows nothing. Without it, it computes the addresses of every phase once,
-// before a loop over tiles, and keeps them all in registers through all phases; with it, each phase computes its own.
+// Returns `value`, but hides its origin from the compiler. Otherwise the compiler computes the addresses of every phase
+// once, before the loop over tiles, and keeps all of them in registers; with this, each phase computes its own.
 RF_DEVICE int fresh(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -50,7 +50,7 @@ RF_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// The value of lane `source`.
+// Returns the value of lane `source`.
 template <typename V>
 RF_DEVICE V shuffle(V value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
@@ -114,7 +114,8 @@ RF_DEVICE uint32_t shared_address(uint32_t at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + at;
 }
 
-// Zeros where not inside; `p` must point into the tensor all the same. L2 only: what is staged once is not read again.
+// Copies 16 bytes, or zeros where not inside; `p` must point into the tensor in both cases. Caches in L2 only, because
+// staged data is not read again.
 RF_DEVICE void cp_async16(uint32_t at, const void* p, bool inside = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(at)), "l"(p), "r"(inside ? 16 : 0)
                : "memory");
@@ -162,7 +163,7 @@ RF_DEVICE void mma_m16n8k16<Bfloat16>(float (&d)[4], const uint32_t (&a)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Two numbers in one word, the first in the low half; rounded to nearest, ties to even.
+// Two values in one word, the first in the low half; rounded to nearest, ties to even.
 template <typename T>
 RF_DEVICE uint32_t pack2(float first, float second);
 template <typename T>
@@ -196,11 +197,11 @@ RF_DEVICE void unpack2<Bfloat16>(uint32_t word, float& first, float& second) {
   second = __uint_as_float(word & 0xffff0000u);
 }
 
-// max(value, 0), NaN for NaN: as ATen's ReLU, and as fmaxf is not.
+// max(value, 0), NaN for NaN, as ATen's ReLU; fmaxf would return 0 for NaN.
 RF_DEVICE float relu(float value) {
   return value < 0.0f ? 0.0f : value;
 }
-// Of two numbers in a word each the larger ones, NaN where one is, as ATen's max-pool: one instruction.
+// The element-wise maximum of two words of two values each, NaN where either is, as ATen's max-pool: one instruction.
 template <typename T>
 RF_DEVICE uint32_t larger2(uint32_t a, uint32_t b);
 

@@ -1,9 +1,9 @@
-// From accumulators to memory: what kernels do with a finished tile.
+// From accumulators to memory: the stores of a finished tile.
 //
-// A lane of an accumulator holds two neighbouring channels of a pixel: a store of 4 bytes. Over four column tiles (32
-// channels) the four lanes of a quad hold 64 bytes of one pixel between them, and after a transposition each holds 16
-// that lie together. The transposition is its own inverse: numbers that are read 16 bytes a lane come to the
-// accumulators' places by it.
+// Each accumulator fragment gives a lane two neighbouring channels of a pixel, enough for a store of 4 bytes. Over four
+// column tiles (32 channels) the four lanes of a quad hold 64 bytes of one pixel. After a transposition within the quad
+// each lane holds 16 adjacent bytes. The transposition is its own inverse, so it also moves values that were loaded 16
+// bytes a lane to the layout of the accumulators.
 #pragma once
 
 #include <resnet_fast/device.h>
@@ -15,14 +15,14 @@ struct alignas(8) Pair {
   float first, second;
 };
 
-// ReLU of two numbers, once they are rounded: the same as before, since rounding keeps signs, in one instruction
-// instead of four.
+// ReLU of two values after rounding, in one instruction instead of four. Rounding keeps signs, so the result is that of
+// ReLU before rounding.
 template <typename T>
 RF_DEVICE uint32_t relu2(float first, float second) {
   return larger2<T>(pack2<T>(first, second), 0u);
 }
 
-// Four words of a quad's four lanes, transposed: word t of lane j becomes word j of lane t.
+// Transposes the four words of a quad's four lanes: word t of lane j becomes word j of lane t.
 RF_DEVICE Vec16 transposed_in_quad(const uint32_t (&v)[4]) {
   const int quad = lane_index() % 4;
   const bool odd = quad & 1, high = quad & 2;
@@ -43,7 +43,7 @@ RF_DEVICE Vec16 transposed_in_quad(const uint32_t (&v)[4]) {
   return out;
 }
 
-// A convolution's output as a matrix of pixels and channels, and what is done to it on the way.
+// The output of a convolution as a matrix of pixels and channels, with its epilogue.
 struct Output {
   const float* bias;     // (columns)
   const void* residual;  // (rows, columns) or nullptr
@@ -52,8 +52,8 @@ struct Output {
   bool relu;
 };
 
-// y[row .., column ..] = act(acc + bias + residual) for kM x 4 accumulators of 16 x 8, cut off at the matrix's edges:
-// in fp32, rounded once.
+// y[row .., column ..] = act(acc + bias + residual) for kM x 4 accumulators of 16 x 8, clipped at the edges of the
+// matrix. Computed in fp32 and rounded once.
 template <typename T, int kM>
 RF_DEVICE void store_tile(const float (&acc)[kM][4][4], const Output& out, int row, int column) {
   const int lane = lane_index(), quad = lane % 4;

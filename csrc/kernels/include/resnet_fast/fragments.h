@@ -1,6 +1,6 @@
-// Who holds what: the fragments of ldmatrix and mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with
-// floating point type"; "ldmatrix"). Kernels place their epilogues by these functions, the emulator multiplies by them,
-// and tests/emulator/test_layouts.py compares them with CuTe's traits, an independent source.
+// The layouts of the fragments of ldmatrix and mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating
+// point type"; "ldmatrix"). The epilogues of kernels and the emulator's products use these functions, and
+// tests/emulator/test_layouts.py compares them with CuTe's traits, an independent source.
 //
 //   a (16 x 16)  four words of two k each            d (16 x 8)  four floats           lane = 4 * group + quad
 //
@@ -15,21 +15,21 @@
 
 namespace resnet_fast {
 
-// Row and first of the two columns (k) that word `word` of operand a holds in lane `lane`.
+// Operand a: row, and first of the two columns (k), of word `word` of lane `lane`.
 RF_HOST_DEVICE constexpr int a_row(int lane, int word) {
   return lane / 4 + 8 * (word & 1);
 }
 RF_HOST_DEVICE constexpr int a_k(int lane, int word) {
   return lane % 4 * 2 + 8 * (word >> 1);
 }
-// Column, and first of the two rows (k), of operand b.
+// Operand b: column, and first of the two rows (k), of word `word` of lane `lane`.
 RF_HOST_DEVICE constexpr int b_column(int lane) {
   return lane / 4;
 }
 RF_HOST_DEVICE constexpr int b_k(int lane, int word) {
   return lane % 4 * 2 + 8 * word;
 }
-// Row and column of float `i` of the accumulator.
+// Accumulator d: row and column of float `i` of lane `lane`.
 RF_HOST_DEVICE constexpr int d_row(int lane, int i) {
   return lane / 4 + 8 * (i >> 1);
 }
@@ -37,10 +37,9 @@ RF_HOST_DEVICE constexpr int d_column(int lane, int i) {
   return lane % 4 * 2 + (i & 1);
 }
 
-// ldmatrix_x4: the lane that names the address of row `row` of matrix `matrix`, and what a lane gets of a matrix: row
-// lane / 4, elements 2 * (lane % 4) and the next. To load operand a, matrices 0 … 3 are its quarters in the order of
-// its words: rows 0-7 and 8-15 of k 0-7, then of k 8-15. To load two column blocks of b: block 0's k 0-7 and 8-15, then
-// block 1's.
+// ldmatrix_x4: the row and the 16-byte chunk whose address lane `lane` passes. From each matrix a lane gets row lane /
+// 4, elements 2 * (lane % 4) and the next. For operand a, matrices 0 … 3 are its quarters in the order of its words:
+// rows 0-7 and 8-15 of k 0-7, then of k 8-15. For two column blocks of b: k 0-7 and 8-15 of block 0, then of block 1.
 RF_HOST_DEVICE constexpr int a_address_row(int lane) {
   return lane % 16;
 }
@@ -54,10 +53,9 @@ RF_HOST_DEVICE constexpr int b_address_chunk(int lane) {
   return lane / 8 % 2;
 }
 
-// Shared tiles are rows of 128 bytes: 64 16-bit numbers in eight chunks of 16 bytes. A chunk's place in its row is
-// swapped by the row's number, so that neither eight rows of one chunk (ldmatrix, and the 4-byte stores of
-// accumulators) nor two rows of four chunks (16-byte accesses by quads) meet in a bank: the chunk index xor the row's
-// bits 0, 2, 1.
+// Shared tiles are rows of 128 bytes: 64 values of 16 bits in eight chunks of 16 bytes. The position of a chunk in its
+// row is its index xor bits 0, 2, 1 of the row. So neither one chunk of eight rows (ldmatrix, and the 4-byte stores of
+// accumulators) nor four chunks of two rows (16-byte accesses by quads) have a bank conflict.
 constexpr int kRowBytes = 128;
 constexpr int kRowChunks = 8;
 

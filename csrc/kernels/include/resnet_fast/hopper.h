@@ -1,27 +1,27 @@
-// The device vocabulary that Hopper adds (sm_90a), beside device.h:
+// Device functions for Hopper (sm_90a), in addition to device.h:
 //
 //   mbarriers      mbarrier_init  mbarrier_init_fence  mbarrier_arrive  mbarrier_expect  mbarrier_wait
 //
-//   bulk copies    bulk_load  tensor_load  im2col_load    global -> shared by one thread, over when an mbarrier says so
+//   bulk copies    bulk_load  tensor_load  im2col_load    global -> shared by one thread; an mbarrier signals the end
 //
 //   tensor cores   wgmma  wgmma_fence  wgmma_commit  wgmma_wait  wgmma_operand         four warps together
 //
-//   proxies        fence_async    what this thread wrote to shared memory, for bulk copies and wgmma
+//   proxies        fence_async    makes this thread's writes to shared memory visible to bulk copies and wgmma
 //
-//   on the host    encode         a TensorBox or an Im2colBox -> the TensorMap that a kernel's parameters carry
+//   on the host    encode         a TensorBox or an Im2colBox -> the TensorMap in a kernel's parameters
 //
-// An mbarrier is 8 bytes of shared memory. A phase of it ends when as many threads have arrived as it was told at its
-// start, and as many bytes as were expected have come; mbarrier_wait(at, parity) waits for the end of the phase of this
-// parity, the first phase's being 0. A thread that has waited sees what those that arrived had written, and the copies.
+// An mbarrier is 8 bytes of shared memory. Its phase ends when the number of threads given at its initialization have
+// arrived and all expected bytes have come. mbarrier_wait(at, parity) waits for the end of the phase with this parity;
+// the first phase has parity 0. After the wait a thread sees the copies, and all that the arrived threads wrote before.
 //
-// wgmma(d, a, b, accumulate): d (64 x columns, fp32) = a . b (+ d), 16 of k. a comes from registers (the fragment of
-// mma_m16n8k16, warp w of the four holds rows 16 w ...) or, as b does, from shared memory, k in a row. It reads its
-// operands and writes d until wgmma_wait: neither may be touched before. Registers that it reads or writes, unless by
-// the wgmma before it, need a wgmma_fence after they were last touched; shared memory that threads wrote needs their
-// fence_async, before the barrier that says it is written.
+// wgmma(d, a, b, accumulate): d (64 x columns, fp32) = a . b (+ d), for 16 values of k. Operand b is in shared memory,
+// with k along the rows. Operand a is there too, or in registers (the fragment of mma_m16n8k16; warp w of the four
+// holds rows 16 w ...). wgmma reads its operands and writes d until wgmma_wait, and neither may be touched before. A
+// wgmma_fence must follow the last access to its registers, unless that was by the previous wgmma. Threads that wrote
+// its shared memory must call fence_async before the barrier after the write.
 //
-// Only code in `if constexpr (kHopper)` may use these: false where a fat binary's other architectures are compiled. A
-// launcher asks kHopperBuilt whether sm_90a is among them.
+// Only code in `if constexpr (kHopper)` may use these functions. kHopper is false when a fat binary's other
+// architectures are compiled. Launchers read kHopperBuilt, which says whether sm_90a is among the architectures.
 #pragma once
 
 #include <resnet_fast/device.h>
@@ -32,9 +32,9 @@ namespace resnet_fast {
 constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kBarrierBytes = 8;
 
-// A tensor of 16-bit numbers and the box of it that tensor_load brings; the innermost dimension first, which is dense.
-// Boxes lie in shared memory as dense rows of `box[0]`; `swizzled`: those are kRowBytes long, their chunks placed by
-// swizzled128, and the box starts at a multiple of kSwizzleBytes.
+// A tensor of 16-bit values, and the box of it that tensor_load copies. The innermost dimension comes first and is
+// dense. In shared memory a box is dense rows of box[0] values. `swizzle`: rows are kRowBytes long with their chunks
+// placed by swizzled128, and the box starts at a multiple of kSwizzleBytes.
 struct TensorBox {
   static constexpr int kRank = 4;
   const void* start;
@@ -44,11 +44,11 @@ struct TensorBox {
   bool swizzle;
 };
 
-// Windows of a convolution, for im2col_load: which pixels of `x` (C, W, H, N) the filter's first tap meets, when it is
-// put down everywhere. `lower` is the first of them by (W, H), `upper` the last one's distance from the image's last
-// pixel, `step` the convolution's stride. im2col_load brings box[1] pixels of box[0] channels, each a row: it begins at
-// the pixel that it is given, walks along W, then H, then N, and reads every pixel at its distance (right, down), which
-// is the tap's; zeros where that is outside of the image, and behind the last image. (PTX ISA, "Im2col mode".)
+// The windows of a convolution, for im2col_load. They are named by the pixel of `x` (C, W, H, N) under the first tap of
+// the filter. `lower` is the first such pixel as (W, H), `upper` the distance of the last one from the last pixel of
+// the image, `step` the stride of the convolution. im2col_load copies box[1] pixels of box[0] channels, one row each.
+// It starts at a given pixel, walks along W, then H, then N, and reads each pixel at the offset (right, down) of a tap.
+// Pixels outside the image or past the last image are zeros. (PTX ISA, "Im2col mode".)
 struct Im2colBox {
   static constexpr int kMaxPixels = 1024, kMaxStep = 8, kMaxOffset = 255;
   TensorBox x;  // box: channels, pixels, 1, 1
@@ -56,7 +56,7 @@ struct Im2colBox {
   uint32_t step[2];
 };
 
-// lower and upper of one side of a filter.
+// `lower` and `upper` along one dimension.
 RF_HOST_DEVICE constexpr int im2col_lower(int padding) {
   return -padding;
 }
@@ -64,8 +64,8 @@ RF_HOST_DEVICE constexpr int im2col_upper(int padding, int filter, int dilation)
   return padding - (filter - 1) * dilation;
 }
 
-// The hardware's swizzle: within every kSwizzleBytes of shared memory, a 16-byte chunk's place in its row of 128 bytes
-// is its number xor the row's.
+// The hardware's swizzle: within every kSwizzleBytes of shared memory, the position of a 16-byte chunk in its row of
+// 128 bytes is its index xor the index of the row.
 constexpr int kSwizzleRows = 8;
 constexpr int kSwizzleBytes = kSwizzleRows * kRowBytes;
 
@@ -73,8 +73,8 @@ RF_HOST_DEVICE constexpr uint32_t swizzled128(int row, int chunk) {
   return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ (row & (kSwizzleRows - 1))) << 4));
 }
 
-// Row and column of float `j` of column tile `n` of wgmma's accumulator, d[n][j], in a thread of the warpgroup; of a
-// in registers, row and first k of a word are a_row + 16 * warp and a_k.
+// Row and column of wgmma's accumulator d[n][j] in a thread of the warpgroup. With operand a in registers, the row and
+// first k of a word are a_row + 16 * warp and a_k.
 RF_HOST_DEVICE constexpr int wgmma_row(int thread, int j) {
   return thread / kWarp * 16 + d_row(thread % kWarp, j);
 }
@@ -86,9 +86,9 @@ RF_HOST_DEVICE constexpr int wgmma_column(int thread, int n, int j) {
 constexpr int kDescriptorStrideBit = 32, kDescriptorSwizzleBit = 62;
 constexpr uint64_t kDescriptorSwizzle128 = 1;
 
-// Rows of kRowBytes placed by swizzled128, of which the operand takes 32 bytes: `address`, of shared_address, is that
-// of the first row, plus 0, 32, 64 or 96. The rows start at a multiple of kSwizzleBytes; groups of eight are `stride`
-// bytes apart.
+// The descriptor of an operand that takes 32 bytes of each of its rows of kRowBytes, placed by swizzled128. `address`,
+// from shared_address, is that of the first row plus 0, 32, 64 or 96. The rows start at a multiple of kSwizzleBytes;
+// groups of eight rows are `stride` bytes apart.
 RF_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, int stride = kSwizzleBytes) {
   return kDescriptorSwizzle128 << kDescriptorSwizzleBit | static_cast<uint64_t>(stride >> 4) << kDescriptorStrideBit |
          (address & 0x3ffffu) >> 4;

@@ -1,4 +1,4 @@
-// The vocabulary of hopper.h in PTX. Meaning of each instruction: PTX ISA, at its name.
+// The functions of hopper.h in PTX. The PTX ISA explains each instruction under its name.
 #pragma once
 
 #include <cuda.h>
@@ -14,18 +14,19 @@ constexpr bool kHopper = true;
 constexpr bool kHopper = false;
 #endif
 
-// Said by the build that compiles for sm_90a: host code must not start a kernel that is empty for want of it.
+// The build defines RESNET_FAST_SM_90A where it compiles for sm_90a. Otherwise the kernels are empty, and host code
+// must not launch them.
 #ifdef RESNET_FAST_SM_90A
 constexpr bool kHopperBuilt = true;
 #else
 constexpr bool kHopperBuilt = false;
 #endif
 
-// In a kernel's parameters only, which are declared `const RF_GRID_CONSTANT`: the copy engine reads it from there.
+// Use it only in a kernel's parameters, declared `const RF_GRID_CONSTANT`: the copy engine reads it from there.
 using TensorMap = CUtensorMap;
 
-// The driver's function of this name, which is found at run time: the library is not linked to it. nullptr where the
-// driver is older than CUDA 12.
+// Looks up a function of the driver at run time, because the library is not linked to the driver. Returns nullptr if
+// the driver is older than CUDA 12.
 template <typename Function>
 Function driver_function(const char* name) {
   void* found = nullptr;
@@ -38,7 +39,7 @@ Function driver_function(const char* name) {
   return reinterpret_cast<Function>(result == cudaDriverEntryPointSuccess ? found : nullptr);
 }
 
-// A tensor as the driver wants it. Of its type only the size matters, and the value of what is not copied: zeros.
+// A tensor in the driver's form. Its type only determines the element size and the value that fills gaps: zero.
 struct DriverTensor {
   static constexpr int kRank = TensorBox::kRank;
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT16;
@@ -79,14 +80,14 @@ inline Status encode(TensorMap* map, const Im2colBox& box) {
 RF_DEVICE void mbarrier_init(uint32_t at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(at)), "r"(arrivals) : "memory");
 }
-// What this thread has initialised, for the copy engine; other threads see it after a barrier of the block.
+// Makes this thread's initializations visible to the copy engine. Other threads see them after a block barrier.
 RF_DEVICE void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n" ::: "memory");
 }
 RF_DEVICE void mbarrier_arrive(uint32_t at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(at)) : "memory");
 }
-// Arrives, after `bytes` more are expected in this phase.
+// Adds `bytes` to those expected in this phase, then arrives.
 RF_DEVICE void mbarrier_expect(uint32_t at, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(at)), "r"(bytes)
                : "memory");
@@ -106,7 +107,7 @@ RF_DEVICE void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
-// `bytes`, a multiple of 16, which both addresses are aligned to.
+// Copies `bytes`, a multiple of 16; both addresses are aligned to 16 bytes.
 RF_DEVICE void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
                    shared_address(at)),
@@ -114,7 +115,7 @@ RF_DEVICE void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier
                : "memory");
 }
 
-// The box at these coordinates, the innermost first; zeros where it is outside of the tensor.
+// Copies the box at these coordinates, innermost first; zeros outside the tensor.
 RF_DEVICE void tensor_load(uint32_t at, const TensorMap& map, int c0, int c1, int c2, int c3, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
@@ -123,7 +124,7 @@ RF_DEVICE void tensor_load(uint32_t at, const TensorMap& map, int c0, int c1, in
       : "memory");
 }
 
-// Rows of an Im2colBox from the pixel (w, h) of image n on, read at the tap (right, down), from channel c on.
+// Copies the rows of an Im2colBox from pixel (w, h) of image n and channel c on, at the tap (right, down).
 RF_DEVICE void im2col_load(uint32_t at, const TensorMap& map, int c, int w, int h, int n, int right, int down,
                            uint32_t barrier) {
   asm volatile(
@@ -134,7 +135,7 @@ RF_DEVICE void im2col_load(uint32_t at, const TensorMap& map, int c, int w, int 
       : "memory");
 }
 
-// Keeps the compiler from moving uses of these registers across this place.
+// Keeps the compiler from moving uses of these registers across this point.
 template <int kTiles>
 RF_DEVICE void pin(float (&d)[kTiles][4]) {
 #pragma unroll
@@ -142,7 +143,7 @@ RF_DEVICE void pin(float (&d)[kTiles][4]) {
     asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
 }
 
-// Accumulators that the next wgmma will add to are named.
+// Pass the accumulators to which the next wgmma adds.
 template <int... kTiles>
 RF_DEVICE void wgmma_fence(float (&... d)[kTiles][4]) {
   (pin(d), ...);
@@ -151,7 +152,7 @@ RF_DEVICE void wgmma_fence(float (&... d)[kTiles][4]) {
 RF_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 }
-// Until all but the last kPending groups are done. Accumulators that are read from here on are named.
+// Waits until all but the last kPending groups are done. Pass the accumulators that are read afterwards.
 template <int kPending, int... kTiles>
 RF_DEVICE void wgmma_wait(float (&... d)[kTiles][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");

@@ -1,5 +1,5 @@
-// Every kernel of the library as a table of functions: filled by kernels.cu, once as compiled for GPUs and once by the
-// emulator, so that one layer of ops above it serves both.
+// Every kernel of the library in a table of functions. kernels.cu fills one table when compiled for GPUs and another
+// when compiled for the emulator, so the same ops serve both.
 #pragma once
 
 #include <resnet_fast/bottleneck_fwd.h>
@@ -11,7 +11,7 @@
 namespace resnet_fast {
 
 struct Kernels {
-  // The device that the calling thread would launch on, and nullptr or what the driver says; without a stream.
+  // Gets the device on which the calling thread would launch; leaves the stream unset.
   Status (*device)(Device* device);
   int (*bottleneck_fwd_shared)(const BottleneckParams& params);
   Status (*bottleneck_fwd)(const BottleneckParams& params, const Device& device);

@@ -1,4 +1,4 @@
-// How a kernel is started: the grid, the device, and what went wrong. No torch; CUDA only where nvcc compiles.
+// Launching a kernel: the grid, the device, and the error. Does not include torch, and includes CUDA only under nvcc.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ struct Grid {
   int shared = 0;
 };
 
-// nullptr, or what the driver says.
+// nullptr for success, else the driver's error message.
 using Status = const char*;
 
 enum class Access { kRead, kWrite };

@@ -1,4 +1,4 @@
-// What every kernel does with staged operands: fragments of the weights by ldmatrix, and the products.
+// The products of staged operands: weight fragments by ldmatrix, then mma.
 #pragma once
 
 #include <resnet_fast/device.h>
@@ -6,8 +6,9 @@
 
 namespace resnet_fast {
 
-// acc += kM tiles of 16 rows (`a`: the k-th 16 of their 64 numbers) times kN columns of 8, which are the swizzled rows
-// `column` ... of the weights' step at `step`. `lane`: this thread's. Of the kM tiles the first `used` are there.
+// acc += a . b for kM row tiles of 16 and kN column tiles of 8. `a`: the k-th group of 16 of the 64 values of each row.
+// b: the swizzled rows from `column` on of the weights' step at `step`. `lane`: this thread's lane. Only the first
+// `used` row tiles are computed.
 template <typename T, int kM, int kN>
 RF_DEVICE void multiply(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4], uint32_t step, int column, int k, int lane,
                         int used = kM) {

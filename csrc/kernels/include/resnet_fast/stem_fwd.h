@@ -1,4 +1,4 @@
-// What stem_fwd.cu needs to know of a call.
+// Parameters and launcher of stem_fwd.cu.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ constexpr int kStemChannels = 64;
 constexpr int kStemHalves = 2;
 constexpr int kStemUnits = 22;
 
-// Tensors of 16 bits, dense, 16-byte aligned: x (n, h, w, 3), y (n, hp, wp, 64), weights (2, 22, 32 lanes, 8). bias
+// 16-bit tensors, dense, 16-byte aligned: x (n, h, w, 3), y (n, hp, wp, 64), weights (2, 22, 32 lanes, 8). bias
 // (64) fp32.
 struct StemParams {
   const void* x;
@@ -54,7 +54,7 @@ struct StemParams {
   }
 };
 
-// One launch, at least one pixel. The caller has checked shapes; see ops/stem_fwd.cpp.
+// Launches the kernel for at least one pixel. The caller has checked shapes; see ops/stem_fwd.cpp.
 Status launch_stem_fwd(const StemParams& params, const Device& device);
 
 }  // namespace resnet_fast

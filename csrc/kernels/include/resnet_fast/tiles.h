@@ -1,4 +1,4 @@
-// Blocks that walk over an image's output in tiles.
+// Tiles of an output, over which blocks walk.
 #pragma once
 
 #include <resnet_fast/device.h>
@@ -9,7 +9,7 @@ struct Tile {
   int n, h, w;  // image, and first row and column of the output
 };
 
-// Tile number `index` of a problem whose tiles are so many pixels high and wide: along W, then H, then N.
+// Tile `index` of a problem with tiles of kHeight x kWidth pixels, counted along W, then H, then N.
 template <int kHeight, int kWidth, typename Params>
 RF_DEVICE Tile tile_of(const Params& p, int index) {
   const int across = p.tiles_w(), per_image = across * p.tiles_h();
