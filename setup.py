@@ -144,8 +144,8 @@ def main() -> None:
     # Not if only metadata is requested: with build isolation pip installs CMake after it has the metadata.
     if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
         require_cmake()
-    # _C uses Python's limited API and torch's stable one, so one wheel works with every Python from 3.10. _host ties the
-    # wheel to the Python that built it, because pybind11 needs the full API.
+    # _C uses Python's limited API and torch's stable one, so one wheel works with every Python from 3.10. _host uses
+    # pybind11, which needs the full API, and ties the wheel to the Python that built it.
     options: dict[str, Any] = {} if host else {"options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
     wrapper.setup(cmake_source_dir=".", cmake_args=cmake_arguments(torch, host), **options, **arguments)
 
