@@ -7,7 +7,7 @@ tuples once, and nothing below it counts positions. A record holds no decision: 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -63,7 +63,6 @@ class Pool(NamedTuple):
 
 # C functions: these run for every layer of every call
 _conv_numbers, _norm_numbers = itemgetter(slice(2, None)), itemgetter(slice(4, None))
-_batch_stats, _sync = attrgetter("batch_stats"), attrgetter("sync")
 
 
 class Call(NamedTuple):
@@ -98,12 +97,15 @@ class Call(NamedTuple):
     @property
     def batch_stats(self) -> bool:
         """Whether a norm uses this batch's statistics."""
-        return any(map(_batch_stats, self.norms))
+        return any([norm.batch_stats for norm in self.norms])
 
     @property
     def sync(self) -> str:
         """The process group that shares the batch's statistics; empty for one process."""
-        return next(filter(None, map(_sync, self.norms)), "")
+        for norm in self.norms:
+            if norm.sync:
+                return norm.sync
+        return ""
 
     def with_sync(self, group: str) -> Call:
         """Return the call with the batch statistics of its norms shared among the processes of ``group``."""

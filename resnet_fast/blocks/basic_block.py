@@ -1,7 +1,5 @@
 """torchvision's BasicBlock with the op ``basic_block`` as its forward."""
 
-import torch
-from torch import Tensor
 from torchvision.models import resnet as stock
 
 from .residual import ResidualBlock
@@ -13,6 +11,3 @@ class BasicBlock(ResidualBlock, stock.BasicBlock):
     stock_class = stock.BasicBlock
     op = "basic_block"
     layers = (("conv1", "bn1"), ("conv2", "bn2"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)

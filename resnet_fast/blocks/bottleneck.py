@@ -1,7 +1,5 @@
 """torchvision's Bottleneck with the op ``bottleneck`` as its forward."""
 
-import torch
-from torch import Tensor
 from torchvision.models import resnet as stock
 
 from .residual import ResidualBlock
@@ -13,6 +11,3 @@ class Bottleneck(ResidualBlock, stock.Bottleneck):
     stock_class = stock.Bottleneck
     op = "bottleneck"
     layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)

@@ -3,36 +3,36 @@
     x --copy--> static x --[ every launch of the net, recorded once ]--> static y --clone--> y
 
 A small batch leaves a GPU waiting for Python between launches; a replay submits all of them at once. A graph repeats
-addresses, not meaning, so it may only run while everything that Python would look at is as it was at the recording:
+addresses, not meaning, so it may only run while everything that Python would read is as it was at the recording:
 
 * parameters, buffers: the graphs are kept in :mod:`resnet_fast.parameter_cache`, whose stamps see every change that
-  PyTorch counts, ``load_state_dict``, ``.to()``. On the GPU a write through ``.data`` is not seen, and of
-  BatchNorm's own update of its statistics only the batch counter beside them;
-* layers: :class:`Layers` compares their types, the forwards of these, order, attributes and modes;
+  PyTorch counts, ``load_state_dict``, ``.to()``. On the GPU a write through ``.data`` is not detected, and BatchNorm's
+  update of its statistics is detected by its batch counter only;
+* layers: :class:`Layers` compares their types, the forwards of the types, order, attributes and modes;
 * the call: shape, dtype, layout, device, backend and torch's numerical switches are the key of a graph.
 
-Whatever changed, the next call records anew. Every call returns a tensor of its own.
+After any change the next call records again. Every call returns a tensor of its own.
 
 ==============================================  =====================================================================
 call of a net with ``cuda_graph=True``          what happens
 ==============================================  =====================================================================
 eval, no autograd, CUDA input                   a replay; the first with this key warms up and records before it
-training mode                                   eager; the graphs are dropped, training needs the memory
-torch.compile, export, trace, script, fx, meta  eager: a tracer is shown the layers
-dispatch mode, ``explain``, ``tune``            eager: they look at each operation
-inside a capture of the caller's                eager: the launches go into the caller's graph
+training mode                                   eager; the graphs are dropped, because training needs the memory
+torch.compile, export, trace, script, fx, meta  eager: a tracer sees the layers
+dispatch mode, ``explain``, ``tune``            eager: they observe each operation
+inside a capture of the caller's                eager: the launches become part of the caller's graph
 autograd on in eval, torch.func, forward AD,    eager, counted as a fallback (logged as information)
 global hook, empty batch
 an inner layer with a hook or a replaced        eager, counted as a fallback (logged as a warning); a class of the
-forward, in training mode, or of a class that   user's own might do something else at each call
+forward, in training mode, or of a class that   user's own might behave differently at each call
 no library defines
 autocast, function mode, Tensor subclass,       eager, counted as a fallback (logged as a warning)
 replica of DataParallel, failed capture
 input that is not on a GPU                      BackendError
 ==============================================  =====================================================================
 
-A failed capture is not tried again for the same key until something changes. Parts of a net (a stage,
-``forward_features``) called by themselves run eagerly. Nothing is stored on the module but a flag.
+A failed capture is not repeated for the same key until something changes. Parts of a net (a stage,
+``forward_features``) that are called by themselves run eagerly. Only a flag is stored on the module.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,24 +54,22 @@ from ..dispatch import catalog, record, select
 from ..errors import BackendError
 from ..locks import ForkSafeLock
 from . import pristine
-from .fused import Fused, is_altered, untraceable
-
-if TYPE_CHECKING:
-    from .stem import Net
+from .fused import Fused
+from .obstacles import is_altered, untraceable
 
 FLAG = "_resnet_fast_cuda_graph"
-"""In the ``__dict__`` of a net whose inference is to be replayed."""
+"""Set in the ``__dict__`` of a net whose inference is replayed."""
 
 GRAPHS = 8
-"""Graphs kept per net; the least recently used goes first. Their intermediate tensors share memory."""
+"""Graphs kept per net; the least recently used is dropped first. Their intermediate tensors share memory."""
 
 WARM_UPS = 3
-"""Eager runs before a capture: nothing may compile, load a kernel or choose an algorithm while it lasts."""
+"""Eager runs before a capture, during which nothing may compile, load a kernel or choose an algorithm."""
 
 Forward = Callable[[Tensor], Tensor]
 
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "resnet_fast.")
-"""Whose layers, in eval, do the same at each call with the same tensors and attributes."""
+"""Modules with layers that, in eval, compute the same from the same tensors and attributes."""
 
 _forward = attrgetter("forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -79,9 +77,9 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 class Recorder:
-    """All that touches CUDA, for the graphs of one net with one set of weights.
+    """The CUDA side of the graphs of one net with one set of weights.
 
-    They share a memory pool: a replay overwrites what another left in it, so replays take turns.
+    The graphs share a memory pool: a replay overwrites what another left in it, so replays take turns.
     """
 
     device_type: ClassVar[str] = "cuda"
@@ -95,7 +93,7 @@ class Recorder:
 
     @staticmethod
     def is_recording() -> bool:
-        """Is somebody capturing what is launched on the current stream?"""
+        """Return whether the current stream is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
     def warm_up(self, fn: Forward, x: Tensor, layout: torch.memory_format) -> Tensor:
@@ -114,20 +112,20 @@ class Recorder:
         return static
 
     def capture(self, fn: Forward, x: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """Record ``fn(x)``: what launches it, and where its result will be."""
+        """Record ``fn(x)``. Return the function that launches it and the tensor that receives its result."""
         graph = torch.cuda.CUDAGraph()
         try:
             with self._recording(graph):
-                # cuBLAS keeps a workspace per stream, which eager work on the same stream would write to during a
-                # replay, and which anybody may free. Without one it takes a new one, from the pool.
+                # cuBLAS keeps a workspace per stream. Eager work on the same stream would write to it during a replay,
+                # and any caller may free it. If it is cleared, cuBLAS allocates a new one from the pool.
                 torch._C._cuda_clearCublasWorkspaces()
                 try:
                     y = fn(x)
                 finally:
                     torch._C._cuda_clearCublasWorkspaces()
         except Exception:
-            # A broken capture leaves torch 2.11 believing that random numbers are still being recorded, and every
-            # later torch.rand on the GPU raises. A capture that ends well puts that right.
+            # After a failed capture torch 2.11 still records random numbers, and every later torch.rand on the GPU
+            # raises. A capture that succeeds resets that state.
             with self._recording(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device=self.device)
             raise
@@ -136,8 +134,8 @@ class Recorder:
 
     @contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        # The outer context puts the caller's stream back, which a broken capture does not. thread_local: a data loader
-        # or another request may allocate meanwhile.
+        # The outer context restores the caller's stream, which a failed capture does not. thread_local: a data loader
+        # or another request may allocate at the same time.
         with (
             torch.cuda.stream(self._stream),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -146,7 +144,7 @@ class Recorder:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Inside the ``with``, the static buffers are this thread's, and its stream's once their last use has ended."""
+        """Inside the ``with``, only this thread uses the static buffers, and its stream waits for their last use."""
         with self._lock:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self._last_use)
@@ -156,35 +154,37 @@ class Recorder:
                 self._last_use.record(stream)
 
     def drain(self) -> None:
-        """Wait for the last replay, on whatever stream it was."""
+        """Wait for the last replay on any stream."""
         if not sys.is_finalizing() and not self.is_recording():  # a capture may not wait
             self._last_use.synchronize()
 
 
 class Graph:
-    """One recorded graph, its static input (N, C, H, W) and output, and what else its launches read."""
+    """A recorded graph, its static input (N, C, H, W) and output, and what else its launches read."""
 
     def __init__(self, recorder: Recorder, launch: Callable[[], None], x: Tensor, y: Tensor, reads: list[Any]):
         self.recorder = recorder
         self._launch, self._x, self._y, self._reads = launch, x, y, reads
 
     def replay(self, x: Tensor) -> Tensor:
-        """The net's output for ``x``, in a tensor of its own."""
+        """Return the net's output for ``x`` in a new tensor."""
         with self.recorder.turn():
             self._x.copy_(x)
             self._launch()
             return self._y.clone()
 
     def __del__(self) -> None:
-        # Its memory goes back to the stream that it was allocated on, while replays may be under way on others.
+        # The memory returns to the stream that allocated it, while replays may still run on other streams.
         self.recorder.drain()
 
 
 class Layers:
-    """What a net's inner layers looked like. The graphs hang on it, and go with it when a layer changes.
+    """A snapshot of a net's inner layers. Graphs belong to a snapshot and are dropped with it when a layer changes.
 
-    ``obstacle``: why such a net cannot be recorded; empty if it can. The net's own hooks run around its forward, and
-    its own attributes decide nothing in eval.
+    The net's own hooks run around its forward, and its own attributes decide nothing in eval, so neither is included.
+
+    Attributes:
+        obstacle: why such a net cannot be recorded; empty if it can.
     """
 
     def __init__(self, net: nn.Module):
@@ -208,11 +208,11 @@ class Layers:
         self._tensors = [
             fields[kind] for fields in (net.__dict__, *self._fields) for kind in ("_parameters", "_buffers")
         ]
-        # Leads the sources in the cache: no other call's sources start with it, and the graphs die with it.
+        # The first source in the cache: no other call's sources start with it, and the graphs are dropped with it.
         self._anchor = torch.empty(0)
 
     def hold(self) -> bool:
-        """Are the layers as they were? Runs for every layer at every call, so most of it is one comparison of lists."""
+        """Return whether the layers are unchanged. Compares lists, because it runs for every layer at every call."""
         try:
             values = [getter(fields) for getter, fields in self._getters]
         except KeyError:
@@ -220,7 +220,7 @@ class Layers:
         return (
             values == self._values
             and not any(self._hooks)
-            and list(map(len, self._fields)) == self._sizes  # an attribute more, as a replaced forward is
+            and list(map(len, self._fields)) == self._sizes  # a new attribute, for example a replaced forward
             and self._own["_modules"].keys().isdisjoint(self._own)  # a plain attribute hides a child of its name
             and list(map(type, self._modules)) == self._types
             and list(map(_forward, self._classes)) == self._forwards
@@ -228,7 +228,7 @@ class Layers:
         )
 
     def sources(self) -> tuple[Tensor | None, ...]:
-        """The anchor, and all parameters and buffers as they are now."""
+        """Return the anchor and all current parameters and buffers."""
         return (self._anchor, *chain.from_iterable([tensors.values() for tensors in self._tensors]))
 
 
@@ -237,15 +237,20 @@ _lock = ForkSafeLock()
 
 
 def forget(net: nn.Module) -> None:
-    """Drop the net's graphs; their memory is free once the last replay has ended."""
+    """Drop the net's graphs. Their memory is freed once the last replay has ended."""
     _layers.pop(net, None)
 
 
-def run(net: Net, x: Tensor, eager: Forward) -> Tensor:
-    """``eager(x)``, replayed from a graph where that is possible; see the table above.
+def run(net: Fused, x: Tensor, eager: Forward) -> Tensor:
+    """Return ``eager(x)``, replayed from a graph where the table above allows it.
+
+    Args:
+        net: the net that ``eager`` runs.
+        x: images (N, C, H, W).
+        eager: the net's forward without graphs.
 
     Raises:
-        BackendError: ``x`` is not on a GPU, or a fallback in strict mode.
+        BackendError: ``x`` is not on a GPU, or strict mode met a call that cannot be replayed.
     """
     if net.training:
         forget(net)
@@ -272,7 +277,7 @@ def run(net: Net, x: Tensor, eager: Forward) -> Tensor:
 
 
 def _normal_course(x: Tensor) -> str:
-    """Why a call in the normal course of things runs eagerly; empty if it need not."""
+    """Return why a call runs eagerly that is not expected to be replayed; empty if it may be replayed."""
     if torch.is_grad_enabled():
         return "autograd is on; wrap inference in torch.inference_mode()"
     if forward_ad._current_level >= 0:
@@ -280,8 +285,8 @@ def _normal_course(x: Tensor) -> str:
     return untraceable(x) or ("" if x.numel() else "the batch is empty")
 
 
-def _call_obstacle(net: Net, x: Tensor) -> str:
-    """Why a call that looks like inference cannot be replayed; empty if it can."""
+def _call_obstacle(net: Fused, x: Tensor) -> str:
+    """Return why a call that looks like inference cannot be replayed; empty if it can."""
     if type(x) is not Tensor:
         return f"expected a plain Tensor, got {type(x).__name__}"
     if torch.is_autocast_enabled(x.device.type):
@@ -296,7 +301,7 @@ def _call_obstacle(net: Net, x: Tensor) -> str:
 
 
 def _layer_obstacle(name: str, m: nn.Module) -> str:
-    """Why a net with this layer cannot be recorded; empty if it can."""
+    """Return why a net with this layer cannot be recorded; empty if it can."""
     cls = type(m)
     if is_altered(m):
         return f"{name} has a hook or a replaced forward, which a replay would not run"
@@ -310,15 +315,15 @@ def _layer_obstacle(name: str, m: nn.Module) -> str:
 
 
 def _function_of(name: str, m: nn.Module) -> str:
-    """The sentence for a function in place of a child, which may be exchanged unseen; empty if there is none."""
+    """Return the sentence for a function in place of a child, which may change undetected; empty if there is none."""
     for attribute, value in m.__dict__.items():
         if attribute != "forward" and callable(value) and not isinstance(value, type):
             return f"{attribute} of {name} is a function, which a replay would not run"
     return ""
 
 
-def _graph(net: Net, x: Tensor, eager: Forward) -> Graph | str:
-    """The graph for ``x`` and the net as it is now, recorded if there is none; or why it cannot be recorded."""
+def _graph(net: Fused, x: Tensor, eager: Forward) -> Graph | str:
+    """Return the graph for ``x`` and the current net, recorded if there is none, or why it cannot be recorded."""
     with _lock:
         layers = _layers.get(net)
         if layers is None or not layers.hold():
@@ -328,7 +333,7 @@ def _graph(net: Net, x: Tensor, eager: Forward) -> Graph | str:
                 return layers.obstacle
             _layers[net] = layers
     sources = layers.sources()
-    # Where the net would convert its input anyway, the copy into the static input does.
+    # Where the net would convert its input to NHWC, the copy into the static input does so.
     comes_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     nhwc = comes_nhwc or select.prefers_nhwc(x.device.type, net.backend)
     layout = torch.channels_last if nhwc else torch.contiguous_format
@@ -337,7 +342,7 @@ def _graph(net: Net, x: Tensor, eager: Forward) -> Graph | str:
 
 
 def _switches() -> tuple[Any, ...]:
-    """torch's process-wide settings by which its own layers would choose other kernels."""
+    """Return torch's process-wide settings that decide which kernels its own layers use."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         cudnn.enabled,
@@ -354,11 +359,11 @@ def _switches() -> tuple[Any, ...]:
 def _record(
     x: Tensor, layout: torch.memory_format, eager: Forward, sources: tuple[Tensor | None, ...], kept: dict[Any, Any]
 ) -> Graph | str:
-    """A graph of ``eager`` for inputs like ``x``, or why the capture failed. What the warm-up raises is eager's own."""
+    """Return a graph of ``eager`` for inputs like ``x``, or why the capture failed. Raise errors of the warm-up."""
     recorders = [graph.recorder for graph in kept.values() if isinstance(graph, Graph)]
     recorder = recorders[0] if recorders else Recorder(x.device)
-    handled = sys.exc_info()[1]  # by a caller who runs the net in an except clause
-    # Inference tensors could not be written to by a later call that is under no_grad only.
+    handled = sys.exc_info()[1]  # the caller may run the net in an except clause
+    # A later call under no_grad could not write to inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         static = recorder.warm_up(eager, x, layout)
         try:
@@ -372,9 +377,9 @@ def _record(
 
 
 def _read_by_net(tensors: tuple[Tensor | None, ...]) -> list[Any]:
-    """The memory of parameters and buffers, and all that is derived from them.
+    """Return the memory of parameters and buffers, and everything derived from them.
 
-    The cache may drop a plan for one input size, and its tensors with it, while a graph still reads them.
+    The cache may drop a plan for one input size with its tensors while a graph still reads them.
     """
     found: list[Any] = []
     for t in tensors:
@@ -385,7 +390,7 @@ def _read_by_net(tensors: tuple[Tensor | None, ...]) -> list[Any]:
 
 
 def _cause(error: BaseException, handled: BaseException | None) -> str:
-    """The first error after ``handled``, in one line. That of ending a capture which it broke says little."""
+    """Return the first error after ``handled`` in one line. The error of ending a failed capture says little."""
     while error.__context__ is not None and error.__context__ is not handled:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,9 +1,9 @@
-"""Are the classes that a fused call stands for still what their libraries made them?
+"""Detect functions of torch, torchvision and timm that somebody replaced and that a fused call would skip.
 
-A fused call passes by ``nn.Conv2d.forward`` and its like. Where somebody has put a function of their own there, before
-or after ``accelerate``, the stock layers have to run. A function is the library's own if it bears the name of the class
-that it stands in and was defined in that class's module; so nothing has to be remembered from a time before anybody
-could have replaced it.
+A fused call does not run ``nn.Conv2d.forward`` and similar functions. If one of them was replaced, before or after
+``accelerate``, the stock layers have to run. A function is the library's own if its qualified name is that of the class
+that holds it and it was defined in that class's module. No original has to be recorded before somebody could have
+replaced it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ LAYERS = (
     "Sequential.forward", "F.conv2d", "F.batch_norm", "F.relu", "F.max_pool2d", "torch.batch_norm", "torch.relu",
     "torch.relu_", "torch.max_pool2d", "Tensor.__iadd__", "Conv2d.__getattr__", "BatchNorm2d.__getattr__",
 )  # fmt: skip
-"""What every fused call passes by."""
+"""The functions that every fused call skips."""
 
-_INHERITED = ("__call__", "_call_impl", "__getattr__")  # as no library's layers but Module itself define them
+_INHERITED = ("__call__", "_call_impl", "__getattr__")  # defined by Module only, by no library's layers
 
 
 class Watched:
-    """The functions that a fused call in place of ``stock_class`` passes by, looked at before each."""
+    """The functions that a fused call in place of ``stock_class`` skips. They are checked before each call."""
 
     def __init__(self, stock_class: type[nn.Module], methods: Iterable[str]):
         owners = _OWNERS | {"stock": stock_class}
@@ -58,11 +58,11 @@ class Watched:
         self._reason = ""
 
     def changed(self) -> str:
-        """Why the stock layers must run: the function that is not its library's any more; empty if all are."""
+        """Return why the stock layers must run: the function that was replaced. Empty if none was."""
         return self._reason if self._functions() == self._seen else _look(self)
 
     def look(self) -> str:
-        """Look closely at each function, and keep what was found for as long as they stay the same."""
+        """Check every function, and keep the result for as long as the functions stay the same."""
         self._seen = self._functions()
         found = zip(self._places, self._seen, strict=True)
         replaced = [_name(*place) for place, function in found if not is_own(*place, function)]
@@ -76,7 +76,7 @@ def _look(watched: Watched) -> str:
 
 
 def is_own(owner: Any, name: str, function: Any) -> bool:
-    """Was this function defined under this name, in the module of the class (or in the module) that it stands in?"""
+    """Return whether ``function`` was defined under this name in the owner: in its module, if the owner is a class."""
     if isinstance(owner, types.ModuleType):
         home: Any = owner.__name__.partition(".")[0]
         if isinstance(function, types.BuiltinFunctionType):
@@ -87,7 +87,7 @@ def is_own(owner: Any, name: str, function: Any) -> bool:
         return function.__name__ == name and issubclass(owner, function.__objclass__)
     holders = [c for c in owner.__mro__ if name in c.__dict__]
     if name in _INHERITED or (owner is nn.BatchNorm2d and name == "forward"):
-        # who puts a function back by assignment leaves it in the class that had inherited it
+        # A function that was put back by assignment stays in the class that had inherited it.
         return any(_wrote(c, function) for c in holders)
     return _wrote(holders[0], function)
 

@@ -7,9 +7,11 @@ from timm.models import resnet as stock
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from .fused import StockMethod, child, is_altered, obstacle, untraceable
+from .children import child
+from .fused import StockMethod
+from .net import Net
+from .obstacles import is_altered, obstacle, untraceable
 from .residual import ResidualBlock
-from .stem import Net
 
 _ADDITIONS = ("drop_block", "aa", "se")
 
@@ -34,9 +36,6 @@ class BasicBlock(_TimmBlock, stock.BasicBlock):
     layers = (("conv1", "bn1"), ("conv2", "bn2"))
     acts = ("act1", "act2")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
-
 
 class Bottleneck(_TimmBlock, stock.Bottleneck):
     """timm's Bottleneck with the op ``bottleneck`` as its forward."""
@@ -45,9 +44,6 @@ class Bottleneck(_TimmBlock, stock.Bottleneck):
     op = "bottleneck"
     layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
     acts = ("act1", "act2", "act3")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stock_forward(x) if torch.jit.is_scripting() else self.fused_forward(x)
 
 
 class ResNet(Net, stock.ResNet):
@@ -61,23 +57,19 @@ class ResNet(Net, stock.ResNet):
     stock_forward_features = StockMethod("forward_features")
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.stock_forward(x)
-        return self.net_forward(x, self.layers_forward, self.forward_head)
-
-    @torch.jit.unused
-    def layers_forward(self, x: Tensor) -> Tensor:
-        """Everything from the stem to the classifier."""
-        return self.forward_head(self.forward_features(x))
+        return self.stock_forward(x) if torch.jit.is_scripting() else self.net_forward(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.stock_forward_features(x)
-        return self.fused_features(x)
+        return self.stock_forward_features(x) if torch.jit.is_scripting() else self.fused_features(x)
 
-    @torch.jit.unused
+    def layers_forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def head_forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(x)
+
     def fused_features(self, x: Tensor) -> Tensor:
-        """The stem and the stages, as one feature map."""
+        """Return the feature map after the stem and the stages."""
         if untraceable(x) or self.watched.changed():
             return stock.ResNet.forward_features(self, x)
         x = self.stem_forward(x)

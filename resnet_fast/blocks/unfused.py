@@ -1,8 +1,8 @@
-"""Residual blocks that no fused class stands for: they are named and counted, not passed over in silence.
+"""Report residual blocks that have no fused class.
 
-A subclass may do anything in its ``forward``, and other libraries' blocks (Res2Net's, SKNet's) compute something else:
-``accelerate`` leaves both as they are. Whoever asks for a fast net should hear of it, so a net counts them at each call
-as it does a block of its own that ran its stock layers.
+A subclass may do anything in its ``forward``, and other libraries' blocks (Res2Net's, SKNet's) compute something else,
+so ``accelerate`` leaves both as they are. It logs them once per class, and a net counts them at each call, as it counts
+a fused block that ran its stock layers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ from typing import NamedTuple
 from torch import nn
 
 from ..dispatch import record
-from .fused import KNOWN, Fused, child
+from .children import child
+from .fused import KNOWN, Fused
 
 SHORTCUTS = ("downsample", "shortcut")
-"""Names that residual blocks give to what is on their shortcut."""
+"""Attributes under which residual blocks keep the layers of their shortcut."""
 
 
 class Unfused(NamedTuple):
-    """A block that runs as it is: the op that would have served it (``block`` where none is known), and why not."""
+    """A block without a fused class.
+
+    Attributes:
+        module: the block.
+        op: the op that its stock class would run as; ``block`` where none is known.
+        reason: why it is not fused.
+    """
 
     module: weakref.ref[nn.Module]
     op: str
@@ -32,9 +39,11 @@ _found: weakref.WeakKeyDictionary[nn.Module, list[Unfused]] = weakref.WeakKeyDic
 
 
 def find(root: nn.Module, accelerating: bool = False) -> list[Unfused]:
-    """The blocks in ``root`` that run unfused though they look like residual blocks.
+    """Return the modules in ``root`` that look like residual blocks and have no fused class.
 
-    ``accelerating``: those which ``accelerate`` is about to exchange are not among them.
+    Args:
+        root: the model to search.
+        accelerating: leave out the blocks whose class ``accelerate`` is about to exchange.
     """
     found = []
     for m in root.modules():
@@ -46,13 +55,13 @@ def find(root: nn.Module, accelerating: bool = False) -> list[Unfused]:
 
 
 def forget(root: nn.Module) -> None:
-    """Look again at the next call of each net in ``root``."""
+    """Make the next call of each net in ``root`` search again."""
     for m in root.modules():
         _found.pop(m, None)
 
 
 def of(net: nn.Module) -> list[Unfused]:
-    """What :func:`find` gives for a net; kept, since nets are looked through once and called often."""
+    """Return :func:`find` for a net, from a cache after the first call."""
     found = _found.get(net)
     if found is None:
         found = _found[net] = find(net)
@@ -60,13 +69,13 @@ def of(net: nn.Module) -> list[Unfused]:
 
 
 def count(unfused: list[Unfused]) -> None:
-    """Count a call of each. ``accelerate`` has logged them; in strict mode the first one raises."""
+    """Count a call of each; in strict mode raise BackendError for the first. ``accelerate`` has logged them."""
     for each in unfused:
         record.stock(each.module(), each.op, each.reason, quiet=True)
 
 
 def announce(model: nn.Module) -> None:
-    """Log what ``accelerate`` leaves as it is, once per class, and count it. Raises BackendError in strict mode."""
+    """Log and count, once per class, what ``accelerate`` leaves as it is; in strict mode raise BackendError."""
     kinds = Counter((type(each.module()), each.reason) for each in find(model, accelerating=True))
     for (kind, reason), n in kinds.items():
         blocks = "1 block" if n == 1 else f"{n} blocks"
@@ -74,7 +83,7 @@ def announce(model: nn.Module) -> None:
 
 
 def _obstacle(m: nn.Module, accelerating: bool) -> tuple[str, str]:
-    """The op and the reason for a module that is not fused; two empty strings for what is no residual block."""
+    """Return the op and the reason for a module that is not fused; two empty strings if it is no residual block."""
     kind = type(m)
     base = next((c for c in kind.__mro__ if c in KNOWN), None)
     if base is None:
@@ -89,13 +98,13 @@ def _obstacle(m: nn.Module, accelerating: bool) -> tuple[str, str]:
 
 
 def _looks_residual(m: nn.Module) -> bool:
-    """Has it a first convolution, more of them, and a shortcut, and no blocks inside?"""
+    """Return whether a module has several convolutions, the first named conv1, a shortcut, and no blocks inside."""
     children = m._modules
     if children.get("conv1") is None or not any(s in m.__dict__ or s in children for s in SHORTCUTS):
         return False
     shortcuts = [s for s in map(child, [m] * len(SHORTCUTS), SHORTCUTS) if isinstance(s, nn.Module)]
-    beside = {id(part) for s in shortcuts for part in s.modules()}
-    inner = [part for part in m.modules() if id(part) not in beside]
+    on_shortcut = {id(part) for s in shortcuts for part in s.modules()}
+    inner = [part for part in m.modules() if id(part) not in on_shortcut]
     return sum(isinstance(part, nn.Conv2d) for part in inner) > 1 and not any(isinstance(p, Fused) for p in inner)
 
 

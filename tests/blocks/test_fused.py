@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast.blocks import fused
+from resnet_fast.blocks import children, obstacles
 
 
 def conv(**kwargs: Any) -> nn.Conv2d:
@@ -57,7 +57,7 @@ def buffered() -> nn.Module:
     [conv(), conv(padding=1, bias=False), conv(groups=4, dilation=2, stride=3), conv().bfloat16(), conv().to("meta")],
 )
 def test_plain_convolutions_fuse(layer: nn.Module) -> None:
-    assert fused.conv_obstacle("conv1", layer) == ""
+    assert obstacles.conv_obstacle("conv1", layer) == ""
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_plain_convolutions_fuse(layer: nn.Module) -> None:
     ],
 )
 def test_other_convolutions_say_why_not(make: Callable[[], nn.Module], got: str) -> None:
-    reason = fused.conv_obstacle("conv1", make())
+    reason = obstacles.conv_obstacle("conv1", make())
     assert reason.startswith("expected conv1")
     assert got in reason
 
@@ -93,7 +93,7 @@ def test_other_convolutions_say_why_not(make: Callable[[], nn.Module], got: str)
     ],
 )
 def test_norms_that_fuse(layer: nn.Module) -> None:
-    assert fused.norm_obstacle("bn1", layer) == ""
+    assert obstacles.norm_obstacle("bn1", layer) == ""
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_norms_that_fuse(layer: nn.Module) -> None:
     ],
 )
 def test_other_norms_say_why_not(make: Callable[[], nn.Module], got: str) -> None:
-    reason = fused.norm_obstacle("bn1", make())
+    reason = obstacles.norm_obstacle("bn1", make())
     assert reason.startswith("expected bn1")
     assert got in reason
 
@@ -123,16 +123,16 @@ def test_other_norms_say_why_not(make: Callable[[], nn.Module], got: str) -> Non
 def test_every_kind_of_hook_alters_a_layer(register: str) -> None:
     layer = conv()
     handle = getattr(layer, register)(lambda *args: None)
-    assert fused.is_altered(layer)
+    assert obstacles.is_altered(layer)
     handle.remove()
-    assert not fused.is_altered(layer)
+    assert not obstacles.is_altered(layer)
 
 
 def test_a_state_dict_hook_does_not_alter_a_layer() -> None:
     layer = conv()
     layer.register_state_dict_post_hook(lambda *args: None)
     layer.register_load_state_dict_pre_hook(lambda *args: None)
-    assert not fused.is_altered(layer)
+    assert not obstacles.is_altered(layer)
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -156,26 +156,26 @@ def test_a_norm_record_computes_what_the_norm_does(name: str, untrack: bool) -> 
     for mode in (True, True, True, False):
         x = torch.randn(3, 4, 5, 5) * 2 + 1
         y = want.train(mode)(x)
-        n = fused.norm_record(read.train(mode))
+        n = children.norm_record(read.train(mode))
         got = F.batch_norm(x, n.mean, n.var, n.weight, n.bias, n.batch_stats, n.momentum, n.eps)
         torch.testing.assert_close(got, y, rtol=0, atol=0)
         torch.testing.assert_close(dict(read.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
 
 
 def test_identity_and_frozen_records() -> None:
-    assert fused.norm_record(nn.Identity()) == fused.Norm()
+    assert children.norm_record(nn.Identity()) == children.Norm()
     layer = FrozenBatchNorm2d(4, eps=1e-3).train()
-    record = fused.norm_record(layer)
+    record = children.norm_record(layer)
     assert (record.batch_stats, record.eps) == (False, 1e-3)
     assert record.tensors() == (layer.weight, layer.bias, layer.running_mean, layer.running_var)
 
 
 def test_records_are_read_afresh() -> None:
     layer = conv()
-    before = fused.conv_record(layer)
+    before = children.conv_record(layer)
     layer.stride, layer.dilation, layer.padding, layer.groups = (2, 2), (3, 3), (1, 1), 1
     layer.weight = nn.Parameter(layer.weight + 1)
-    after = fused.conv_record(layer)
+    after = children.conv_record(layer)
     assert (after.stride, after.dilation, after.padding) == ((2, 2), (3, 3), (1, 1))
     assert after.weight is layer.weight
     assert before.weight is not after.weight

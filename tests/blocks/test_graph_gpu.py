@@ -160,15 +160,15 @@ def test_gpu_memory_is_given_back(on_gpu: nn.Module) -> None:
 @pytest.mark.gpu
 def test_gpu_failed_capture(on_gpu: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = resnet_fast.accelerate(on_gpu, cuda_graph=True), image(size=64).cuda()
-    forward = type(model).eager_forward
+    forward = type(model).head_forward
 
-    def synchronizing(self: Any, x: Tensor, *rest: Any) -> Tensor:
+    def synchronizing(self: Any, x: Tensor) -> Tensor:
         assert x.sum().isfinite().item()  # waits for the GPU, which a capture cannot
-        return forward(self, x, *rest)
+        return forward(self, x)
 
     with torch.inference_mode():
         with monkeypatch.context() as patch:
-            patch.setattr(type(model), "eager_forward", synchronizing)
+            patch.setattr(type(model), "head_forward", synchronizing)
             stream = torch.cuda.current_stream()
             y = model(x)
             assert torch.cuda.current_stream() == stream

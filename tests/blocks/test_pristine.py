@@ -17,7 +17,7 @@ from torchvision.models import resnet as stock
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
-from resnet_fast.blocks import fused, pristine
+from resnet_fast.blocks import obstacles, pristine
 
 timm = pytest.importorskip("timm")
 
@@ -357,12 +357,12 @@ def test_a_timm_blocks_drop_path_of_another_kind_is_run_in_eval() -> None:
 def test_a_class_of_the_same_name_is_named_in_full() -> None:
     other = types.new_class("Conv2d", (nn.Conv2d,))
     other.__module__ = "library.layers"
-    reason = fused.conv_obstacle("conv1", other(8, 8, 3))
+    reason = obstacles.conv_obstacle("conv1", other(8, 8, 3))
     assert reason == "expected conv1 to be a plain Conv2d, got library.layers.Conv2d; it runs unfused"
     norm = types.new_class("BatchNorm2d", (nn.BatchNorm2d,))
     norm.__module__ = "library.norms"
-    assert fused.norm_obstacle("bn1", norm(8)).endswith("got library.norms.BatchNorm2d; it runs unfused")
-    assert fused.obstacle("relu to be a plain ReLU", None).endswith("got None; it runs unfused")
+    assert obstacles.norm_obstacle("bn1", norm(8)).endswith("got library.norms.BatchNorm2d; it runs unfused")
+    assert obstacles.obstacle("relu to be a plain ReLU", None).endswith("got None; it runs unfused")
 
 
 class Shifted(torch.overrides.TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.backends.onednn import tiling
-from resnet_fast.blocks.stem import Net
+from resnet_fast.blocks.net import Net
 from resnet_fast.dispatch import select
 from tests.support import nets
 from tests.support.nets import twin

@@ -333,7 +333,7 @@ def test_sync_batch_norm_alone_in_its_process_is_batch_norm(x: torch.Tensor) -> 
 def test_sync_batch_norm_without_training_kernels_runs_its_own_layers(
     x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resnet_fast.blocks.fused.sync_group", lambda norm: "0" if norm.training else "")
+    monkeypatch.setattr("resnet_fast.blocks.children.sync_group", lambda norm: "0" if norm.training else "")
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(nets.bottleneck()).train()
     fused = resnet_fast.accelerate(copy.deepcopy(stock), backend="reference")
     resnet_fast.reset_stats()
