@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from resnet_fast import native
-from tests.support import emulation
+from resnet_fast.benchmarks import emulation
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast import numerics
-from tests.support.emulation import A100, B200, H100, Emulator, conflicts
+from resnet_fast.benchmarks.emulation import A100, B200, H100, Emulator, conflicts
 
 native = torch.ops.resnet_fast_native
 
@@ -175,9 +175,9 @@ def test_traffic_of_resident_weights(channels, device: str, emulator: Path) -> N
 
 def test_predicted_time_of_a_large_batch(emulator: Path) -> None:
     """The identity block of stage 1 at batch 256 on an H100: within 1.5 of its floor."""
-    from tests.emulator import kernel_budgets
+    from resnet_fast.benchmarks.tables import cuda_budgets
 
-    row = next(r for r in kernel_budgets.predictions(("r50.layer1.1",)))
+    row = next(r for r in cuda_budgets.predictions(("r50.layer1.1",)))
     assert 1.0 <= row.ratio <= 1.5
 
 

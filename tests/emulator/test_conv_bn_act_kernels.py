@@ -13,9 +13,9 @@ from torch import Tensor
 
 from resnet_fast import folding, numerics
 from resnet_fast.backends.cuda import conv_bn_act
+from resnet_fast.benchmarks.emulation import Emulator, conflicts
 from resnet_fast.calls import Conv, Norm
 from resnet_fast.spec import ConvSpec, Epilogue
-from tests.support.emulation import Emulator, conflicts
 
 native = torch.ops.resnet_fast_native
 DTYPES = [torch.bfloat16, torch.float16]

@@ -12,8 +12,8 @@ import numpy
 import pytest
 import torch
 
-from tests.support import emulation
-from tests.support.emulation import EMULATOR, Edit
+from resnet_fast.benchmarks import emulation
+from resnet_fast.benchmarks.emulation import EMULATOR, Edit
 from tests.support.planted import Planted
 
 FILE = "hopper_probes.cpp"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import emulation
-from tests.support.emulation import EMULATOR
+from resnet_fast.benchmarks import emulation
+from resnet_fast.benchmarks.emulation import EMULATOR
 
 
 def cutlass_headers() -> Path:

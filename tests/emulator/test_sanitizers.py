@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from resnet_fast import native
-from tests.support import ROOT, emulation
-from tests.support.emulation import SANITIZED, Edit
+from resnet_fast.benchmarks import emulation
+from resnet_fast.benchmarks.emulation import SANITIZED, Edit
+from tests.support import ROOT
 from tests.support.processes import run_python
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ PROGRAM = """
 from pathlib import Path
 import torch
 from tests.emulator.test_bottleneck_fwd import block
-from tests.support.emulation import B200, H100, Emulator
+from resnet_fast.benchmarks.emulation import B200, H100, Emulator
 for channels in ((256, 64, 256), (256, 128, 256), (64, 64, 256)):
     for device in (B200, H100):
         with Emulator(Path({module!r}), seed=1, **device | {{"sms": 2}}):

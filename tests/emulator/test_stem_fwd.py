@@ -12,8 +12,8 @@ from torch import Tensor
 
 from resnet_fast import numerics
 from resnet_fast.backends.cuda import stem
+from resnet_fast.benchmarks.emulation import Emulator, conflicts
 from resnet_fast.spec import ConvSpec, Epilogue, Verdict
-from tests.support.emulation import Emulator, conflicts
 
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -19,7 +19,7 @@ from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import merged_groups
 from tests.support.fwd_cases import guard, norm, rectangle
-from tests.triton.launches import conv
+from tests.support.launch_cases import conv
 
 EPS = 1e-5
 EPILOGUES = ("plain", "below", "below exact", "add", "strided", "all")

@@ -20,7 +20,7 @@ from resnet_fast.backends.triton.training.pack import pack_forward
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config
-from tests.triton.launches import conv
+from tests.support.launch_cases import conv
 
 VARIANTS = [
     (dtype, prologue)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.support.emulation import Edit
+from resnet_fast.benchmarks.emulation import Edit
 
 
 class Planted(NamedTuple):

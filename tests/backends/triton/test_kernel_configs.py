@@ -11,7 +11,7 @@ from resnet_fast import devices, numerics
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.spec import Epilogue, LaunchSpec
 from resnet_fast.tuning import configs
-from tests.triton.launches import ADD, conv, stem
+from tests.support.launch_cases import ADD, conv, stem
 
 pytestmark = pytest.mark.interpret
 

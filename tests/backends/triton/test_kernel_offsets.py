@@ -14,7 +14,7 @@ from resnet_fast.backends.triton.problem import problem
 from resnet_fast.backends.triton.tiles import pixel_of_row, row_offset
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import heuristic
-from tests.triton.launches import RELU, conv, stem
+from tests.support.launch_cases import RELU, conv, stem
 
 pytestmark = pytest.mark.interpret
 

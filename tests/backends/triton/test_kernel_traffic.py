@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from resnet_fast.benchmarks.tables import traffic
 from resnet_fast.spec import Epilogue, LaunchSpec
-from tests.triton import traffic
-from tests.triton.launches import ADD, conv, stem
+from tests.support.launch_cases import ADD, conv, stem
 
 pytestmark = pytest.mark.interpret
 

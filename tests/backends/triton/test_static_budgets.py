@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import pytest
 
+from resnet_fast.benchmarks.tables import static_budgets as budgets
+from resnet_fast.benchmarks.tables.machine_code import ARCHS, KernelBudget, compile_many, read_table, worse
+from resnet_fast.benchmarks.tables.sass import is_narrow
 from resnet_fast.tuning import configs
-from tests.triton import budgets
-from tests.triton.sass import is_narrow
-from tests.triton.static_budget import ARCHS, Budget, read_table, worse
 
 TABLE = read_table(budgets.JSON)
-COMMAND = "python -m tests.triton.budgets"
 
 
 def test_one_config_per_launch_keeps_its_budget() -> None:
-    assert not worse(budgets.jobs(every=False), TABLE, COMMAND)
+    assert not worse(compile_many(budgets.jobs(every=False)), TABLE, budgets.COMMAND)
 
 
 @pytest.mark.slow
 def test_every_shipped_config_keeps_its_budget() -> None:
-    assert not worse(budgets.jobs(), TABLE, COMMAND)
+    assert not worse(compile_many(budgets.jobs()), TABLE, budgets.COMMAND)
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
-def test_hard_rules(row: Budget) -> None:
+def test_hard_rules(row: KernelBudget) -> None:
     """Check rules that every row must meet, whatever the table says."""
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1

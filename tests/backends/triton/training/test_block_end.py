@@ -10,9 +10,9 @@ from torch import Tensor
 from resnet_fast import numerics
 from resnet_fast.backends.triton.training import block_end as kernel
 from resnet_fast.backends.triton.training.block_end import block_end, block_end_backward
+from resnet_fast.benchmarks.tables.counting import count
 from resnet_fast.calls import Norm
 from tests.support import batch_norm_cases as cases
-from tests.triton.counting import count
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
 

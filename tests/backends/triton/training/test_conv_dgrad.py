@@ -17,13 +17,13 @@ from resnet_fast import numerics
 from resnet_fast.backends.triton.training import conv_dgrad as module
 from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.backends.triton.training.conv_dgrad import conv_dgrad
+from resnet_fast.benchmarks.tables.counting import count
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config, for_dtype
 from resnet_fast.tuning.training_configs import SHIPPED
 from tests.support.dgrad_cases import EPILOGUES, EPS, GEOMETRIES, Case, assert_sums, case, over, packed_weight
 from tests.support.fwd_cases import VARIANTS
-from tests.triton.counting import count
-from tests.triton.launches import conv
+from tests.support.launch_cases import conv
 
 pytestmark = pytest.mark.interpret
 

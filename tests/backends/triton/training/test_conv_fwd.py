@@ -15,11 +15,11 @@ from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.backends.triton.training.conv_fwd import conv_fwd
 from resnet_fast.backends.triton.training.pack import pack_forward
 from resnet_fast.backends.triton.training.vectors import Act
+from resnet_fast.benchmarks.tables.counting import count
 from resnet_fast.tuning.configs import Config, for_dtype
 from resnet_fast.tuning.training_configs import SHIPPED
 from tests.support.fwd_cases import VARIANTS, Case, assert_moments, case, rectangle, with_clamp
-from tests.triton.counting import count
-from tests.triton.launches import conv
+from tests.support.launch_cases import conv
 
 pytestmark = pytest.mark.interpret
 

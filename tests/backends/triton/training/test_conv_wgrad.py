@@ -12,15 +12,15 @@ import torch
 
 from resnet_fast.backends.triton.training import conv_wgrad as module
 from resnet_fast.backends.triton.training import vectors as v
+from resnet_fast.benchmarks.tables.counting import count
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning.configs import Config, for_dtype
 from resnet_fast.tuning.training_configs import FEW_VALUES, SHIPPED
 from tests.support import dgrad_cases
 from tests.support.dgrad_cases import GEOMETRIES
 from tests.support.fwd_cases import VARIANTS
+from tests.support.launch_cases import conv
 from tests.support.wgrad_cases import SMS, Case, case
-from tests.triton.counting import count
-from tests.triton.launches import conv
 
 pytestmark = pytest.mark.interpret
 

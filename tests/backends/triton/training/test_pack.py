@@ -12,7 +12,7 @@ from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.spec import ConvSpec
 from resnet_fast.tuning.routes import merged_groups
 from tests.support.fwd_cases import case, guard
-from tests.triton.launches import conv
+from tests.support.launch_cases import conv
 
 pytestmark = pytest.mark.interpret
 

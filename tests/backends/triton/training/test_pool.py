@@ -9,9 +9,9 @@ from torch import Tensor
 
 from resnet_fast.backends.triton.training import pool as kernel
 from resnet_fast.backends.triton.training.pool import pool_end, pool_end_backward
+from resnet_fast.benchmarks.tables.counting import count
 from resnet_fast.calls import Pool
 from tests.support import batch_norm_cases as cases
-from tests.triton.counting import count
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
 

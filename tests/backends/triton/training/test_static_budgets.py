@@ -9,12 +9,11 @@ from __future__ import annotations
 import pytest
 
 from resnet_fast import devices
+from resnet_fast.benchmarks.tables import training_budgets as budgets
+from resnet_fast.benchmarks.tables.machine_code import ARCHS, KernelBudget, compile_many, read_table, worse
 from resnet_fast.tuning import heuristic, training_configs
-from tests.triton import training_budgets as budgets
-from tests.triton.static_budget import ARCHS, Budget, read_table, worse
 
 TABLE = read_table(budgets.JSON)
-COMMAND = "python -m tests.triton.training_budgets"
 SAMPLE = ("conv_fwd 3x3", "conv_dgrad 1x1 behind", "conv_wgrad 3x3")
 PER_CHANNEL = ("finalize", "constant", "coefficients")
 """Kernels of a few vectors, one element per thread; those on tensors store 16 bytes at once."""
@@ -27,16 +26,16 @@ def test_a_sample_keeps_its_budget() -> None:
     passes = ("block_end_backward projection", "pool_end_backward")
     names = tuple(f"{name}," for name in SAMPLE)
     sample = [j for j in budgets.jobs(every=False) if j.config.startswith(names) or j.config in passes]
-    assert not worse(sample, TABLE, COMMAND)
+    assert not worse(compile_many(sample), TABLE, budgets.COMMAND)
 
 
 @pytest.mark.slow
 def test_every_shipped_config_keeps_its_budget() -> None:
-    assert not worse(budgets.jobs(), TABLE, COMMAND)
+    assert not worse(compile_many(budgets.jobs()), TABLE, budgets.COMMAND)
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
-def test_hard_rules(row: Budget) -> None:
+def test_hard_rules(row: KernelBudget) -> None:
     """Check rules that every row must meet, whatever the table says."""
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from resnet_fast.benchmarks.tables import training_traffic as traffic
 from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue
-from tests.triton import training_traffic as traffic
-from tests.triton.launches import ADD, conv
+from tests.support.launch_cases import ADD, conv
 
 pytestmark = pytest.mark.interpret
 

@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from tests.support import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "kernels"
 EMULATOR = ROOT / "csrc" / "emulator"
 KEPT = ROOT / "build" / "emulator"
@@ -64,7 +63,7 @@ class Edit:
 
 
 def sources() -> list[Path]:
-    """What the emulator is compiled from."""
+    """Return the files that the emulator is compiled from."""
     return [*sorted(EMULATOR.glob("*.cpp")), *(p for p in sorted(KERNELS.glob("*.cu")) if p.name not in CUDA_ONLY)]
 
 
@@ -106,7 +105,18 @@ def _pybind() -> str:
 
 
 def build(flags: Sequence[str] = (), edits: Iterable[Edit] = ()) -> Path:
-    """The shared object of the emulator's module, whose name is the file's up to the first dot."""
+    """Compile the emulator.
+
+    Args:
+        flags: of the compiler; ``OPTIMISED`` by default, and ``QUICK`` with edits.
+        edits: changes to the sources.
+
+    Returns:
+        The shared object; the module's name is the file's up to the first dot.
+
+    Raises:
+        RuntimeError: with the compiler's output, if a file does not compile.
+    """
     edits = list(edits)
     flags = flags or (QUICK if edits else OPTIMISED)
     texts = {path: path.read_text() for path in sources()}
@@ -151,7 +161,7 @@ def build(flags: Sequence[str] = (), edits: Iterable[Edit] = ()) -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """The built module; the same one when it was loaded before."""
+    """Import the built module, once."""
     name = path.name.partition(".")[0]
     if name not in sys.modules:
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
@@ -164,7 +174,7 @@ def load(path: Path) -> ModuleType:
 
 
 class Emulator:
-    """Inside the ``with``, native ops on CPU tensors run in ``module``, on a device of ``arch, sms, shared``."""
+    """Run native ops on CPU tensors in ``module`` inside the ``with``, on a device of ``arch, sms, shared``."""
 
     def __init__(self, module: ModuleType | Path, seed: int = 0, **device: int) -> None:
         self.module = load(module) if isinstance(module, Path) else module
@@ -183,7 +193,7 @@ class Emulator:
         self.module.configure()
 
     def launches(self) -> list[dict[str, Any]]:
-        """What the launches since the last call counted: see runtime.h, Counters."""
+        """Return the counts of the launches since the last call: see runtime.h, Counters."""
         return self.module.take_counters()
 
 
@@ -193,6 +203,6 @@ B200 = {"arch": 100, "sms": 148, "shared": 227 << 10}
 
 
 def conflicts(launch: dict[str, Any]) -> dict[str, int]:
-    """Bank conflicts by source line: wavefronts beyond the least."""
+    """Return bank conflicts by source line: wavefronts beyond the least."""
     shared = [s for s in launch["sites"] if not s["kind"].startswith("global")]
     return {s["where"]: s["units"] - s["least"] for s in shared if s["units"] > s["least"]}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from resnet_fast.backends.triton.interpreter import repair
+from resnet_fast.benchmarks.tables.counting import OutOfBounds, count
 from tests.support import ROOT
+from tests.support import toy_kernels as toy
 from tests.support.processes import run_python
-from tests.triton import toy_kernels as toy
-from tests.triton.counting import OutOfBounds, count
 
 pytestmark = pytest.mark.interpret
 
@@ -154,7 +154,7 @@ def test_interpreter_is_as_before_afterwards() -> None:
 
 
 def test_without_the_interpreter_it_says_what_to_set() -> None:
-    code = "from tests.triton.counting import count\nwith count(): pass"
+    code = "from resnet_fast.benchmarks.tables.counting import count\nwith count(): pass"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = run_python(code, cwd=ROOT, env=env)
     assert done.returncode and "set TRITON_INTERPRET=1 before triton is imported" in done.stderr

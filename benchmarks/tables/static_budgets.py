@@ -1,6 +1,6 @@
-"""Which launches the static budgets cover, and the command that writes their table.
+"""Compile every shipped Triton config and write docs/tables/static-budgets.{json,md}.
 
-    python -m tests.triton.budgets        compile every shipped config, write docs/tables/static-budgets.{json,md}
+    python -m resnet_fast.benchmarks.tables.static_budgets
 
 Every shipped config of every kernel on sm_80, sm_90 and sm_100 in bfloat16, on the layers of ResNet-50 that stress it:
 with a residual (the epilogue that holds most in registers) and with a fused projection; and one config per kernel in
@@ -9,29 +9,38 @@ TF32 and in fp32.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from resnet_fast import devices
 from resnet_fast.backends.triton import plan
 from resnet_fast.backends.triton.launch import FoldedWeights
+from resnet_fast.devices import Gpu
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning import configs, shapes
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import merged_groups, routes, stem_step
-from tests.triton.capture import capture
-from tests.triton.static_budget import Job, compile_many, write_table
 
-TABLES = Path(__file__).parents[2] / "docs" / "tables"
-JSON, PAGE = TABLES / "static-budgets.json", TABLES / "static-budgets.md"
-GPUS = {80: "a100", 90: "h100", 100: "b200"}
+from . import FOLDER
+from .capture import capture
+from .machine_code import CompileJob, compile_many, write_table
+
+COMMAND = "python -m resnet_fast.benchmarks.tables.static_budgets"
+JSON, PAGE = FOLDER / "static-budgets.json", FOLDER / "static-budgets.md"
+
+
+def _gpu(name: str) -> Gpu:
+    found = devices.gpu(name).gpu
+    assert found is not None
+    return found
+
+
+GPUS = {80: _gpu("a100"), 90: _gpu("h100"), 100: _gpu("b200")}
 
 
 def launches() -> dict[str, LaunchSpec]:
-    """Name -> launch, from ResNet-50 and ResNet-34 at batch 256 and ResNeXt-50."""
+    """Return name -> launch, from ResNet-50 and ResNet-34 at batch 256 and ResNeXt-50."""
     found = {}
     r50 = shapes.blocks("resnet50", 256, dtype="bfloat16")
     r34 = shapes.blocks("resnet34", 256, dtype="bfloat16")
@@ -59,7 +68,7 @@ def launches() -> dict[str, LaunchSpec]:
 def meta(
     launch: LaunchSpec, config: Config
 ) -> tuple[FoldedWeights, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """A launch's tensors without memory, as plan.py would pack them."""
+    """Make a launch's tensors without memory, as plan.py would pack them."""
     dtype = getattr(torch, launch.dtype)
 
     def image(shape: tuple[int, int, int, int]) -> torch.Tensor:
@@ -75,16 +84,15 @@ def meta(
 
     first, last, p = launch.first, launch.last, launch.projection
     chain = len(launch.convs) > 1
-    packed = FoldedWeights(
-        weight(last), bias(last), weight(first) if chain else None, bias(first) if chain else None, p and weight(p)
-    )
+    w0, b0 = (weight(first), bias(first)) if chain else (None, None)
+    packed = FoldedWeights(weight(last), bias(last), w0, b0, None if p is None else weight(p))
     x = image((first.n, first.ci, first.h, first.w))
     xp = None if p is None else image((p.n, p.ci, p.h, p.w))
     return packed, x, image(last.out_shape()) if launch.residual else None, xp
 
 
-def jobs(every: bool = True) -> Iterator[Job]:
-    """The compile jobs; ``every=False``: the first config of each launch, on sm_90 only."""
+def jobs(every: bool = True) -> Iterator[CompileJob]:
+    """Yield the compile jobs; ``every=False``: the first config of each launch, on sm_90 only."""
     for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False)):
         for name, launch in launches().items():
             cast = LaunchSpec(
@@ -93,7 +101,7 @@ def jobs(every: bool = True) -> Iterator[Job]:
                 launch.projection and launch.projection.with_(dtype=dtype, tf32=tf32),
             )
             for arch, gpu in GPUS.items():
-                legal = configs.candidates(cast, devices.gpu(gpu).gpu)
+                legal = configs.candidates(cast, gpu)
                 if not every and (arch != 90 or dtype != "bfloat16"):
                     continue
                 chosen = legal if every and dtype == "bfloat16" else legal[:1]
@@ -102,16 +110,14 @@ def jobs(every: bool = True) -> Iterator[Job]:
                     yield _job(cast, config, arch, label)
 
 
-def _job(launch: LaunchSpec, config: Config, arch: int, label: str) -> Job:
+def _job(launch: LaunchSpec, config: Config, arch: int, label: str) -> CompileJob:
     with capture() as found:
         plan.LAUNCHERS[config.kernel](launch, config, *meta(launch, config))
     return found[0].job(arch, label)
 
 
 def main() -> None:
-    TABLES.mkdir(parents=True, exist_ok=True)
-    write_table(JSON, PAGE, compile_many(jobs()))
-    print(f"wrote {JSON} and {PAGE}", file=sys.stderr)
+    write_table(JSON, PAGE, compile_many(jobs()), "Static budgets of the Triton kernels")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Turn real launches into compile jobs: run a launcher on meta tensors, and keep what Triton would have compiled.
+"""Turn launches into compile jobs: run a launcher on meta tensors, and keep what Triton would have compiled.
 
     with capture() as launches:
         conv_bn_act_3x3(spec, config, packed, x, None, None)      # tensors of device "meta": no memory, no GPU
     jobs = [launches[0].job(arch, config=str(config)) for arch in (80, 90, 100)]
 
-A budget is worth something if it is the budget of the kernel that is launched. What that kernel looks like depends on
-the launch: arguments that are None or 1 are compiled in, sizes and pointers that 16 divides are known to be so.
-Triton's own binder decides it here, as at every launch.
+What a kernel looks like depends on its launch: arguments that are None or 1 are compiled in, sizes and pointers that 16
+divides are known to be so. Triton's own binder decides it here, as at every launch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.triton.static_budget import Job
+from .machine_code import CompileJob
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class CapturedLaunch:
     kwargs: dict[str, Any]
     grid: Any
 
-    def job(self, arch: int, config: str = "") -> Job:
-        """What a GPU of this architecture would compile for it."""
+    def job(self, arch: int, config: str = "") -> CompileJob:
+        """Return what a GPU of this architecture would compile for it."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
@@ -43,7 +42,7 @@ class CapturedLaunch:
         divisible = {names[path[0]]: n for path, known in hints.items() for what, n in known if "divisib" in what}
         constexprs = {names[path[0]]: value for path, value in constants.items()}
         options = {k: v for k, v in self.kwargs.items() if k not in names}
-        return Job(
+        return CompileJob(
             kernel=f"{fn.fn.__module__}:{fn.fn.__name__}",
             signature={n: t for n, t in signature.items() if n not in constexprs},
             constexprs=constexprs,

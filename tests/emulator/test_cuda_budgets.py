@@ -6,23 +6,13 @@ import shutil
 
 import pytest
 
-from tests.emulator import kernel_budgets
-from tests.emulator.kernel_budgets import COMMAND, JSON, KERNELS, LAYERS, PREDICTIONS
-from tests.triton.sass import is_narrow
-from tests.triton.static_budget import Budget, compare, read_table
+from resnet_fast.benchmarks.tables import cuda_budgets
+from resnet_fast.benchmarks.tables.cuda_budgets import COMMAND, JSON, KERNELS, LAYERS, PREDICTIONS
+from resnet_fast.benchmarks.tables.machine_code import KernelBudget, read_table, worse
+from resnet_fast.benchmarks.tables.sass import is_narrow
 
 TABLE = read_table(JSON)
 TENSOR = ("bottleneck_fwd", "conv_bn_act", "stem_fwd")
-
-
-def worse(rows: list[Budget]) -> list[str]:
-    found = []
-    for now in rows:
-        if now.key not in TABLE:
-            found.append(f"{now.key}: not in the table; run {COMMAND}")
-            continue
-        found += [f"{now.kernel} {now.config} sm_{now.arch}: {text}" for text in compare(now, TABLE[now.key])]
-    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,17 +22,17 @@ def _nvcc(emulator) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", kernel_budgets.ARCHS)
+@pytest.mark.parametrize("arch", cuda_budgets.ARCHS)
 def test_every_kernel_keeps_its_budget(arch: int) -> None:
-    assert not worse(kernel_budgets.budgets((arch,)))
+    assert not worse(cuda_budgets.budgets((arch,)), TABLE, COMMAND)
 
 
 def test_one_kernel_keeps_its_budget() -> None:
-    assert not worse(kernel_budgets.budgets((90,), ("conv_bn_act_1x1.cu",)))
+    assert not worse(cuda_budgets.budgets((90,), ("conv_bn_act_1x1.cu",)), TABLE, COMMAND)
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.kernel} {row.config} sm_{row.arch}")
-def test_hard_rules(row: Budget) -> None:
+def test_hard_rules(row: KernelBudget) -> None:
     """Check rules that every row must meet, whatever the table says."""
     assert row.local_bytes == 0 and row.local_accesses == 0
     assert row.blocks_per_sm >= 1

@@ -1,6 +1,6 @@
-"""What a Triton kernel costs on a GPU that is not here: compile it for sm_80, 90 or 100 and read the machine code.
+"""Compile a Triton kernel for sm_80, 90 or 100 without a GPU, and read from its machine code what it costs.
 
-    job = Job("package.module:matmul_kernel", {"a_ptr": "*fp16", ..., "K": "i32"}, {"BLOCK_M": 128, ...}, arch=90)
+    job = CompileJob("toys:matmul_kernel", {"a_ptr": "*fp16", ..., "K": "i32"}, {"BLOCK_M": 128, ...}, arch=90)
     budget, = compile_many([job])        # in processes without TRITON_INTERPRET
     print(budget.registers, budget.loops[0].pressure)
 
@@ -11,8 +11,8 @@ Issue model. A multiprocessor has four schedulers, each issues one instruction p
 ``n`` instructions costs a block of ``w`` warps ``n * w / 4`` issue slots per scheduler and iteration; its products cost
 the tensor cores ``multiply-adds / rate`` cycles. ``pressure`` is the first over the second: above 1 the kernel cannot
 keep the tensor cores busy, however many blocks run. The slots are an upper bound: instructions that one warp of the
-block executes alone (bulk copies, sm_100 products) count for all. A loop that the compiler unrolled whole is none any
-more; the report names the tensor-core instructions that lie outside of main loops.
+block executes alone (bulk copies, sm_100 products) count for all. A loop that the compiler unrolled whole is no loop
+any more; the report names the tensor-core instructions outside of main loops.
 
 This module imports triton only inside functions: the processes of :func:`compile_many` decide about the interpreter.
 """
@@ -32,11 +32,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.triton import sass
+from .. import markdown
+from . import sass
 
 
 @dataclass(frozen=True)
-class Arch:
+class SmLimits:
     """Limits of one multiprocessor (CUDA programming guide, technical specifications per compute capability).
 
     ``rate``: dense multiply-adds per cycle at 16 bit, from the data sheets: A100 312 TFLOP/s = 108 SMs x 1.41 GHz x
@@ -54,9 +55,9 @@ class Arch:
 
 
 ARCHS = {
-    80: Arch(1024, 164 << 10, 163 << 10, "HMMA"),
-    90: Arch(2048, 228 << 10, 227 << 10, "HGMMA"),
-    100: Arch(4096, 228 << 10, 227 << 10, "UTCHMMA"),
+    80: SmLimits(1024, 164 << 10, 163 << 10, "HMMA"),
+    90: SmLimits(2048, 228 << 10, 227 << 10, "HGMMA"),
+    100: SmLimits(4096, 228 << 10, 227 << 10, "UTCHMMA"),
 }
 
 SCHEDULERS = 4
@@ -65,7 +66,7 @@ RESERVED_SHARED = 1024
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """One kernel, configuration and architecture to compile.
 
     ``kernel``: "module:function". ``signature``: type by argument name (``"*fp16"``, ``"i32"``,
@@ -87,7 +88,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Loop:
+class MainLoop:
     """One main loop, per iteration: for most kernels one K step."""
 
     instructions: int
@@ -103,8 +104,8 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What was read from one cubin. ``tensor`` and ``accesses`` count instructions of the whole kernel."""
+class KernelBudget:
+    """Figures read from one cubin. ``tensor`` and ``accesses`` count instructions of the whole kernel."""
 
     kernel: str
     config: str
@@ -119,22 +120,24 @@ class Budget:
     warps_per_sm: int
     tensor: dict[str, int]
     accesses: dict[str, int]
-    loops: tuple[Loop, ...]
+    loops: tuple[MainLoop, ...]
 
     @property
     def key(self) -> tuple[str, str, int]:
+        """Kernel, config and architecture."""
         return self.kernel, self.config, self.arch
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"loops": [asdict(loop) for loop in self.loops]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Budget:
-        return cls(**{**values, "loops": tuple(Loop(**loop) for loop in values["loops"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> KernelBudget:
+        """Return the budget of :meth:`to_dict`."""
+        return cls(**{**values, "loops": tuple(MainLoop(**loop) for loop in values["loops"])})
 
     def row(self) -> tuple[str, ...]:
-        """Cells of the report's table, in the order of :data:`HEAD`."""
+        """Return the cells of the report's table, in the order of :data:`HEAD`."""
         outside = {k: n - sum(x.tensor.get(k, 0) for x in self.loops) for k, n in self.tensor.items()}
         loops = [
             f"{x.instructions} instr, {x.issue_slots:.0f} / {x.tensor_cycles:.0f} = {x.pressure:.2f}"
@@ -167,7 +170,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def occupancy(arch: int, warps: int, registers: int, shared: int, tensor_columns: int = 0) -> int:
-    """Blocks that fit on a multiprocessor at once; 0 where not even one does."""
+    """Return how many blocks fit on a multiprocessor at once; 0 where not even one does."""
     limits = ARCHS[arch]
     if shared > limits.shared_per_block:
         return 0
@@ -190,8 +193,8 @@ def compile_kernel(
     name: str = "",
     config: str = "",
     options: Mapping[str, Any] | None = None,
-) -> Budget:
-    """Compile a ``@triton.jit`` function in this process, which must not be set to interpret. See :class:`Job`."""
+) -> KernelBudget:
+    """Compile a ``@triton.jit`` function in this process, which must not interpret. See :class:`CompileJob`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -218,8 +221,8 @@ def compile_kernel(
     return read_cubin(compiled, label, config, arch, triton.__version__)
 
 
-def read_cubin(compiled: Any, kernel: str, config: str, arch: int, version: str) -> Budget:
-    """A :class:`Budget` from what ``triton.compile`` returned."""
+def read_cubin(compiled: Any, kernel: str, config: str, arch: int, version: str) -> KernelBudget:
+    """Return the budget of what ``triton.compile`` returned."""
     meta = compiled.metadata
     # warp specialisation adds warps to num_warps; the PTX states what is launched
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
@@ -228,18 +231,18 @@ def read_cubin(compiled: Any, kernel: str, config: str, arch: int, version: str)
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         shared, columns = meta.shared, getattr(meta, "tmem_size", 0) or 0
-        return Code(path).budget(meta.name, kernel, config, arch, f"Triton {version}", warps, shared, columns)
+        return Cubin(path).budget(meta.name, kernel, config, arch, f"Triton {version}", warps, shared, columns)
 
 
 def cuobjdump(*arguments: str | Path) -> str:
-    """What the cuobjdump of Triton's package says."""
+    """Return what the cuobjdump of Triton's package prints."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-class Code:
+class Cubin:
     """The machine code in a cubin."""
 
     def __init__(self, path: Path) -> None:
@@ -258,16 +261,16 @@ class Code:
         warps: int,
         shared: int,
         tensor_columns: int = 0,
-    ) -> Budget:
-        """Of one function, launched with ``warps`` and ``shared`` bytes a block."""
+    ) -> KernelBudget:
+        """Return the budget of one function, launched with ``warps`` and ``shared`` bytes a block."""
         counts, code = self.usage[function], sass.parse(self.listing, function)
         loops = []
         for part in sass.main_loops(code):
             _, weighted = sass.tensor_work(code, part, warps)
             slots, cycles = len(part) * warps / SCHEDULERS, weighted / ARCHS[arch].rate
-            loops.append(Loop(len(part), slots, cycles, sass.tensor_ops(part), sass.accesses(part)))
+            loops.append(MainLoop(len(part), slots, cycles, sass.tensor_ops(part), sass.accesses(part)))
         blocks = occupancy(arch, warps, counts["REG"], shared, tensor_columns)
-        return Budget(
+        return KernelBudget(
             kernel=kernel,
             config=config,
             arch=arch,
@@ -286,11 +289,11 @@ class Code:
 
 
 def _without_interpreter() -> None:
-    """A worker starts: triton reads the switch when it is imported, and is not yet."""
+    """Switch the interpreter off in a worker before it imports triton."""
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _compile(job: Job) -> Budget:
+def _compile(job: CompileJob) -> KernelBudget:
     module, _, name = job.kernel.partition(":")
     fn = getattr(importlib.import_module(module), name)
     return compile_kernel(
@@ -299,7 +302,7 @@ def _compile(job: Job) -> Budget:
     )  # fmt: skip
 
 
-def compile_many(jobs: Iterable[Job], workers: int = 2) -> list[Budget]:
+def compile_many(jobs: Iterable[CompileJob], workers: int = 2) -> list[KernelBudget]:
     """Compile jobs in processes of their own, in order; works in a process that interprets, too.
 
     A script that calls this needs ``if __name__ == "__main__":``, as with every spawned process pool.
@@ -318,10 +321,10 @@ def compile_many(jobs: Iterable[Job], workers: int = 2) -> list[Budget]:
     return budgets
 
 
-def worse(jobs: Iterable[Job], table: Mapping[tuple[str, str, int], Budget], command: str) -> list[str]:
-    """What got worse than the table that ``command`` writes, a line per finding."""
+def worse(rows: Iterable[KernelBudget], table: Mapping[tuple[str, str, int], KernelBudget], command: str) -> list[str]:
+    """Return what got worse than the table that ``command`` writes, a line per finding."""
     found = []
-    for now in compile_many(jobs):
+    for now in rows:
         if now.key not in table:
             found.append(f"{now.key}: not in the table; run {command}")
             continue
@@ -329,42 +332,41 @@ def worse(jobs: Iterable[Job], table: Mapping[tuple[str, str, int], Budget], com
     return found
 
 
-def write_table(path_json: str | Path, path_md: str | Path, rows: Sequence[Budget], title: str = "") -> None:
-    """The table that tests compare with, a row per line, and a page to read."""
+def write_table(path_json: Path, path_md: Path, rows: Sequence[KernelBudget], title: str) -> None:
+    """Write the table that tests compare with, a row per line, and a page to read.
+
+    Raises:
+        ValueError: for two rows of one kernel, config and architecture.
+    """
     ordered = sorted(rows, key=lambda b: b.key)
     if len({b.key for b in ordered}) != len(ordered):
         raise ValueError("two rows of one kernel, config and architecture")
-    Path(path_json).write_text("[\n" + ",\n".join(json.dumps(b.to_dict()) for b in ordered) + "\n]\n")
+    path_json.write_text("[\n" + ",\n".join(json.dumps(b.to_dict()) for b in ordered) + "\n]\n")
     versions = ", ".join(sorted({b.compiler for b in ordered}))
     rates = ", ".join(f"{a.rate:,} on sm_{n}" for n, a in ARCHS.items())
     page = [
-        f"# {title or 'Static budgets of the Triton kernels'}",
-        "",
+        f"# {title}",
         f"Read from machine code compiled by {versions}; nothing here was measured. Registers are per thread, "
         "shared memory per block, accesses are instructions by bytes per lane (bulk copies by name alone).",
-        "",
         "Main loop: issue slots per scheduler (instructions × warps / 4) over the tensor cores' cycles for the same "
         f"products (multiply-adds per multiprocessor and cycle at 16 bit: {rates}; TF32 half of it), per iteration. "
         "Above 1 the loop is bound by issuing instructions.",
-        "",
-        "| " + " | ".join(HEAD) + " |",
-        "|" + " --- |" * len(HEAD),
-        *("| " + " | ".join(b.row()) + " |" for b in ordered),
+        markdown.table(HEAD, [b.row() for b in ordered]),
     ]
-    Path(path_md).write_text("\n".join(page) + "\n")
+    path_md.write_text("\n\n".join(page) + "\n")
 
 
-def read_table(path_json: str | Path) -> dict[tuple[str, str, int], Budget]:
-    """Rows by kernel, config and architecture."""
-    budgets = [Budget.from_dict(row) for row in json.loads(Path(path_json).read_text())]
+def read_table(path_json: str | Path) -> dict[tuple[str, str, int], KernelBudget]:
+    """Return rows by kernel, config and architecture."""
+    budgets = [KernelBudget.from_dict(row) for row in json.loads(Path(path_json).read_text())]
     return {b.key: b for b in budgets}
 
 
-def compare(now: Budget, table: Budget) -> list[str]:
-    """One sentence for each value that got worse than the table's.
+def compare(now: KernelBudget, table: KernelBudget) -> list[str]:
+    """Return one sentence for each value that got worse than the table's.
 
-    The rules that any compiler must meet come first; exact values are compared where both were compiled by the same
-    compiler. A change for the better is no sentence: the table may be written anew.
+    The rules that any compiler must meet come first. Exact values are compared where both were compiled by the same
+    compiler. What got better gives no sentence.
     """
     worse = _broken(now, table)
     if now.compiler != table.compiler:
@@ -394,7 +396,7 @@ def _narrow(accesses: Mapping[str, int]) -> int:
     return sum(n for access, n in accesses.items() if sass.is_narrow(access))
 
 
-def _broken(now: Budget, table: Budget) -> list[str]:
+def _broken(now: KernelBudget, table: KernelBudget) -> list[str]:
     """Rules for every compiler: nothing spills, it fits, tensor cores and wide accesses where the table has them."""
     broken = []
     if now.local_bytes or now.local_accesses:

@@ -1,6 +1,6 @@
-"""Which training launches the static budgets cover, and the command that writes their table.
+"""Compile the training kernels and write docs/tables/training-budgets.{json,md}.
 
-    python -m tests.triton.training_budgets        compile all, write docs/tables/training-budgets.{json,md}
+    python -m resnet_fast.benchmarks.tables.training_budgets
 
 Every shipped config of conv_fwd, conv_dgrad and conv_wgrad on sm_80, sm_90 and sm_100 in bfloat16, on the kinds of
 convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; beside it the exact prologue of the first
@@ -9,14 +9,12 @@ config, and the first config in TF32 and in fp32. Of the kernels without product
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from resnet_fast import devices
 from resnet_fast.backends.triton.training import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
 from resnet_fast.backends.triton.training.vectors import Act, Grad
 from resnet_fast.calls import Norm, Pool
@@ -24,12 +22,14 @@ from resnet_fast.spec import ITEMSIZE, ConvSpec, LaunchSpec
 from resnet_fast.tuning import shapes, training_configs
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.routes import merged_groups
-from tests.triton.budgets import GPUS, TABLES
-from tests.triton.capture import CapturedLaunch, capture
-from tests.triton.static_budget import Job, compile_many, write_table
 
-JSON, PAGE = TABLES / "training-budgets.json", TABLES / "training-budgets.md"
-TITLE = "Static budgets of the training kernels"
+from . import FOLDER
+from .capture import CapturedLaunch, capture
+from .machine_code import CompileJob, compile_many, write_table
+from .static_budgets import GPUS
+
+COMMAND = "python -m resnet_fast.benchmarks.tables.training_budgets"
+JSON, PAGE = FOLDER / "training-budgets.json", FOLDER / "training-budgets.md"
 
 LAYERS = {
     "1x1": "r50.layer3.1.conv1",
@@ -58,7 +58,7 @@ NO_DGRAD = ("7x7/2",)
 @cache
 def layers() -> dict[str, ConvSpec]:
     """Name -> convolution at batch 256 in bfloat16, statistics of the batch."""
-    every = {}
+    every: dict[str, ConvSpec] = {}
     for net in ("resnet50", "resnext50_32x4d"):
         every |= shapes.problems(net, 256, dtype="bfloat16", batch_stats=True, grad=True)
     return {name: every[layer] for name, layer in LAYERS.items()}
@@ -138,11 +138,10 @@ def label_of(name: str, config: Config, dtype: str = "") -> str:
     return f"{name}, {config}{kind}" + (f", {dtype}" if dtype else "")
 
 
-def conv_jobs(every: bool = True) -> Iterator[Job]:
+def conv_jobs(every: bool = True) -> Iterator[CompileJob]:
     """The convolutions' compile jobs; ``every=False``: the first config of each launch, packed, on sm_90."""
     for name, one in launches().items():
-        for arch, name_of_gpu in GPUS.items():
-            gpu = devices.gpu(name_of_gpu).gpu
+        for arch, gpu in GPUS.items():
             legal = training_configs.candidates(one, gpu, packed=True)
             few = not every or name.partition(" ")[2] in ONE_CONFIG
             for config in legal[:1] if few else legal:
@@ -164,7 +163,8 @@ def passes() -> dict[str, CapturedLaunch]:
     n, dtype, bf16 = 256, "bfloat16", torch.bfloat16
     conv = layers()["3x3"]
     y, z = (_image(n, 1024, 14, 14, dtype) for _ in range(2))
-    v, norm = _rows(10, 1024), Norm(*(torch.empty(1024, device="meta") for _ in range(4)), True, 0.1, 1e-5)
+    v, vector = _rows(10, 1024), torch.empty(1024, device="meta")
+    norm = Norm(vector, vector, vector, vector, True, 0.1, 1e-5)
     partials = torch.empty(2, 400, 1024, device="meta")
     stem, pooled = _image(n, 64, 112, 112, dtype), _image(n, 64, 56, 56, dtype)
     window, stem_v = Pool(3, 2, 1), _rows(10, 64)
@@ -184,13 +184,13 @@ def passes() -> dict[str, CapturedLaunch]:
         "pack_forward": lambda: pack.pack_forward(weight, bf16, conv, input_of(conv, True)),
         "pack_dgrad": lambda: pack.pack_dgrad(weight, bf16, conv, torch.empty(conv.co, device="meta")),
     }
-    found = {}
+    found: dict[str, CapturedLaunch] = {}
     for name, run in runs.items():
         with capture() as made:
             run()
         found |= _distinct(name, made)
     one = launches()["conv_wgrad 3x3"]
-    config = training_configs.candidates(one, devices.gpu("h100").gpu, packed=True)[0]
+    config = training_configs.candidates(one, GPUS[90], packed=True)[0]
     found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", one, config)[1:])
     return found
 
@@ -201,7 +201,7 @@ def _distinct(name: str, made: list[CapturedLaunch]) -> dict[str, CapturedLaunch
     return {name if len(last) == 1 else f"{name}: {kernel.strip('_')}": one for kernel, one in last.items()}
 
 
-def jobs(every: bool = True) -> Iterator[Job]:
+def jobs(every: bool = True) -> Iterator[CompileJob]:
     """All compile jobs; ``every=False``: see :func:`conv_jobs`, and the passes on sm_90."""
     yield from conv_jobs(every)
     for name, one in passes().items():
@@ -209,9 +209,7 @@ def jobs(every: bool = True) -> Iterator[Job]:
 
 
 def main() -> None:
-    TABLES.mkdir(parents=True, exist_ok=True)
-    write_table(JSON, PAGE, compile_many(jobs()), TITLE)
-    print(f"wrote {JSON} and {PAGE}", file=sys.stderr)
+    write_table(JSON, PAGE, compile_many(jobs()), "Static budgets of the training kernels")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         launch(x, w, y)
     counts.launches[0]["x_ptr"].read_unique
 
-A fused kernel promises traffic ("x is read once, y is written once, nothing in between"). The promise is checked here
+A fused kernel promises traffic ("x is read once, y is written once, nothing in between"). This checks the promise
 without a GPU: every load and store of every program passes through four methods of Triton's interpreter, and those are
 wrapped while the context is open. Per launch and argument tensor:
 
@@ -50,7 +50,7 @@ class OutOfBounds(IndexError):
 
 
 @dataclass
-class Traffic:
+class TensorTraffic:
     """What one launch did to one storage. Bytes; sectors of 32 bytes."""
 
     name: str
@@ -71,16 +71,16 @@ class Traffic:
 
 
 @dataclass
-class Launch:
-    """One kernel launch. ``launch["x_ptr"]`` is an argument's :class:`Traffic`."""
+class CountedLaunch:
+    """One kernel launch. ``launch["x_ptr"]`` is an argument's :class:`TensorTraffic`."""
 
     kernel: str
     grid: tuple[int, ...] = ()
     flops: int = 0
     dots: int = 0
-    tensors: list[Traffic] = field(default_factory=list)
+    tensors: list[TensorTraffic] = field(default_factory=list)
 
-    def __getitem__(self, name: str) -> Traffic:
+    def __getitem__(self, name: str) -> TensorTraffic:
         for t in self.tensors:
             if name in t.name.split("="):
                 return t
@@ -105,13 +105,13 @@ class Launch:
 
 
 @dataclass
-class Counts:
+class LaunchCounts:
     """Every launch made while :func:`count` was open, in order."""
 
-    launches: list[Launch] = field(default_factory=list)
+    launches: list[CountedLaunch] = field(default_factory=list)
 
     @property
-    def only(self) -> Launch:
+    def only(self) -> CountedLaunch:
         """The launch, where there was exactly one."""
         if len(self.launches) != 1:
             raise ValueError(f"expected one launch, got {[launch.kernel for launch in self.launches]}")
@@ -144,7 +144,7 @@ class Counts:
 class _Region:
     """One storage: where it lies during the launch, and which of its elements were touched."""
 
-    def __init__(self, traffic: Traffic, base: int, unit: int) -> None:
+    def __init__(self, traffic: TensorTraffic, base: int, unit: int) -> None:
         self.traffic, self.base, self.unit = traffic, base, unit
         self.end = base + traffic.storage
         self.touched: dict[str, np.ndarray] = {}
@@ -174,11 +174,11 @@ class _Region:
             setattr(self.traffic, f"{kind}_sectors", int(sectors))
 
 
-class _Recorder:
+class _LaunchRecorder:
     """The launch that is running: its regions by address, and the record that it fills."""
 
     def __init__(self, kernel: str, inside_views: bool) -> None:
-        self.launch = Launch(kernel)
+        self.launch = CountedLaunch(kernel)
         self.inside_views = inside_views
         self.regions: list[_Region] = []
         self.bases: list[int] = []
@@ -206,7 +206,7 @@ class _Recorder:
             first = members[0][1]
             names = "=".join(dict.fromkeys(name for name, _ in members))
             dtype = str(first.dtype).removeprefix("torch.")
-            traffic = Traffic(names, dtype, tuple(first.shape), size)
+            traffic = TensorTraffic(names, dtype, tuple(first.shape), size)
             region = _Region(traffic, storage.data_ptr(), min(t.element_size() for _, t in members))
             if self.inside_views:
                 region.allowed = np.zeros(size, dtype=bool)
@@ -293,7 +293,7 @@ def _cause(error: BaseException | None) -> OutOfBounds | None:
 
 
 @contextmanager
-def count(*, inside_views: bool = False) -> Iterator[Counts]:
+def count(*, inside_views: bool = False) -> Iterator[LaunchCounts]:
     """Count every launch of a Triton kernel inside the ``with``; needs ``TRITON_INTERPRET=1`` since triton's import.
 
     ``inside_views``: an access must stay inside the argument tensors themselves, and not just inside their storages:
@@ -308,12 +308,12 @@ def count(*, inside_views: bool = False) -> Iterator[Counts]:
         raise RuntimeError("count() looks into Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
 
-    counts = Counts()
-    running: list[_Recorder] = []
+    counts = LaunchCounts()
+    running: list[_LaunchRecorder] = []
 
     def launch(plain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            recorder = _Recorder(self.fn.__name__, inside_views)
+            recorder = _LaunchRecorder(self.fn.__name__, inside_views)
             running.append(recorder)
             try:
                 result = plain(self, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 A main loop is an innermost natural loop with tensor-core instructions in it. Natural: its head dominates the branch
 back to it. Looking for a branch to a lower address alone finds loops that are none: the compiler puts the retries of a
-barrier wait behind the kernel's last instruction, and they branch back into the middle of the code. What belongs to the
+barrier wait after the kernel's last instruction, and they branch back into the middle of the code. What belongs to the
 loop is what can run between two passes of its head, retries included, each counted once.
 """
 
@@ -47,12 +47,12 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        """May control also go on with the next instruction?"""
+        """Whether control may also go on with the next instruction."""
         return bool(self.predicate) or "," in self.operands or ".DIV" in self.opcode
 
 
 def parse(text: str, function: str) -> tuple[Instruction, ...]:
-    """The instructions of one function in a ``cuobjdump -sass`` listing, without the padding at its end."""
+    """Return the instructions of one function in a ``cuobjdump -sass`` listing, without the padding at its end."""
     out: list[Instruction] = []
     here = False
     for line in text.splitlines():
@@ -68,7 +68,7 @@ def parse(text: str, function: str) -> tuple[Instruction, ...]:
 
 
 def accesses(code: Iterable[Instruction]) -> dict[str, int]:
-    """Global memory instructions by name and bytes per lane (``LDG.16``: 16 bytes), bulk copies by name alone."""
+    """Count global memory instructions by name and bytes per lane (``LDG.16``: 16 bytes), bulk copies by name alone."""
     counts: Counter[str] = Counter()
     for i in code:
         if i.name in _GLOBAL:
@@ -80,23 +80,23 @@ def accesses(code: Iterable[Instruction]) -> dict[str, int]:
 
 
 def is_narrow(access: str) -> bool:
-    """Fewer than 16 bytes per lane?"""
+    """Return whether an access has fewer than 16 bytes per lane."""
     width = access.partition(".")[2]
     return bool(width) and int(width) < 16
 
 
 def tensor_ops(code: Iterable[Instruction]) -> dict[str, int]:
-    """Tensor-core instructions by opcode."""
+    """Count tensor-core instructions by opcode."""
     return dict(sorted(Counter(i.opcode for i in code if i.is_tensor).items()))
 
 
 def local_accesses(code: Iterable[Instruction]) -> int:
-    """Loads and stores of local memory: spilled registers, or arrays indexed at run time."""
+    """Count loads and stores of local memory: spilled registers, or arrays indexed at run time."""
     return sum(i.name in ("LDL", "STL") for i in code)
 
 
 def tensor_work(code: Sequence[Instruction], part: Iterable[Instruction], warps: int) -> tuple[int, float]:
-    """(multiply-adds, the same in units of 16-bit ones) of a block of ``warps`` in ``part`` of its ``code``.
+    """Return (multiply-adds, the same in units of 16-bit ones) of a block of ``warps`` in ``part`` of its ``code``.
 
     TF32 operands take the tensor cores twice as long as 16-bit ones, 8-bit ones half as long.
     """
@@ -139,7 +139,7 @@ def _tcgen05_macs(code: Sequence[Instruction], i: Instruction) -> tuple[int, flo
 
 
 def main_loops(code: Sequence[Instruction]) -> list[tuple[Instruction, ...]]:
-    """The innermost natural loops that contain tensor-core instructions, in program order."""
+    """Return the innermost natural loops that contain tensor-core instructions, in program order."""
     blocks, successors = _flow(code)
     dominators = _dominators(successors)
     predecessors: list[list[int]] = [[] for _ in blocks]
@@ -164,7 +164,7 @@ def main_loops(code: Sequence[Instruction]) -> list[tuple[Instruction, ...]]:
 
 def _flow(code: Sequence[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
     """Basic blocks and their successors. Calls return; a BSYNC goes to what the last BSSY of its register announced:
-    registers are used again, in a loop and behind it."""
+    registers are used again, in a loop and after it."""
     announced: dict[str, int] = {}
     joins: dict[int, int] = {}
     for i in code:

@@ -1,6 +1,6 @@
-"""What a training step moves, counted in Triton's interpreter, block by block and for the whole of ResNet-50.
+"""Count in Triton's interpreter what a training step moves, and write docs/tables/training-traffic.{json,md}.
 
-    TRITON_INTERPRET=1 python -m tests.triton.training_traffic        write docs/tables/training-traffic.{json,md}
+    TRITON_INTERPRET=1 python -m resnet_fast.benchmarks.tables.training_traffic
 
 Every distinct block of ResNet-50 and its stem, forward and backward, at batch 1, 224x224, float16 activations and fp32
 parameters, with the configs that an H100 would run at batch 256. Unique bytes are what memory must deliver if caches
@@ -15,7 +15,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -28,10 +27,13 @@ from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
 from resnet_fast.tuning import shapes, training_configs
 from resnet_fast.tuning.routes import merged_groups
-from tests.triton.counting import Counts, Traffic, count
 
-TABLES = Path(__file__).parents[2] / "docs" / "tables"
-JSON, PAGE = TABLES / "training-traffic.json", TABLES / "training-traffic.md"
+from .. import markdown
+from ..markdown import LEFT, RIGHT
+from . import FOLDER
+from .counting import LaunchCounts, TensorTraffic, count
+
+JSON, PAGE = FOLDER / "training-traffic.json", FOLDER / "training-traffic.md"
 
 BATCH = 256
 """The batch whose configs are counted."""
@@ -44,7 +46,7 @@ PARTIAL_ARGUMENTS = {"partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "p_
 
 
 @dataclass(frozen=True)
-class Row:
+class StepTrafficRow:
     """The launches of one kind in one part of the net. ``least``: activations that they must move; bytes."""
 
     part: str
@@ -56,7 +58,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepTraffic:
     """A step through one block or the stem: bytes by kind of launch and role of tensor, launches by kind, the plan."""
 
     plan: str
@@ -71,7 +73,7 @@ class Part:
         return self.total(ACTIVATIONS)
 
 
-def role(t: Traffic) -> str:
+def role(t: TensorTraffic) -> str:
     """What a kernel's argument holds. Split-K products are partial sums, too."""
     names = set(t.name.split("="))
     if names & WEIGHT_ARGUMENTS:
@@ -103,7 +105,7 @@ def call_of(spec: ConvSpec | BlockSpec) -> Call:
     return Call(spec.op, x, parameters, norms, pool=pool, projection=spec.projection is not None)
 
 
-def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -> Part:
+def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -> StepTraffic:
     """Forward and backward of a block or stem in the counting interpreter, with the configs of ``batch``.
 
     Without ``packing`` weights are zeros: no byte depends on a value, and packing moves no activation but takes most of
@@ -139,7 +141,7 @@ def packed_bytes(spec: ConvSpec | BlockSpec) -> int:
     return sum(directions * c.co * c.gemm_k * (4 + ITEMSIZE[c.dtype]) for c in convs)
 
 
-def summed(plan: str, counts: Counts) -> Part:
+def summed(plan: str, counts: LaunchCounts) -> StepTraffic:
     """Bytes by kind of launch and role of tensor."""
     by_kind: dict[str, Counter[str]] = {}
     for one in counts.launches:
@@ -147,7 +149,7 @@ def summed(plan: str, counts: Counts) -> Part:
         for t in one.tensors:
             roles[role(t)] += t.unique
     launches = Counter(kind(one.kernel) for one in counts.launches)
-    return Part(plan, {k: dict(v) for k, v in by_kind.items()}, dict(launches))
+    return StepTraffic(plan, {k: dict(v) for k, v in by_kind.items()}, dict(launches))
 
 
 def least(spec: ConvSpec | BlockSpec) -> dict[str, int]:
@@ -203,22 +205,22 @@ def head() -> int:
     return sum(i.activations for i in items if i.part == "head" and i.kernel != "block_end_grad")
 
 
-def rows_of(name: str, times: int, spec: ConvSpec | BlockSpec, part: Part) -> list[Row]:
+def rows_of(name: str, times: int, spec: ConvSpec | BlockSpec, part: StepTraffic) -> list[StepTrafficRow]:
     """One row per kind of launch that moves activations."""
     wanted = least(spec)
     return [
-        Row(name, times, k, part.launches[k], roles[ACTIVATIONS], wanted.get(k, 0))
+        StepTrafficRow(name, times, k, part.launches[k], roles[ACTIVATIONS], wanted.get(k, 0))
         for k, roles in part.bytes.items()
         if roles.get(ACTIVATIONS)
     ]
 
 
-def _unpacked(spec: ConvSpec | BlockSpec) -> Part:
+def _unpacked(spec: ConvSpec | BlockSpec) -> StepTraffic:
     torch.set_num_threads(1)
     return step(spec, packing=False)
 
 
-def net() -> tuple[dict[str, float], list[Row], dict[str, str]]:
+def net() -> tuple[dict[str, float], list[StepTrafficRow], dict[str, str]]:
     """Totals of ResNet-50 in MB per image, the rows, and each part's configs."""
     every = parts()
     with ProcessPoolExecutor(2) as pool:
@@ -240,53 +242,43 @@ def net() -> tuple[dict[str, float], list[Row], dict[str, str]]:
     return totals, rows, {name: part.plan for name, part in found.items()}
 
 
-def page(totals: dict[str, float], rows: list[Row], plans: dict[str, str]) -> str:
-    """The report."""
+def page(totals: dict[str, float], rows: list[StepTrafficRow], plans: dict[str, str]) -> str:
+    """Return the page to read."""
     per_part: dict[str, tuple[int, int, int]] = {}
     for r in rows:
         before = per_part.get(r.part, (r.times, 0, 0))
         per_part[r.part] = (r.times, before[1] + r.counted, before[2] + r.least)
 
-    def line(*cells: object) -> str:
-        return "| " + " | ".join(map(str, cells)) + " |"
-
-    lines = [
+    net = [(name, f"{mb:.1f}") for name, mb in totals.items()]
+    parts = [
+        (name, n, f"{a / 1e3:,.1f}", f"{b / 1e3:,.1f}", f"{a / b:.3f}", plans[name])
+        for name, (n, a, b) in per_part.items()
+    ]
+    launches = [
+        (
+            r.part, r.kind, r.launches, f"{r.counted / 1e3:,.1f}", f"{r.least / 1e3:,.1f}",
+            f"{r.counted / r.least:.3f}" if r.least else "none needed",
+        )
+        for r in rows
+    ]  # fmt: skip
+    bytes_ = ("counted KB", "least KB", "ratio")
+    blocks = [
         "# Traffic of a training step, counted",
-        "",
         "ResNet-50, forward and backward, batch 1, 224x224, float16 activations, fp32 parameters: every distinct block "
         f"ran in a counting interpreter with the configs that an H100 would run at batch {BATCH}. Bytes are unique: "
         "read or written at least once in a launch. Least: each operand that some output needs and each output once "
         "(tuning/training_configs.py), and what is added. Weights, partial sums (split-K products included) and "
         "per-channel vectors are counted apart. The global pool and the fully connected layer are PyTorch's, by the "
-        "model. Written by tests/triton/training_traffic.py.",
-        "",
-        line("ResNet-50", "MB"),
-        line("---", "---:"),
-        *(line(name, f"{mb:.1f}") for name, mb in totals.items()),
-        "",
-        line("part", "times", "counted KB", "least KB", "ratio", "configs"),
-        line("---", "---:", "---:", "---:", "---:", "---"),
-        *(
-            line(name, n, f"{a / 1e3:,.1f}", f"{b / 1e3:,.1f}", f"{a / b:.3f}", plans[name].replace("|", "\\|"))
-            for name, (n, a, b) in per_part.items()
-        ),
-        "",
-        line("part", "launches", "", "counted KB", "least KB", "ratio"),
-        line("---", "---", "---:", "---:", "---:", "---:"),
-        *(
-            line(
-                r.part, r.kind, r.launches, f"{r.counted / 1e3:,.1f}", f"{r.least / 1e3:,.1f}",
-                f"{r.counted / r.least:.3f}" if r.least else "none needed",
-            )
-            for r in rows
-        ),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+        "model. Written by benchmarks/tables/training_traffic.py.",
+        markdown.table(("ResNet-50", "MB"), net, (LEFT, RIGHT)),
+        markdown.table(("part", "times", *bytes_, "configs"), parts, (LEFT, *[RIGHT] * 4, LEFT)),
+        markdown.table(("part", "launches", "", *bytes_), launches, (LEFT, LEFT, *[RIGHT] * 4)),
+    ]
+    return "\n\n".join(blocks) + "\n"
 
 
 def main() -> None:
     totals, rows, plans = net()
-    TABLES.mkdir(parents=True, exist_ok=True)
     table = {"net": totals, "plans": plans, "rows": [vars(r) for r in rows]}
     JSON.write_text(json.dumps(table, indent=1) + "\n")
     PAGE.write_text(page(totals, rows, plans))

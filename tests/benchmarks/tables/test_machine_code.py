@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from resnet_fast.benchmarks.tables import sass
+from resnet_fast.benchmarks.tables.machine_code import (
+    CompileJob,
+    KernelBudget,
+    compare,
+    compile_many,
+    occupancy,
+    read_table,
+    write_table,
+)
 from tests.support import ROOT
 from tests.support.processes import run_python
-from tests.triton import sass
-from tests.triton.static_budget import Budget, Job, compare, compile_many, occupancy, read_table, write_table
 
-TOY = "tests.triton.toy_kernels"
+TOY = "tests.support.toy_kernels"
 POINTERS = {"a_ptr": "*fp16", "b_ptr": "*fp16", "c_ptr": "*fp16", "M": "i32", "N": "i32", "K": "i32"}
 EVEN = {"M": 16, "N": 16, "K": 16}
 DESCRIPTORS = {
@@ -21,7 +29,7 @@ DESCRIPTORS = {
     "c_desc": "tensordesc<fp16[128, 128]>", "K": "i32",
 }  # fmt: skip
 BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-COPY = Job(
+COPY = CompileJob(
     f"{TOY}:copy_kernel",
     {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32"},
     {"BLOCK": 512},
@@ -31,32 +39,32 @@ COPY = Job(
 TENSOR = {80: "HMMA.16816.F32", 90: "HGMMA.64x128x16.F32", 100: "UTCHMMA"}
 
 
-def _jobs() -> list[Job]:
+def _jobs() -> list[CompileJob]:
     jobs = [
-        Job(f"{TOY}:matmul_kernel", POINTERS, BLOCKS, arch, warps, attrs=EVEN, config=f"w{warps}")
+        CompileJob(f"{TOY}:matmul_kernel", POINTERS, BLOCKS, arch, warps, attrs=EVEN, config=f"w{warps}")
         for arch in (80, 90, 100)
         for warps in (4, 8)
     ]
-    jobs += [Job(f"{TOY}:descriptor_matmul_kernel", DESCRIPTORS, BLOCKS, a, config="w4") for a in (80, 90, 100)]
-    jobs.append(Job(f"{TOY}:matmul_kernel", POINTERS, BLOCKS, 90, config="unknown sizes"))
+    jobs += [CompileJob(f"{TOY}:descriptor_matmul_kernel", DESCRIPTORS, BLOCKS, a, config="w4") for a in (80, 90, 100)]
+    jobs.append(CompileJob(f"{TOY}:matmul_kernel", POINTERS, BLOCKS, 90, config="unknown sizes"))
     floats = {k: v.replace("16", "32") for k, v in POINTERS.items()}
-    jobs += [Job(f"{TOY}:matmul_kernel", floats, BLOCKS, a, attrs=EVEN, config="tf32") for a in (90, 100)]
+    jobs += [CompileJob(f"{TOY}:matmul_kernel", floats, BLOCKS, a, attrs=EVEN, config="tf32") for a in (90, 100)]
     return [*jobs, COPY]
 
 
 @pytest.fixture(scope="module")
-def budgets() -> dict[tuple[str, str, int], Budget]:
+def budgets() -> dict[tuple[str, str, int], KernelBudget]:
     return {(b.kernel.partition(":")[2], b.config, b.arch): b for b in compile_many(_jobs())}
 
 
 @pytest.fixture(scope="module")
-def hopper(budgets: dict[tuple[str, str, int], Budget]) -> Budget:
+def hopper(budgets: dict[tuple[str, str, int], KernelBudget]) -> KernelBudget:
     return budgets["matmul_kernel", "w4", 90]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("warps", [4, 8])
-def test_pointer_matmul(budgets: dict[tuple[str, str, int], Budget], arch: int, warps: int) -> None:
+def test_pointer_matmul(budgets: dict[tuple[str, str, int], KernelBudget], arch: int, warps: int) -> None:
     b = budgets["matmul_kernel", f"w{warps}", arch]
     assert b.num_warps == warps and 64 < b.registers <= 255 and b.local_bytes == b.local_accesses == 0
     assert list(b.tensor) == [TENSOR[arch]] and 1 << 15 <= b.shared <= 3 << 15 | 1024
@@ -69,29 +77,31 @@ def test_pointer_matmul(budgets: dict[tuple[str, str, int], Budget], arch: int, 
 
 
 @pytest.mark.parametrize("arch", [90, 100])
-def test_descriptor_matmul_uses_the_copy_engine(budgets: dict[tuple[str, str, int], Budget], arch: int) -> None:
+def test_descriptor_matmul_uses_the_copy_engine(budgets: dict[tuple[str, str, int], KernelBudget], arch: int) -> None:
     b = budgets["descriptor_matmul_kernel", "w4", arch]
     assert list(b.tensor) == [TENSOR[arch]] and b.loops[0].accesses == {"UTMALDG": 2}
     assert b.accesses["UTMASTG"] == 1 and b.loops[0].issue_slots < 150
 
 
-def test_descriptors_are_scattered_loads_before_hopper(budgets: dict[tuple[str, str, int], Budget]) -> None:
+def test_descriptors_are_scattered_loads_before_hopper(budgets: dict[tuple[str, str, int], KernelBudget]) -> None:
     """Their strides are arguments of unknown divisibility: the compiler proves no two elements neighbours."""
     assert budgets["descriptor_matmul_kernel", "w4", 80].loops[0].accesses == {"LDG.2": 128}
 
 
-def test_unknown_divisibility_narrows_accesses(budgets: dict[tuple[str, str, int], Budget]) -> None:
+def test_unknown_divisibility_narrows_accesses(budgets: dict[tuple[str, str, int], KernelBudget]) -> None:
     b = budgets["matmul_kernel", "unknown sizes", 90]
     assert set(b.loops[0].accesses) == {"LDG.2"} and b.loops[0].pressure > 1
 
 
 @pytest.mark.parametrize("arch", [90, 100])
-def test_tf32_takes_the_tensor_cores_twice_as_long(budgets: dict[tuple[str, str, int], Budget], arch: int) -> None:
+def test_tf32_takes_the_tensor_cores_twice_as_long(
+    budgets: dict[tuple[str, str, int], KernelBudget], arch: int
+) -> None:
     b = budgets["matmul_kernel", "tf32", arch]
     assert b.loops[0].tensor_cycles == 2 * 128 * 128 * 64 / {90: 2048, 100: 4096}[arch]
 
 
-def test_kernel_without_a_loop(budgets: dict[tuple[str, str, int], Budget]) -> None:
+def test_kernel_without_a_loop(budgets: dict[tuple[str, str, int], KernelBudget]) -> None:
     b = budgets["copy_kernel", "", 90]
     assert b.loops == () and b.tensor == {} and b.blocks_per_sm == 16 and b.accesses == {"LDG.16": 1, "STG.16": 1}
     assert b.row()[6:] == ("none", "LDG 16 B × 1, STG 16 B × 1", "no loop", "no loop")
@@ -128,7 +138,7 @@ def test_main_loop_is_a_natural_loop_with_its_retries() -> None:
     assert sass.accesses(loop) == {"LDG.8": 1} and sass.tensor_work(code, loop, 4) == (16 * 8 * 16 * 4, 8192.0)
 
 
-def test_table_keeps_its_rows(tmp_path: Path, budgets: dict[tuple[str, str, int], Budget]) -> None:
+def test_table_keeps_its_rows(tmp_path: Path, budgets: dict[tuple[str, str, int], KernelBudget]) -> None:
     write_table(tmp_path / "t.json", tmp_path / "t.md", list(budgets.values()), "Toys")
     table = read_table(tmp_path / "t.json")
     assert list(table.values()) == sorted(budgets.values(), key=lambda b: b.key)
@@ -139,10 +149,10 @@ def test_table_keeps_its_rows(tmp_path: Path, budgets: dict[tuple[str, str, int]
     worse = {b.key for b in budgets.values() if compare(b, table[b.key])}
     assert worse == {b.key for b in budgets.values() if b.local_bytes}  # equal to the table, but spills are never right
     with pytest.raises(ValueError, match="two rows"):
-        write_table(tmp_path / "t.json", tmp_path / "t.md", [*budgets.values()] * 2)
+        write_table(tmp_path / "t.json", tmp_path / "t.md", [*budgets.values()] * 2, "Toys")
 
 
-def test_compare_names_what_got_worse(hopper: Budget) -> None:
+def test_compare_names_what_got_worse(hopper: KernelBudget) -> None:
     loop = hopper.loops[0]
     assert compare(replace(hopper, registers=hopper.registers - 8), hopper) == []
     (text,) = compare(replace(hopper, registers=hopper.registers + 8), hopper)
@@ -158,7 +168,7 @@ def test_compare_names_what_got_worse(hopper: Budget) -> None:
     assert compare(replace(hopper, loops=()), hopper) == ["0 main loops, the table has 1"]
 
 
-def test_compare_across_compilers_keeps_the_hard_rules(hopper: Budget) -> None:
+def test_compare_across_compilers_keeps_the_hard_rules(hopper: KernelBudget) -> None:
     other = replace(hopper, compiler="Triton 9.9.9", registers=255, blocks_per_sm=1)
     assert compare(other, hopper) == []
     spilled = replace(other, local_bytes=8, local_accesses=2)
@@ -176,7 +186,7 @@ def test_errors_name_the_job() -> None:
     with pytest.raises(RuntimeError, match=rf"{TOY}:copy_kernel c1 for sm_90: .*without a type or value: \['n'\]"):
         compile_many(
             [
-                Job(
+                CompileJob(
                     f"{TOY}:copy_kernel",
                     {"x_ptr": "*fp32", "y_ptr": "*fp32"},
                     {"BLOCK": 32},
@@ -189,11 +199,12 @@ def test_errors_name_the_job() -> None:
 
 def test_a_process_that_interprets_can_still_compile() -> None:
     code = """
-from tests.triton import static_budget, test_static_budget, toy_kernels
+from resnet_fast.benchmarks.tables import machine_code
+from tests.benchmarks.tables.test_machine_code import COPY as job
+from tests.support import toy_kernels
 if __name__ == "__main__":
-    job = test_static_budget.COPY
-    print(static_budget.compile_many([job])[0].accesses)
-    static_budget.compile_kernel(toy_kernels.copy_kernel, job.signature, job.constexprs, 90)
+    print(machine_code.compile_many([job])[0].accesses)
+    machine_code.compile_kernel(toy_kernels.copy_kernel, job.signature, job.constexprs, 90)
 """
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = run_python(code, cwd=ROOT, env=env)
@@ -206,8 +217,8 @@ def test_captured_launch_is_the_job_that_triton_would_compile() -> None:
     import torch
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from tests.triton import toy_kernels
-    from tests.triton.capture import capture
+    from resnet_fast.benchmarks.tables.capture import capture
+    from tests.support import toy_kernels
 
     a, b = torch.empty(256, 128, dtype=torch.float16, device="meta"), torch.empty(128, 1, device="meta").half()
     with capture() as launches:

@@ -1,0 +1,12 @@
+"""Write the tables in docs/tables, which tests compare with. Each program is a module here, run from a checkout.
+
+python -m resnet_fast.benchmarks.tables.static_budgets                          machine code of the Triton kernels
+python -m resnet_fast.benchmarks.tables.training_budgets                        the same of the training kernels
+TRITON_INTERPRET=1 python -m resnet_fast.benchmarks.tables.traffic              bytes that inference moves
+TRITON_INTERPRET=1 python -m resnet_fast.benchmarks.tables.training_traffic     bytes that a training step moves
+python -m resnet_fast.benchmarks.tables.cuda_budgets                            the CUDA kernels, with predictions
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "tables"
