@@ -10,7 +10,7 @@ import contextlib
 import copy
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,8 +262,8 @@ def run(
             if (case.name, dtype) not in references:
                 references[case.name, dtype] = fp64(module, x[:REFERENCE_IMAGES])
             deadline = start + options.budget * (number + 1) / len(cells)
-            cell = _InferenceCell(case.name, dtype, batch, options, competitors, deadline, steps)
-            cell.run(module, x[:batch], references[case.name, dtype], report)
+            cell = _InferenceCell(case.name, dtype, batch, options, competitors, deadline, steps, report)
+            cell.run(module, x[:batch], references[case.name, dtype])
             steps.finish_cell(number)
             gc.collect()  # compiled graphs hold their weights in cycles
     return report
@@ -287,62 +287,65 @@ class StepCounter:
 
 
 @dataclass
-class _InferenceCell:
+class BenchCell:
+    """One case in one dtype at one batch size; ``notes`` by competitor."""
+
     case: str
     dtype: str
     batch: int
     options: BenchOptions
-    competitors: tuple[providers.Provider, ...]
+    competitors: Sequence[providers.Provider | providers.Trainer]
     deadline: float
     steps: StepCounter
-    ready: dict[str, providers.Prepared] = field(default_factory=dict)
-    found: dict[str, tuple[float, float]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    report: BenchReport
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
-    @property
-    def label(self) -> str:
-        return f"{self.case} {self.dtype} batch {self.batch}"
+    def step(self, what: str) -> None:
+        """Say what runs now."""
+        self.steps.step(f"{self.case} {self.dtype} batch {self.batch}: {what}")
 
-    def run(self, module: nn.Module, x: Tensor, reference: Tensor, report: BenchReport) -> None:
-        """Prepare, check and time all competitors on ``x``, and append their rows and samples to ``report``."""
-        for provider in self.competitors:
-            self.steps.step(f"{self.label}: preparing {provider.name}")
-            self._prepare(provider, module, x, reference)
+    def measure(self, calls: Mapping[str, harness.Call], device: str, warmup: int) -> dict[str, harness.TimingSamples]:
+        """Time the competitors that are ready, interleaved; the report keeps their samples."""
+        plan = harness.TimingPlan(rounds=self.options.rounds, warmup=warmup, seed=self.options.seed)
         timed = harness.measure(
-            {name: prepared.call for name, prepared in self.ready.items()},
-            harness.TimingPlan(rounds=self.options.rounds, seed=self.options.seed),
-            self.options.device,
-            self.deadline,
-            lambda name, number: self.steps.step(f"{self.label}: round {number + 1}, {name}"),
+            calls, plan, device, self.deadline, lambda name, number: self.step(f"round {number + 1}, {name}")
         )
-        measured = speeds(timed, {p.name for p in self.competitors if p.stock}, self.batch)
-        for provider in self.competitors:
+        for name, samples in timed.items():
+            if samples.ns:
+                self.report.samples[f"{self.case} {self.dtype} {self.batch} {name}"] = samples.ns
+        return timed
+
+    def add_rows(self, timed: Mapping[str, harness.TimingSamples], figures: Mapping[str, dict[str, Any]]) -> None:
+        """Append a row per competitor: its times, its other figures by name, its notes."""
+        measured = speeds(timed, {one.name for one in self.competitors if one.stock}, self.batch)
+        for one in self.competitors:
+            where = (self.case, one.name, self.dtype, self.batch, self.options.device, one.stock)
+            row: dict[str, Any] = measured.get(one.name, {}) | figures.get(one.name, {})
+            row["note"] = "; ".join(filter(None, self.notes[one.name]))
+            self.report.rows.append(self.report.row_type(*where, **row))
+
+
+class _InferenceCell(BenchCell):
+    def run(self, module: nn.Module, x: Tensor, reference: Tensor) -> None:
+        """Prepare, check and time all competitors on ``x``."""
+        ready: dict[str, harness.Call] = {}
+        figures: dict[str, dict[str, Any]] = {}
+        for provider in providers.select(self.options.providers):
             name = provider.name
-            if name in measured:
-                report.samples[f"{self.case} {self.dtype} {self.batch} {name}"] = timed[name].ns
-            elif name in timed:
-                self.notes[name] = timed[name].error
-            report.rows.append(self._row(provider, measured.get(name, {})))
-
-    def _prepare(self, provider: providers.Provider, module: nn.Module, x: Tensor, reference: Tensor) -> None:
-        """Make a competitor ready and compare its output with fp64; where it cannot run, note why."""
-        name = provider.name
-        verdict = provider.supports(module, DTYPES[self.dtype], self.batch, torch.device(self.options.device).type)
-        self.notes[name] = verdict.reason
-        if not verdict:
-            return
-        try:
-            prepared = provider.prepare(module, x)
-            self.found[name] = errors(prepared.call(), reference)
-            self.ready[name] = prepared
-            self.notes[name] = "; ".join(filter(None, (verdict.reason, prepared.note)))
-        except Exception as error:  # a peer's failure of any kind is a row, not the end of the run
-            self.notes[name] = harness.first_line(error)
-
-    def _row(self, provider: providers.Provider, figures: Mapping[str, Any]) -> InferenceRow:
-        name, row = provider.name, dict(figures)
-        if name in self.ready:
-            row |= {"precision": self.ready[name].precision}
-            row |= dict(zip(("error_l2", "error_max"), self.found[name], strict=True))
-        where = (self.case, name, self.dtype, self.batch, self.options.device, provider.stock)
-        return InferenceRow(*where, note=self.notes[name], **row)
+            self.step(f"preparing {name}")
+            verdict = provider.supports(module, DTYPES[self.dtype], self.batch, torch.device(self.options.device).type)
+            self.notes[name] = [verdict.reason]
+            if not verdict:
+                continue
+            try:
+                prepared = provider.prepare(module, x)
+                l2, largest = errors(prepared.call(), reference)
+            except Exception as error:  # a peer's failure of any kind is a row, not the end of the run
+                self.notes[name] = [harness.first_line(error)]
+                continue
+            self.notes[name].append(prepared.note)
+            ready[name] = prepared.call
+            figures[name] = {"precision": prepared.precision, "error_l2": l2, "error_max": largest}
+        timed = self.measure(ready, self.options.device, warmup=2)
+        self.notes |= {name: [samples.error] for name, samples in timed.items() if samples.error}
+        self.add_rows(timed, figures)

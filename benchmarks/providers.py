@@ -36,7 +36,7 @@ BEST_STOCK = "cuDNN fused ops, CUDA graph"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCall:
     """Ready to run: ``call()`` gives the output. ``precision`` is what the convolutions really compute in."""
 
     call: Callable[[], Tensor]
@@ -47,7 +47,7 @@ class Prepared:
 Supports = Callable[[nn.Module, torch.dtype, int, str], Verdict]
 """``supports(model, dtype, batch, device type)``."""
 
-Prepare = Callable[[nn.Module, Tensor], Prepared]
+Prepare = Callable[[nn.Module, Tensor], PreparedCall]
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,19 @@ def nhwc(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     return copied, x.contiguous(memory_format=torch.channels_last)
 
 
-def _eager_nchw(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(inference(copy.deepcopy(model), x.contiguous()), dtype_name(x.dtype))
+def _eager_nchw(model: nn.Module, x: Tensor) -> PreparedCall:
+    return PreparedCall(inference(copy.deepcopy(model), x.contiguous()), dtype_name(x.dtype))
 
 
-def _eager_nhwc(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(inference(*nhwc(model, x)), dtype_name(x.dtype))
+def _eager_nhwc(model: nn.Module, x: Tensor) -> PreparedCall:
+    return PreparedCall(inference(*nhwc(model, x)), dtype_name(x.dtype))
 
 
-def _folded(model: nn.Module, x: Tensor) -> Prepared:
+def _folded(model: nn.Module, x: Tensor) -> PreparedCall:
     """PyTorch's own conv-BN folding (``fuse_conv_bn_eval`` over an fx trace), channels_last."""
     from torch.fx.experimental.optimization import fuse
 
-    return Prepared(inference(*nhwc(fuse(model), x)), dtype_name(x.dtype))
+    return PreparedCall(inference(*nhwc(fuse(model), x)), dtype_name(x.dtype))
 
 
 def _compiled(mode: str | None = None, freezing: bool = True, calls: int = 1) -> Prepare:
@@ -136,7 +136,7 @@ def _compiled(mode: str | None = None, freezing: bool = True, calls: int = 1) ->
         calls: how many until it has compiled and, with a mode that does, recorded its graphs.
     """
 
-    def prepare(model: nn.Module, x: Tensor) -> Prepared:
+    def prepare(model: nn.Module, x: Tensor) -> PreparedCall:
         import torch._dynamo
         import torch._inductor.config as inductor
 
@@ -151,12 +151,12 @@ def _compiled(mode: str | None = None, freezing: bool = True, calls: int = 1) ->
         with inductor.patch(freezing=freezing):
             for _ in range(calls):
                 call()
-        return Prepared(call, dtype_name(x.dtype))
+        return PreparedCall(call, dtype_name(x.dtype))
 
     return prepare
 
 
-def _ours(model: nn.Module, x: Tensor) -> Prepared:
+def _ours(model: nn.Module, x: Tensor) -> PreparedCall:
     from resnet_fast import packing_budget
     from resnet_fast.backends.onednn import net
     from resnet_fast.backends.onednn.conv_bn_act import compute_dtype
@@ -179,7 +179,7 @@ def _ours(model: nn.Module, x: Tensor) -> Prepared:
             call()
     finally:
         packing_budget.COMPILE = before
-    return Prepared(call, dtype_name(precision), note)
+    return PreparedCall(call, dtype_name(precision), note)
 
 
 def _installed(packages: tuple[str, ...]) -> Verdict:
@@ -205,7 +205,7 @@ def _onnxruntime_verdict(model: nn.Module, dtype: torch.dtype, batch: int, devic
     return _installed(("onnxruntime", "onnx", "onnxscript"))
 
 
-def _onnxruntime(model: nn.Module, x: Tensor) -> Prepared:
+def _onnxruntime(model: nn.Module, x: Tensor) -> PreparedCall:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
@@ -217,7 +217,7 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> Prepared:
         options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
-    return Prepared(lambda: torch.from_numpy(session.run(None, feed)[0]), "float32")
+    return PreparedCall(lambda: torch.from_numpy(session.run(None, feed)[0]), "float32")
 
 
 def _openvino_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str) -> Verdict:
@@ -231,7 +231,7 @@ def _openvino_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: 
 OPENVINO_PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def _openvino(model: nn.Module, x: Tensor) -> Prepared:
+def _openvino(model: nn.Module, x: Tensor) -> PreparedCall:
     """OpenVINO with static shapes and torch's thread count. A bf16 cell keeps the rounded weights and hints bf16."""
     import openvino as ov
 
@@ -262,7 +262,7 @@ def _openvino(model: nn.Module, x: Tensor) -> Prepared:
     def call() -> Tensor:
         return torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
 
-    return Prepared(call, OPENVINO_PRECISIONS.get(precision, precision), note)
+    return PreparedCall(call, OPENVINO_PRECISIONS.get(precision, precision), note)
 
 
 class CudnnFused(nn.Module):
@@ -297,17 +297,17 @@ def _conv_relu(x: Tensor, conv: Any) -> Tensor:
     return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_geometry(conv))
 
 
-def _cudnn_fused(model: nn.Module, x: Tensor) -> Prepared:
-    return Prepared(inference(*nhwc(CudnnFused(model), x)), dtype_name(x.dtype))
+def _cudnn_fused(model: nn.Module, x: Tensor) -> PreparedCall:
+    return PreparedCall(inference(*nhwc(CudnnFused(model), x)), dtype_name(x.dtype))
 
 
 def _ours_on_triton(**options: Any) -> Prepare:
     """Ours on Triton's kernels; ``options`` of :func:`resnet_fast.accelerate`."""
 
-    def prepare(model: nn.Module, x: Tensor) -> Prepared:
+    def prepare(model: nn.Module, x: Tensor) -> PreparedCall:
         module, x = nhwc(model, x)
         module = resnet_fast.accelerate(module, backend="triton", **options)
-        return Prepared(inference(module, x), dtype_name(x.dtype))
+        return PreparedCall(inference(module, x), dtype_name(x.dtype))
 
     return prepare
 
@@ -315,7 +315,7 @@ def _ours_on_triton(**options: Any) -> Prepare:
 def _in_graph(prepare: Prepare) -> Prepare:
     """The same, recorded once as a CUDA graph."""
 
-    def recorded(model: nn.Module, x: Tensor) -> Prepared:
+    def recorded(model: nn.Module, x: Tensor) -> PreparedCall:
         prepared = prepare(model, x)
         out: list[Tensor] = []
 
@@ -371,10 +371,10 @@ def training_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], T
 
 
 def _trained(wrap: Callable[[nn.Module], nn.Module]) -> Prepare:
-    def prepare(model: nn.Module, x: Tensor) -> Prepared:
+    def prepare(model: nn.Module, x: Tensor) -> PreparedCall:
         module, x = nhwc(model, x)
         labels = torch.arange(x.shape[0], device=x.device) % 10
-        return Prepared(training_step(wrap(module.train()), x, labels), "bfloat16")
+        return PreparedCall(training_step(wrap(module.train()), x, labels), "bfloat16")
 
     return prepare
 

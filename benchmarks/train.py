@@ -16,7 +16,7 @@ import copy
 import gc
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,10 +155,11 @@ def run(
         start = time.monotonic()
         for number, (dtype, batch) in enumerate(cells):
             recipe = options.recipe(batch, dtype, size)
+            parts = [part.to(device) for part in batches(photos, recipe, classes(model))]
             begin, end = time.monotonic(), start + options.budget * (number + 1) / len(cells)
+            cell = _TrainingCell(options.model, dtype, batch, options, competitors, end, steps, report)
             # Half of the cell's time for the losses, the rest for timing.
-            cell = _TrainingCell(options, recipe, dtype, device, steps, begin + max(0.0, end - begin) / 2, end)
-            cell.run(model, [part.to(device) for part in batches(photos, recipe, classes(model))], competitors, report)
+            cell.run(model, recipe, parts, device, begin + max(0.0, end - begin) / 2)
             steps.finish_cell(number)
             gc.collect()
     return report
@@ -264,77 +265,54 @@ def ran_on(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) 
 
 
 @dataclass
-class _TrainingCell:
-    options: TrainBenchOptions
-    recipe: Recipe
-    dtype: str
-    device: torch.device
-    steps: compare.StepCounter
-    losses_until: float
-    deadline: float
+class _TrainingCell(compare.BenchCell):
     ready: dict[str, _Contender] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
 
-    @property
-    def label(self) -> str:
-        return f"{self.recipe.model} {self.dtype} batch {self.recipe.batch}"
-
-    def run(
-        self,
-        model: nn.Module,
-        parts: list[Part],
-        competitors: tuple[providers.Trainer, ...],
-        report: compare.BenchReport,
-    ) -> None:
-        """Train, watch and time all competitors, and append their rows and samples to ``report``."""
-        batch = self.recipe.batch
-        verdict = providers.torch_verdict(model, compare.DTYPES[self.dtype], batch, self.device.type)
-        for trainer in competitors:
-            self.notes[trainer.name] = [verdict.reason]
-            with self._kept(trainer.name):
-                self.ready[trainer.name] = _Contender.prepared(trainer, model, self.recipe, parts, self.device)
-        taken = self._train()
+    def run(self, model: nn.Module, recipe: Recipe, parts: list[Part], device: torch.device, until: float) -> None:
+        """Train, watch and time all competitors; the losses until a ``time.monotonic()`` value at the latest."""
+        verdict = providers.torch_verdict(model, compare.DTYPES[self.dtype], self.batch, device.type)
+        for trainer in providers.TRAINING:
+            if trainer.name in self.options.providers:
+                self.notes[trainer.name] = [verdict.reason]
+                with self._kept(trainer.name):
+                    self.ready[trainer.name] = _Contender.prepared(trainer, model, recipe, parts, device)
+        taken = self._train(recipe.total_steps(1), until)
         for name, contender in list(self.ready.items()):
-            self.steps.step(f"{self.label}: memory of {name}")
+            self.step(f"memory of {name}")
             with self._kept(name):
                 contender.measure_peak()
-        timed = harness.measure(
-            self.ready,
-            harness.TimingPlan(rounds=self.options.rounds, warmup=0, seed=self.options.seed),
-            str(self.device),
-            self.deadline,
-            lambda name, number: self.steps.step(f"{self.label}: round {number + 1}, {name}"),
-        )
+        timed = self.measure(self.ready, str(device), warmup=0)
         for name, samples in timed.items():
             self.notes[name] += [samples.error, self.ready[name].ran_on]
-            if taken < self.options.steps:
-                self.notes[name].append(f"the budget ended the losses after {taken} of {self.options.steps} steps")
-            if samples.ns:
-                report.samples[f"{self.recipe.model} {self.dtype} {batch} {name}"] = samples.ns
-        measured = compare.speeds(timed, {t.name for t in competitors if t.stock}, batch)
-        report.rows += [self._row(trainer, measured.get(trainer.name, {}), taken) for trainer in competitors]
+            if taken < recipe.total_steps(1):
+                self.notes[name].append(f"the budget ended the losses after {taken} of {recipe.total_steps(1)} steps")
+        self.add_rows(timed, self._figures(taken))
 
-    def _train(self) -> int:
+    def _train(self, steps: int, until: float) -> int:
         """Train for the losses; return the steps that each competitor took: all, or what time allows, at least one."""
-        for number in range(self.options.steps):
-            if number and time.monotonic() >= self.losses_until:
+        for number in range(steps):
+            if number and time.monotonic() >= until:
                 return number
             for name, contender in list(self.ready.items()):
-                self.steps.step(f"{self.label}: step {number + 1}, {name}")
+                self.step(f"step {number + 1}, {name}")
                 with self._kept(name):
                     contender.learn(self.options.seed + number)
-        return self.options.steps
+        return steps
 
-    def _row(self, trainer: providers.Trainer, times: Mapping[str, Any], taken: int) -> TrainingRow:
-        name, row = trainer.name, dict(times)
-        if name in self.ready:
-            first, last = self.ready[name].losses[0], self.ready[name].losses[-1]
-            reference = next((self.ready[n].losses[-1] for n in REFERENCE if n in self.ready), None)
-            row |= {"precision": self.dtype, "peak_mib": self.ready[name].peak / MIB, "steps": taken}
-            row |= {"loss_first": first, "loss_last": last}
-            row["loss_difference"] = None if reference is None else last - reference
-        where = (self.recipe.model, name, self.dtype, self.recipe.batch, self.options.device, trainer.stock)
-        return TrainingRow(*where, note="; ".join(filter(None, self.notes[name])), **row)
+    def _figures(self, taken: int) -> dict[str, dict[str, Any]]:
+        losses = {name: contender.losses for name, contender in self.ready.items()}
+        reference = next((losses[name][-1] for name in REFERENCE if name in losses), None)
+        return {
+            name: {
+                "precision": self.dtype,
+                "peak_mib": self.ready[name].peak / MIB,
+                "loss_first": first,
+                "loss_last": last,
+                "loss_difference": None if reference is None else last - reference,
+                "steps": taken,
+            }
+            for name, (first, last) in ((name, (found[0], found[-1])) for name, found in losses.items())
+        }
 
     @contextlib.contextmanager
     def _kept(self, name: str) -> Iterator[None]:

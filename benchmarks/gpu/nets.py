@@ -19,7 +19,7 @@ from resnet_fast.tuning.tables import Table
 
 from .. import harness, memory
 from ..harness import US, TimingPlan, TimingSamples
-from ..providers import Prepared, Provider
+from ..providers import PreparedCall, Provider
 from . import cases as launches
 from .session import Row, Settings
 
@@ -83,7 +83,7 @@ class NetCase:
         timed = {name: row for name, row in rows.items() if "ms" in row}
         return self._row(timed, skipped, errors)
 
-    def _ready(self, peer: Provider, model: Any, x: Tensor) -> tuple[Prepared, Row, Tensor]:
+    def _ready(self, peer: Provider, model: Any, x: Tensor) -> tuple[PreparedCall, Row, Tensor]:
         """A competitor, what its row begins with, and its first result.
 
         ``peak_gib``: the most memory above what was there before, until the second call, which has all of an

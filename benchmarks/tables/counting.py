@@ -296,82 +296,31 @@ def _cause(error: BaseException | None) -> OutOfBounds | None:
 def count(*, inside_views: bool = False) -> Iterator[LaunchCounts]:
     """Count every launch of a Triton kernel inside the ``with``; needs ``TRITON_INTERPRET=1`` since triton's import.
 
-    ``inside_views``: an access must stay inside the argument tensors themselves, and not just inside their storages:
-    for kernels whose pointers never leave the view that was passed.
+    The tensors of a launch that raised are as they were.
 
-    Raises :class:`OutOfBounds` from the launch, before the access is made. The tensors of a launch that raised are
-    as they were.
+    Args:
+        inside_views: an access must stay inside the argument tensors themselves, and not just inside their storages:
+            for kernels whose pointers never leave the view that was passed.
+
+    Raises:
+        OutOfBounds: from the launch, before the access is made.
+        RuntimeError: without the interpreter, or if another ``count()`` is open.
     """
     import triton
 
     if os.environ.get("TRITON_INTERPRET") != "1" or not triton.knobs.runtime.interpret:
         raise RuntimeError("count() looks into Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, interpreter_builder
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    counts = LaunchCounts()
-    running: list[_LaunchRecorder] = []
-
-    def launch(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            recorder = _LaunchRecorder(self.fn.__name__, inside_views)
-            running.append(recorder)
-            try:
-                result = plain(self, *args, **kwargs)
-            except Exception as error:
-                if (found := _cause(error)) is not None:
-                    raise found from None
-                raise
-            finally:
-                running.pop()
-            for region in recorder.regions:
-                region.finish()
-            recorder.launch.grid = tuple(interpreter_builder.grid_dim)
-            counts.launches.append(recorder.launch)
-            return result
-
-        return wrapped
-
-    def host_arguments(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(self: Any, args: Any, kwargs: Any) -> Any:
-            args_host, kwargs_host = plain(self, args, kwargs)
-            names = inspect.getfullargspec(self.fn).args
-            running[-1].place(dict(zip(names, args_host, strict=False)) | kwargs_host)
-            return args_host, kwargs_host
-
-        return wrapped
-
-    def memory(plain: Callable[..., Any], mask: int | None, *kinds: str) -> Callable[..., Any]:
-        """``mask``: which positional argument of ``plain`` holds it; its pointers are found by their type."""
-        names = [p for p in inspect.signature(plain).parameters if p != "self"]
-        pointer = next(i for i, name in enumerate(names) if name in ("ptr", "ptrs"))
-
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if running:
-                for kind in kinds:
-                    running[-1].access(kind, args[pointer], None if mask is None else args[mask].data)
-            return plain(self, *args, **kwargs)
-
-        return wrapped
-
-    def dot(first: int, second: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(plain: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-                if running:
-                    running[-1].dot(args[first].data, args[second].data)
-                return plain(self, *args, **kwargs)
-
-            return wrapped
-
-        return wrap
-
+    hooks = _Hooks(inside_views)
     wraps: list[tuple[type, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
-        (GridExecutor, "__call__", launch),
-        (GridExecutor, "_init_args_hst", host_arguments),
-        (InterpreterBuilder, "create_masked_load", lambda f: memory(f, 1, "read")),
-        (InterpreterBuilder, "create_masked_store", lambda f: memory(f, 2, "written")),
-        (InterpreterBuilder, "create_atomic_rmw", lambda f: memory(f, 3, "read", "written")),
-        (InterpreterBuilder, "create_atomic_cas", lambda f: memory(f, None, "read", "written")),
-        (InterpreterBuilder, "create_dot", dot(0, 1)),
+        (GridExecutor, "__call__", hooks.launch),
+        (GridExecutor, "_init_args_hst", hooks.host_arguments),
+        (InterpreterBuilder, "create_masked_load", lambda f: hooks.memory(f, 1, "read")),
+        (InterpreterBuilder, "create_masked_store", lambda f: hooks.memory(f, 2, "written")),
+        (InterpreterBuilder, "create_atomic_rmw", lambda f: hooks.memory(f, 3, "read", "written")),
+        (InterpreterBuilder, "create_atomic_cas", lambda f: hooks.memory(f, None, "read", "written")),
+        (InterpreterBuilder, "create_dot", hooks.dot),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in wraps]
     if any(getattr(plain, "__module__", None) == __name__ for _, _, plain in originals):
@@ -379,7 +328,68 @@ def count(*, inside_views: bool = False) -> Iterator[LaunchCounts]:
     try:
         for owner, name, wrap in wraps:
             setattr(owner, name, wrap(getattr(owner, name)))
-        yield counts
+        yield hooks.counts
     finally:
         for owner, name, plain in originals:
             setattr(owner, name, plain)
+
+
+class _Hooks:
+    """Wrappers of the interpreter's methods: each does its counting and calls ``plain``, what it wraps."""
+
+    def __init__(self, inside_views: bool) -> None:
+        self.inside_views = inside_views
+        self.counts = LaunchCounts()
+        self.running: list[_LaunchRecorder] = []
+
+    def launch(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        from triton.runtime.interpreter import interpreter_builder
+
+        def wrapped(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            recorder = _LaunchRecorder(executor.fn.__name__, self.inside_views)
+            self.running.append(recorder)
+            try:
+                result = plain(executor, *args, **kwargs)
+            except Exception as error:
+                if (found := _cause(error)) is not None:
+                    raise found from None
+                raise
+            finally:
+                self.running.pop()
+            for region in recorder.regions:
+                region.finish()
+            recorder.launch.grid = tuple(interpreter_builder.grid_dim)
+            self.counts.launches.append(recorder.launch)
+            return result
+
+        return wrapped
+
+    def host_arguments(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(executor: Any, args: Any, kwargs: Any) -> Any:
+            args_host, kwargs_host = plain(executor, args, kwargs)
+            names = inspect.getfullargspec(executor.fn).args
+            self.running[-1].place(dict(zip(names, args_host, strict=False)) | kwargs_host)
+            return args_host, kwargs_host
+
+        return wrapped
+
+    def memory(self, plain: Callable[..., Any], mask: int | None, *kinds: str) -> Callable[..., Any]:
+        """``mask``: which positional argument of ``plain`` holds it; its pointers are found by their name."""
+        names = [p for p in inspect.signature(plain).parameters if p != "self"]
+        pointer = next(i for i, name in enumerate(names) if name in ("ptr", "ptrs"))
+
+        def wrapped(builder: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.running:
+                for kind in kinds:
+                    self.running[-1].access(kind, args[pointer], None if mask is None else args[mask].data)
+            return plain(builder, *args, **kwargs)
+
+        return wrapped
+
+    def dot(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(builder: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.running:
+                self.running[-1].dot(args[0].data, args[1].data)
+            return plain(builder, *args, **kwargs)
+
+        return wrapped

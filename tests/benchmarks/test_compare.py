@@ -28,28 +28,28 @@ def _plain(factor: float = 1.0, pause: float = 0.0):  # type: ignore[no-untyped-
     """Return the right answer times ``factor``; a call takes ``pause`` seconds however busy the machine is."""
 
     @torch.inference_mode()
-    def prepare(model: nn.Module, x: Tensor) -> providers.Prepared:
+    def prepare(model: nn.Module, x: Tensor) -> providers.PreparedCall:
         out = model(x) * factor
 
         def call() -> Tensor:
             time.sleep(pause)
             return out
 
-        return providers.Prepared(call, str(x.dtype).removeprefix("torch."), "noted")
+        return providers.PreparedCall(call, str(x.dtype).removeprefix("torch."), "noted")
 
     return prepare
 
 
-def _fails(model: nn.Module, x: Tensor) -> providers.Prepared:
+def _fails(model: nn.Module, x: Tensor) -> providers.PreparedCall:
     raise RuntimeError("no kernel image\nand a stack dump")
 
 
-def _wrong_shape(model: nn.Module, x: Tensor) -> providers.Prepared:
-    return providers.Prepared(lambda: torch.zeros(len(x), 3), "float32")
+def _wrong_shape(model: nn.Module, x: Tensor) -> providers.PreparedCall:
+    return providers.PreparedCall(lambda: torch.zeros(len(x), 3), "float32")
 
 
-def _nan(model: nn.Module, x: Tensor) -> providers.Prepared:
-    return providers.Prepared(lambda: model(x) * math.nan, "float32")
+def _nan(model: nn.Module, x: Tensor) -> providers.PreparedCall:
+    return providers.PreparedCall(lambda: model(x) * math.nan, "float32")
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_rows_of_every_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("photos")
 def test_bfloat16_cell_is_judged_by_the_rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def upcast(model: nn.Module, x: Tensor) -> providers.Prepared:
+    def upcast(model: nn.Module, x: Tensor) -> providers.PreparedCall:
         wide = copy.deepcopy(model).double()
-        return providers.Prepared(torch.inference_mode()(lambda: wide(x.double())), "float64")
+        return providers.PreparedCall(torch.inference_mode()(lambda: wide(x.double())), "float64")
 
     competitors = (_provider("bf16", _plain()), _provider("upcast", upcast))
     rounded, exact = _compete(monkeypatch, *competitors, dtypes=("bfloat16",), batches=(1,), rounds=1, size=8).rows
@@ -124,9 +124,9 @@ def test_competitors_that_do_not_run_keep_a_row_with_the_reason(monkeypatch: pyt
 def test_same_seed_same_net_and_threads_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[int] = []
 
-    def prepare(model: nn.Module, x: Tensor) -> providers.Prepared:
+    def prepare(model: nn.Module, x: Tensor) -> providers.PreparedCall:
         inside.append(torch.get_num_threads())
-        return providers.Prepared(lambda: model(x), "float32")
+        return providers.PreparedCall(lambda: model(x), "float32")
 
     torch.set_num_threads(2)
     errors = [
