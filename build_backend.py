@@ -1,7 +1,7 @@
-"""The build backend that pyproject.toml names: scikit-build-core's, behind a check that the build tools are installed.
+"""The build backend in pyproject.toml: scikit-build-core's, after a check that the build tools are installed.
 
-``pip install --no-build-isolation .`` builds with what the environment has. Without this check a missing tool ends in a
-traceback of pip's own; with it, in one line that says what to install.
+``pip install --no-build-isolation .`` uses the tools in the environment. If one is missing, this check prints one line
+that says what to install, where pip would print a traceback.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import re
 from importlib import metadata
 
 TOOLS = ("scikit-build-core[setuptools]>=1.0", "setuptools>=77", "pybind11>=2.13", "ninja", "cmake>=3.25")
-"""All that a build without isolation needs; the first two run the build, the others are for what it compiles."""
+"""The tools that a build without isolation needs. The first two run the build; the others compile the native parts."""
 
 INSTALL = f"pip install {' '.join(tool if tool.isalnum() else repr(tool) for tool in TOOLS)}"
 
 
 def numbers(version: str) -> tuple[int, ...]:
+    """Return the first three numbers of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def lacking(requirement: str) -> str:
-    """Say what is wrong with the installed distribution of ``requirement``; empty where it will do."""
+    """Return what is wrong with the installed distribution of ``requirement``, or an empty string."""
     name, _, minimum = requirement.partition(">=")
     name = name.partition("[")[0]
     try:
@@ -31,7 +32,7 @@ def lacking(requirement: str) -> str:
 
 
 def check() -> None:
-    """Exit with one line where the tools that run the build are missing or too old."""
+    """Exit with one line if the tools that run the build are missing or too old."""
     if found := [reason for tool in TOOLS[:2] if (reason := lacking(tool))]:
         raise SystemExit(
             f"expected the build tools of resnet_fast, got {' and '.join(found)}; run `{INSTALL}` first, or leave out "
