@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .dispatch.select import use_backend
     from .dispatch.tune import Tuned, tune
     from .models.accelerate import accelerate, restore
-    from .models.resnet import Factory
+    from .models.factories import Factory
     from .parameter_cache import clear as clear_derived
 
     resnet18: Factory
@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         value: Any = importlib.import_module(".ops", __name__)
     elif name in ARCHS:
-        from .models.resnet import FACTORIES
+        from .models.factories import FACTORIES
 
         value = FACTORIES[name]
     elif name in _LAZY:

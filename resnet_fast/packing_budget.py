@@ -25,23 +25,34 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 LAYER = 6e6
+"""FLOPs that take as long as the overhead of one convolution call."""
+
 PACK = 600.0
+"""FLOPs that take as long as packing one element of the weights."""
+
 COMPILE = 1.2e9
+"""FLOPs that take as long as compiling one convolution of a net."""
+
 ALLOWED, SAVED = 0.1, 0.2
+"""Parts of a call's work: what a net may take longer than the stock layers, and what packed weights save."""
+
 FIRST = 2.0
-"""Packings of all weights that a new net may do at once."""
+"""Packings of all weights in a new net's balance."""
+
 MOST = 8.0
-"""Packings of all weights that can be saved up for."""
+"""Packings of all weights at which a balance stops growing."""
 
+KEYS = 256
+"""Kinds of call without packed weights that a budget remembers."""
 
-_at_once: ContextVar[bool] = ContextVar("resnet_fast_worth_at_once", default=False)
+_at_once: ContextVar[bool] = ContextVar("resnet_fast_pack_at_once", default=False)
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Inside the ``with``, weights are packed at their first call, whether it pays or not.
+    """Inside the ``with``, pack weights at their first call, whether it pays or not.
 
-    For results that depend, to the last bit, on weights and inputs alone and not on the calls before: validation.
+    Validation uses this: its results must depend on weights and inputs only, not on earlier calls, to the last bit.
     """
     before = _at_once.set(True)
     try:
@@ -51,44 +62,44 @@ def at_once() -> Iterator[None]:
 
 
 def is_at_once() -> bool:
-    """Whether this thread is inside :func:`at_once`."""
+    """Return whether this thread is inside :func:`at_once`."""
     return _at_once.get()
 
 
 def of_stock_call(flops: float, convolutions: int) -> float:
-    """The work of one call on the stock layers."""
+    """Return the work of one call on the stock layers, in FLOPs."""
     return flops + LAYER * convolutions
 
 
 def earned_by(work: float, packed: bool) -> float:
-    """What a call of so much work earns."""
+    """Return the FLOPs that a call of this work earns."""
     return work * (ALLOWED + SAVED if packed else ALLOWED)
 
 
-KEYS = 256
-"""Kinds of call, which nothing is prepared for, that an budget knows again."""
-
-
 class PackingBudget:
-    """What one set of parameters has earned, beyond any change of their values. ``whole``: packing all of them."""
+    """The balance of one set of parameters, in FLOPs. Changing the parameters' values does not reset it.
+
+    Args:
+        whole: the cost of packing all of them.
+    """
 
     __slots__ = ("_calls", "_seen", "balance", "latest", "whole")
 
     def __init__(self, whole: float):
         self.whole = whole
         self.balance = FIRST * whole
-        self.latest: Hashable = None  # the weights' version in the last call that had nothing to use
+        self.latest: Hashable = None  # the weights' version in the last call that had nothing packed
         self._calls = 0
         self._seen: dict[Hashable, int] = {}
 
     def earn(self, work: float) -> int:
-        """Add what a call earned. Returns the number of the call."""
+        """Add what a call earned, and return the number of the call."""
         self.balance = min(self.balance + work, MOST * self.whole)
         self._calls += 1
         return self._calls
 
     def seen(self, key: Hashable) -> int:
-        """The number of the last call with ``key`` that nothing was kept for; 0 if there was none."""
+        """Return the number of the last call of kind ``key`` without packed weights; 0 if there was none."""
         before = self._seen.pop(key, 0)
         self._seen[key] = self._calls + 1
         if len(self._seen) > KEYS:
@@ -96,7 +107,15 @@ class PackingBudget:
         return before
 
     def pays(self, cost: float, version: Hashable) -> bool:
-        """Pay for preparing these weights, if that is worth it now. ``version``: None where they did not change."""
+        """Subtract the cost of packing these weights, if the balance covers it and they are likely to stay.
+
+        Args:
+            cost: of packing, in FLOPs.
+            version: identifies the weights' values; None if they did not change since the last packing.
+
+        Returns:
+            Whether to pack.
+        """
         first, same = self.latest is None, version is None or version == self.latest
         if version is not None:
             self.latest = version

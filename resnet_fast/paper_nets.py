@@ -1,8 +1,8 @@
 """The nets of He et al., "Deep residual learning for image recognition" (2015), that torchvision does not have.
 
-Plain torch modules with torchvision's names and initialisation (He et al., "Delving deep into rectifiers": normal
-with variance 2/fan_out, zero biases left to the norm), made by editing torchvision's nets rather than by writing them
-again. Depths and widths come from :data:`resnet_fast.tuning.shapes.ARCHS`, so table and module cannot drift apart.
+Stock torch modules with torchvision's names and initialisation (He et al., "Delving deep into rectifiers": normal
+with variance 2/fan_out; biases belong to the norm). They edit torchvision's nets instead of repeating their code.
+Depths and widths come from :data:`resnet_fast.tuning.shapes.ARCHS`, so table and module cannot differ.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,17 @@ Norm = Callable[..., nn.Module]
 
 
 class PadShortcut(nn.Module):
-    """Shortcut option A: every ``stride``-th pixel of x (N, ci, H, W), channels padded with zeros behind to ``co``.
+    """Shortcut option A of section 3.3: every ``stride``-th pixel, and zeros appended up to ``co`` channels.
 
-    No parameters. Output (N, co, ceil(H/stride), ceil(W/stride)), dtype of x. Section 3.3, option A.
+    It has no parameters.
+
+    Args:
+        stride: step between the pixels that are kept.
+        ci: channels of the input (N, ci, H, W).
+        co: channels of the output (N, co, ceil(H/stride), ceil(W/stride)), which has the input's dtype.
+
+    Raises:
+        UserError: ``co`` is less than ``ci``.
     """
 
     def __init__(self, stride: int, ci: int, co: int):
@@ -41,7 +49,11 @@ class PadShortcut(nn.Module):
 class PlainBlock(nn.Module):
     """Two 3x3 convolutions as in a basic block, without the shortcut: relu(bn2(conv2(relu(bn1(conv1(x)))))).
 
-    The arguments are torchvision's, so that its ``ResNet`` can build plain nets; ``downsample`` is not used.
+    The arguments are those of torchvision's blocks, so that its ``ResNet`` can build plain nets. ``downsample`` is
+    ignored.
+
+    Raises:
+        UserError: ``groups``, ``base_width`` or ``dilation`` is not the default.
     """
 
     expansion: int = 1
@@ -75,7 +87,7 @@ class PlainBlock(nn.Module):
 
 
 def _init(module: nn.Module) -> None:
-    """torchvision's initialisation, for what is built here."""
+    """Initialise the convolutions of ``module`` as torchvision does."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -84,8 +96,13 @@ def _init(module: nn.Module) -> None:
 class CifarResNet(nn.Module):
     """Section 4.2's net for (N, 3, 32, 32) images: 3x3 conv, three stages of n blocks with 16, 32, 64 channels, fc.
 
-    ``block``: torchvision's ``BasicBlock`` or :class:`PlainBlock`; ``n``: blocks per stage, for 6n+2 weighted layers.
-    Any image size works. Output (N, num_classes).
+    Any image size works. The output is (N, num_classes).
+
+    Args:
+        block: torchvision's ``BasicBlock`` or :class:`PlainBlock`.
+        n: blocks per stage, for 6n+2 weighted layers.
+        num_classes: outputs of the last layer.
+        norm_layer: builds a norm from its number of channels; by default BatchNorm2d.
     """
 
     def __init__(self, block: type[nn.Module], n: int, num_classes: int = 10, norm_layer: Norm | None = None):
@@ -113,7 +130,7 @@ class CifarResNet(nn.Module):
 
 
 def _blocks(model: nn.Module) -> list[Any]:
-    """The residual blocks of ``model``; Any, because torch types every child as Tensor or Module."""
+    """Return the residual blocks of ``model``; Any, because torch types every child as Tensor or Module."""
     return [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck)]
 
 
@@ -132,11 +149,16 @@ def _set_shortcuts(model: nn.Module, shortcut: str, norm_layer: Norm) -> None:
 
 
 def imagenet_resnet(name: str, *, shortcut: str = "B", stride_in_1x1: bool = True, **kwargs: Any) -> nn.Module:
-    """One of torchvision's ten ResNets as the paper has it: the stride of a bottleneck on its first 1x1 (v1).
+    """Build one of torchvision's ten ResNets as in the paper: the stride of a bottleneck is on its first 1x1 (v1).
 
-    ``shortcut``: A, B or C of section 3.3 (the paper's 18 and 34 layer nets use A in Table 2, its deeper ones B).
-    ``kwargs`` go to torchvision's builder. ``stride_in_1x1=False`` leaves the stride where torchvision has it.
-    Raises :class:`UserError` for an unknown name or shortcut.
+    Args:
+        name: such as ``resnet50``.
+        shortcut: A, B or C of section 3.3. In Table 2 the nets with 18 and 34 layers use A, deeper ones B.
+        stride_in_1x1: whether to move the stride; False keeps torchvision's position.
+        **kwargs: passed to torchvision's builder.
+
+    Raises:
+        UserError: ``name`` or ``shortcut`` is unknown.
     """
     from torchvision import models
 

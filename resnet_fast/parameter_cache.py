@@ -37,17 +37,17 @@ T = TypeVar("T")
 Sources = tuple[Tensor | None, ...]
 
 USES_PER_ROUND = 64
-"""Within so many uses of an entry every element of its filters is compared."""
+"""Uses of an entry within which every element of its filters is compared."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_COLUMNS = 509  # 8-byte words per row; prime, so that moving filters or channels about changes the sums
+_COLUMNS = 509  # 8-byte words per row; prime, so that permuting filters or channels changes the sums
 _ROWS = 64
 _cache: dict[tuple[int, ...], CacheEntry] = {}  # identities of the sources -> entry
-_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> version of the counter beside it
+_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # running mean -> version of its batch counter
 
 
 class FilterSamples:
-    """Elements of one run of memory, and what they were."""
+    """Some elements of one run of memory, and their values when the entry was made."""
 
     __slots__ = ("index", "seen", "words")
 
@@ -63,22 +63,22 @@ class FilterSamples:
 
     @staticmethod
     def places(t: Tensor) -> np.ndarray:
-        """Places in memory of one element in each filter and in each input channel of ``t`` (Co, Ci, …)."""
+        """Return offsets of one element of each filter and each input channel of ``t`` (Co, Ci, ...)."""
         co, ci = t.shape[:2]
         window = t[0, 0].numel()
         i = np.arange(max(co, ci))
-        # channels beyond the number of filters all in the first filter, whose elements share cache lines
+        # Channels beyond the number of filters are sampled in the first filter: its elements share cache lines.
         place = np.where(i < co, i, 0) * t.stride(0) + i % ci * t.stride(1)
         if t.dim() == 4:
-            at = (7 * i + window // 2) % window  # not always the same tap: a flipped filter keeps its centre
+            at = (7 * i + window // 2) % window  # vary the tap: a flipped filter keeps its centre
             place += at // t.shape[3] * t.stride(2) + at % t.shape[3] * t.stride(3)
         return np.sort(place)
 
 
 class FilterSums:
-    """FilterSums over chunks of many runs of memory, some of which are compared at each use, all within a round.
+    """Sums over chunks of many runs of memory. Each use compares some of them, a round of uses all of them.
 
-    A chunk is summed as rows of 64-bit words, a sum per column, so that it matters where a value stands.
+    A chunk is summed as rows of 64-bit words, one sum per column, so that the position of a value matters.
     """
 
     __slots__ = ("chunks", "next", "per_use", "seen")
@@ -102,7 +102,7 @@ class FilterSums:
         return hash((body.sum(0).tobytes() if body.size else b"", rest.tobytes()))
 
     def hold(self) -> bool:
-        """Are the next chunks as they were?"""
+        """Return whether the next chunks are unchanged."""
         for _ in range(self.per_use):
             i = self.next
             self.next = (i + 1) % len(self.chunks)
@@ -112,7 +112,7 @@ class FilterSums:
 
 
 class Stamps:
-    """What the sources looked like. Holds on to their memory, so that no address can be given to another tensor."""
+    """The state of the sources when an entry was made. Keeps their memory alive, so that no address is reused."""
 
     def __init__(self, sources: Sources):
         tensors = [t for t in sources if t is not None]
@@ -131,7 +131,7 @@ class Stamps:
         self.sums = FilterSums(runs) if runs else None
 
     def _watch(self, t: Tensor) -> list[np.ndarray]:
-        """Remember the memory of ``t``; what is to be summed comes back."""
+        """Record the values of ``t``, and return the runs of memory that are to be summed."""
         bits = _BITS[t.element_size()]  # as integers: NaN equals itself, -0 is not 0
         if t.is_inference() or not _is_dense(t):
             words = t.detach().view(bits)
@@ -145,7 +145,7 @@ class Stamps:
         return [run]
 
     def hold(self, sources: Sources) -> bool:
-        """Are the sources as they were? Runs for every parameter at every call, so most of it compares whole lists."""
+        """Return whether the sources are unchanged. Compare lists: this runs for every parameter at every call."""
         tensors: list[Any] = [sources[i] for i in self.given]
         return (
             [t.data_ptr() for t in tensors] == self.addresses
@@ -161,19 +161,20 @@ class Stamps:
     def _same_versions(self, sources: Sources) -> bool:
         try:
             return [sources[i]._version for i in self.counted] == self.versions  # type: ignore[union-attr]
-        except RuntimeError:  # has become an inference tensor
+        except RuntimeError:  # it became an inference tensor
             return False
 
 
 def _is_dense(t: Tensor) -> bool:
-    """Does the tensor fill one run of memory, in whatever order of its dimensions?"""
+    """Return whether the tensor fills one run of memory, in any order of its dimensions."""
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 class CacheEntry:
-    """Everything derived from one set of sources, by key, least recently used first. Use under ``lock``.
+    """Everything derived from one set of sources, by key, least recently used first. Hold ``lock`` to use it.
 
-    ``notes``: whatever the user of the entry wants to remember beyond a change of the sources' values.
+    Attributes:
+        notes: state of the caller that survives a change of the sources' values.
     """
 
     __slots__ = ("__weakref__", "_refs", "_stamps", "lock", "notes", "values")
@@ -182,15 +183,15 @@ class CacheEntry:
         def forget(_: object) -> None:
             _cache.pop(identity, None)
 
-        # a callback may come at any time, in the middle of a locked section too: removing a key needs no lock
+        # A callback may run at any time, also inside a locked section. Removing a key needs no lock.
         self._refs = [weakref.ref(t, forget) for t in sources if t is not None]
         self._stamps: Stamps | None = None
-        self.lock = ForkSafeLock()  # of this entry alone: what one net packs or compiles is no other net's business
+        self.lock = ForkSafeLock()  # per entry: one net's packing or compiling blocks no other net
         self.values: dict[Hashable, Any] = {}
         self.notes: Any = None
 
     def find(self, sources: Sources, key: Hashable) -> Any:
-        """What is kept under ``key``; None where there is nothing or a source changed, which drops everything."""
+        """Return the value of ``key``; None if there is none. If a source changed, drop all values first."""
         if self._stamps is None:
             return None
         if not self._stamps.hold(sources):
@@ -205,25 +206,25 @@ class CacheEntry:
         return values[key]
 
     def make(self, sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T]) -> T:
-        """Compute and keep. ``make`` receives what is kept under other keys, so that it can share parts."""
-        if self._stamps is None:  # before the sources are read: what is written meanwhile counts as a change
+        """Compute and keep a value. ``make`` receives the values of other keys, so that it can share parts."""
+        if self._stamps is None:  # before reading the sources, so that a concurrent write counts as a change
             self._stamps = Stamps(sources)
         made = make(self.values)
         self.values[key] = made
         return made
 
     def shrink(self, fits: Callable[[dict[Any, Any]], bool]) -> None:
-        """Drop the least recently used until ``fits(values)`` or one is left."""
+        """Drop the least recently used values until ``fits(values)`` or one is left."""
         while len(self.values) > 1 and not fits(self.values):
             del self.values[next(iter(self.values))]
 
     def leads(self, t: Tensor) -> bool:
-        """Is ``t`` the first of the sources?"""
+        """Return whether ``t`` is the first of the sources."""
         return self._refs[0]() is t
 
 
 def entry(sources: Sources) -> CacheEntry:
-    """The entry of these very tensors; None among them stands for an absent one. At least one must be there."""
+    """Return the entry of exactly these tensors, None for an absent one. At least one must be a tensor."""
     identity = tuple([0 if t is None else id(t) for t in sources])
     found = _cache.get(identity)
     if found is None:
@@ -234,13 +235,13 @@ def entry(sources: Sources) -> CacheEntry:
 
 
 def get(sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T], keep: int = 8) -> T:
-    """``make(values)``, computed when a source changed or ``key`` is new, otherwise the kept result.
+    """Return ``make(values)``, computed if a source changed or ``key`` is new, otherwise the cached result.
 
     Args:
         sources: the parameters and buffers that the result is computed from, None where absent; at least one tensor.
-        key: whatever else it depends on (input size, dtype).
-        make: computes it, never None; receives what is kept for the same sources under other keys.
-        keep: how many keys to keep per set of sources; the least recently used goes first.
+        key: what else it depends on (input size, dtype).
+        make: computes it, never None. Its argument holds the values of other keys for the same sources.
+        keep: number of keys to keep per set of sources; the least recently used is dropped first.
     """
     found = entry(sources)
     with found.lock:
@@ -252,10 +253,10 @@ def get(sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T], ke
 
 
 def follow(t: Tensor, counter: Tensor | None) -> None:
-    """Make values derived from ``t`` stale where ``counter`` was written since the last call with the two.
+    """Mark values derived from ``t`` as stale if ``counter`` was written since the last call with these two.
 
-    BatchNorm's update of its running statistics moves no version counter, only that of ``num_batches_tracked`` beside
-    them. On the CPU the statistics themselves are compared; elsewhere their version is moved here.
+    BatchNorm's update of its running statistics changes the version counter of ``num_batches_tracked`` only. On the CPU
+    the statistics themselves are compared; elsewhere this function increments their version.
     """
     if counter is None or counter.is_inference() or t.is_inference():
         return
@@ -267,14 +268,14 @@ def follow(t: Tensor, counter: Tensor | None) -> None:
 
 
 def values_of(t: Tensor) -> list[Any]:
-    """Every value that is kept for sources that begin with ``t``."""
+    """Return every cached value of sources that begin with ``t``."""
     return [value for found in list(_cache.values()) if found.leads(t) for value in list(found.values.values())]
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Forget what was derived from any of ``tensors``, and with it every weak reference to them.
+    """Forget everything derived from any of ``tensors``, and with it every weak reference to them.
 
-    ``torch.utils.swap_tensors`` refuses a tensor that has one.
+    ``torch.utils.swap_tensors`` refuses a tensor that has weak references.
     """
     found = {id(t) for t in tensors}
     for identity in list(_cache):

@@ -1,6 +1,6 @@
-"""Modules whose forward is one op call, and which stay what they were: torchvision's or timm's blocks.
+"""torchvision's and timm's blocks and nets with one op call as their forward.
 
-Each class here derives from a stock class and adds no state; :func:`resnet_fast.accelerate` exchanges ``__class__``, so
-children, parameters, hooks and ``state_dict`` are untouched. A block reads its children's attributes at every call, and
-where they are anything but the plain layers that the op computes, it runs the stock forward and says why.
+Each class here derives from a stock class and adds no state. :func:`resnet_fast.accelerate` exchanges ``__class__``, so
+children, parameters, hooks and ``state_dict`` stay untouched. A block reads its children's attributes at every call. If
+they are not the plain layers that the op computes, it runs the stock forward and reports the reason.
 """

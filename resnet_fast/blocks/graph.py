@@ -212,7 +212,7 @@ class Layers:
         self._anchor = torch.empty(0)
 
     def hold(self) -> bool:
-        """Return whether the layers are unchanged. Compares lists, because it runs for every layer at every call."""
+        """Return whether the layers are unchanged. Compare lists: this runs for every layer at every call."""
         try:
             values = [getter(fields) for getter, fields in self._getters]
         except KeyError:

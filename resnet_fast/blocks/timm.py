@@ -47,7 +47,7 @@ class Bottleneck(_TimmBlock, stock.Bottleneck):
 
 
 class ResNet(Net, stock.ResNet):
-    """timm's ResNet around fused blocks; its deep stems and replaced poolings run unfused."""
+    """timm's ResNet around fused blocks. Deep stems and replaced poolings run unfused."""
 
     stock_class = stock.ResNet
     acts = ("act1",)

@@ -1,4 +1,4 @@
-"""Every net that a command can be asked for, by name, as stock torch modules that nothing has accelerated yet."""
+"""Build the nets that the commands know, by name, as stock torch modules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 COMPARED = ("vgg16", "vgg19", "googlenet")
-"""torchvision's nets that the paper compares with; they are summarised here, not accelerated."""
+"""torchvision's nets that the paper compares with. They are summarised and timed, not accelerated."""
 
 
 def names() -> tuple[str, ...]:
-    """torchvision's ten ResNets, the paper's own nets, then the nets that they are compared with."""
+    """Return the names of torchvision's ten ResNets, the paper's own nets, then :data:`COMPARED`."""
     return (*ARCHS, *COMPARED)
 
 
@@ -23,18 +23,28 @@ def _in_torchvision(entry: Arch) -> bool:
 
 
 def image_size(name: str) -> int:
-    """Side in pixels of the images that ``name`` is made for; :class:`UserError` when there is no such net."""
+    """Return the side in pixels of the images that net ``name`` is made for.
+
+    Raises:
+        UserError: there is no such net.
+    """
     if name not in names():
         raise unknown_name("model", name, names())
     return ARCHS[name].image if name in ARCHS else 224
 
 
 def build(name: str, *, shortcut: str | None = None, stride_in_1x1: bool = False, **kwargs: Any) -> nn.Module:
-    """A new stock module of that name; ``kwargs`` go to its builder (``num_classes``, ``weights`` …).
+    """Return a new stock module.
 
-    ``shortcut`` (A, B, C) and ``stride_in_1x1`` choose among the paper's variants where the net has them; left out,
-    the ten torchvision names give exactly torchvision's nets. GoogLeNet comes without its auxiliary heads, which
-    inference never runs. Raises :class:`UserError` for an unknown name, listing close matches, or variant.
+    Args:
+        name: one of :func:`names`. GoogLeNet has no auxiliary heads, which inference never runs.
+        shortcut: the paper's shortcut A, B or C; None for the net's default.
+        stride_in_1x1: whether a bottleneck's stride is on its first 1x1, as in the paper. Without it and without
+            ``shortcut``, the ten torchvision names give exactly torchvision's nets.
+        **kwargs: passed to the net's builder (``num_classes``, ``weights``, ...).
+
+    Raises:
+        UserError: the net, or its variant, does not exist. The error lists close matches.
     """
     if name not in names():
         raise unknown_name("model", name, names())

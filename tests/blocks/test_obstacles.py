@@ -1,4 +1,4 @@
-"""Every reason that keeps a layer out of a fused call, and what is read from a norm."""
+"""The sentences that keep a layer out of a fused call."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast.blocks import children, obstacles
+from resnet_fast.blocks import obstacles
 
 
 def conv(**kwargs: Any) -> nn.Conv2d:
@@ -133,49 +132,3 @@ def test_a_state_dict_hook_does_not_alter_a_layer() -> None:
     layer.register_state_dict_post_hook(lambda *args: None)
     layer.register_load_state_dict_pre_hook(lambda *args: None)
     assert not obstacles.is_altered(layer)
-
-
-NORMS: dict[str, Callable[[], nn.Module]] = {
-    "plain": lambda: nn.BatchNorm2d(4),
-    "momentum": lambda: nn.BatchNorm2d(4, momentum=0.3, eps=1e-2),
-    "zero momentum": lambda: nn.BatchNorm2d(4, momentum=0.0),
-    "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
-    "no affine": lambda: nn.BatchNorm2d(4, affine=False),
-    "no tracking": lambda: nn.BatchNorm2d(4, track_running_stats=False),
-    "nothing": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False, momentum=None),
-}
-
-
-@pytest.mark.parametrize("untrack", [False, True])
-@pytest.mark.parametrize("name", NORMS)
-def test_a_norm_record_computes_what_the_norm_does(name: str, untrack: bool) -> None:
-    """Through three training batches and an eval batch, outputs, statistics and counters agree bit for bit."""
-    want, read = NORMS[name](), NORMS[name]()
-    if untrack:
-        want.track_running_stats = read.track_running_stats = False
-    for mode in (True, True, True, False):
-        x = torch.randn(3, 4, 5, 5) * 2 + 1
-        y = want.train(mode)(x)
-        n = children.norm_record(read.train(mode))
-        got = F.batch_norm(x, n.mean, n.var, n.weight, n.bias, n.batch_stats, n.momentum, n.eps)
-        torch.testing.assert_close(got, y, rtol=0, atol=0)
-        torch.testing.assert_close(dict(read.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
-
-
-def test_identity_and_frozen_records() -> None:
-    assert children.norm_record(nn.Identity()) == children.Norm()
-    layer = FrozenBatchNorm2d(4, eps=1e-3).train()
-    record = children.norm_record(layer)
-    assert (record.batch_stats, record.eps) == (False, 1e-3)
-    assert record.tensors() == (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-
-
-def test_records_are_read_afresh() -> None:
-    layer = conv()
-    before = children.conv_record(layer)
-    layer.stride, layer.dilation, layer.padding, layer.groups = (2, 2), (3, 3), (1, 1), 1
-    layer.weight = nn.Parameter(layer.weight + 1)
-    after = children.conv_record(layer)
-    assert (after.stride, after.dilation, after.padding) == ((2, 2), (3, 3), (1, 1))
-    assert after.weight is layer.weight
-    assert before.weight is not after.weight

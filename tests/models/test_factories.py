@@ -13,7 +13,7 @@ from torch import nn
 import resnet_fast
 from resnet_fast import paper_nets
 from resnet_fast.blocks.fused import Fused
-from resnet_fast.models import registry, resnet
+from resnet_fast.models import factories, registry
 from resnet_fast.tuning.shapes import ARCHS
 from tests.support import nets
 
@@ -160,7 +160,7 @@ def group_norm(channels: int) -> nn.Module:
 def test_each_torchvision_argument(name: str, kwargs: dict[str, Any]) -> None:
     import torchvision
 
-    ours = resnet.FACTORIES[name](**kwargs).eval()
+    ours = factories.FACTORIES[name](**kwargs).eval()
     with torch.device("meta"):
         stock = getattr(torchvision.models, name)(**kwargs).eval()
     stock.to_empty(device="cpu").load_state_dict(ours.state_dict(), strict=True)
