@@ -90,6 +90,41 @@ def next_tap(first, i, j, taps_w, CO: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def gradient_step(
+    g_ptr, y_ptr, at, k, k_mask, inside, vectors_ptr, outside_ptr,
+    CO: tl.constexpr, C_OUT: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, BATCH: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Return dy (exact) or q (packed) of a step, (rows, channels ``k``); 0 where not ``inside`` (rows, 1).
+
+    ``at``: elements from ``g_ptr`` and ``y_ptr``. EVEN_K: the step ends within the channels, so no mask is needed.
+    """
+    mask = inside if EVEN_K else inside & k_mask
+    if PADDED and PACKED and BATCH:
+        g_at = tl.where(inside, g_ptr + at, outside_ptr + k[None, :])
+        g_at = tl.max_contiguous(tl.multiple_of(g_at, (ALIGN, ALIGN)), (1, BLOCK_K))
+        a = tl.load(g_at) if EVEN_K else tl.load(g_at, mask=k_mask, other=0.0)
+    else:
+        a = tl.load(g_ptr + at, mask=mask, other=0.0)
+    if BATCH:
+        y = tl.load(y_ptr + at, mask=mask, other=0.0)
+    if PACKED and BATCH:
+        beta_hi = channel_row(vectors_ptr, k, k < CO, BETA_HI, C_OUT, EVEN_K)
+        beta_lo = channel_row(vectors_ptr, k, k < CO, BETA_LO, C_OUT, EVEN_K)
+        gamma = channel_row(vectors_ptr, k, k < CO, GAMMA, C_OUT, EVEN_K)
+        a = packed_gradient(a, y, beta_hi, beta_lo, gamma, UPCAST)
+    elif not PACKED:
+        dy = a.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, A, C_OUT, EVEN_K)
+        if BATCH:
+            shift = channel_row(vectors_ptr, k, k < CO, C, C_OUT, EVEN_K)
+            if PADDED:
+                shift = tl.where(inside, shift, 0.0)
+            dy += y.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, B, C_OUT, EVEN_K) + shift
+        a = round_to(dy, a.dtype, UPCAST)
+    return a
+
+
+@triton.jit
 def accumulate_gradient(
     acc, g_ptr, y_ptr, rows, ho, wo, row_mask, w_rows, w_mask, vectors_ptr, outside_ptr, taps_h, taps_w, Ho, Wo,
     CO: tl.constexpr, C_OUT: tl.constexpr, S: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
@@ -133,28 +168,10 @@ def accumulate_gradient(
         else:
             b = tl.load(w_at)
         # a = dy[n, ho - i*back, wo - j*back, k], 0 outside the image
-        mask = inside if EVEN_K else inside & k_mask
-        if PADDED and PACKED and BATCH:
-            g_at = tl.where(inside, g_ptr + at, outside_ptr + k[None, :])
-            g_at = tl.max_contiguous(tl.multiple_of(g_at, (ALIGN, ALIGN)), (1, BLOCK_K))
-            a = tl.load(g_at) if EVEN_K else tl.load(g_at, mask=k_mask, other=0.0)
-        else:
-            a = tl.load(g_ptr + at, mask=mask, other=0.0)
-        if BATCH:
-            y = tl.load(y_ptr + at, mask=mask, other=0.0)
-        if PACKED and BATCH:
-            beta_hi = channel_row(vectors_ptr, k, k < CO, BETA_HI, C_OUT, EVEN_K)
-            beta_lo = channel_row(vectors_ptr, k, k < CO, BETA_LO, C_OUT, EVEN_K)
-            gamma = channel_row(vectors_ptr, k, k < CO, GAMMA, C_OUT, EVEN_K)
-            a = packed_gradient(a, y, beta_hi, beta_lo, gamma, UPCAST)
-        elif not PACKED:
-            dy = a.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, A, C_OUT, EVEN_K)
-            if BATCH:
-                shift = channel_row(vectors_ptr, k, k < CO, C, C_OUT, EVEN_K)
-                if PADDED:
-                    shift = tl.where(inside, shift, 0.0)
-                dy += y.to(tl.float32) * channel_row(vectors_ptr, k, k < CO, B, C_OUT, EVEN_K) + shift
-            a = round_to(dy, a.dtype, UPCAST)
+        a = gradient_step(
+            g_ptr, y_ptr, at, k, k_mask, inside, vectors_ptr, outside_ptr,
+            CO, C_OUT, PADDED, PACKED, BATCH, ALIGN, EVEN_K, BLOCK_K, UPCAST,
+        )  # fmt: skip
         acc = multiply(a, b, acc, PRECISION, UPCAST)
         if TAPS_H * TAPS_W > 1:
             first, i, j = next_tap(first, i, j, taps_w, CO, BLOCK_K)
@@ -207,6 +224,25 @@ def finish_rows(
     return wide, product
 
 
+@triton.jit
+def taps_of_phase(
+    h, w, R: tl.constexpr, S: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr,
+    INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    PHASES: tl.constexpr,
+):  # fmt: skip
+    """Return (first tap r, first tap s, taps along H, taps along W) of the phase of padded pixel (h, w).
+
+    Tap r reads dy where h - r*dil is divisible by the stride, which requires h to be divisible by GCD.
+    """
+    r, s = h // GCD_H * INVERSE_H % STEP_H, w // GCD_W * INVERSE_W % STEP_W
+    if PHASES == 1:
+        taps_h, taps_w = R, S
+    else:
+        real = (h % GCD_H == 0) & (w % GCD_W == 0)
+        taps_h, taps_w = tl.where(real, (R - r + (STEP_H - 1)) // STEP_H, 0), (S - s + (STEP_W - 1)) // STEP_W
+    return r, s, taps_h, taps_w
+
+
 @triton.jit(do_not_specialize=["tiles_m", "images", "H", "W", "Ho", "Wo", "Hs", "Ws"])
 def _conv_dgrad_kernel(
     g_ptr, y_ptr, wt_ptr, grad_ptr, outside_ptr, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr,
@@ -238,15 +274,12 @@ def _conv_dgrad_kernel(
     n, h, w = pixel_of_row(m, tl.maximum(Hp, 1), tl.maximum(Wp, 1))
     h, w = ph + h * STRIDE_H, pw + w * STRIDE_W
 
-    # its taps: r, r + STEP, ... where h + pad - r*dil divides by the stride, which needs h + pad to divide by GCD
+    # its taps: r, r + STEP, ... and s, s + STEP, ...
     STEP_H: tl.constexpr = STRIDE_H // GCD_H
     STEP_W: tl.constexpr = STRIDE_W // GCD_W
-    r, s = (ph + PAD_H) // GCD_H * INVERSE_H % STEP_H, (pw + PAD_W) // GCD_W * INVERSE_W % STEP_W
-    if PHASES == 1:
-        taps_h, taps_w = R, S
-    else:
-        real = ((ph + PAD_H) % GCD_H == 0) & ((pw + PAD_W) % GCD_W == 0)
-        taps_h, taps_w = tl.where(real, (R - r + (STEP_H - 1)) // STEP_H, 0), (S - s + (STEP_W - 1)) // STEP_W
+    r, s, taps_h, taps_w = taps_of_phase(
+        ph + PAD_H, pw + PAD_W, R, S, GCD_H, GCD_W, INVERSE_H, INVERSE_W, STEP_H, STEP_W, PHASES
+    )
 
     # tap r reads dy at (h + pad - r*dil) / stride; offsets count from the tile's first image
     ho, wo = (h + PAD_H - r * DIL_H) // STRIDE_H, (w + PAD_W - s * DIL_W) // STRIDE_W

@@ -3,51 +3,51 @@ r"""Gradient of a convolution's weight: a matrix product over all output pixels,
     dW[co, r, s, ci] = sum_m dy[m, co] * act(x[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci])
     m = (n, ho, wo)
 
-    g, y (N, Ho, Wo, Co)   x (N, H, W, Ci) raw or as it is   dW (Co, R, S, Ci/groups) fp32
+    g, y (N, Ho, Wo, Co)   x (N, H, W, Ci) raw or an activation   dW (Co, R, S, Ci/groups) fp32
 
-Neither operand exists in memory: dy is made of g and y, act of the raw x (vectors.py), as they are read. Saved bytes:
-dy and act are each written once and read once less.
+Saved bytes. Neither operand is in memory: dy is computed from g and y, act from the raw x (vectors.py), as they are
+read. dy and act are each written once and read once less.
 
-GEMM. gemm_m = Co, gemm_n = Ci of one tap (or all taps and channels as one axis where a group has fewer than 16
-channels), gemm_k = N*Ho*Wo, which is long where the other two are short. So the pixels are cut, in two ways:
+GEMM. gemm_m = Co, gemm_n = Ci of one tap (or all taps and channels as one axis if a group has fewer than 16 channels),
+gemm_k = N*Ho*Wo, which is long while the other two are short. So the pixels are divided, in two ways:
 
-    streams   the batch is cut into STREAMS parts of whole images. A K step is BLOCK_K / STREAMS neighbouring pixels
-              of every stream, at the same (ho, wo) in each. So what is worked out per pixel (its place in the image,
-              whether a tap of it lies inside) is worked out once for all streams, of which a thread has one element
-              each; what tells the streams apart is an address that does not change.
-    splits    every stream's pixels, taken as one run over its images, are cut into as many splits
+    streams   The batch is divided into STREAMS parts of whole images. A K step is BLOCK_K / STREAMS neighbouring pixels
+              of every stream, at the same (ho, wo) in each. What depends on the pixel (its place in the image, whether
+              a tap of it is inside) is computed once for all streams, of which a thread has one element each. The
+              streams differ only by an address that does not change.
+    splits    Every stream's pixels, as one run over its images, are divided into the same number of splits.
 
     stream 0  | split 0 | split 1 | split 2 |            a program: one tile (co, tap, ci) of one split, fp32 sums
     stream 1  | split 0 | split 1 | split 2 |
       ...       tile 0    tile 0    tile 0      \        a second launch adds the splits from the first to the last
                   +---->----+---->----+------> dW        and applies factors and corrections: no atomics
 
-Place of a pixel. It is carried along: a step adds (images, rows, pixels) of BLOCK_K / STREAMS pixels, which it takes
-apart once, and one carry each; a division per step and row costs more than the products leave time for.
+Place of a pixel. It is carried along: a step adds (images, rows, pixels) of BLOCK_K / STREAMS pixels, computed once, and
+one carry for each. A division per step and row would cost more time than the products leave.
 
-Packed operands are q and z = clamp(x) with dy = A*q and act = FOLD*(z - THR), so A and FOLD are a row and a column
-factor of the sum, and
+Packed operands are q and z = clamp(x) with dy = A*q and act = FOLD*(z - THR), so A and FOLD are a row factor and a
+column factor of the sum, and
 
     dW = A * FOLD * (P - THR * Q)             P = sum q*z    Q = sum q         constant statistics
     dW = A * FOLD * (P - mean(z) * Q)                                          batch statistics
 
-In exact arithmetic the second Q is zero. Rounding leaves a systematic rest, which multiplied with the mean of an
-activation (not small) would be most of the error; so the rest is taken out at the mean of z. Q comes from the tensor
-cores, as a product with columns of ones; mean(z), whose own error is of second order, from the middle step of each
-split.
+In exact arithmetic the second Q is zero. Rounding leaves a systematic rest. Multiplied by the mean of an activation,
+which is not small, it would be most of the error, so the rest is subtracted at the mean of z. Q comes from the tensor
+cores, as a product with columns of ones. mean(z) comes from the middle step of each split; its own error has a
+second-order effect.
 
-Rows without a pixel (behind a split's last, in a stream with an image less) read g = y = 0, which makes q = GAMMA of
-them, and z of them is one constant per channel, ``idle``. Nothing in the loop tells them from others; the second
-launch takes what they added out of P and Q, for their number is known. Taps outside the image read x at the row
-THRESHOLD, conv_fwd.py, and constant channels are taken back as there.
+Rows without a pixel (after the last of a split, or in a stream with one image less) read g = y = 0, so their q is GAMMA
+and their z is one constant per channel. The loop does not distinguish these ``idle`` rows. The second launch subtracts
+their contribution to P and Q, because their number is known. Taps outside the image read x at the row THRESHOLD,
+conv_fwd.py, and constant channels are corrected as there.
 
-Numerics: tiles.py. Limits: tuning/training_configs.py.
+Numerics: tiles.py. Limits: tuning/training_configs.py. Loads of both operands: wgrad_tiles.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_wgrad.py``.
 
 Tried, compiled for sm_90 (issue slots per scheduler and K step of a 128x128x64 tile; tensor cycles 544):
-    3x3 packed 482, exact 1,066; 1x1 behind a prologue 398, 942. With the place of every row worked out by division,
-    selects for the padding, and the mean of z in the loop: about 1,600.
-    64-bit row starts in place of 32-bit distances: 466, but 16 registers more, which sm_80 spills.
+    3x3 packed 482, exact 1,066; 1x1 with a prologue 398, 942. With the place of every row computed by division, selects
+    for the padding, and the mean of z in the loop: about 1,600.
+    64-bit row starts instead of 32-bit distances: 466, but 16 registers more, which spill on sm_80.
     128x256x64: 0.72 of the tensor cycles instead of 0.89, and spills.
 """
 
@@ -63,142 +63,101 @@ from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ....tuning.training_configs import gemm
 from ..launch import alignment, product, steps_of
-from ..tiles import pixel_of_row, round_to, row_offset
+from ..tiles import pixel_of_row, row_offset
 from . import vectors
-from .conv_dgrad import packed_gradient
-from .conv_fwd import activate, clamp, padding_excess
+from .conv_fwd import padding_excess
 from .vectors import Act, Grad
+from .wgrad_tiles import (
+    activation_tile,
+    activation_vectors,
+    channel_vector,
+    gradient_tile,
+    gradient_vectors,
+    next_places,
+    of_rows,
+    place_in_x,
+)
 
-SCALE, SHIFT = tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 FOLD, THR = tl.constexpr(vectors.FOLD), tl.constexpr(vectors.THR)
 LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
-A, B, C = tl.constexpr(vectors.A), tl.constexpr(vectors.B), tl.constexpr(vectors.C)
-BETA_HI, BETA_LO, GAMMA = tl.constexpr(vectors.BETA_HI), tl.constexpr(vectors.BETA_LO), tl.constexpr(vectors.GAMMA)
+A, GAMMA = tl.constexpr(vectors.A), tl.constexpr(vectors.GAMMA)
 
 ONES = tl.constexpr(8)
-"""Columns of ones: the narrowest product of the tensor cores."""
+"""Columns of ones, as many as the narrowest product of the tensor cores has."""
 
 STREAMS = 4
-"""At most; a thread of a 128 x 128 x 64 tile has four rows of a step."""
+"""Most streams; a thread of a 128 x 128 x 64 tile has four rows of a step."""
 
 
 @triton.jit
-def of_rows(per_stream, per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_K,): ``per_stream`` (STREAMS,) + ``per_pixel`` (BLOCK_K / STREAMS,) for the rows of a step.
-
-    Of images and pixels; multiplied with a stride afterwards, for behind a reshape Triton 3.6 knows of no alignment.
-    """
-    return tl.reshape(per_stream[:, None] + per_pixel[None, :], (BLOCK_K,))
-
-
-@triton.jit
-def to_rows(per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_K,): ``per_pixel`` (BLOCK_K / STREAMS,) once for every stream."""
-    return tl.reshape(tl.broadcast_to(per_pixel[None, :], (STREAMS, BLOCK_K // STREAMS)), (BLOCK_K,))
-
-
-@triton.jit
-def next_places(n, ho, wo, dn, dh, dw, Ho, Wo):
-    """``dn`` images, ``dh`` rows and ``dw`` pixels on; both of the last are less than an image or row has."""
-    wo += dw
-    over = wo >= Wo
-    wo = tl.where(over, wo - Wo, wo)
-    ho += dh + over.to(tl.int32)
-    over = ho >= Ho
-    ho = tl.where(over, ho - Ho, ho)
-    return n + dn + over.to(tl.int32), ho, wo
-
-
-@triton.jit
-def place_in_x(
-    x_tile, n, ho, wo, real, down, across, H, W, x_stride_n, done,
-    C_IN: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr,
-    LINEAR: tl.constexpr, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr,
+def columns_of_tile(
+    pid_n, g, CI: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """(addresses (rows, columns) of x, inside (rows, 1 or columns)) for pixels (n, ho, wo) of a step, one per lane.
-
-    LINEAR: pixels of x are those of dy, and ``x_tile`` begins with the split's first, ``done`` before the step's.
-    """
-    if LINEAR:
-        lane = tl.arange(0, BLOCK_K // STREAMS)
-        return x_tile + (to_rows(done + lane, STREAMS, BLOCK_K) * C_IN)[:, None], real[:, None]
+    """Return (column of dW, channel of x, whether it is one, tap) of a tile; the tap is a scalar, or (1, columns)."""
+    if WINDOW:
+        column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        ci, ci_mask = g * CI + column % CI, column < COLUMNS
+        tap = (column // CI)[None, :]
     else:
-        h, w = ho * STRIDE_H, wo * STRIDE_W
-        image, pixel = to_rows(n, STREAMS, BLOCK_K) * x_stride_n, to_rows(h * W + w, STREAMS, BLOCK_K) * C_IN
-        x_at = x_tile + (image + pixel)[:, None]
-        if not PADDED:
-            return x_at, real[:, None]
-        elif WINDOW:
-            h, w = to_rows(h, STREAMS, BLOCK_K)[:, None] + down, to_rows(w, STREAMS, BLOCK_K)[:, None] + across
-            return x_at, real[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        else:
-            h, w = h + down, w + across
-            inside = to_rows((h >= 0) & (h < H) & (w >= 0) & (w < W), STREAMS, BLOCK_K)
-            return x_at, (real & inside)[:, None]
+        tiles_n: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
+        within_n = (pid_n % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        ci, ci_mask = g * CI + within_n, within_n < CI
+        tap = pid_n // tiles_n
+        column = tap * CI + within_n
+    return column, ci, ci_mask, tap
 
 
 @triton.jit
-def gradient_tile(
-    g_at, y_at, real, co_mask, first, second, third,
-    BATCH: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+def middle_mean(
+    start, steps, rows_left, lane, x_tile, first_n, outside, down, across, ci_mask, act_first, act_second,
+    H, W, Ho, Wo, x_stride_n, C_IN: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PROLOGUE: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, LINEAR: tl.constexpr,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dy (exact) or q (packed) of a tile (channels, rows). Of rows that are not ``real``: dy = 0, q = GAMMA.
-
-    ``first`` to ``third`` (channels): A, B, C or BETA_HI, BETA_LO, GAMMA.
-    """
-    mask = real[None, :] if EVEN else real[None, :] & co_mask[:, None]
-    g = tl.load(g_at, mask=mask, other=0.0)
-    if PACKED:
-        if BATCH:
-            y = tl.load(y_at, mask=mask, other=0.0)
-            shape: tl.constexpr = g.shape
-            hi, lo = first[:, None].broadcast_to(shape), second[:, None].broadcast_to(shape)
-            g = packed_gradient(g, y, hi, lo, third[:, None].broadcast_to(shape), UPCAST)
-        return g
-    else:
-        dy = g.to(tl.float32) * first[:, None]
-        if BATCH:
-            y = tl.load(y_at, mask=mask, other=0.0)
-            dy += y.to(tl.float32) * second[:, None] + tl.where(real[None, :], third[:, None], 0.0)
-        return round_to(dy, g.dtype, UPCAST)
+    """Return the mean of z (columns,) over the middle one of a split's ``steps``."""
+    done = steps // 2 * (BLOCK_K // STREAMS)
+    n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
+    x_at, inside = place_in_x(
+        x_tile, n - first_n, ho, wo, rows_left > done, down, across, H, W, x_stride_n, done,
+        C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, LINEAR, STREAMS, BLOCK_K,
+    )  # fmt: skip
+    z = activation_tile(
+        x_at, outside, inside, ci_mask, act_first, act_second,
+        PROLOGUE, PACKED, PADDED, WINDOW, EVEN, ALIGN, UPCAST,
+    )  # fmt: skip
+    weight = (rows_left > done).to(tl.float32)
+    return tl.sum(z.to(tl.float32) * weight[:, None], 0) / tl.sum(weight, 0)
 
 
 @triton.jit
-def activation_tile(
-    x_at, outside, inside, ci_mask, first, second,
-    PROLOGUE: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, EVEN: tl.constexpr,
-    ALIGN: tl.constexpr, UPCAST: tl.constexpr,
+def take_back_padding(
+    acc, excess, start, steps, rows_left, lane, x_tile, first_n, down, across, g_ptr, y_ptr, dy_tile, co_mask,
+    grad_first, grad_second, grad_third, H, W, Ho, Wo, x_stride_n,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    BATCH: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, EVEN: tl.constexpr,
+    UPCAST: tl.constexpr, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """act (exact), z (packed) or x of a tile (rows, columns). Not ``inside`` (rows, 1 or columns): act = x = 0; z as
-    clamp makes it of ``outside``, addresses of the row THRESHOLD, or of 0 where nothing is padded.
+    """Return acc without what packed padding added: ``excess`` (columns,) times q, summed over the rows outside.
 
-    ``first``, ``second`` (columns): LO, HI or SCALE, SHIFT. ALIGN: conv_fwd.py. WINDOW: columns are no run of channels;
-    z outside is the row THRESHOLD itself.
+    No steps run where no channel is constant, that is, where ``excess`` is 0.
     """
-    if PROLOGUE and PACKED and PADDED and not WINDOW:
-        at = tl.where(inside, x_at, outside)
-        at = tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (1, x_at.shape[1]))
-        x = tl.load(at) if EVEN else tl.load(at, mask=ci_mask[None, :], other=0.0)
-    else:
-        x = tl.load(x_at, mask=inside if EVEN else inside & ci_mask[None, :], other=0.0)
-    if PROLOGUE:
-        shape: tl.constexpr = x.shape
-        first, second = first[None, :].broadcast_to(shape), second[None, :].broadcast_to(shape)
-        if not PACKED:
-            x = activate(x, first, second, inside, True, UPCAST)
-        elif PADDED and WINDOW:
-            zero = tl.load(outside, mask=ci_mask[None, :], other=0.0).broadcast_to(shape)
-            z = clamp(x, first, second, UPCAST)
-            x = tl.where(inside, z, zero.to(z.dtype))
-        else:
-            x = clamp(x, first, second, UPCAST)
-    return x
-
-
-@triton.jit
-def channel_vector(ptr, c, mask, ROW: tl.constexpr, C_ALL: tl.constexpr):
-    """(channels ``c``,) of a row of vectors."""
-    return tl.load(ptr + ROW * C_ALL + c, mask=mask, other=0.0)
+    for step in tl.range(0, tl.max((excess > 0).to(tl.int32), 0) * steps, num_stages=1):
+        done = step * (BLOCK_K // STREAMS)
+        real = rows_left > done
+        n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
+        _, inside = place_in_x(
+            x_tile, n - first_n, ho, wo, real, down, across, H, W, x_stride_n, done,
+            C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, False, STREAMS, BLOCK_K,
+        )  # fmt: skip
+        y_at = y_ptr + done * C_OUT + dy_tile if BATCH else None
+        a = gradient_tile(
+            g_ptr + done * C_OUT + dy_tile, y_at, real, co_mask, grad_first, grad_second, grad_third,
+            BATCH, PACKED, EVEN, UPCAST,
+        )  # fmt: skip
+        outside_rows = (real[:, None] & ~inside).reshape((1, BLOCK_K))
+        added = tl.sum(tl.where(outside_rows, a.to(tl.float32), 0.0), 1)
+        acc -= added[:, None] * excess[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["images", "H", "W", "Ho", "Wo", "per_stream", "per_split"])
@@ -227,16 +186,7 @@ def _conv_wgrad_kernel(
     co, co_mask = g * CO + within_m, within_m < CO
 
     # columns: channels of one tap, or taps and channels at once
-    if WINDOW:
-        column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        ci, ci_mask = g * CI + column % CI, column < COLUMNS
-        tap = (column // CI)[None, :]
-    else:
-        tiles_n: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
-        within_n = (pid_n % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        ci, ci_mask = g * CI + within_n, within_n < CI
-        tap = pid_n // tiles_n
-        column = tap * CI + within_n
+    column, ci, ci_mask, tap = columns_of_tile(pid_n, g, CI, COLUMNS, WINDOW, BLOCK_N)
     down, across = tap // S * DIL_H - PAD_H, tap % S * DIL_W - PAD_W
 
     # rows of a step: PIXELS neighbours in every stream; ``left``: how many a stream has left in this split
@@ -257,34 +207,17 @@ def _conv_wgrad_kernel(
     x_ptr += row_offset(start, C_IN) if LINEAR else row_offset(first_n, x_stride_n)
     x_tile = x_ptr + (x_rows[:, None] + ((down * W + across) * C_IN + ci[None, :]))
     outside = (act_ptr + THRESHOLD * C_IN + ci)[None, :] if PROLOGUE and PACKED and PADDED else x_tile
-    grad_first, grad_second, grad_third, act_first, act_second = 0.0, 0.0, 0.0, 0.0, 0.0
-    if PACKED and BATCH:
-        grad_first = channel_vector(grad_ptr, co, co_mask, BETA_HI, C_OUT)
-        grad_second = channel_vector(grad_ptr, co, co_mask, BETA_LO, C_OUT)
-        grad_third = channel_vector(grad_ptr, co, co_mask, GAMMA, C_OUT)
-    elif not PACKED:
-        grad_first = channel_vector(grad_ptr, co, co_mask, A, C_OUT)
-        grad_second = channel_vector(grad_ptr, co, co_mask, B, C_OUT)
-        grad_third = channel_vector(grad_ptr, co, co_mask, C, C_OUT)
-    if PROLOGUE:
-        act_first = channel_vector(act_ptr, ci, ci_mask, LO if PACKED else SCALE, C_IN)
-        act_second = channel_vector(act_ptr, ci, ci_mask, HI if PACKED else SHIFT, C_IN)
+    grad_first, grad_second, grad_third = gradient_vectors(grad_ptr, co, co_mask, BATCH, PACKED, C_OUT)
+    act_first, act_second = activation_vectors(act_ptr, ci, ci_mask, PROLOGUE, PACKED, C_IN)
 
     # mean of z over the middle step
-    if PACKED and BATCH:  # noqa: SIM102 (the outer condition is the compiler's, the inner one the program's)
+    if PACKED and BATCH:  # noqa: SIM102 (the compiler decides the outer condition, the program the inner one)
         if pid_m == 0:
-            done = steps // 2 * PIXELS
-            n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
-            x_at, inside = place_in_x(
-                x_tile, n - first_n, ho, wo, rows_left > done, down, across, H, W, x_stride_n, done,
-                C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, LINEAR, STREAMS, BLOCK_K,
+            mean = middle_mean(
+                start, steps, rows_left, lane, x_tile, first_n, outside, down, across, ci_mask, act_first, act_second,
+                H, W, Ho, Wo, x_stride_n, C_IN, STRIDE_H, STRIDE_W,
+                PROLOGUE, PACKED, PADDED, WINDOW, LINEAR, EVEN_N, ALIGN, UPCAST, STREAMS, BLOCK_K,
             )  # fmt: skip
-            z = activation_tile(
-                x_at, outside, inside, ci_mask, act_first, act_second,
-                PROLOGUE, PACKED, PADDED, WINDOW, EVEN_N, ALIGN, UPCAST,
-            )  # fmt: skip
-            weight = (rows_left > done).to(tl.float32)
-            mean = tl.sum(z.to(tl.float32) * weight[:, None], 0) / tl.sum(weight, 0)
             tl.store(z_ptr + (split * GROUPS + g) * COLUMNS + column, mean, mask=ci_mask)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -317,25 +250,14 @@ def _conv_wgrad_kernel(
         if not LINEAR:
             n, ho, wo = next_places(n, ho, wo, on_n, on_h, on_w, Ho, Wo)
 
-    # constant channels: what padding added where clamp makes 1 of a THR of 0, conv_fwd.py
+    # constant channels: what padding added where the clamp turns a THR of 0 into 1, conv_fwd.py
     if PACKED and PROLOGUE and PADDED and not WINDOW:
-        excess = padding_excess(act_ptr, ci, ci_mask, C_IN)
-        for step in tl.range(0, tl.max((excess > 0).to(tl.int32), 0) * steps, num_stages=1):
-            done = step * PIXELS
-            real = rows_left > done
-            n, ho, wo = pixel_of_row(start + done + lane, Ho, Wo)
-            x_at, inside = place_in_x(
-                x_tile, n - first_n, ho, wo, real, down, across, H, W, x_stride_n, done,
-                C_IN, STRIDE_H, STRIDE_W, WINDOW, PADDED, False, STREAMS, BLOCK_K,
-            )  # fmt: skip
-            y_at = y_ptr + done * C_OUT + dy_tile if BATCH else None
-            a = gradient_tile(
-                g_ptr + done * C_OUT + dy_tile, y_at, real, co_mask, grad_first, grad_second, grad_third,
-                BATCH, PACKED, EVEN_M, UPCAST,
-            )  # fmt: skip
-            outside_rows = (real[:, None] & ~inside).reshape((1, BLOCK_K))
-            added = tl.sum(tl.where(outside_rows, a.to(tl.float32), 0.0), 1)
-            acc -= added[:, None] * excess[None, :]
+        acc = take_back_padding(
+            acc, padding_excess(act_ptr, ci, ci_mask, C_IN), start, steps, rows_left, lane, x_tile, first_n,
+            down, across, g_ptr, y_ptr, dy_tile, co_mask, grad_first, grad_second, grad_third,
+            H, W, Ho, Wo, x_stride_n, C_IN, C_OUT, STRIDE_H, STRIDE_W,
+            BATCH, PACKED, PADDED, WINDOW, EVEN_M, UPCAST, STREAMS, BLOCK_K,
+        )  # fmt: skip
 
     # the split's tile, and its part of the sums
     at = row_offset(split * C_OUT + co, COLUMNS)[:, None] + column[None, :]
@@ -394,15 +316,15 @@ def _reduce_splits_kernel(
 
 
 def streams_of(conv: ConvSpec) -> tuple[int, int]:
-    """(streams, images in each but the last ones)."""
+    """Return (streams, images per stream); the last streams may have fewer."""
     streams = next(s for s in (STREAMS, 2, 1) if s <= conv.n)
     return streams, -(-conv.n // streams)
 
 
 def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
-    """(splits, pixels of a stream per split): about two programs per multiprocessor, each of at least four K steps.
+    """Return (splits, pixels of a stream per split): about two programs per multiprocessor, with at least four K steps.
 
-    Inside a program distances are 32-bit, so that a split of very large images is cut further.
+    Distances within a program are 32-bit, so very large images get more splits.
     """
     conv = launch.last
     rows, columns, _, products = gemm(launch)
@@ -418,15 +340,24 @@ def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
 
 
 def _wide(conv: ConvSpec, x_stride_n: int) -> bool:
-    """Does a batch span 2^31 elements of x or dy or more, so that its streams are as far apart?"""
+    """Return whether a batch has 2^31 or more elements of x or dy, so that distances between streams need 64 bits."""
     return conv.n * max(x_stride_n, conv.ho * conv.wo * conv.co) >= 1 << 31
 
 
 def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int) -> Tensor:
-    """dW (Co, Ci/groups, R, S) fp32, in the memory order (Co, R, S, Ci/groups). ``sms``: multiprocessors to fill.
+    """Compute the gradient of a convolution's weight. Deterministic.
 
-    ``grad``: dense NHWC, read through ``packed`` where ``config.packed``, else through ``coefficients``. ``x.y``: each
-    image dense NHWC; with ``launch.prologue`` raw, and read through ``clamp`` or ``vectors`` likewise. Deterministic.
+    Args:
+        launch: a launch of kernel ``conv_wgrad``.
+        config: its tiles.
+        grad: the gradient of the raw output, dense NHWC, read through ``packed`` if ``config.packed``, otherwise
+            through ``coefficients``.
+        x: the input; each image of ``x.y`` is dense NHWC. With ``launch.prologue`` it is raw, and read through
+            ``clamp`` if ``config.packed``, otherwise through ``vectors``.
+        sms: multiprocessors to fill.
+
+    Returns:
+        dW (Co, Ci/groups, R, S) fp32, in the memory order (Co, R, S, Ci/groups).
     """
     conv, groups = launch.last, merged_groups(launch.last)
     ci, co, taps = conv.ci // groups, conv.co // groups, conv.r * conv.s
@@ -465,7 +396,7 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
 
 
 def _own_channels(dw: Tensor, groups: int, merged: int) -> Tensor:
-    """(Co, R, S, Ci/merged) -> (Co, R, S, Ci/groups): each output channel's own group out of its merged one."""
+    """Select each output channel's own group from its merged one: (Co, R, S, Ci/merged) -> (Co, R, S, Ci/groups)."""
     if groups == merged:
         return dw
     co, r, s, wide = dw.shape
