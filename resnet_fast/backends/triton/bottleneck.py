@@ -6,10 +6,11 @@ r"""The tail of a bottleneck in one launch: conv2 3x3 + ReLU, conv3 1x1 + shortc
     y1 (N, H, W, Cmid)   w2' (Cmid, 3, 3, Cmid)   w3' (Co, Cmid)   y (N, Ho, Wo, Co)
     shortcut: residual (N, Ho, Wo, Co) | xp[prow(m), :] . wp'[co, :]   (the block's projection, fused)
 
-Saved bytes: conv2's output is neither written nor read: at 56x56 with Cmid 64 in 16 bit 2 * 0.40 MB of the block's
-4.82 MB per image, and one launch of three.
+Saved bytes. conv2's output is neither written nor read: at 56x56 with Cmid 64 in 16 bit, 2 * 0.40 MB of the block's
+4.82 MB per image. One launch of three is saved too.
 
-GEMM. Twice the same gemm_m = N*Ho*Wo rows: gemm_n, gemm_k = Cmid, 9*Cmid and then Co, Cmid.
+GEMM. Two products of the same gemm_m = N*Ho*Wo rows: first gemm_n = Cmid, gemm_k = 9*Cmid, then gemm_n = Co,
+gemm_k = Cmid.
 
      conv2: 9 taps x Cmid            conv3: for each BLOCK_N channels of y
     +----------+  BLOCK_M       t  +----------+   +-------+        one program owns BLOCK_M pixels and ALL of Cmid
@@ -17,14 +18,14 @@ GEMM. Twice the same gemm_m = N*Ho*Wo rows: gemm_n, gemm_k = Cmid, 9*Cmid and th
     | BLOCK_C  |  relu, round      | shared m.|   |BLOCK_N|  y     that t never leaves the SM. Its tile of y is walked
     +----------+                   +----------+   +-------+        BLOCK_N channels at a time; w3' comes from L2.
 
-Price: fewer, larger programs (one per BLOCK_M pixels, not one per tile of Co), and BLOCK_M * BLOCK_C accumulators in
-registers: Cmid up to 256 (``TAIL_CHANNELS``). At Cmid 512 the tile would fill the register file with 32 pixels.
+Cost. Fewer, larger programs (one per BLOCK_M pixels, not one per tile of Co), and BLOCK_M * BLOCK_C accumulators in
+registers, which limits Cmid to 256 (``TAIL_CHANNELS``). At Cmid 512, 32 pixels would fill the register file.
 
 Numerics: tiles.py; t is rounded as if it had been stored. Limits: tuning/configs.py (``verdict``). Alone:
 ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton -k tail``; timing: ``resnet-fast tune --only bottleneck``.
 
-Not taken: conv1 in the same launch needs its halo (10x18 pixels for an 8x16 tile) on chip, which Triton has no
-addressable shared memory for.
+Not taken: conv1 in the same launch. It needs a halo (10x18 pixels for an 8x16 tile) in addressable shared memory, which
+Triton does not have.
 """
 
 from __future__ import annotations
@@ -90,7 +91,19 @@ def _bottleneck_tail_fwd_kernel(
 def bottleneck(
     spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
-    """Run it. x (conv1's output) and xp NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
+    """Launch the kernel.
+
+    Args:
+        spec: the launch.
+        config: its tiles.
+        packed: its weights.
+        x: conv1's output, NHWC with dense rows.
+        res: the residual, dense NHWC, or None.
+        xp: the projection's input, NHWC with dense rows, or None.
+
+    Returns:
+        y, dense NHWC.
+    """
     conv2, conv3, proj = spec.first, spec.last, spec.projection
     y = new_output(conv3, x)
     xp_strides = (0, 0, 0) if xp is None else (xp.stride(0), xp.stride(2), xp.stride(3))

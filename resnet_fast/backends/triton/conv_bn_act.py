@@ -1,4 +1,4 @@
-r"""Any convolution + BatchNorm + residual + ReLU as an implicit GEMM: the kernel for what the other two do not take.
+r"""Any convolution + BatchNorm + residual + ReLU as an implicit GEMM: the kernel for all that is not 1x1 or 3x3.
 
     y[m, co] = relu( sum_k x[pixel(m, k), channel(k)] * w'[co, k] + b'[co] + residual[m, co] )
     k = ((r * S) + s) * Ci/groups + ci          pixel(m, k) = (n, ho*stride - pad + r*dil, wo*stride - pad + s*dil)
@@ -12,11 +12,11 @@ GEMM. gemm_m = N*Ho*Wo, gemm_n = Co/groups, gemm_k = R*S*Ci/groups as ONE axis: 
 three-channel image, where a step per tap would hold 3 channels and 13 zeros.
 
       k ->    r0s0      r0s1      r0s2   ...             lane (m, k) finds its own tap (r, s) and channel by division
-            | R G B | R G B | R G B | ..|                with constants; neighbours in k are neighbours in memory as
-    m  ->   one window of the image, row after row       far as a filter row goes, then jump to the next image row.
+            | R G B | R G B | R G B | ..|                by constants; neighbours in k are neighbours in memory up to
+    m  ->   one window of the image, row after row       the end of a filter row, then jump to the next image row.
 
-Groups are the second axis of the grid. Groups of few channels come merged (tuning/routes.py: ``merged_groups``) into
-one of at least 16, with a block-diagonal filter.
+Groups are the second axis of the grid. Groups of few channels are merged (tuning/routes.py: ``merged_groups``) into
+groups of at least 16, with a block-diagonal filter.
 
 Numerics: tiles.py. Limits: tuning/configs.py (``verdict``). Alone: ``TRITON_INTERPRET=1 python -m pytest
 tests/backends/triton -k general``; timing: ``resnet-fast tune --only conv_bn_act``.
@@ -41,12 +41,12 @@ def accumulate_window(
     CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + the window that starts at pixel (h, w), which ``rows`` point at; k runs over taps and channels at once."""
+    """Return acc plus the window that starts at pixel (h, w), where ``rows`` point; k runs over taps and channels."""
     for start in range(0, R * S * CI, BLOCK_K):
         # k -> (r, s, ci)
         k = start + tl.arange(0, BLOCK_K)
         r, s, ci = k // (S * CI), (k // CI) % S, k % CI
-        # a = x[n, h + r*dil, w + s*dil, ci], zero outside the image and behind the last k
+        # a = x[n, h + r*dil, w + s*dil, ci], zero outside the image and after the last k
         y_in, x_in = h[:, None] + (r * DIL_H)[None, :], w[:, None] + (s * DIL_W)[None, :]
         inside = row_mask[:, None] & (y_in >= 0) & (y_in < H) & (x_in >= 0) & (x_in < W)
         real = k < R * S * CI
@@ -92,7 +92,19 @@ def _conv_bn_act_fwd_kernel(
 def conv_bn_act(
     spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
-    """Run it. x NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
+    """Launch the kernel.
+
+    Args:
+        spec: the launch.
+        config: its tiles.
+        packed: its weights.
+        x: NHWC with dense rows.
+        res: the residual, dense NHWC, or None.
+        xp: unused; every launcher has the same signature.
+
+    Returns:
+        y, dense NHWC.
+    """
     conv = spec.last
     groups = merged_groups(conv)
     y = new_output(conv, x)

@@ -7,8 +7,8 @@ r"""Conv 1x1 + BatchNorm + residual or projection + ReLU as one matrix product.
     shortcut: nothing | residual (N, Ho, Wo, Co) | xp[prow(m), :] . wp'[co, :]   (the block's projection, fused)
 
 Saved bytes. Stock runs conv, BN, add and ReLU as up to four kernels: y is written 4 times and read 3 times. Here it is
-written once. conv3 of a stage's first block with its projection fused saves two more passes over y (projection written,
-then read by the add): 256 channels at 56x56 in 16 bit are 3.2 MB per image -> 0.
+written once. Fusing the projection into conv3 of a stage's first block saves two more passes over y (the projection is
+written, then read by the add): 256 channels at 56x56 in 16 bit are 3.2 MB per image -> 0.
 
 GEMM. gemm_m = N*Ho*Wo pixels, gemm_n = Co, gemm_k = Ci; K runs fastest in both operands ("TN").
 
@@ -19,15 +19,15 @@ GEMM. gemm_m = N*Ho*Wo pixels, gemm_n = Co, gemm_k = Ci; K runs fastest in both 
     channels  | w'| w'| w'| BLOCK_N| y tile|   after the last step (and the projection's) the tile is finished
               +---+---+---+        +-------+   in registers and stored once.
 
-Two kernels for the loads. ``pointer``: any stride and size, cp.async on sm_80 and later. ``descriptor``: x and w' as
-2-d tensor descriptors (the bulk copy engine of sm_90 and later: one thread issues a tile, no address registers); needs
-stride 1, dense rows and channel runs of a multiple of 16 bytes.
+Two kernels, which differ in their loads. ``pointer``: any stride and size, cp.async on sm_80 and later. ``descriptor``:
+x and w' as 2-d tensor descriptors (the bulk copy engine of sm_90 and later: one thread issues a tile, without address
+registers); it needs stride 1, dense rows and channel runs of a multiple of 16 bytes.
 
 Numerics: tiles.py. Limits: tuning/configs.py (``verdict``). Alone: ``TRITON_INTERPRET=1 python -m pytest
 tests/backends/triton -k 1x1``; timing: ``resnet-fast tune --only conv_bn_act_1x1``.
 
-Not taken: w' stored (Ci, Co), which spares the transpose: TF32 on sm_90 reads both operands K-major only, and 16-bit
-operands come in either order at the same instruction count (HGMMA, counted in SASS).
+Not taken: w' stored as (Ci, Co), which avoids the transpose. TF32 on sm_90 reads both operands K-major only, and 16-bit
+operands of either order need the same number of instructions (HGMMA, counted in SASS).
 """
 
 from __future__ import annotations
@@ -108,13 +108,25 @@ def _conv_bn_act_1x1_descriptor_fwd_kernel(
 def conv_bn_act_1x1(
     spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
-    """Run it. x and xp NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
+    """Launch the kernel.
+
+    Args:
+        spec: the launch.
+        config: its tiles.
+        packed: its weights.
+        x: NHWC with dense rows.
+        res: the residual, dense NHWC, or None.
+        xp: the projection's input, NHWC with dense rows, or None.
+
+    Returns:
+        y, dense NHWC.
+    """
     conv, proj = spec.last, spec.projection
     y = new_output(conv, x)
     shared: dict[str, Any] = common(spec, config, x.dtype) | {"GROUP_M": config.group_m, "BLOCK_N": config.block_n}
     grid = grid_of(conv, config)
     dense = conv.stride == (1, 1) and (conv.n == 1 or x.stride(0) == conv.h * conv.w * conv.ci)
-    # images that lie apart, or a base between two 16-byte words: the pointer kernel, with the same tiles
+    # gaps between images, or a base that is not 16-byte aligned: the pointer kernel, with the same tiles
     if config.descriptors and dense and x.data_ptr() % 16 == 0:
         x_desc = described(x, (conv.gemm_m, conv.ci), (config.block_m, config.block_k))
         w_desc = described(packed.weight, (conv.co, conv.ci), (config.block_n, config.block_k))

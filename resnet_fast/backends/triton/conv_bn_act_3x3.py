@@ -7,7 +7,7 @@ r"""Conv 3x3 + BatchNorm + residual or projection + ReLU as an implicit GEMM: no
     shortcut: nothing | residual | the block's 1x1 projection, accumulated into the tile
 
 Saved bytes. As for the 1x1: y is written once, where stock writes it four times and reads it three times. An im2col
-matrix would be 9 copies of x; here the nine taps of a pixel meet in L1 and L2, and memory sees x once.
+matrix would be 9 copies of x; here the nine taps of a pixel hit L1 and L2, and x is read from memory once.
 
 GEMM. gemm_m = N*Ho*Wo, gemm_n = Co/groups, gemm_k = 9*Ci/groups, tap by tap, then channel by channel:
 
@@ -17,10 +17,10 @@ GEMM. gemm_m = N*Ho*Wo, gemm_n = Co/groups, gemm_k = 9*Ci/groups, tap by tap, th
     h+1  . g h i .        r=2: g g' h h' i i'                  a pixel outside the image is masked: zero padding
                                                                 costs a compare, not a copy of the image.
 
-The loop over (tap, channel block) is one loop, so that the pipeline runs through from the first tap to the last.
-Pixels are linearised: a tile of 128 may end one image and begin the next, and nothing is wasted at 7x7 or 56x56.
+The loop over (tap, channel block) is one loop, so that the pipeline never drains between taps. Pixels are
+linearised: a tile of 128 may span several images, and nothing is wasted at 7x7 or 56x56.
 
-Numerics: tiles.py. Limits: tuning/configs.py (``verdict``; eight warps are tried by measurement only, see there).
+Numerics: tiles.py. Limits: tuning/configs.py (``verdict``; eight warps run only after a measurement, see there).
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton -k 3x3``; timing: ``resnet-fast tune --only
 conv_bn_act_3x3``.
 
@@ -47,7 +47,7 @@ def accumulate_3x3(
     CI: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + the nine taps. ``rows`` point at pixel (h, w), the tile's top left tap; ``w_rows`` at w'[co, 0, 0, 0]."""
+    """Return acc plus nine taps. ``rows`` point at pixel (h, w), the top left tap; ``w_rows`` at w'[co, 0, 0, 0]."""
     blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     for step in range(0, 9 * blocks):
         # tap (r, s) and channels ci of this step
@@ -115,7 +115,19 @@ def _conv_bn_act_3x3_fwd_kernel(
 def conv_bn_act_3x3(
     spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
-    """Run it. x and xp NHWC with dense rows, res dense NHWC; returns y, dense NHWC."""
+    """Launch the kernel.
+
+    Args:
+        spec: the launch.
+        config: its tiles.
+        packed: its weights.
+        x: NHWC with dense rows.
+        res: the residual, dense NHWC, or None.
+        xp: the projection's input, NHWC with dense rows, or None.
+
+    Returns:
+        y, dense NHWC.
+    """
     conv, proj = spec.last, spec.projection
     groups = merged_groups(conv)
     y = new_output(conv, x)

@@ -1,4 +1,4 @@
-"""Which GPU a plan is made for, and what was measured on it."""
+"""Find the ceilings and the tuning table of a torch device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .launch import INTERPRETED
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """The ceilings of ``device``: a known GPU's, or an H100's scaled to an unknown one's multiprocessors.
+    """Return the ceilings of ``device``: a known GPU's, or the H100's scaled to the multiprocessors of an unknown one.
 
-    The interpreter has no GPU: its plans are those of an H100, so that tests run what an H100 would run.
+    The interpreter gets the plans of an H100, so that tests run what an H100 would run.
     """
     if INTERPRETED:
         return devices.gpu("h100")
@@ -34,7 +34,7 @@ def device_of(device: torch.device) -> Device:
 
 @cache
 def table_of(device: torch.device) -> tables.Table:
-    """What was measured on ``device``; nothing in the interpreter."""
+    """Return what was measured on ``device``; an empty table in the interpreter."""
     if INTERPRETED:
         return tables.Table("Triton interpreter")
     return tables.load(torch.cuda.get_device_name(device))

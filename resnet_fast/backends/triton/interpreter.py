@@ -1,7 +1,7 @@
 """Make the interpreter of Triton 3.6 accept loop bounds that are kernel arguments, with a current NumPy.
 
-``range(0, K, BLOCK_K)`` asks a scalar for ``__index__``. Triton 3.6 answers with ``int()`` of an array of one element,
-which NumPy refuses since 2.4; Triton 3.8 squeezes the array first. Compiled kernels are not concerned.
+``range(0, K, BLOCK_K)`` calls ``__index__`` of a scalar. Triton 3.6 returns ``int()`` of an array of one element, which
+NumPy refuses since 2.4; Triton 3.8 squeezes the array first. Compiled kernels are not affected.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def repair() -> None:
-    """Done once per process. Idempotent; does nothing where nothing is wrong. Takes effect at the next launch."""
+    """Patch the interpreter. Idempotent and harmless with later versions; takes effect at the next launch."""
     from triton.runtime import interpreter
 
     plain = interpreter._patch_lang_tensor

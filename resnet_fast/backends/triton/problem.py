@@ -1,7 +1,7 @@
-"""One launch of one kernel on random tensors, and the same computation in stock PyTorch.
+"""Run one launch of one kernel on random tensors, and the same computation in stock PyTorch.
 
-The tuner times it and proves a config on it before it may be chosen; the tests and ``make gpu-check`` compare it with
-fp64. Nothing here runs when a model does.
+The tuner times it and checks a config's output with it; the tests and ``make gpu-check`` compare it with fp64. A model
+never uses it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .launch import FoldedWeights
 
 @dataclass
 class Problem:
-    """Random tensors of a launch: x, weights and biases per convolution (projection last), residual, projected."""
+    """The random tensors of a launch; weights and biases per convolution, the projection's last."""
 
     spec: LaunchSpec
     x: Tensor
@@ -34,6 +34,8 @@ class Problem:
     projected: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Problem:
+        """Return the problem with all tensors in ``dtype``."""
+
         def cast(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(dtype)
 
@@ -43,7 +45,7 @@ class Problem:
         )  # fmt: skip
 
     def eager(self, relu: bool = True) -> Tensor:
-        """The launch in stock PyTorch, in the tensors' dtype, rounding after every operation."""
+        """Compute the launch in stock PyTorch, in the tensors' dtype, rounding after every operation."""
         *inner, last = self.spec.convs
         y = self.x
         for i, c in enumerate(inner):
@@ -57,7 +59,7 @@ class Problem:
         return y if last.epilogue.pool is None else F.max_pool2d(y, *last.epilogue.pool)
 
     def packed(self, config: Config) -> FoldedWeights:
-        """As plan.py packs it."""
+        """Return the weights as plan.py packs them."""
         folded = [
             plan.pack(Conv(w, None, *c.geometry()), w.float(), b.float(), merged_groups(c), w.dtype)
             for w, b, c in zip(self.weights, self.biases, self.spec.all_convs(), strict=True)
@@ -66,16 +68,16 @@ class Problem:
         return plan.parameters(self.spec, config, members, folded[-1] if self.spec.projection else None)
 
     def run(self, config: Config) -> Tensor:
-        """The launch on our kernel."""
+        """Run the launch on the kernel of ``config``."""
         return self.prepared(config)()
 
     def prepared(self, config: Config) -> Callable[[], Tensor]:
-        """The launch on the kernel that ``config`` names, with its parameters packed: what is timed."""
+        """Pack the parameters, and return a function that runs the launch: the part that is timed."""
         launcher, packed = plan.LAUNCHERS[config.kernel], self.packed(config)
         return lambda: launcher(self.spec, config, packed, self.x, self.residual, self.projected)
 
     def check(self, config: Config) -> numerics.ErrorReport:
-        """Run, and compare with fp64 and with eager's own error."""
+        """Run the launch and assert its error budget, see :func:`resnet_fast.numerics.assert_close`."""
         double = self.to(torch.float64)
         k = max(c.gemm_k for c in self.spec.all_convs())
         epilogue = self.spec.last.epilogue
@@ -88,9 +90,12 @@ def _conv(x: Tensor, c: ConvSpec, w: Tensor, b: Tensor) -> Tensor:
 
 
 def problem(spec: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
-    """Random tensors of a launch's shapes on ``device``, NHWC; activations lie in a field of NaN.
+    """Return a launch's random tensors, NHWC, with activations surrounded by NaN.
 
-    ``seed``: of the random numbers, so that a result can be had again.
+    Args:
+        spec: the launch.
+        device: where the tensors are.
+        seed: the same seed gives the same tensors.
     """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
@@ -109,9 +114,9 @@ def problem(spec: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0)
 
 
 def guarded(t: Tensor) -> Tensor:
-    """The values of ``t`` in dense NHWC, with NaN before and behind: a read outside poisons the result.
+    """Return the values of ``t`` in dense NHWC with NaN before and after, so that a read outside poisons the result.
 
-    64 elements on either side keep the 16-byte alignment that descriptors need.
+    64 elements on each side keep the 16-byte alignment that descriptors need.
     """
     n, c, h, w = t.shape
     field = torch.full((t.numel() + 128,), float("nan"), dtype=t.dtype, device=t.device)

@@ -6,8 +6,8 @@ r"""The first layers of an ImageNet ResNet in one launch: conv 7x7/2 + BatchNorm
     x (N, 3, H, W) in any strides   w' (Co, 7, 32): filter rows of 7*3 products, zero-padded, BatchNorm folded
     b' (Co) fp32   y (N, Hp, Wp, Co) NHWC
 
-ReLU, the bias and rounding are monotonic, so they may follow the maximum: once per pooled pixel instead of nine times.
-Positions outside c count as -inf, as max-pool's padding does.
+The bias, ReLU and rounding are monotonic, so they follow the maximum: once per pooled pixel instead of nine times.
+Positions outside c count as -inf, like max-pool's padding.
 
 Saved bytes, per image of 224x224 in 16 bit: the convolution's output (112x112x64, 1.61 MB) is never written nor read
 back; the launch moves x (0.30) and y (0.40): 3.92 MB (conv, then pool) -> 0.70.
@@ -20,16 +20,16 @@ back; the launch moves x (0.30) and y (0.40): 3.92 MB (conv, then pool) -> 0.70.
                      2i+3  o   -> carry           2(j+1)-1 of the next are the same c, computed twice (1.5x the MACs).
 
 GEMM of each c row and column: gemm_m = pooled columns, gemm_n = Co, gemm_k = 7 filter rows of 7*3 = 21 products,
-padded to 32. A K step is a filter row, so that the columns' addresses and masks are computed once for all seven. Three
-channels break 16-byte loads: lanes load 2 bytes each, and L1 serves the overlap of windows. What that costs is in
+padded to 32. A K step is a filter row, so that the addresses and masks of the columns are computed once for all seven.
+Three channels prevent 16-byte loads: lanes load 2 bytes each, and L1 serves the overlap of windows. The cost is in
 docs/tables/static-budgets.md.
 
 Numerics: tiles.py; the maximum is taken in fp32. NaN passes through maximum and ReLU as in ATen. Limits: tuning/
-configs.py; other pools than 3x3/2 with padding 1 run as a convolution and PyTorch's pooling. Alone:
+configs.py; pools other than 3x3/2 with padding 1 run as a convolution and PyTorch's pooling. Alone:
 ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton -k stem``; timing: ``resnet-fast tune --only stem``.
 
-Not taken: all nine c of a window per pooled pixel (2.25x the MACs, no carry); gemm_k as one axis of 147 padded to 160
-(fewer products, but every lane divides for its tap at every step: 360 instructions a step, and spills).
+Not taken: all nine c of a window per pooled pixel (2.25x the MACs, no carry). gemm_k as one axis of 147, padded to 160
+(fewer products, but every lane finds its tap by division at every step: 360 instructions per step, and spills).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from .tiles import multiply, relu, round_to
 
 @triton.jit
 def _larger(a, b):
-    """max(a, b) that keeps NaN, as ATen's max-pool does."""
+    """Return max(a, b), keeping NaN as ATen's max-pool does."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -59,7 +59,7 @@ def _row_maximum(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """max over q in 2j-1..2j+1 of c[n, p, q, :], -inf where c has no such pixel."""
+    """Return max over q in 2j-1..2j+1 of c[n, p, q, :]; -inf where c has no such pixel."""
     k = tl.arange(0, BLOCK_K)
     s, ci = k // CI, k % CI
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), dtype=tl.float32)
@@ -130,10 +130,21 @@ def _stem_fwd_kernel(
 def stem(
     spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
-    """Run it. x (N, Ci, H, W) in any strides; returns y (N, Co, Hp, Wp), dense NHWC."""
+    """Launch the kernel.
+
+    Args:
+        spec: the launch.
+        config: its tiles.
+        packed: its weights.
+        x: (N, Ci, H, W) in any strides.
+        res, xp: unused; every launcher has the same signature.
+
+    Returns:
+        y (N, Co, Hp, Wp), dense NHWC.
+    """
     conv = spec.last
     hp, wp = conv.out_hw()
-    if (config.block_m // wp + 2) * x.stride(0) >= 2**31:  # images that lie far apart
+    if (config.block_m // wp + 2) * x.stride(0) >= 2**31:  # images with large gaps
         x = x.contiguous()
     y = empty_nhwc(x, conv.n, conv.co, hp, wp)
     grid = (-(-conv.n * wp // config.block_m), -(-hp // config.rows), -(-conv.co // config.block_n))

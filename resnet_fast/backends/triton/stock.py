@@ -1,8 +1,10 @@
-"""PyTorch's own kernels as candidates: where the tuner measured them faster, a launch of ours runs on them.
+"""Run a launch on PyTorch's own kernels, where the tuner measured them faster than ours.
 
-``cudnn``: convolution, then bias, add and ReLU as separate kernels. ``cudnn_fused``: cuDNN's convolution with bias,
-add and ReLU as its epilogue, which ATen offers as ``cudnn_convolution_relu`` and ``cudnn_convolution_add_relu``.
-A stem's max-pool follows as PyTorch's.
+- ``cudnn``: convolution, then bias, add and ReLU as separate kernels.
+- ``cudnn_fused``: cuDNN's convolution with bias, add and ReLU as its epilogue (ATen's ``cudnn_convolution_relu`` and
+  ``cudnn_convolution_add_relu``).
+
+PyTorch's max-pool follows a stem.
 """
 
 from __future__ import annotations
@@ -20,7 +22,19 @@ from .launch import FoldedWeights, nhwc
 def stock(
     spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
 ) -> Tensor:
-    """Run it. x, res (N, C, H, W), best in NHWC; returns y in NHWC."""
+    """Launch the kernel.
+
+    Args:
+        spec: the launch.
+        config: its tiles.
+        packed: its weights.
+        x: (N, C, H, W), fastest in NHWC.
+        res: the residual (N, C, H, W), fastest in NHWC, or None.
+        xp: unused; every launcher has the same signature.
+
+    Returns:
+        y in NHWC.
+    """
     conv = spec.last
     weight = packed.weight.permute(0, 3, 1, 2)  # (Co, R, S, C) dense is channels_last
     geometry = (conv.stride, conv.padding, conv.dilation, merged_groups(conv))

@@ -1,4 +1,4 @@
-"""What the convolution kernels share: which tile a program computes, where its pixels lie, and how a tile ends.
+"""Parts shared by the convolution kernels: the tile of a program, the pixels of its rows, and the end of a tile.
 
     program -> (tile of gemm_m, tile of gemm_n)     tile_of_program, rows_and_channels
     gemm_m  -> (n, ho, wo) -> element offset        pixel_of_row
@@ -9,10 +9,10 @@ Offsets of rows are 64-bit (a batch of 4,096 images at stage 1 has more than 2^3
 program; inside a main loop only 32-bit distances from a row's start are added to them.
 
 Rounding: products of 16-bit operands are exact in fp32, sums are fp32, and a tile is rounded to the tensor's dtype
-once, after bias, residual and ReLU. fp32 operands keep their 24 bits (PRECISION "ieee") unless TF32 is asked for.
+once, after bias, residual and ReLU. fp32 operands keep their 24 bits (PRECISION "ieee") unless TF32 is requested.
 
-Triton's interpreter holds bfloat16 as raw 16-bit integers, multiplies those, and rounds towards zero (Triton 3.6 and
-3.8). UPCAST, set for bfloat16 under the interpreter only, widens operands to fp32 first, which is exact, and rounds to
+Triton's interpreter stores bfloat16 as raw 16-bit integers, multiplies those, and rounds towards zero (Triton 3.6 and
+3.8). UPCAST, set for bfloat16 in the interpreter only, widens operands to fp32 first, which is exact, and rounds to
 nearest as a GPU does.
 """
 
@@ -24,7 +24,10 @@ import triton.language as tl
 
 @triton.jit
 def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Walk GROUP_M rows of tiles column by column: programs that run together share x and the weight in L2."""
+    """Return the tile of a program, walking GROUP_M rows of tiles column by column.
+
+    Programs that run at the same time then share x and the weight in L2.
+    """
     per_group = GROUP_M * tiles_n
     first_m = (pid // per_group) * GROUP_M
     rows = min(tiles_m - first_m, GROUP_M)
@@ -34,7 +37,7 @@ def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def rows_and_channels(pid_m, pid_n, g, gemm_m, GEMM_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(rows m, channels co, mask of either) of tile (pid_m, pid_n) of group g, which has GEMM_N channels."""
+    """Return (rows m, channels co, row mask, channel mask) of tile (pid_m, pid_n) of group g with GEMM_N channels."""
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     within = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     return m, g * GEMM_N + within, m < gemm_m, within < GEMM_N
@@ -42,19 +45,19 @@ def rows_and_channels(pid_m, pid_n, g, gemm_m, GEMM_N: tl.constexpr, BLOCK_M: tl
 
 @triton.jit
 def pixel_of_row(m, Ho, Wo):
-    """Output pixel (n, ho, wo) of row m of the GEMM."""
+    """Return the output pixel (n, ho, wo) of row m of the GEMM."""
     return m // (Ho * Wo), (m // Wo) % Ho, m % Wo
 
 
 @triton.jit
 def row_offset(m, stride):
-    """Elements from a tensor's start to row m: 64-bit, since a large batch has more than 2^31."""
+    """Return the elements from a tensor's start to row m, in 64 bits because a large batch has more than 2^31."""
     return m.to(tl.int64) * stride
 
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a @ b.T, with a (BLOCK_M, BLOCK_K) and b (BLOCK_N, BLOCK_K) as they lie in memory: K runs fastest."""
+    """Return acc + a @ b.T for a (BLOCK_M, BLOCK_K) and b (BLOCK_N, BLOCK_K), both contiguous along K in memory."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -63,13 +66,13 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def relu(x):
-    """max(x, 0) that keeps NaN, as ATen's does: a broken checkpoint must not look like a plausible one."""
+    """Return max(x, 0), keeping NaN as ATen does, so that a broken checkpoint does not look plausible."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """fp32 ``x`` rounded to nearest, ties to even, as ``dtype``."""
+    """Round fp32 ``x`` to ``dtype``, to nearest with ties to even."""
     if UPCAST:
         bits = x.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -82,7 +85,7 @@ def accumulate_1x1(
     acc, rows, row_mask, w_rows, w_mask, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + x[rows, :K] @ w[:, :K].T, where ``rows`` and ``w_rows`` point at the first of K channels in memory."""
+    """Return acc + x[rows, :K] @ w[:, :K].T; ``rows`` and ``w_rows`` point at the first of K channels."""
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if EVEN_K:
@@ -100,7 +103,7 @@ def finish_tile(
     acc, bias_ptr, res_ptr, y_ptr, m, co, row_mask, co_mask, Co,
     RES: tl.constexpr, RELU: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """y[m, co] = relu(acc + bias + residual), rounded once. y and the residual are dense NHWC with Co channels."""
+    """Store y[m, co] = relu(acc + bias + residual), rounded once; y and residual are dense NHWC of Co channels."""
     acc += tl.load(bias_ptr + co, mask=co_mask, other=0.0)[None, :]
     at = row_offset(m, Co)[:, None] + co[None, :]
     mask = row_mask[:, None] & co_mask[None, :]

@@ -22,8 +22,8 @@ gemm_k = N*Ho*Wo, which is long while the other two are short. So the pixels are
       ...       tile 0    tile 0    tile 0      \        a second launch adds the splits from the first to the last
                   +---->----+---->----+------> dW        and applies factors and corrections: no atomics
 
-Place of a pixel. It is carried along: a step adds (images, rows, pixels) of BLOCK_K / STREAMS pixels, computed once, and
-one carry for each. A division per step and row would cost more time than the products leave.
+Place of a pixel. It is carried along: a step adds BLOCK_K / STREAMS pixels as (images, rows, pixels), computed once,
+with one carry for each. A division per step and row would cost more time than the products leave.
 
 Packed operands are q and z = clamp(x) with dy = A*q and act = FOLD*(z - THR), so A and FOLD are a row factor and a
 column factor of the sum, and

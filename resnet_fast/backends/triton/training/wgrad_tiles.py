@@ -36,7 +36,7 @@ def to_rows(per_pixel, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def next_places(n, ho, wo, dn, dh, dw, Ho, Wo):
-    """Advance a place by ``dn`` images, ``dh`` rows (fewer than an image has) and ``dw`` pixels (fewer than a row has)."""
+    """Advance a place by ``dn`` images, ``dh`` rows and ``dw`` pixels, less than an image and less than a row."""
     wo += dw
     over = wo >= Wo
     wo = tl.where(over, wo - Wo, wo)
