@@ -106,7 +106,9 @@ def export(
         os.replace(temporary, out)
         safe_files.sync(out.parent)
     except OSError as error:
-        raise UserError(f"room and leave to write {out}", str(error.strerror), "mend that") from error
+        raise UserError(
+            f"space and permission to write {out}", str(error.strerror), "free some space, or write elsewhere"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return checked

@@ -1,6 +1,6 @@
-"""Random crops and flips of single images, each a function of the run's seed, the epoch and the image alone.
+"""Random crops and flips of single images, each a function of only the run's seed, the epoch and the image.
 
-torchvision's transforms draw from torch's global generator. It is seeded before each image and put back after it, so
+torchvision's transforms draw from torch's global generator. It is seeded before each image and restored after it, so
 that neither the number of worker processes nor the step at which a run was resumed changes a pixel.
 """
 
@@ -21,7 +21,7 @@ _MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads (seed, epoch, 
 
 
 def seed_of(*parts: int) -> int:
-    """One 63-bit seed from several small numbers."""
+    """Return one 63-bit seed computed from several small numbers."""
     out = 0
     for part in parts:
         out = ((out ^ (part + 1)) * _MIX) & (2**64 - 1)
@@ -31,24 +31,24 @@ def seed_of(*parts: int) -> int:
 
 @dataclass(frozen=True)
 class Augment:
-    """``transform`` (uint8 (C, H, W) to uint8 (C, size, size)) under a generator seeded by seed, epoch and index."""
+    """Applies ``transform``, uint8 (C, H, W) to (C, size, size), with a generator seeded by seed, epoch and index."""
 
     transform: Callable[[Tensor], Tensor] | None
     seed: int | None = None
 
     @staticmethod
     def none() -> Augment:
-        """The image as it is."""
+        """Return the augmentation that leaves images unchanged."""
         return Augment(None)
 
     @staticmethod
     def validation(recipe: Recipe) -> Augment:
-        """Short side to 256/224 of ``size``, centre crop: torchvision's evaluation."""
+        """Return torchvision's evaluation: short side to 256/224 of ``size``, then a centre crop."""
         return Augment(v2.Compose(images.centre(recipe.size)))
 
     @staticmethod
     def training(recipe: Recipe) -> Augment:
-        """What ``recipe.augment`` names. Files of any size need a fixed one: ``none`` is their centre crop."""
+        """Return what ``recipe.augment`` names. For images of any size, ``none`` is a centre crop."""
         size = recipe.size
         steps: list[Callable[[Tensor], Tensor]] = []
         if recipe.augment == "imagenet":
@@ -68,7 +68,7 @@ class Augment:
             return pixels
         if self.seed is None:
             return self.transform(pixels)
-        generator = torch.default_generator  # torch.manual_seed asks every kind of accelerator: 150 us, measured
+        generator = torch.default_generator  # torch.manual_seed seeds every accelerator too: 150 us, measured
         before = generator.get_state()
         generator.manual_seed(seed_of(self.seed, *item))
         try:

@@ -1,4 +1,4 @@
-"""The picture of a run: error over epochs, thin for training and bold for validation, as in the paper's Figure 4."""
+"""Draw the error of a run over its epochs, thin for training and bold for validation, as in the paper's Figure 4."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .disk import write_file
 
 TICKS = (0, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 LINEAR_BELOW = 1.0
-"""Per cent; above it the axis is logarithmic, so that the first epoch and the last ones are told apart alike."""
+"""Per cent. Above it the axis is logarithmic, so that both the first and the last epochs can be told apart."""
 
 
 def require_matplotlib() -> None:
-    """UserError where matplotlib is absent, before a run rather than after its first epoch."""
+    """Raise UserError if matplotlib is missing: before a run instead of after its first epoch."""
     plots.require_matplotlib("which draws the curves", "train")
 
 
 def draw(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "") -> None:
-    """Both errors of each run into ``axis``: ``runs`` maps a label to the ``epoch`` lines of its log."""
+    """Draw both errors of each run into ``axis``; ``runs`` maps a label to the ``epoch`` lines of its log."""
     looks = zip(runs.items(), COLOURS * len(runs), MARKERS * len(runs), strict=False)
     for (label, lines), colour, marker in looks:
         epochs = [line["epoch"] for line in lines]
-        # One epoch is a point, which has no line; of many, a few markers are enough to follow a curve.
+        # A single epoch is a point without a line, so it needs a marker. For many epochs a few markers are enough.
         style = {"color": colour, "marker": marker, "markevery": max(1, len(lines) // 12), "clip_on": False}
         train, val = ([100 * line[f"{part}_error"] for line in lines] for part in ("train", "val"))
         axis.plot(epochs, train, linewidth=0.8, markersize=3, fillstyle="none", **style)
@@ -40,7 +40,7 @@ def draw(axis: Any, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str 
 
 
 def show_whole(axes: Sequence[Any]) -> None:
-    """The same error axis for all panels, logarithmic above 1 %, from below the lowest point to above the highest."""
+    """Give all panels the same error axis: logarithmic above 1 %, from below the lowest to above the highest point."""
     points = [float(y) for axis in axes for line in axis.get_lines() for y in line.get_ydata()]
     points = [y for y in points if y == y] or [0.0, 100.0]
     low, high = min(points) / 1.15, min(100.0, max(points) * 1.15)
@@ -53,22 +53,23 @@ def show_whole(axes: Sequence[Any]) -> None:
 
 
 def headline(picture: Any, text: str) -> None:
-    """A title over all panels, in as many lines as it needs."""
+    """Put a title over all panels, in as many lines as it needs."""
     picture.suptitle(textwrap.fill(text, int(12 * picture.get_figwidth())), fontsize=11)
 
 
 def figure(panels: int, width: float = 6.0) -> tuple[Any, list[Any]]:
-    """A figure of ``panels`` axes side by side."""
+    """Return a figure and its ``panels`` axes side by side."""
     picture, (axes,) = plots.figure(1, panels, (width * panels, 4.4))
     return picture, axes
 
 
 def write_png(figure: Any, path: Path) -> None:
+    """Write a figure as PNG. Raises UserError if the file cannot be written."""
     write_file(path, plots.encode(figure))
 
 
 def write_curves(out: Path, title: str) -> Path:
-    """``out/curves.png`` from ``out``'s log."""
+    """Draw ``out/curves.png`` from the log of ``out`` and return its path."""
     picture, (axis,) = figure(1)
     draw(axis, {title: runlog.of_kind(out, "epoch")}, title)
     show_whole([axis])

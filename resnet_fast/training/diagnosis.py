@@ -1,4 +1,4 @@
-"""Where a number first stopped being one: what a run says when its loss is no longer finite."""
+"""Find where a number first became infinite or NaN, for the message of a run that its loss ends."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from ..models.accelerate import restore
 
 
 class NotFinite(RuntimeError):
-    """The loss, or a weight, became infinite or NaN; the message names the first layer whose output is not finite.
+    """The loss or a weight became infinite or NaN. The message names the first layer with an output that is not finite.
 
-    ``expected``: what there should have been.
+    Args:
+        message: What became infinite or NaN, and where.
+        expected: What was expected instead, for the command line.
     """
 
     def __init__(self, message: str, expected: str = "a loss that is a number"):
@@ -36,9 +38,9 @@ def _bad(tensor: Any) -> bool:
 
 @torch.no_grad()
 def not_finite(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> str:
-    """The first weight, running statistic or optimizer state with a value that is no number, described; or "".
+    """Describe the first weight, running statistic or optimizer state that is not finite; return "" if all are.
 
-    Of sharded tensors this process's part.
+    Of sharded tensors, only this process's part is checked.
     """
     tensors = dict(model.state_dict())
     if ema is not None:
@@ -55,13 +57,19 @@ def not_finite(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.O
 
 @torch.no_grad()
 def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
-    """One sentence: the first broken weight, input or layer output of ``model(x)`` on stock layers, in running order.
+    """Describe the first weight, input or layer output of ``model(x)`` that is not finite, in the order of execution.
 
-    ``model`` itself is left as it is. ``autocast``: a context manager, as the step uses it.
+    Args:
+        model: The net. A copy of it runs on stock layers; the net itself is unchanged.
+        x: The batch, (n, 3, H, W).
+        autocast: A context manager, as the step uses it.
+
+    Returns:
+        One sentence.
     """
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    for name, parameter in model.named_parameters():  # not the running statistics: they have seen the broken batch
-        # Of a sharded one this process's part: the others may not be here, to bring theirs.
+    for name, parameter in model.named_parameters():  # not the running statistics, which include the broken batch
+        # Only this process's shard: the others may not reach this point to gather theirs.
         tensor: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if _bad(tensor):
             return f"before this step {name} was broken already: {_describe(tensor)}; the last update overflowed"
@@ -72,7 +80,7 @@ def first_overflow(model: nn.Module, x: Tensor, autocast: Any) -> str:
     stock = copy.deepcopy(model)
     restore(stock)
     for module in stock.modules():
-        if isinstance(module, nn.SyncBatchNorm):  # alone: the loss of the other processes may be a number
+        if isinstance(module, nn.SyncBatchNorm):  # runs in this process only: the loss of the others may be finite
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     found: list[str] = []
 

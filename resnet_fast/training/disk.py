@@ -22,4 +22,6 @@ def write_file(path: Path, content: bytes) -> None:
 
 def no_room(path: Path, error: OSError) -> UserError:
     """Return the error to raise when writing ``path`` failed with ``error``."""
-    return UserError(f"room and leave to write {path}", str(error.strerror), "mend that and go on with --resume auto")
+    return UserError(
+        f"space and permission to write {path}", str(error.strerror), "fix that and continue with --resume auto"
+    )

@@ -1,10 +1,10 @@
-"""The processes of a run: who this one is, what they agree on, and how a net is spread over them.
+"""The processes of a run: which one this is, what they agree on, and how a net is spread over them.
 
-``torchrun`` starts the processes and tells each its rank; without it a run is a world of one. Control messages (stop
-now? how many were wrong?) go over gloo, so that they never wait for a GPU; gradients go over NCCL on GPUs.
+``torchrun`` starts the processes and gives each its rank; without it a run has one process. Control messages (stop now?
+how many were wrong?) use gloo, so that they never wait for a GPU. Gradients use NCCL on GPUs.
 
-One process that fails fails the job: the others find the connection to it closed, and torchrun ends them. So that its
-reason is what a reader sees, they keep their own complaint to themselves for a while (:func:`reported`).
+If one process fails, the job fails: the others find the connection closed, and torchrun ends them. They hold back their
+own errors for a while, so that the first error is the one reported (:func:`reported`).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ..errors import UserError
 
 PARALLEL = ("ddp", "fsdp")
 TIMEOUT = datetime.timedelta(minutes=10)
-"""A process that waits this long for another ends with an error: longer than a validation, shorter than a night."""
+"""How long a process waits for another before it ends with an error: longer than a validation takes."""
 
 HOLD_S = 5.0
-"""How long another process than the first keeps back an error of its own: if all have it, the first one says it, and
-ends all of them as soon as it has ended itself, which takes Python some seconds on a busy machine."""
+"""How long a process other than the first holds back its own error. If all have it, the first one reports it, and its
+end, which takes Python some seconds on a busy machine, ends the others."""
 HOLD_ELSEWHERE_S = 20.0
-"""The same for an error that is another process's: the cause must be there before its consequences."""
+"""The same for an error that another process caused: the cause must be reported before its consequences."""
 
 T = TypeVar("T")
 
 
 class ElsewhereError(UserError):
-    """What a process raises that goes no further because another one failed."""
+    """Raised in a process that cannot continue because another one failed."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes, in place."""
+        """Sum a CPU tensor over all processes in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any process; all of them learn the same."""
+        """Return whether ``flag`` is set in any process, the same in all of them."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor([float(flag)])).item())
 
     def raise_first(self, error: BaseException | None) -> None:
-        """Raise ``error``, or in the other processes that the first one failed: nobody then waits for it."""
+        """Raise ``error`` if there is one, and ElsewhereError if another process has one, so that none waits for it."""
         failed = self.any(error is not None)
         if error is not None:
             raise error
@@ -76,7 +76,7 @@ class World:
             raise ElsewhereError("every process to go on", "an error in another process", "see that process's message")
 
     def shared(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process, alone called there; its error is the first process's."""
+        """Call ``make`` in the first process only, and return its result in all. Its error is raised there."""
         found: list[Any] = [None]
         failure: Exception | None = None
         if self.first:
@@ -90,7 +90,7 @@ class World:
         return found[0]
 
     def union(self, names: Iterable[str]) -> set[str]:
-        """All names that any process gives."""
+        """Return the names that any process gives."""
         if self.size == 1:
             return set(names)
         found: list[Any] = [None] * self.size
@@ -99,11 +99,11 @@ class World:
 
 
 def _meet(store: dist.Store, rank: int, size: int) -> str:
-    """A name that exactly the processes that are alive now agree on.
+    """Return a name that exactly the processes alive now agree on.
 
-    torchrun's store outlives a restart, and in it the addresses at which the processes before were to be found: whoever
-    reads them before they are overwritten waits for the dead (pytorch/pytorch#135712). torchrun's count of restarts is
-    each node's own. So every process leaves a fresh word, and the first one's is taken once it has heard all others.
+    torchrun's store outlives a restart and still has the addresses of the previous processes. A process that reads them
+    before they are overwritten waits for dead ones (pytorch/pytorch#135712). torchrun's count of restarts differs
+    between nodes. So every process leaves a new word, and the first one's is taken once it has heard all others.
     """
     word = uuid.uuid4().hex
     until = time.monotonic() + TIMEOUT.total_seconds()
@@ -150,11 +150,16 @@ def process_group(backend: str, **how: Any) -> Iterator[None]:
 
 @contextmanager
 def world(device: str, parallel: str) -> Iterator[World]:
-    """This process's place, from torchrun's environment, with the process group set up and taken down.
+    """Yield this process's place, from torchrun's environment, and set up and take down the process group.
 
-    A group that is set up already is used, and left as it is.
+    A group that exists already is used and left as it is.
 
-    UserError for a device that is not there, and for ``fsdp`` in a single process without torchrun.
+    Args:
+        device: ``cpu`` or a CUDA device.
+        parallel: ``ddp`` or ``fsdp``.
+
+    Raises:
+        UserError: There is no such device, or ``fsdp`` was asked for without torchrun.
     """
     kind = torch.device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -188,11 +193,17 @@ def world(device: str, parallel: str) -> Iterator[World]:
 
 
 def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False) -> nn.Module:
-    """``model`` as the step calls it: itself, in DDP, or (in place) sharded by FSDP2, block by block.
+    """Return ``model`` as the step calls it: itself, wrapped in DDP, or sharded in place by FSDP2, block by block.
 
-    ``sync_bn`` turns its BatchNorm into SyncBatchNorm, in place, before FSDP2 takes hold of the modules that have the
-    parameters and after DDP, which refuses to wrap one on the CPU. Buffers are left to each process and averaged before
-    they are used (:func:`average_buffers`); DDP's own way is to throw away all but those of the first process.
+    Each process keeps its own buffers, which are averaged before they are used (:func:`average_buffers`). DDP would
+    discard all but those of the first process.
+
+    Args:
+        model: The net on its device.
+        world: The processes of the run.
+        parallel: ``ddp`` or ``fsdp``.
+        sync_bn: Replace BatchNorm by SyncBatchNorm in place. This comes before FSDP2, which holds on to the modules
+            with parameters, and after DDP, which refuses SyncBatchNorm on the CPU.
     """
     spread: nn.Module = model
     if world.size > 1 and parallel == "ddp":
@@ -211,9 +222,9 @@ def spread(model: nn.Module, world: World, parallel: str, sync_bn: bool = False)
 
 
 def shard(model: nn.Module) -> None:
-    """FSDP2 in place: each residual block a unit of its own, the rest another.
+    """Shard ``model`` by FSDP2 in place: each residual block is a unit, the rest another one.
 
-    Frozen parameters stay whole in each process: they have neither gradient nor optimizer state, which sharding saves.
+    Frozen parameters stay whole in each process: they have no gradient and no optimizer state that sharding could save.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -227,9 +238,9 @@ def shard(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give the parameters of a sharded net back after a forward pass that no backward pass follows.
+    """Reshard the parameters after a forward pass without a backward pass.
 
-    FSDP2 keeps the outermost unit whole until then, and whoever reads its parameters (averaging does) finds no shards.
+    FSDP2 would keep the outermost unit whole, and averaging, which reads its parameters, would find no shards.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -241,7 +252,7 @@ def reshard(model: nn.Module) -> None:
 def average_buffers(model: nn.Module, world: World) -> None:
     """Replace floating-point buffers (running statistics) by their mean over all processes, in place.
 
-    The running mean is linear in the batches seen, so averaging now and then gives what averaging always would.
+    The running mean is linear in the batches seen, so averaging now and then gives the same as averaging in each step.
     """
     if world.size == 1:
         return
@@ -256,11 +267,11 @@ def average_buffers(model: nn.Module, world: World) -> None:
 
 
 def accumulating(model: nn.Module, last: bool) -> Any:
-    """The context of one part's forward and backward: gradients are exchanged in the ``last`` part of a step alone."""
+    """Return the context of one part's forward and backward. Gradients are exchanged only in the ``last`` part."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
-    if isinstance(model, FSDPModule):  # its state is set, not entered
+    if isinstance(model, FSDPModule):  # has a setting instead of a context
         model.set_requires_gradient_sync(last)
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -268,12 +279,12 @@ def accumulating(model: nn.Module, last: bool) -> Any:
 
 
 def speaks() -> bool:
-    """Whether this process is the one that prints, known before there is a :class:`World`."""
+    """Return whether this process prints. It is known before there is a :class:`World`."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def _is_consequence(error: BaseException) -> bool:
-    """Whether ``error`` is how a process notices the end of another one: what gloo and NCCL then raise has no class."""
+    """Return whether ``error`` is due to the end of another process. gloo and NCCL have no class for such errors."""
     if isinstance(error, (ElsewhereError, dist.DistError)):
         return True
     said = ("gloo/", "Connection closed by peer", "Connection reset by peer")
@@ -282,10 +293,10 @@ def _is_consequence(error: BaseException) -> bool:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Under torchrun, hand an error that ends this process to it: its own report then names the first cause.
+    """Under torchrun, record an error that ends this process, so that torchrun's report names the first cause.
 
-    torchrun ends all processes as soon as one has failed, and takes what it sees first for the cause. An error that
-    several processes may have is kept back in all but the first, one that another process caused in each of them.
+    torchrun ends all processes as soon as one has failed, and takes the first error it sees for the cause. So an error
+    that several processes may have is held back in all but the first, and one that another process caused in all.
     """
     try:
         yield

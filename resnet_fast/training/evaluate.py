@@ -1,7 +1,7 @@
-"""How good a trained net is: top-1, top-5, accuracy per class, and how fast it was measured.
+"""Measure how good a trained net is: top-1, top-5, accuracy per class, and the speed.
 
-Pictures go through the training program's own input pipeline, its normalisation and its autocast, so the share of wrong
-answers is the one that a run logs of its own validation set. Classes are matched by name: a folder ``cat`` is the class
+Images go through the input pipeline, normalisation and autocast of the training program, so the share of wrong answers
+is the one that a run logs for its own validation set. Classes are matched by name: a folder ``cat`` is the class
 ``cat`` of the weights, whatever its place among the folders.
 """
 
@@ -40,20 +40,20 @@ TOP = 5
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What is measured on: images with the classes of the weights as labels, and where they are from."""
+    """Images to measure on, labelled with the classes of the weights, and sentences on where they are from."""
 
     images: InMemory | Files
     labels: Tensor
     said: tuple[str, ...]
 
     def name(self, index: int) -> str:
-        """The file of an image, or its number."""
+        """Return the file of an image, or its number."""
         return self.images.files[index][0] if isinstance(self.images, Files) else str(index)
 
 
 @dataclass
 class ImageResult:
-    """One image: its class, the class answered with what probability, and was its class among the first five?"""
+    """One image: its class, the answer and its probability, and whether its class is among the first five answers."""
 
     name: str
     label: int
@@ -68,11 +68,17 @@ class ImageResult:
 
 @dataclass
 class Evaluation:
-    """Counts over the images that could be read. ``per_class``: number -> [images, right, in the first five].
+    """Counts over the images that could be read.
 
-    ``loss`` is the mean cross-entropy. ``images_per_s`` counts reading, and leaves out the first batch where there are
-    more; ``waiting`` is the share of that time spent waiting for images. ``not_finite``: images whose outputs held NaN
-    or infinity; they count as wrong.
+    Attributes:
+        classes: The names of the weights' classes.
+        per_class: Class number -> [images, right answers, images with their class among the first five answers].
+        loss: The mean cross-entropy.
+        unreadable: Names of images that could not be read.
+        not_finite: Images with NaN or infinity in the outputs; they count as wrong.
+        seconds: The time of the whole measurement.
+        images_per_s: Images per second, reading included, without the first batch if there are more.
+        waiting: The share of that time spent waiting for images.
     """
 
     classes: tuple[str, ...]
@@ -109,7 +115,7 @@ class Evaluation:
         return self.wrong / max(self.images, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON takes them."""
+        """Return plain values, for JSON."""
         per_class = [
             {"class": number, "name": self.classes[number], "images": n, "top1": right / n, "top5": five / n}
             for number, (n, right, five) in sorted(self.per_class.items())
@@ -178,7 +184,7 @@ def _folder(facts: Facts, path: Path | None, held_out: bool) -> tuple[Sequence[s
 
 
 def _relabelled(val: InMemory | Files, numbers: Sequence[int], facts: Facts, said: tuple[str, ...]) -> EvaluationSet:
-    """``val`` with the numbers that the weights have for its classes, looked at as the weights ask."""
+    """Return ``val`` with the class numbers of the weights, and prepared as the weights ask."""
     if isinstance(val, Files):
         steps = images.centre(facts.size, facts.resize)
         if len(facts.mean) == 1:
@@ -195,10 +201,16 @@ def _relabelled(val: InMemory | Files, numbers: Sequence[int], facts: Facts, sai
 
 
 def match_classes(names: Sequence[str], of: Trained) -> tuple[list[int], str]:
-    """(the weights' number of each class in ``names``, how that was found).
+    """Match the classes in ``names`` to those of the weights, by name or by ImageNet's wnid.
 
-    By name, or by ImageNet's wnid. Weights whose classes have no names take them in order, as torchvision's
-    ImageFolder numbers folders; there must be as many. UserError for a class that the weights do not have.
+    If the classes of the weights have no names, they are matched in order, as torchvision's ImageFolder numbers
+    folders. There must be as many.
+
+    Returns:
+        The weights' number of each class, and a phrase that says how it was found.
+
+    Raises:
+        UserError: The weights do not have one of the classes.
     """
     classes = of.facts.classes
     if not of.named:
@@ -235,7 +247,7 @@ def match_classes(names: Sequence[str], of: Trained) -> tuple[list[int], str]:
 
 
 class _Numbered(Dataset[Sample]):
-    """The images of a set with their place in it for a label: what is left of a batch can be told apart."""
+    """The images of a set, labelled by their index, which identifies those of a batch that could be read."""
 
     def __init__(self, inner: InMemory | Files):
         self.inner = inner
@@ -259,9 +271,20 @@ def measure_accuracy(
     amp: str | None = None,
     tell: Callable[[list[ImageResult], int, list[str]], None] = lambda results, done, unreadable: None,
 ) -> Evaluation:
-    """Run the net on every image of ``on``. ``amp``: dtype of autocast, by default that of the run's validation.
+    """Run the net on every image of ``on``.
 
-    ``tell`` hears after each batch its results, how many images are done, and what could not be read.
+    Args:
+        restored: The net.
+        on: The images.
+        batch: Images per batch; by default the run's, else 64.
+        device: Where the net runs.
+        backend: The backend that runs it.
+        workers: Processes that read images; None chooses.
+        amp: The dtype of autocast; by default that of the run's validation.
+        tell: Called after each batch with its results, the number of images done, and names of unreadable ones.
+
+    Raises:
+        UserError: No image can be read.
     """
     place = torch.device(device)
     facts, how = restored.trained.facts, restored.recipe
@@ -284,7 +307,7 @@ def measure_accuracy(
         if len(part.labels):
             x = normalise(part.images)
             cast = torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None)
-            with torch.no_grad(), cast, packing_budget.at_once():  # as the run validated
+            with torch.no_grad(), cast, packing_budget.at_once():  # as a run validates
                 logits = net(x).float()
             results, loss, broken = _judge(logits, part.labels.cpu(), on)
             losses += loss
@@ -302,12 +325,12 @@ def measure_accuracy(
     result.images_per_s, result.waiting = counted / took, waited / took
     result.loss = losses / max(result.images, 1)
     if not result.images:
-        raise UserError(f"readable images among {done}", f"none, first {result.unreadable[0]}", "mend the files")
+        raise UserError(f"readable images among {done}", f"none, first {result.unreadable[0]}", "repair the files")
     return result
 
 
 def _judge(logits: Tensor, indices: Tensor, on: EvaluationSet) -> tuple[list[ImageResult], float, int]:
-    """(a result per image, the sum of the losses, images with outputs that are not finite)."""
+    """Return a result per image, the sum of the losses, and the number of images with outputs that are not finite."""
     logits = logits.cpu()
     labels = on.labels[indices]
     finite = logits.isfinite().all(1)
@@ -334,6 +357,6 @@ def _count(result: Evaluation, results: Sequence[ImageResult]) -> None:
 
 
 def worst(result: Evaluation, most: int) -> list[Mapping[str, Any]]:
-    """The ``most`` classes with the smallest share of right answers, in the order of their numbers."""
+    """Return the ``most`` classes with the smallest share of right answers, in the order of their numbers."""
     rows = sorted(result.to_dict()["per_class"], key=lambda row: (row["top1"], row["class"]))[:most]
     return sorted(rows, key=lambda row: row["class"])

@@ -1,4 +1,4 @@
-"""Going on from trained weights: a new head where the classes differ, and the first stages frozen."""
+"""Fine-tune trained weights: a new head if the classes differ, and frozen first stages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ from ..io.weight_facts import Facts
 from .recipe import Recipe
 
 STEM = ("stem", "conv1")
-"""What ``freeze`` calls everything before ``layer1``."""
+"""Names that ``freeze`` accepts for everything before ``layer1``."""
 
 
 def load_weights(model: nn.Module, recipe: Recipe, classes: int) -> str:
-    """Copy the weights of ``recipe.weights`` into ``model`` and return a sentence on what became of its head.
+    """Copy the weights of ``recipe.weights`` into ``model``.
 
-    The file is torchvision's, a run's ``model.safetensors``, or another state dict. Where it has another number of
-    classes, ``model`` keeps its own last layer, freshly initialised. UserError for weights of another net; the model
-    is unchanged then.
+    The file is torchvision's, a run's ``model.safetensors``, or another state dict. If it has another number of
+    classes, ``model`` keeps its own last layer, freshly initialised.
+
+    Args:
+        model: The net, changed in place.
+        recipe: Its ``weights`` names the file.
+        classes: Outputs of the net.
+
+    Returns:
+        A sentence that says whether the head was copied.
+
+    Raises:
+        UserError: The weights are of another net. ``model`` is unchanged then.
     """
     path = Path(recipe.weights or "")
     file = weights.open_file(path)
@@ -39,7 +49,7 @@ def load_weights(model: nn.Module, recipe: Recipe, classes: int) -> str:
 
 
 def _check_net(facts: Facts | None, recipe: Recipe, path: Path) -> None:
-    """UserError for a net whose tensors would fit and mean something else."""
+    """Raise UserError for weights of a variant of the net whose tensors would fit but mean something else."""
     if facts is None:
         return
     theirs = (facts.model, facts.shortcut, facts.stride_in_1x1)
@@ -56,9 +66,12 @@ def _other_names(facts: Facts | None, classes: int) -> str:
 
 
 def freeze(model: nn.Module, upto: str) -> None:
-    """Take the gradient from every parameter up to and including the stage ``upto``, and keep its norms in eval mode.
+    """Freeze every parameter up to and including the stage ``upto``, and put its norms into eval mode.
 
-    UserError for a net without that stage. Calls of ``train()`` on the net wake the norms: :func:`hold` again then.
+    ``model.train()`` puts the norms back into training mode. Call :func:`hold` after it.
+
+    Raises:
+        UserError: The net has no such stage.
     """
     for child in _frozen(model, upto):
         child.requires_grad_(False)
@@ -66,7 +79,7 @@ def freeze(model: nn.Module, upto: str) -> None:
 
 
 def hold(model: nn.Module, upto: str | None) -> None:
-    """Put the norms of frozen stages into eval mode: they normalise by the statistics that came with the weights."""
+    """Put the norms of frozen stages into eval mode, so that they use the statistics that came with the weights."""
     for child in _frozen(model, upto) if upto else ():
         for module in child.modules():
             if isinstance(module, _BatchNorm):
@@ -74,7 +87,7 @@ def hold(model: nn.Module, upto: str | None) -> None:
 
 
 def _frozen(model: nn.Module, upto: str) -> list[nn.Module]:
-    """The children of ``model`` from the first to the stage ``upto``."""
+    """Return the children of ``model`` from the first to the stage ``upto``."""
     children = dict(model.named_children())
     stages = [name for name in children if name.startswith("layer")]
     if not stages or upto not in (*STEM, *stages):

@@ -1,4 +1,4 @@
-"""From a plan of batches to tensors on the device: which process reads which image when, and how fast.
+"""From the plan of batches to tensors on the device: which process reads which image in which step.
 
 ::
 
@@ -7,9 +7,9 @@
     | part 0 | part 1 | … | |                           every part has its share of it
       rank 0   rank 0   rank 1 …                        parts = processes x accumulate
 
-A part is what one process sees at once. The parts of a batch depend on the recipe and the number of parts alone: two
-processes read what one process reads with ``accumulate=2``. The plan is arithmetic, so a run resumed at step s asks for
-batch s and nothing before it is read.
+A part is what one process sees at once. The parts of a batch depend only on the recipe and the number of parts: two
+processes read what one process reads with ``accumulate=2``. The plan is arithmetic, so a run that resumes at step s
+reads batch s first.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from .augment import seed_of
 from .datasets.samples import Data, Item, Sample
 
 LEAST_PART = 2
-"""Images that BatchNorm needs in a part: with one image of 1x1 pixels it has no variance."""
+"""Images that a part must have: BatchNorm has no variance for one image of 1x1 pixels."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """``size`` images in batches of ``batch``, each in ``parts`` parts."""
+    """``size`` images in batches of ``batch``, each divided into ``parts`` parts.
+
+    Raises:
+        UserError: There are fewer images than a batch has, or fewer in a part than BatchNorm needs.
+    """
 
     size: int
     batch: int
@@ -56,7 +60,7 @@ class BatchPlan:
 
     @property
     def left_over(self) -> int:
-        """Images of each epoch's permutation that no batch holds: a last batch too small to be shared."""
+        """Images per epoch that are in no batch, because the last batch would be too small for its parts."""
         rest = self.size % self.batch
         return rest if rest < LEAST_PART * self.parts else 0
 
@@ -66,15 +70,15 @@ class BatchPlan:
         return self.size // self.batch + (rest >= LEAST_PART * self.parts)
 
     def permutation(self, epoch: int) -> Tensor:
-        """(size,) int64, the order of epoch ``epoch``."""
+        """Return the order of the images in epoch ``epoch``, (size,) int64."""
         return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
 
     def batch_size(self, index: int) -> int:
-        """Images in batch ``index`` of an epoch, over all parts."""
+        """Return the number of images in batch ``index`` of an epoch, over all parts."""
         return min(self.batch, self.size - index * self.batch)
 
     def batches(self, step: int, steps: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """(epoch, the parts' indices) of each step from ``step`` up to ``steps``."""
+        """Yield (epoch, indices of each part) for the steps from ``step`` up to, not including, ``steps``."""
         order, held = torch.empty(0), -1
         for number in range(step, steps):
             epoch, index = divmod(number, self.steps_per_epoch)
@@ -85,7 +89,7 @@ class BatchPlan:
 
 
 class PartSampler(Sampler[list[Item]]):
-    """The parts of process ``rank``, in the order in which it sees them: items for the data set."""
+    """Yields the parts of process ``rank`` in their order, as lists of items of the data set."""
 
     def __init__(self, plan: BatchPlan, rank: int, accumulate: int, step: int, steps: int):
         self.plan, self.rank, self.accumulate, self.step, self.steps = plan, rank, accumulate, step, steps
@@ -101,7 +105,7 @@ class PartSampler(Sampler[list[Item]]):
 
 
 class ValidationSampler(Sampler[list[Item]]):
-    """Every ``world``-th image from ``rank`` on, in batches."""
+    """Yields every ``world``-th image from ``rank`` on, in batches."""
 
     def __init__(self, size: int, batch: int, rank: int, world: int):
         self.indices, self.batch = range(rank, size, world), batch
@@ -116,18 +120,18 @@ class ValidationSampler(Sampler[list[Item]]):
 
 @dataclass
 class Part:
-    """Images (n, C, H, W) uint8, labels (n) int64, and the names of those that could not be read and are not in it."""
+    """Images (n, C, H, W) uint8, labels (n) int64, and the names of images left out because they cannot be read."""
 
     images: Tensor
     labels: Tensor
     unreadable: tuple[str, ...] = ()
 
     def pin_memory(self) -> Part:
-        """What DataLoader calls with ``pin_memory=True``."""
+        """Return a copy in pinned memory; DataLoader calls this with ``pin_memory=True``."""
         return Part(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
     def to(self, device: torch.device) -> Part:
-        """On ``device``; from pinned memory without waiting."""
+        """Return a copy on ``device``. From pinned memory this does not wait for the copy."""
         if device.type == "cpu":
             return self
         return Part(
@@ -136,7 +140,7 @@ class Part:
 
 
 def collate(samples: list[Sample]) -> Part:
-    """A part without the samples that could not be read; without images where none could."""
+    """Return a part of the samples that could be read, which may be none."""
     unreadable = tuple(s.name for s in samples if s.pixels is None)
     pixels = [s.pixels for s in samples if s.pixels is not None]
     labels = torch.tensor([s.label for s in samples if s.pixels is not None], dtype=torch.int64)
@@ -145,19 +149,19 @@ def collate(samples: list[Sample]) -> Part:
 
 
 def workers_for(data: Data, device: torch.device, world: int) -> int:
-    """Worker processes for a run, see :func:`workers_of`."""
+    """Return the number of worker processes for ``data``; see :func:`workers_of`."""
     return workers_of(data.in_memory, device, world)
 
 
 def workers_of(in_memory: bool, device: torch.device, world: int) -> int:
-    """Worker processes: none for data in memory beside a CPU that trains, else the cores of a process, at most 8."""
+    """Return the number of worker processes: 0 for data in memory on a CPU, else the cores per process, at most 8."""
     if in_memory and device.type == "cpu":
         return 0
     return max(1, min(8, limits.cores() // world))
 
 
 def loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:
-    """torch's DataLoader over ``sampler``, with pinned memory for a GPU; it draws nothing from the global generator."""
+    """Return torch's DataLoader over ``sampler``, pinning memory for a GPU. It does not use the global generator."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -171,15 +175,14 @@ def loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int,
 
 
 def _apart(worker: int) -> None:
-    """Out of the reach of a signal to the whole process group, as torchrun and a terminal send it: the run stops first,
-    and ends its workers then."""
+    """Leave the process group, to which torchrun and terminals send signals: the run stops first, then its workers."""
     os.setpgid(0, 0)
 
 
 class Prefetcher:
-    """Parts on ``device``, the next one already on its way while the current one is used; counts the time waited.
+    """Iterates over parts on ``device`` and copies the next one while the current one is used.
 
-    ``waited_s`` grows by the seconds in which the caller had to wait for the input pipeline.
+    ``waited_s`` counts the seconds that the caller had to wait for the input pipeline.
     """
 
     def __init__(self, parts: Any, device: torch.device):
@@ -216,9 +219,9 @@ class Prefetcher:
 
 
 def throughput(dataset: Dataset[Sample], plan: BatchPlan, workers: int, seconds: float = 1.0) -> float:
-    """Images per second that the input pipeline yields with nothing else to do, over about ``seconds``.
+    """Measure the images per second of the input pipeline alone, for about ``seconds``.
 
-    The clock starts when the first part is there: starting the workers is not what limits a run.
+    The clock starts at the first part, because starting the workers does not limit a run.
     """
     steps = plan.steps_per_epoch
     part_plan = BatchPlan(plan.size, plan.batch, 1, plan.seed)

@@ -1,4 +1,4 @@
-"""What a recipe's numbers become: the net, the optimizer with its parameter groups, averaged weights, mixing."""
+"""Build what a recipe asks for: net, optimizer with its parameter groups, averaged weights, mixup and cutmix."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ SUPPORTS_ZERO_INIT = ("resnet", "resnext", "wide")
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
-    """The net of ``recipe``, seeded, accelerated, on the CPU, with plain BatchNorm.
+    """Build the net of ``recipe``, seeded and accelerated, on the CPU, with plain BatchNorm.
 
-    Raises UserError for options that the net does not have.
+    Raises:
+        UserError: The net does not have an option of the recipe.
     """
     from ..models import accelerate, registry
 
@@ -43,7 +44,7 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups of what is trained: all, or convolutions and fc apart from norms and biases."""
+    """Return the groups of trained parameters: one, or two if norms and biases have their own weight decay."""
     everything = [p for p in model.parameters() if p.requires_grad]
     if recipe.norm_weight_decay is None:
         return [{"params": everything, "weight_decay": recipe.weight_decay}]
@@ -56,7 +57,7 @@ def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def kinds() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers of this PyTorch that a recipe can name, in lower case: those with a rate and weight decay."""
+    """Return torch's optimizers that have a learning rate and weight decay, by their names in lower case."""
     found = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     return {
         name: kind
@@ -66,10 +67,12 @@ def kinds() -> dict[str, type[torch.optim.Optimizer]]:
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer of ``recipe`` for the parameters of ``model`` that are trained: SGD as in section 3.4, or another.
+    """Build the optimizer of ``recipe`` for the trained parameters of ``model``: SGD as in section 3.4, or another.
 
-    ``momentum`` is SGD's and RMSprop's, or the first of Adam's betas, whose second is ``beta2``. UserError for a name
-    that PyTorch does not have, and for what the optimizer cannot do.
+    ``momentum`` is the momentum of SGD and RMSprop, or the first of Adam's betas; ``beta2`` is the second.
+
+    Raises:
+        UserError: PyTorch has no such optimizer, or it does not take the recipe's values.
     """
     if recipe.optimizer not in kinds():
         raise unknown_name("optimizer", recipe.optimizer, sorted(kinds()))
@@ -94,12 +97,13 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def averaged(model: nn.Module, recipe: Recipe) -> nn.Module | None:
-    """A copy of ``model`` whose weights and buffers follow by ``ema`` per step, or None."""
+    """Return a moving average of the weights and buffers of ``model`` with decay ``ema`` per step, or None."""
     if not recipe.ema:
         return None
     from torch.distributed.tensor import DTensor
@@ -110,7 +114,7 @@ def averaged(model: nn.Module, recipe: Recipe) -> nn.Module | None:
 
     @torch.no_grad()
     def follow(averages: Any, values: Any, updates: Any) -> None:
-        """torch's get_ema_multi_avg_fn, for lists in which some tensors are FSDP2's shards."""
+        """Do what torch's get_ema_multi_avg_fn does, also for lists in which some tensors are shards of FSDP2."""
         averages, values = local(averages), local(values)
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, values, 1 - recipe.ema)
@@ -122,7 +126,7 @@ def averaged(model: nn.Module, recipe: Recipe) -> nn.Module | None:
 
 
 def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """mixup, cutmix or each half the time, on a batch (n, C, H, W) and labels (n); None without them."""
+    """Return mixup, cutmix, or one of both at random, as a function of a batch (n, C, H, W) and labels (n); or None."""
     from torchvision.transforms import v2
 
     ways: list[Any] = []

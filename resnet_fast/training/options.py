@@ -1,4 +1,4 @@
-"""What a run is asked for besides its recipe, and what it says while it runs and at its end."""
+"""Options of a run other than its recipe, and what a run reports while it runs and at its end."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ from . import distributed
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run a recipe, none of which changes what it computes.
+    """How to run a recipe. None of it changes the result.
 
-    ``resume``: empty, ``auto``, a checkpoint's folder or a run's. ``workers``: None chooses. ``save_steps``: steps
-    between checkpoints, 0 as often as costs a hundredth of the time; ``keep`` of them stay. ``log_every``: steps per
-    log line. ``stop_after``: end (saved, to go on later) after that many steps of this process. ``probe``: measure
-    the input pipeline by itself before the first step.
+    Attributes:
+        out: The folder of the run.
+        resume: ``auto``, the folder of a checkpoint or of a run; "" starts a new run.
+        device: ``cpu``, ``cuda`` or ``cuda:0``.
+        parallel: ``ddp`` or ``fsdp``, with several processes.
+        workers: Processes that read images; None chooses.
+        threads: CPU threads of the net; None leaves torch's number.
+        strict_data: Decode all images first, and end with an error if one cannot be read.
+        save_steps: Steps between checkpoints; 0 spends a hundredth of the time on them.
+        keep: The number of checkpoints that stay, not counting the best one.
+        log_every: Steps per line of the log.
+        tensorboard: Write event files.
+        probe: Measure the input pipeline alone before the first step.
+        deterministic: Use only deterministic cuDNN algorithms.
+        stop_after: Save and end after that many steps of this process.
     """
 
     out: Path
@@ -38,7 +49,7 @@ class RunOptions:
     stop_after: int | None = None
 
     def check(self) -> None:
-        """UserError for the first option that cannot be used."""
+        """Raise UserError for the first option that cannot be used."""
         for name in ("keep", "log_every", "stop_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -55,7 +66,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Tick:
-    """What a run says of itself after each step. ``loss`` and ``error`` are those of the last log line."""
+    """What a run reports after each step. ``loss``, ``error`` and the rest are those of the last log line."""
 
     step: int
     steps: int
@@ -68,7 +79,7 @@ class Tick:
 
 @dataclass
 class Watch:
-    """Who is told what, in the first process: each step, each epoch's log line, and sentences worth reading."""
+    """Functions that the first process calls after each step, with each epoch's log line, and with notes."""
 
     step: Callable[[Tick], None] = lambda tick: None
     epoch: Callable[[dict[str, Any]], None] = lambda line: None
@@ -77,7 +88,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. ``finished`` is False for one that was told to stop by ``stopped_by`` and may go on."""
+    """How a run ended. If ``finished`` is False, ``stopped_by`` stopped it and it can be resumed."""
 
     out: Path
     step: int

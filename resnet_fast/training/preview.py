@@ -1,4 +1,4 @@
-"""What a run would do and need: for whoever wants to know before the first step."""
+"""Describe what a run would do, and check the memory that it needs, before the first step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .loader import BatchPlan
 from .recipe import Recipe
 
 MOST_CLASSES = 20
-"""Classes whose counts are printed one by one."""
+"""The most classes for which images are counted one by one."""
 
 
 def preview_lines(
@@ -30,7 +30,7 @@ def preview_lines(
     start: int,
     where: Path,
 ) -> list[str]:
-    """One sentence per thing: net, data, classes, steps, learning rates, folder."""
+    """Return one line each for net, data, classes, steps, optimizer, learning rates and folder."""
     sizes = [p.numel() for p in model.parameters()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = f", {trained:,} of them trained" if trained < sum(sizes) else ""
@@ -50,16 +50,27 @@ def preview_lines(
 
 
 MOST_PLANES = 30_000
-"""Values per pixel of the input that no net here exceeds in a step: CIFAR's net of 1202 layers has 28,031."""
+"""Values per pixel of the input that no net exceeds in a step: CIFAR's net of 1202 layers has 28,031."""
 SHARE = 0.75
-"""Of the least bytes that a net's fused forward pass moves, which are about what a step keeps for its backward pass:
-measured peaks on a CPU were 0.76 to 1.5 of it, of seven nets and dtypes."""
+"""Memory of a step as a share of the least bytes that the net's fused forward pass moves. Measured on a CPU with seven
+nets and dtypes: peaks of 0.76 to 1.5."""
 
 
 def check_step_memory(
     model: str, images: int, size: int, amp: str = "none", names: tuple[str, str] = ("batch", "size")
 ) -> None:
-    """UserError where the memory that is free cannot hold a training step of ``model`` on the CPU, nothing frozen."""
+    """Check that the free memory holds a training step of ``model`` on the CPU with nothing frozen.
+
+    Args:
+        model: The name of the net.
+        images: Images that a process sees at once.
+        size: The side of the input in pixels.
+        amp: The dtype of autocast, or ``none``.
+        names: What the message calls batch and size.
+
+    Raises:
+        UserError: The memory does not suffice.
+    """
     limits.check_input(images, size, names=names)
     free = limits.available_memory()
     if free is None or images * size * size * MOST_PLANES * 4 <= free:
@@ -86,7 +97,7 @@ def _hyper(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _rates(recipe: Recipe, per_epoch: int, total: int) -> list[str]:
-    """The learning rate at the first step, at the peak, at each drop, and at the last step."""
+    """Return the learning rate at the first step, at the peak, at each drop, and at the last step."""
     unit = 1 if recipe.steps is not None else per_epoch
     turns = {0, round(recipe.warmup * unit), *(round(m * unit) for m in recipe.milestones), total - 1}
     seen = sorted(step for step in turns if 0 <= step < total)

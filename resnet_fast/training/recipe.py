@@ -1,8 +1,8 @@
-"""A training run as one frozen, printable value: which net on which data, and every number that the result depends on.
+"""A training run as one frozen, printable value: the net, the data, and every number that the result depends on.
 
-A recipe is a YAML file (those in ``recipes/`` ship with the package) or the defaults, with ``key=value`` on top. What
-changes how fast a run goes but not what it computes (workers, device, output folder) is not here: see
-:class:`resnet_fast.training.RunOptions`. Two runs of one recipe on one device compute the same thing.
+A recipe is a YAML file (``recipes/`` has those of the package) or the defaults, changed by ``key=value``. What changes
+the speed of a run but not its result (workers, device, output folder) is not part of it: see
+:class:`resnet_fast.training.options.RunOptions`. Two runs of one recipe on one device compute the same.
 """
 
 from __future__ import annotations
@@ -51,32 +51,39 @@ RANGES: dict[str, tuple[float, float]] = {
     "cutmix": (0, 1e3),
     "seed": (0, 2**63 - 1),
 }
-"""The least and the most of each number, both allowed: beyond it no run can mean it, or PyTorch cannot take it (float32
-overflows at 3e38, a seed has 63 bits). What fits into memory is asked where the memory is used."""
+"""The least and the most allowed value of each number. Others make no sense, or PyTorch cannot take them (float32
+overflows at 3e38, a seed has 63 bits). Memory is checked where it is used."""
 
 FRACTIONS = ("momentum", "beta2", "label_smoothing", "ema")
-"""Numbers from 0 up to, but without, 1."""
+"""Numbers of at least 0 and less than 1."""
 
 LEAST_BETA = 1e-3
-"""The least parameter of mixup's Beta distribution, except 0 for none: float32 draws NaN from much smaller ones."""
+"""The least parameter of mixup's Beta distribution other than 0 (off): float32 draws NaN from much smaller ones."""
 
 MOST_MILESTONES = 1000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. Lengths (``milestones``, ``warmup``) are in the unit that ``epochs`` or ``steps`` fixes.
+    """One training run. The unit of ``milestones`` and ``warmup`` is that of its length: ``epochs`` or ``steps``.
 
-    ``weights`` is a file of trained weights to begin with: its head is replaced where it has another number of
-    classes. ``freeze`` (``stem``, ``layer1`` …) leaves everything up to that stage as it is in there. ``optimizer`` is
-    one of torch.optim's in lower case; ``momentum`` and ``beta2`` are Adam's betas too. ``batch`` counts images per
-    optimizer step over all processes and all ``accumulate`` parts. ``follow_links`` reads what links in a folder of
-    images point to. ``classes``, more than the data have, makes a wider classifier. ``subset`` keeps that many
-    training images, drawn by ``seed``. ``size`` is the side of the network's input. ``augment``: ``crop`` pads by
-    ``pad`` pixels, crops and flips (section 4.2 of the paper); ``imagenet`` crops a random part of random size and
-    flips. ``norm_weight_decay`` replaces ``weight_decay`` for norms and biases. ``warmup`` multiplies the learning
-    rate by ``warmup_factor`` at first, linearly up to 1 or, with ``warmup_shape="constant"``, until it ends. ``ema``
-    is the decay per step of averaged weights, which validation then uses. ``dtype`` of autocast is ``amp``.
+    Attributes:
+        weights: A file of trained weights to begin with. Its head is replaced if it has another number of classes.
+        freeze: Keep everything up to this stage (``stem``, ``layer1`` …) as it is in ``weights``.
+        data: A name of :data:`resnet_fast.training.datasets.DATASETS`; ``data_path`` is its folder.
+        follow_links: Read what links in a folder of images point to.
+        classes: Outputs of the net, if more than the data has.
+        size: The side of the input in pixels.
+        subset: Keep that many training images, drawn by ``seed``.
+        augment: ``crop`` pads by ``pad`` pixels, crops and flips (section 4.2 of the paper). ``imagenet`` crops a
+            random part of random size and flips. ``flip`` allows the flips of both.
+        batch: Images per optimizer step over all processes and all ``accumulate`` parts.
+        optimizer: One of torch.optim's, in lower case. ``momentum`` and ``beta2`` are also Adam's betas.
+        norm_weight_decay: Replaces ``weight_decay`` for norms and biases.
+        warmup: Multiply the learning rate by ``warmup_factor`` at first. It rises linearly to 1 or, with
+            ``warmup_shape="constant"``, stays until the warm-up ends.
+        ema: Decay per step of averaged weights, which validation then uses; 0 for none.
+        amp: The dtype of autocast, or ``none``.
     """
 
     model: str = "cifar_resnet20"
@@ -168,22 +175,23 @@ class Recipe:
             raise UserError(f"{name} from {least:,} to {most:,}", shown(value), f"correct {name}")
 
     def _most_gamma(self) -> float:
-        """The most that ``gamma`` multiplies the learning rate by, infinity where that is no float."""
+        """Return the most that ``gamma`` multiplies the learning rate by; infinity if that overflows."""
         try:
             return self.gamma ** len(self.milestones)
         except OverflowError:
             return math.inf
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the optimizer steps of the whole run."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         return max(1, round(self.epochs * steps_per_epoch))
 
     def factor(self, step: int, steps_per_epoch: int) -> float:
-        """What multiplies ``lr`` in optimizer step ``step`` (from 0): a pure function, so that resuming needs no state.
+        """Return what multiplies ``lr`` in optimizer step ``step``, counted from 0.
 
+        It is a pure function, so that resuming needs no state.
         Cosine: half a period from 1 towards 0 over the steps after the warm-up (Loshchilov and Hutter, "SGDR", 2016).
         """
         unit = 1 if self.steps is not None else steps_per_epoch
@@ -200,12 +208,12 @@ class Recipe:
         return 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON and YAML take them."""
+        """Return plain values, for JSON and YAML."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def names() -> list[str]:
-    """The recipes that ship with the package."""
+    """Return the names of the recipes in the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -214,11 +222,19 @@ def load_recipe(
     overrides: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Recipe:
-    """The recipe of that name, YAML file or values (the defaults if None), with ``overrides`` on top.
+    """Load a recipe and change it.
 
-    Raises UserError for a recipe that is not there, a file that is no mapping, an unknown key (with close matches), or
-    a value of another type. Setting ``epochs`` removes ``steps``, and the other way round; where the recipe counts its
-    warm-up or milestones in the other unit, they keep their share of the length, and ``note`` hears of it.
+    Setting ``epochs`` removes ``steps``, and the other way round. If the recipe counts its warm-up or milestones in
+    the other unit, they keep their share of the length.
+
+    Args:
+        source: The name of a recipe, a YAML file, or values; None takes the defaults.
+        overrides: Values that replace those of ``source``.
+        note: Called with a sentence if lengths were scaled.
+
+    Raises:
+        UserError: There is no such recipe, the file is no mapping, a key is unknown, or a value has another type or is
+            out of range.
     """
     values: dict[Any, Any] = {} if source is None else dict(source) if isinstance(source, Mapping) else _read(source)
     changes = dict(overrides or {})
@@ -234,13 +250,13 @@ def load_recipe(
                 lengths = ", ".join(f"{name} {value}" for name, value in scaled.items())
                 said.append(f"{key} {changes[key]} for {other} {values[other]}, and in proportion: {lengths}")
     recipe = replace(Recipe(), **{key: _typed(key, value) for key, value in (values | changes).items()})
-    for text in said:  # of a recipe that is none, its error alone is worth saying
+    for text in said:  # only once the recipe is valid
         note(text)
     return recipe
 
 
 def _scaled(values: Mapping[str, Any], share: float, given: Collection[str]) -> dict[str, Any]:
-    """The lengths of a recipe other than ``given``, times ``share``."""
+    """Return the lengths of a recipe, except those in ``given``, multiplied by ``share``."""
     stale = [name for name in ("warmup", "milestones") if values.get(name) and name not in given]
     old = {name: _typed(name, values[name]) for name in stale}
     return {
@@ -249,7 +265,7 @@ def _scaled(values: Mapping[str, Any], share: float, given: Collection[str]) -> 
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The inverse of :meth:`Recipe.to_dict`."""
+    """Return the recipe with these values; the inverse of :meth:`Recipe.to_dict`."""
     return replace(Recipe(), **{key: _typed(key, value) for key, value in values.items()})
 
 
@@ -286,7 +302,7 @@ _HINTS = typing.get_type_hints(Recipe)
 
 
 def _typed(key: Any, value: Any) -> Any:
-    """``value`` as the field's type; UserError for an unknown key or another type."""
+    """Return ``value`` as the type of the field. Raises UserError for an unknown key or another type."""
     if key not in _HINTS:
         known = [f.name for f in fields(Recipe)]
         close = difflib.get_close_matches(shown(key), known, 3)
@@ -327,7 +343,7 @@ def _number(value: Any) -> float:
 
 
 def _text(value: Any) -> str:
-    """Text that can be a file's name: no zero byte, nothing that no encoding has."""
+    """Return text that can be a file name: without zero bytes and characters that cannot be encoded."""
     if not isinstance(value, (str, Path)) or b"\0" in os.fsencode(value):
         raise TypeError
     return str(value)
@@ -347,4 +363,4 @@ _READERS: dict[Any, Callable[[Any], Any]] = {
     str: _text,
     tuple: _numbers,
 }
-"""Type of a field -> what a value becomes; TypeError, ValueError or OverflowError where it is of another."""
+"""Type of a field -> function that converts a value. It raises TypeError, ValueError or OverflowError for others."""

@@ -1,8 +1,8 @@
-"""What a person wrote of a recipe, in a YAML file or after ``--set``, as plain values.
+"""Read what a person wrote in a recipe's YAML file or after ``--set``, as plain values.
 
-A recipe is a short list of ``key: value`` lines. A file that is longer, nested deeper, or that refers to itself
-(anchors and aliases, which can stand for billions of values) is refused before it is built, and so is a key that is
-given twice: YAML would let the last one win in silence.
+A recipe is a short list of ``key: value`` lines. A file that is too long, nested too deeply, or that refers to itself
+(aliases can expand to billions of values) is refused before it is built. So is a key that is given twice, of which YAML
+would silently take the last.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ MOST_DEPTH = 8
 
 
 _OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]*[0-7][0-9_]*|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
-"""``010``, which PyYAML reads as 8, and ``1:30``, which it reads as 90: a person means something else by them."""
+"""Numbers that PyYAML does not read as a person means them: ``010`` is 8 to it, and ``1:30`` is 90."""
 
 
 class _Refused(Exception):
-    """What is wrong with a text, in words."""
+    """A text that is refused; the message says why."""
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["lr=0.1", "milestones=[30, 60]"]`` -> values, read as YAML.
+    """Read ``["lr=0.1", "milestones=[30, 60]"]`` as a dict, each value as YAML.
 
-    UserError without an equals sign, for a key that is given twice, and for a value that YAML cannot read.
+    Raises:
+        UserError: An equals sign is missing, a key is given twice, or YAML cannot read a value.
     """
     values: dict[str, Any] = {}
     texts: dict[str, str] = {}
@@ -52,7 +53,11 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping in the YAML file ``path``. UserError that names it if it is anything else."""
+    """Return the mapping in the YAML file ``path``.
+
+    Raises:
+        UserError: The file cannot be read, or holds anything other than a mapping.
+    """
     try:
         if not os.path.isfile(path):
             raise _Refused("no such file" if not os.path.lexists(path) else "no plain file")
@@ -67,7 +72,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """``values`` as the YAML that :func:`read_yaml` reads, a key per line."""
+    """Return ``values`` as YAML that :func:`read_yaml` reads, a key per line."""
     return _yaml().safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10**6)
 
 
@@ -80,7 +85,7 @@ def _yaml() -> Any:
 
 
 def shown(value: Any) -> str:
-    """``repr(value)``, at most a line of it, whatever it is."""
+    """Return ``repr(value)``, at most a line of it."""
     try:
         text = repr(value)
     except Exception:  # numbers of thousands of digits, lists a thousand deep
@@ -89,7 +94,7 @@ def shown(value: Any) -> str:
 
 
 def _value(content: bytes) -> Any:
-    """What ``content`` says. Raises :class:`_Refused`."""
+    """Return the value of YAML ``content``. Raises :class:`_Refused`."""
     yaml = _yaml()
     if len(content) > MOST_BYTES:
         raise _Refused(f"more than {MOST_BYTES:,} bytes")
@@ -101,13 +106,13 @@ def _value(content: bytes) -> Any:
         return yaml.safe_load(content)
     except _Refused:
         raise
-    except Exception as error:  # beside YAMLError: ValueError for a date or a number that is none, IndexError for none
+    except Exception as error:  # also ValueError and IndexError, for malformed dates and numbers
         reason = " ".join(str(error).split())[:200]
         raise _Refused(reason or type(error).__name__) from error
 
 
 def _check_shape(events: Iterable[Any], yaml: Any) -> None:
-    """Refuse what would be large or deep once it is built; reading events builds nothing."""
+    """Refuse what would be large or deep once it is built. Reading events builds nothing."""
     depth = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent):
@@ -126,7 +131,7 @@ def _check_shape(events: Iterable[Any], yaml: Any) -> None:
 
 
 def _check_keys(node: Any, yaml: Any) -> None:
-    """Refuse a key that is given twice, in any mapping, naming both lines."""
+    """Refuse a key that is given twice in a mapping, and name both lines."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:

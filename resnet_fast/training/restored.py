@@ -1,10 +1,10 @@
-"""A trained net from what a run left: its weights, one of its checkpoints, or its whole folder.
+"""Load a trained net from what a run wrote: its weights, one of its checkpoints, or its folder.
 
 ::
 
-    out/                            a run: model.safetensors if it is finished, else its newest good checkpoint
+    out/                            a run: model.safetensors if it finished, else its newest good checkpoint
     out/checkpoints/step-00001200   a checkpoint
-    model.safetensors, net.pth      weights, of a run or of anybody
+    model.safetensors, net.pth      weights, of a run or from anywhere else
 """
 
 from __future__ import annotations
@@ -29,17 +29,24 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Restored:
-    """The net and, where a checkpoint tells it, the recipe that it was trained by."""
+    """The net and, if a checkpoint has it, the recipe that it was trained by."""
 
     trained: Trained
     recipe: Recipe | None = None
 
 
 def load_net(path: Path, model: str | None = None, names: Path | None = None) -> Restored:
-    """What ``path`` holds, see above; ``model`` and ``names`` as in :func:`resnet_fast.tools.trained.load`.
+    """Load the net in ``path``: a file of weights, or the folder of a checkpoint or of a run.
 
-    Averaged weights go before the others, as they do in the run's own validation. UserError for a damaged checkpoint,
-    and for a folder that is neither a run's nor a checkpoint's.
+    Averaged weights are preferred, as in the run's own validation.
+
+    Args:
+        path: See above.
+        model: The name of the net, in place of what the file says.
+        names: A text file of class names, one per line.
+
+    Raises:
+        UserError: The checkpoint is damaged, or the folder is neither a run's nor a checkpoint's.
     """
     if not path.is_dir():
         return Restored(trained.load(path, model, names))
@@ -58,7 +65,7 @@ def load_net(path: Path, model: str | None = None, names: Path | None = None) ->
             "name the file of the weights",
         )
     place, meta, complaints = checkpoints.resume_point(path, "auto")
-    assert place is not None  # there are some, and resume_point raises where none is good
+    assert place is not None  # there are checkpoints, and resume_point raises if none is good
     said = [f"passed over: {text}" for text in complaints]
     return _checkpoint(place, meta, said, model, names)
 
@@ -71,7 +78,7 @@ def _checkpoint(place: Path, meta: dict[str, Any], said: list[str], model: str |
 
 
 def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
-    """What the checkpoint says of itself; one of an earlier version does not, its data do."""
+    """Return the facts in the checkpoint. One of an earlier version has none; its data is loaded to get them."""
     if "facts" in meta:
         return weight_facts.parse(safe_files.json_text(meta["facts"]), str(place / checkpoints.META))
     from .datasets.loading import load_data
@@ -80,7 +87,7 @@ def _facts(place: Path, meta: dict[str, Any], how: Recipe) -> Facts:
 
 
 def _state(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """(the weights, which they are)."""
+    """Return the weights, and a suffix that says whether they are averaged."""
     if meta["layout"] == "sharded":
         return _shards(place, meta)
     averaged = place / "ema.safetensors"
@@ -90,7 +97,7 @@ def _state(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
 
 
 def _shards(place: Path, meta: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """The weights among the shards, put together in this process."""
+    """Return the weights among the shards, gathered in this process."""
     inside = {Path(name).name for name in meta["files"] if Path(name).parent == Path(checkpoints.SHARDS)}
     try:
         held = shards.read_metadata(place / checkpoints.SHARDS, inside).state_dict_metadata

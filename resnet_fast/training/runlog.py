@@ -1,8 +1,8 @@
-"""What a run wrote down: ``log.jsonl``, one JSON object per line, and the same figures for TensorBoard.
+"""The log of a run: ``log.jsonl``, one JSON object per line, and the same figures for TensorBoard.
 
-``kind`` is ``run`` (how it began or went on), ``train`` (every few steps), ``epoch`` (training and validation error) or
-``note``. A run that goes on from step s first removes what was logged after s, so that no step is there twice. A figure
-that is no number (the validation loss of a net that is about to diverge, say) is ``null``.
+``kind`` is ``run`` (how it started or resumed), ``train`` (every few steps), ``epoch`` (training and validation error)
+or ``note``. A run that resumes from step s first removes what was logged after s, so that no step is logged twice. A
+figure that is not finite, such as the validation loss of a net that diverges, is ``null``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from .disk import no_room, write_file
 
 NAME = "log.jsonl"
 MOST = 2**31
-"""Bytes of a log that is read: ten million lines."""
+"""The most bytes of a log that is read: ten million lines."""
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The lines of ``out``'s log. What is none is left out: a line that a killed run left unfinished, or another's."""
+    """Return the lines of the log in ``out``, without damaged ones, such as the last line of a killed run.
+
+    Raises:
+        UserError: The log exists and cannot be read.
+    """
     try:
         text = safe_files.read_plain(out / NAME, MOST).decode(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError("a log to read", f"{out / NAME} ({error.strerror})", "mend or remove it") from error
+        raise UserError("a log to read", f"{out / NAME} ({error.strerror})", "repair or remove it") from error
     return [line for line in map(_line, text.splitlines()) if line is not None]
 
 
@@ -45,23 +49,28 @@ def _line(text: str) -> dict[str, Any] | None:
 
 
 WRITTEN = (NAME, "curves.png", "best.safetensors", "model.safetensors")
-"""What a run writes into its folder under fixed names."""
+"""Files that a run writes into its folder."""
 
 
 def check_place(out: Path) -> None:
-    """UserError where a run in ``out`` would write over files that no run wrote: there is no line of a run's log."""
+    """Raise UserError if a run in ``out`` would overwrite files that no run wrote: there is no log with them."""
     there = [name for name in WRITTEN if (out / name).exists() and (out / name).stat().st_size]
     if there and not read_log(out):
-        got = f"{out}, where {', '.join(there)} would be lost: there is no log of a run beside"
+        got = f"{out}, where {', '.join(there)} would be lost: there is no log of a run with them"
         raise UserError("an output folder that is a run's, or new", got, "name another with --out")
 
 
 def of_kind(out: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind in the log of ``out``."""
     return [line for line in read_log(out) if line["kind"] == kind]
 
 
 class FolderLock:
-    """The right to write into a folder, held as long as the process lives, however it ends."""
+    """The right to write into a folder, held until the process ends or :meth:`release`.
+
+    Raises:
+        UserError: Another run has it, or the folder cannot be written.
+    """
 
     def __init__(self, out: Path):
         try:
@@ -91,15 +100,16 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self.file.close()
             raise no_room(out / "run.lock", error) from error
-        # A worker process that outlives a killed run for seconds must not hold its lock: the restarted run needs it.
+        # A worker process may outlive a killed run by seconds. It must not keep the lock from the restarted run.
         os.register_at_fork(after_in_child=self.file.close)
 
     def release(self) -> None:
+        """Give the folder back."""
         self.file.close()
 
 
 class RunLog:
-    """The log of a run that starts, or goes on, at ``step``. ``tensorboard``: also event files."""
+    """The log of a run that starts or resumes at ``step``, with event files too if ``tensorboard``."""
 
     def __init__(self, out: Path, step: int, tensorboard: bool):
         kept = [line for line in read_log(out) if line["step"] <= step] if step else []
@@ -111,7 +121,7 @@ class RunLog:
             raise no_room(out / NAME, error) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a line, which is in the file when this returns. UserError where it cannot be written."""
+        """Append a line. It is in the file when this returns. Raises UserError if it cannot be written."""
         line = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
         try:
             self.file.write(safe_files.json_text(line) + "\n")
@@ -122,7 +132,7 @@ class RunLog:
             self.events.write(numbers, step)
 
     def close(self) -> None:
-        """Close the files; what could not be written before, and was said then, is given up."""
+        """Close the files. What could not be written, which was reported at the time, is given up."""
         with contextlib.suppress(OSError):
             self.file.close()
         if self.events is not None:
@@ -130,9 +140,9 @@ class RunLog:
 
 
 class Events:
-    """An event file in ``folder`` for TensorBoard, which shows nothing from ``step`` on that older files have.
+    """An event file in ``folder`` for TensorBoard, which replaces what older files have from ``step`` on.
 
-    torch's SummaryWriter writes in a thread of its own, where a full disk is a traceback and an error some lines later.
+    torch's SummaryWriter writes in another thread, where a full disk becomes a traceback and a later error.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -157,7 +167,7 @@ class Events:
         self._append(Event(wall_time=now, step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, numbers: dict[str, float], step: int) -> None:
-        """A figure per name. UserError where they cannot be written."""
+        """Write a figure per name. Raises UserError if they cannot be written."""
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._append(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
 

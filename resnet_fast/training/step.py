@@ -1,8 +1,8 @@
-"""One optimizer step: the parts of a batch forward and backward, the check that the loss is a number, the update.
+"""One optimizer step: forward and backward of each part of a batch, the check that the loss is finite, the update.
 
 The loss of a batch is the mean over its images, however they are spread: a part of n images counts n/batch. On a GPU
-nothing here waits for the device but the check, and that only for the forward pass: its answer is on its way while the
-backward pass is queued, and no update is made before it is there.
+only the check waits for the device, and only for the forward pass: its answer is copied while the backward pass is
+queued, and the update comes after it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Normalise:
-    """uint8 (n, C, H, W) to float32 (n, 3, H, W) on its device: scaled to 0-1, less the mean, over the deviation.
+    """Converts uint8 (n, C, H, W) to float32 (n, 3, H, W): scales to 0-1, subtracts the mean, divides by the deviation.
 
-    A single channel is repeated; ``channels_last`` chooses the memory format.
+    A single channel is repeated three times.
+
+    Args:
+        mean: Per channel, of pixels scaled to 0-1.
+        std: Per channel, of pixels scaled to 0-1.
+        device: Where the images are.
+        channels_last: The memory format of the result.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, channels_last: bool):
@@ -48,7 +54,7 @@ class Normalise:
 
 @dataclass
 class Tally:
-    """What training saw since the last reset, on the device: loss times images, wrong answers, images."""
+    """Sums since the last reset, float64 (3) on the device: loss times images, wrong answers, images."""
 
     values: Tensor
 
@@ -60,14 +66,14 @@ class Tally:
         self.values += torch.stack([loss.double() * images, wrong.double(), torch.full_like(loss, images).double()])
 
     def read(self, world: World) -> tuple[float, float, int]:
-        """(mean loss, share of wrong answers, images) over all processes."""
+        """Return (mean loss, share of wrong answers, images) over all processes."""
         loss, wrong, images = world.sum(self.values.cpu().clone()).tolist()
         return loss / max(images, 1), wrong / max(images, 1), int(images)
 
 
 @dataclass
 class Clock:
-    """Seconds spent in a step's parts, by name; host time on a GPU, where launches return at once."""
+    """Seconds spent in the parts of a step, by name. On a GPU it is the time of the host: launches return at once."""
 
     spent: dict[str, float] = field(default_factory=dict)
 
@@ -78,7 +84,7 @@ class Clock:
 
 
 class TrainingStep:
-    """The training step of ``recipe`` on ``model`` (as :func:`~resnet_fast.training.distributed.spread` left it)."""
+    """The training step of ``recipe`` on ``model``, which :func:`~resnet_fast.training.distributed.spread` returned."""
 
     def __init__(
         self,
@@ -105,9 +111,19 @@ class TrainingStep:
         return torch.autocast(self.world.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def __call__(self, parts: Iterator[Part], batch: int, rate: float) -> list[str]:
-        """Train on the next ``accumulate`` parts of a batch of ``batch`` images; returns names of unreadable ones.
+        """Train on the next ``accumulate`` parts.
 
-        Raises :class:`~resnet_fast.training.diagnosis.NotFinite`, before the update, where the loss is no number.
+        Args:
+            parts: The parts of this process.
+            batch: Images of the whole batch, over all processes.
+            rate: The learning rate.
+
+        Returns:
+            Names of images that could not be read.
+
+        Raises:
+            resnet_fast.training.diagnosis.NotFinite: The loss is not finite. The update is not made.
+            UserError: A part has too few readable images.
         """
         recipe = self.recipe
         unreadable: list[str] = []
@@ -117,8 +133,10 @@ class TrainingStep:
             since = time.perf_counter()
             unreadable += part.unreadable
             if len(part.labels) < LEAST_PART:
-                got = f"{len(part.labels)} beside {', '.join(part.unreadable[:3])}"
-                raise UserError(f"{LEAST_PART} readable images or more in every part of a batch", got, "mend the files")
+                got = f"{len(part.labels)} without {', '.join(part.unreadable[:3])}"
+                raise UserError(
+                    f"{LEAST_PART} readable images or more in every part of a batch", got, "repair the files"
+                )
             x, labels, targets = self.normalise(part.images), part.labels, part.labels
             if self.mix is not None:
                 x, targets = self.mix(x, labels)
@@ -129,7 +147,7 @@ class TrainingStep:
                     out = self.model(x)
                 loss = F.cross_entropy(out.float(), targets, label_smoothing=recipe.label_smoothing)
                 planned = len(labels) + len(part.unreadable)
-                finite = _asked(loss.detach())
+                finite = _start_check(loss.detach())
                 since = self.clock.add("forward", since)
                 self.scaler.scale(loss * (planned * share_of_batch)).backward()
                 since = self.clock.add("backward", since)
@@ -151,10 +169,10 @@ class TrainingStep:
 
     @contextmanager
     def _statistics(self, number: int) -> Iterator[None]:
-        """BatchNorm's momentum in part ``number`` of a step.
+        """Set the momentum of BatchNorm for part ``number`` of a step.
 
-        Its running statistics r become (1 - m) r + m * mean(b) with the parts' statistics b, as they do where every
-        part is a process of its own. One part after the other with momentum m that would be (1 - m)**n r + ….
+        The running statistics r become (1 - m) r + m * mean(b), where b are the statistics of the parts, as if each
+        part were a process. With momentum m for each part in turn they would become (1 - m)**n r + ….
         """
         parts = self.recipe.accumulate
         if parts == 1:
@@ -170,12 +188,12 @@ class TrainingStep:
 
     @property
     def inner(self) -> nn.Module:
-        """The net itself, without DDP around it."""
+        """The net without DDP around it."""
         return getattr(self.model, "module", self.model)
 
 
-def _asked(loss: Tensor) -> Callable[[], bool]:
-    """Ask now whether ``loss`` is finite, hear it when the returned function is called; a GPU goes on meanwhile."""
+def _start_check(loss: Tensor) -> Callable[[], bool]:
+    """Start to check whether ``loss`` is finite. The returned function waits for the answer; a GPU works meanwhile."""
     if loss.device.type == "cpu":
         return lambda: bool(loss.isfinite())
     answer = torch.empty((), dtype=torch.bool, pin_memory=True)

@@ -1,4 +1,4 @@
-"""How a run is told to stop: signals that are remembered, and looked at between steps."""
+"""Signals that tell a run to stop: they are remembered, and the run looks at them between steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
-"""From a scheduler, from the keyboard, and from a terminal or connection that closes."""
+"""Sent by a scheduler, by the keyboard, and by a terminal or connection that closes."""
 
 
 class StopRequests:
-    """Remembers the first of :data:`NAMES`. Only a program's main thread hears signals."""
+    """Remembers the first signal of :data:`NAMES`. Only the main thread of a program receives signals."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -22,7 +22,7 @@ class StopRequests:
 
     @contextmanager
     def heard(self) -> Iterator[StopRequests]:
-        """Listen. A signal that the caller has the process ignore (``nohup``, ``&`` in a script) stays ignored."""
+        """Listen to signals. One that the process ignores already (``nohup``, ``&`` in a script) stays ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -45,7 +45,7 @@ class StopRequests:
         self.name = name
 
     def _leave_terminal(self) -> None:
-        """Print nowhere where the terminal is gone: whatever is printed to it fails, and the run still has to save."""
+        """Send output to the null device if the terminal is gone: printing would fail, and the run must still save."""
         gone = [file for file in self.terminals if not os.isatty(file)]
         if gone:
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -19,7 +19,7 @@ from .window import Figures
 
 @dataclass
 class Validation:
-    """The validation set of a run, whose processes share it. ``unreadable`` gathers names of images left out."""
+    """The validation set of a run, shared by its processes. ``unreadable`` collects the names of images left out."""
 
     recipe: Recipe
     data: Data
@@ -30,12 +30,12 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, net: nn.Module, step: TrainingStep) -> Figures:
-        """(mean loss, share of wrong answers, images), by ``net`` as ``step`` prepares its images."""
+        """Return (mean loss, share of wrong answers, images) of ``net``, with images prepared as ``step`` does."""
         world, recipe, data = self.world, self.recipe, self.data
         batch = max(loader.LEAST_PART, min(recipe.batch // (world.size * recipe.accumulate), 512))
         sampler = loader.ValidationSampler(data.val_size, batch, world.rank, world.size)
         sums = Tally.empty(world.device)
-        modes = [(module, module.training) for module in net.modules()]  # frozen norms are in eval mode already
+        modes = [(module, module.training) for module in net.modules()]  # frozen norms must stay in eval mode
         net.eval()
         nothing = loader.collate([])
         steps = _padded(len(sampler), world) if self.sharded else len(sampler)
@@ -47,7 +47,7 @@ class Validation:
             if not len(labels):
                 if not self.sharded:
                     continue
-                # The others gather shards, which takes every process: this one looks at an image that does not count.
+                # The others gather shards, which needs every process: this one runs an image that does not count.
                 images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
             # Pack at once, so that a resumed run's figures equal those of a run that was not interrupted.
             with step.autocast(), packing_budget.at_once():
@@ -62,7 +62,7 @@ class Validation:
 
 
 def _padded(batches: int, world: World) -> int:
-    """The most batches that any process validates on."""
+    """Return the most batches that any process validates on."""
     counts = torch.zeros(world.size)
     counts[world.rank] = batches
     return int(world.sum(counts).max())

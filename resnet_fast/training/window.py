@@ -1,4 +1,4 @@
-"""The figures of one line of the log: what was trained, and how long it took, since the line before."""
+"""The figures of one line of the log: what was trained since the previous line, and how long it took."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Figures = tuple[float, float, int]
-"""(mean loss, share of wrong answers, images) since an epoch began."""
+"""(mean loss, share of wrong answers, images) since the epoch began."""
 
 NOTHING: Figures = (0.0, 0.0, 0)
-BESIDES = ("forward", "backward", "optimizer", "check")
-"""Parts of a step that are the net's; the rest is the loop's own."""
+NET_PARTS = ("forward", "backward", "optimizer", "check")
+"""Parts of a step that the net takes; the rest is the time of the loop."""
 
 
 @dataclass
 class Window:
-    """``step`` and ``before`` are those of the last line; a checkpoint holds both, so that the first line after a
-    resume says what it would have said.
+    """What happened since the last line of the log, at ``step`` with the figures ``before``.
 
-    Times are this process's own: they count from ``timed_step`` and ``timed_images`` on, where it began.
+    A checkpoint holds both, so that the first line after a resume says what it would have said without it. Times are
+    those of this process: they count from ``timed_step`` and ``timed_images``, where it began.
     """
 
     step: int
@@ -29,30 +29,34 @@ class Window:
     timed_images: int
     since: float = field(default_factory=lambda: time.perf_counter())
     paused: float = 0.0
-    """Seconds of validation and checkpoints, which are no part of a step."""
+    """Seconds of validation and checkpoints, which do not count as steps."""
 
     @staticmethod
     def at(step: int, seen: Figures, saved: Mapping[str, Any] | None = None) -> Window:
-        """The window at ``step`` where ``seen`` has been trained; ``saved`` is what :meth:`to_dict` returned there."""
+        """Return the window at ``step`` after ``seen``. ``saved`` is what :meth:`to_dict` returned before a resume."""
         if saved is None:
             return Window(step, seen, step, seen[2])
         loss, error, images = saved["before"]
         return Window(saved["step"], (loss, error, images), step, seen[2])
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
+        """Return what a checkpoint holds."""
         return {"step": self.step, "before": list(self.before)}
 
     def line(self, number: int, seen: Figures, waited: float, spent: Mapping[str, float]) -> dict[str, Any]:
-        """The log's figures at step ``number``, after ``seen``. ``waited``: seconds for images; ``spent``: the step's.
+        """Return the figures of the log line at step ``number``, and start a new window.
 
-        Begins anew.
+        Args:
+            number: Steps done.
+            seen: The figures of the epoch so far.
+            waited: Seconds spent waiting for images.
+            spent: Seconds spent in the parts of a step, by name.
         """
         now = time.perf_counter()
         took = max(now - self.since - self.paused, 1e-9)
         images, timed = seen[2] - self.before[2], seen[2] - self.timed_images
         steps = max(1, number - self.timed_step)
-        host = took - waited - sum(spent.get(name, 0.0) for name in BESIDES)
+        host = took - waited - sum(spent.get(name, 0.0) for name in NET_PARTS)
         line = {
             "loss": (seen[0] * seen[2] - self.before[0] * self.before[2]) / max(images, 1),
             "error": (seen[1] * seen[2] - self.before[1] * self.before[2]) / max(images, 1),
@@ -66,5 +70,5 @@ class Window:
         return line
 
     def new_epoch(self) -> None:
-        """Count images from nothing again, as the sums do."""
+        """Start counting images at zero again, as the sums do."""
         self.before, self.timed_images = NOTHING, 0

@@ -130,7 +130,7 @@ def test_a_full_disk_is_said_and_leaves_the_earlier_export(suffix: str, net: nn.
     earlier = (tmp_path / f"net{suffix}").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(earlier) // 2, before[1]))
     try:
-        with pytest.raises(UserError, match=r"expected room and leave to write .*, got File too large"):
+        with pytest.raises(UserError, match=r"expected space and permission to write .*, got File too large"):
             exporting.export(net, FACTS, tmp_path / f"net{suffix}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

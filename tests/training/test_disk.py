@@ -17,6 +17,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     disk.write_file(path, b"old")
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"room and leave to write .*curves\.png, got No space left on device"):
+        with pytest.raises(
+            UserError, match=r"space and permission to write .*curves\.png, got No space left on device"
+        ):
             disk.write_file(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["curves.png"]

@@ -214,7 +214,7 @@ def test_outputs_that_are_no_numbers_are_wrong_answers(classifier: Callable[...,
         (("folder", Path("none")), "which is no folder"),
         (("mnist", None), "data among digits"),
         (("digits", None), "classes of the weights"),
-        (("digits", Path("photos")), "data that lie in files, got photos with data digits, which needs no files"),
+        (("digits", Path("photos")), "data that is in files, got photos with data digits, which needs no files"),
     ],
 )
 def test_data_that_do_not_fit(classifier: Callable[..., Path], where: tuple[Any, Any], message: str) -> None:

@@ -120,9 +120,11 @@ def test_what_cannot_be_written_ends_the_run_after_it_is_saved(
         if what == "log.jsonl":
             patched.setattr(runlog.RunLog, "write", log_that_fails(run, 4))
             watch = Watch()
-        with pytest.raises(UserError, match=rf"room and leave to write .*{what}, got No space left on device; ") as e:
+        with pytest.raises(
+            UserError, match=rf"space and permission to write .*{what}, got No space left on device; "
+        ) as e:
             train(tiny(), run, watch)
-    assert f"the run is saved after step {saved}; mend that and go on with --resume auto" in str(e.value)
+    assert f"the run is saved after step {saved}; fix that and continue with --resume auto" in str(e.value)
     assert checkpoints.step_of(checkpoints.found(run.out)[0]) == saved
     again = train(tiny(), options(resume="auto"))
     if what != "log.jsonl":

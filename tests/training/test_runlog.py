@@ -70,7 +70,9 @@ def test_a_full_disk_is_a_users_error(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, tensorboard=False)
     log.close()
     log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 - closed below
-    with pytest.raises(UserError, match="expected room and leave to write /dev/full, got No space left on device"):
+    with pytest.raises(
+        UserError, match="expected space and permission to write /dev/full, got No space left on device"
+    ):
         log.write("train", 1, loss=0.5)
     with contextlib.suppress(OSError):  # what it still holds fits nowhere
         log.file.close()
@@ -147,7 +149,7 @@ def test_a_full_disk_for_events_is_said_at_once(tmp_path: Path, capfd: pytest.Ca
     pytest.importorskip("tensorboard")
     log = RunLog(tmp_path, 0, tensorboard=True)
     log.events.records._writer = open("/dev/full", "wb")  # noqa: SIM115 - closed below
-    with pytest.raises(UserError, match=r"room and leave to write .*events.*, got No space left on device"):
+    with pytest.raises(UserError, match=r"space and permission to write .*events.*, got No space left on device"):
         log.write("train", 1, loss=0.5)
     log.close()
     with contextlib.suppress(OSError):
@@ -160,7 +162,7 @@ def test_a_lock_on_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "getpid", full)
-    with pytest.raises(UserError, match=r"room and leave to write .*run\.lock, got No space left on device"):
+    with pytest.raises(UserError, match=r"space and permission to write .*run\.lock, got No space left on device"):
         FolderLock(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_an_unreadable_image_is_reported_and_takes_no_weight(tiny: Callable[...,
     (wanted,) = torch.autograd.grad(loss, [step.model[0].weight])  # type: ignore[index]
     assert step(iter([part]), 4, rate=1.0) == ["bad.jpg"]
     torch.testing.assert_close(before - step.model[0].weight.detach(), wanted, rtol=1e-4, atol=1e-6)  # type: ignore[index]
-    with pytest.raises(UserError, match=r"2 readable images or more in every part of a batch, got 1 beside bad\.jpg"):
+    with pytest.raises(UserError, match=r"2 readable images or more in every part of a batch, got 1 without bad\.jpg"):
         step(iter(batch(1, unreadable=("bad.jpg",))), 2, rate=1.0)
 
 

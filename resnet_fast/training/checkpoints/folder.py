@@ -209,5 +209,7 @@ def write_error(work: Callable[[], None], place: Path) -> UserError | None:
         kept = [p.name for p in found(place.parent.parent)]
         last = f"the last good one, {kept[0]}, is untouched" if kept else "there is no older one"
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        return UserError(f"room and leave to write {place}", reason, f"{last}; mend that and go on with --resume auto")
+        return UserError(
+            f"space and permission to write {place}", reason, f"{last}; fix that and continue with --resume auto"
+        )
     return None

@@ -72,7 +72,7 @@ def read_metadata(folder: Path, files: Collection[str]) -> metadata.Metadata:
         if not isinstance(index, metadata.MetadataIndex) or not isinstance(info, filesystem._StorageInfo):
             raise ValueError("an entry is of another kind")
         if info.relative_path not in files:
-            raise ValueError(f"{index.fqn} lies in {info.relative_path!r}, which is no file of this checkpoint")
+            raise ValueError(f"{index.fqn} is stored in {info.relative_path!r}, which is no file of this checkpoint")
         if info.transform_descriptors or min(info.offset, info.length) < 0:
             raise ValueError(f"{index.fqn} is stored in another way")
     return found

@@ -1,14 +1,14 @@
-"""Folders of pictures: which folder is a class, which is half of the data, and which files are read.
+"""Folders of pictures: which folder is a class, which is a half of the data set, and which files are read.
 
 ::
 
-    root/train/<class>/…    root/val/<class>/…      two halves; training, valid, validation, Test and the like, too
+    root/train/<class>/…    root/val/<class>/…      two halves; also training, valid, validation, Test and the like
     root/<class>/…                                  a fifth of each class is held out
     root/train/<class>/…                            the same, of train
 
-Below a class folder every picture counts, at any depth, in torchvision's order. A folder whose name says that it is
-half of a data set is never taken for a class as long as it holds folders. Links below the root are not followed unless
-asked. Hidden files and folders (``.git``, ``__MACOSX``) do not count. What else is left out is counted and said.
+Every picture below a class folder is read, at any depth, in torchvision's order. A folder named like a half of a data
+set is never taken for a class if it contains folders. Links below the root are followed only on request. Hidden files
+and folders (``.git``, ``__MACOSX``) are ignored. Everything else that is left out is counted and reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..recipe import Recipe
 from .samples import FileSet, Labelled
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of the files that are read, in lower case: those of torchvision's ImageFolder."""
+"""Endings of the files that are read, in lower case: those of torchvision's ImageFolder."""
 
 _AROUND = "(?:images?|imgs?|pictures?|photos?|pics?|datasets?|data|sets?|splits?|folders?|dirs?)*"
 _ROLES = {
@@ -42,7 +42,7 @@ _ROLES = {
 
 
 def role(name: str) -> str | None:
-    """``train``, ``val`` or ``test`` if a folder of that name is half of a data set: ``Valid``, ``train_images``."""
+    """Return ``train``, ``val`` or ``test`` if a folder named so is a half (``Valid``, ``train_images``), else None."""
     letters = re.sub(r"[\W\d_]+", "", name.lower())
     return next((key for key, pattern in _ROLES.items() if pattern.fullmatch(letters)), None)
 
@@ -53,11 +53,16 @@ def read_folder(recipe: Recipe) -> FileSet:
 
 
 def find(root: Path, follow_links: bool = False) -> FileSet:
-    """The data set in ``root``. UserError wherever it is not clear which folder is a class, or one has no picture.
+    """Find the data set in ``root``.
 
-    ``follow_links``: read what links below ``root`` point to, too. Cycles are not followed in any case.
+    Args:
+        root: The folder.
+        follow_links: Also read what links below ``root`` point to, except for cycles.
+
+    Raises:
+        UserError: It is not clear which folder is a class, or a class has no picture.
     """
-    if not os.path.isdir(root):  # False, too, for a name that no system takes
+    if not os.path.isdir(root):  # also False for a name that is too long
         raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
     train_root, val_root, notes = _halves(root)
     for half in (train_root, val_root):
@@ -82,9 +87,15 @@ def find(root: Path, follow_links: bool = False) -> FileSet:
 
 
 def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list[Labelled], list[str]]:
-    """(classes, files, notes) of the pictures in ``root`` to validate on: its validation half, or all class folders.
+    """Find the pictures in ``root`` to validate on: its validation half, or all class folders.
 
-    A single class will do, and there need not be a training half.
+    A single class is enough, and there need not be a training half.
+
+    Returns:
+        Classes, files with labels, and sentences about them.
+
+    Raises:
+        UserError: There are no class folders, or one has no picture.
     """
     if not os.path.isdir(root):
         raise UserError("a folder of images", f"{root}, which is no folder", "correct --data-path")
@@ -106,14 +117,14 @@ def to_validate(root: Path, follow_links: bool = False) -> tuple[list[str], list
 
 
 def _check_link(root: Path, half: Path | None, follow: bool) -> None:
-    """UserError where a half of ``root`` is a link that is not to be followed. ``root`` itself, named, may be one."""
+    """Raise UserError if a half of ``root`` is a link and links are not followed. ``root`` itself may be one."""
     if half is not None and half != root and half.is_symlink() and not follow:
         todo = "set follow_links=true, or name the folder that holds both halves"
         raise UserError(f"a folder {half.name} in {root}", f"a link to {os.readlink(half)}", todo)
 
 
 def _folders(root: Path) -> list[str]:
-    """Names of the folders in ``root``, links to folders among them, in torchvision's order; none that is hidden."""
+    """Return the names of folders and links to folders in ``root``, except hidden ones, in torchvision's order."""
     try:
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries if not hidden(entry.name) and _kind(entry) == "folder")
@@ -122,19 +133,19 @@ def _folders(root: Path) -> list[str]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """``folder``, ``file``, or nothing for a pipe, a socket, a device and a link to nowhere."""
+    """Return ``folder``, ``file``, or "" for a pipe, a socket, a device and a broken link."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
-    except OSError:  # links in a circle
+    except OSError:  # a cycle of links
         return ""
 
 
 def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError("folders that can be read", f"{path} ({error.strerror})", "mend that, or move it elsewhere")
+    return UserError("folders that can be read", f"{path} ({error.strerror})", "fix that, or move it elsewhere")
 
 
 def _halves(root: Path) -> tuple[Path, Path | None, list[str]]:
-    """(folder of the training classes, of the validation classes or None, notes)."""
+    """Return the folder of the training classes, that of the validation classes or None, and notes."""
     names = _folders(root)
     by_role: dict[str | None, list[str]] = {}
     for name in names:
@@ -147,17 +158,18 @@ def _halves(root: Path) -> tuple[Path, Path | None, list[str]]:
             raise UserError(f"one folder to train and one to validate on in {root}", got, "move the others elsewhere")
         rest = [name for name in names if name not in (train[0], held[0])]
         notes = [] if val else [f"{held[0]} is the validation set"]
-        notes += [f"{_some(rest)} beside {train[0]} and {held[0]} not used"] if rest else []
+        notes += [f"{_some(rest)} next to {train[0]} and {held[0]} not used"] if rest else []
         return root / train[0], root / held[0], notes
     fifth = "a fifth of each class is the validation set, the same for every seed"
     if train and names == train[:1]:
-        return root / train[0], None, [f"no validation folder beside {train[0]}: {fifth}"]
+        return root / train[0], None, [f"no validation folder next to {train[0]}: {fifth}"]
     for name in train + held:
         if _folders(root / name):
             missing = "val" if name in train else "train"
+            others = _some([other for other in names if other != name])
             raise UserError(
                 f"class folders, or one folder to train and one to validate on, in {root}",
-                f"{name}, which holds folders of its own, beside {_some([n for n in names if n != name]) or 'nothing'}",
+                f"{name}, which holds folders of its own, next to {others or 'nothing'}",
                 f"name the other half {missing}, or move {name} elsewhere",
             )
     return root, None, [f"no train and val folders: {fifth}"]
@@ -168,7 +180,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _suspicions(root: Path, classes: list[str], files: list[Labelled]) -> list[str]:
-    """What looks like classes one level down. UserError where those would be the halves of a data set."""
+    """Return a note if classes seem to be one level down. Raises UserError if those are the halves of a data set."""
     inside: list[set[str]] = [set() for _ in classes]
     above = [len(os.path.join(root, name, "")) for name in classes]
     for path, label in files:
@@ -180,7 +192,7 @@ def _suspicions(root: Path, classes: list[str], files: list[Labelled]) -> list[s
         name, sub = halves[0]
         got = f"{name}/{sub} and the like, which would be one class with both halves"
         raise UserError(
-            f"train and val above the class folders of {root}", got, "turn it round: train/CLASS, val/CLASS"
+            f"train and val above the class folders of {root}", got, "swap the levels: train/CLASS, val/CLASS"
         )
     if len(inside[0]) > 1 and all(subs == inside[0] for subs in inside):
         return [f"every class holds the same folders ({_some(sorted(inside[0]))}): are those the classes?"]
@@ -188,7 +200,7 @@ def _suspicions(root: Path, classes: list[str], files: list[Labelled]) -> list[s
 
 
 def _classes(root: Path, walk: _Walk) -> tuple[list[str], list[Labelled]]:
-    """(names, files with labels) of the class folders in ``root``. UserError for an empty one, by name."""
+    """Return names and labelled files of the class folders in ``root``. Raises UserError for an empty one, by name."""
     names = _folders(root)
     walk.look_beside(root)
     if not names:
@@ -212,7 +224,7 @@ def _classes(root: Path, walk: _Walk) -> tuple[list[str], list[Labelled]]:
 
 @dataclass
 class _Walk:
-    """Finds pictures and counts what it leaves out."""
+    """Finds pictures, and counts what it leaves out."""
 
     root: Path
     follow: bool
@@ -220,15 +232,15 @@ class _Walk:
     links: int = 0
     cycles: int = 0
     odd: int = 0
-    beside: int = 0
+    stray: int = 0
 
     def look_beside(self, root: Path) -> None:
-        """Count the pictures in ``root`` itself, which are of no class."""
+        """Count the pictures directly in ``root``, which belong to no class."""
         names = [name for name in os.listdir(root) if not hidden(name) and os.path.isfile(os.path.join(root, name))]
-        self.beside += sum(os.path.splitext(name)[1].lower() in ENDINGS for name in names)
+        self.stray += sum(os.path.splitext(name)[1].lower() in ENDINGS for name in names)
 
     def pictures(self, folder: str) -> list[str]:
-        """The picture files below ``folder``, in the order of torchvision's ImageFolder."""
+        """Return the picture files below ``folder``, in the order of torchvision's ImageFolder."""
         if os.path.islink(folder) and not self.follow:
             self.links += 1
             return []
@@ -255,7 +267,7 @@ class _Walk:
         return [path for place in sorted(found) for path in sorted(found[place])]
 
     def _entries(self, place: str) -> Iterator[os.DirEntry[str]]:
-        """What is in ``place``, without what is hidden and links that are not followed."""
+        """Yield what is in ``place``, except hidden entries and links that are not followed."""
         try:
             with os.scandir(place) as entries:
                 for entry in entries:
@@ -269,14 +281,14 @@ class _Walk:
             raise _unreadable(place, error) from error
 
     def complaints(self) -> list[str]:
-        """What was left out, in words."""
+        """Return sentences on what was left out."""
         out = []
         if self.endings:
             ordered = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
             kinds = [f"{count:,} {ending or 'without one'}" for ending, count in ordered]
             out.append(f"files left out for their ending: {_some(kinds)}")
-        if self.beside:
-            out.append(f"pictures beside the class folders left out: {self.beside:,}")
+        if self.stray:
+            out.append(f"pictures next to the class folders left out: {self.stray:,}")
         if self.links:
             out.append(f"links not followed: {self.links:,} (follow_links=true follows them)")
         if self.cycles:
@@ -297,7 +309,7 @@ def _upwards(folder: Path) -> list[Path]:
 
 
 def _held_out(files: list[Labelled]) -> tuple[list[Labelled], list[Labelled]]:
-    """(training, validation): every fifth file of each class in an order that is always the same, at least one."""
+    """Return (training, validation) files: a fifth of each class, at least one, is held out, always the same."""
     by_class: dict[int, list[Labelled]] = {}
     for file in files:
         by_class.setdefault(file[1], []).append(file)

@@ -37,7 +37,7 @@ def load_data(recipe: Recipe) -> Data:
     source = DATASETS[recipe.data]
     if source.data_path == "none" and recipe.data_path:
         got = f"{recipe.data_path} with data {recipe.data}, which needs no files"
-        raise UserError("data_path with data that lie in files", got, "give --data folder, or leave out --data-path")
+        raise UserError("data_path with data that is in files", got, "give --data folder, or leave out --data-path")
     module, _, function = source.reader.partition(":")
     found = getattr(importlib.import_module(f".{module}", __package__), function)(recipe)
     return _from_files(recipe, found) if isinstance(found, FileSet) else _from_arrays(recipe, found)
@@ -143,5 +143,5 @@ def check_files(data: Data) -> None:
         raise UserError(
             f"{len(files)} readable images",
             f"{len(bad)} that are not, such as {bad[0]}",
-            "mend or remove them, or leave out --strict-data to skip and count them",
+            "repair or remove them, or leave out --strict-data to skip and count them",
         )

@@ -1,5 +1,5 @@
-"""The paper's own comparisons, run again: which nets, by which protocol, and what has to come out.
+"""The paper's own comparisons, repeated.
 
-``protocols`` names the experiments and their runs, ``runs`` trains what is not trained yet, ``responses`` looks into
-the trained nets, ``verdicts`` holds the figures against the paper's claim, ``report`` writes it down.
+``protocols`` lists the experiments and their runs, ``runs`` trains what is not trained yet, ``responses`` measures
+layers of the trained nets, ``verdicts`` compares the figures with the paper's claims, ``report`` writes the pages.
 """

@@ -1,8 +1,7 @@
 """Six experiments of He et al. (2015): the question, the nets, what the paper reports, and two protocols for each.
 
-``full`` is the paper's protocol, for those who have the files and the GPUs; ``reduced`` trains on Fashion-MNIST and
-ends on two CPU cores within an hour or so. Runs are shared: ``degradation``, ``depth`` and ``responses`` look at the
-same nets.
+``full`` is the paper's protocol, which needs its data and GPUs. ``reduced`` trains on Fashion-MNIST and takes about an
+hour on two CPU cores. Experiments share runs: ``degradation``, ``depth`` and ``responses`` use the same nets.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Names the run's folder: the same run in two experiments is one run."""
+        """The name of the run's folder. A run that two experiments use has one key."""
         return self.net if self.shortcut is None else f"{self.net}-{self.shortcut}"
 
     def recipe(self, protocol: str, data_path: str | None, seed: int, changes: Mapping[str, Any]) -> Recipe:
-        """The case's recipe: the family's file, this net, this case's own differences, then ``changes``."""
+        """Return the recipe of the case: the family's file, this net, the case's own differences, then ``changes``."""
         values: dict[str, Any] = {"model": self.net, "seed": seed, "shortcut": self.shortcut}
         family = "cifar" if self.cifar else "imagenet"
         if protocol == "reduced":
@@ -60,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, what the paper found, and the runs that answer it. ``name`` is its function in ``verdicts``."""
+    """A question, what the paper found, and the runs that answer it. ``name`` is also a function in ``verdicts``."""
 
     name: str
     title: str
@@ -82,8 +81,8 @@ _SHORT: Mapping[str, Any] = {
     "warmup": 0,
     "lr": 0.002,
 }
-"""1202 layers cost what sixty 20-layer nets do, hence 240 steps. The rate is that of a warm-up, as the paper's for 110
-layers: at 0.05 after 80 steps of 0.005 the loss jumped to 62."""
+"""1202 layers cost as much as sixty 20-layer nets, hence 240 steps. The rate is that of a warm-up, like the paper's for
+110 layers: at 0.05, after 80 steps of 0.005, the loss jumped to 62."""
 
 PLAIN_20 = Case("plain-20", "cifar_plain20", source="Figure 1")
 PLAIN_56 = Case("plain-56", "cifar_plain56", source="Figure 1")
@@ -163,7 +162,7 @@ EXPERIMENTS = (
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment of that name. UserError for another."""
+    """Return the experiment of that name. Raises UserError if there is none."""
     for one in EXPERIMENTS:
         if one.name == name:
             return one

@@ -1,4 +1,4 @@
-"""An experiment as a page: the question, what came out beside the paper's figures, what differed, how to repeat it."""
+"""Write an experiment as a page: the question, the results and the paper's, the differences, how to repeat it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .verdicts import Finding
 
 @dataclass(frozen=True)
 class Page:
-    """An experiment written down, not saved yet: its text, its picture where it has one, and what it concludes."""
+    """The page of an experiment, not saved yet: its text, its picture if it has one, and its findings."""
 
     name: str
     text: str
@@ -29,7 +29,7 @@ class Page:
     verdicts: tuple[Finding, ...]
 
     def save(self, folder: Path) -> tuple[Path, ...]:
-        """Write ``<name>.png`` and ``<name>.md`` into ``folder``; returns the page and the picture."""
+        """Write ``<name>.png`` and ``<name>.md`` into ``folder``, and return the paths of page and picture."""
         page = folder / f"{self.name}.md"
         picture = page.with_suffix(".png")
         if self.picture is not None:
@@ -40,14 +40,14 @@ class Page:
 
 @cache
 def _macs(net: str, shortcut: str | None, v1: bool, size: int) -> int:
-    """Multiply-adds per image of a net's convolutions, counted by shapes."""
+    """Return the multiply-adds per image of a net's convolutions, counted by shapes."""
     from ...tools.summary import compare
 
     return compare([net], size, shortcut, v1)[0].conv_macs
 
 
 def check_targets(experiments: Sequence[Experiment], folder: Path) -> None:
-    """UserError where a page, its picture or its logs would take the place of a file that is not one of them."""
+    """Raise UserError if a page, its picture or its logs would replace a file of something else."""
     todo = "name another folder with --report or --out"
     for experiment in experiments:
 
@@ -67,7 +67,7 @@ def check_targets(experiments: Sequence[Experiment], folder: Path) -> None:
 
 
 def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command: str) -> Page:
-    """The page of ``experiment``, from the logs of ``runs`` alone (of ``responses``, from their weights too)."""
+    """Compose the page of ``experiment`` from the logs of ``runs`` (for ``responses``, from their weights too)."""
     by_label = {run.case.label: run for run in runs}
     lines = [f"# {experiment.title}", "", f"**Question.** {experiment.question}", ""]
     lines += [f"**In the paper** ({experiment.source}). {experiment.found}", ""]
@@ -94,13 +94,13 @@ def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command:
 
 
 def sentence(verdict: Finding) -> str:
-    """What a verdict says, without a full stop."""
+    """Return a finding as a sentence without a full stop."""
     because = verdict.because[0].upper() + verdict.because[1:]
     return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {because}"
 
 
 def _draw(experiment: Experiment, runs: Sequence[Run]) -> Any:
-    """One panel of curves per group: plain beside residual, CIFAR nets beside the ImageNet family."""
+    """Draw a panel of curves per group: plain and residual nets, CIFAR nets and the ImageNet family."""
     groups: dict[tuple[bool, bool], dict[str, list[dict[str, Any]]]] = {}
     plain_apart = experiment.name == "degradation"
     for run in runs:
@@ -117,7 +117,7 @@ def _draw(experiment: Experiment, runs: Sequence[Run]) -> Any:
 
 
 def _draw_responses(experiment: Experiment, measured: Mapping[str, Responses]) -> Any:
-    """As Figure 7: above in the order of the layers, beside it in descending order."""
+    """Draw Figure 7: on the left in the order of the layers, on the right in descending order."""
     picture, (ordered, descending) = curves.figure(2, 5.5)
     looks = zip(measured.items(), plots.COLOURS, plots.MARKERS, strict=False)
     for (label, found), colour, marker in looks:
@@ -198,7 +198,7 @@ PAPERS = {
 
 
 def _differences(runs: Sequence[Run], protocol: str) -> list[str]:
-    """The protocol of each family beside the paper's."""
+    """Return the protocol of each family next to the paper's."""
     lines = [f"## Where this differs from the paper ({protocol} protocol)", ""]
     for family in dict.fromkeys(_family(run) for run in runs):
         lines.append(f"- {family}, paper: {PAPERS[family]}.")
@@ -227,13 +227,13 @@ def _repeat(runs: Sequence[Run], command: str) -> list[str]:
         "```",
         "",
         f"Seed {runs[0].recipe.seed}; torch {facts['torch']}, {facts['device']}, {facts['threads']} threads; "
-        f"{total:.0f} minutes of training in all (wall clock, measured, on a machine that did other work beside), runs "
+        f"{total:.0f} minutes of training in all (wall clock, measured, on a machine that did other work too), runs "
         "shared with other experiments included. What the figures are read from: `logs/`.",
     ]
 
 
 def _flops() -> list[str]:
-    """The comparison that ``resnet-fast summary`` prints, with each net's share of VGG-19's multiply-adds."""
+    """Return the table that ``resnet-fast summary`` prints, with each net's share of VGG-19's multiply-adds."""
     from ...tools.summary import COUNTED, compare
 
     rows = compare()

@@ -1,8 +1,8 @@
-"""The standard deviation of each 3x3 layer's output after BatchNorm, before ReLU and addition (Figure 7).
+"""Measure the standard deviation of each 3x3 layer's output after BatchNorm, before ReLU and addition (Figure 7).
 
-A large response means a layer that changes the signal much. The paper's argument: if the best function of a block is
-near the identity, a residual block has little to add, so its responses are small, and the smaller the more blocks share
-the work.
+A large response means that a layer changes the signal a lot. The paper's argument: if the best function of a block is
+near the identity, a residual block has little to add, so its responses are small, and smaller the more blocks there
+are.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..recipe import Recipe
 from ..step import Normalise
 
 IMAGES = 1000
-"""Validation images that the deviations are taken over."""
+"""Validation images that the deviations are computed over."""
 
 
 @dataclass(frozen=True)
 class Responses:
-    """Per 3x3 convolution in the order of the forward pass: its name and its response's standard deviation."""
+    """The name of each 3x3 convolution and the standard deviation of its response, in the order of the forward pass."""
 
     names: tuple[str, ...]
     std: tuple[float, ...]
@@ -36,7 +36,7 @@ class Responses:
 
 
 def norms_after_3x3(model: nn.Module) -> dict[str, nn.Module]:
-    """BatchNorm layers that directly follow a 3x3 convolution, by torchvision's names, in the order of definition."""
+    """Return the BatchNorm layers that directly follow a 3x3 convolution, by torchvision's names, in their order."""
     modules = dict(model.named_modules())
     found = {}
     for name, module in modules.items():
@@ -50,9 +50,9 @@ def norms_after_3x3(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def measure_responses(model: nn.Module, batches: list[Tensor]) -> Responses:
-    """Responses of ``model`` in eval mode to ``batches``, each float32 (n, 3, H, W): deviations over all elements.
+    """Return the responses of ``model`` in eval mode to ``batches``, each float32 (n, 3, H, W), over all elements.
 
-    Computed as the pooled deviation of the batches in float64, shifted by each batch's mean: no sum of large squares.
+    The deviations of the batches are pooled in float64 around each batch's mean, to avoid sums of large squares.
     """
     kept: dict[str, list[tuple[int, float, float]]] = {}
 
@@ -74,14 +74,19 @@ def measure_responses(model: nn.Module, batches: list[Tensor]) -> Responses:
 
 
 def _pooled(parts: list[tuple[int, float, float]]) -> float:
-    """Standard deviation of the union of parts, each (count, mean, sum of squares about its mean)."""
+    """Return the standard deviation of the union of parts, each (count, mean, sum of squares around its mean)."""
     count = sum(n for n, _, _ in parts)
     mean = sum(n * m for n, m, _ in parts) / count
     return (sum(s + n * (m - mean) ** 2 for n, m, s in parts) / count) ** 0.5
 
 
 def responses_of_run(recipe: Recipe, weights: Path) -> Responses:
-    """Responses of the net that a run of ``recipe`` left in ``weights``, to the first validation images of its data."""
+    """Return the responses of a trained net to the first validation images of its data.
+
+    Args:
+        recipe: The recipe of the run.
+        weights: Its ``model.safetensors``.
+    """
     from safetensors.torch import load_file
 
     from ...models import registry

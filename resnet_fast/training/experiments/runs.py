@@ -1,4 +1,4 @@
-"""Training what an experiment compares: each run once, gone on with where it was cut, and read from its log alone."""
+"""Train what an experiment compares: each run once, resumed if it was interrupted. Results are read from its log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .protocols import Case, Experiment
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of ``case`` in ``out``: its ``epoch`` lines, and what its log says of how it ran."""
+    """A finished run of ``case`` in ``out``: the lines of its log by kind. ``facts`` is its last ``run`` line."""
 
     case: Case
     out: Path
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def images_seen(self) -> int:
-        """Training images that the last epoch line averages over."""
+        """Training images that the last epoch averages over."""
         return min(self.facts["train_images"], self.recipe.batch * self.last["step"])
 
     @property
@@ -50,11 +50,12 @@ class Run:
 
 
 def folder(out: Path, case: Case, seed: int) -> Path:
+    """Return the folder of a run."""
     return out / "runs" / f"{case.key}-seed{seed}"
 
 
 def read_run(case: Case, out: Path, seed: int, recipe: Recipe) -> Run | None:
-    """The finished run of ``case``; None if it is not finished. UserError if it was trained by another recipe."""
+    """Return the finished run of ``case``, or None. Raises UserError if it was trained by another recipe."""
     place = folder(out, case, seed)
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in runlog.read_log(place):
@@ -79,19 +80,19 @@ def missing(
     seed: int,
     changes: Mapping[str, Any],
 ) -> list[tuple[Case, Recipe]]:
-    """The runs that ``experiments`` need and ``out`` does not have finished, each once, the quickest nets first."""
+    """Return the runs that ``experiments`` need and that are not finished in ``out``, each once."""
     wanted = {case.key: case for e in experiments for case in e.cases}
     pairs = [(case, case.recipe(protocol, data_path, seed, changes)) for case in wanted.values()]
     return [(case, recipe) for case, recipe in pairs if read_run(case, out, seed, recipe) is None]
 
 
 def train_case(case: Case, recipe: Recipe, out: Path, seed: int, options: Mapping[str, Any], watch: Watch) -> RunResult:
-    """Train ``case``, from its last checkpoint if it has one."""
+    """Train ``case``, resuming from its last checkpoint if there is one."""
     place = folder(out, case, seed)
     resume = "auto" if checkpoints.found(place) else ""
     return loop.train(recipe, RunOptions(out=place, resume=resume, **options), watch)
 
 
 def short_log(run: Run) -> str:
-    """The run's ``run`` and ``epoch`` lines, as its log has them: what a page's figures can be checked against."""
+    """Return the ``run`` and ``epoch`` lines of the log, against which the figures of a page can be checked."""
     return "".join(json_text(line) + "\n" for line in (run.facts, *run.epochs))

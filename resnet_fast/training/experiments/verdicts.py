@@ -1,7 +1,7 @@
-"""What has to come out of an experiment, as sentences that say whether it did and by how much.
+"""Compare the results of an experiment with the paper's claims, as sentences with figures.
 
-A difference of two error rates counts where it exceeds two standard errors of counting: with n images an error rate p
-is known to sqrt(p (1 - p) / n). That is the noise of the images alone; another seed would move a net further.
+A difference of two error rates counts if it exceeds two standard errors of counting: with n images an error rate p is
+known to sqrt(p (1 - p) / n). This is only the noise of the images; another seed would change a net more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .runs import Run
 
 @dataclass(frozen=True)
 class Finding:
-    """``shown``: whether the figures bear ``claim`` out; ``because``: the figures."""
+    """A claim, whether the figures show it, and the figures."""
 
     claim: str
     shown: bool
@@ -24,7 +24,7 @@ class Finding:
 
 
 def noise(p: float, q: float, n: int, m: int) -> float:
-    """Two standard errors of the difference of error rates ``p`` of ``n`` images and ``q`` of ``m``."""
+    """Return two standard errors of the difference of error rates ``p`` of ``n`` images and ``q`` of ``m``."""
     return 2 * math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
 
 
@@ -33,7 +33,7 @@ def _points(value: float) -> str:
 
 
 def _compared(shallow: Run, deep: Run) -> tuple[float, float, str]:
-    """(how much higher the deep net's training error is, the noise, both as words)."""
+    """Return how much higher the training error of the deep net is, the noise, and both in words."""
     higher = deep.train_error - shallow.train_error
     limit = noise(shallow.train_error, deep.train_error, shallow.images_seen, deep.images_seen)
     words = (

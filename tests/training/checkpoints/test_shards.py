@@ -92,7 +92,7 @@ def test_an_entry_lies_in_a_file_of_the_checkpoint(path: str, tmp_path: Path) ->
         info.relative_path = path
 
     change_metadata(place, move)
-    with pytest.raises(Damaged, match=f"lies in '{path}', which is no file of this checkpoint"):
+    with pytest.raises(Damaged, match=f"is stored in '{path}', which is no file of this checkpoint"):
         load(place)
 
 

@@ -71,7 +71,7 @@ def test_test_stays_unseen_beside_val_and_is_said(tmp_path: Path) -> None:
     pictures(tmp_path, {f"{half}/{name}": 2 for half in ("train", "val", "test") for name in ("cat", "dog")})
     found = folders.find(tmp_path)
     assert {Path(path).parts[-3] for path, _ in found.val} == {"val"}
-    assert found.notes == ["test beside train and val not used"]
+    assert found.notes == ["test next to train and val not used"]
 
 
 def test_test_for_want_of_val_is_said(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_train_alone_gives_up_a_fifth(tmp_path: Path) -> None:
     found = folders.find(tmp_path)
     assert found.classes == ["cat", "dog"] and counts(found) == (12, 3)
     assert found.notes == [
-        "no validation folder beside train: a fifth of each class is the validation set, the same for every seed"
+        "no validation folder next to train: a fifth of each class is the validation set, the same for every seed"
     ]
 
 
@@ -93,9 +93,9 @@ def test_train_alone_gives_up_a_fifth(tmp_path: Path) -> None:
     [
         (["train/cat", "train/dog", "training/cat", "val/cat"], "got train, training, val; move the others"),
         (["train/cat", "val/cat", "validation/cat"], "got train, val, validation; move the others"),
-        (["train/cat", "train/dog", "photos/cat"], "got train, which holds folders of its own, beside photos; name"),
-        (["Test/cat", "Test/dog", "more/cat"], "got Test, which holds folders of its own, beside more; name"),
-        (["valid/cat", "valid/dog"], "got valid, which holds folders of its own, beside nothing; name the other half"),
+        (["train/cat", "train/dog", "photos/cat"], "got train, which holds folders of its own, next to photos; name"),
+        (["Test/cat", "Test/dog", "more/cat"], "got Test, which holds folders of its own, next to more; name"),
+        (["valid/cat", "valid/dog"], "got valid, which holds folders of its own, next to nothing; name the other half"),
         (["cat/train", "cat/val", "dog/train", "dog/val"], "got cat/train and the like, which would be one class"),
         (["train", "valid"], "class folders with images in them, got none in"),
     ],
@@ -180,7 +180,7 @@ def test_pictures_of_no_class_are_counted(tmp_path: Path) -> None:
     pictures(tmp_path, {".": 3, "cat": 2, "dog": 2})
     (tmp_path / "README.md").write_text("x")
     found = folders.find(tmp_path)
-    assert counts(found) == (2, 2) and found.notes[-1] == "pictures beside the class folders left out: 3"
+    assert counts(found) == (2, 2) and found.notes[-1] == "pictures next to the class folders left out: 3"
 
 
 def test_a_recipe_may_follow_links(tmp_path: Path) -> None:
