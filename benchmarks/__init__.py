@@ -1,1 +1,1 @@
-"""Benchmarks of resnet_fast beside its peers; ``resnet-fast bench`` and pytest-benchmark run the same suites."""
+"""Compare resnet_fast with its peers; ``resnet-fast bench`` and pytest-benchmark run the same suites."""

@@ -43,7 +43,7 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "provenance.py")  # an installed copy may lie inside a foreign repository
+        git("ls-files", "--error-unmatch", "provenance.py")  # an installed copy may be inside another repository
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -411,7 +411,7 @@ GPU_INFERENCE = (
 """Stock PyTorch in its fastest settings, and ours."""
 
 ANCHORS = (BEST_STOCK, OURS_GRAPH)
-"""Measured again beside the compiled ones, so that ratios come from one run."""
+"""Measured again together with the compiled ones, so that ratios come from one run."""
 
 TRAINING = (
     Trainer("eager-nchw", True, False, lambda model: model),

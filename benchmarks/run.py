@@ -1,4 +1,4 @@
-"""``python -m resnet_fast.benchmarks.run``: the command ``resnet-fast bench`` without the rest of the program."""
+"""Run the command ``resnet-fast bench`` alone: ``python -m resnet_fast.benchmarks.run``."""
 
 from __future__ import annotations
 

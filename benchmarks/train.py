@@ -44,7 +44,7 @@ RATE = 0.01
 """Learning rate, constant: small enough for the first steps of every net here, with or without BatchNorm."""
 
 PEAK = (
-    "'peak MiB': parameters, buffers and momentum, and the most that a warm step holds beside them (activations, "
+    "'peak MiB': parameters, buffers and momentum, and the most that a warm step holds in addition (activations, "
     "gradients, workspaces)."
 )
 MIB = 1024**2

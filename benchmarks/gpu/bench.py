@@ -4,9 +4,9 @@
     nets        ResNet-50 inference, every competitor in one interleaved run per batch
     convs       every convolution of ResNet-50 as one launch: ours, cuDNN's two forms, the roofline
     training    a step with SGD, and its peak of memory
-    compiled    torch.compile, which takes most of a minute to get ready each time, beside the best of the others
+    compiled    torch.compile, which takes most of a minute to prepare each time, and the best of the others
 
-Every measured number stands beside the model's prediction and the prediction's error.
+Every measured number comes with the model's prediction and the prediction's error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = tuple(peer for peer in providers.GPU_TRAINING if not peer.compiles)
 
 
 def cases(settings: Settings) -> list[GpuCase]:
-    """Everything, in order of importance; the groups without ours come in where one with ours failed."""
+    """List all cases in order of importance; those without ours run only where one with ours failed."""
     return [*_ceilings(settings), *_measured(settings), *_stock_only(settings)]
 
 
@@ -102,7 +102,7 @@ def _compiled(settings: Settings, batch: int, mode: str, net: str = NET) -> GpuC
 
 
 def _convs(settings: Settings, net: str, batch: int, dtype: str, image: int | None) -> Iterator[GpuCase]:
-    """Each distinct convolution once, under its first name, with how often the net has it."""
+    """Yield each distinct convolution once, under its first name, with how often the net has it."""
     found: dict[object, list[str]] = {}
     for name, spec in shapes.problems(net, batch, image, dtype).items():
         found.setdefault(spec, []).append(name)
@@ -112,7 +112,7 @@ def _convs(settings: Settings, net: str, batch: int, dtype: str, image: int | No
 
 
 def _table_digest(settings: Settings) -> str:
-    """Which tuning table was in use: another one may choose other kernels, which are measured again."""
+    """Name the tuning table in use: with another one, other kernels may be chosen and must be measured again."""
     from resnet_fast.backends.triton.device import table_of
 
     entries = table_of(torch.device(settings.device)).entries

@@ -1,4 +1,4 @@
-"""Which launches the commands run: ragged ones that no tile divides, and those of real nets. And the nets themselves.
+"""List the launches that the commands run: ragged ones that no tile divides, and those of real nets; and the nets.
 
 Ragged launches are small, with channels off the powers of two, unaligned rows, every epilogue, stride, dilation and
 groups; together they admit every shipped config. Real launches are those of every route of a net's blocks.
@@ -16,13 +16,13 @@ from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec
 from resnet_fast.tuning import routes, shapes, training_configs
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
-"""In the order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
+"""In order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
 
 NONE, RELU, ADD = Epilogue(), Epilogue(relu=True), Epilogue(relu=True, add=True)
 
 
 def in_precision(launch: LaunchSpec, precision: str) -> LaunchSpec:
-    """The launch on tensors of another dtype."""
+    """Return the launch on tensors of another dtype."""
     tf32 = precision == "tf32"
     changes: dict[str, Any] = {"dtype": "float32" if tf32 else precision, "tf32": tf32}
     projection = launch.projection and launch.projection.with_(**changes)
@@ -33,7 +33,7 @@ def conv(
     ci: int, co: int, k: int, *, n: int = 2, h: int = 9, w: int = 7, stride: int = 1, dilation: int = 1,
     groups: int = 1, epilogue: Epilogue = RELU,
 ) -> ConvSpec:  # fmt: skip
-    """A square convolution, padded so that stride 1 keeps the image's size."""
+    """Return a square convolution, padded so that stride 1 keeps the image's size."""
     stride_, padding, dilation_ = ((v, v) for v in (stride, dilation * (k // 2), dilation))
     return ConvSpec(n, h, w, ci, co, k, k, stride_, padding, dilation_, groups, "bfloat16", "nhwc", epilogue)
 
@@ -43,7 +43,7 @@ def _stem(co: int, **size: int) -> LaunchSpec:
 
 
 def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
-    """By kernel: 126 output pixels (no tile divides them), channels off the powers of two."""
+    """Return launches by kernel: 126 output pixels (no tile divides them), channels off the powers of two."""
 
     def one(kernel: str, *convs: ConvSpec, projection: ConvSpec | None = None) -> LaunchSpec:
         return in_precision(LaunchSpec(kernel, convs, projection), precision)
@@ -79,7 +79,7 @@ def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
 
 
 def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
-    """Every direction of convolutions off all tiles, on an input that is raw and on one as it is."""
+    """Return every direction of convolutions that no tile divides, with a raw input and with a finished one."""
     convs = (
         conv(72, 136, 1),
         conv(40, 48, 1, stride=2),
@@ -100,7 +100,7 @@ def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
 
 
 def real_training(batch: int = 2) -> tuple[LaunchSpec, ...]:
-    """Every launch of a training step of ResNet-50, each once; of the stem no gradient of the image."""
+    """Return every launch of a training step of ResNet-50 once; the image needs no gradient."""
     stem, *blocks = specs("resnet50", batch, train=True).values()
     found = [launch for launch in training_configs.training_launches(stem) if launch.kernel != "conv_dgrad"]
     return tuple(
@@ -111,19 +111,19 @@ def real_training(batch: int = 2) -> tuple[LaunchSpec, ...]:
 def specs(
     net: str, batch: int, dtype: str = "bfloat16", image: int | None = None, train: bool = False
 ) -> dict[str, ConvSpec | BlockSpec]:
-    """What dispatch decides on in an accelerated net: its stem and its blocks, by name."""
+    """Return the specs of an accelerated net's stem and blocks, by name."""
     name, stem = next(iter(shapes.problems(net, batch, image, dtype, batch_stats=train, grad=train).items()))
     return {name: stem, **shapes.blocks(net, batch, image, dtype, batch_stats=train, grad=train)}
 
 
 def launches(net: str, batch: int, dtype: str = "bfloat16", image: int | None = None) -> tuple[LaunchSpec, ...]:
-    """Every launch of every route of ``net``, each once."""
+    """Return every launch of every route of ``net`` once."""
     found = [r.launches for spec in specs(net, batch, dtype, image).values() for r in routes.routes(spec)]
     return tuple(dict.fromkeys(launch for group in found for launch in group))
 
 
 def real(precision: str = "bfloat16", batch: int = 2) -> tuple[LaunchSpec, ...]:
-    """Launches of ResNet-50, and what ResNet-18 and ResNeXt-50 add: projections into a 3x3, and groups.
+    """Return launches of ResNet-50, and those that ResNet-18 and ResNeXt-50 add: projections into a 3x3, and groups.
 
     In bfloat16 all of them; in the others the first and the last per kernel and shape of filter, stride and epilogue.
     """
@@ -139,7 +139,7 @@ def real(precision: str = "bfloat16", batch: int = 2) -> tuple[LaunchSpec, ...]:
 
 
 def calibrated(name: str, batch: int, image: int, device: str, dtype: str) -> tuple[nn.Module, torch.Tensor]:
-    """A seeded stock net in eval mode whose BatchNorms know their inputs, NHWC, and a batch."""
+    """Build a seeded stock net in eval mode, NHWC, with calibrated BatchNorms, and a batch (N, 3, image, image)."""
     from resnet_fast.io import weights
     from resnet_fast.models import registry
 

@@ -1,14 +1,14 @@
 """``python3 -m resnet_fast.benchmarks.gpu.check``: check everything that needs a GPU.
 
-    build     the native library, out of tree, where the toolkit is there; what follows runs with it
+    build     the native library, out of tree, where there is a toolkit; the next steps run with it
     first     one config of every kernel, so that even a cut run has seen them all
     tests     ``pytest -m gpu``
     sanitizer the smallest case of every CUDA kernel under compute-sanitizer's memcheck and racecheck
     nets      accelerated nets against stock ones and fp64
     configs   every shipped config of every kernel, on ragged launches and on those of real nets
 
-A kernel's output is compared with fp64 and may lose at most twice what eager loses (numerics.py). Configs that the
-rules do not admit for a launch are listed with the reason.
+A kernel's error to fp64 may be at most twice eager's (numerics.py). Configs that the rules do not admit for a launch
+are listed with the reason.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ BUILT = ROOT / "build" / "gpu" / "_C.abi3.so"
 """The library that the step ``build`` leaves for the tests."""
 
 TESTS_SHARE = 0.4
-"""Part of the remaining budget that the tests may take: the configs behind them are the longer list."""
+"""Part of the remaining budget that the tests may take: the configs after them are the longer list."""
 
 NETS = ("resnet50", "resnet18", "resnext50_32x4d")
 
 
 def cases(settings: Settings) -> list[GpuCase]:
-    """What workers run, in order: one config per kernel, the nets, every other config."""
+    """List what workers run, in order: one config per kernel, the nets, every other config."""
     found = [*_configs(settings), *_training_configs(settings)]
     first: dict[str, GpuCase] = {}
     for kernel, case in found:
@@ -82,7 +82,7 @@ def _configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
 
 
 def _training_configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
-    """The same of a training step's kernels, packed and exact; what runs on cuDNN there is PyTorch's to prove."""
+    """The same for a training step's kernels, packed and exact."""
     from resnet_fast.backends.triton.device import device_of
 
     gpu = device_of(torch.device(settings.device)).gpu
@@ -126,7 +126,7 @@ def _facts(launch: LaunchSpec, config: Config) -> Row:
 
 
 class _Proof:
-    """One launch with one config against fp64 and eager's own error."""
+    """Compare one launch with one config with fp64 and eager's own error."""
 
     def __init__(self, launch: LaunchSpec, config: Config, device: str) -> None:
         self.launch, self.config, self.device = launch, config, device
@@ -144,7 +144,7 @@ class _Proof:
 
 
 def error_row(found: Any) -> Row:
-    """What a row keeps of an error report: errors relative to fp64, and the largest ones."""
+    """Return a row's part of an error report: errors relative to fp64, and the largest ones."""
     ratio = found.ratio
     return {
         "error": None,
@@ -167,7 +167,7 @@ def _nets(settings: Settings) -> Iterator[GpuCase]:
 
 
 class _Net:
-    """A whole accelerated net in eval mode against the stock one, both compared with fp64."""
+    """Compare an accelerated net in eval mode with the stock one, both with fp64."""
 
     def __init__(self, name: str, dtype: str, batch: int, image: int, device: str) -> None:
         self.name, self.dtype, self.batch, self.image, self.device = name, dtype, batch, image, device
@@ -193,7 +193,12 @@ class _Net:
 
 
 def build(session: Session) -> Row:
-    """Compile ``csrc`` out of tree for this GPU, and load what came out. Without a compiler it is skipped."""
+    """Compile ``csrc`` out of tree for this GPU, and load the library.
+
+    Raises:
+        Skipped: without a compiler or sources.
+        RuntimeError: with the step that failed and its first error.
+    """
     settings = session.settings
     sources = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
@@ -242,13 +247,13 @@ def build(session: Session) -> Row:
 
 
 def use_built() -> None:
-    """Let this process and its children load the library that :func:`build` made, now or in an earlier run."""
+    """Let this process and its children load the library of :func:`build`, from this run or an earlier one."""
     if BUILT.exists():
         os.environ[flags.LIBRARY] = str(BUILT)
 
 
 def sanitize(session: Session) -> Row:
-    """The ``smallest`` tests of the CUDA kernels under compute-sanitizer, a tool at a time."""
+    """Run the ``smallest`` tests of the CUDA kernels under compute-sanitizer, one tool after the other."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise Skipped("no compute-sanitizer")
@@ -273,13 +278,13 @@ def _cuda_home_nvcc() -> str | None:
 
 
 def gpu_test_files(root: Path = ROOT / "tests") -> list[Path]:
-    """The test files with a test for a GPU."""
+    """Return the test files with a test for a GPU."""
     mark = re.compile(r"\bmark\.gpu\b")
     return [path for path in sorted(root.rglob("test_*.py")) if mark.search(path.read_text())]
 
 
 def run_tests(session: Session, files: list[Path]) -> None:
-    """``pytest -m gpu`` over ``files``: a row per test, without those that have passed before."""
+    """Run ``pytest -m gpu`` over ``files``: a row per test, without those that have passed before."""
     if not files:
         session.record("tests", {"status": "skipped", "reason": "no test file has the mark gpu"})
         return
@@ -311,7 +316,7 @@ def run_tests(session: Session, files: list[Path]) -> None:
 
 
 def _record_tests(session: Session, rows: Path, prefix: str) -> str:
-    """Record every finished test; the name of one that was begun only."""
+    """Record every finished test; return the name of one that has only begun."""
     begun = ""
     for line in rows.read_text().splitlines() if rows.exists() else []:
         row = json.loads(line)

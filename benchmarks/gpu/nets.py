@@ -84,7 +84,7 @@ class NetCase:
         return self._row(timed, skipped, errors)
 
     def _ready(self, peer: Provider, model: Any, x: Tensor) -> tuple[PreparedCall, Row, Tensor]:
-        """A competitor, what its row begins with, and its first result.
+        """Prepare a competitor; return it with the beginning of its row and its first result.
 
         ``peak_gib``: the most memory above what was there before, until the second call, which has all of an
         optimizer's state.
@@ -154,7 +154,7 @@ class NetCase:
 
 
 def _difference(out: Tensor, reference: Tensor) -> float:
-    """Norm of the difference from the first competitor's output over its norm: is it the same net?"""
+    """Norm of the difference from the first competitor's output, over that output's norm."""
     a, b = out.double(), reference.double()
     return float(f"{((a - b).norm() / b.norm()).item():.3g}")
 

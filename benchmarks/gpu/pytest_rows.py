@@ -1,6 +1,6 @@
-"""A pytest plugin that writes each result when it is there: ``-p resnet_fast.benchmarks.gpu.pytest_rows --rows FILE``.
+"""Write each test's result at once, as a pytest plugin: ``-p resnet_fast.benchmarks.gpu.pytest_rows --rows FILE``.
 
-A JUnit file is written at the end of a session, which a cut or a crashed process does not reach.
+A JUnit file is written at the end, which a process that is cut or crashes does not reach.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """A test that never ends, because it crashes the process, leaves this line alone."""
+    """Write the start: a test that crashes the process leaves only this line."""
     _write({"test": nodeid})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """The call decides; setup and teardown count where they fail or skip."""
+    """Write the result of the call; setup and teardown count where they fail or skip."""
     if report.when != "call" and report.passed:
         return
     row: dict[str, Any] = {"test": report.nodeid, "seconds": round(report.duration, 3)}

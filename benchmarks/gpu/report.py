@@ -1,6 +1,6 @@
-"""``report.md``: what the commands found on one GPU, as tables, made from the rows on disk alone.
+"""Write ``report.md``: the results of the commands on one GPU as tables, made from the rows on disk alone.
 
-"Measured" is a time taken on this card, "modelled" what the roofline or the heuristic says; the model's error is
+"Measured" is a time taken on this GPU, "modelled" what the roofline or the heuristic says; the model's error is
 modelled / measured - 1.
 """
 
@@ -15,11 +15,12 @@ from .session import Row, Settings, read_rows, write_text
 
 
 def write(settings: Settings) -> None:
-    """Write the report anew, with whatever rows there are."""
+    """Write the report again, from all rows on disk."""
     write_text(settings.path / "report.md", to_markdown(settings))
 
 
 def to_markdown(settings: Settings) -> str:
+    """Return the page; parts without rows are left out."""
     folder = settings.path
     check, tune, bench = (_latest(folder / f"{name}.jsonl") for name in ("check", "tune", "bench"))
     parts = [_environment(folder), _ceilings(bench), _inference(bench), _training(bench), _convs(bench)]
@@ -28,16 +29,17 @@ def to_markdown(settings: Settings) -> str:
 
 
 def _latest(path: Path) -> list[Row]:
-    """The last row of every case, whatever versions it was made with: the newest word on it."""
+    """The latest row of every case, whatever versions it was made with."""
     return list({row["case"]: row for row in read_rows(path)}.values())
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
+    """Return a Markdown table; the first column is aligned left, the others right."""
     return markdown.table(headings, rows, [":---", *[markdown.RIGHT] * (len(headings) - 1)])
 
 
 def percent(value: float | None) -> str:
+    """Return a share as percents with a sign."""
     return "-" if value is None else f"{value * 100:+.0f} %"
 
 

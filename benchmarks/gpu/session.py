@@ -33,7 +33,7 @@ from .. import harness, provenance
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETER = "Triton interpreter"
 HARD_LIMIT_S = 540.0
-"""A command is over after nine minutes, whatever its budget: the last 20 s are for the report and for stopping."""
+"""A command ends after nine minutes, whatever its budget: the last 20 s are for the report and for stopping."""
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command was asked for. ``folder``: where results go; ``only``: part of the names of the cases to run."""
+    """Options of a command. ``folder``: where results go; ``only``: part of the names of the cases to run."""
 
     command: str
     device: str = "cuda"

@@ -2,7 +2,8 @@
 
 One case per launch, the nets and batches in the order of importance, within each the most expensive launch first. The
 table (``resnet_fast/tuning/tables/<gpu>.json``) is what a run resumes from: a launch with a time or a refusal for every
-candidate is not measured again. A launch whose candidates crash or hang is a failed row, and costs nobody else a time.
+candidate is not measured again. A launch with candidates that crash or hang is a failed row; other launches keep
+their times.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class Group:
-    """A net at a batch size: what is tuned together, and summed up at the end."""
+    """A net at a batch size. Its launches are tuned together, and summed up at the end."""
 
     net: str
     batch: int
@@ -51,7 +52,7 @@ class Group:
 
 
 def groups(settings: Settings) -> tuple[Group, ...]:
-    """ResNet-50 at batch 256, inference and training, then at every batch, then the other nets, large batches first."""
+    """List ResNet-50 at batch 256, inference and training, then other batches, then other nets, large batches first."""
     if settings.quick:
         return (Group("cifar_resnet20", 1, "float32", 8),)
     (first, *others), (large, *batches) = NETS, BATCHES
@@ -70,7 +71,7 @@ def device_of(settings: Settings) -> Device:
 
 
 def table_path(settings: Settings) -> Path:
-    """The table that comes with the package; in the interpreter one beside the results."""
+    """Return the path of the table that comes with the package; in the interpreter, of one next to the results."""
     file = f"{tables.slug(gpu_name(settings.device))}.json"
     return (tables.SHIPPED if settings.on_gpu else settings.path) / file
 
@@ -88,14 +89,14 @@ def _todo(settings: Settings) -> Iterator[LaunchSpec]:
 
 
 def cases(settings: Settings) -> list[GpuCase]:
-    """One per launch, each once."""
+    """List one case per launch."""
     return [
         GpuCase(f"tune {launch}", _Tune(launch, settings), limit_s=LIMIT_S) for launch in dict.fromkeys(_todo(settings))
     ]
 
 
 class _Tune:
-    """Measure one launch into the table; its row says what won."""
+    """Measure one launch into the table; its row names the fastest config."""
 
     def __init__(self, launch: LaunchSpec, settings: Settings) -> None:
         self.launch, self.settings = launch, settings
@@ -108,7 +109,7 @@ class _Tune:
         return self.row(tuned.table) | {"refused": [[config, reason] for _, config, reason in tuned.refused]}
 
     def row(self, table: Table) -> Row:
-        """Best and stock times in microseconds, and what the model says of the best."""
+        """Return best and stock times in microseconds, and the model's prediction for the best."""
         times = {name: us for name, us in table.times(self.launch).items() if us is not None}
         stock = [times[name] for name in configs.STOCK if name in times]
         row: Row = {"status": "measured", "kernel": self.launch.kernel, "stock_us": min(stock, default=None)}
@@ -127,12 +128,12 @@ class _Tune:
 
 
 def complete(launch: LaunchSpec, table: Table, device: Device) -> bool:
-    """Does the table hold an answer for every candidate?"""
+    """Return whether the table has a time or a refusal for every candidate."""
     return {str(c) for c in launches.candidates(launch, device)} <= table.times(launch).keys()
 
 
 def summary(group: Group, device: Device, table: Table) -> Row | None:
-    """Per stage and in all: what dispatch now chooses against PyTorch's best; None where not all is measured."""
+    """Compare what dispatch now chooses with PyTorch's best, per stage and in sum; None where not all is measured."""
     stages: dict[str, dict[str, Any]] = {}
     for name, spec in group.specs().items():
         try:

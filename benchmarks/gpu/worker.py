@@ -1,4 +1,4 @@
-"""A worker runs cases in a process of its own, so that a kernel that crashes or hangs costs one case.
+"""Run cases in processes of their own, so that a kernel that crashes or hangs costs one case.
 
     supervisor -> worker   {"case": name}                         a line of JSON on stdin
     worker -> supervisor   {"ready": true}, then {"row": …, "broken": …}      a line each on its first stdout
@@ -36,7 +36,7 @@ def main() -> None:
     settings = Settings(**json.loads(sys.argv[2]))
     import torch
 
-    torch.set_num_threads(2 if settings.on_gpu else 1)  # others of its kind run beside it
+    torch.set_num_threads(2 if settings.on_gpu else 1)  # other workers run at the same time
     cases: dict[str, GpuCase] = {case.name: case for case in importlib.import_module(sys.argv[1]).cases(settings)}
 
     def answer(**message: Any) -> None:
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    """A supervisor that is killed takes its workers along: none goes on writing a table that the next run reads."""
+    """End with the supervisor, also where it is killed: no worker may write to a table that the next run reads."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
 
 
 def _answers() -> bool:
-    """Does the GPU still work in this process? After an illegal access nothing does."""
+    """Whether the GPU still works in this process; after an illegal access nothing does."""
     import torch
 
     try:
@@ -79,7 +79,7 @@ class _Worker:
     unread: bytes = b""
 
     def limit(self) -> float:
-        """When it counts as hanging, by the monotonic clock."""
+        """Return when it counts as hanging, by the monotonic clock."""
         return self.since + (self.case.limit_s if self.case else START_LIMIT_S)
 
     def busy(self) -> bool:
@@ -95,7 +95,7 @@ class _Worker:
             pass  # it is gone: the end of its stdout says so
 
     def last_words(self) -> str:
-        """The last line on stderr."""
+        """Return the last line on stderr."""
         self.log.seek(0)
         lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
         return lines[-1].strip()[:200] if lines else ""
@@ -120,7 +120,7 @@ class WorkerPool:
         self.workers.clear()
 
     def run(self, cases: list[GpuCase]) -> None:
-        """Every case once, in this order, each row recorded when it comes; what the budget does not reach is left."""
+        """Run every case once, in this order, and record each row at once; note what the budget cuts off."""
         session, queue = self.session, list(cases)
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:

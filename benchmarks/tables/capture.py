@@ -20,7 +20,7 @@ from .machine_code import CompileJob
 
 @dataclass(frozen=True)
 class CapturedLaunch:
-    """A launch that was not made."""
+    """A launch that was recorded and not made."""
 
     fn: Any
     args: tuple[Any, ...]

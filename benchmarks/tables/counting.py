@@ -142,7 +142,7 @@ class LaunchCounts:
 
 
 class _Region:
-    """One storage: where it lies during the launch, and which of its elements were touched."""
+    """One storage: where it is during the launch, and which of its elements were touched."""
 
     def __init__(self, traffic: TensorTraffic, base: int, unit: int) -> None:
         self.traffic, self.base, self.unit = traffic, base, unit

@@ -62,7 +62,7 @@ ARCHS = {
 
 SCHEDULERS = 4
 RESERVED_SHARED = 1024
-"""Bytes of shared memory that the driver takes per block, beside what the kernel asks for."""
+"""Bytes of shared memory that the driver takes per block, in addition to the kernel's."""
 
 
 @dataclass(frozen=True)

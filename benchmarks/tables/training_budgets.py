@@ -3,8 +3,8 @@
     python -m resnet_fast.benchmarks.tables.training_budgets
 
 Every shipped config of conv_fwd, conv_dgrad and conv_wgrad on sm_80, sm_90 and sm_100 in bfloat16, on the kinds of
-convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; beside it the exact prologue of the first
-config, and the first config in TF32 and in fp32. Of the kernels without products one launch each.
+convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; the first config also with an exact
+prologue, in TF32 and in fp32. Of the kernels without products one launch each.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LAYERS = {
     "1x1 narrow": "r50.layer1.1.conv3",
     "1x1 wide": "r50.layer1.1.conv1",
 }
-"""Convolutions by what sets their kernels apart. ``behind``: a 1x1 behind a prologue, as the 3x3s are; ``first``: of a
+"""Convolutions by what sets their kernels apart. ``behind``: a 1x1 after a prologue, as the 3x3s are; ``first``: of a
 block with a projection, whose dgrad adds the projection's at every second pixel."""
 
 PROLOGUE = ("1x1 behind", "3x3", "3x3/2", "3x3 groups", "3x3 narrow", "1x1 narrow")
@@ -57,7 +57,7 @@ NO_DGRAD = ("7x7/2",)
 
 @cache
 def layers() -> dict[str, ConvSpec]:
-    """Name -> convolution at batch 256 in bfloat16, statistics of the batch."""
+    """Return name -> convolution at batch 256 in bfloat16, statistics of the batch."""
     every: dict[str, ConvSpec] = {}
     for net in ("resnet50", "resnext50_32x4d"):
         every |= shapes.problems(net, 256, dtype="bfloat16", batch_stats=True, grad=True)
@@ -66,7 +66,7 @@ def layers() -> dict[str, ConvSpec]:
 
 @cache
 def launches() -> dict[str, LaunchSpec]:
-    """Name -> launch; the name begins with the kernel's."""
+    """Return name -> launch; the name begins with the kernel's."""
     return {
         f"{kernel} {name}": training_configs.training_launch(kernel, conv, name in PROLOGUE)
         for kernel in training_configs.KERNELS
@@ -85,7 +85,7 @@ def _rows(rows: int, channels: int, dtype: str = "float32") -> Tensor:
 
 
 def input_of(conv: ConvSpec, raw: bool) -> Act:
-    """What a convolution reads, without memory."""
+    """Return the input of a convolution, without memory."""
     y = _image(conv.n, conv.ci, conv.h, conv.w, conv.dtype)
     if not raw:
         return Act(y)
@@ -93,14 +93,14 @@ def input_of(conv: ConvSpec, raw: bool) -> Act:
 
 
 def gradient_of(conv: ConvSpec) -> Grad:
-    """The gradient of a convolution's raw output, without memory."""
+    """Return the gradient of a convolution's raw output, without memory."""
     y = _image(conv.n, conv.co, conv.ho, conv.wo, conv.dtype)
     packed = _rows(3, conv.co, conv.dtype) if ITEMSIZE[conv.dtype] == 2 else None
     return Grad(torch.empty_like(y), y, _rows(3, conv.co), packed, conv.batch_stats)
 
 
 def launched(name: str, one: LaunchSpec, config: Config) -> list[CapturedLaunch]:
-    """What the launcher of a convolution's kernel launches."""
+    """Return the launches of a convolution's launcher."""
     conv, groups = one.last, merged_groups(one.last)
     x, dtype = input_of(conv, one.prologue), getattr(torch, one.dtype)
     with capture() as found:
@@ -128,18 +128,18 @@ def _dgrad(layer: str, one: LaunchSpec, config: Config, weight: Tensor, x: Act) 
 
 
 def cast(one: LaunchSpec, dtype: str, tf32: bool) -> LaunchSpec:
-    """A launch in another dtype."""
+    """Return a launch in another dtype."""
     return LaunchSpec(one.kernel, (one.last.with_(dtype=dtype, tf32=tf32),), prologue=one.prologue)
 
 
 def label_of(name: str, config: Config, dtype: str = "") -> str:
-    """The ``config`` of a table's row."""
+    """Return the ``config`` of a table's row."""
     kind = "" if config.packed or dtype else " exact"
     return f"{name}, {config}{kind}" + (f", {dtype}" if dtype else "")
 
 
 def conv_jobs(every: bool = True) -> Iterator[CompileJob]:
-    """The convolutions' compile jobs; ``every=False``: the first config of each launch, packed, on sm_90."""
+    """Yield the convolutions' compile jobs; ``every=False``: the first config of each launch, packed, on sm_90."""
     for name, one in launches().items():
         for arch, gpu in GPUS.items():
             legal = training_configs.candidates(one, gpu, packed=True)
@@ -159,7 +159,7 @@ def conv_jobs(every: bool = True) -> Iterator[CompileJob]:
 
 
 def passes() -> dict[str, CapturedLaunch]:
-    """Name -> launch of every kernel without products, on tensors of layer 3 and of the stem."""
+    """Return name -> launch of every kernel without products, on tensors of layer 3 and of the stem."""
     n, dtype, bf16 = 256, "bfloat16", torch.bfloat16
     conv = layers()["3x3"]
     y, z = (_image(n, 1024, 14, 14, dtype) for _ in range(2))
@@ -202,7 +202,7 @@ def _distinct(name: str, made: list[CapturedLaunch]) -> dict[str, CapturedLaunch
 
 
 def jobs(every: bool = True) -> Iterator[CompileJob]:
-    """All compile jobs; ``every=False``: see :func:`conv_jobs`, and the passes on sm_90."""
+    """Yield all compile jobs; ``every=False``: see :func:`conv_jobs`, and the passes on sm_90."""
     yield from conv_jobs(every)
     for name, one in passes().items():
         yield from (one.job(arch, name) for arch in GPUS if every or arch == 90)

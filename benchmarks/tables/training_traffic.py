@@ -74,7 +74,7 @@ class StepTraffic:
 
 
 def role(t: TensorTraffic) -> str:
-    """What a kernel's argument holds. Split-K products are partial sums, too."""
+    """Return what a kernel's argument holds. Split-K products are partial sums too."""
     names = set(t.name.split("="))
     if names & WEIGHT_ARGUMENTS:
         return WEIGHTS
@@ -84,12 +84,12 @@ def role(t: TensorTraffic) -> str:
 
 
 def kind(kernel: str) -> str:
-    """``_conv_fwd_kernel`` -> ``conv_fwd``."""
+    """Return ``conv_fwd`` for ``_conv_fwd_kernel``."""
     return kernel.strip("_").removesuffix("_kernel")
 
 
 def call_of(spec: ConvSpec | BlockSpec) -> Call:
-    """A random call of a bottleneck, a basic block or a pooled stem, running statistics included."""
+    """Make a random call of a bottleneck, a basic block or a pooled stem, running statistics included."""
     dtype = getattr(torch, spec.dtype)
     convs = spec.convs
 
@@ -106,7 +106,7 @@ def call_of(spec: ConvSpec | BlockSpec) -> Call:
 
 
 def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -> StepTraffic:
-    """Forward and backward of a block or stem in the counting interpreter, with the configs of ``batch``.
+    """Run forward and backward of a block or stem in the counting interpreter, with the configs of ``batch``.
 
     Without ``packing`` weights are zeros: no byte depends on a value, and packing moves no activation but takes most of
     the time, a program per row of a filter; see :func:`packed_bytes`.
@@ -136,13 +136,13 @@ def _zero_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | 
 
 
 def packed_bytes(spec: ConvSpec | BlockSpec) -> int:
-    """What packing moves: each parameter in fp32 and its 16-bit copy, per direction."""
+    """Return the bytes that packing moves: each parameter in fp32 and its 16-bit copy, per direction."""
     convs, directions = (spec.convs, 2) if isinstance(spec, BlockSpec) else ((spec,), 1)
     return sum(directions * c.co * c.gemm_k * (4 + ITEMSIZE[c.dtype]) for c in convs)
 
 
 def summed(plan: str, counts: LaunchCounts) -> StepTraffic:
-    """Bytes by kind of launch and role of tensor."""
+    """Sum bytes by kind of launch and role of tensor."""
     by_kind: dict[str, Counter[str]] = {}
     for one in counts.launches:
         roles = by_kind.setdefault(kind(one.kernel), Counter())
@@ -153,7 +153,7 @@ def summed(plan: str, counts: LaunchCounts) -> StepTraffic:
 
 
 def least(spec: ConvSpec | BlockSpec) -> dict[str, int]:
-    """Activation bytes that each kind of launch must move: ``min_bytes`` without filters, and what a dgrad adds.
+    """Return the activation bytes that each kind of launch must move: ``min_bytes`` without filters, and a dgrad's sum.
 
     Of a bottleneck with the identity they are 82 tensors of its inner width: 12 of the convolutions, 24 of their dgrads
     (with the shortcut's gradient), 18 of their wgrads, 12 and 16 of the block's end, forward and backward.
@@ -189,7 +189,7 @@ def least(spec: ConvSpec | BlockSpec) -> dict[str, int]:
 
 
 def parts() -> dict[str, tuple[ConvSpec | BlockSpec, int]]:
-    """Name -> (spec, how often it occurs) of every distinct part of ResNet-50 at batch 1."""
+    """Return name -> (spec, how often it occurs) of every distinct part of ResNet-50 at batch 1."""
     every: dict[str, ConvSpec | BlockSpec] = {"r50.conv1": shapes.problems("resnet50", 1, dtype="float16")["r50.conv1"]}
     every |= shapes.blocks("resnet50", 1, dtype="float16")
     times = Counter(every.values())
@@ -200,13 +200,13 @@ def parts() -> dict[str, tuple[ConvSpec | BlockSpec, int]]:
 
 
 def head() -> int:
-    """Activation bytes of the global pool and the fully connected layer, which PyTorch runs."""
+    """Return the activation bytes of the global pool and the fully connected layer, which PyTorch runs."""
     items = byte_model.net_work("resnet50", "train-conv-bn", dtype="float16")
     return sum(i.activations for i in items if i.part == "head" and i.kernel != "block_end_grad")
 
 
 def rows_of(name: str, times: int, spec: ConvSpec | BlockSpec, part: StepTraffic) -> list[StepTrafficRow]:
-    """One row per kind of launch that moves activations."""
+    """Return one row per kind of launch that moves activations."""
     wanted = least(spec)
     return [
         StepTrafficRow(name, times, k, part.launches[k], roles[ACTIVATIONS], wanted.get(k, 0))
@@ -221,7 +221,7 @@ def _unpacked(spec: ConvSpec | BlockSpec) -> StepTraffic:
 
 
 def net() -> tuple[dict[str, float], list[StepTrafficRow], dict[str, str]]:
-    """Totals of ResNet-50 in MB per image, the rows, and each part's configs."""
+    """Return totals of ResNet-50 in MB per image, the rows, and each part's configs."""
     every = parts()
     with ProcessPoolExecutor(2) as pool:
         found = dict(zip(every, pool.map(_unpacked, [spec for spec, _ in every.values()]), strict=True))
