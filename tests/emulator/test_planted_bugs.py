@@ -16,7 +16,7 @@ import torch
 from resnet_fast import native, numerics
 from resnet_fast.benchmarks import emulation
 from resnet_fast.benchmarks.emulation import B200, H100, KERNELS, Edit, Emulator
-from tests.emulator.test_bottleneck_fwd import block
+from tests.support.bottleneck_cases import block
 from tests.support.planted import Planted
 
 pytestmark = pytest.mark.slow  # a compilation each

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 PROGRAM = """
 from pathlib import Path
 import torch
-from tests.emulator.test_bottleneck_fwd import block
+from tests.support.bottleneck_cases import block
 from resnet_fast.benchmarks.emulation import B200, H100, Emulator
 for channels in ((256, 64, 256), (256, 128, 256), (64, 64, 256)):
     for device in (B200, H100):
