@@ -180,7 +180,7 @@ class Fused(nn.Module):
             return ""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return ""
-        return "expected weights that stay where they are, got FSDP2's; in inference it runs unfused"
+        return "expected weights that stay in memory, got FSDP2's, freed after each call; in inference it runs unfused"
 
     def gradient_obstacle(self, x: Tensor) -> str:
         """Return why the op's gradients would differ from the stock layers' in the last bit.
@@ -198,7 +198,7 @@ class Fused(nn.Module):
             return ""
         if select.trains(x.device.type, x.dtype, self.backend):
             return ""
-        return f"expected layers that the reference repeats bit for bit in training, got {got}; it runs unfused"
+        return f"expected layers that the reference reproduces bit for bit in training, got {got}; it runs unfused"
 
     def unlike_reference(self) -> str:
         """Return what the reference rounds in another order than this module's own layers; empty if nothing."""

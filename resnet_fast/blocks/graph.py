@@ -292,7 +292,7 @@ def _call_obstacle(net: Fused, x: Tensor) -> str:
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on, which casts by Python's state at each call; convert the model and its input instead"
     if torch._C._len_torch_function_stack():
-        return "a torch function mode is on (torch.set_default_device sets one), which a replay would pass by"
+        return "a torch function mode is on (torch.set_default_device sets one), which a replay would skip"
     if "_is_replica" in net.__dict__:
         return "DataParallel makes a new copy of the net for each call; use a process per GPU"
     if net.has_other_methods():

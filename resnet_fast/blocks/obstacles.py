@@ -25,19 +25,19 @@ NORMS = "BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity"
 def untraceable(x: Any) -> str:
     """Return why a call with this input must run the stock layers: a tracer or transform that cannot read our ops."""
     if isinstance(x, torch.fx.Proxy):
-        return "symbolic tracing by torch.fx takes the stock layers, whose node names are torchvision's"
+        return "torch.fx traces the stock layers, so that the nodes have torchvision's names"
     if torch.compiler.is_exporting():
-        return "torch.export takes the stock layers, which quantizers and other runtimes know"
+        return "torch.export records the stock layers, which quantizers and other runtimes know"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return "torch.jit.trace and ONNX export take the stock layers, which other runtimes know"
+        return "torch.jit.trace and ONNX export record the stock layers, which other runtimes know"
     if torch.compiler.is_compiling():
         return ""
     if torch._C._functorch.maybe_current_level() is not None:
-        return "torch.func transforms take the stock layers, which have their rules"
+        return "torch.func transforms the stock layers, which have rules for every transform"
     if _has_any_global_hook():
-        return "a global module hook wants to see every inner layer"
+        return "a global module hook observes every inner layer"
     if torch._C._len_torch_function_stack() and any(type(m) is not DeviceContext for m in _function_modes()):
-        return "a torch function mode is on, which wants to see each operation"
+        return "a torch function mode is on and observes each operation"
     return ""
 
 
@@ -52,7 +52,7 @@ def overridden_tensor(x: Any) -> str:
     own = getattr(kind.__torch_function__, "__func__", None)  # None: torch's own, for DTensor and similar classes
     if own is None or own is _plain_function:
         return ""
-    got = f"{kind.__module__}.{kind.__qualname__}, whose __torch_function__ wants to see each operation"
+    got = f"{kind.__module__}.{kind.__qualname__}, which observes each operation by its __torch_function__"
     return f"expected a Tensor, got {got}; it runs unfused"
 
 

@@ -84,7 +84,7 @@ class ResidualBlock(Fused):
         downsample = child(self, "downsample")
         parts = None if downsample is None else projection_parts(downsample)
         if downsample is not None and (parts is None or parts[0] is not None):
-            return "a shortcut with a layer besides its projection"
+            return "a shortcut with another layer than its projection"
         if parts is not None and type(parts[2]) is FrozenBatchNorm2d:
             return "FrozenBatchNorm2d"
         return super().unlike_reference()

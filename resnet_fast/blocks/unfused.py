@@ -92,7 +92,7 @@ def _obstacle(m: nn.Module, accelerating: bool) -> tuple[str, str]:
     if hasattr(KNOWN[base], "stages"):  # a whole net is no block
         return "", ""
     if kind is base:
-        late = f"expected a block that accelerate() has seen, got a {_full(kind)} added since; call accelerate() again"
+        late = f"expected a block that accelerate() changed, got a {_full(kind)} added later; call accelerate() again"
         return ("", "") if accelerating else (KNOWN[base].op, late)
     return KNOWN[base].op, f"expected {_full(base)} itself, got its subclass {_full(kind)}; it runs unfused"
 

@@ -395,7 +395,7 @@ def test_function_modes_and_tensor_classes_see_each_operation(train: bool) -> No
         got, want = model(y), plain(y)
     assert type(got) is type(want) is Doubling
     torch.testing.assert_close(got.as_subclass(Tensor), want.as_subclass(Tensor), rtol=1e-4, atol=1e-4)
-    assert f"got {__name__}.Doubling, whose __torch_function__ wants" in str(resnet_fast.stats()["fallbacks"])
+    assert f"got {__name__}.Doubling, which observes each operation" in str(resnet_fast.stats()["fallbacks"])
 
 
 def test_a_default_device_is_no_obstacle() -> None:

@@ -99,7 +99,7 @@ def test_a_block_that_came_later_asks_for_accelerate() -> None:
     model.layer1.append(stock.BasicBlock(64, 64).eval())
     (late,) = unfused.find(model)
     assert late.reason == (
-        "expected a block that accelerate() has seen, got a torchvision.models.resnet.BasicBlock added since; "
+        "expected a block that accelerate() changed, got a torchvision.models.resnet.BasicBlock added later; "
         "call accelerate() again"
     )
     assert unfused.find(resnet_fast.accelerate(model)) == []

@@ -158,7 +158,7 @@ def test_broken_parameters(edit: str) -> None:
 
 
 def test_a_weight_that_breaks_later_and_is_mended() -> None:
-    """The folded weights are computed anew at each edit, and with them what they allow."""
+    """Each edit recomputes the folded weights, and with them the values that they allow."""
     stock = nets.bottleneck().eval()
     fused = resnet_fast.accelerate(copy.deepcopy(stock))
     x = torch.randn(1, 3, 32, 32)
