@@ -21,7 +21,7 @@ from .stem import Stem, side
 STAGES = (nn.Sequential, fused_stage.Sequential)
 
 
-class Route(Enum):
+class Way(Enum):
     """A way in which a call of a whole net runs."""
 
     REPLAY = "from a CUDA graph, where the call allows it"
@@ -46,7 +46,7 @@ class Net(Stem):
     )
 
     def net_forward(self, x: Tensor, replay: bool = True) -> Tensor:
-        """Run the net by its :meth:`route`.
+        """Run the net by its :meth:`way`.
 
         Args:
             x: images (N, C, H, W).
@@ -58,15 +58,15 @@ class Net(Stem):
         Raises:
             BackendError: in strict mode, a part of the net runs unfused; a requested backend cannot run a part.
         """
-        route = self.route(x, replay)
-        if route is Route.REPLAY:
+        way = self.way(x, replay)
+        if way is Way.REPLAY:
             return graph.run(self, x, lambda x: self.net_forward(x, replay=False))
-        if route is Route.STOCK:
+        if way is Way.STOCK:
             return getattr(self.stock_class, self.stock_methods[0])(self, x)
-        if route is Route.LAYERS:
+        if way is Way.LAYERS:
             return self.layers_forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        if route is Route.LAYERS_NHWC or not ops.is_plain_inference(x):
+        if way is Way.LAYERS_NHWC or not ops.is_plain_inference(x):
             return self.layers_forward(x)
         parts = self.parts(x)
         if parts is None:
@@ -77,7 +77,7 @@ class Net(Stem):
             x = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
         return self.head_forward(x)
 
-    def route(self, x: Tensor, replay: bool) -> Route:
+    def way(self, x: Tensor, replay: bool) -> Way:
         """Return how a call with this input runs. The first case that applies decides.
 
         Counts what runs its stock layers; in strict mode that raises BackendError.
@@ -88,28 +88,28 @@ class Net(Stem):
             if others and not untraceable(x):
                 unfused.count(others)
             if self.__dict__.get(graph.FLAG):  # accelerate(model, cuda_graph=True)
-                return Route.REPLAY
+                return Way.REPLAY
         if untraceable(x):  # a tracer or transform cannot read the ops
-            return Route.STOCK
+            return Way.STOCK
         reason = self.watched.changed()
         if reason:  # somebody replaced a function that the ops skip
             record.stock(self, self.op, reason)
-            return Route.STOCK
+            return Way.STOCK
         if compiling:  # the compiler traces every block as its op
-            return Route.LAYERS
+            return Way.LAYERS
         if x.dim() != 4:  # an image without a batch; the layers report other shapes
-            return Route.LAYERS
+            return Way.LAYERS
         if self.has_other_methods():  # a replaced method runs between the layers
-            return Route.LAYERS
+            return Way.LAYERS
         device, backend = x.device.type, self.backend
         trains = torch.is_grad_enabled() or self.training
         if trains and select.trains_nhwc(device, x.dtype, backend):  # as the training kernels work
-            return Route.LAYERS_NHWC
+            return Way.LAYERS_NHWC
         if trains:  # autograd records every block; batch statistics need the whole batch
-            return Route.LAYERS
+            return Way.LAYERS
         if not select.prefers_nhwc(device, backend):  # no fused backend would gain from one layout
-            return Route.LAYERS
-        return Route.WHOLE
+            return Way.LAYERS
+        return Way.WHOLE
 
     def layers_forward(self, x: Tensor) -> Tensor:
         """Run stem, stages and head one after another."""

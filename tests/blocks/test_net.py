@@ -1,4 +1,4 @@
-"""The route of a call through a whole net, and the batches that may be cut into tiles."""
+"""The way of a call through a whole net, and the batches that may be cut into tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_fast
 from resnet_fast import paper_nets
-from resnet_fast.blocks.net import Route
+from resnet_fast.blocks.net import Way
 
 
 def net(block: type[BasicBlock | Bottleneck] = BasicBlock) -> nn.Module:
@@ -20,40 +20,40 @@ def net(block: type[BasicBlock | Bottleneck] = BasicBlock) -> nn.Module:
 
 def test_plain_inference_runs_the_whole_net_in_one_call() -> None:
     with torch.no_grad():
-        assert net().route(torch.randn(2, 3, 32, 32), replay=True) is Route.WHOLE
+        assert net().way(torch.randn(2, 3, 32, 32), replay=True) is Way.WHOLE
 
 
 @pytest.mark.parametrize(
-    ("backend", "cuda_graph", "training", "grad", "shape", "route"),
+    ("backend", "cuda_graph", "training", "grad", "shape", "way"),
     [
-        ("auto", True, False, False, (2, 3, 32, 32), Route.REPLAY),
-        ("auto", True, True, True, (2, 3, 32, 32), Route.REPLAY),
-        ("auto", False, False, False, (3, 32, 32), Route.LAYERS),
-        ("auto", False, True, True, (2, 3, 32, 32), Route.LAYERS),
-        ("auto", False, True, False, (2, 3, 32, 32), Route.LAYERS),
-        ("auto", False, False, True, (2, 3, 32, 32), Route.LAYERS),
-        ("reference", False, False, False, (2, 3, 32, 32), Route.LAYERS),
-        ("onednn", False, False, False, (2, 3, 32, 32), Route.WHOLE),
+        ("auto", True, False, False, (2, 3, 32, 32), Way.REPLAY),
+        ("auto", True, True, True, (2, 3, 32, 32), Way.REPLAY),
+        ("auto", False, False, False, (3, 32, 32), Way.LAYERS),
+        ("auto", False, True, True, (2, 3, 32, 32), Way.LAYERS),
+        ("auto", False, True, False, (2, 3, 32, 32), Way.LAYERS),
+        ("auto", False, False, True, (2, 3, 32, 32), Way.LAYERS),
+        ("reference", False, False, False, (2, 3, 32, 32), Way.LAYERS),
+        ("onednn", False, False, False, (2, 3, 32, 32), Way.WHOLE),
     ],
 )
-def test_route_by_options_mode_and_input(
-    backend: str, cuda_graph: bool, training: bool, grad: bool, shape: tuple[int, ...], route: Route
+def test_way_by_options_mode_and_input(
+    backend: str, cuda_graph: bool, training: bool, grad: bool, shape: tuple[int, ...], way: Way
 ) -> None:
     model = resnet_fast.accelerate(net(), backend=backend, cuda_graph=cuda_graph).train(training)
     with torch.set_grad_enabled(grad):
-        assert model.route(torch.randn(shape), replay=True) is route
+        assert model.way(torch.randn(shape), replay=True) is way
         if cuda_graph and not training:
-            assert model.route(torch.randn(shape), replay=False) is Route.WHOLE
+            assert model.way(torch.randn(shape), replay=False) is Way.WHOLE
 
 
-def test_route_of_a_replaced_function_and_of_an_observer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_way_of_a_replaced_function_and_of_an_observer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         with torch.overrides.BaseTorchFunctionMode():
-            assert model.route(x, replay=True) is Route.STOCK
+            assert model.way(x, replay=True) is Way.STOCK
         resnet_fast.reset_stats()
         monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: x)
-        assert model.route(x, replay=True) is Route.STOCK
+        assert model.way(x, replay=True) is Way.STOCK
     assert "Conv2d.forward, got another" in str(resnet_fast.stats()["fallbacks"])
 
 
