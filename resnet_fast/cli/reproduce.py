@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,10 @@ from ..errors import UserError
 from .options import ThreadsOption
 from .output import progress_bar, show
 from .train import EXIT, default_device, watch
+
+if TYPE_CHECKING:
+    from ..training.experiments.protocols import Experiment
+    from ..training.experiments.runs import Run
 
 
 def reproduce(
@@ -40,7 +45,6 @@ def reproduce(
 ) -> None:
     """Train the nets of the paper's experiments, and write a page with figures, picture and verdict for each."""
     from ..training import recipe as recipes
-    from ..training.disk import write_file
     from ..training.experiments import protocols, runs
     from ..training.experiments import report as pages
 
@@ -67,23 +71,28 @@ def reproduce(
         with progress_bar(eta=True) as progress:
             result = runs.train_case(case, recipe, root, seed, options, watch(progress, label=f"{case.label}: "))
         if not result.finished:
-            show(f"stopped by {result.stopped_by} in run {number} of {len(left)}; the same command goes on")
+            show(f"stopped by {result.stopped_by} in run {number} of {len(left)}; the same command continues")
             raise typer.Exit(EXIT.get(result.stopped_by, EXIT["SIGTERM"]))
     command = " ".join(["resnet-fast reproduce", *names, *_options(protocol, seed, threads, set)])
     folder.mkdir(parents=True, exist_ok=True)
     for experiment in chosen:
-        found = []
-        for case in experiment.cases:
-            run = runs.read_run(case, root, seed, case.recipe(protocol, path, seed, changes))
-            assert run is not None, case
-            found.append(run)
-        page = pages.compose(experiment, found, protocol, command)
-        show(f"{experiment.name}: {folder / experiment.name}.md", *[f"  {pages.sentence(v)}" for v in page.verdicts])
-        page.save(folder)  # after printing: a full disk must not lose the verdicts
-        for run in found:
-            kept = folder / "logs" / f"{run.case.key}.jsonl"
-            kept.parent.mkdir(exist_ok=True)
-            write_file(kept, runs.short_log(run).encode())
+        cases = [(case, case.recipe(protocol, path, seed, changes)) for case in experiment.cases]
+        found = [runs.read_run(case, root, seed, recipe) for case, recipe in cases]
+        _write_page(experiment, [run for run in found if run is not None], protocol, command, folder)
+
+
+def _write_page(experiment: Experiment, found: Sequence[Run], protocol: str, command: str, folder: Path) -> None:
+    """Print the findings of an experiment, then write its page, its picture and the logs of its runs."""
+    from ..training.disk import write_file
+    from ..training.experiments import report, runs
+
+    page = report.compose(experiment, found, protocol, command)
+    show(f"{experiment.name}: {folder / experiment.name}.md", *[f"  {report.sentence(f)}" for f in page.findings])
+    page.save(folder)  # after printing: a full disk must not lose the findings
+    for run in found:
+        kept = folder / "logs" / f"{run.case.key}.jsonl"
+        kept.parent.mkdir(exist_ok=True)
+        write_file(kept, runs.short_log(run).encode())
 
 
 def _options(protocol: str, seed: int, threads: int | None, changes: list[str] | None) -> list[str]:

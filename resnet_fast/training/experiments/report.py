@@ -26,7 +26,7 @@ class Page:
     name: str
     text: str
     picture: Any
-    verdicts: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
 
     def save(self, folder: Path) -> tuple[Path, ...]:
         """Write ``<name>.png`` and ``<name>.md`` into ``folder``, and return the paths of page and picture."""
@@ -93,10 +93,10 @@ def compose(experiment: Experiment, runs: Sequence[Run], protocol: str, command:
     return Page(experiment.name, "\n".join(lines).rstrip() + "\n", picture, tuple(found))
 
 
-def sentence(verdict: Finding) -> str:
+def sentence(finding: Finding) -> str:
     """Return a finding as a sentence without a full stop."""
-    because = verdict.because[0].upper() + verdict.because[1:]
-    return f"{'Shown' if verdict.shown else 'NOT shown'}: {verdict.claim}. {because}"
+    because = finding.because[0].upper() + finding.because[1:]
+    return f"{'Shown' if finding.shown else 'NOT shown'}: {finding.claim}. {because}"
 
 
 def _draw(experiment: Experiment, runs: Sequence[Run]) -> Any:
