@@ -20,7 +20,7 @@ from resnet_fast.backends.triton.problem import problem
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec, LaunchSpec
 from resnet_fast.tuning import heuristic, shapes
 from resnet_fast.tuning.configs import Config
-from resnet_fast.tuning.routes import Route, routes
+from resnet_fast.tuning.routes import LaunchRoute, routes
 
 from .. import markdown
 from ..markdown import LEFT, RIGHT
@@ -73,10 +73,10 @@ def counted(launch: LaunchSpec, config: Config | None = None) -> LaunchTraffic:
     )  # fmt: skip
 
 
-def net_routes(plan: str, **size: Any) -> list[Route]:
+def net_routes(plan: str, **size: Any) -> list[LaunchRoute]:
     """Return the routes of ResNet-50 under a plan: ``conv``, or ``tail`` and the next best where a block has none."""
     stem = shapes.problems("resnet50", 1, dtype="float16", **size)["r50.conv1"]
-    found: list[Route] = []
+    found: list[LaunchRoute] = []
     specs: list[ConvSpec | BlockSpec] = [stem, *shapes.blocks("resnet50", 1, dtype="float16", **size).values()]
     for spec in specs:
         by = {r.plan: r for r in routes(spec)}
@@ -85,12 +85,12 @@ def net_routes(plan: str, **size: Any) -> list[Route]:
     return found
 
 
-def runs(route: Route) -> bool:
+def runs(route: LaunchRoute) -> bool:
     """Return whether each launch has a config that may be used unmeasured."""
     return all(heuristic.select(launch, H100) for launch in route.launches)
 
 
-def pooled_apart(routes: Iterable[Route]) -> int:
+def pooled_apart(routes: Iterable[LaunchRoute]) -> int:
     """Return the bytes that PyTorch's max-pool moves where the stem's route leaves it out."""
     moved = 0
     for route in routes:

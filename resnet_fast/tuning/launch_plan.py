@@ -19,7 +19,7 @@ from ..errors import BackendError
 from ..spec import ConvSpec, LaunchSpec, Spec
 from . import configs, heuristic, training_configs
 from .configs import Config
-from .routes import Route, routes
+from .routes import LaunchRoute, routes
 from .tables import Table, user_file
 from .training_configs import CUDNN, training_launch
 
@@ -36,7 +36,7 @@ class LaunchPlan:
         others: the routes that lost, by name, with their seconds.
     """
 
-    route: Route
+    route: LaunchRoute
     configs: tuple[Config, ...]
     seconds: float
     measured: bool
@@ -110,7 +110,7 @@ def stock_seconds(spec: Spec, device: Device, table: Table) -> float | None:
     return min(sums, default=None)
 
 
-def _pooling(problem: Spec, route: Route, device: Device) -> float:
+def _pooling(problem: Spec, route: LaunchRoute, device: Device) -> float:
     """Return the seconds of PyTorch's max-pool after an unpooled stem, 0 for any other problem.
 
     It reads the convolution's output and writes the pooled one.

@@ -30,7 +30,7 @@ STEM_STEP = 64
 
 
 @dataclass(frozen=True)
-class Route:
+class LaunchRoute:
     """One way to run a problem. ``plan``: conv, proj, tail or stem, the rows of the table above."""
 
     plan: str
@@ -82,7 +82,7 @@ def launch(conv: ConvSpec) -> LaunchSpec:
     return LaunchSpec(kernel_for(conv), (conv,))
 
 
-def routes(spec: Spec) -> tuple[Route, ...]:
+def routes(spec: Spec) -> tuple[LaunchRoute, ...]:
     """Return every route of a problem, ``conv`` first.
 
     Whether a kernel can run a launch is decided by the rules in configs.py.
@@ -90,20 +90,20 @@ def routes(spec: Spec) -> tuple[Route, ...]:
     if spec.pool is not None:
         (stem,) = spec.main
         unpooled = stem.with_(epilogue=replace(stem.epilogue, pool=None))
-        apart = Route("conv", (launch(unpooled),))
+        apart = LaunchRoute("conv", (launch(unpooled),))
         fits = spec.pool == FUSED_POOL and stem.groups == 1 and stem_step(stem) <= STEM_STEP
-        return (apart, Route("stem", (launch(stem),))) if fits else (apart,)
+        return (apart, LaunchRoute("stem", (launch(stem),))) if fits else (apart,)
     *inner, last = (launch(c) for c in spec.main)
     projection = spec.projection
     first: tuple[LaunchSpec, ...] = () if projection is None else (launch(projection),)
-    found = [Route("conv", (*first, *inner, last))]
+    found = [LaunchRoute("conv", (*first, *inner, last))]
     merges = last.kernel in ("conv_bn_act_1x1", "conv_bn_act_3x3") and last.first.groups == 1
     if projection is not None and first[0].kernel == "conv_bn_act_1x1" and merges:
-        found.append(Route("proj", (*inner, replace(last, projection=projection))))
+        found.append(LaunchRoute("proj", (*inner, replace(last, projection=projection))))
     if spec.op == "bottleneck" and last.kernel == "conv_bn_act_1x1" and inner[-1].kernel == "conv_bn_act_3x3":
         conv2 = inner[-1].first
         fits = conv2.groups == 1 and conv2.co <= TAIL_CHANNELS and last.first.stride == (1, 1)
         if fits and (projection is None or first[0].kernel == "conv_bn_act_1x1"):
             tail = LaunchSpec("bottleneck", (conv2, last.first), projection)
-            found.append(Route("tail", (*inner[:-1], tail)))
+            found.append(LaunchRoute("tail", (*inner[:-1], tail)))
     return tuple(found)

@@ -8,7 +8,7 @@ from resnet_fast import devices
 from resnet_fast.errors import BackendError
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
 from resnet_fast.tuning import configs, heuristic, launch_plan, shapes
-from resnet_fast.tuning.routes import Route, launch, routes
+from resnet_fast.tuning.routes import LaunchRoute, launch, routes
 from resnet_fast.tuning.tables import Table
 
 H100 = devices.gpu("h100")
@@ -28,7 +28,7 @@ def table(*entries: tuple[LaunchSpec, dict[str, float | None]]) -> Table:
     return Table(H100.name, {str(one): times for one, times in entries})
 
 
-def throughout(route: Route, us: float) -> list[tuple[LaunchSpec, dict[str, float | None]]]:
+def throughout(route: LaunchRoute, us: float) -> list[tuple[LaunchSpec, dict[str, float | None]]]:
     """Return a measured time for every launch of ``route`` on one candidate of ours."""
     return [(one, {names(one)[0]: us}) for one in route.launches]
 

@@ -12,7 +12,7 @@ from resnet_fast.tuning import shapes
 from resnet_fast.tuning.routes import (
     MIN_CHANNELS,
     TAIL_CHANNELS,
-    Route,
+    LaunchRoute,
     kernel_for,
     launch,
     merged_groups,
@@ -23,7 +23,7 @@ from resnet_fast.tuning.routes import (
 NETS = ("resnet18", "resnet50", "resnext50_32x4d", "resnext101_64x4d", "wide_resnet50_2", "cifar_resnet20")
 
 
-def _by_plan(spec: ConvSpec | BlockSpec) -> dict[str, Route]:
+def _by_plan(spec: ConvSpec | BlockSpec) -> dict[str, LaunchRoute]:
     found = {route.plan: route for route in routes(spec)}
     assert len(found) == len(routes(spec))
     return found
