@@ -82,7 +82,7 @@ def _load_pickle(path: Path) -> Any:
             check_archive(path)
         with warnings.catch_warnings():  # torch asks for a bug report about some foreign pickles
             warnings.simplefilter("ignore")
-            # The options of the program that trained, beside torchvision's and timm's weights: a bag of attributes.
+            # torchvision's and timm's checkpoints also contain the training program's options, a Namespace.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

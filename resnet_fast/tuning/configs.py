@@ -1,4 +1,4 @@
-"""Define how launches are cut into tiles: the shipped configs of each kernel and the hardware rules that admit them.
+"""Define how launches are divided into tiles: the shipped configs of each kernel and the rules that admit them.
 
 A rule is a function from (launch, config, GPU) to a :class:`~resnet_fast.spec.Verdict`. The heuristic, the tuner and
 the tests call the same rules. Sizes are in elements, memory in bytes. Torch-free.

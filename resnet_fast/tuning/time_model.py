@@ -1,6 +1,6 @@
 """Predict the time of a launch by a model of tiles, bytes and tensor-core cycles.
 
-For a launch of inference, cut into ``tiles`` programs::
+For a launch of inference of ``tiles`` programs::
 
     compute   = ceil(tiles / multiprocessors) * block_m * block_n * gemm_k / (multiply-adds per second of one * fill)
     L2        = tiles * (block_m + block_n) * gemm_k * itemsize / L2 bandwidth        (every program reads its operands)

@@ -1,4 +1,4 @@
-"""Define how the training launches of a convolution (forward, dgrad, wgrad) are cut into tiles.
+"""Define how the training launches of a convolution (forward, dgrad, wgrad) are divided into tiles.
 
 A training launch is a :class:`~resnet_fast.spec.LaunchSpec` of kernel ``conv_fwd``, ``conv_dgrad`` or ``conv_wgrad``
 with one convolution. ``prologue`` means that its input is raw: BatchNorm and ReLU are applied as it is read. Each of
@@ -51,7 +51,7 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
 """Every training config that can ever be chosen, by kernel. Tests run each, static budgets compile each."""
 
 WHOLE_TILE = 128 * 128
-"""Outputs of a tile whose main loop keeps an H100's tensor cores busy."""
+"""Outputs of a tile that is large enough to keep an H100's tensor cores busy in the main loop."""
 
 FEW_VALUES = 16
 """Least values per channel for a packed prologue. With fewer, BatchNorm's gradient is almost only the difference of two

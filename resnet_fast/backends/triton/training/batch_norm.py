@@ -1,4 +1,4 @@
-r"""BatchNorm in a training step: the vectors of a raw output, made of its statistics, and the gradient's coefficients.
+r"""BatchNorm in a training step: the vectors of a raw output, from its statistics, and the gradient's coefficients.
 
     forward     partials[:, t, c] = mean and M2 = sum (y - mean)^2 of y[m, c] over the rows m of tile t
                 mean = pivot + sum_t n_t (mean_t - pivot) / n        M2 = sum_t M2_t + n_t (mean_t - mean)^2
@@ -8,29 +8,29 @@ r"""BatchNorm in a training step: the vectors of a raw output, made of its stati
                 s1 = sum_t / n      s2 = INVSTD * sum_t / n      dgamma = INVSTD * sum_t      dbeta = sum_t
                 A = SCALE           B = -A * INVSTD * s2         C = A * (INVSTD * s2 * MEAN - s1)
 
-(Ioffe and Szegedy 2015, section 3; Chan, Golub and LeVeque 1979 for the merge.) Partials come out of the epilogues of
-conv_fwd, conv_dgrad, block_end and pool. Around a convolution that runs on cuDNN two passes take their place:
-``statistics`` reads y for them, and ``apply_backward`` writes dy = A*g + B*y + C.
+(Ioffe and Szegedy 2015, section 3; Chan, Golub and LeVeque 1979 for the merge.) The epilogues of conv_fwd, conv_dgrad,
+block_end and pool compute the partials. Around a convolution on cuDNN two passes replace them: ``statistics`` reads y,
+and ``apply_backward`` writes dy = A*g + B*y + C.
 
-Saved bytes. Stock BatchNorm reads y, and again, and writes the result; in backward it reads g and y, and again, and
-writes dy. Here nothing of that size moves, except around cuDNN: y read once, and g and y read and dy written.
+Saved bytes. Stock BatchNorm reads y twice and writes the result; in backward it reads g and y twice and writes dy. Here
+nothing of that size moves, except around cuDNN: y is read once; g and y are read, and dy is written.
 
     tiles t ->                     Merge: a program owns BLOCK_C channels and a chunk of CHUNK tiles, read BLOCK_T at a
-    c [ . . . . | . . . . | . ]    time. A chunk's result is a partial like its members, of CHUNK times their rows, so
-        chunk 0   chunk 1          levels of launches repeat until LAST_TILES or fewer are left for the final kernel.
+    c [ . . . . | . . . . | . ]    time. A chunk's result is a partial too, of CHUNK times as many rows, so launches
+        chunk 0   chunk 1          repeat until at most LAST_TILES are left for the final kernel.
 
-Numerics. fp32. A mean is a small distance from a pivot that lies among the data, M2 a sum of squares of distances from
-the mean: nothing cancels when |mean| >> std. Sums are taken in an order that only the shape decides: the same bits
-every time. Here and in ``folding`` are the only places where eps appears: a batch's variance is on the device alone.
+Numerics. fp32. A mean is a small distance from a pivot among the data, and M2 a sum of squared distances from the mean:
+nothing cancels when |mean| >> std. Only the shape decides the order of sums, so the result is the same bits every time.
+Only this file and ``folding`` compute with eps; this one because a batch's variance exists on the device only.
 
 Several processes. (mean, M2, count) of each are gathered and merged by the same kernel; counts may differ and be zero.
 The backward sums are all-reduced for A, B and C; dgamma and dbeta remain those of this process, for DDP to average.
 
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_batch_norm.py``.
 
-Not taken: one pass over the partials by squares of distances from the pivot, since a first tile that lies far from the
-others would cancel digits; the second pass reads L1. Statistics by sums of y - pivot and of its square, for the same
-reason: Welford costs one more instruction per element, of eight.
+Not taken: one pass over the partials by squared distances from the pivot. A first tile far from the others would cancel
+digits, and the second pass reads L1. For the same reason, statistics are not sums of y - pivot and of its square:
+Welford's algorithm costs one more instruction per element, of eight.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from .vectors import Grad
 
 CHUNK, LAST_TILES = 128, 256
 BLOCK_T, BLOCK_C = 128, 16
-"""Tiles and channels of a merge: 16 loads of a thread, all in flight."""
+"""Tiles and channels of a merge; a thread has 16 loads, all in flight."""
 
 CENTRE, INVSTD, INV_COUNT = tl.constexpr(v.CENTRE), tl.constexpr(v.INVSTD), tl.constexpr(v.INV_COUNT)
 BATCH_MEAN, BATCH_VAR = tl.constexpr(v.BATCH_MEAN), tl.constexpr(v.BATCH_VAR)
@@ -103,7 +103,7 @@ def _statistics_kernel(
 
 
 def statistics(y: Tensor) -> tuple[Tensor, int]:
-    """(partials, rows): (2, tiles, C) fp32, mean and M2 of y (N, C, H, W) in each tile of ``rows`` of its rows."""
+    """Return (partials, rows): (2, tiles, C) fp32, mean and M2 of y (N, C, H, W) in each tile of ``rows`` rows."""
     c, tile = y.shape[1], tile_of(y, 4)
     steps, tiles = walk(y, tile)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
@@ -115,7 +115,7 @@ def statistics(y: Tensor) -> tuple[Tensor, int]:
 
 @triton.jit
 def _counts(partials_ptr, GATHERED: tl.constexpr, t, end, rows, count, C: tl.constexpr):
-    """Rows of tile t as fp32: as gathered, or of tiles of ``rows`` rows of which the last may be shorter."""
+    """Return the rows of tile t as fp32: as gathered, or ``rows``, except that the last tile may be shorter."""
     if GATHERED:
         return tl.load(partials_ptr + (t * 3 + 2) * C, mask=t < end, other=0.0)
     else:
@@ -127,7 +127,7 @@ def _merged(
     partials_ptr, GATHERED: tl.constexpr, first, end, tiles, rows, count, c,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(n, mean, M2) of the tiles ``first`` to ``end`` by Chan's formula; zeros where they hold no rows.
+    """Return (n, mean, M2) of the tiles ``first`` to ``end`` by Chan's formula; zeros if they have no rows.
 
     GATHERED: (tiles, 3, C) of mean, M2 and count per process; otherwise (2, tiles, C).
     """
@@ -174,7 +174,7 @@ def _merge_kernel(
 
 @triton.jit
 def _optional(ptr, c, c_mask, absent: tl.constexpr, C: tl.constexpr):
-    """A parameter as fp32, or the number that stands for an absent one."""
+    """Load a parameter as fp32; ``absent`` if there is none."""
     if ptr is None:
         return tl.zeros_like(c).to(tl.float32) + absent
     else:
@@ -186,13 +186,13 @@ def _store_vectors(
     centre, mean, var, inv_count, batch_mean, batch_var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c,
     C: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """All rows of ``vectors`` and of ``clamp`` from the statistics of y."""
+    """Store all rows of ``vectors`` and of ``clamp`` from the statistics of y."""
     c_mask = c < C
     gamma, beta = _optional(gamma_ptr, c, c_mask, 1.0, C), _optional(beta_ptr, c, c_mask, 0.0, C)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     scale = gamma * invstd
     shift = beta - mean * scale
-    # relu(scale * y + shift) = fold * (clamp(y) - thr); constant where no threshold can be held
+    # relu(scale * y + shift) = fold * (clamp(y) - thr); constant where 16 bit cannot hold the threshold
     constant = (scale == 0.0) | (tl.abs(shift) > 65504.0 * tl.abs(scale))
     thr = tl.where(constant, 0.0, tl.div_rn(-shift, tl.where(constant, 1.0, scale)))
     fold = tl.where(constant, tl.where(shift > 0.0, shift, 0.0), scale)
@@ -257,7 +257,7 @@ def _outputs(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[T
 
 
 def _merge(partials: Tensor, rows: int, count: int, chunk: int, out: Tensor) -> None:
-    """Chunks of ``chunk`` tiles of ``partials`` (2, tiles, C) into ``out`` (2, chunks, C)."""
+    """Merge chunks of ``chunk`` tiles of ``partials`` (2, tiles, C) into ``out`` (2, chunks, C)."""
     tiles, c = partials.shape[1:]
     _merge_kernel[(out.shape[1], -(-c // BLOCK_C))](
         partials, out, tiles, out.shape[1], chunk, rows, count, C=c, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C
@@ -274,11 +274,19 @@ def finalize(
     dtype: torch.dtype,
     group: str = "",
 ) -> tuple[Tensor, Tensor | None]:
-    """``vectors`` (10, C) fp32 and ``clamp`` (3, C) (None for fp32) of a norm on this batch's statistics.
+    """Compute the vectors of a norm on the batch's statistics.
 
-    ``partials`` (2, tiles, C): mean and M2 of each tile of ``rows`` rows, the last of which may be shorter; ``count``
-    rows in all. ``centre``, ``bias`` (C): what y lacks of the convolution's output. ``dtype``: of y. ``group``: name
-    of the process group whose processes normalise together.
+    Args:
+        partials: (2, tiles, C), mean and M2 of each tile.
+        rows: rows of a tile; the last tile may be shorter.
+        count: rows in total.
+        norm: its parameters and eps.
+        bias, centre: (C,) or None, the terms of the convolution's output that y does not contain.
+        dtype: of y.
+        group: name of the process group that normalises together; empty for this process alone.
+
+    Returns:
+        ``vectors`` (10, C) fp32 and ``clamp`` (3, C), None for fp32.
     """
     while partials.shape[1] > LAST_TILES:
         merged = partials.new_empty((2, -(-partials.shape[1] // CHUNK), partials.shape[2]))
@@ -307,10 +315,10 @@ def constant(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
-    """``vectors`` and ``clamp`` of a norm on constant statistics, or of an absent one; y holds conv - centre.
+    """Compute ``vectors`` and ``clamp`` of a norm on constant statistics, or of an absent one.
 
-    ``relu(bn(conv + bias))`` is a norm of y whose mean is ``norm.mean - centre - bias``, in the form of
-    :func:`resnet_fast.folding.scale_shift`.
+    y is conv - centre, so ``relu(bn(conv + bias))`` is a norm of y with the mean ``norm.mean - centre - bias``, in the
+    form of :func:`resnet_fast.folding.scale_shift`. Arguments and results are those of :func:`finalize`.
     """
     vectors, clamp = _outputs(channels, dtype, device)
     given = norm.mean is not None and norm.var is not None
@@ -323,7 +331,7 @@ def constant(
 
 
 def _gathered(own: Tensor, group: str) -> Tensor:
-    """``own`` (3, 1, C) of every process of the group: (processes, 3, C)."""
+    """Gather ``own`` (3, 1, C) of every process of the group: (processes, 3, C)."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     size = _resolve_process_group(group).size()  # type: ignore[arg-type]
@@ -332,13 +340,13 @@ def _gathered(own: Tensor, group: str) -> Tensor:
 
 
 def _reduced(own: Tensor, group: str) -> Tensor:
-    """The sum of ``own`` over the processes of the group."""
+    """Return the sum of ``own`` over the processes of the group."""
     return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(own, "sum", group))
 
 
 @triton.jit
 def _summed(partials_ptr, first, end, tiles, c, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Both sums over the tiles ``first`` to ``end``."""
+    """Return both sums over the tiles ``first`` to ``end``."""
     one = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     two = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     for start in range(first, end, BLOCK_T):
@@ -390,7 +398,7 @@ def _coefficients_kernel(
     tl.store(coefficients_ptr + CONSTANT * C + c, a * gamma, mask=c_mask)
     if packed_ptr is not None:
         dtype: tl.constexpr = packed_ptr.dtype.element_ty
-        # where a is 0 so is dy, and a coefficient that overflows 16 bit must not make it NaN
+        # dy is 0 where a is 0, and a coefficient that overflows 16 bit must not turn it into NaN
         beta, gamma = tl.where(a == 0.0, 0.0, beta), tl.where(a == 0.0, 0.0, gamma)
         hi = round_to(beta, dtype, UPCAST)
         tl.store(packed_ptr + BETA_HI * C + c, hi, mask=c_mask)
@@ -399,7 +407,7 @@ def _coefficients_kernel(
 
 
 def _sum(partials: Tensor, chunk: int) -> Tensor:
-    """Sums of chunks of ``chunk`` tiles: (2, tiles, C) -> (2, chunks, C)."""
+    """Sum chunks of ``chunk`` tiles: (2, tiles, C) -> (2, chunks, C)."""
     tiles, c = partials.shape[1:]
     out = partials.new_empty((2, -(-tiles // chunk), c))
     _sum_kernel[(out.shape[1], -(-c // BLOCK_C))](
@@ -411,10 +419,18 @@ def _sum(partials: Tensor, chunk: int) -> Tensor:
 def coefficients(
     sums_partials: Tensor, vectors: Tensor, batch: bool, dtype: torch.dtype, group: str = ""
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """``coefficients`` (3, C) fp32, ``packed`` (3, C) in ``dtype`` (None for fp32), dgamma and dbeta (C) fp32.
+    """Compute the coefficients of a raw output's gradient, and the gradients of gamma and beta.
 
-    ``sums_partials`` (2, tiles, C): sum g and sum g * (y - MEAN) of each tile. ``batch``: the norm used this batch's
-    statistics. dgamma and dbeta are of this process, the coefficients of all processes of ``group``.
+    Args:
+        sums_partials: (2, tiles, C), sum g and sum g * (y - MEAN) of each tile.
+        vectors: (10, C) of the norm.
+        batch: whether the norm used the batch's statistics.
+        dtype: of y.
+        group: name of the process group that normalises together; empty for this process alone.
+
+    Returns:
+        ``coefficients`` (3, C) fp32 and ``packed`` (3, C) in ``dtype`` (None for fp32), over all processes of the
+        group; dgamma and dbeta (C,) fp32 of this process.
     """
     partials, own = sums_partials, None
     while partials.shape[1] > LAST_TILES:
@@ -453,7 +469,7 @@ def _apply_backward_kernel(
 
 
 def apply_backward(grad: Grad) -> Tensor:
-    """dy (N, C, H, W) of a raw output in one pass, for a convolution whose backward runs on cuDNN."""
+    """Return dy (N, C, H, W) of a raw output, for a convolution with its backward on cuDNN."""
     g, tile = grad.g, tile_of(grad.g, 4)
     dy = empty_image(g)
     _apply_backward_kernel[grid_of(-(-rows_of(g) // tile[0]), g, tile[1])](

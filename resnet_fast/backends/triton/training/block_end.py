@@ -1,4 +1,4 @@
-r"""The end of a residual block in training: BatchNorm + shortcut + ReLU of a raw output, and the gradient's start.
+r"""The end of a residual block in training: BatchNorm + shortcut + ReLU of a raw output, and its gradient.
 
     z[m, c] = relu( SCALE*y + SHIFT + shortcut )          shortcut: nothing | a tensor | SCALE_d*yd + SHIFT_d, yd raw
     g[m, c] = dz where z > 0        per walk of rows: sum g,  sum g * (y - MEAN)  and, for yd,  sum g * (yd - MEAN_d)
@@ -6,16 +6,16 @@ r"""The end of a residual block in training: BatchNorm + shortcut + ReLU of a ra
     y (N, C, H, W) NHWC, seen as rows m of C channels; the vectors of vectors.py
 
 Saved bytes, in passes over a tensor of the size of y. Forward: stock 2 + 3 + 2 for the norm, the add and the ReLU, and
-2 more for a projection's norm; this 3. Backward: stock 3 + 2 for the ReLU and the sums of BatchNorm, and 2; this 4,
-and 1 more. One g serves every branch. Without a shortcut the forward makes an activation of a raw output, for the
-convolutions that run on cuDNN.
+2 more for a projection's norm; here 3. Backward: stock 3 + 2 for the ReLU and the sums of BatchNorm, and 2 for a
+projection; here 4, and 1 for a projection. All branches use the same g. Without a shortcut the forward turns a raw
+output into an activation, for the convolutions that run on cuDNN.
 
       forward: one tile per program         backward: a program walks down m; every thread sums for its channels
         [ y ] [ shortcut ] -> [ z ]           [ dz ] [ z ] [ y ] [ yd ] -> [ g ]   sum g   sum g*(y - MEAN)   ...
                                               [ dz ] [ z ] [ y ] [ yd ] -> [ g ]     + in registers, step by step
                                                                                      = once over the threads, at the end
 
-Numerics: fp32 in the order scale, shift, add, ReLU, one rounding at the store; where PyTorch rounds after the norm and
+Numerics: fp32 in the order scale, shift, add, ReLU, with one rounding at the store; PyTorch rounds after the norm and
 after the add. ReLU keeps NaN, and its gradient passes where z is NaN, as in ATen. Sums are of g as stored.
 
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_block_end.py``.
@@ -71,7 +71,15 @@ def _block_end_fwd_kernel(
 def block_end(
     y: Tensor, vectors: Tensor, shortcut: Tensor | None, shortcut_vectors: Tensor | None, relu: bool
 ) -> Tensor:
-    """z (N, C, H, W) of raw y and its vectors (10, C). ``shortcut_vectors``: the shortcut is raw, too."""
+    """Return z (N, C, H, W), dense NHWC.
+
+    Args:
+        y: raw output (N, C, H, W), dense NHWC.
+        vectors: (10, C) of its norm.
+        shortcut: added tensor (N, C, H, W), dense NHWC, or None.
+        shortcut_vectors: (10, C) if the shortcut is raw too, otherwise None.
+        relu: whether a ReLU follows.
+    """
     z, tile = empty_image(y), tile_of(y, 4)
     _block_end_fwd_kernel[grid_of(-(-rows_of(y) // tile[0]), y, tile[1])](
         y, vectors, shortcut, shortcut_vectors, z, rows_of(y),
@@ -124,9 +132,18 @@ def _block_end_bwd_kernel(
 def block_end_backward(
     dz: Tensor, z: Tensor | None, y: Tensor, vectors: Tensor, yd: Tensor | None, shortcut_vectors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """g (N, C, H, W), partial sums (2, tiles, C) fp32 for y, and for the projection's raw output yd where given.
+    """Compute the gradient of a block's end, and the sums for the BatchNorms that it includes.
 
-    ``z``: the block's output where it ends in a ReLU; without, g is dz itself.
+    Args:
+        dz: gradient of the block's output (N, C, H, W), dense NHWC.
+        z: the block's output, if it ends in a ReLU; otherwise None, and g is dz itself.
+        y: raw output of the last convolution.
+        vectors: (10, C) of its norm.
+        yd: raw output of the projection, or None.
+        shortcut_vectors: (10, C) of its norm, or None.
+
+    Returns:
+        g (N, C, H, W), partial sums (2, tiles, C) fp32 for y, and the same for yd or None.
     """
     c, tile = y.shape[1], tile_of(y, 1)
     steps, tiles = walk(y, tile)

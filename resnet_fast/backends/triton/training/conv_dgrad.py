@@ -1,33 +1,36 @@
-r"""Gradient of a convolution's input in a training step: the BatchNorm behind it undone as dy is read, the one below in
-the epilogue.
+r"""Gradient of a convolution's input in a training step, fused with two BatchNorms.
+
+The prologue differentiates the BatchNorm that follows the convolution, as dy is read. The epilogue applies the mask of
+the ReLU before the convolution, and gathers the sums of the BatchNorm before that.
 
     dy = A*g + B*y + C                                    exact: fp32, rounded         (vectors.py)
     dy = A*q,  q = g + (BETA*y + GAMMA)                   packed: 16-bit pairs; A is in wt, pack.py
     dx[n, h, w, ci] = sum_rs sum_co dy[n, (h + pad - r*dil)/stride, (w + pad - s*dil)/stride, co] * wt[ci, r, s, co]
-                      + add + add_strided[n, h/sh, w/sw, ci]     over taps and pixels that divide and lie in the image
+                      + add + add_strided[n, h/sh, w/sw, ci]      over divisible taps and pixels inside the image
     dx = round(dx) where the ReLU below let y_below pass, else 0
     sums[:, t, ci] = sum dx, sum dx * (y_below - MEAN) over tile t                          of dx as stored
 
     g, y (N, Ho, Wo, Co)   wt (Ci, R, S, Co/groups)   coefficients, packed (3, Co)   dx, add, y_below (N, H, W, Ci)
 
-Saved bytes. Stock writes dy and reads it twice, writes dx, reads it for the ReLU, writes and reads that for the sums,
-and adds a shortcut's gradient in a pass of its own. Here g and y are read and dx is written, once.
+Saved bytes. Stock writes dy and reads it twice, writes dx, reads it for the ReLU, writes and reads the result for the
+sums, and adds a shortcut's gradient in a separate pass. Here g and y are read once, and dx is written once.
 
 GEMM. Rows are input pixels, columns Ci/groups, products taps x Co/groups: a step of the one loop is a tap and BLOCK_K
-channels. With strides the pixels of one phase (h mod stride, w mod stride) share their taps, the others multiply
-nothing; a phase is a set of tiles of its own, neighbours to the same region's other phases, which read the same dy:
+channels. With strides, the pixels of one phase (h mod stride, w mod stride) share their taps, so each phase has its own
+tiles and multiplies no zeros. The tiles of a region's phases are neighbours, because they read the same dy:
 
     stride 2, pad 1, 3x3        h even: tap 1                     a tile: BLOCK_M pixels of one phase, one of
       0 1 0 1 0 1               h odd:  taps 0, 2                 1, 2, 2 or 4 taps. A 1x1 leaves three phases
       2 3 2 3 2 3   phases                                        without taps; they write what is added, or 0.
       0 1 0 1 0 1               tap r reads row (h + 1 - r)/2     Dilation: every (stride/gcd)th tap of a phase.
 
-Padding. A tap outside the image adds nothing, so BETA*y + GAMMA must come to 0 there: y reads as 0 and g as -GAMMA,
-by sending the load of g to a row that holds it, which costs two selects per 16 bytes. (A GAMMA of NaN reaches pixels
-whose only taps lie outside.) Which taps of a row lie inside is one word of bits, built before the loop.
+Padding. A tap outside the image adds nothing, so g + (BETA*y + GAMMA) must be 0 there: y reads as 0 and g as -GAMMA,
+because the load of g is redirected to a row with that value, which costs two selects per 16 bytes. (A GAMMA of NaN
+reaches pixels that have all their taps outside.) One word of bits per row, built before the loop, says which taps are
+inside.
 
-Epilogue. The tile leaves the tensor cores' layout through ``tl.split`` of even from odd rows (conv_fwd.py): behind it
-a thread holds 16 bytes of a row, columns lie in registers, and all else is wide accesses and additions.
+Epilogue. ``tl.split`` of even and odd rows moves the tile out of the tensor cores' layout (conv_fwd.py): afterwards a
+thread holds 16 bytes of a row, a column is in registers, and the rest is wide accesses and additions.
 
 Numerics: tiles.py. Added tensors are summed in fp32, before the one rounding. Deterministic: no atomics.
 Limits: tuning/training_configs.py. Alone: ``TRITON_INTERPRET=1 python -m pytest
@@ -58,12 +61,12 @@ A, B, C = tl.constexpr(vectors.A), tl.constexpr(vectors.B), tl.constexpr(vectors
 BETA_HI, BETA_LO, GAMMA = tl.constexpr(vectors.BETA_HI), tl.constexpr(vectors.BETA_LO), tl.constexpr(vectors.GAMMA)
 
 HALF_WORD = tl.constexpr(16)
-"""Taps per axis that half a word of bits can tell inside from outside; longer filters compare at every step."""
+"""Most taps per axis that half a word of bits can describe; longer filters compare at every step."""
 
 
 @triton.jit
 def packed_gradient(g, y, beta_hi, beta_lo, gamma, UPCAST: tl.constexpr):
-    """g + (BETA*y + GAMMA) in the dtype of ``g``, in pairs of elements: two fused multiply-adds and an addition."""
+    """Return g + (BETA*y + GAMMA) in the dtype of ``g``: two fused multiply-adds and an addition per element pair."""
     if UPCAST:
         y, dtype = y.to(tl.float32), g.dtype
         inner = round_to(y * beta_lo.to(tl.float32) + gamma.to(tl.float32), dtype, UPCAST).to(tl.float32)
@@ -74,14 +77,14 @@ def packed_gradient(g, y, beta_hi, beta_lo, gamma, UPCAST: tl.constexpr):
 
 @triton.jit
 def channel_row(ptr, c, mask, ROW: tl.constexpr, C_ALL: tl.constexpr, EVEN: tl.constexpr):
-    """(1, channels ``c``) of a row of vectors; EVEN: none of the channels lies behind the last."""
+    """Load channels ``c`` of row ROW of the vectors, (1, channels); EVEN: all channels exist, so no mask is needed."""
     at = ptr + ROW * C_ALL + c
     return (tl.load(at) if EVEN else tl.load(at, mask=mask, other=0.0))[None, :]
 
 
 @triton.jit
 def next_tap(first, i, j, taps_w, CO: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The step behind channels ``first`` of tap (i, j): carried along, for a division costs more than all of this."""
+    """Return the step after channels ``first`` of tap (i, j); it is carried along because a division costs more."""
     first += BLOCK_K
     j = tl.where(first >= CO, j + 1, j)
     first = tl.where(first >= CO, 0, first)
@@ -132,10 +135,11 @@ def accumulate_gradient(
     PADDED: tl.constexpr, PACKED: tl.constexpr, BATCH: tl.constexpr, ALIGN: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + ``taps_h`` x ``taps_w`` taps (at most TAPS_H x TAPS_W) of dy, from tap (0, 0) at pixel (ho, wo) on.
+    """Return acc plus ``taps_h`` x ``taps_w`` taps (at most TAPS_H x TAPS_W) of dy, starting at pixel (ho, wo).
 
-    The next tap lies BACK pixels up or left, and STEP taps on in wt. ``rows``: elements from ``g_ptr`` and ``y_ptr`` to
-    a row's pixel (ho, wo). ``vectors_ptr``: row 0 of ``packed`` or ``coefficients`` at the group's first channel.
+    The next tap is BACK pixels up or left in dy, and STEP taps further in wt. ``rows``: elements from ``g_ptr`` and
+    ``y_ptr`` to a row's pixel (ho, wo). ``vectors_ptr``: row 0 of ``packed`` or ``coefficients`` at the group's first
+    channel.
     """
     blocks: tl.constexpr = (CO + BLOCK_K - 1) // BLOCK_K
     EVEN_K: tl.constexpr = CO % BLOCK_K == 0
@@ -186,8 +190,11 @@ def finish_rows(
     images, H, W, Hs, Ws, C_IN: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     ADD_H: tl.constexpr, ADD_W: tl.constexpr, BELOW_PACKED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Store rows ``m`` of a phase: tile + add + add_strided, rounded, behind the ReLU below. ``tile``: fp32, or rounded
-    already where nothing is added. Returns dx and dx * (y_below - MEAN) in fp32, 0 behind the last row."""
+    """Store rows ``m`` of a phase: tile + add + add_strided, rounded, with the mask of the ReLU below.
+
+    ``tile`` is fp32, or already rounded if nothing is added. Returns dx and dx * (y_below - MEAN) in fp32, 0 after the
+    last row.
+    """
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     row_mask = m < images * Hp * Wp
     n, h, w = pixel_of_row(m, tl.maximum(Hp, 1), tl.maximum(Wp, 1))
@@ -303,7 +310,7 @@ def _conv_dgrad_kernel(
 
     # dx = round(tile + added) where below passes
     if add_ptr is None and strided_ptr is None:
-        acc = round_to(acc, dx_ptr.dtype.element_ty, UPCAST)  # half the bytes on their way to the other layout
+        acc = round_to(acc, dx_ptr.dtype.element_ty, UPCAST)  # half the bytes in the change of layout
     even, odd = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M // 2, 2, BLOCK_N)), (0, 2, 1)))
     m = first_m + 2 * tl.arange(0, BLOCK_M // 2)
     even, even_y = finish_rows(
@@ -333,16 +340,25 @@ def conv_dgrad(
     add_strided: tuple[Tensor, tuple[int, int]] | None,
     compact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of a convolution's input, and sums by tile for the BatchNorm that made it.
+    """Compute the gradient of a convolution's input, and sums by tile for the BatchNorm before it. Deterministic.
 
-    ``wt`` (Ci, R, S, Co/groups) of :func:`pack_dgrad`, with A where ``config.packed``. ``grad``: of the convolution's
-    raw output (N, Co, Ho, Wo), read through ``packed`` where ``config.packed``, else through ``coefficients``.
-    ``below``: the raw input (N, Ci, H, W) that the convolution read through a norm and ReLU; ``below_packed``: through
-    its ``clamp``. ``add`` (N, Ci, H, W) is added everywhere, ``add_strided`` (N, Ci, Hs, Ws), (sh, sw) at every sh-th
-    row's sw-th pixel. ``compact``: a 1x1 without padding, with strides; dx of the pixels that it read, (N, Ci, Ho, Wo).
+    All tensors are dense NHWC.
 
-    Returns dx (N, Ci, H, W), dense NHWC, in the dtype of g; and with ``below`` partials (2, tiles, Ci) fp32: sum dx and
-    sum dx * (y - MEAN). All tensors are dense NHWC. Deterministic.
+    Args:
+        launch: a launch of kernel ``conv_dgrad``.
+        config: its tiles.
+        wt: (Ci, R, S, Co/groups) of :func:`pack_dgrad`, with A if ``config.packed``.
+        grad: the gradient of the raw output (N, Co, Ho, Wo), read through ``packed`` if ``config.packed``, otherwise
+            through ``coefficients``.
+        below: the raw input (N, Ci, H, W) that the convolution read through a norm and ReLU, or None.
+        below_packed: whether it was read through its ``clamp``.
+        add: (N, Ci, H, W), added everywhere, or None.
+        add_strided: (N, Ci, Hs, Ws) and (sh, sw), added at every sh-th row and sw-th column, or None.
+        compact: for a 1x1 with strides and without padding: compute dx of the pixels that it read only.
+
+    Returns:
+        dx (N, Ci, H, W), or (N, Ci, Ho, Wo) if ``compact``, in the dtype of g; with ``below`` also partials
+        (2, tiles, Ci) fp32, sum dx and sum dx * (y - MEAN), otherwise None.
     """
     conv, groups, g = launch.last, merged_groups(launch.last), grad.g
     if compact:
@@ -373,14 +389,14 @@ def conv_dgrad(
 
 
 def _phases(stride: int, dilation: int) -> tuple[int, int]:
-    """(gcd of both, inverse of dilation/gcd modulo stride/gcd): what tells a phase's taps."""
+    """Return (gcd of both, inverse of dilation/gcd modulo stride/gcd), which determine a phase's taps."""
     common = gcd(stride, dilation)
     step = stride // common
     return common, pow(dilation // common, -1, step) if step > 1 else 0
 
 
 def _wide(conv: ConvSpec, config: Config) -> bool:
-    """Do a tile's pixels lie 2^31 elements of dy or more apart? Images of few pixels make a tile span many."""
+    """Return whether a tile spans 2^31 or more elements of dy; with small images it spans many of them."""
     per_image = max(1, (conv.h // conv.stride[0]) * (conv.w // conv.stride[1]))
     images = min(conv.n, config.block_m // per_image + 2)
     return images * conv.ho * conv.wo * conv.co >= 1 << 31

@@ -1,4 +1,4 @@
-r"""Forward convolution of a training step: the BatchNorm and ReLU before it, and the sums of the BatchNorm behind it.
+r"""Forward convolution of a training step, with the BatchNorm and ReLU before it and the statistics for the next one.
 
     y[m, co] = round( sum_rs sum_ci act(x)[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci] * w[co, r, s, ci]
                       + const[co] - centre[co] )                                        m = (n, ho, wo)
@@ -8,8 +8,8 @@ r"""Forward convolution of a training step: the BatchNorm and ReLU before it, an
     act(x): nothing | relu(SCALE*x + SHIFT) in fp32, rounded (exact) | clamp(x) in 16-bit pairs (packed), vectors.py
 
 Saved bytes. Stock runs three kernels per convolution: it writes y, reads it for the statistics, reads it again and
-writes the activation. Here y is written once, with 8 bytes per channel and tile beside it; the activation is never
-written, since whoever needs it is the next convolution, which computes it from y as it reads.
+writes the activation. Here y is written once, plus 8 bytes per channel and tile. The activation is never written: the
+next convolution computes it from y as it reads.
 
 GEMM. gemm_m = N*Ho*Wo, gemm_n = Co/groups, gemm_k = R*S*Ci/groups: a step of the one loop is a tap and BLOCK_K channels
 of it (fewer than 16 channels: one axis of taps and channels, conv_bn_act.py). Groups are the grid's second axis.
@@ -21,17 +21,17 @@ of it (fewer than 16 channels: one axis of taps and channels, conv_bn_act.py). G
          +-----------------------+                      +-> y    +----------+----------+
 
 Padding. A pixel outside the image is activation 0, which a packed prologue reads as THR (vectors.py). Instead of
-replacing elements, its load is sent to the row THRESHOLD of the ``clamp`` tensor: two selects per 16 bytes, and nothing
-per element. Whether a tap of a row lies inside is read from a word of bits, R for h and S for
-w, that is built before the loop.
+replacing elements, its load is redirected to the row THRESHOLD of the ``clamp`` tensor: two selects per 16 bytes, and
+nothing per element. A word of bits per row, R for h and S for w, built before the loop, says which taps are inside.
 
-Statistics. Two passes over the registers, first the mean, then M2 around it: safe where |mean| is a hundred standard
-deviations. In the layout of the tensor cores' accumulator a column lies across the lanes of a warp and costs three
-shuffles per register and pass; ``tl.split`` of even from odd rows makes the compiler move the 16-bit tile through
-shared memory into columns that lie in registers.
+Statistics. Two passes over the registers, first the mean, then M2 around it, are safe even if |mean| is a hundred
+standard deviations. In the layout of the tensor cores' accumulator a column is spread over the lanes of a warp, which
+costs three shuffles per register and pass. ``tl.split`` of even and odd rows makes the compiler move the 16-bit tile
+through shared memory into a layout with columns in registers.
 
-Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite, or that no
-16-bit tensor holds, counts as 0: a poisoned running mean must not poison the batch. Limits: tuning/training_configs.py.
+Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite, or too
+large for a 16-bit tensor, counts as 0, so that a bad running mean does not spoil the batch. Limits:
+tuning/training_configs.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_fwd.py``.
 
 Tried, compiled for sm_90 (issue slots per scheduler and K step of a 3x3; tensor cycles in brackets):
@@ -65,18 +65,18 @@ CLAMP_BF16 = tl.constexpr("{ .reg .b32 t; max.NaN.bf16x2 t, $1, $2; min.NaN.bf16
 CLAMP_FP16 = tl.constexpr("{ .reg .b32 t; max.NaN.f16x2 t, $1, $2; min.NaN.f16x2 $0, t, $3; }")
 
 LARGEST_CENTRE = tl.constexpr(65504.0)
-"""The largest number of fp16."""
+"""The largest finite fp16."""
 
 MASK_BITS = 16
-"""Taps per axis that half a word of bits can tell inside from outside; a longer filter runs in windows."""
+"""Most taps per axis that half a word of bits can describe; a longer filter runs in windows."""
 
 
 @triton.jit
 def clamp(x, lo, hi, UPCAST: tl.constexpr):
-    """min(max(x, lo), hi), exact in the 16-bit dtype of ``x``; NaN stays NaN. Two instructions for two elements.
+    """Return min(max(x, lo), hi), exact in the 16-bit dtype of ``x``, keeping NaN: two instructions for two elements.
 
-    In PTX, since ``tl.maximum`` computes bfloat16 in fp32: Triton 3.8 happens to narrow that again, 3.6 does not. In
-    the interpreter as Triton says; under UPCAST the result stays fp32, whose values are the same.
+    It is PTX because ``tl.maximum`` computes bfloat16 in fp32, which Triton 3.8 narrows again and 3.6 does not. The
+    interpreter uses Triton's functions; with UPCAST the result stays fp32, with the same values.
     """
     if COMPILED:
         code: tl.constexpr = CLAMP_BF16 if x.dtype == tl.bfloat16 else CLAMP_FP16
@@ -90,9 +90,9 @@ def clamp(x, lo, hi, UPCAST: tl.constexpr):
 
 @triton.jit
 def activate(x, scale, shift, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr):
-    """relu(scale*x + shift) in fp32, rounded to the dtype of ``x``; 0 where not ``inside``, if there is padding.
+    """Return relu(scale*x + shift), computed in fp32 and rounded to the dtype of ``x``; 0 in the padding.
 
-    A minimum with 0 or infinity per row is half the instructions of a select per element.
+    A minimum with 0 or infinity per row takes half the instructions of a select per element.
     """
     z = x.to(tl.float32) * scale + shift
     if PADDED:
@@ -102,13 +102,13 @@ def activate(x, scale, shift, inside, PADDED: tl.constexpr, UPCAST: tl.constexpr
 
 @triton.jit
 def usable_centre(centre):
-    """``centre``, but 0 for NaN and for what fp16 does not hold: a row behind the last is this alone, and summed."""
+    """Return ``centre``, or 0 if it is NaN or too large for fp16: rows after the last consist of it, and are summed."""
     return tl.where(tl.abs(centre) <= LARGEST_CENTRE, centre, 0.0)
 
 
 @triton.jit
 def inside_bits(at, size, ok, TAPS: tl.constexpr, DIL: tl.constexpr):
-    """Bit t of each row: is tap t of a window that begins at ``at`` inside an axis of ``size``, and the row ``ok``?"""
+    """Return bits per row: bit t is set if the row is ``ok`` and tap t of the window at ``at`` is inside ``size``."""
     bits = tl.zeros_like(at)
     for t in tl.static_range(TAPS):
         bits |= (ok & (at + t * DIL >= 0) & (at + t * DIL < size)).to(tl.int32) << t
@@ -122,10 +122,10 @@ def accumulate_taps(
     PADDED: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + all taps, ``steps`` = R * S * blocks of channels. ``x_rows`` point at pixel (h, w), the top left tap.
+    """Return acc plus all taps, in ``steps`` = R * S * blocks of channels. ``x_rows`` point at the top left tap (h, w).
 
     ``act_ptr``: row 0 of ``clamp`` or ``vectors`` at the group's first channel. ALIGN: bytes that divide the address of
-    every row's first channel in x and in ``clamp``; the compiler does not see it through the choice of a row.
+    every row's first channel in x and in ``clamp``; the compiler does not see it after the select of a row.
     """
     blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     lane = tl.arange(0, BLOCK_K)
@@ -146,7 +146,7 @@ def accumulate_taps(
             b = tl.load(w_rows + (tap * CI + first), mask=w_mask[:, None], other=0.0)
         else:
             b = tl.load(w_rows + (tap * CI + first), mask=w_mask[:, None] & (ci < CI)[None, :], other=0.0)
-        # a = act(x[n, h + r*dil, w + s*dil, ci]), 0 outside the image; behind the last channel anything finite
+        # a = act(x[n, h + r*dil, w + s*dil, ci]), 0 outside the image; any finite value after the last channel
         if PACKED:
             at = tl.where(inside, x_rows + shift, outside + first)
             at = tl.max_contiguous(tl.multiple_of(at, (ALIGN, ALIGN)), (1, BLOCK_K))
@@ -173,7 +173,7 @@ def accumulate_taps(
 
 @triton.jit
 def padding_excess(act_ptr, ci, mask, C: tl.constexpr):
-    """clamp(THR) - THR by channel, fp32: 0, but 1 where a channel is constant and positive."""
+    """Return clamp(THR) - THR by channel, fp32: 1 if a channel is constant and positive, otherwise 0."""
     lo = tl.load(act_ptr + LO * C + ci, mask=mask, other=0.0).to(tl.float32)
     zero = tl.load(act_ptr + THRESHOLD * C + ci, mask=mask, other=0.0).to(tl.float32)
     return tl.where(lo > zero, lo - zero, 0.0)
@@ -185,9 +185,9 @@ def take_back_constants(
     CI: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc without what packed padding added in constant channels, where the clamp makes 1 of a THR of 0.
+    """Return acc without what packed padding added in constant channels, where the clamp turns a THR of 0 into 1.
 
-    A channel is constant where gamma is 0, so that most launches have none; they pay for one look at ``clamp``.
+    A channel is constant where gamma is 0. Most launches have none; for them this costs one read of ``clamp``.
     """
     blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     channels = tl.arange(0, triton.next_power_of_2(CI))
@@ -210,7 +210,7 @@ def accumulate_windows(
     CI: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     PROLOGUE: tl.constexpr, PACKED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + the window that starts at pixel (h, w), where ``x_rows`` point; k runs over taps and channels at once."""
+    """Return acc plus the window that starts at pixel (h, w), where ``x_rows`` point; k runs over taps and channels."""
     for start in range(0, R * S * CI, BLOCK_K):
         # k -> (r, s, ci)
         k = start + tl.arange(0, BLOCK_K)
@@ -219,7 +219,7 @@ def accumulate_windows(
         y_in, x_in = h[:, None] + (r * DIL_H)[None, :], w[:, None] + (s * DIL_W)[None, :]
         inside = row_mask[:, None] & (y_in >= 0) & (y_in < H) & (x_in >= 0) & (x_in < W)
         at = x_rows[:, None] + ((r * DIL_H * W + s * DIL_W) * C + ci)[None, :]
-        # a = act(x[n, h + r*dil, w + s*dil, ci]), 0 outside the image; behind the last k anything finite
+        # a = act(x[n, h + r*dil, w + s*dil, ci]), 0 outside the image; any finite value after the last k
         a = tl.load(at, mask=inside & real[None, :], other=0.0)
         if PACKED:
             lo = tl.load(act_ptr + LO * C + ci, mask=real, other=0.0)
@@ -237,9 +237,9 @@ def accumulate_windows(
 
 @triton.jit
 def column_moments(v, first, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(mean, M2) per column of the tile ``v`` over the rows below ``count``, ``first`` being the tile's first row.
+    """Return (mean, M2) per column of the tile ``v`` over its rows below ``count``; ``first`` is the tile's first row.
 
-    Rows behind the last count with weight 0, which costs less than a select; they must be finite.
+    Rows after the last have weight 0, which costs less than a select; they must be finite.
     """
     even, odd = tl.split(tl.permute(tl.reshape(v, (BLOCK_M // 2, 2, BLOCK_N)), (0, 2, 1)))
     row = first + 2 * tl.arange(0, BLOCK_M // 2)
@@ -276,7 +276,7 @@ def _conv_fwd_kernel(
     if PROLOGUE:
         act_ptr += g * CI
 
-    # tile = const - centre + sum over taps and channels; begun with, for at the end there are no registers to spare
+    # tile = const - centre + sum over taps and channels; const first, because the end has no free registers
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if const_ptr is not None:
         acc += tl.load(const_ptr + co, mask=co_mask, other=0.0)[None, :]
@@ -318,14 +318,21 @@ def conv_fwd(
     centre: Tensor | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The raw output of a convolution, and its statistics by tile.
+    """Compute the raw output of a convolution, and its statistics by tile. Deterministic.
 
-    ``weight`` (Co, R, S, Ci/groups) dense, ``const`` (Co) fp32 or None, both of :func:`pack_forward` for the same
-    prologue. ``x.y`` (N, Ci, H, W): each image dense NHWC. ``launch.prologue``: x is raw, and is read through
-    ``x.clamp`` where ``config.packed``, else through ``x.vectors``. ``centre`` (Co) fp32 or None is subtracted.
+    Args:
+        launch: a launch of kernel ``conv_fwd``.
+        config: its tiles.
+        weight: (Co, R, S, Ci/groups), dense, of :func:`pack_forward` for the same prologue.
+        const: (Co,) fp32 of :func:`pack_forward`, or None.
+        x: the input; each image of ``x.y`` (N, Ci, H, W) is dense NHWC. With ``launch.prologue`` it is raw, and read
+            through ``x.clamp`` if ``config.packed``, otherwise through ``x.vectors``.
+        centre: (Co,) fp32, subtracted, or None.
+        statistics: whether to compute them.
 
-    Returns y (N, Co, Ho, Wo), dense NHWC, dtype of ``x.y``; and with ``statistics`` partials (2, tiles, Co) fp32, mean
-    and M2 of y over the rows of each tile, of which tile t has min(block_m, gemm_m - t * block_m). Deterministic.
+    Returns:
+        y (N, Co, Ho, Wo), dense NHWC, in the dtype of ``x.y``; with ``statistics`` also partials (2, tiles, Co) fp32,
+        mean and M2 of y over the rows of each tile, otherwise None. Tile t has min(block_m, gemm_m - t * block_m) rows.
     """
     conv, groups, packed = launch.last, merged_groups(launch.last), launch.prologue and config.packed
     ci, co, images = conv.ci // groups, conv.co // groups, x.y
@@ -347,8 +354,10 @@ def conv_fwd(
 
 
 def _alignment(images: Tensor, clamp_rows: Tensor | None, ci: int) -> int:
-    """16 if every pixel's run of a group's ``ci`` channels begins on a 16-byte word, as do the rows of ``clamp``; else
-    an element's size."""
+    """Return 16 if every pixel's ``ci`` channels of a group and the rows of ``clamp`` start 16-byte aligned.
+
+    Otherwise return an element's size.
+    """
     size = images.element_size()
     bases = (images.data_ptr(),) if clamp_rows is None else (images.data_ptr(), clamp_rows.data_ptr())
     return alignment(size, *bases, images.stride(0) * size, ci * size)

@@ -1,10 +1,10 @@
-"""One convolution of a training step in each of its three directions: on our kernel, or on cuDNN between our passes.
+"""Run one convolution of a training step in each direction: on our kernel, or on cuDNN between our passes.
 
     forward   act -> raw output, statistics        ours: pack, conv_fwd       cuDNN: activation, convolution, statistics
     dgrad     g -> g of the raw input, its sums    ours: pack, conv_dgrad     cuDNN: dy, convolution, mask and sums
     wgrad     g, act -> dW                         ours: conv_wgrad           cuDNN: dy, activation, convolution
 
-What a table compares, and what chain.py puts together.
+The tuner compares the two; chain.py composes them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .vectors import A, Act, Grad
 
 
 def materialised(act: Act) -> Tensor:
-    """The activation as a tensor, for cuDNN."""
+    """Return the activation as a tensor, for cuDNN."""
     return act.y if act.vectors is None else block_end.block_end(act.y, act.vectors, None, None, True)
 
 
 def forward(
     weight: Tensor, spec: ConvSpec, config: Config, act: Act, centre: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Tensor | None, int]:
-    """(raw output, statistics by tile or None, rows of a tile). cuDNN subtracts no ``centre``: pass None."""
+    """Return (raw output, statistics by tile or None, rows of a tile). With cuDNN ``centre`` must be None."""
     if config == CUDNN:
         x = materialised(act)
         y = nhwc(F.conv2d(x, weight.detach().to(x.dtype), None, *spec.geometry()))
@@ -53,7 +53,7 @@ def dgrad(
     add_strided: tuple[Tensor, tuple[int, int]] | None = None,
     compact: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx on our kernel, and with ``below`` its sums; arguments as of :func:`conv_dgrad.conv_dgrad`."""
+    """Return dx by our kernel and, with ``below``, its sums; arguments as of :func:`conv_dgrad.conv_dgrad`."""
     wt = pack.pack_dgrad(weight.detach(), grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
     launch = training_launch("conv_dgrad", spec, below is not None)
     return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, below_packed, add, add_strided, compact)
@@ -62,7 +62,7 @@ def dgrad(
 def dgrad_to(
     weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, below: Act, below_packed: bool
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the norm ``below``, its sums): behind the ReLU that the convolution read ``below`` through."""
+    """Return (gradient of the output of the norm ``below``, its sums), after the mask of the ReLU in between."""
     if config == CUDNN:
         act = materialised(below)
         assert below.vectors is not None
@@ -75,7 +75,7 @@ def dgrad_to(
 
 
 def wgrad(weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, x: Act) -> Tensor:
-    """dW in the dtype and strides of ``weight``."""
+    """Return dW in the dtype and strides of ``weight``."""
     if config == CUDNN:
         dw = stock_backward(weight, spec, grad, materialised(x), (False, True))[1]
     else:
@@ -89,7 +89,7 @@ def wgrad(weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, x: Act) ->
 
 
 def stock_backward(weight: Tensor, spec: ConvSpec, grad: Grad, x: Tensor, mask: tuple[bool, bool]) -> tuple[Any, Any]:
-    """(dx, dW) by cuDNN, on the gradient of the raw output as a tensor."""
+    """Return (dx, dW) by cuDNN; ``mask`` says which of them to compute."""
     dy = batch_norm.apply_backward(grad)
     stride, padding, dilation, groups = spec.geometry()
     dx, dw, _ = torch.ops.aten.convolution_backward(

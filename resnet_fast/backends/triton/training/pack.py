@@ -1,4 +1,4 @@
-r"""Weights as the training kernels read them: rounded, re-laid, scaled by what a packed prologue leaves to them.
+r"""Weights as the training kernels read them: rounded, reordered, and scaled by the factor of a packed prologue.
 
     forward   w[co, r, s, ci] = round(weight[co, ci, r, s] * FOLD[ci])          const[co] = -sum_rs,ci w * THR[ci]
     dgrad     wt[ci, r, s, co] = round(weight[co, ci, r, s] * A[co])
@@ -6,16 +6,16 @@ r"""Weights as the training kernels read them: rounded, re-laid, scaled by what 
     weight (Co, Ci/groups, R, S), the parameter: any strides, fp32 or 16 bit
     w (Co, R, S, Ci/g)   wt (Ci, R, S, Co/g)   dense, in the activations' dtype; g: merged groups, tuning/routes.py
 
-Packed, relu(SCALE*y + SHIFT) is FOLD * (clamp(y) - THR) (vectors.py): the factor goes into the weight in the rounding
-that an autocast would make anyway, and the constant, made of the weight as rounded, is what padding and clamped values
-cancel against. Exact, both are casts. The rounding error of w is the one of stock autocast.
+Packed, relu(SCALE*y + SHIFT) is FOLD * (clamp(y) - THR) (vectors.py). The factor goes into the weight before the
+rounding that autocast would make anyway, so the rounding error of w is that of stock autocast. The constant is computed
+from the rounded weight, so that it cancels padding and clamped values exactly. With an exact prologue both are casts.
 
-Saved bytes. An autocast writes a 16-bit copy of each parameter and cuDNN may re-lay it again; here it is read once and
-written once per use, folded.
+Saved bytes. Autocast writes a 16-bit copy of each parameter, and cuDNN may reorder it again. Here each use reads the
+parameter once and writes it once, folded.
 
-Groups that were merged are block-diagonal: channels of another member of the merged group are masked off as they are
-read, so no expanded copy of the parameter exists. wt of group g has rows [g*Ci/g, (g+1)*Ci/g) and as its last axis the
-group's output channels.
+Merged groups are block-diagonal: channels of another member of the merged group are masked as they are read, so no
+expanded copy of the parameter exists. wt of group g has rows [g*Ci/g, (g+1)*Ci/g), and the group's output channels as
+its last axis.
 
             forward: one program a row                     dgrad: one program a tile and tap
       weight[co]  r s ci ->                           weight[:, :, r, s]   ci ->         wt[:, r, s, :]   co ->
@@ -44,7 +44,7 @@ from .vectors import Act
 FOLD, THR = tl.constexpr(vectors.FOLD), tl.constexpr(vectors.THR)
 
 ROW_BLOCK = 1024
-"""Longest run of a filter that a program of the forward kernel holds at once."""
+"""Most elements of a filter that a program of the forward kernel holds at once."""
 
 TILE = 32
 """Side of a dgrad program's tile of channels."""
@@ -105,11 +105,18 @@ def _pack_dgrad_kernel(
 
 
 def pack_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | None) -> tuple[Tensor, Tensor | None]:
-    """The forward weight (Co, R, S, Ci/merged groups), dense in ``dtype``, and ``const`` (Co) fp32.
+    """Pack a weight for the forward convolution.
 
-    ``weight`` (Co, Ci/groups, R, S), any strides. ``act``: the input that a packed prologue reads; its ``vectors`` give
-    FOLD and THR. None, or an ``act`` without ``clamp``: a cast, and no constant (None). A weight that is as wanted is
-    returned itself, as a view.
+    Args:
+        weight: (Co, Ci/groups, R, S), any strides.
+        dtype: of the result.
+        conv: the convolution.
+        act: the input that a packed prologue reads; its ``vectors`` give FOLD and THR. None, or an ``act`` without
+            ``clamp``: the weight is only cast.
+
+    Returns:
+        The weight (Co, R, S, Ci/merged groups), dense in ``dtype`` (a view if nothing changes), and ``const`` (Co,)
+        fp32, or None for a cast.
     """
     groups = merged_groups(conv)
     rows = act.vectors if act is not None and act.clamp is not None else None
@@ -128,9 +135,16 @@ def pack_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | 
 
 
 def pack_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> Tensor:
-    """The weight that the input's gradient is multiplied with: (Ci, R, S, Co/merged groups), dense in ``dtype``.
+    """Pack a weight for the input's gradient.
 
-    ``weight`` (Co, Ci/groups, R, S), any strides; ``a`` (Co) fp32, row A of ``coefficients``, for a packed prologue.
+    Args:
+        weight: (Co, Ci/groups, R, S), any strides.
+        dtype: of the result.
+        conv: the convolution.
+        a: row A of ``coefficients``, (Co,) fp32, for a packed prologue; otherwise None.
+
+    Returns:
+        The weight (Ci, R, S, Co/merged groups), dense in ``dtype``.
     """
     groups = merged_groups(conv)
     ci, co = conv.ci // groups, conv.co // groups

@@ -1,6 +1,6 @@
-"""What the passes over whole tensors share: tiles, programs, and the rows of ``vectors`` as kernels see them.
+"""Parts shared by the passes over whole tensors: tiles, programs, and loads of the rows of ``vectors``.
 
-These kernels have no products; the copy bandwidth is their limit. A tensor (N, C, H, W) in NHWC is a matrix of N*H*W
+These kernels have no products; the copy bandwidth limits them. A tensor (N, C, H, W) in NHWC is a matrix of N*H*W
 rows of C channels. A tile is BLOCK_M rows of BLOCK_C channels, 16 bytes along c in every access of a thread:
 
       c ->                     elementwise: a program owns one tile and has all its loads in flight at once
@@ -18,20 +18,20 @@ from torch import Tensor
 from . import vectors
 
 THREADS = 128
-"""Of Triton's default launch, four warps."""
+"""Threads of Triton's default launch of four warps."""
 
 MEAN, SCALE, SHIFT = tl.constexpr(vectors.MEAN), tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 
 
 def rows_of(t: Tensor) -> int:
-    """N * H * W."""
+    """Return N * H * W."""
     return t.numel() // t.shape[1]
 
 
 def tile_of(t: Tensor, accesses: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_C): every thread holds ``accesses`` runs of 16 bytes of a tile.
+    """Return (BLOCK_M, BLOCK_C) such that every thread holds ``accesses`` runs of 16 bytes of a tile.
 
-    Channels: the power of two that divides those of ``t``, if it is at least 32, so that no lane is idle.
+    BLOCK_C is the power of two that divides the channels of ``t``, if it is at least 32, so that no lane is idle.
     """
     c = t.shape[1]
     divides = c & -c
@@ -40,16 +40,16 @@ def tile_of(t: Tensor, accesses: int) -> tuple[int, int]:
 
 
 def grid_of(tiles: int, t: Tensor, block_c: int) -> tuple[int]:
-    """Programs for ``tiles`` tiles of rows, see :func:`channels_of_program`."""
+    """Return the programs for ``tiles`` tiles of rows, see :func:`channels_of_program`."""
     return (tiles * -(-t.shape[1] // block_c),)
 
 
 def walk(t: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
-    """(steps, walks): how many tiles a program of a reduction walks, and into how many walks the rows are cut.
+    """Return (steps, walks): the tiles that a program of a reduction walks, and the number of walks.
 
-    Long walks make few partial sums, many programs an even load: 4,096 programs, a few rounds on every GPU, of at most
-    64 steps. A small tensor is cut into fewer, lest its partial sums outweigh it. Only the shape decides, so that sums
-    are taken in the same order on every machine.
+    Long walks give few partial sums, many programs an even load: 4,096 programs, a few rounds on every GPU, of at most
+    64 steps. A small tensor gets fewer programs, so that its partial sums stay small. Only the shape decides, so that
+    the order of sums is the same on every machine.
     """
     tiles = -(-rows_of(t) // tile[0])
     programs = grid_of(tiles, t, tile[1])[0]
@@ -58,13 +58,13 @@ def walk(t: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
 
 
 def empty_image(t: Tensor) -> Tensor:
-    """An uninitialised tensor of the shape and dtype of ``t``, dense NHWC."""
+    """Return an uninitialised tensor of the shape and dtype of ``t``, dense NHWC."""
     return torch.empty_like(t, memory_format=torch.channels_last)
 
 
 @triton.jit
 def channels_of_program(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(tile of rows, channels) of this program: neighbours share rows, so that pages of DRAM are read whole."""
+    """Return (tile of rows, channels) of this program; neighbours share rows, so that DRAM pages are read whole."""
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     return pid // tiles_c, (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -72,7 +72,7 @@ def channels_of_program(C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def mask_of(row_mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(BLOCK_M, BLOCK_C); constant along a row, as 16-byte accesses need it, where BLOCK_C divides the channels."""
+    """Return the mask of a tile; it is constant along a row, for 16-byte accesses, if BLOCK_C divides the channels."""
     if C % BLOCK_C == 0:
         return row_mask[:, None]
     else:
@@ -81,5 +81,5 @@ def mask_of(row_mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr):
-    """(1, BLOCK_C) fp32: a row of ``vectors``."""
+    """Load a row of ``vectors``, (1, BLOCK_C) fp32."""
     return tl.load(vectors_ptr + ROW * C + c, mask=c < C, other=0.0)[None, :]

@@ -1,4 +1,6 @@
-r"""The end of the stem in training: BatchNorm + ReLU + max-pool of a raw output, and back, without the activation.
+r"""The end of the stem in training: BatchNorm + ReLU + max-pool of a raw output, and its gradient.
+
+No activation is stored.
 
     z[n, i, j, c] = max over the window (i, j) of act           act[n, h, w, c] = round(relu(SCALE*y + SHIFT))
     g[n, h, w, c] = sum of dz over the windows that (h, w) wins, where act > 0;  and sum g,  sum g * (y - MEAN)
@@ -6,7 +8,7 @@ r"""The end of the stem in training: BatchNorm + ReLU + max-pool of a raw output
     y, g (N, C, H, W) NHWC   z, dz (N, C, Hp, Wp) NHWC   any square window, stride and padding
 
 Saved bytes, per image of ResNet-50's stem in 16 bit (y 112x112x64, 1.61 MB): stock moves 10.0 MB in forward (norm,
-ReLU, pool and its 64-bit indices) and 11.7 in backward (pool, ReLU, the sums of BatchNorm); this 2.0 and 3.6.
+ReLU, pool and its 64-bit indices) and 11.7 in backward (pool, ReLU, the sums of BatchNorm); here 2.0 and 3.6.
 
     rows of pixels    cells     windows of 3 rows, stride 2
       u = 0           0         |0
@@ -16,25 +18,24 @@ ReLU, pool and its 64-bit indices) and 11.7 in backward (pool, ReLU, the sums of
       u = 4           2            |1 |2
 
 A program owns BLOCK_M columns of cells (n, column), linearised over the batch, times BLOCK_C channels, and walks down a
-strip of rows of cells. What a row of windows leaves open is carried in registers to the next row of cells: in forward
-the maximum so far of windows that reach further down, in backward the gradient so far of pixels that the next windows
-share. So memory is read once, whatever the overlap; the columns that neighbours share meet in L1.
+strip of rows of cells. Unfinished results are carried in registers to the next row of cells: in forward the maximum so
+far of windows that extend further down, in backward the gradient so far of pixels that the next windows share. So
+memory is read once for any overlap; L1 serves the columns that neighbours share.
 
-Forward: rounding is monotonic, so it follows the maximum: once per pooled pixel, exactly the maximum of rounded values.
-ReLU is the 0 that every maximum starts from.
+Forward: rounding is monotonic, so it follows the maximum, once per pooled pixel; the result is exactly the maximum of
+rounded values. ReLU is the 0 that every maximum starts from.
 
-Backward: a window's winner is found as PyTorch finds it, on the rounded activations: the first maximum in the order of
-rows, but the last NaN, if there is any. It starts from 0 too: where nothing is positive nobody wins, which is the mask
-of ReLU.
+Backward: a window's winner is found as in PyTorch, on the rounded activations: the first maximum in row order, but the
+last NaN if there is any. The search starts from 0 too: if nothing is positive, no pixel wins. That is the ReLU's mask.
 
-Coordinates are clamped to the image where others would mask: a tap in the padding reads the window's nearest pixel
-inside again, which changes neither the maximum nor where it is first found, and saves a select per element.
+Coordinates are clamped to the image instead of masked: a tap in the padding reads the window's nearest pixel inside
+again, which changes neither the maximum nor its first position, and saves a select per element.
 
 Numerics: fp32; g is rounded once, sums are of g as stored. Alone: ``TRITON_INTERPRET=1 python -m pytest
 tests/backends/triton/training/test_pool.py``.
 
-Not taken: all windows of every pixel anew, without carrying (2,600 instructions per 16 bytes of g on sm_90, now 445);
-the maximum and the minimum of y in packed 16 bit, mapped at the end (as many instructions, since both are needed).
+Not taken: recomputing all windows of every pixel without a carry (2,600 instructions per 16 bytes of g on sm_90, now
+445). The maximum and the minimum of y in packed 16 bit, mapped at the end (as many instructions, as both are needed).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from ..tiles import round_to
 from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
 PROGRAMS = 1024
-"""Programs that a launch is cut into, if the rows of cells allow: each repeats REACH - 1 rows of its neighbour."""
+"""Programs of a launch, if there are enough rows of cells; each repeats REACH - 1 rows of its neighbour."""
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def _clamped(x, size):
 
 @triton.jit
 def _columns(N, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(tile, strip, image, column, is it one, channels) of this program; a lane without a column has the last image."""
+    """Return (tile, strip, image, column, whether it exists, channels); lanes without a column get the last image."""
     tile, c = channels_of_program(C, BLOCK_C)
     blocks = tl.cdiv(N * columns, BLOCK_M)
     m = (tile % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,13 +70,13 @@ def _columns(N, columns, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.con
 
 @triton.jit
 def _larger(a, b):
-    """max(a, b) that keeps NaN, as ATen's max-pool does."""
+    """Return max(a, b), keeping NaN as ATen's max-pool does."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _extended(best, row_best, r: tl.constexpr, KERNEL: tl.constexpr):
-    """``best`` of a window and its row ``r``, if it has one."""
+    """Return the larger of ``best`` and the best of the window's row ``r``, if the window has that row."""
     if r < KERNEL:
         return _larger(best, row_best)
     else:
@@ -124,14 +125,14 @@ def _pooled(size: int, pool: Pool) -> int:
 
 
 def _strips(columns: int, rows: int, y: Tensor, tile: tuple[int, int]) -> tuple[int, int]:
-    """(tiles, rows of cells in a strip): what ``columns`` x ``rows`` cells are cut into."""
+    """Return (tiles, rows of cells per strip) of ``columns`` x ``rows`` cells."""
     blocks = -(-columns // tile[0])
     strip = -(-rows // min(rows, -(-PROGRAMS // grid_of(blocks, y, tile[1])[0])))
     return blocks * -(-rows // strip), strip
 
 
 def pool_end(y: Tensor, vectors: Tensor, pool: Pool) -> Tensor:
-    """z (N, C, Hp, Wp) of raw y (N, C, H, W) and its vectors (10, C)."""
+    """Return z (N, C, Hp, Wp), dense NHWC, of raw y (N, C, H, W) and its vectors (10, C)."""
     n, c, h, w = y.shape
     hp, wp = _pooled(h, pool), _pooled(w, pool)
     z = empty_nhwc(y, n, c, hp, wp)
@@ -149,7 +150,7 @@ def _contest(
     best, winner, tap, image, h, w, scale, shift, c, c_mask, H, W, C: tl.constexpr, KERNEL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """``best`` or the activation at the window's pixel ``tap``, whichever wins, and where it lies: r * KERNEL + s."""
+    """Return the winner of ``best`` and the activation at the window's pixel ``tap``, and its place r * KERNEL + s."""
     row, column = _clamped(h + tap // KERNEL, H), _clamped(w + tap % KERNEL, W)
     y = tl.load(image[:, None] + (((row * W + column) * C)[:, None] + c[None, :]), mask=c_mask, other=0.0)
     act = round_to(y.to(tl.float32) * scale + shift, y.dtype, UPCAST).to(tl.float32)
@@ -163,9 +164,9 @@ def _winner(
     image, h, w, scale, shift, c, c_mask, H, W, C: tl.constexpr, KERNEL: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Where the maximum of the window at (h, w) lies, r * KERNEL + s; -1 where no activation is positive.
+    """Return the place r * KERNEL + s of the maximum of the window at (h, w); -1 if no activation is positive.
 
-    That is ReLU and its mask at once: what does not exceed 0 cannot win, and gets no gradient.
+    This includes the mask of ReLU: a value that does not exceed 0 cannot win, and gets no gradient.
     """
     best = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     winner = tl.full((BLOCK_M, BLOCK_C), -1, dtype=tl.int32)
@@ -180,7 +181,7 @@ def _winner(
 
 @triton.jit
 def _received(grad, winner, dz, k: tl.constexpr, left: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
-    """``grad`` of pixel k of a column of cells, and what a window adds that began ``left`` cells before it."""
+    """Return ``grad`` of pixel k of a cell plus the gradient from the window that starts ``left`` cells before it."""
     r: tl.constexpr = k // STRIDE
     s: tl.constexpr = left * STRIDE + k % STRIDE
     if r < KERNEL and s < KERNEL:
@@ -242,9 +243,16 @@ def _pool_end_bwd_kernel(
 
 
 def pool_end_backward(dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """g (N, C, H, W), gradient of the norm's output, and partial sums (2, tiles, C) fp32 of g and g * (y - MEAN).
+    """Compute the gradient of the stem's end.
 
-    ``dz`` (N, C, Hp, Wp): gradient of the pool's output.
+    Args:
+        dz: gradient of the pool's output (N, C, Hp, Wp), dense NHWC.
+        y: raw output (N, C, H, W), dense NHWC.
+        vectors: (10, C) of its norm.
+        pool: the max-pool.
+
+    Returns:
+        g (N, C, H, W), the gradient of the norm's output, and partial sums (2, tiles, C) fp32 of g and g * (y - MEAN).
     """
     n, c, h, w = y.shape
     cells_h, cells_w = ((size - 1 + pool.padding) // pool.stride + 1 for size in (h, w))

@@ -1,8 +1,8 @@
-"""One launch of a training step on random tensors, and the same computation in stock PyTorch.
+"""Run one launch of a training step on random tensors, and the same computation in stock PyTorch.
 
-The tuner times it and proves a config on it before it may be chosen. As in a block: the weight is fp32, a raw input
-comes with the vectors of its norm, a gradient with the coefficients of the norm behind. The truth starts from all of
-these as they are. cuDNN is timed with the passes that it needs around it (convolution.py).
+The tuner times it and checks a config's output with it. As in a block, the weight is fp32, a raw input comes with the
+vectors of its norm, and a gradient with the coefficients of the norm that follows. The reference starts from the same
+values. cuDNN is timed with the passes that it needs around it (convolution.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TrainingProblem:
         return self.launch.last
 
     def prepared(self, config: Config) -> Callable[[], Tensor]:
-        """The launch, packing its weight included: what is timed."""
+        """Return a function that runs the launch, including the packing of its weight: the part that is timed."""
         spec, weight, kernel = self.spec, self.weight, self.launch.kernel
         if kernel == "conv_fwd":
             return lambda: convolution.forward(weight, spec, config, self.x, None, spec.batch_stats)[0]
@@ -56,18 +56,18 @@ class TrainingProblem:
         return lambda: convolution.dgrad(weight, spec, config, self.grad)[0]
 
     def _is_packed(self, config: Config) -> bool:
-        """Is the ReLU below a clamp? What the forward pass chose is not the launch's to know; it is as dgrad's here."""
+        """Return whether the ReLU below is a clamp. A launch does not know the forward's config, so its own counts."""
         return config.packed and self.x.clamp is not None
 
     def check(self, config: Config) -> numerics.ErrorReport:
-        """Run, and compare with fp64 and with eager's own error."""
+        """Run the launch and assert its error budget, see :func:`resnet_fast.numerics.assert_close`."""
         out = self.prepared(config)().to(self.x.y.dtype)
         products = {"conv_fwd": self.spec.gemm_k, "conv_wgrad": self.spec.gemm_m}
         k = products.get(self.launch.kernel, self.spec.co // self.spec.groups * self.spec.r * self.spec.s)
         return numerics.assert_close(out, self._stock(torch.float64, config), self._stock(out.dtype, config), k)
 
     def _stock(self, dtype: torch.dtype, config: Config) -> Tensor:
-        """In PyTorch: norms in fp32 (fp64 for the truth), every tensor rounded to ``dtype``."""
+        """Compute the launch in PyTorch: norms in fp32 (fp64 for the reference), every tensor rounded to ``dtype``."""
         wide = torch.promote_types(dtype, torch.float32)
         act, weight, c = self.x.y.to(dtype), self.weight.to(dtype), self.spec
         if self.launch.prologue:
@@ -92,7 +92,7 @@ class TrainingProblem:
         return self.x.y.to(dtype) * _over(v[SCALE]) + _over(v[SHIFT])
 
     def _passes(self, config: Config) -> Tensor:
-        """Which elements the ReLU below lets pass, as the forward pass decided it."""
+        """Return which elements pass the ReLU below, as the forward pass decided."""
         if config == CUDNN or not self._is_packed(config):
             return ~(self._normed(torch.float32).to(self.x.y.dtype if config == CUDNN else torch.float32) <= 0)
         assert self.x.clamp is not None
@@ -101,7 +101,13 @@ class TrainingProblem:
 
 
 def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0) -> TrainingProblem:
-    """Random tensors of a launch's shapes on ``device``, NHWC; activations and gradients lie in a field of NaN."""
+    """Return a launch's random tensors, NHWC, with activations and gradients surrounded by NaN.
+
+    Args:
+        launch: a launch of a training step.
+        device: where the tensors are.
+        seed: the same seed gives the same tensors.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     c = launch.last
     dtype = getattr(torch, c.dtype)

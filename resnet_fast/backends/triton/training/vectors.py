@@ -1,27 +1,27 @@
-"""The per-channel vectors of one BatchNorm in a training step, and how kernels see a tensor through them.
+"""Define the per-channel vectors of one BatchNorm in a training step, and how kernels read a tensor through them.
 
-A convolution stores its output ``y`` raw: before BatchNorm, less a per-channel constant ``centre`` that was known
-before the launch (the running mean; BatchNorm does not see a shift of its input), rounded once. What BatchNorm and ReLU
-make of it is
+A convolution stores its output ``y`` raw: before BatchNorm, minus a per-channel constant ``centre`` that is known
+before the launch (the running mean; BatchNorm is invariant to a shift of its input), rounded once. BatchNorm and ReLU
+turn it into
 
     act = relu(SCALE * y + SHIFT)         SCALE = gamma * INVSTD        SHIFT = beta - MEAN * SCALE
 
-with MEAN and INVSTD of ``y`` as stored. No activation is written: whoever needs it reads ``y`` through these vectors,
-in one of two ways.
+with MEAN and INVSTD of ``y`` as stored. No activation is written: a kernel that needs it reads ``y`` through these
+vectors, in one of two ways.
 
 exact    fp32 arithmetic, rounded to the dtype of ``y`` before a product.
-packed   16-bit arithmetic on two elements per instruction (PERFORMANCE, packed prologues): for SCALE > 0
+packed   16-bit arithmetic on two elements per instruction: for SCALE > 0
 
              relu(SCALE*y + SHIFT) = FOLD * (clamp(y) - THR)     clamp(y) = min(max(y, lo), hi)
              FOLD = SCALE    lo = THR = -SHIFT/SCALE rounded to 16 bit    hi = inf    (SCALE < 0: lo = -inf, hi = THR)
 
-         FOLD goes into the weight of the convolution that reads (per input channel), and the constant
-         ``-sum(w * FOLD * THR)`` per output channel into its epilogue; padding reads as THR, which is activation 0.
-         A channel whose scale is 0, or too small for THR to be held (|SHIFT| > 65504 |SCALE|), is constant:
-         lo = hi = 1, THR = 0, FOLD = SHIFT where SHIFT > 0, else lo = hi = THR = 0, FOLD = 0.
-         Does an element pass ReLU?  clamp(y) != THR, in 16 bit as in every other use: one boundary, never two.
+         FOLD goes into the weight of the reading convolution (per input channel), and the constant
+         ``-sum(w * FOLD * THR)`` per output channel into its epilogue. Padding reads as THR, which is activation 0.
+         A channel is constant if its scale is 0, or so small that 16 bit cannot hold THR (|SHIFT| > 65504 |SCALE|):
+         lo = hi = 1, THR = 0, FOLD = SHIFT if SHIFT > 0, otherwise lo = hi = THR = 0, FOLD = 0.
+         An element passes ReLU if clamp(y) != THR in 16 bit, in every use, so that there is only one boundary.
 
-The gradient of a raw output is never written either. With g the gradient of BatchNorm's output,
+The gradient of a raw output is not written either. With g the gradient of BatchNorm's output,
 
     dy = A*g + B*y + C            exact
     dy = A*q,  q = g + (BETA*y + GAMMA)      packed; BETA = B/A in two 16-bit terms (hi + lo), GAMMA = C/A
@@ -53,7 +53,7 @@ BETA_HI, BETA_LO, GAMMA = range(3)
 
 
 class Act(NamedTuple):
-    """A convolution's input (N, C, H, W) in NHWC: raw with the vectors of its norm and ReLU, or as it is."""
+    """A convolution's input (N, C, H, W) in NHWC: raw with the vectors of its norm and ReLU, or an activation."""
 
     y: Tensor
     vectors: Tensor | None = None
@@ -61,9 +61,9 @@ class Act(NamedTuple):
 
 
 class Grad(NamedTuple):
-    """The gradient of a raw output (N, C, Ho, Wo): ``g`` and what turns it into dy.
+    """The gradient of a raw output (N, C, Ho, Wo): ``g`` and the coefficients that turn it into dy.
 
-    ``batch``: the norm used this batch's statistics; without, ``dy = A*g`` and ``y`` is not read.
+    ``batch``: the norm used the batch's statistics. Otherwise ``dy = A*g``, and ``y`` is not read.
     """
 
     g: Tensor
