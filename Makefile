@@ -33,7 +33,7 @@ help:
 	@echo "make test       install, then run the quick tests; make test-slow runs the others"
 	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
-	@echo "make lint       ruff, mypy, clang-format; make format rewrites the files"
+	@echo "make lint       ruff, mypy, import-linter, clang-format; make format rewrites the files"
 	@echo "make gpu-check  on a GPU: build, every gpu test, every config of every kernel, whole nets; BUDGET=500 seconds"
 	@echo "make gpu-tune   on a GPU: fill its table of measured kernels, resnet_fast/tuning/tables/<gpu>.json"
 	@echo "make gpu-bench  on a GPU: the card's ceilings, convolutions, nets and training against stock PyTorch"
@@ -82,6 +82,7 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(VENV)/.stamp-dev

@@ -14,7 +14,7 @@ import typer
 from ..errors import UserError, printable
 from ..flags import BACKENDS
 from ..io.safe_files import json_text
-from ..training.datasets import DATASETS
+from ..training.data_sources import DATASETS
 from .output import progress_bar, show
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import typer
 from ..errors import UserError, printable
 from ..flags import BACKENDS
 from ..io.weight_facts import AMP
-from ..training.datasets import DATASETS
+from ..training.data_sources import DATASETS
 from .answers import csv_file
 from .options import DeviceOption, ModelOption, NamesOption, ThreadsOption, one_of
 from .output import progress_bar, say, show

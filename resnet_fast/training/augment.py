@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..io import images
-from .datasets import DATASETS
+from .data_sources import DATASETS
 from .recipe import Recipe
 
 _MIX = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: spreads (seed, epoch, index) over the generator's seeds

@@ -27,7 +27,8 @@ from ..io.weight_facts import Facts
 from ..tools.trained import Trained
 from . import loader
 from .augment import Augment
-from .datasets import DATASETS, folders
+from .data_sources import DATASETS
+from .datasets import folders
 from .datasets.loading import load_data
 from .datasets.samples import Files, InMemory, Item, Sample
 from .recipe import Recipe
@@ -140,7 +141,7 @@ def evaluation_set(
     Args:
         restored: The net. Without further arguments, the images that its run validated on, as far as the checkpoint or
             the weights tell.
-        data: A name of :data:`resnet_fast.training.datasets.DATASETS`. ``folder`` takes the validation half of
+        data: A name of :data:`resnet_fast.training.data_sources.DATASETS`. ``folder`` takes the validation half of
             ``data_path``, or all class folders.
         data_path: The folder of the data.
         held_out: Of a folder without halves, take only the fifth of each class that a run on it does not train on.

@@ -22,7 +22,7 @@ from .. import limits
 from ..errors import UserError
 from ..flags import check_backend
 from . import recipe_text
-from .datasets import DATASETS
+from .data_sources import DATASETS
 from .recipe_text import parse_assignments, shown
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -70,7 +70,7 @@ class Recipe:
     Attributes:
         weights: A file of trained weights to begin with. Its head is replaced if it has another number of classes.
         freeze: Keep everything up to this stage (``stem``, ``layer1`` …) as it is in ``weights``.
-        data: A name of :data:`resnet_fast.training.datasets.DATASETS`; ``data_path`` is its folder.
+        data: A name of :data:`resnet_fast.training.data_sources.DATASETS`; ``data_path`` is its folder.
         follow_links: Read what links in a folder of images point to.
         classes: Outputs of the net, if more than the data has.
         size: The side of the input in pixels.

@@ -141,3 +141,8 @@ def test_cells_measured_before_an_end_are_printed(
     assert main(["bench", *map(str, arguments)]) == code
     out = capsys.readouterr().out
     assert "batch 1, cpu" in out and "batch 2" not in out and "written: " not in out
+
+
+def test_unusable_input_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--dtype", "float32", "--batch", "many"]) == 2
+    assert capsys.readouterr().err == "resnet-fast: expected batch sizes such as 1,16, got 'many'; correct --batch\n"

@@ -1,37 +1,5 @@
-"""The data sets that a recipe can name: an entry in :data:`DATASETS` and a reader for each.
+"""Readers of the data sets in :data:`resnet_fast.training.data_sources.DATASETS`, one module per source.
 
-``samples`` holds what a reader returns and what a run trains on, ``loading`` turns one into the other, ``arrays`` reads
-the file formats of published sets. The other files are the readers.
+``samples`` holds what a reader returns and what a run trains on. ``loading`` turns one into the other. ``arrays`` reads
+the file formats of published sets.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One data set that ``data`` of a recipe can name.
-
-    Attributes:
-        reader: ``module:function`` in this package. The function takes the recipe and returns an ``ArraySet`` or a
-            ``FileSet`` (see ``samples``).
-        data_path: Whether the recipe gives a folder of files with ``data_path``.
-        any_size: Whether the images have different sizes, so that each is cropped to the size of the recipe.
-    """
-
-    reader: str
-    data_path: Literal["none", "optional", "required"] = "optional"
-    any_size: bool = False
-
-
-DATASETS = {
-    "digits": DataSource("digits:read_digits", data_path="none"),
-    "fashion-mnist": DataSource("fashion_mnist:read_fashion_mnist"),
-    "cifar10": DataSource("cifar:read_cifar10"),
-    "cifar100": DataSource("cifar:read_cifar100"),
-    "folder": DataSource("folders:read_folder", data_path="required", any_size=True),
-    "synthetic": DataSource("synthetic:read_synthetic", data_path="none"),
-}
-"""Name, as ``--data`` takes it -> data set; in the order of ``--help``."""

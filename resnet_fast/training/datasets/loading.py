@@ -18,8 +18,8 @@ from ... import limits
 from ...errors import UserError
 from ...io import images
 from ..augment import Augment
+from ..data_sources import DATASETS
 from ..recipe import Recipe
-from . import DATASETS
 from .samples import ArraySet, Data, Files, FileSet, InMemory, check_pixels
 
 LEAST_FEATURES = 64

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from resnet_fast.errors import UserError
 from resnet_fast.training import recipe
-from resnet_fast.training.datasets import DATASETS, arrays, fashion_mnist, loading, samples
+from resnet_fast.training.data_sources import DATASETS
+from resnet_fast.training.datasets import arrays, fashion_mnist, loading, samples
 from resnet_fast.training.loop import train
 from resnet_fast.training.options import RunOptions, Watch
 from resnet_fast.training.recipe import Recipe
