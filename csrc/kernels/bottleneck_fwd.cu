@@ -375,7 +375,7 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
   const int tiles = p.n * p.tiles_h() * p.tiles_w();
   const int mine = (tiles - block_index() + block_count() - 1) / block_count();
   const auto tile_at = [&](int round) { return tile_of(p, block_index() + round * block_count()); };
-  const auto x_at = [&](int round) { return at.x + static_cast<uint32_t>(round % at.x_places) * at.x_bytes; };
+  const auto x_of = [&](int round) { return at.x + static_cast<uint32_t>(round % at.x_places) * at.x_bytes; };
   Weights<V> weights{p, at.weights, p.steps(), V::kResident ? p.steps() : mine * p.steps()};
 
   // x of the first tile, the weights, the biases
@@ -386,19 +386,20 @@ bottleneck_fwd_kernel(const BottleneckParams p) {
 
   for (int round = 0; round < mine; ++round) {
     const Tile tile = tile_at(round);
+    const uint32_t x_at = x_of(round);
     if (V::kResident) {
       cp_async_wait<0>();
       sync_block();
     }
-    conv1<V>(p, at, tile, x_at(round), warp, weights);
+    conv1<V>(p, at, tile, x_at, warp, weights);
     Shortcut<V> shortcut = {};
-    if (!p.projection) take_shortcut<V>(shortcut, x_at(round), warp);
+    if (!p.projection) take_shortcut<V>(shortcut, x_at, warp);
     sync_block();
-    if (round + 1 < mine) issue_x(p, tile_at(round + 1), x_at(round + 1));
+    if (round + 1 < mine) issue_x(p, tile_at(round + 1), x_of(round + 1));
     if (V::kResident) cp_async_commit();
     conv2<V>(p, at, warp, weights);
     sync_block();
-    conv3<V>(p, at, tile, x_at(round), warp, weights, shortcut);
+    conv3<V>(p, at, tile, x_at, warp, weights, shortcut);
   }
 }
 

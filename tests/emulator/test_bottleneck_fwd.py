@@ -161,7 +161,11 @@ def unaligned(t: Tensor) -> Tensor:
         (0, nchw, "expected x dense in NHWC, got strides"),
         (0, lambda t: t[0], r"expected x of shape \(N, C, H, W\), got \(256, 8, 8\) float16"),
         (0, unaligned, "expected x on a 16-byte boundary"),
-        (0, lambda t: t[:, :192].contiguous(memory_format=torch.channels_last), "expected as many input as output channels"),
+        (
+            0,
+            lambda t: t[:, :192].contiguous(memory_format=torch.channels_last),
+            "expected as many input as output channels",
+        ),
         (1, lambda t: t[:-1], r"expected contiguous weights \(17, 64, 64\) float16, got \(16, 64, 64\) float16"),
         (1, lambda t: t.to(torch.bfloat16), "expected contiguous weights .* float16, got .* bfloat16"),
         (2, lambda t: t.half(), "expected contiguous bias1"),
