@@ -29,7 +29,7 @@ from .worker import WorkerPool
 NET = "resnet50"
 WITHOUT_OURS = ", stock only"
 FAST = tuple(peer for peer in providers.GPU_INFERENCE if not peer.compiles)
-STOCK = tuple(peer for peer in FAST if not peer.name.startswith("resnet_fast"))
+STOCK = tuple(peer for peer in FAST if peer.stock)
 STEPS = tuple(peer for peer in providers.GPU_TRAINING if not peer.compiles)
 
 
