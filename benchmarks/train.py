@@ -221,7 +221,7 @@ class _Contender:
         net = copy.deepcopy(model).train().to(device)
         if trainer.channels_last:
             net = net.to(memory_format=torch.channels_last)
-        optimizer = optim.optimizer(net, recipe)
+        optimizer = optim.build_optimizer(net, recipe)
         normalise = Normalise(images.MEAN, images.STD, device, trainer.channels_last)
         step = TrainingStep(recipe, trainer.wrap(net), optimizer, normalise, World(device=device), classes(net))
         return cls(step, itertools.cycle(parts), recipe.batch)

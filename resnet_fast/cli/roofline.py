@@ -106,7 +106,7 @@ def _ceilings(device: devices.Device, dtype: str) -> Table:
 
 
 def _launches(title: str, items: tuple[byte_model.Work, ...], device: devices.Device, plan: str) -> Table:
-    """One row per launch, and the sum of every block that has several."""
+    """Return a table with one row per launch, and the sum of every block that has several."""
     from rich.table import Table
 
     table = Table("layer", "what", "kernel", title=title, title_justify="left")
@@ -160,7 +160,7 @@ def _activations(items: tuple[byte_model.Work, ...]) -> int:
 
 
 def _measured(batch: int) -> Iterator[dict[str, Any]]:
-    """What was measured at this batch, beside the plan that it comes close to."""
+    """Yield what was measured at this batch, with the plan that it resembles most."""
     for m in prediction.MEASURED:
         rate = dict(m.images_per_s).get(batch)
         if rate is None:
@@ -210,7 +210,7 @@ def _json(
 
 
 def _draw(title: str, items: tuple[byte_model.Work, ...], device: devices.Device, plan: str) -> Any:
-    """Intensity against rate, both logarithmic: the roofs, and the launches with operations as points.
+    """Draw rate over intensity, both logarithmic: the roofs as lines, the launches with operations as points.
 
     Launches of one kernel, intensity and rate are one point, whose area is their share of the predicted time. Points
     are hollow and every kernel has a marker of its own, so that one on another is seen.

@@ -295,7 +295,7 @@ def measure_accuracy(
     if workers is None:
         workers = loader.workers_of(isinstance(on.images, InMemory), place, 1)
     sampler = loader.ValidationSampler(len(on.images), max(batch, 1), 0, 1)
-    parts = loader.Prefetcher(loader.loader(_Numbered(on.images), sampler, workers, place), place)
+    parts = loader.Prefetcher(loader.data_loader(_Numbered(on.images), sampler, workers, place), place)
     result = Evaluation(facts.classes)
     restored.trained.net.to(place)
     net = restored.trained.accelerated(backend)

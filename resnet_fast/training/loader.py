@@ -160,7 +160,7 @@ def workers_of(in_memory: bool, device: torch.device, world: int) -> int:
     return max(1, min(8, limits.cores() // world))
 
 
-def loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:
+def data_loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:
     """Return torch's DataLoader over ``sampler``, pinning memory for a GPU. It does not use the global generator."""
     return DataLoader(
         dataset,
@@ -225,7 +225,7 @@ def throughput(dataset: Dataset[Sample], plan: BatchPlan, workers: int, seconds:
     """
     steps = plan.steps_per_epoch
     part_plan = BatchPlan(plan.size, plan.batch, 1, plan.seed)
-    parts = iter(loader(dataset, PartSampler(part_plan, 0, 1, 0, steps), workers, torch.device("cpu")))
+    parts = iter(data_loader(dataset, PartSampler(part_plan, 0, 1, 0, steps), workers, torch.device("cpu")))
     first = next(parts)
     start, count = time.perf_counter(), 0
     for part in parts:

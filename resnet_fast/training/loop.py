@@ -198,7 +198,7 @@ class _Run:
         setup, progress = self.setup, self.progress
         start, per_epoch = progress.start, setup.batches.steps_per_epoch
         sampler = loader.PartSampler(setup.batches, self.world.rank, self.recipe.accumulate, start, setup.total)
-        source = loader.loader(setup.data.train, sampler, setup.workers, self.world.device)
+        source = loader.data_loader(setup.data.train, sampler, setup.workers, self.world.device)
         parts = loader.Prefetcher(source, self.world.device) if start < setup.total else None
         setup.model.train()
         finetune.hold(setup.model, self.recipe.freeze)

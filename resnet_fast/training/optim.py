@@ -16,7 +16,7 @@ from .recipe import Recipe
 SUPPORTS_ZERO_INIT = ("resnet", "resnext", "wide")
 
 
-def build(recipe: Recipe, classes: int) -> nn.Module:
+def build_net(recipe: Recipe, classes: int) -> nn.Module:
     """Build the net of ``recipe``, seeded and accelerated, on the CPU, with plain BatchNorm.
 
     Raises:
@@ -43,7 +43,7 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
     return model
 
 
-def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the groups of trained parameters: one, or two if norms and biases have their own weight decay."""
     everything = [p for p in model.parameters() if p.requires_grad]
     if recipe.norm_weight_decay is None:
@@ -56,7 +56,7 @@ def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def kinds() -> dict[str, type[torch.optim.Optimizer]]:
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     """Return torch's optimizers that have a learning rate and weight decay, by their names in lower case."""
     found = {name.lower(): kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     return {
@@ -66,7 +66,7 @@ def kinds() -> dict[str, type[torch.optim.Optimizer]]:
     }
 
 
-def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build the optimizer of ``recipe`` for the trained parameters of ``model``: SGD as in section 3.4, or another.
 
     ``momentum`` is the momentum of SGD and RMSprop, or the first of Adam's betas; ``beta2`` is the second.
@@ -74,9 +74,9 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     Raises:
         UserError: PyTorch has no such optimizer, or it does not take the recipe's values.
     """
-    if recipe.optimizer not in kinds():
-        raise unknown_name("optimizer", recipe.optimizer, sorted(kinds()))
-    kind = kinds()[recipe.optimizer]
+    if recipe.optimizer not in optimizers():
+        raise unknown_name("optimizer", recipe.optimizer, sorted(optimizers()))
+    kind = optimizers()[recipe.optimizer]
     takes = signature(kind).parameters
     values: dict[str, Any] = {"lr": recipe.lr}
     if "momentum" in takes:
@@ -88,7 +88,7 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if "foreach" in takes:
         values["foreach"] = True
     try:
-        return kind(groups(model, recipe), **values)
+        return kind(parameter_groups(model, recipe), **values)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

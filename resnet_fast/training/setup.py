@@ -207,7 +207,7 @@ def _build_model(recipe: Recipe, classes: int, world: World, options: RunOptions
 
     A run that is not ``fresh`` takes its weights from a checkpoint.
     """
-    model = optim.build(recipe, classes)
+    model = optim.build_net(recipe, classes)
     origin = finetune.load_weights(model, recipe, classes) if recipe.weights and fresh else ""
     if recipe.freeze:
         finetune.freeze(model, recipe.freeze)
@@ -225,7 +225,7 @@ def _build_step(
     if ema is not None and options.parallel == "fsdp":
         distributed.shard(ema.module)  # type: ignore[arg-type]
     spread = distributed.spread(model, world, options.parallel, recipe.sync_bn)
-    optimizer = optim.optimizer(model, recipe)
+    optimizer = optim.build_optimizer(model, recipe)
     normalise = Normalise(data.mean, data.std, world.device, recipe.channels_last)
     step = TrainingStep(recipe, spread, optimizer, normalise, world, classes, ema)
     return step, TrainingState(model, optimizer, step.scaler, ema)

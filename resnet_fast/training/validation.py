@@ -39,7 +39,7 @@ class Validation:
         net.eval()
         nothing = loader.collate([])
         steps = _padded(len(sampler), world) if self.sharded else len(sampler)
-        parts = loader.Prefetcher(loader.loader(data.val, sampler, self.workers, world.device), world.device)
+        parts = loader.Prefetcher(loader.data_loader(data.val, sampler, self.workers, world.device), world.device)
         for _ in range(steps):
             part = next(parts, nothing)
             self.unreadable.update(part.unreadable)

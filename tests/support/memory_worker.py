@@ -41,7 +41,7 @@ def main() -> None:
             memory[tick.step] = resident()
             tensors[tick.step] = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
-    optim.build = build
+    optim.build_net = build
     changes = {"size": 8, "subset": 1000, "batch": 16, "lr": 0.05, "steps": 1000, "ema": 0.9}
     options = RunOptions(out=Path(sys.argv[1]), probe=False, threads=1, log_every=10, save_steps=50)
     train(recipe.load_recipe(None, changes), options, Watch(step=look))

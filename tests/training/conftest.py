@@ -40,7 +40,7 @@ def minute(monkeypatch: pytest.MonkeyPatch) -> None:
         last = nn.Linear(144, recipe.classes or classes)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), last)
 
-    monkeypatch.setattr(optim, "build", build)
+    monkeypatch.setattr(optim, "build_net", build)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_worker_processes_change_no_pixel(tiny: Callable[..., Recipe]) -> None:
 
     def parts(workers: int) -> list[loader.Part]:
         sampler = loader.PartSampler(plan, 0, 1, 0, 6)
-        return list(loader.loader(found.train, sampler, workers, torch.device("cpu")))
+        return list(loader.data_loader(found.train, sampler, workers, torch.device("cpu")))
 
     before = torch.get_rng_state()
     here, there = parts(0), parts(2)

@@ -25,7 +25,7 @@ LARGEST = {"none": 3e38, "bfloat16": 3e38, "float16": 6e4}
 
 
 def planted(recipe: Recipe, value: float) -> nn.Module:
-    model = optim.build(recipe, 10)
+    model = optim.build_net(recipe, 10)
     with torch.no_grad():
         model.get_submodule("layer2.0.conv1").weight.fill_(value)
     return model
@@ -33,7 +33,7 @@ def planted(recipe: Recipe, value: float) -> nn.Module:
 
 def stepper(recipe: Recipe, model: nn.Module) -> TrainingStep:
     normalise = Normalise((0.5,), (0.25,), torch.device("cpu"), True)
-    return TrainingStep(recipe, model, optim.optimizer(model, recipe), normalise, World(), 10)
+    return TrainingStep(recipe, model, optim.build_optimizer(model, recipe), normalise, World(), 10)
 
 
 @pytest.mark.parametrize("amp", ["none", "bfloat16", "float16"])
@@ -62,7 +62,7 @@ def test_the_model_is_left_as_it_was(tiny: Callable[..., Recipe], same: Callable
 def test_a_broken_batch_is_no_layers_fault(tiny: Callable[..., Recipe]) -> None:
     x = torch.randn(4, 3, 8, 8)
     x[2, 1, 3, 4] = torch.nan
-    text = first_overflow(optim.build(tiny(), 10), x, contextlib.nullcontext())
+    text = first_overflow(optim.build_net(tiny(), 10), x, contextlib.nullcontext())
     assert text.startswith("the batch itself is broken: 1 of 768 values not finite")
 
 
@@ -73,7 +73,7 @@ def test_broken_weights_are_older_than_the_step(tiny: Callable[..., Recipe]) -> 
 
 
 def test_a_net_that_is_finite(tiny: Callable[..., Recipe]) -> None:
-    text = first_overflow(optim.build(tiny(), 10), torch.randn(4, 3, 8, 8), contextlib.nullcontext())
+    text = first_overflow(optim.build_net(tiny(), 10), torch.randn(4, 3, 8, 8), contextlib.nullcontext())
     assert text == "every layer's output is finite: the loss itself overflowed"
 
 
@@ -89,7 +89,7 @@ def test_a_diverging_run_stops_with_its_checkpoints_as_they_were(
     tiny: Callable[..., Recipe], options: Callable[..., RunOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nets: list[nn.Module] = []
-    build = optim.build
+    build = optim.build_net
 
     def kept(recipe: Recipe, classes: int) -> nn.Module:
         nets.append(build(recipe, classes))
@@ -100,12 +100,12 @@ def test_a_diverging_run_stops_with_its_checkpoints_as_they_were(
             with torch.no_grad():
                 nets[-1].get_submodule("layer3.1.conv2").weight.fill_(3e38)
 
-    monkeypatch.setattr(optim, "build", kept)
+    monkeypatch.setattr(optim, "build_net", kept)
     run = options(save_steps=2)
     with pytest.raises(NotFinite, match=r"layer3\.1\.conv2"):
         train(tiny(), run, Watch(step=spoil))
     assert [p.name for p in checkpoints.found(run.out)] == ["step-00000002"]
     nets.clear()
-    monkeypatch.setattr(optim, "build", build)
+    monkeypatch.setattr(optim, "build_net", build)
     again = options(save_steps=2, resume="auto")
     assert train(tiny(), again).finished

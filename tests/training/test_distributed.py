@@ -392,11 +392,16 @@ def test_validation_shares_hold_each_image_once(processes: int) -> None:
 def test_running_statistics_of_parts_equal_those_of_processes() -> None:
     """(1 - m) r + m mean(b) over the parts' statistics b, in whatever order they came; the momentum is m again."""
     chosen = recipe.load_recipe(None, worker.BASE | {"accumulate": 3, "lr": 0.0, "backend": "reference"})
-    model = optim.build(chosen, 10)
+    model = optim.build_net(chosen, 10)
     norm = model.bn1
     norm.running_mean.fill_(0.5)
     step = TrainingStep(
-        chosen, model, optim.optimizer(model, chosen), Normalise((0.5,), (0.5,), torch.device("cpu"), True), World(), 10
+        chosen,
+        model,
+        optim.build_optimizer(model, chosen),
+        Normalise((0.5,), (0.5,), torch.device("cpu"), True),
+        World(),
+        10,
     )
     pixels = torch.randint(256, (3, 4, 1, 8, 8), dtype=torch.uint8)
     parts = [loader.Part(p, torch.arange(4)) for p in pixels]

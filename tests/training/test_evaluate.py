@@ -267,10 +267,10 @@ def test_a_folder_that_is_no_run(
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_sharded_checkpoint(tiny: Callable[..., Recipe], averaged: bool, tmp_path: Path) -> None:
     how = tiny(ema=0.5 if averaged else 0.0)
-    model = optim.build(how, 10)
+    model = optim.build_net(how, 10)
     ema = optim.averaged(model, how)
     state = checkpoints.TrainingState(
-        model, optim.optimizer(model, how), torch.amp.GradScaler("cpu", enabled=False), ema
+        model, optim.build_optimizer(model, how), torch.amp.GradScaler("cpu", enabled=False), ema
     )
     if ema is not None:
         with torch.no_grad():

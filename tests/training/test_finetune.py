@@ -51,7 +51,7 @@ def pretrained(tmp_path: Path) -> Callable[..., Path]:
 def test_a_head_of_other_classes_is_replaced_and_said(suffix: str, tiny: Make, pretrained: Make) -> None:
     path = pretrained(7, suffix=suffix)
     recipe = tiny(weights=str(path))
-    model = optim.build(recipe, 10)
+    model = optim.build_net(recipe, 10)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     said = finetune.load_weights(model, recipe, 10)
     assert said == f"weights of {path}, but for its head: 7 classes there, a new layer for 10 here"
@@ -62,7 +62,7 @@ def test_a_head_of_other_classes_is_replaced_and_said(suffix: str, tiny: Make, p
 
 def test_a_head_of_as_many_classes_stays(tiny: Make, pretrained: Make) -> None:
     recipe = tiny(weights=str(pretrained(10)))
-    model = optim.build(recipe, 10)
+    model = optim.build_net(recipe, 10)
     assert finetune.load_weights(model, recipe, 10).endswith("its head of 10 classes included")
     assert torch.equal(model.fc.weight, load_file(recipe.weights)["fc.weight"])
 
@@ -139,7 +139,7 @@ def test_a_stopped_run_needs_its_weights_no_more(
     same(left(train(recipe, options(resume="auto")).out), left(whole.out))
 
 
-PLAIN = sorted(set(optim.kinds()) - {"muon"})
+PLAIN = sorted(set(optim.optimizers()) - {"muon"})
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -157,7 +157,7 @@ def test_betas_and_momentum_are_the_recipes(tiny: Make) -> None:
     model = nn.Linear(3, 2)
 
     def group(**values: Any) -> dict[str, Any]:
-        return optim.optimizer(model, tiny(momentum=0.8, **values)).param_groups[0]
+        return optim.build_optimizer(model, tiny(momentum=0.8, **values)).param_groups[0]
 
     assert group(optimizer="adamw", beta2=0.9)["betas"] == (0.8, 0.9)
     assert group(optimizer="rmsprop")["momentum"] == group()["momentum"] == 0.8
@@ -175,13 +175,13 @@ def test_betas_and_momentum_are_the_recipes(tiny: Make) -> None:
 )
 def test_an_optimizer_that_cannot_train_is_one_line(values: dict[str, Any], said: str, tiny: Make) -> None:
     with pytest.raises(UserError, match=said) as error:
-        optim.optimizer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), tiny(**values))
+        optim.build_optimizer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), tiny(**values))
     assert "\n" not in str(error.value)
 
 
 def test_the_norms_of_frozen_stages_normalise_as_they_did(tiny: Make, pretrained: Make) -> None:
     recipe: Recipe = tiny(weights=str(pretrained(10)), freeze="layer1")
-    model = optim.build(recipe, 10)
+    model = optim.build_net(recipe, 10)
     finetune.freeze(model, "layer1")
     model.train()
     finetune.hold(model, "layer1")

@@ -95,7 +95,7 @@ def test_validation_looks_at_every_image_once(size: int, batch: int, world: int)
 def test_a_part_holds_the_images_that_the_plan_names(workers: int, tiny: Callable[..., Recipe]) -> None:
     found = loading.load_data(tiny(augment="none"))
     sampler = PartSampler(BatchPlan(64, 16, 2, 0), 0, 2, 0, 4)
-    parts = list(loader.loader(found.train, sampler, workers, torch.device("cpu")))
+    parts = list(loader.data_loader(found.train, sampler, workers, torch.device("cpu")))
     for part, items in zip(parts, sampler, strict=True):
         wanted = [found.train[item] for item in items]
         assert torch.equal(part.images, torch.stack([s.pixels for s in wanted if s.pixels is not None]))

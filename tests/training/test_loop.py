@@ -62,7 +62,7 @@ def test_validation_is_that_of_the_exported_weights(tiny: Make, options: Make) -
     from resnet_fast.training.step import Normalise
 
     done = train(tiny(ema=0.5), options())
-    net = optim.build(tiny(seed=1), 10)
+    net = optim.build_net(tiny(seed=1), 10)
     net.load_state_dict(load_file(done.out / "model.safetensors"))
     found = loading.load_data(tiny())
     samples = [found.val[(0, i)] for i in range(found.val_size)]

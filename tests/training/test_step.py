@@ -41,7 +41,7 @@ def batch(*sizes: int, unreadable: tuple[str, ...] = ()) -> list[Part]:
 
 def stepper(recipe: Recipe, model: nn.Module, ema: Any = None) -> TrainingStep:
     return TrainingStep(
-        recipe, model, optim.optimizer(model, recipe), Normalise(MEAN, STD, CPU, True), World(), 10, ema
+        recipe, model, optim.build_optimizer(model, recipe), Normalise(MEAN, STD, CPU, True), World(), 10, ema
     )
 
 
@@ -168,7 +168,7 @@ def test_mixed_images_have_mixed_labels(values: dict[str, float], tiny: Callable
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_a_step_under_autocast_moves_float32_weights(amp: str, tiny: Callable[..., Recipe]) -> None:
     recipe = tiny(amp=amp)
-    model = optim.build(recipe, 10)
+    model = optim.build_net(recipe, 10)
     step, before = stepper(recipe, model), [p.detach().clone() for p in model.parameters()]
     seen: list[torch.dtype] = []
     model.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
@@ -180,10 +180,10 @@ def test_a_step_under_autocast_moves_float32_weights(amp: str, tiny: Callable[..
 
 
 def test_no_weight_decay_on_norms_and_biases(tiny: Callable[..., Recipe]) -> None:
-    model = optim.build(tiny(), 10)
-    (everything,) = optim.groups(model, tiny(weight_decay=0.3))
+    model = optim.build_net(tiny(), 10)
+    (everything,) = optim.parameter_groups(model, tiny(weight_decay=0.3))
     assert everything["weight_decay"] == 0.3 and len(everything["params"]) == len(list(model.parameters()))
-    decayed, rest = optim.groups(model, tiny(weight_decay=0.3, norm_weight_decay=0.0))
+    decayed, rest = optim.parameter_groups(model, tiny(weight_decay=0.3, norm_weight_decay=0.0))
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert {id(p) for p in rest["params"]} == {
         id(p) for name, p in model.named_parameters() if "bn" in name or "downsample.1" in name or name == "fc.bias"
@@ -192,16 +192,16 @@ def test_no_weight_decay_on_norms_and_biases(tiny: Callable[..., Recipe]) -> Non
 
 
 def test_the_net_is_a_function_of_the_seed(tiny: Callable[..., Recipe]) -> None:
-    first, again, other = (optim.build(tiny(seed=seed), 10).conv1.weight for seed in (0, 0, 1))
+    first, again, other = (optim.build_net(tiny(seed=seed), 10).conv1.weight for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_options_that_a_net_does_not_have(tiny: Callable[..., Recipe]) -> None:
     with pytest.raises(UserError, match="torchvision ResNet for zero_init_residual"):
-        optim.build(tiny(zero_init_residual=True), 10)
+        optim.build_net(tiny(zero_init_residual=True), 10)
     with pytest.raises(UserError, match="did you mean"):
-        optim.build(tiny(model="cifar_resnet21"), 10)
-    assert optim.build(tiny(model="resnet18", zero_init_residual=True), 10).layer1[0].bn2.weight.abs().max() == 0
+        optim.build_net(tiny(model="cifar_resnet21"), 10)
+    assert optim.build_net(tiny(model="resnet18", zero_init_residual=True), 10).layer1[0].bn2.weight.abs().max() == 0
 
 
 @pytest.mark.slow

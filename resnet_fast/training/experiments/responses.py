@@ -98,5 +98,5 @@ def responses_of_run(recipe: Recipe, weights: Path) -> Responses:
     model.load_state_dict(load_file(weights))
     normalise = Normalise(found.mean, found.std, torch.device("cpu"), recipe.channels_last)
     sampler = loader.ValidationSampler(min(IMAGES, found.val_size), 250, 0, 1)
-    parts = loader.loader(found.val, sampler, 0, torch.device("cpu"))
+    parts = loader.data_loader(found.val, sampler, 0, torch.device("cpu"))
     return measure_responses(model, [normalise(part.images) for part in parts])
