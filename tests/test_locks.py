@@ -1,4 +1,4 @@
-"""Locks in a forked child: open, whoever held them, and so is everything that the package does behind them."""
+"""Locks are open in a forked child, whoever held them, and so is everything that they guard."""
 
 from __future__ import annotations
 

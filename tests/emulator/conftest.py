@@ -12,7 +12,7 @@ from resnet_fast.benchmarks import emulation
 
 @pytest.fixture(scope="session")
 def emulator() -> Path:
-    """The module, built from the sources as they are; for :class:`emulation.Emulator`."""
+    """Build the module from the unedited sources, for :class:`emulation.Emulator`."""
     if not native.status():
         pytest.skip(native.status().reason)
     return emulation.build()

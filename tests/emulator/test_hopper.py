@@ -69,7 +69,7 @@ class Windows:
     dilation: tuple[int, int] = (1, 1)
 
     def unfolded(self, x: numpy.ndarray, tap: tuple[int, int]) -> numpy.ndarray:
-        """x (n, h, w, c) -> (n * ho * wo, c) by PyTorch's unfold, whose sides are h, w."""
+        """Unfold x (n, h, w, c) to (n * ho * wo, c) with PyTorch, which orders sides h, w."""
         n, _, _, c = x.shape
         image = torch.from_numpy(x.astype(numpy.float64)).permute(0, 3, 1, 2)
         turned = (side[::-1] for side in (self.filter, self.dilation, self.padding, self.stride))
@@ -86,7 +86,7 @@ def check_windows(
     swizzle: bool = True,
     channel: int = 0,
 ) -> None:
-    """Rows of im2col's matrix from `begin` on; those behind the last are zeros."""
+    """Check rows of im2col's matrix from ``begin`` on; rows after the last are zeros."""
     n, h, w, c = 2, 6, 7, 128
     x = numpy.random.default_rng(0).integers(1, 1 << 16, (n, h, w, c), dtype=numpy.uint16)
     rows = windows.unfolded(x, tap)
@@ -137,7 +137,7 @@ def test_tensor_load(corner: tuple[int, ...], swizzle: bool, emulator: Path) -> 
     ids=str,
 )
 def test_im2col_load(windows: Windows, begin: int, emulator: Path) -> None:
-    """Every tap; runs cross rows and images, and some end behind the last."""
+    """Covers every tap; runs cross rows and images, and some end after the last."""
     module = emulation.load(emulator)
     places = len(windows.unfolded(numpy.zeros((2, 6, 7, 1)), (0, 0)))
     for r in range(windows.filter[1]):

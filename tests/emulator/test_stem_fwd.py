@@ -1,4 +1,4 @@
-"""stem_fwd.cu, packed by backends/cuda/stem.py, against fp64; its traffic, its bank conflicts, and what it refuses."""
+"""stem_fwd.cu, packed by backends/cuda/stem.py, against fp64; its traffic, bank conflicts and refusals."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def mapped(y: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sums(g: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-    """(2, C) fp64: sum g and sum g * (y - MEAN)."""
+    """Return (2, C) in fp64: sum g and sum g * (y - MEAN)."""
     away = y.double() - per_channel(rows[v.MEAN].double())
     return torch.stack([g.double().sum((0, 2, 3)), (g.double() * away).sum((0, 2, 3))])
 

@@ -60,7 +60,7 @@ def matmul_kernel(
 def descriptor_matmul_kernel(
     a_desc, b_desc, c_desc, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same by tensor descriptors: what lies outside is cut off by the descriptor's shape."""
+    """The same with tensor descriptors, which cut off at their shape."""
     m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
