@@ -18,7 +18,9 @@ PARALLEL = $(PYTEST) -n 2 --dist worksteal
 # Triton decides at import whether it compiles or interprets, so kernels run in the interpreter in processes of their own.
 INTERPRETED = TRITON_INTERPRET=1 $(PARALLEL)
 # Tests that read the clock or start several processes run after the others, one at a time.
-FILES_ALONE = $(shell grep -rl "mark\.alone" tests --include="test_*.py")
+ALONE = $(PYTEST)
+# The files with a test of that mark: pytest need not import the others.
+marked = $(shell grep -rl "mark\.$(1)\b" tests --include="test_*.py")
 
 BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -64,13 +66,13 @@ demo: $(VENV)/.stamp-demo
 
 test: $(VENV)/.stamp-dev
 	$(PARALLEL) -m "not slow and not interpret and not alone"
-	$(INTERPRETED) -m "interpret and not slow"
-	$(PYTEST) -m "alone and not slow" $(FILES_ALONE)
+	$(INTERPRETED) -m "interpret and not slow" $(call marked,interpret)
+	$(ALONE) -m "alone and not slow" $(call marked,alone)
 
 test-slow: $(VENV)/.stamp-dev
 	$(PARALLEL) -m "slow and not interpret and not alone"
-	$(INTERPRETED) -m "interpret and slow"
-	$(PYTEST) -m "alone and slow" $(FILES_ALONE)
+	$(INTERPRETED) -m "interpret and slow" $(call marked,interpret)
+	$(ALONE) -m "alone and slow" $(call marked,alone)
 
 # Without the Triton kernels: tracing the interpreter more than doubles its time.
 coverage: $(VENV)/.stamp-dev

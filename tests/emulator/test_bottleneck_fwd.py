@@ -6,6 +6,7 @@ the same with weights that are streamed.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from resnet_fast import numerics
 from resnet_fast.benchmarks.emulation import A100, B200, H100, Emulator, conflicts
 from tests.support.bottleneck_cases import Block, block, native
+from tests.support.grids import covering
 
 CHANNELS = [(256, 64, 256), (64, 64, 256), (512, 128, 512), (256, 128, 256), (128, 128, 512)]
 DEVICES = {"h100": H100, "a100": A100, "b200": B200}
@@ -37,10 +39,14 @@ def test_which_kernel_runs_where(emulator: Path) -> None:
     assert set(ran.values()) == {"bottleneck_fwd_kernel", "bottleneck_fwd_sm90a_kernel"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("channels", "device"), VARIANTS, ids=str)
-@pytest.mark.parametrize("image", [(1, 8, 8), (3, 7, 15)], ids=str)
-def test_error_is_within_eagers(image, channels, dtype, device, emulator: Path) -> None:
+# Each kernel on each image and in each dtype.
+@pytest.mark.parametrize(
+    ("variant", "image", "dtype"),
+    covering(product(VARIANTS, [(1, 8, 8), (3, 7, 15)], [torch.bfloat16, torch.float16])),
+    ids=str,
+)
+def test_error_is_within_eagers(variant, image, dtype, emulator: Path) -> None:
+    channels, device = variant
     b = block(*image, *channels, dtype)
     with Emulator(emulator, **DEVICES[device] | {"sms": 2}):
         y = b.run()

@@ -11,6 +11,7 @@ from resnet_fast import devices, numerics
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.spec import Epilogue, LaunchSpec
 from resnet_fast.tuning import configs
+from tests.support.grids import covering
 from tests.support.launch_cases import ADD, conv, stem
 
 pytestmark = pytest.mark.interpret
@@ -59,13 +60,23 @@ def _families(dtype: str) -> dict[str, list[LaunchSpec]]:
 
 
 FAMILIES = {dtype: _families(dtype) for dtype in DTYPES}
-CASES = [
-    pytest.param(launch, configs.for_dtype(config, dtype), id=f"{kernel}-{dtype}-{i}-{config}".replace(" ", "-"))
+# Every config on every launch and in every dtype, and every launch in every dtype. A tile breaks on a shape, or on how
+# wide an element is; the launches of a kernel differ in shape alone.
+GRID = covering(
+    ((kernel, i), dtype, config)
     for dtype in DTYPES
     for kernel, launches in FAMILIES[dtype].items()
     for config in configs.SHIPPED[kernel]
     for i, launch in enumerate(launches)
     if not config.descriptors or configs._descriptors_apply(launch, config, devices.gpu("h100").gpu)
+)
+CASES = [
+    pytest.param(
+        FAMILIES[dtype][kernel][i],
+        configs.for_dtype(config, dtype),
+        id=f"{kernel}-{dtype}-{i}-{config}".replace(" ", "-"),
+    )
+    for (kernel, i), dtype, config in GRID
 ]
 
 

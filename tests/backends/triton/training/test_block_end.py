@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from resnet_fast.backends.triton.training.block_end import block_end, block_end_
 from resnet_fast.benchmarks.tables.counting import count
 from resnet_fast.calls import Norm
 from tests.support import batch_norm_cases as cases
+from tests.support.grids import covering
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -26,10 +29,9 @@ def stock(y: Tensor, norm: Norm) -> Tensor:
     return z.to(y.dtype)
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+    "shape,dtype,shortcut,relu", covering(product(SHAPES, cases.DTYPES, SHORTCUTS, (True, False))), ids=str
+)
 def test_forward(shape: tuple[int, int, int, int], dtype: torch.dtype, shortcut: str, relu: bool) -> None:
     y = cases.raw(*shape, dtype)
     rows, norm = cases.vectors(y)
@@ -49,10 +51,9 @@ def test_forward(shape: tuple[int, int, int, int], dtype: torch.dtype, shortcut:
     assert torch.equal(z, block_end(y, rows, given, given_rows, relu))
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("projection", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "shape,dtype,projection,masked", covering(product(SHAPES, cases.DTYPES, (False, True), (False, True))), ids=str
+)
 def test_backward(
     shape: tuple[int, int, int, int], dtype: torch.dtype, projection: bool, masked: bool,
     monkeypatch: pytest.MonkeyPatch,

@@ -84,8 +84,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+# fp32 takes the same launches in the same order, with exact prologues: one case of each op shows it.
+IN_FP32 = ("bottleneck_projection", "bottleneck_stride2", "basic_block_projection", "basic_block_given", "conv_bn_act")
+
+
+@pytest.mark.parametrize(
+    "name,dtype", [(name, dtype) for name in CASES for dtype in DTYPES if dtype != torch.float32 or name in IN_FP32]
+)
 def test_a_step_is_within_the_budget(name: str, dtype: torch.dtype) -> None:
     check(case(dtype=dtype, **CASES[name]))
 

@@ -19,25 +19,32 @@ from resnet_fast.tuning.training_configs import FEW_VALUES, SHIPPED
 from tests.support import dgrad_cases
 from tests.support.dgrad_cases import GEOMETRIES
 from tests.support.fwd_cases import VARIANTS
+from tests.support.grids import covering
 from tests.support.launch_cases import conv
 from tests.support.wgrad_cases import SMS, Case, case
 
 pytestmark = pytest.mark.interpret
 
 TILE = Config("conv_wgrad", 32, 32, 64)
+RAW = (True, False)
 
 
-@pytest.mark.parametrize("raw", [True, False], ids=["raw", "as_it_is"])
-@pytest.mark.parametrize("dtype,prologue", VARIANTS)
-@pytest.mark.parametrize("config", SHIPPED["conv_wgrad"], ids=str)
+# A config is a tile: what it breaks does not depend on dtype, prologue and input at once.
+CONFIGS = covering(
+    (config, dtype, prologue, raw) for config in SHIPPED["conv_wgrad"] for dtype, prologue in VARIANTS for raw in RAW
+)
+
+
+@pytest.mark.parametrize("config,dtype,prologue,raw", CONFIGS, ids=str)
 def test_every_config(config: Config, dtype: str, prologue: str, raw: bool, poisoned_outputs: None) -> None:
     """No tile divides 20 channels or 5 images of 35 pixels, and no stream is as long as the next."""
     case(conv(20, 20, 3, n=5, h=7, w=5, dtype=dtype), prologue, raw).check(for_dtype(config, dtype))
 
 
-@pytest.mark.parametrize("raw", [True, False], ids=["raw", "as_it_is"])
-@pytest.mark.parametrize("prologue", ["exact", "packed"])
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(
+    "name,prologue,raw",
+    covering((name, prologue, raw) for name in GEOMETRIES for prologue in ("exact", "packed") for raw in RAW),
+)
 def test_geometry(name: str, prologue: str, raw: bool, poisoned_outputs: None) -> None:
     case(GEOMETRIES[name], prologue, raw).check(TILE)
 
