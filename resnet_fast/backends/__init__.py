@@ -1,1 +1,1 @@
-"""Implementations of the ops. Each backend is a folder; ``dispatch/catalog.py`` lists them."""
+"""Implement the ops. Each backend is a folder; ``resnet_fast.flags.BACKENDS`` lists them."""

@@ -1,4 +1,4 @@
-"""Memory layouts, as several backends need them."""
+"""Convert memory layouts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """``x`` dense in NHWC; itself if it is so."""
+    """Return ``x`` in dense NHWC; ``x`` itself if it already is."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def in_layout(y: Tensor, layout: str) -> Tensor:
-    """``y`` with the strides that the reference would return."""
+    """Return ``y`` with the strides that the reference would return."""
     return nhwc(y) if layout == "nhwc" else y.contiguous()

@@ -1,4 +1,4 @@
-"""What several backends refuse, in the same words."""
+"""Refuse problems, with the same words in every backend."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..spec import YES, NetSpec, Spec, Verdict
 
 
 def dtype_among(spec: Spec | NetSpec, dtypes: tuple[str, ...]) -> Verdict:
-    """Yes for a call in one of ``dtypes``."""
+    """Accept a call in one of ``dtypes``."""
     if spec.dtype in dtypes:
         return YES
     return Verdict.no(f"one of {', '.join(dtypes)}", spec.dtype, "convert the model and its input")
 
 
 def inference_only(spec: Spec | NetSpec, dtypes: tuple[str, ...]) -> Verdict:
-    """Yes for a call without autograd, on running statistics, in one of ``dtypes``: BatchNorm folded into weights."""
+    """Accept a call without autograd, with running statistics, in one of ``dtypes``: BatchNorm can be folded."""
     if spec.grad:
         return Verdict.no(
             "a call without autograd", "one whose graph is needed", "wrap inference in torch.inference_mode()"
@@ -26,7 +26,7 @@ def inference_only(spec: Spec | NetSpec, dtypes: tuple[str, ...]) -> Verdict:
 
 
 def old_gpus() -> Verdict:
-    """Yes where every visible GPU has the tensor-core instructions that the kernels are written for."""
+    """Accept the machine if every visible GPU has the tensor-core instructions that the kernels use."""
     count = torch.cuda.device_count()
     old = [torch.cuda.get_device_name(i) for i in range(count) if torch.cuda.get_device_capability(i) < (8, 0)]
     if old:

@@ -1,4 +1,4 @@
-"""``explain(model, x)``: run once, and tell per layer which kernel ran, why not the others, and the floor time."""
+"""``explain(model, x)``: run once, and report per layer which backend ran, why not the others, and the floor time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import record
 class LayerRow:
     """One op call, or one module that ran its stock layers (``backend`` is then ``stock`` and ``spec`` empty).
 
-    ``detail``: the kernels and configs that the backend chose, where it has a choice.
+    ``detail``: the kernels and configs of the backend; empty for backends without a choice of kernels.
     """
 
     layer: str
@@ -40,7 +40,7 @@ HEAD = ("layer", "op", "spec", "backend", "GFLOP", "MB", "floor ms", "bound")
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ran where. ``str()`` is a table, ``to_dict()`` goes into JSON."""
+    """The report of :func:`explain`. ``str()`` is a table, ``to_dict()`` is for JSON."""
 
     rows: tuple[LayerRow, ...]
     device: str
@@ -56,7 +56,7 @@ class Explanation:
         }
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table's lines, the headings :data:`HEAD` left out."""
+        """Return the lines of the table without the headings :data:`HEAD`."""
         return [
             (
                 r.layer,
@@ -81,7 +81,7 @@ class Explanation:
         return "\n".join([*lines, "", *self.remarks()])
 
     def remarks(self) -> list[str]:
-        """What stands below the table: what was chosen in each layer, the ceilings, and why not the other backends."""
+        """Return the lines below the table: kernels per layer, the ceilings, and why not the other backends."""
         reasons: dict[str, list[str]] = {}
         for r in self.rows:
             for name, why in r.why_not.items():
@@ -103,12 +103,15 @@ def _number(value: float | None) -> str:
 def explain(model: nn.Module, x: Any) -> Explanation:
     """Run ``model(x)`` once without autograd, in the mode it is in, and report every block of an accelerated net.
 
-    Buffers (running statistics) and random state are put back, so a model in training may be explained too.
+    Buffers (running statistics) and random state are restored, so a model in training mode may be explained too.
 
     Args:
         model: a module that :func:`resnet_fast.accelerate` has been called on.
-        x: an input of the shape, dtype, layout and device in question; whatever the model takes as its one argument,
-            a detector's list of images too.
+        x: the argument of the model, with the shape, dtype, layout and device to explain: a tensor (N, C, H, W), or
+            a structure of tensors such as a detector's list of images.
+
+    Returns:
+        The report; ``print`` it for a table.
 
     Raises:
         UserError: no tensor in ``x``.
@@ -135,11 +138,11 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         else:
             layer = _name(event.call, names)
             row = _row(layer, event, device)
-        if layer not in seen:  # a batch that ran in tiles passes each layer several times
+        if layer not in seen:  # a batch in tiles passes each layer several times
             rows.append(row)
         seen.add(layer)
     order = {name: i for i, name in enumerate(modules.values())}
-    rows.sort(key=lambda row: order.get(row.layer, -1))  # blocks that no fused class stands for are counted first
+    rows.sort(key=lambda row: order.get(row.layer, -1))  # unfused blocks are recorded first
     runs = len(tape) // max(1, len(rows))
     batch = f"the batch of {x.shape[0]} ran in {runs} tiles" if x is first else f"each layer ran {runs} times"
     notes = (f"{batch}; rows show one",) if runs > 1 else ()
@@ -150,7 +153,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
 
 
 def _put_back(buffer: Tensor, before: Tensor) -> None:
-    """Write only where something changed: a write would make every weight derived from the buffer stale."""
+    """Restore a buffer if it changed. Any write makes every weight derived from the buffer stale."""
     if buffer.device.type != "meta" and not torch.equal(buffer, before):
         with torch.inference_mode(buffer.is_inference()):
             buffer.copy_(before)
@@ -174,15 +177,14 @@ def _row(layer: str, event: record.Ran, device: devices.Device | None) -> LayerR
 
 
 def _fusion(state: Any) -> str:
-    """The fusion plan of the roofline that a state follows; empty for a state that describes no launches."""
+    """Return the fusion plan of the roofline that a state follows; empty if the state describes no launches."""
     return getattr(state, "fusion", "")
 
 
 def _plan(event: record.Ran) -> str:
-    """The fusion plan whose bytes bound this call.
+    """Return the fusion plan whose bytes give the floor of a call: the backend's, else one kernel per convolution.
 
-    What the backend chose; one kernel per convolution where the state does not say, and in training, where every raw
-    output is written.
+    Training writes every raw output, so its floor is that of one kernel per convolution.
     """
     if event.spec.grad or event.spec.batch_stats:
         return "conv"
@@ -190,7 +192,7 @@ def _plan(event: record.Ran) -> str:
 
 
 def _device(device: torch.device) -> tuple[devices.Device | None, str]:
-    """The ceilings to bound with: this CPU's are measured once per process, and the best of all runs counts."""
+    """Return the device with its ceilings, and a text about them. A CPU's are measured once per process."""
     if device.type == "cuda" and (known := devices.detect(torch.cuda.get_device_name(device))):
         copy, rate = known.bandwidth, known.rate("bfloat16")
         return known, (
@@ -211,13 +213,13 @@ def _device(device: torch.device) -> tuple[devices.Device | None, str]:
 
 
 def _name(call: Call, names: dict[int, str]) -> str:
-    """The layer's name in the model, found by its first convolution: the module around it if there are several."""
+    """Return the name of a call's layer: its convolution, or the module that contains its convolutions."""
     conv = names.get(id(call.convs[0].weight), "?")
     return conv.rsplit(".", 1)[0] if len(call.convs) > 1 else conv
 
 
 def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple[str, ...]:
-    """Convolutions that no op call carried and no stock block contains: their parents are not of a known kind."""
+    """Return a note on convolutions outside of op calls and stock blocks: their parents are of unknown classes."""
     covered: set[int] = set()
     for event in tape:
         if isinstance(event, record.Stock):

@@ -1,7 +1,7 @@
-"""What ran: counters, the log of fallbacks, strict mode, and the tape that ``explain`` plays back.
+"""Record what ran: counters, the log of fallbacks, strict mode, and the tape that ``explain`` reads.
 
-The counters are the process's, and threads may count at the same time. Strict mode and the tape belong to the thread
-(and the asyncio task) that entered their ``with``, as ``torch.no_grad`` does.
+Counters belong to the process, and threads may count at the same time. Strict mode and the tape belong to the thread
+(and asyncio task) that entered their ``with``, like ``torch.no_grad``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _tape: ContextVar[list[Ran | Stock] | None] = ContextVar("resnet_fast_tape", def
 
 
 class Ran(NamedTuple):
-    """An op call that dispatch served."""
+    """An op call that a backend ran."""
 
     call: Call
     spec: Spec
@@ -50,13 +50,13 @@ class Stock(NamedTuple):
 
 
 def fell_back(spec: Spec | NetSpec, choice: Choice) -> None:
-    """Before a call runs on a slower backend than it might: log it once per reason, or raise in strict mode."""
+    """Log once per reason that a call runs on a slower backend, or raise in strict mode. Call it before the run."""
     # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
     fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
 
 
 def ran(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:
-    """Count a call: its parts, which is what counters and explanations show of a net."""
+    """Count a call by its parts, so that counters and explanations show the layers of a net."""
     backend = choice.impl.backend
     with _counting:
         for part in spec.parts:
@@ -69,9 +69,9 @@ def ran(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) 
 
 
 def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
-    """Count a module that runs its stock forward. Silent while a compiler traces (it would count traces, not calls).
+    """Count a module that runs its stock forward.
 
-    ``quiet``: logged as information only.
+    Does nothing while a compiler traces, because that would count traces, not calls. ``quiet``: log at INFO level.
     """
     if torch.compiler.is_compiling():
         return
@@ -83,7 +83,7 @@ def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
 
 
 def fall_back(text: str, quiet: bool = False) -> None:
-    """Count a fallback; log it once (``quiet``: as information only), or raise in strict mode."""
+    """Count a fallback and log it once, at INFO level if ``quiet``; raise in strict mode."""
     if is_strict():
         raise BackendError(f"strict mode: {text}")
     with _counting:
@@ -95,18 +95,18 @@ def fall_back(text: str, quiet: bool = False) -> None:
 
 
 def count(op: str, backend: str) -> None:
-    """Count a call of ``op``, or of what is no single op: a replayed graph."""
+    """Count a call of ``op``, or an event of another kind, such as the replay of a graph."""
     with _counting:
         _calls[(op, backend)] += 1
 
 
 def watched() -> bool:
-    """Is a tape being recorded, which wants to see every op?"""
+    """Return whether this thread records a tape, which must see every op."""
     return _tape.get() is not None
 
 
 def is_strict() -> bool:
-    """Is a fallback an error, in this thread or in the process?"""
+    """Return whether a fallback is an error, in this thread or in the process."""
     return _strict.get() or flags.STRICT.enabled()
 
 

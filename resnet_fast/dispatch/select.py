@@ -1,8 +1,8 @@
-"""The only decision: which implementation runs a Spec, and why not the others.
+"""Choose the implementation that runs a Spec, with the reasons against the others. No other module decides this.
 
-Order of a request: ``use_backend(...)`` around the call, then the op's ``backend`` argument (what ``accelerate(model,
-backend=...)`` sets), then ``RESNET_FAST_BACKEND``, then ``auto``. A request by name succeeds or raises; ``auto`` takes
-the highest rank among those that accept, and a fallback from a faster backend is counted, logged once per reason, and
+Precedence of a request: ``use_backend(...)`` around the call, the op's ``backend`` argument (set by
+``accelerate(model, backend=...)``), ``RESNET_FAST_BACKEND``, ``auto``. A request by name succeeds or raises. ``auto``
+takes the highest rank among those that accept. A fallback from a faster backend is counted, logged once per reason, and
 an error in strict mode.
 """
 
@@ -30,10 +30,10 @@ _override: ContextVar[str | None] = ContextVar("resnet_fast_backend", default=No
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the ``with``, every op runs on backend ``name`` or raises; ``auto`` restores dispatch's own choice.
+    """Run every op inside the ``with`` on backend ``name``, or raise; ``auto`` lets dispatch choose.
 
-    For this thread (and asyncio task) and the graphs that autograd records in it, as ``torch.no_grad`` is;
-    ``RESNET_FAST_BACKEND`` is for the process.
+    It applies to this thread (and asyncio task) and to the graphs that autograd records in it, like ``torch.no_grad``.
+    ``RESNET_FAST_BACKEND`` applies to the process.
     """
     before = _override.get()
     _override.set(flags.check_backend(name))
@@ -44,7 +44,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(argument: str) -> str:
-    """The backend asked for: by context, by the op's argument, by the environment, else ``auto``."""
+    """Return the requested backend: by context, by the op's argument, by the environment, else ``auto``."""
     override = _override.get()
     if override is not None:
         return override
@@ -54,7 +54,11 @@ def requested(argument: str) -> str:
 
 
 def choose(spec: Spec | NetSpec, device: str, backend: str = "auto") -> Choice:
-    """The implementation for ``spec`` on ``device`` ("cpu", "cuda"). BackendError where a named backend cannot."""
+    """Return the implementation for ``spec`` on a device type ("cpu", "cuda"), and why not the others.
+
+    Raises:
+        BackendError: the backend was requested by name and cannot run the spec.
+    """
     return _choose(spec, device, requested(backend), catalog.fingerprint())
 
 
@@ -101,18 +105,18 @@ def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
 
 
 def prepare(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, earlier: list[Any]) -> Any:
-    """The state that the chosen implementation derives from the call's parameters.
+    """Return the state that the chosen implementation derives from the call's parameters.
 
-    None where it derives nothing, and for an output without elements (an empty batch).
+    None if it derives nothing, or if the output has no elements (an empty batch).
     """
     impl = choice.impl
     return impl.prepare(call, spec, earlier) if impl.prepares and all(spec.out_shape()) else None
 
 
 def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> Tensor:
-    """Run the call and count it. Where the implementation refuses the values at hand, the reference runs, counted.
+    """Run the call and count it. If the implementation refuses the values of its tensors, the reference runs.
 
-    That holds for a backend asked for by name too: a net whose input holds NaN returns NaN, as the stock net does.
+    That also applies to a backend requested by name: a net returns NaN for NaN, as the stock net does.
     """
     impl = choice.impl
     if choice.fell_back:
@@ -132,18 +136,18 @@ def execute(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: A
 
 
 def run(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice) -> Tensor:
-    """Prepare and run once, keeping nothing."""
+    """Prepare and run once, without keeping the state."""
     return execute(call, spec, choice, prepare(call, spec, choice, []))
 
 
 def trace(call: Call) -> Tensor:
-    """What a tracer sees of a call: the reference's ATen operations, on fake or symbolic tensors."""
+    """Run the reference's ATen operations on fake or symbolic tensors, for a tracer."""
     y: Tensor = _reference(call.op).run(call, None, None)
     return y
 
 
 def stock(spec: Spec | NetSpec, choice: Choice, reason: str) -> Choice:
-    """In place of ``choice``, what the stock layers do: the reference. No fallback: it is the faster one for now."""
+    """Return the reference in place of ``choice``. This is no fallback: the reference is faster for now."""
     refused = tuple((name, why) for name, why in choice.refused if name != "reference")
     return Choice(_reference(spec.op), (*refused, (choice.impl.backend, reason)))
 
@@ -153,7 +157,7 @@ def _reference(op: str) -> Impl:
 
 
 def _trainer(device: str, dtype: torch.dtype, backend: str) -> Impl | None:
-    """The implementation whose own training kernels would run such an input; None if there is none."""
+    """Return the implementation with training kernels for such an input; None if there is none."""
     wanted, name = requested(backend), _name(dtype)
     for impl in catalog.ranked("conv_bn_act", device):
         if name in impl.trains and wanted in ("auto", impl.backend) and catalog.works(impl.backend):
@@ -176,7 +180,7 @@ def trains_nhwc(device: str, dtype: torch.dtype, backend: str) -> bool:
 
 
 def _for_nets(device: str, backend: str) -> Impl:
-    """The implementation that a whole net in eval is offered to first."""
+    """Return the implementation that is asked first for a whole net in eval mode."""
     wanted = requested(backend)
     for impl in catalog.ranked("net", device):
         if wanted == impl.backend or (wanted == "auto" and catalog.works(impl.backend)):
@@ -185,15 +189,19 @@ def _for_nets(device: str, backend: str) -> Impl:
 
 
 def prefers_nhwc(device: str, backend: str) -> bool:
-    """Return whether a net in eval should convert its input to channels_last once."""
+    """Return whether a net in eval mode should convert its input to channels_last once."""
     return _for_nets(device, backend).nhwc
 
 
 def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
-    """How many images of a batch of ``n`` to send through a whole net in eval at a time.
+    """Return how many images of a batch of ``n`` to send through a whole net in eval mode at a time.
 
     Args:
-        largest: elements of an image's largest activation.
+        n: images in the batch.
+        largest: elements of one image's largest activation.
+        dtype: of the input.
+        device: device type of the input.
+        backend: the op's ``backend`` argument.
     """
     tile = _for_nets(device, backend).tile
     if tile is None or not flags.BATCH_TILE.enabled():

@@ -1,12 +1,12 @@
-"""``tune(model, x)``: measure every way to run the model's launches on this GPU, PyTorch's own among them.
+"""``tune(model, x)``: measure every way to run the model's launches on this GPU, including PyTorch's own kernels.
 
     model(x) -> specs -> routes -> launches           each launch once, the most expensive first
-    launch   -> candidates + stock                    compiled side by side, proved on a small batch, timed one by one
-    times    -> the user's table                      written after every launch: a cut loses one launch
+    launch   -> candidates + stock                    compiled in parallel, verified on a small batch, timed one by one
+    times    -> the user's table                      written after every launch: an interruption loses one launch
 
-A candidate is timed only after its output matched fp64 within the error budget (numerics.py). What failed, to compile,
-to match or to run at full size, is kept as refused, with the reason in the report. The fastest, ours or PyTorch's, runs
-from the next call on: tuned, a launch is never slower than stock beyond noise.
+A candidate is timed only if its output matches fp64 within the error budget (numerics.py). A candidate that fails to
+compile, to match or to run at full size is refused, and the report gives the reason. The fastest one, ours or
+PyTorch's, runs from the next call on, so a tuned launch is never slower than stock beyond noise.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ..tuning.shapes import unknown_name
 from . import catalog, record, select
 
 PROOF_BATCH = 2
-"""Images that a candidate is proved on: tile edges do not depend on the batch, fp64 on a large one would take long."""
+"""Batch size to verify a candidate on. Tile edges do not depend on the batch, and fp64 is slow on a large one."""
 
 OnProgress = Callable[[int, int, str], None]
-"""Called with launches done, launches in all, and what is being measured."""
+"""Called with the number of launches done, the total number, and the launch that is measured next."""
 
 
 @dataclass(frozen=True)
 class LaunchRow:
-    """One launch of a report: the fastest candidate and PyTorch's fastest, in microseconds; None where not measured."""
+    """One launch of a report: the fastest candidate and PyTorch's fastest, in microseconds; None if not measured."""
 
     launch: str
     best: str | None
@@ -57,12 +57,20 @@ class LaunchRow:
 
 @dataclass
 class Tuned:
-    """What a tuning run did.
+    """The result of a tuning run.
 
-    ``measured`` launches now, ``kept`` from earlier runs, ``left`` that the budget did not reach. ``refused``: launch,
-    candidate and reason. ``net_us`` and ``net_stock_us``: the sum over the model's fused layers, as tuned and on
-    PyTorch's kernels alone, once every launch of every layer is measured. ``unsaved``: why what was measured is in this
-    report alone; empty where it is in ``path``.
+    Attributes:
+        table: the measured times.
+        path: the file of the table.
+        launches: every launch of the model.
+        measured: number of launches measured now.
+        kept: number of launches known from earlier runs.
+        left: number of launches that the time budget did not reach.
+        seconds: duration of the run.
+        refused: launch, candidate and reason of each refusal.
+        net_us: microseconds of the model's fused layers as tuned; None until every launch is measured.
+        net_stock_us: the same on PyTorch's kernels alone.
+        unsaved: why the file could not be written; empty if it was.
     """
 
     table: tables.Table
@@ -78,7 +86,7 @@ class Tuned:
     unsaved: str = ""
 
     def rows(self) -> tuple[LaunchRow, ...]:
-        """The launches with what is known of each."""
+        """Return a row per launch."""
         return tuple(self._row(launch) for launch in self.launches)
 
     def _row(self, launch: LaunchSpec) -> LaunchRow:
@@ -98,7 +106,11 @@ class Tuned:
 
 
 def default_device() -> torch.device:
-    """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter. BackendError where they do not."""
+    """Return the device that Triton kernels run on: the GPU, or the CPU in Triton's interpreter.
+
+    Raises:
+        BackendError: Triton kernels run nowhere.
+    """
     _check_triton()
     return torch.device("cpu" if "cpu" in _triton_devices() else "cuda")
 
@@ -114,15 +126,15 @@ def _check_triton() -> None:
 
 
 def check_kernel(name: str) -> None:
-    """UserError with the close matches where no kernel is called ``name``."""
+    """Raise UserError with close matches if no kernel is called ``name``."""
     if name not in launches.KERNELS:
         raise unknown_name("kernel", name, launches.KERNELS)
 
 
 def specs_of(model: nn.Module, x: Tensor) -> list[Spec]:
-    """The problem of every convolution and block of ``model(x)`` that runs on Triton, in order, repeats included.
+    """Return the specs of ``model(x)`` that run on Triton, in order of execution, with repeats.
 
-    A model in training mode keeps its buffers: statistics are not counted.
+    The buffers of a model in training mode are restored.
     """
     if x.numel() == 0:
         raise UserError("an input with elements", f"shape {tuple(x.shape)}", "tune with the batch that will run")
@@ -159,7 +171,7 @@ def _ran(model: nn.Module, x: Tensor, backend: str) -> list[Spec]:
 
 
 def launches_of(specs: Iterable[Spec], device: torch.device) -> tuple[LaunchSpec, ...]:
-    """Every launch of every route of ``specs`` that ``device`` has a candidate for, each once."""
+    """Return every launch of every route of ``specs`` that ``device`` has a candidate for, each once."""
     from ..backends.triton import device as gpus
 
     model = gpus.device_of(device)
@@ -167,7 +179,7 @@ def launches_of(specs: Iterable[Spec], device: torch.device) -> tuple[LaunchSpec
 
 
 def table_file(device: torch.device) -> Path:
-    """The user's table for ``device``: what calls on it look into, besides the shipped one."""
+    """Return the path of the user's table for ``device``, which calls read in addition to the shipped one."""
     from ..backends.triton.device import table_of
 
     return tables.user_file(table_of(device).gpu)
@@ -220,7 +232,7 @@ def tune(
 
 
 def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tuple[float | None, float | None]:
-    """Microseconds of all ``specs`` as tuned and on stock kernels; None where a launch of theirs was not measured."""
+    """Return microseconds of all ``specs`` as tuned and on stock kernels; None if a launch was not measured."""
     from ..backends.triton import device as gpus
 
     model = gpus.device_of(device)
@@ -236,7 +248,7 @@ def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tup
 
 
 def _step_us(every: list[LaunchSpec], table: tables.Table) -> tuple[float | None, float | None]:
-    """The same of a training step's convolutions, every direction of each."""
+    """Return the same for a training step, with every direction of each convolution."""
     times = [{name: us for name, us in table.times(launch).items() if us is not None} for launch in every]
     stock = [t[training_configs.CUDNN.kernel] for t in times if training_configs.CUDNN.kernel in t]
     return (
@@ -285,7 +297,7 @@ def tune_launches(
             times = _measure(launch, missing, device, result)
             _keep(result, tables.Table(name, {str(launch): times}, versions))
             result.measured += 1
-    finally:  # also after Ctrl-C: what was measured until then is used
+    finally:  # also after Ctrl-C, so that the times until then are used
         gpus.table_of.cache_clear()
         parameter_cache.clear()
     result.seconds = time.monotonic() - start
@@ -293,9 +305,12 @@ def tune_launches(
 
 
 def check_table(path: Path, device: torch.device) -> None:
-    """Fail before an hour of measuring, not after: UserError unless what is measured on ``device`` may go to ``path``.
+    """Check, before measuring, that the times of ``device`` may be written to ``path``.
 
-    A file that is no tuning table of this GPU is left alone, but for a damaged one in the cache, ours by its place.
+    A damaged file in the cache folder is replaced, because it belongs to this package.
+
+    Raises:
+        UserError: another file, or the table of another GPU, is there, or the path cannot be written.
     """
     from ..backends.triton import device as gpus
 
@@ -308,7 +323,7 @@ def check_table(path: Path, device: torch.device) -> None:
 
 
 def _keep(result: Tuned, new: tables.Table) -> None:
-    """Add what was measured to the file and to the result; to the result alone, and say so, where the disk is full."""
+    """Add times to the file and to the result. If the file cannot be written, the result says why."""
     try:
         result.table = tables.add(result.path, result.table.with_times(new) if result.unsaved else new)
         result.unsaved = ""
@@ -318,14 +333,14 @@ def _keep(result: Tuned, new: tables.Table) -> None:
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU, and every thread has its own idea of which that is."""
+    """Make ``device`` the thread's current GPU, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _measure(
     launch: LaunchSpec, candidates: list[Config], device: torch.device, result: Tuned
 ) -> dict[str, float | None]:
-    """Microseconds of each candidate that compiles, matches and runs at full size; None for the others."""
+    """Return the microseconds of each candidate that compiles, matches and runs at full size; None for the others."""
     from ..backends.triton.problem import problem
     from ..backends.triton.training.problem import training_problem
 
@@ -338,17 +353,17 @@ def _measure(
     proof = make(few, device)
 
     def failure(attempt: Callable[[], Any]) -> str:
-        """Why it failed; empty if it did not. Memory that others hold says nothing about a candidate."""
+        """Return why an attempt failed; empty if it did not. Running out of memory is not the candidate's fault."""
         try:
             with _current(device):
                 attempt()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler's, a launch's or a mismatch: all of them make a candidate unusable
+        except Exception as error:  # of a compiler, a launch or a comparison: each makes a candidate unusable
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return ""
 
-    # the compilers leave Python's lock; the interpreter is Python itself
+    # compilers release the GIL, the interpreter does not
     with ThreadPoolExecutor(1 if device.type == "cpu" else 16) as pool:
         reasons = list(pool.map(lambda config: failure(lambda: proof.check(config)), candidates))
     times: dict[str, float | None] = {}
@@ -363,12 +378,12 @@ def _measure(
         if reason:
             result.refused.append((str(launch), str(config), reason))
     if None in times.values() and device.type == "cuda":
-        torch.cuda.synchronize(device)  # raises where a failure broke the context: then nothing here was a fair trial
+        torch.cuda.synchronize(device)  # raises if a failure broke the context, so that no time here is valid
     return times
 
 
 def _time(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Median seconds of a call; on a GPU with a cold L2, as between a net's layers."""
+    """Return the median seconds of a call; on a GPU with a cold L2 cache, as between a net's layers."""
     with torch.inference_mode():
         if device.type == "cuda":
             from triton.testing import do_bench

@@ -1,4 +1,4 @@
-"""What ``bottleneck`` and ``basic_block`` share: a residual branch of 1x1 and 3x3 convolutions, plus a shortcut.
+"""Define what ``bottleneck`` and ``basic_block`` share: a residual branch of convolutions, and a shortcut.
 
 The residual branch's convolutions come first in each list, the projection (if there is one more) last. ``norms`` holds
 weight, bias, running mean and running variance of each norm, ``geometry`` stride, padding, dilation (two numbers each)
@@ -23,7 +23,7 @@ SCHEMA = (
 
 
 def block_op(name: str, main: int) -> Op:
-    """The op of a block with ``main`` convolutions on its residual branch."""
+    """Return the op of a block with ``main`` convolutions on its residual branch."""
 
     def bind(x: Any, weights: Any, biases: Any, norms: Any, geometry: Any, *rest: Any) -> Call:
         *numbers, shortcut = rest
@@ -84,7 +84,7 @@ def _check(call: Call, at: LayerInput, grad: bool) -> BlockSpec:
 
 
 def _check_shortcut(call: Call, at: LayerInput, shape: tuple[int, ...], last: tuple[int, ...]) -> str:
-    """Which shortcut a block has, after a check that it has the ``shape`` of the residual branch's output.
+    """Return the kind of a block's shortcut, and check that it has the ``shape`` of the residual branch's output.
 
     ``last``: the shape of the last convolution's output, of the projection where there is one.
     """

@@ -1,6 +1,6 @@
-"""The checks of arguments that the ops share, the only ones that a call passes.
+"""Check the arguments of a call, with the checks that the ops share.
 
-Everything below (``dispatch/``, backends, kernels) trusts what passes here. A refusal is a
+Everything below (``dispatch/``, backends, kernels) relies on them. A refusal is a
 :class:`~resnet_fast.errors.UserError`: expected, got, what to do.
 """
 
@@ -45,7 +45,7 @@ def _shape(t: Tensor | LayerInput) -> str:
 
 
 def check_x(x: LayerInput, where: str) -> None:
-    """The input of an op is a batch of floating-point images."""
+    """Check that the input of an op is a batch of floating-point images."""
     if len(x.shape) != 4:
         raise UserError(f"{where}: x with 4 dimensions (N, C, H, W)", _shape(x), "add the missing ones with unsqueeze")
     if not x.dtype.is_floating_point:
@@ -102,7 +102,7 @@ def check_conv(at: LayerInput, conv: Conv, norm: Norm, epilogue: Epilogue, grad:
 
 
 def _check_weight(at: LayerInput, conv: Conv, where: str) -> None:
-    """The weight by itself, and the numbers of the convolution."""
+    """Check the weight, and the numbers of the convolution."""
     w = conv.weight
     if w.dim() != 4:
         raise UserError(f"{where}: a weight of 4 dimensions (Co, Ci/groups, R, S)", _shape(w), "use a Conv2d's weight")
@@ -124,7 +124,7 @@ def _check_weight(at: LayerInput, conv: Conv, where: str) -> None:
 
 
 def _check_channels(at: LayerInput, conv: Conv, where: str) -> None:
-    """Groups, input channels and the bias, which must match the weight."""
+    """Check that groups, input channels and bias match the weight."""
     co, cig = conv.weight.shape[:2]
     if conv.groups < 1 or co % conv.groups:
         raise UserError(
@@ -149,7 +149,7 @@ def _check_channels(at: LayerInput, conv: Conv, where: str) -> None:
 
 
 def _check_output(spec: ConvSpec, where: str) -> None:
-    """The output has pixels, and enough of them for batch statistics."""
+    """Check that the output has pixels, and enough of them for batch statistics."""
     if spec.ho < 1 or spec.wo < 1:
         raise UserError(
             f"{where}: an image of at least {spec.dilation[0] * (spec.r - 1) + 1 - 2 * spec.padding[0]}"
@@ -166,7 +166,7 @@ def _check_output(spec: ConvSpec, where: str) -> None:
 
 
 def check_same(t: Tensor, shape: tuple[int, ...], x: LayerInput, what: str) -> None:
-    """A tensor that is added has the output's shape, and the dtype and device of ``x``."""
+    """Check that a tensor to add has the output's shape, and the dtype and device of ``x``."""
     if tuple(t.shape) != shape or t.dtype != x.dtype or t.device != x.device:
         raise UserError(
             f"{what} of shape {shape} {str(x.dtype).removeprefix('torch.')} on {x.device}",
@@ -176,7 +176,7 @@ def check_same(t: Tensor, shape: tuple[int, ...], x: LayerInput, what: str) -> N
 
 
 def layout_of(t: Tensor) -> str:
-    """``nhwc`` or ``nchw``, as ATen's ``suggest_memory_format`` reads a 4-d tensor's strides.
+    """Return ``nhwc`` or ``nchw``, as ATen's ``suggest_memory_format`` reads a 4-d tensor's strides.
 
     Convolutions return channels_last when their input or weight is; a tensor with one channel or one pixel satisfies
     both formats, and its strides decide.

@@ -21,13 +21,13 @@ CONV_SCHEMA = "Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2
 
 
 def bind_layer(args: tuple[Any, ...]) -> tuple[tuple[Conv], tuple[Norm]]:
-    """The arguments of CONV_SCHEMA and NORM_SCHEMA as the ``convs`` and ``norms`` of a call."""
+    """Return the arguments of CONV_SCHEMA and NORM_SCHEMA as the ``convs`` and ``norms`` of a call."""
     weight, bias, stride, padding, dilation, groups, *norm = args
     return (Conv(weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups),), (Norm(*norm),)
 
 
 def flatten_layer(call: Call) -> tuple[Any, ...]:
-    """The arguments of CONV_SCHEMA and NORM_SCHEMA."""
+    """Return the arguments of CONV_SCHEMA and NORM_SCHEMA."""
     return *call.convs[0], *call.norms[0][:7]
 
 
@@ -50,7 +50,7 @@ def _check(call: Call, at: LayerInput, grad: bool) -> ConvSpec:
 
 
 def conv_flops(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, tuple[int, int, int, int]]:
-    """FLOPs and output shape of one convolution, from shapes (which may be symbolic: no Spec is built)."""
+    """Return FLOPs and output shape of one convolution from shapes, which may be symbolic."""
     n, _, h, w = x
     co, cig, r, s = weight
     ho = conv_out(h, r, stride[0], padding[0], dilation[0])
@@ -59,7 +59,7 @@ def conv_flops(x: Any, weight: Any, stride: Any, padding: Any, dilation: Any) ->
 
 
 def layer_flops(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of an op of one convolution."""
+    """Return the FLOPs of an op of one convolution from shapes."""
     return conv_flops(x, weight, stride, padding, dilation)[0]
 
 

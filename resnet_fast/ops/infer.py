@@ -1,12 +1,12 @@
-"""Inference: check, Spec, choice and derived weights of a call, computed once and kept until something changes.
+"""Run inference: check a call, choose a backend, prepare its state, and keep all three until something changes.
 
-What is kept hangs on the call's parameters (:mod:`resnet_fast.parameter_cache`, which sees every change of them)
-under all else that decides: the input's shape, strides, dtype and device, the numbers of the call, the backend asked
-for and the backends that work. A call like an earlier one costs one look-up.
+They are kept with the call's parameters (:mod:`resnet_fast.parameter_cache` sees every change of these). The key is
+everything else that decides: the input's shape, strides, dtype and device, the numbers of the call, the requested
+backend and the available backends. A call like an earlier one costs one look-up.
 
-Where preparing costs more than a call or two, it has to pay (:mod:`resnet_fast.packing_budget`); until it does, the
-call runs on the stock layers' operations. What was asked for by name is prepared at once, and so is what ``explain``
-wants to see, what runs in strict mode, and what must not depend on earlier calls
+If preparing costs more than a call or two, it must pay off (:mod:`resnet_fast.packing_budget`); until it does, the
+call runs the stock layers' operations. A state is prepared immediately if its backend was requested by name, for
+``explain``, in strict mode, and if results must not depend on earlier calls
 (:func:`resnet_fast.packing_budget.at_once`).
 """
 
@@ -26,13 +26,13 @@ from ..spec import NetSpec, Spec
 from .specs import spec_of
 
 BLOCK_SIZES, NET_SIZES = 8, 3
-"""Input sizes kept at a time by backends that do not count the memory of their states."""
+"""Number of input sizes to keep for backends that do not count the memory of their states."""
 
 COPIES = 3
-"""Memory that the states of one set of parameters may take, in fp32 copies of its weights."""
+"""Maximum memory of the states of one set of parameters, in fp32 copies of its weights."""
 
 SIZES = 64
-"""Input sizes kept at a time at most, however little memory they take."""
+"""Maximum number of input sizes to keep, however little memory they take."""
 
 NOT_YET = (
     "expected more calls with these weights and this input size, to make up for folding and packing them; until then "
@@ -42,8 +42,15 @@ NOT_YET = (
 
 @dataclass(slots=True)
 class Prepared:
-    """All that is needed to run a call. ``earns``: what a call adds to the account of its parameters; ``used``: when it
-    last did."""
+    """Everything that is needed to run a call.
+
+    Attributes:
+        spec: the problem.
+        choice: the backend.
+        state: what the backend prepared; None if there is nothing to prepare.
+        earns: what a call adds to the packing budget of its parameters.
+        used: number of the last call, as the packing budget counts them.
+    """
 
     spec: Spec | NetSpec
     choice: Choice
@@ -53,23 +60,26 @@ class Prepared:
 
 
 def infer(call: Call, backend: str) -> Tensor:
-    """The result of a call without autograd."""
-    plan = prepared(call, backend)
-    return select.execute(call, plan.spec, plan.choice, plan.state)
+    """Return the result of a call without autograd."""
+    found = prepared(call, backend)
+    return select.execute(call, found.spec, found.choice, found.state)
 
 
 def infer_tiles(call: NetCall, tile: int, backend: str) -> Iterator[Tensor]:
-    """The results of ``call`` for ``tile`` images of its batch at a time; parameters are looked at once per size."""
-    plan: Prepared | None = None
+    """Yield the results of ``call`` for ``tile`` images of its batch at a time.
+
+    Parameters are looked up once per tile size.
+    """
+    found: Prepared | None = None
     for x in call.x.split(tile) if tile < call.x.shape[0] else (call.x,):
         part = call._replace(x=x)
-        if plan is None or plan.spec.n != x.shape[0]:
-            plan = prepared(part, backend, max(1, call.x.shape[0] // tile))
-        yield select.execute(part, plan.spec, plan.choice, plan.state)
+        if found is None or found.spec.n != x.shape[0]:
+            found = prepared(part, backend, max(1, call.x.shape[0] // tile))
+        yield select.execute(part, found.spec, found.choice, found.state)
 
 
 def prepared(call: Call | NetCall, backend: str, times: int = 1) -> Prepared:
-    """What runs ``call`` and, with other numbers in ``x``, ``times`` calls in all."""
+    """Return what runs ``call``, from the cache if possible. ``times``: number of calls that will use it."""
     x = call.x
     parameters = call.parameters()
     if not catalog.prepares(x.device.type) or call.batch_stats:
@@ -80,15 +90,15 @@ def prepared(call: Call | NetCall, backend: str, times: int = 1) -> Prepared:
     key = (fixed, x.shape, x.stride())
     entry = parameter_cache.entry(parameters)
     with entry.lock:
-        plan: Prepared | None = entry.find(parameters, key)
-        if plan is None:
-            plan = _new(entry, call, parameters, key, backend)
-        elif getattr(plan.state, "grown", False):
-            plan.state.grown = False
-            _shrink(entry, plan)
+        found: Prepared | None = entry.find(parameters, key)
+        if found is None:
+            found = _new(entry, call, parameters, key, backend)
+        elif getattr(found.state, "grown", False):
+            found.state.grown = False
+            _shrink(entry, found)
         if entry.notes is not None:
-            plan.used = entry.notes.earn(times * plan.earns)
-    return plan
+            found.used = entry.notes.earn(times * found.earns)
+    return found
 
 
 def _new(
@@ -98,13 +108,13 @@ def _new(
     key: tuple[Any, ...],
     backend: str,
 ) -> Prepared:
-    """A plan for a call that none is kept for: kept from now on, or for this call alone where that does not pay."""
+    """Prepare a call that is not in the cache. It is added there, unless packing does not pay off yet."""
     spec = spec_of(call, grad=False)
     choice = select.choose(spec, call.x.device.type, backend)
     if not all(spec.out_shape()):
         return Prepared(spec, choice, None)
     upkeep = choice.impl.upkeep
-    earlier = [plan.state for other, plan in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
+    earlier = [found.state for other, found in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
     work = packing_budget.of_stock_call(spec.flops(), len(spec.convs)) if upkeep else 0.0
     named = select.requested(backend) != "auto"
     at_once = named or packing_budget.is_at_once() or record.watched() or record.is_strict()
@@ -122,25 +132,28 @@ def _new(
         state = select.prepare(call, spec, choice, earlier)
         return Prepared(spec, choice, state, packing_budget.earned_by(work, packed=True))
 
-    plan = entry.make(parameters, key, make)
-    _shrink(entry, plan)
-    return plan
+    found = entry.make(parameters, key, make)
+    _shrink(entry, found)
+    return found
 
 
-def _shrink(entry: parameter_cache.CacheEntry, plan: Prepared) -> None:
-    """Drop the plans used least recently until the rest keeps to its share of memory."""
-    impl = plan.choice.impl
+def _shrink(entry: parameter_cache.CacheEntry, found: Prepared) -> None:
+    """Drop the least recently used entries until the others fit the limits above."""
+    impl = found.choice.impl
     if impl.upkeep is None:
-        keep = NET_SIZES if plan.spec.op == "net" else BLOCK_SIZES
+        keep = NET_SIZES if found.spec.op == "net" else BLOCK_SIZES
         entry.shrink(lambda values: len(values) <= keep)
     else:
-        most = _most(plan.spec)
+        most = _most(found.spec)
         entry.shrink(lambda values: len(values) <= SIZES and _nbytes(impl, values) <= most)
 
 
 def _has_room(entry: parameter_cache.CacheEntry, impl: Impl, spec: Spec | NetSpec, elements: int, seen: int) -> bool:
-    """May so many elements be packed besides what is kept, or in place of a plan that was used less recently than this
-    call was ``seen``? Otherwise sizes that come in turn would push each other out, and none would be there in time."""
+    """Return whether ``elements`` more may be packed.
+
+    They may if they fit, or can replace an entry that was used before this call was last ``seen``. Without the second
+    condition, input sizes that alternate would evict each other, and none would be in the cache when it is needed.
+    """
     if not elements or not entry.values or _nbytes(impl, entry.values) + 4 * elements <= _most(spec):
         return True
     oldest: Prepared = next(iter(entry.values.values()))
@@ -148,14 +161,15 @@ def _has_room(entry: parameter_cache.CacheEntry, impl: Impl, spec: Spec | NetSpe
 
 
 def _most(spec: Spec | NetSpec) -> int:
+    """Return the maximum memory of the states of one set of parameters, in bytes."""
     return COPIES * 4 * spec.params()
 
 
-def _nbytes(impl: Impl, plans: dict[Hashable, Prepared]) -> int:
-    states = [plan.state for plan in plans.values() if plan.choice.impl is impl]
+def _nbytes(impl: Impl, kept: dict[Hashable, Prepared]) -> int:
+    states = [found.state for found in kept.values() if found.choice.impl is impl]
     return impl.upkeep.nbytes(states) if impl.upkeep else 0
 
 
 def _version(parameters: parameter_cache.Sources) -> Hashable:
-    """Changes with most edits of the parameters: enough to tell weights that stay from weights that do not."""
+    """Return a value that changes with most edits of the parameters, which is enough for the packing budget."""
     return tuple([0 if t is None or t.is_inference() else t._version for t in parameters])

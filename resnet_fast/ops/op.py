@@ -1,4 +1,4 @@
-"""What an op is: one :class:`Op` per module of this package, registered once."""
+"""Describe an op: one :class:`Op` per op module of this package, registered once."""
 
 from __future__ import annotations
 

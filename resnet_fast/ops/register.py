@@ -1,16 +1,16 @@
-"""How an op becomes a ``torch.library`` op: one mechanism for all of them.
+"""Register an op with ``torch.library``, with the same rules for each.
 
     torch.ops.resnet_fast.NAME(...)
       Autocast   x to the autocast dtype; weights and BatchNorm stay as they are (folding rounds them once)
-      Autograd   a graph or batch statistics are needed -> a training step (train.py) where the chosen backend has
-                 kernels for it, else it runs right here, and autograd sees what it does; otherwise one level down
+      Autograd   a graph or batch statistics are needed -> a training step (train.py) if the chosen backend has
+                 kernels for it, else the reference, which autograd records; otherwise one level down
       backend    check -> Spec -> dispatch
       Fake       the reference on fake tensors: real shapes, dtypes and strides
 
-While a compiler traces a call that needs a graph, the training ops go into its graph where the chosen backend has them
-and shapes are known, else the reference's ATen operations.
-The running statistics are updated in place without an alias annotation, as ``aten::batch_norm`` does it: a call with
-batch statistics is decomposed above functionalization, where ATen's own annotations take over.
+While a compiler traces a call that needs a graph, it records the training ops if the chosen backend has them and
+shapes are known, else the reference's ATen operations.
+Running statistics are updated in place without an alias annotation, as in ``aten::batch_norm``: a call with batch
+statistics is decomposed above functionalization, where ATen's own annotations apply.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ from .infer import infer
 from .op import OPS, Op
 
 _log = logging.getLogger("torch.utils.flop_counter")
-_log.disabled, _before = True, _log.disabled  # where triton is absent, its import says so; importing us is silent
+_log.disabled, _before = (
+    True,
+    _log.disabled,
+)  # importing it warns where Triton is missing; importing this package must not
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
 _log.disabled = _before
@@ -91,7 +94,7 @@ def _autocast_rule(op: Any, device: str) -> Callable[..., Tensor]:
 
 
 def _check_one_device(call: Call) -> None:
-    """A real tensor among meta tensors is served as a fake: without this, as a result that holds no numbers."""
+    """Check devices. Otherwise a real tensor among meta tensors would give a result without numbers."""
     for t in call.tensors():
         if t.device != call.x.device:
             raise UserError(

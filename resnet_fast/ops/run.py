@@ -1,8 +1,8 @@
-"""From a call record to its result: what the blocks call.
+"""Run a call: the entry point of the blocks.
 
-Plain eager calls go straight to dispatch (:mod:`.infer`) or to a training step (:mod:`.train`): PyTorch's dispatcher
-would unpack the lists of a block into boxed values and back several times, for nothing. A compiler, autocast or a
-dispatch mode takes the ``torch.library`` op, which has a rule for each.
+Plain eager calls go straight to dispatch (:mod:`.infer`) or to a training step (:mod:`.train`), because PyTorch's
+dispatcher would unpack the lists of a block into boxed values and back several times. A compiler, autocast or a
+dispatch mode uses the ``torch.library`` op, which has a rule for each.
 """
 
 from __future__ import annotations
@@ -30,17 +30,14 @@ def run(call: Call, backend: str, save: str = "raw") -> Tensor:
         if not graph and not call.batch_stats:
             found = prepared(call, backend)
             return select.execute(call, found.spec, found.choice, found.state)
-        if not profiler._is_profiler_enabled:  # which is shown the op
+        if not profiler._is_profiler_enabled:  # a profiler shows the op
             return train.run(call, train.Options(backend, save, call.sync), graph)
     flat = OPS[call.op].flatten(call)
     return getattr(torch.ops.resnet_fast, call.op)(*flat, backend, save, call.sync)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Return whether a call with this input concerns nobody but autograd.
-
-    That is no compiler, tracer, transform, autocast or mode.
-    """
+    """Return whether no compiler, tracer, transform, autocast or mode is active. Autograd may be."""
     return not (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
@@ -55,5 +52,5 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_plain_inference(x: Tensor) -> bool:
-    """Return whether a call with this input concerns nobody, not even autograd."""
+    """Return whether no compiler, tracer, transform, autocast or mode is active, and autograd is off."""
     return not torch.is_grad_enabled() and is_plain(x)

@@ -1,4 +1,4 @@
-"""The step from a call to its Spec: checked once per shape, then found."""
+"""Make the Spec of a call. A call is checked once per shape; after that its Spec is looked up."""
 
 from __future__ import annotations
 

@@ -1,17 +1,18 @@
-"""A call with a graph or batch statistics; with training kernels, one step of autograd.
+"""Run a call that needs a graph or batch statistics.
 
-Eager training runs the chosen implementation's :class:`~resnet_fast.impl.Training` right here (:class:`_Direct`). A
-compiler is given two opaque ops with known shapes instead (:class:`_ThroughOps`), and so keeps one graph:
+With training kernels, the call is one node in autograd's graph. Eager training calls the chosen implementation's
+:class:`~resnet_fast.impl.Training` directly (:class:`_Direct`). A compiler sees two opaque ops with known shapes
+instead (:class:`_ThroughOps`), so that it keeps one graph:
 
     NAME_train(args, options)                          -> y, saved          every call with a graph or batch statistics
     NAME_backward(dy, y, saved, args, options, needs)  -> gradients         in the order of ``calls.Call.leaves``
 
-``args`` and ``options`` are those of the op NAME. Running statistics are updated here, from what ``saved`` holds, after
-the forward pass has succeeded: a launch that fails leaves them as they were.
+``args`` and ``options`` are those of the op NAME. Running statistics are updated here, from tensors in ``saved``, after
+the forward pass has succeeded. A launch that fails leaves them unchanged.
 
-``saved`` holds raw convolution outputs and the vectors of the norms. It goes through ``save_for_backward`` together
-with the output, the input and the weights, so that saved-tensor hooks, checkpointing and autograd's check for tensors
-that were changed in place see all of them.
+``saved`` holds raw convolution outputs and the vectors of the norms. It is passed to ``save_for_backward`` together
+with the output, the input and the weights, so that saved-tensor hooks, checkpointing and autograd's check for in-place
+changes see all of them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def needs_gradient(call: Call) -> bool:
 
 
 def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether forward-mode autograd follows one of the tensors."""
+    """Return whether a tensor has a forward-mode tangent."""
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
@@ -64,7 +65,7 @@ def run(call: Call, options: Options, graph: bool) -> Tensor:
 
 
 def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
-    """The same on any tensors: those of a compiler or tracer, and with forward-mode tangents, too."""
+    """Run a call on any tensors, also on those of a compiler or tracer and with forward-mode tangents."""
     traced = _is_traced(call.x)
     if traced and not all(type(size) is int for size in call.x.shape):
         return select.trace(call)
@@ -114,19 +115,19 @@ def _update_running(call: Call, batch: list[tuple[Tensor, Tensor] | None]) -> No
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Return whether this is a tracer's tensor (fake, functional, symbolic), not one with memory of its own."""
+    """Return whether this is a tracer's tensor (fake, functional, symbolic), without memory of its own."""
     return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Direct(NamedTuple):
-    """Both passes of an eager step, on the implementation that was chosen for the forward pass."""
+    """Run both passes of an eager step on the implementation that was chosen for the forward pass."""
 
     spec: Spec
     choice: Choice
     save: str
 
     def forward(self, call: Call) -> tuple[Tensor, list[Tensor]]:
-        """The output and what the backward pass needs; counted."""
+        """Return the output and the tensors that the backward pass needs, and count the call."""
         spec, choice, save = self
         if choice.fell_back:
             record.fell_back(spec, choice)
@@ -135,8 +136,8 @@ class _Direct(NamedTuple):
         return y, saved
 
     def backward(self, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]) -> Sequence[Any]:
-        """The gradients of ``call.leaves()``."""
-        if _is_traced(dy):  # the graph of an eager step may be traced, by compiled autograd for instance
+        """Return the gradients of ``call.leaves()``."""
+        if _is_traced(dy):  # an eager step's backward pass may be traced, by compiled autograd for instance
             options = Options(self.choice.impl.backend, self.save, call.sync)
             return _ThroughOps(call.op, options).backward(call, dy, y, saved, needs)
         trainer = self.choice.impl.trainer
@@ -152,18 +153,18 @@ class _Direct(NamedTuple):
 
 
 class _ThroughOps(NamedTuple):
-    """Both passes of a step that is traced, as the ops ``op_train`` and ``op_backward``."""
+    """Run both passes of a traced step as the ops ``NAME_train`` and ``NAME_backward``."""
 
     op: str
     options: Options
 
     def forward(self, call: Call) -> tuple[Tensor, list[Tensor]]:
-        """The output and what the backward pass needs."""
+        """Return the output and the tensors that the backward pass needs."""
         op = getattr(torch.ops.resnet_fast, f"{self.op}_train").default
         return op(*OPS[self.op].flatten(call), *self.options)
 
     def backward(self, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]) -> Sequence[Any]:
-        """The gradients of ``call.leaves()``."""
+        """Return the gradients of ``call.leaves()``."""
         op = getattr(torch.ops.resnet_fast, f"{self.op}_backward").default
         return op(dy, y, saved, *OPS[self.op].flatten(call), *self.options, needs=needs)
 
@@ -171,9 +172,9 @@ class _ThroughOps(NamedTuple):
 class _Step(torch.autograd.Function):
     """The node of a training step in autograd's graph, with the leaves of the call as its inputs.
 
-    ``statistics``: how the running statistics are found in what the step saves; None: they are not this call's to
-    update. They are updated before anything is handed to autograd: the recomputation of a checkpoint stops as soon as
-    it has seen the last saved tensor, and stock's BatchNorm has counted the batch by then.
+    ``statistics`` returns the batch's statistics from the saved tensors; None to leave running statistics alone. They
+    are updated before any tensor is saved: the recomputation of a checkpoint stops after the last saved tensor, and
+    stock BatchNorm has updated its statistics by then.
     """
 
     @staticmethod
@@ -189,7 +190,7 @@ class _Step(torch.autograd.Function):
         if statistics is not None:
             _update_running(call, statistics(call, saved))
         ctx.passes, ctx.saved_count = passes, len(saved)
-        ctx.form = call.with_leaves([t is not None for t in leaves])  # everything of the call but its tensors
+        ctx.form = call.with_leaves([t is not None for t in leaves])  # the call without its tensors
         ctx.save_for_backward(y, *saved, *[t for t in leaves if t is not None])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -208,7 +209,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Second(torch.autograd.Function):
-    """A first derivative inside a graph (``create_graph=True``): differentiating it again is what cannot be done."""
+    """A first derivative inside a graph (``create_graph=True``). Differentiating it again raises."""
 
     @staticmethod
     def forward(ctx: Any, name: str, backward: Callable[[], Sequence[Any]], *leaves: Tensor | None) -> Any:
@@ -226,13 +227,13 @@ class _Second(torch.autograd.Function):
 
 
 def completer(op: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What puts back the trailing arguments that PyTorch drops before it calls a Python kernel: those at default."""
+    """Return a function that appends the trailing defaults, which PyTorch drops before it calls a Python kernel."""
     defaults = tuple(a.default_value for a in op._schema.arguments)
     return lambda args: (*args, *defaults[len(args) :])
 
 
 def binder(op: Op, overload: Any) -> Callable[[tuple[Any, ...]], tuple[Call, Options]]:
-    """What makes the call and its options of the flat arguments that PyTorch calls a Python kernel with."""
+    """Return a function that makes a call and its options from the flat arguments of a Python kernel."""
     complete = completer(overload)
 
     def bound(args: tuple[Any, ...]) -> tuple[Call, Options]:
@@ -303,7 +304,7 @@ def define(library: torch.library.Library, op: Op) -> None:
 
 
 def _chosen(call: Call, spec: Spec, options: Options) -> Choice:
-    """The choice for a call of the training ops themselves. BackendError where it has no training kernels."""
+    """Return the choice for a direct call of a training op. BackendError if it has no training kernels."""
     choice = select.choose(spec, call.x.device.type, options.backend)
     if not choice.impl.training:
         op, backend = choice.impl.op, choice.impl.backend

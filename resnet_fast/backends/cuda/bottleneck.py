@@ -1,4 +1,4 @@
-"""A whole bottleneck of stride 1 in one launch: csrc/kernels/bottleneck_fwd.cu, its limits and its parameters."""
+"""Launch a whole bottleneck of stride 1 as one kernel, csrc/kernels/bottleneck_fwd.cu: limits and parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ... import native
 from ...spec import ConvSpec, Spec, Verdict
 
 STEP = 64
-"""Input channels of a step of the weights."""
+"""Input channels per step of the weights."""
 
 CHANNELS = {(64, 256), (128, 256), (128, 512)}
-"""(between, out) that the kernel is compiled for: ResNet-50's stages 1 and 2, and stage 1 of the wide nets."""
+"""(inner, output) channels that the kernel is compiled for: ResNet-50's stages 1 and 2, stage 1 of the wide nets."""
 
 
 RESIDENT = 64
-"""Channels between whose weights stay on chip. Wider ones come from L2 for every 64 pixels, and are predicted to take
-longer than a launch per convolution (docs/tables/cuda-predictions.md)."""
+"""Maximum inner channels with weights on chip. Wider blocks read their weights from L2 for every 64 pixels, and are
+predicted to take longer than one launch per convolution (docs/tables/cuda-predictions.md)."""
 
 
 class BottleneckWeights(NamedTuple):
@@ -33,9 +33,12 @@ class BottleneckWeights(NamedTuple):
 
 
 def verdict(spec: Spec, shared: int, streamed: bool = False) -> Verdict:
-    """Should one launch run the block, on a device whose blocks may have ``shared`` bytes of shared memory?
+    """Return whether one launch should run the block.
 
-    ``streamed``: even where the weights do not stay on chip?
+    Args:
+        spec: the block.
+        shared: bytes of shared memory per thread block on the device.
+        streamed: whether to accept blocks with weights that do not stay on chip.
     """
     todo = "its convolutions run one by one"
     if spec.op != "bottleneck":
@@ -66,7 +69,7 @@ def _plain(conv: ConvSpec, size: int) -> bool:
 
 
 def pack(folded: list[tuple[Tensor, Tensor]], projection: bool, dtype: torch.dtype) -> BottleneckWeights:
-    """From (weight (Co, Ci, R, S), bias) of conv1, conv2, conv3 and the projection, BatchNorm folded, fp32."""
+    """Pack the folded fp32 (weight (Co, Ci, R, S), bias (Co)) of conv1, conv2, conv3 and the projection, if any."""
     (w1, b1), (w2, b2), (w3, b3), *rest = folded
     cmid = w1.shape[0]
     if projection:

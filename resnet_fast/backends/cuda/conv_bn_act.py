@@ -1,4 +1,4 @@
-"""One convolution with what is fused to it: csrc/kernels/conv_bn_act_1x1.cu, and conv_bn_act.cu for other filters."""
+"""Launch one convolution with its epilogue: csrc/kernels/conv_bn_act_1x1.cu, or conv_bn_act.cu for other filters."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _PIXELS = 2**30
 
 
 class ConvWeights(NamedTuple):
-    """A folded convolution in a kernel's layout: 16-bit ``weight``, ``bias`` (Co) fp32."""
+    """A folded convolution in a kernel's layout: 16-bit ``weight``, fp32 ``bias`` (Co)."""
 
     weight: Tensor
     bias: Tensor
 
 
 def kernel(spec: ConvSpec) -> str:
-    """The op that computes ``spec``. A padded 1x1 has windows outside of the image, as larger filters do."""
+    """Return the op for ``spec``. A padded 1x1 has windows outside of the image, like larger filters."""
     pixels = (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0)
     return "conv_bn_act_1x1" if pixels else "conv_bn_act"
 
 
 def verdict(spec: ConvSpec) -> Verdict:
-    """Can ``kernel(spec)`` compute it? Asks for nothing that depends on the device."""
+    """Return whether ``kernel(spec)`` can compute it, on any device."""
     inference = inference_only(spec, DTYPES)
     if not inference:
         return inference
@@ -55,13 +55,13 @@ def verdict(spec: ConvSpec) -> Verdict:
 
 
 def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> ConvWeights:
-    """The fp32 weight (Co, Ci, R, S) and bias of :func:`resnet_fast.folding.fold`, as ``kernel(spec)`` reads them."""
+    """Pack the fp32 weight (Co, Ci, R, S) and bias of :func:`resnet_fast.folding.fold` for ``kernel(spec)``."""
     rounded = weight.permute(0, 2, 3, 1).to(getattr(torch, spec.dtype)).contiguous()
     return ConvWeights(rounded.flatten(1) if kernel(spec) == "conv_bn_act_1x1" else rounded, bias.contiguous())
 
 
 def launch(spec: ConvSpec, packed: ConvWeights, x: Tensor, residual: Tensor | None) -> Tensor:
-    """``act(conv(x) + bias + residual)``, dense NHWC. ``residual`` has the output's shape, where ``spec`` adds one."""
+    """Return ``act(conv(x) + bias + residual)`` in dense NHWC. ``residual``: of the output's shape, or None."""
     x, residual = ready(x), None if residual is None else ready(residual)
     ops, relu = native.require(), spec.epilogue.relu
     if kernel(spec) == "conv_bn_act_1x1":
@@ -73,6 +73,6 @@ def launch(spec: ConvSpec, packed: ConvWeights, x: Tensor, residual: Tensor | No
 
 
 def ready(x: Tensor) -> Tensor:
-    """``x`` dense in NHWC on a 16-byte boundary; itself if it is so."""
+    """Return ``x`` in dense NHWC on a 16-byte boundary; ``x`` itself if it already is."""
     x = x.contiguous(memory_format=torch.channels_last)
     return x if x.data_ptr() % 16 == 0 else x.clone()

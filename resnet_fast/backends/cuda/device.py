@@ -1,4 +1,4 @@
-"""The GPUs of this machine, or the one that the emulator stands for, as far as kernels are chosen by them."""
+"""Describe the GPUs of this machine, or the emulated one, to choose kernels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from ... import devices, flags
 
 EMULATED = flags.EMULATE.enabled()
-"""Does this process run the kernels in the emulator? Decided when the backend is loaded, as it decides on devices."""
+"""Whether this process runs the kernels in the emulator. Read when the backend is loaded."""
 
 
 def stands_for() -> devices.Device:
-    """The GPU that the emulator counts for."""
+    """Return the GPU that the emulator simulates."""
     return devices.gpu("h100")
 
 
 @cache
 def shared_memory() -> int:
-    """Bytes of shared memory that a block may have, on the GPU here that has the fewest; an H100's without a GPU."""
+    """Return the bytes of shared memory per block: the minimum over the GPUs here, or an H100's without a GPU."""
     if EMULATED or not torch.cuda.is_available():
         gpu = stands_for().gpu
         assert gpu is not None

@@ -1,4 +1,4 @@
-"""The stem and every block of a net, one after another: the states of all parts are one derived value."""
+"""Run the stem and every block of a net, one after another. The state of the net is the list of its parts' states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .plan import CudaState
 
 
 def prepare(call: NetCall, spec: NetSpec, earlier: list[list[CudaState]]) -> list[CudaState]:
-    """A state per part."""
+    """Prepare every part."""
     return [
         plan.prepare(part._replace(x=call.x), part_spec, [states[i] for states in earlier])
         for i, (part, part_spec) in enumerate(zip(call.parts, spec.parts, strict=True))
@@ -19,7 +19,7 @@ def prepare(call: NetCall, spec: NetSpec, earlier: list[list[CudaState]]) -> lis
 
 
 def run(call: NetCall, spec: NetSpec, state: list[CudaState]) -> Tensor:
-    """The last block's output."""
+    """Return the last block's output."""
     x = call.x
     for part, part_spec, part_state in zip(call.parts, spec.parts, state, strict=True):
         x = plan.run(part._replace(x=x), part_spec, part_state)

@@ -1,7 +1,7 @@
-"""From a call to its launches: which kernels, their packed parameters, and the loop that runs them.
+"""Prepare and run a call: select its kernels, pack their parameters, launch them one after another.
 
-A bottleneck that fits the whole-block kernel is one launch. Any other block is a launch per convolution: the projection
-first, whose output the last convolution adds.
+A bottleneck that fits the whole-block kernel is one launch. Any other block is one launch per convolution. A projection
+comes first, and the last convolution adds its output.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CudaState:
 
 
 def verdict(spec: Spec | NetSpec) -> Verdict:
-    """Can these kernels run the problem?"""
+    """Return whether these kernels can run the problem."""
     return next((v for v in map(_verdict, spec.parts) if not v), YES)
 
 
@@ -54,7 +54,7 @@ def _verdict(spec: Spec) -> Verdict:
 
 
 def prepare(call: Call, spec: Spec, earlier: list[CudaState]) -> CudaState:
-    """Fold and pack. The kernels and their parameters depend on no size, so an earlier plan serves any."""
+    """Fold and pack. Kernels and parameters do not depend on the image size, so an earlier state is returned as is."""
     if earlier:
         return earlier[0]
     with torch.inference_mode(False), torch.no_grad():
@@ -79,13 +79,13 @@ def prepare(call: Call, spec: Spec, earlier: list[CudaState]) -> CudaState:
 
 
 def _launch(spec: ConvSpec, folded: tuple[Tensor, Tensor]) -> Launch:
-    """A convolution for any size of image: of ``spec``, the kernel takes what no size changes."""
+    """Return the launch of a convolution, for images of any size."""
     packed = conv_bn_act.pack(spec, *folded)
     return lambda x, residual: conv_bn_act.launch(spec, packed, x, residual)
 
 
 def run(call: Call, spec: Spec, state: CudaState) -> Tensor:
-    """The launches one after another."""
+    """Run the launches one after another."""
     x, launches = ready(call.x), state.launches
     shortcut = None if call.added is None else ready(call.added)
     if state.projects:

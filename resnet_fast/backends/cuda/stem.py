@@ -1,4 +1,4 @@
-"""Convolution 7x7/2, ReLU and max-pool 3x3/2 in one launch: csrc/kernels/stem_fwd.cu."""
+"""Launch convolution 7x7/2, ReLU and max-pool 3x3/2 as one kernel, csrc/kernels/stem_fwd.cu."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIZES = 2**29
 
 
 def verdict(spec: ConvSpec) -> Verdict:
-    """Can the kernel compute ``spec``? Asks for nothing that depends on the device."""
+    """Return whether the kernel can compute ``spec``, on any device."""
     inference = inference_only(spec, DTYPES)
     if not inference:
         return inference
@@ -34,9 +34,9 @@ def verdict(spec: ConvSpec) -> Verdict:
 
 
 def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> ConvWeights:
-    """The fp32 weight (64, 3, 7, 7) of :func:`resnet_fast.folding.fold` in the order of the kernel's registers.
+    """Pack the fp32 weight (64, 3, 7, 7) of :func:`resnet_fast.folding.fold` in the order of the kernel's registers.
 
-    A filter row of 7*3 numbers gets a zero before and two behind; all rows together are padded to 11 steps of 16. A
+    A filter row of 7*3 numbers gets one zero before and two after it. All rows together are padded to 11 steps of 16. A
     lane's 16 bytes are operand b of one step and two column tiles: (half of the channels, step and pair of tiles, lane,
     8 numbers).
     """
@@ -49,6 +49,6 @@ def pack(spec: ConvSpec, weight: Tensor, bias: Tensor) -> ConvWeights:
 
 
 def launch(spec: ConvSpec, packed: ConvWeights, x: Tensor) -> Tensor:
-    """``maxpool(relu(conv(x) + bias))``, dense NHWC."""
+    """Return ``maxpool(relu(conv(x) + bias))`` in dense NHWC."""
     y: Tensor = native.require().stem_fwd(ready(x), packed.weight, packed.bias)
     return y

@@ -1,6 +1,6 @@
-"""From a call to its launches: the chosen route, every launch's packed parameters, and the loop that runs them.
+"""Prepare and run a call: plan its launches, pack the parameters of each, launch them one after another.
 
-``prepare`` runs once per set of parameters and input size; ``run`` is all that lies between dispatch and a kernel.
+``prepare`` runs once per set of parameters and input size. ``run`` is the only step between dispatch and a kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAUNCHERS: dict[str, Launcher] = {
 
 
 class PackedLaunch(NamedTuple):
-    """One launch. ``makes_shortcut``: it computes the block's shortcut, not the next link of its main branch."""
+    """One launch. ``makes_shortcut``: it computes the block's shortcut, not the next step of its main branch."""
 
     launch: LaunchSpec
     config: Config
@@ -49,9 +49,9 @@ class PackedLaunch(NamedTuple):
 
 @dataclass(frozen=True)
 class TritonState:
-    """The launches of a call, the choice that they come from, and the folded convolutions that they are packed from.
+    """The launches of a call, their plan, and the folded convolutions that they are packed from.
 
-    ``pool``: the max-pooling that PyTorch runs after them, where no launch takes it in.
+    ``pool``: the max-pooling that PyTorch runs after them; None if a launch includes it.
     """
 
     chosen: LaunchPlan
@@ -61,7 +61,7 @@ class TritonState:
 
     @property
     def fusion(self) -> str:
-        """The fusion plan of :mod:`resnet_fast.roofline.byte_model` whose bytes the launches move."""
+        """The fusion plan of :mod:`resnet_fast.roofline.byte_model` that the launches follow."""
         plan = self.chosen.route.plan
         return "tail" if plan == "stem" else plan
 
@@ -70,7 +70,7 @@ class TritonState:
 
 
 def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
-    """Choose, fold and pack. States of the same parameters for other sizes (``earlier``) share the packed weights.
+    """Plan, fold and pack. States of the same parameters for other sizes (``earlier``) share the packed weights.
 
     A derived tensor outlives the call that made it, so it is made outside inference mode.
     """
@@ -86,7 +86,7 @@ def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
 
 
 def _launches(spec: Spec, chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[PackedLaunch, ...]:
-    """Parameters for each launch, found by its convolutions' places in the call: main branch first, projection last."""
+    """Return each launch with its parameters, by its convolutions' places in the call."""
     projection = None if spec.projection is None else folded[len(spec.main)]
     first, found = 0, []
     for at, (launch, config) in enumerate(zip(chosen.route.launches, chosen.configs, strict=True)):
@@ -104,7 +104,7 @@ def _launches(spec: Spec, chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[P
 def parameters(
     launch: LaunchSpec, config: Config, members: list[tuple[Tensor, Tensor]], projection: tuple[Tensor, Tensor] | None
 ) -> FoldedWeights:
-    """A launch's parameters from the packed (weight, bias) of its convolutions and of its projection."""
+    """Return a launch's parameters from the packed (weight, bias) of its convolutions and of its projection."""
     weight, bias = members[-1]
     if config.stock:
         return FoldedWeights(weight, bias.to(weight.dtype))
@@ -117,7 +117,10 @@ def parameters(
 
 
 def pack(conv: Conv, weight: Tensor, bias: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(Co, R, S, Ci/groups) dense in ``dtype``, bias fp32. ``groups``: after merging, with zeros between members."""
+    """Return the weight (Co, R, S, Ci/groups), dense in ``dtype``, and the fp32 bias.
+
+    ``groups``: number of groups after merging; the weights between members of a merged group are zero.
+    """
     merge = conv.groups // groups
     if merge > 1:
         co, cig, r, s = weight.shape
@@ -130,18 +133,18 @@ def pack(conv: Conv, weight: Tensor, bias: Tensor, groups: int, dtype: torch.dty
 
 
 def _padded_rows(weight: Tensor, step: int) -> Tensor:
-    """(Co, R, S, Ci) -> (Co, R, step): filter rows padded with zeros."""
+    """Pad filter rows with zeros: (Co, R, S, Ci) -> (Co, R, step)."""
     rows = weight.flatten(2)
     return F.pad(rows, (0, step - rows.shape[2])).contiguous()
 
 
 def dense_images(x: Tensor) -> Tensor:
-    """``x`` with each image in dense NHWC (images may lie apart); itself if it is so."""
+    """Return ``x`` with each image in dense NHWC, with any gap between images; ``x`` itself if it already is."""
     return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)
 
 
 def run(call: Call, spec: Spec, state: TritonState) -> Tensor:
-    """The launches one after another."""
+    """Run the launches one after another."""
     x = call.x
     if spec.pool is None or state.pool is not None or state.launches[0].config.stock:  # all but the stem's own kernel
         x = dense_images(x)

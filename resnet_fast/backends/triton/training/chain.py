@@ -28,7 +28,8 @@ from torch import Tensor
 from .... import flags
 from ....calls import Call, Conv, Norm
 from ....spec import ConvSpec, Spec
-from ....tuning.launch_plan import TrainingConfigs, plan_training
+from ....tuning import launch_plan
+from ....tuning.launch_plan import TrainingConfigs
 from ....tuning.training_configs import CUDNN
 from ...layouts import in_layout
 from ..device import device_of, table_of
@@ -61,7 +62,7 @@ def plan_of(spec: Spec, device: torch.device) -> StepPlan:
 @lru_cache(maxsize=1024)
 def _plan_of(spec: Spec, device: torch.device, packed: bool) -> StepPlan:
     inner, device_, table = len(spec.main), device_of(device), table_of(device)
-    chosen = [plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(spec.convs)]
+    chosen = [launch_plan.plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(spec.convs)]
     return StepPlan(spec.convs, tuple(chosen))
 
 
