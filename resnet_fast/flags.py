@@ -117,15 +117,16 @@ BUILD = (
 """Switches that setup.py reads."""
 
 TABLE = (*ALL, CACHE_FOLDER, LIBRARY_FILE, *BUILD)
-"""Every variable that means something here."""
+"""Every variable with a meaning for this package."""
 
 PREFIX = "RESNET_FAST_"
 
 
 def unknown(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables with our prefix that no switch has, each with what to do about it: the close match, where there is one.
+    """Return variables with our prefix that are no switch, each with a hint: the close match if there is one.
 
-    ``environment``: by default ``os.environ``.
+    Args:
+        environment: variables; by default ``os.environ``.
     """
     known = [flag.name.removeprefix(PREFIX) for flag in TABLE]
     found = {}

@@ -27,7 +27,7 @@ HOST = "resnet_fast._host"
 EMULATOR = "resnet_fast._emulator"
 
 _HOW_TO_BUILD = {
-    LIBRARY: "run `pip install --no-build-isolation .` in a clone, beside torch 2.11 or newer and a C++ compiler",
+    LIBRARY: "run `pip install --no-build-isolation .` in a clone, with torch 2.11 or newer and a C++ compiler",
     **dict.fromkeys((HOST, EMULATOR), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"),
 }
 

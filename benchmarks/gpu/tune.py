@@ -146,7 +146,7 @@ def summary(group: Group, device: Device, table: Table) -> Row | None:
         stage = stages.setdefault(name.split(".")[1], {"best_us": 0.0, "stock_us": 0.0, "plans": {}})
         stage["best_us"] += chosen.seconds * 1e6
         stage["stock_us"] += stock * 1e6
-        plan = chosen.route.plan
+        plan = chosen.route.fusion
         stage["plans"][plan] = stage["plans"].get(plan, 0) + 1
     best, stock_us = (sum(stage[key] for stage in stages.values()) for key in ("best_us", "stock_us"))
     return {"group": str(group), "batch": group.batch, "best_us": best, "stock_us": stock_us, "stages": stages}

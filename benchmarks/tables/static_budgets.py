@@ -46,7 +46,7 @@ def launches() -> dict[str, LaunchSpec]:
     r34 = shapes.blocks("resnet34", 256, dtype="bfloat16")
     stem = shapes.problems("resnet50", 256, dtype="bfloat16")["r50.conv1"]
     x50 = shapes.problems("resnext50_32x4d", 256, dtype="bfloat16")["x50_32x4d.layer1.0.conv2"]
-    plans = {name: {r.plan: r.launches for r in routes(block)} for name, block in (r50 | r34).items()}
+    plans = {name: {r.fusion: r.launches for r in routes(block)} for name, block in (r50 | r34).items()}
     found["1x1 residual"] = plans["r50.layer2.1"]["conv"][-1]
     found["1x1 projection"] = plans["r50.layer2.0"]["proj"][-1]
     found["1x1"] = plans["r50.layer3.1"]["conv"][0]

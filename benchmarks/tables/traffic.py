@@ -79,7 +79,7 @@ def net_routes(plan: str, **size: Any) -> list[LaunchRoute]:
     found: list[LaunchRoute] = []
     specs: list[ConvSpec | BlockSpec] = [stem, *shapes.blocks("resnet50", 1, dtype="float16", **size).values()]
     for spec in specs:
-        by = {r.plan: r for r in routes(spec)}
+        by = {r.fusion: r for r in routes(spec)}
         best = [by[p] for p in ("tail", "stem", "proj", "conv") if p in by and runs(by[p])]
         found.append(by["conv"] if plan == "conv" else best[0])
     return found

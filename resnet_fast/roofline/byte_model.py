@@ -103,7 +103,7 @@ def _size(c: ConvSpec) -> tuple[int, int, int]:
 
 
 def _convs(spec: Spec) -> dict[str, ConvSpec]:
-    """The convolutions of a problem by short name."""
+    """Return the convolutions of a problem by short name."""
     names = [f"conv{i}" for i, _ in enumerate(spec.main, 1)] if len(spec.main) > 1 else ["conv"]
     named = dict(zip(names, spec.main, strict=True))
     return named if spec.projection is None else named | {"downsample": spec.projection}
@@ -156,11 +156,11 @@ def _fused(spec: Spec, plan: str, part: str) -> Iterator[Work]:
             yield _fused_block(spec, part)
             return
     plan = {"stage12": "conv", "block": "tail"}.get(plan, plan)
-    by_plan = {route.plan: route for route in routes(spec)}
+    by_plan = {route.fusion: route for route in routes(spec)}
     route = next(by_plan[p] for p in _ROUTES[plan] if p in by_plan)
     names = {id(c): name for name, c in _convs(spec).items()}
     yield from (_fused_launch(one, part, names) for one in route.launches)
-    if spec.pool and route.plan != "stem":
+    if spec.pool and route.fusion != "stem":
         yield _pool(spec.main[0], part)
 
 

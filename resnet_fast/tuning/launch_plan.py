@@ -47,8 +47,8 @@ class LaunchPlan:
             f"{launch.kernel} {config}" for launch, config in zip(self.route.launches, self.configs, strict=True)
         )
         how = "measured" if self.measured else "modelled"
-        lost = "".join(f", {plan} {seconds * 1e6:.1f}" for plan, seconds in self.others)
-        return f"{self.route.plan}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost})"
+        lost = "".join(f", {fusion} {seconds * 1e6:.1f}" for fusion, seconds in self.others)
+        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost})"
 
 
 def fastest_measured(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config, float] | None:
@@ -95,7 +95,7 @@ def plan_launches(spec: Spec, device: Device, table: Table) -> LaunchPlan:
     if any(c.measured for c in found):
         found = [c for c in found if c.measured]
     fastest = min(found, key=lambda c: c.seconds)
-    return replace(fastest, others=tuple((c.route.plan, c.seconds) for c in found if c is not fastest))
+    return replace(fastest, others=tuple((c.route.fusion, c.seconds) for c in found if c is not fastest))
 
 
 def stock_seconds(spec: Spec, device: Device, table: Table) -> float | None:
@@ -115,7 +115,7 @@ def _pooling(problem: Spec, route: LaunchRoute, device: Device) -> float:
 
     It reads the convolution's output and writes the pooled one.
     """
-    if route.plan != "conv" or not problem.pool:
+    if route.fusion != "conv" or not problem.pool:
         return 0.0
     (stem,) = problem.main
     ho, wo = stem.out_hw()

@@ -31,9 +31,9 @@ STEM_STEP = 64
 
 @dataclass(frozen=True)
 class LaunchRoute:
-    """One way to run a problem. ``plan``: conv, proj, tail or stem, the rows of the table above."""
+    """One way to run a problem. ``fusion`` is conv, proj, tail or stem, a row of the table above."""
 
-    plan: str
+    fusion: str
     launches: tuple[LaunchSpec, ...]
 
     def min_bytes(self) -> int:

@@ -140,7 +140,7 @@ def test_every_net_has_every_plan(name: str, plan: str) -> None:
 
 def test_a_launch_spec_is_one_piece_of_work() -> None:
     block = shapes.blocks("resnet50", 2, dtype="bfloat16")["r50.layer1.0"]
-    tail = next(r for r in routes(block) if r.plan == "tail").launches[-1]
+    tail = next(r for r in routes(block) if r.fusion == "tail").launches[-1]
     (item,) = work(tail)
     assert (item.nbytes, item.flops, item.kernel) == (tail.min_bytes(), tail.flops(), "bottleneck")
 

@@ -215,7 +215,7 @@ def test_chains_of_resnet50_up_to_128_channels_have_candidates_in_16_bit(on: str
         route.launches[-1]
         for block in shapes.blocks("resnet50", 8, dtype=dtype).values()
         for route in routes(block)
-        if route.plan == "tail" and block.main[1].co <= 128
+        if route.fusion == "tail" and block.main[1].co <= 128
     ]
     assert len(chains) == 7
     assert all(_unmeasured(one, GPUS[on]) for one in chains)

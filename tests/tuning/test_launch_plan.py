@@ -16,7 +16,7 @@ PROBLEMS = shapes.problems("resnet50", 32, dtype="bfloat16")
 BLOCKS = shapes.blocks("resnet50", 32, dtype="bfloat16")
 CONV = PROBLEMS["r50.layer3.1.conv2"]
 BLOCK = BLOCKS["r50.layer2.0"]  # a projection: routes conv, proj and tail
-ROUTES = {route.plan: route for route in routes(BLOCK)}
+ROUTES = {route.fusion: route for route in routes(BLOCK)}
 
 
 def names(one: LaunchSpec) -> list[str]:
@@ -82,9 +82,9 @@ def test_routes_are_compared_by_the_sum_of_their_launches() -> None:
         ]
         return choose(BLOCK, *entries)
 
-    assert best(10, 100, 100).route.plan == "conv"
-    assert best(10, 19, 31).route.plan == "proj"  # 10 + 10 + 19 < 4 * 10
-    assert best(10, 21, 29).route.plan == "tail"  # 10 + 29 < 10 + 10 + 21
+    assert best(10, 100, 100).route.fusion == "conv"
+    assert best(10, 19, 31).route.fusion == "proj"  # 10 + 10 + 19 < 4 * 10
+    assert best(10, 21, 29).route.fusion == "tail"  # 10 + 29 < 10 + 10 + 21
     chosen = best(10, 21, 29)
     assert chosen.seconds == pytest.approx(39e-6) and len(chosen.configs) == 2 and chosen.measured
 
@@ -92,9 +92,9 @@ def test_routes_are_compared_by_the_sum_of_their_launches() -> None:
 def test_an_unmeasured_launch_excludes_its_route_where_another_is_measured_throughout() -> None:
     slow = throughout(ROUTES["conv"], 1e5)
     chosen = choose(BLOCK, *slow)
-    assert chosen.route.plan == "conv" and chosen.measured
+    assert chosen.route.fusion == "conv" and chosen.measured
     chosen = choose(BLOCK, *slow, *throughout(ROUTES["proj"], 1e4))
-    assert chosen.route.plan == "proj"
+    assert chosen.route.fusion == "proj"
 
 
 def test_with_no_route_measured_throughout_known_and_modelled_times_add_up() -> None:
@@ -114,11 +114,11 @@ def test_a_refused_candidate_is_not_chosen_by_the_model() -> None:
 
 
 def test_a_launch_with_nothing_left_excludes_its_route() -> None:
-    assert choose(BLOCK).route.plan != "conv"
+    assert choose(BLOCK).route.fusion != "conv"
     refused = [
         (route.launches[-1], dict.fromkeys(names(route.launches[-1]))) for route in (ROUTES["proj"], ROUTES["tail"])
     ]
-    assert choose(BLOCK, *refused).route.plan == "conv"
+    assert choose(BLOCK, *refused).route.fusion == "conv"
 
 
 def test_nothing_left_at_all_is_an_error_that_says_what_to_do() -> None:
@@ -148,9 +148,9 @@ def test_the_key_is_the_whole_launch() -> None:
 def test_an_unpooled_stem_pays_for_its_pooling() -> None:
     stem = PROBLEMS["r50.conv1"]
     apart, fused = routes(stem)
-    assert (apart.plan, fused.plan) == ("conv", "stem")
+    assert (apart.fusion, fused.fusion) == ("conv", "stem")
     same = [*throughout(apart, 100.0), *throughout(fused, 100.0)]
-    assert choose(stem, *same).route.plan == "stem"
+    assert choose(stem, *same).route.fusion == "stem"
     only = choose(stem, *throughout(apart, 100.0))
     elements = 32 * 64 * (112 * 112 + 56 * 56)
     assert only.seconds == pytest.approx(100e-6 + 2 * elements / H100.bandwidth.value, rel=0.1)

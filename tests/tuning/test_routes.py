@@ -24,7 +24,7 @@ NETS = ("resnet18", "resnet50", "resnext50_32x4d", "resnext101_64x4d", "wide_res
 
 
 def _by_plan(spec: ConvSpec | BlockSpec) -> dict[str, LaunchRoute]:
-    found = {route.plan: route for route in routes(spec)}
+    found = {route.fusion: route for route in routes(spec)}
     assert len(found) == len(routes(spec))
     return found
 
@@ -47,7 +47,7 @@ def test_every_route_runs_every_convolution_once(name: str) -> None:
 def test_plain_route_is_first_and_each_further_one_moves_less_in_fewer_launches(name: str) -> None:
     for block in _blocks(name).values():
         found = routes(block)
-        assert found[0].plan == "conv" and len(found[0].launches) == len(block.convs)
+        assert found[0].fusion == "conv" and len(found[0].launches) == len(block.convs)
         for before, after in pairwise(found):
             assert after.min_bytes() < before.min_bytes()
             assert len(after.launches) < len(before.launches)

@@ -62,7 +62,7 @@ class TritonState:
     @property
     def fusion(self) -> str:
         """The fusion plan of :mod:`resnet_fast.roofline.byte_model` that the launches follow."""
-        plan = self.chosen.route.plan
+        plan = self.chosen.route.fusion
         return "tail" if plan == "stem" else plan
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ def _launches(spec: Spec, chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[P
     projection = None if spec.projection is None else folded[len(spec.main)]
     first, found = 0, []
     for at, (launch, config) in enumerate(zip(chosen.route.launches, chosen.configs, strict=True)):
-        makes_shortcut = projection is not None and chosen.route.plan == "conv" and at == 0
+        makes_shortcut = projection is not None and chosen.route.fusion == "conv" and at == 0
         if projection is not None and makes_shortcut:
             members = [projection]
         else:
