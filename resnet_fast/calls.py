@@ -1,7 +1,7 @@
-"""Call records: the tensors and numbers of one op call, in the form that every backend receives them.
+"""Define call records: the tensors and numbers of one op call, as every backend receives them.
 
-The ops' dispatcher schemas are flat lists, which is all that a schema can express. ``ops/`` turns them into these named
-tuples once, and nothing below it counts positions. A record holds no decision: its Spec decides what runs it.
+A dispatcher schema can only express flat lists. ``ops/`` turns them into these named tuples, and nothing below it
+counts positions. A record holds no decision; its Spec decides what runs it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Conv(NamedTuple):
     groups: int
 
     def numbers(self) -> tuple[Pair, Pair, Pair, int]:
-        """Stride, padding, dilation and groups."""
+        """Return stride, padding, dilation and groups."""
         return self[2:]
 
 
@@ -49,7 +49,7 @@ class Norm(NamedTuple):
     sync: str = ""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Weight, bias, running mean and running variance."""
+        """Return weight, bias, running mean and running variance."""
         return self[:4]
 
 
@@ -66,7 +66,7 @@ _conv_numbers, _norm_numbers = itemgetter(slice(2, None)), itemgetter(slice(4, N
 
 
 class Call(NamedTuple):
-    """The call of one op: convolutions with their norms, and what is done around them.
+    """The call of one op: convolutions with their norms, and the operations around them.
 
     Attributes:
         op: name of the op.
@@ -112,12 +112,12 @@ class Call(NamedTuple):
         return self._replace(norms=tuple([n._replace(sync=group) if n.batch_stats else n for n in self.norms]))
 
     def main(self) -> list[tuple[Conv, Norm]]:
-        """The (conv, norm) pairs of the main branch."""
+        """Return the (conv, norm) pairs of the main branch."""
         pairs = list(zip(self.convs, self.norms, strict=True))
         return pairs[:-1] if self.projection else pairs
 
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """The tensors that outlive the call; None where absent."""
+        """Return the tensors that outlive the call; None if absent."""
         found: list[Tensor | None] = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             found += conv[:2]
@@ -125,11 +125,11 @@ class Call(NamedTuple):
         return tuple(found)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor of the call."""
+        """Return every tensor of the call."""
         return [t for t in (self.x, self.added, *self.parameters()) if t is not None]
 
     def numbers(self) -> tuple[Any, ...]:
-        """What else, without ``x``, can decide how the call runs."""
+        """Return everything else, apart from ``x``, that can decide how the call runs."""
         added = self.added
         return (
             self.op,
@@ -140,7 +140,7 @@ class Call(NamedTuple):
         )
 
     def leaves(self) -> tuple[Tensor | None, ...]:
-        """The tensors that can have a gradient, None where absent.
+        """Return the tensors that can have a gradient; None if absent.
 
         In this order: ``x``, ``added``, and of each layer the convolution's weights, then their biases, the norms'
         weights, and their biases.
@@ -184,9 +184,9 @@ class NetCall(NamedTuple):
         return any([p.batch_stats for p in self.parts])
 
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """The tensors that outlive the call; None where absent."""
+        """Return the tensors that outlive the call; None if absent."""
         return tuple([t for p in self.parts for t in p.parameters()])
 
     def numbers(self) -> tuple[Any, ...]:
-        """What else, without ``x``, can decide how the call runs."""
+        """Return everything else, apart from ``x``, that can decide how the call runs."""
         return ("net", *[p.numbers() for p in self.parts])

@@ -1,8 +1,9 @@
-"""Problem descriptions: the one immutable value that every decision, error, cache and benchmark row is made from.
+"""Describe a problem as one immutable value: decisions, errors, cache keys and benchmark rows are made from it.
 
 A module call becomes a :class:`ConvSpec` (one convolution with what is fused around it) or a :class:`BlockSpec`
-(several convolutions in one call). They are frozen, hashable and print on one line. This file imports nothing but the
-standard library, so that a table of shapes, a roofline and a kernel test can all use it without torch.
+(several convolutions in one call), and a whole net is a :class:`NetSpec`. They are frozen, hashable and print on one
+line, and have the same properties: ``parts``, ``convs``, ``main``, ``projection``, ``shortcut``, ``pool``. This file
+imports only the standard library, so that tables of shapes, the roofline and kernel tests can use it without torch.
 
 GEMM letters follow the implicit-GEMM view of a convolution: ``gemm_m = N*Ho*Wo`` output pixels, ``gemm_n = Co/groups``
 output channels, ``gemm_k = Ci/groups*R*S`` products per output; there are ``groups`` such GEMMs.
@@ -21,12 +22,12 @@ Pair = tuple[int, int]
 
 
 def conv_out(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Length of a convolution's (or pooling's) output along one axis; below 1 means the window does not fit."""
+    """Return the length of a convolution's or pooling's output along one axis; below 1 the window does not fit."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _touched(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """How many of ``size`` input positions along one axis any output reads: a 1x1 stride 2 conv skips every other."""
+    """Return how many of ``size`` input positions along one axis are read. A 1x1 with stride 2 skips every other."""
     out = conv_out(size, kernel, stride, padding, dilation)
     if dilation == 1 and stride <= kernel:  # windows overlap or touch: one run of positions
         return max(0, min(size, (out - 1) * stride + kernel - padding) - max(0, -padding))
@@ -34,7 +35,7 @@ def _touched(size: int, kernel: int, stride: int, padding: int, dilation: int) -
 
 
 class _HashedOnce:
-    """Specs key every decision and cache, at every call: the hash of their many fields is computed once."""
+    """Compute the hash of the many fields once, because specs are the keys of every look-up."""
 
     @cached_property
     def _hash(self) -> int:
@@ -44,13 +45,13 @@ class _HashedOnce:
         return self._hash
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hash, which differs from process to process as strings' hashes do."""
+        """Return the fields without the hash, which differs between processes."""
         return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to a convolution's output before it is stored: ``pool(act(bn(conv) + residual))``."""
+    """The operations on a convolution's output before it is stored: ``pool(act(bn(conv) + residual))``."""
 
     relu: bool = False
     add: bool = False
@@ -147,46 +148,46 @@ class ConvSpec(_HashedOnce):
         return self.ci // self.groups * self.r * self.s
 
     def geometry(self) -> tuple[Pair, Pair, Pair, int]:
-        """Stride, padding, dilation and groups, in the order of ``torch.nn.functional.conv2d``."""
+        """Return stride, padding, dilation and groups, in the order of ``torch.nn.functional.conv2d``."""
         return self.stride, self.padding, self.dilation, self.groups
 
     def out_hw(self) -> Pair:
-        """Height and width of what is stored, after the pooling if there is one."""
+        """Return height and width of the stored output, after any pooling."""
         if self.epilogue.pool is None:
             return self.ho, self.wo
         k, st, p = self.epilogue.pool
         return conv_out(self.ho, k, st, p, 1), conv_out(self.wo, k, st, p, 1)
 
     def out_shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H, W) of what is stored."""
+        """Return (N, C, H, W) of the stored output."""
         return self.n, self.co, *self.out_hw()
 
     def macs(self) -> int:
-        """Multiply-adds of the convolution, the unit of the paper's Table 1 (what it calls FLOPs)."""
+        """Return the multiply-adds of the convolution, which the paper's Table 1 calls FLOPs."""
         return self.gemm_m * self.co * self.gemm_k
 
     def flops(self) -> int:
-        """Floating-point operations of the convolution: two per multiply-add."""
+        """Return the floating-point operations of the convolution: two per multiply-add."""
         return 2 * self.macs()
 
     def params(self) -> int:
-        """Filter weights, and gamma and beta of the norm."""
+        """Return the number of filter weights, gammas and betas."""
         return self.co * self.gemm_k + (2 * self.co if self.epilogue.norm else 0)
 
     def touched(self) -> int:
-        """Elements of the input that some output reads."""
+        """Return the number of input elements that any output reads."""
         rows = _touched(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0])
         return self.n * self.ci * rows * _touched(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1])
 
     def min_bytes(self) -> int:
-        """Bytes that any implementation must move: touched inputs, weights, residual and output, once each."""
+        """Return the bytes that any implementation must move: read inputs, weights, residual and output, once each."""
         ho, wo = self.out_hw()
         y = self.n * ho * wo * self.co
         elements = self.touched() + self.co * self.gemm_k + y * (2 if self.epilogue.add else 1)
         return elements * ITEMSIZE[self.dtype] + (2 * self.co * 4 if self.epilogue.norm else 0)
 
     def with_(self, **changes: Any) -> ConvSpec:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def __str__(self) -> str:
@@ -207,7 +208,7 @@ SHORTCUTS = ("identity", "projection", "given")
 
 @dataclass(frozen=True)
 class BlockSpec(_HashedOnce):
-    """A residual block: its convolutions in order of execution, the projection (if ``shortcut`` says so) last.
+    """A residual block: its convolutions in order of execution, then the projection if there is one.
 
     ``shortcut``: ``identity`` adds the block's input, ``projection`` a 1x1 convolution of it, ``given`` a tensor that
     the caller computed (option A's zero-padded channels, an average-pooled projection).
@@ -257,7 +258,7 @@ class BlockSpec(_HashedOnce):
 
     @property
     def layout(self) -> str:
-        """Of the output: a convolution returns NHWC if its input or its weight is, so this is the last one's."""
+        """Layout of the output, that of the last convolution on the residual branch."""
         return self.main[-1].layout
 
     @property
@@ -273,7 +274,7 @@ class BlockSpec(_HashedOnce):
         return any(c.sync for c in self.convs)
 
     def out_shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H, W) of the block's output."""
+        """Return (N, C, H, W) of the block's output."""
         return self.main[-1].out_shape()
 
     def macs(self) -> int:
@@ -286,9 +287,9 @@ class BlockSpec(_HashedOnce):
         return sum(c.params() for c in self.convs)
 
     def min_bytes(self) -> int:
-        """Bytes of the block as one kernel: its input, weights and output once, nothing in between.
+        """Return the bytes of the block as one kernel: input, weights, output and any given shortcut, once each.
 
-        The input counts once even where two convolutions and the add read it; a given shortcut is read besides.
+        The input counts once even if two convolutions and the add read it.
         """
         first, last = self.main[0], self.main[-1]
         size = ITEMSIZE[self.dtype]
@@ -298,7 +299,7 @@ class BlockSpec(_HashedOnce):
         return (x + y * (2 if self.shortcut == "given" else 1)) * size + weights
 
     def with_(self, **changes: Any) -> BlockSpec:
-        """A copy with some fields of every convolution changed (dtype, layout, grad …)."""
+        """Return a copy with some fields of every convolution changed (dtype, layout, grad …)."""
         return replace(self, convs=tuple(c.with_(**changes) for c in self.convs))
 
     def __str__(self) -> str:
@@ -311,11 +312,11 @@ class BlockSpec(_HashedOnce):
 
 @dataclass(frozen=True)
 class LaunchSpec(_HashedOnce):
-    """What one kernel launch computes: a chain of convolutions, each reading what the one before it left on chip.
+    """The work of one kernel launch: a chain of convolutions, each of which reads the one before from chip memory.
 
-    ``projection``: a 1x1 convolution of another input (the block's), accumulated into the last one's tile before its
-    epilogue, in place of a residual that is read. ``kernel`` is the name of the kernel file. ``prologue``, in training:
-    the input is a raw convolution output, whose BatchNorm and ReLU are applied as it is read.
+    ``kernel``: name of the kernel file. ``projection``: a 1x1 convolution of the block's input, accumulated into the
+    last convolution's tile before its epilogue, in place of a residual. ``prologue``, in training: the input is a raw
+    convolution output, and its BatchNorm and ReLU are applied as it is read.
     """
 
     __hash__ = _HashedOnce.__hash__
@@ -343,11 +344,11 @@ class LaunchSpec(_HashedOnce):
 
     @property
     def residual(self) -> bool:
-        """Does the epilogue read a tensor of the output's shape?"""
+        """Whether the epilogue reads a tensor of the output's shape."""
         return self.last.epilogue.add and self.projection is None
 
     def all_convs(self) -> tuple[ConvSpec, ...]:
-        """The chain, then the projection if there is one."""
+        """Return the chain, then the projection if there is one."""
         return self.convs if self.projection is None else (*self.convs, self.projection)
 
     def macs(self) -> int:
@@ -357,7 +358,7 @@ class LaunchSpec(_HashedOnce):
         return 2 * self.macs()
 
     def min_bytes(self) -> int:
-        """Touched inputs, weights, fp32 biases, residual and output, once each; nothing between the chain's members."""
+        """Return the bytes of read inputs, weights, fp32 biases, residual and output, once each."""
         size, total = ITEMSIZE[self.dtype], 0
         for c in self.all_convs():
             total += c.co * c.gemm_k * size
@@ -407,7 +408,7 @@ class NetSpec(_HashedOnce):
 
     @property
     def layout(self) -> str:
-        """Of the output."""
+        """Layout of the output."""
         return self.parts[-1].layout
 
     @property
@@ -423,7 +424,7 @@ class NetSpec(_HashedOnce):
         return any(p.sync for p in self.parts)
 
     def out_shape(self) -> tuple[int, int, int, int]:
-        """(N, C, H, W) of the last part's output."""
+        """Return (N, C, H, W) of the last part's output."""
         return self.parts[-1].out_shape()
 
     def macs(self) -> int:
@@ -436,7 +437,7 @@ class NetSpec(_HashedOnce):
         return sum(p.params() for p in self.parts)
 
     def min_bytes(self) -> int:
-        """Bytes with every part one kernel, one after another."""
+        """Return the bytes with one kernel per part."""
         return sum(p.min_bytes() for p in self.parts)
 
     def __str__(self) -> str:
@@ -455,7 +456,7 @@ def _mode(spec: ConvSpec) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Yes, or no with one sentence: what was expected, what came, what to do. True when it is a yes."""
+    """Yes, or no with one sentence: expected, got, what to do. It is true for a yes."""
 
     ok: bool
     reason: str = ""
@@ -469,7 +470,7 @@ class Verdict:
 
     @staticmethod
     def no(expected: str, got: str, todo: str) -> Verdict:
-        """A refusal. The same sentence goes to ``explain()``, the log and the exception."""
+        """Return a refusal. ``explain()``, the log and the exception use the same sentence."""
         return Verdict(False, f"expected {expected}, got {got}; {todo}")
 
 

@@ -1,15 +1,15 @@
-"""oneDNN on the CPU, eval only: one fused primitive per convolution (bias, residual add and ReLU as its post-ops).
+"""Run inference on oneDNN on the CPU: one fused primitive per convolution, with bias, residual add and ReLU.
 
-BatchNorm is folded into the weight and bias in fp32 (:mod:`resnet_fast.folding`) and the weight is packed into the
-blocked layout that oneDNN wants for the input size at hand; both are derived tensors, kept until a parameter changes
+BatchNorm is folded into the weight and bias in fp32 (:mod:`resnet_fast.folding`), and the weight is packed into the
+blocked layout that oneDNN chooses for the input size. Both are derived tensors, kept until a parameter changes
 (:mod:`resnet_fast.parameter_cache`). Activations are NHWC. The primitives are reached through ATen
 (``torch.ops.mkldnn._convolution_pointwise``, what Inductor's freezing emits as well).
 
 16-bit tensors: with AVX-512 or AVX-NE-CONVERT the primitives run in 16 bit. On an older CPU they run in fp32 and only
 the op's input and output are 16-bit: faster by an order of magnitude than ATen's fallback there, and more accurate.
 
-oneDNN's ReLU turns NaN into 0, where ATen's keeps it. So each call first makes sure that it holds none and computes
-none (:mod:`.bounds`); with NaN or infinity in its input or weights, or values that may overflow, the stock layers run.
+oneDNN's ReLU turns NaN into 0, ATen's keeps it. So each call first proves that no NaN can occur (:mod:`.bounds`). With
+NaN or infinity in its input or weights, or values that may overflow, the stock layers run.
 """
 
 from __future__ import annotations

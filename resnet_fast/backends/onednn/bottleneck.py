@@ -2,9 +2,9 @@
 
     y1 = relu(conv1'(x))   y2 = relu(conv2'(y1))   y = relu(conv3'(y2) + shortcut)       (' : BatchNorm folded)
 
-Where the shortcut is this function's own tensor (a projection, a converted copy), the sum is written over it and the
-block allocates one output less. Bytes per pixel of a 256-64-64-256 block: 6 tensors of width 64 to 256 are read or
-written as before, but the five passes of BatchNorm, ReLU and add over them are gone.
+If the shortcut is this function's own tensor (a projection, a converted copy), the sum is written over it, which saves
+an output. A 256-64-64-256 block reads or writes the same 6 tensors of width 64 to 256 as before, without the five
+passes of BatchNorm, ReLU and add over them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How large the values inside a call can become: the proof, before a call runs, that none of them is NaN or infinity.
+"""Bound the values inside a call, to prove before it runs that none of them can be NaN or infinity.
 
     |conv(x)| <= gain * max|x| + offset         gain = max over filters of sum |w|         offset = max |b|
 
-oneDNN's ReLU is the maximum with 0 as x86 defines it, which turns NaN into 0, and no post-op that ATen offers for a sum
-keeps it (docs/notes/nan-through-relu.md). So nothing is left to be kept: from the weights alone follows how large an
-input may be (``reach``) for every value that the call computes to stay below :data:`LIMIT`. One pass over the input
-then shows that it is within reach, which NaN and infinity never are; an input that is not runs elsewhere.
+oneDNN's ReLU is x86's maximum with 0, which turns NaN into 0, and no post-op that ATen offers for a sum keeps NaN
+(docs/notes/nan-through-relu.md). So a call only runs if no NaN can occur. The weights determine how large an input may
+be (its ``reach``) so that every value stays below :data:`LIMIT`. One pass over the input checks that it is within
+reach, which NaN and infinity never are. An input that is not within reach runs on the reference.
 
-The bounds hold for both forms of the computation, BatchNorm folded and apart: where oneDNN runs, the stock layers would
-overflow nowhere either, so NaN and infinity come out exactly where they do in stock PyTorch.
+The bounds hold for BatchNorm folded and for BatchNorm as a separate step. If oneDNN runs, the stock layers would not
+overflow either, so results hold NaN and infinity exactly where stock PyTorch's do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from ...spec import Verdict
 
 LIMIT = 2.0**120  # of 2**128: room for rounding, to 16 bit as well, and for any order of the sums
-COMFORT = 2.0**30  # what an input within reach should be allowed to hold; parts are measured again before it shrinks
+COMFORT = 2.0**30  # least reach of an input; a chain of parts is cut, and measured again, before its reach gets smaller
 BROKEN = -math.inf  # the reach of a call with NaN or infinity in its weights
 _ROWS = 64
 
@@ -34,25 +34,25 @@ OVERFLOW = Verdict(False, "its values may overflow, and oneDNN's ReLU would hide
 
 
 class Bound(NamedTuple):
-    """|y| <= gain * max|x| + offset. Infinite where nothing can be said."""
+    """|y| <= gain * max|x| + offset; infinite if unknown."""
 
     gain: float
     offset: float
 
     def after(self, first: Bound) -> Bound:
-        """The bound of this step behind ``first``."""
+        """Return the bound of this step after ``first``."""
         return Bound(_product(self.gain, first.gain), _product(self.gain, first.offset) + self.offset)
 
     def plus(self, other: Bound) -> Bound:
-        """The bound of a sum."""
+        """Return the bound of a sum."""
         return Bound(self.gain + other.gain, self.offset + other.offset)
 
     def or_larger(self, other: Bound) -> Bound:
-        """A bound of both."""
+        """Return a bound of both."""
         return Bound(max(self.gain, other.gain), max(self.offset, other.offset))
 
     def reach(self) -> float:
-        """How large an input may be for this bound to stay below LIMIT; negative where no input is small enough."""
+        """Return the largest input for which this bound stays below LIMIT; negative if no input is small enough."""
         if not math.isfinite(self.gain + self.offset):
             return BROKEN
         return min((LIMIT - self.offset) / max(self.gain, 1.0), LIMIT)
@@ -63,17 +63,17 @@ def _product(a: float, b: float) -> float:
 
 
 class Bounds(NamedTuple):
-    """``out``: of a step's output. ``peak``: of everything on the way to it, its input and the output included."""
+    """``out``: bound of a step's output. ``peak``: of every value in the step, from its input to its output."""
 
     out: Bound
     peak: Bound
 
     def then(self, later: Bounds) -> Bounds:
-        """The bounds of this step and ``later`` behind it."""
+        """Return the bounds of this step followed by ``later``."""
         return Bounds(later.out.after(self.out), self.peak.or_larger(later.peak.after(self.out)))
 
     def plus(self, other: Bounds) -> Bounds:
-        """The bounds of the sum of two branches of one input."""
+        """Return the bounds of the sum of two branches of one input."""
         out = self.out.plus(other.out)
         return Bounds(out, self.peak.or_larger(other.peak).or_larger(out))
 
@@ -84,7 +84,7 @@ UNCHANGED = Bounds(Bound(1.0, 0.0), Bound(1.0, 0.0))
 def of_conv(
     weight: Tensor, bias: Tensor, stock_weight: Tensor | None = None, stock_bias: Tensor | None = None
 ) -> Bounds:
-    """The bounds of a folded convolution, and on the way of the stock one that BatchNorm would follow."""
+    """Return the bounds of a folded convolution; ``peak`` includes the stock convolution before BatchNorm."""
     out = Bound(_gain(weight), _largest(bias))
     if stock_weight is None:
         return Bounds(out, out)
@@ -107,9 +107,9 @@ def _largest(t: Tensor | None) -> float:
 
 
 def stretches(parts: Sequence[Bounds]) -> dict[int, float]:
-    """Where to measure in a chain of parts, and against what: each stretch's reach by the number of its first part.
+    """Cut a chain of parts into stretches, and return each stretch's reach by the number of its first part.
 
-    A stretch is as long as it leaves its input COMFORT, or one part.
+    A stretch is as long as its reach stays above COMFORT, and has at least one part.
     """
     found: dict[int, float] = {}
     start, chain = 0, UNCHANGED
@@ -123,7 +123,7 @@ def stretches(parts: Sequence[Bounds]) -> dict[int, float]:
 
 
 def verdict(inputs: Sequence[Tensor], reach: float) -> Verdict | None:
-    """Why oneDNN may not run a call that reaches as far as ``reach`` on these inputs; None if it may."""
+    """Return why oneDNN may not run a call of this ``reach`` on these inputs; None if it may."""
     if all([within(x, reach) for x in inputs]):
         return None
     if reach == BROKEN:
@@ -132,13 +132,13 @@ def verdict(inputs: Sequence[Tensor], reach: float) -> Verdict | None:
 
 
 def within(x: Tensor, reach: float) -> bool:
-    """Is every |x| <= ``reach``? No for NaN. One read of ``x`` if all goes well."""
+    """Return whether every |x| <= ``reach``, which is false for NaN. Usually reads ``x`` once."""
     if reach < 0:
         return False
     if x.numel() == 0 or reach == math.inf:
         return True
     if x.dtype.itemsize == 2:
-        # As integers, numbers without a sign are in order, NaN the largest: twice as fast as comparing numbers.
+        # As integers, non-negative floats keep their order, with NaN the largest: twice as fast as comparing floats.
         bits = x.view(torch.int16)
         if bits.amin().item() >= 0:
             return _number(int(bits.amax().item()), x.dtype) <= reach
@@ -148,7 +148,7 @@ def within(x: Tensor, reach: float) -> bool:
 
 
 def _norm(x: Tensor) -> float:
-    """The Euclidean norm: ATen's fastest reduction that sees both signs, on several threads if in several rows."""
+    """Return the Euclidean norm: ATen's fastest reduction of both signs, on several threads if in several rows."""
     if torch.get_num_threads() == 1 or x.numel() % _ROWS or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.linalg.vector_norm(x).item()
     row = x.numel() // _ROWS
@@ -156,14 +156,11 @@ def _norm(x: Tensor) -> float:
 
 
 def _number(bits: int, dtype: torch.dtype) -> float:
-    """The number that 16 bits stand for."""
+    """Return the number with this 16-bit pattern."""
     code, word = ("<e", struct.pack("<H", bits)) if dtype == torch.float16 else ("<f", struct.pack("<I", bits << 16))
     return struct.unpack(code, word)[0]
 
 
 def overflowed(y: Tensor) -> bool:
-    """Did a value not fit the type that an inner tensor is stored in? Sums stay far below LIMIT, 65504 is soon reached.
-
-    Only for fp16: the other types hold what the sums hold.
-    """
+    """Return whether a value of an inner tensor overflowed. Only fp16 can: sums stay far below LIMIT, but not 65504."""
     return y.dtype == torch.float16 and not within(y, torch.finfo(torch.float16).max)

@@ -1,4 +1,4 @@
-"""``conv_bn_act`` as one oneDNN primitive, and the pieces that the other ops of this backend are made of.
+"""``conv_bn_act`` as one oneDNN primitive, and the functions that the other ops of this backend share.
 
     y = relu(conv(x, scale * w) + (shift + scale * b) + residual)
 
@@ -27,7 +27,7 @@ _fused = torch.ops.mkldnn
 
 
 class PackedConv(NamedTuple):
-    """A folded convolution ready to run: ``weight`` in oneDNN's own layout, ``tail`` in ATen's argument order."""
+    """A folded convolution: ``weight`` in oneDNN's own layout, ``tail`` in the order of ATen's arguments."""
 
     weight: Tensor
     bias: Tensor
@@ -37,7 +37,7 @@ class PackedConv(NamedTuple):
 
 
 class PackedCall(NamedTuple):
-    """The convolutions of a call, and how large its inputs may be (:mod:`.bounds`)."""
+    """The convolutions of a call, and the largest value that its inputs may hold (:mod:`.bounds`)."""
 
     convs: list[PackedConv]
     bounds: Bounds
@@ -50,7 +50,7 @@ class PackedCall(NamedTuple):
 
 @cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the primitives run in: ``dtype`` itself where this CPU's oneDNN has it, otherwise fp32."""
+    """Return the dtype of the primitives: ``dtype`` if oneDNN supports it on this CPU, otherwise fp32."""
     native = {
         torch.bfloat16: _fused._is_mkldnn_bf16_supported,
         torch.float16: _fused._is_mkldnn_fp16_supported,
@@ -59,7 +59,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def nhwc(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` as a dense NHWC tensor of ``dtype``; itself if it is one."""
+    """Return ``x`` as a dense NHWC tensor of ``dtype``; ``x`` itself if it already is."""
     return x.to(dtype=dtype, memory_format=torch.channels_last)
 
 
@@ -76,10 +76,10 @@ def pack_one(conv: Conv, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype)
 
 
 def prepare(call: Call, spec: Spec, earlier: list[PackedCall]) -> PackedCall:
-    """Every convolution of the call folded and packed, each for the size that reaches it.
+    """Fold and pack every convolution of the call for the size of its input.
 
-    oneDNN chooses the blocked layout by input size, and running in another layout means a reorder of the weight at
-    every call (docs/notes/weight-layouts.md), so sizes are kept apart; sizes whose layouts agree share one copy.
+    oneDNN chooses the blocked layout by input size. Another layout would cost a reorder of the weight at every call
+    (docs/notes/weight-layouts.md), so each size has its own weights, and sizes with the same layout share one copy.
     """
     convs = []
     for i, (conv, norm, shape) in enumerate(_problems(call, spec)):
@@ -97,9 +97,9 @@ def prepare(call: Call, spec: Spec, earlier: list[PackedCall]) -> PackedCall:
 
 
 def elements(call: Call, spec: Spec, earlier: list[PackedCall], counted: set[Hashable] | None = None) -> int:
-    """How many weights :func:`prepare` would have to fold and pack.
+    """Return how many weights :func:`prepare` would have to fold and pack.
 
-    ``counted``: problems whose layout will be known by then, and probably be that of an ``earlier`` state.
+    ``counted``: problems counted before. Their layout will be known then, and is probably that of an ``earlier`` state.
     """
     dtype = compute_dtype(call.x.dtype)
     found, counted = 0, set() if counted is None else counted
@@ -114,13 +114,13 @@ def elements(call: Call, spec: Spec, earlier: list[PackedCall], counted: set[Has
 
 
 def _problems(call: Call, spec: Spec) -> Iterator[tuple[Conv, Norm, tuple[int, int, int, int]]]:
-    """Each convolution, its norm and the shape of the input that reaches it."""
+    """Yield each convolution, its norm and the shape of its input."""
     for conv, norm, s in zip(call.convs, call.norms, spec.convs, strict=True):
         yield conv, norm, (s.n, s.ci, s.h, s.w)
 
 
 def nbytes(states: list[PackedCall]) -> int:
-    """Memory of the packed weights, those that several states share counted once."""
+    """Return the bytes of the packed weights; weights that several states share count once."""
     weights = {id(p.weight): p.weight for state in states for p in state.convs}
     return sum(w.numel() * w.element_size() for w in weights.values())
 
@@ -130,18 +130,18 @@ _layouts: dict[Hashable, bytes] = {}  # problem -> the layout that oneDNN was se
 
 
 def _problem(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype) -> Hashable:
-    """All that oneDNN's choice of a layout depends on."""
+    """Return everything that oneDNN's choice of a layout depends on."""
     return conv.weight.shape, conv.numbers(), shape, dtype, torch.get_num_threads()
 
 
 def _shared(conv: Conv, shape: tuple[int, ...], dtype: torch.dtype, kept: list[PackedConv]) -> PackedConv | None:
-    """One of ``kept`` that has the layout for this size, if that is known from an earlier packing of any weights."""
+    """Return one of ``kept`` with the layout for this size, if an earlier packing of any weights has shown it."""
     layout = _layouts.get(_problem(conv, shape, dtype)) if kept else None
     return None if layout is None else next((k for k in kept if k.layout == layout), None)
 
 
 def _bounds(spec: Spec, convs: list[PackedConv]) -> Bounds:
-    """The bounds of the call's main branch, one convolution behind the other, and of what is added to it."""
+    """Return the bounds of the call's main branch, and of the sum with the shortcut."""
     found = bounds.UNCHANGED
     for p in convs[: len(spec.main)]:
         found = found.then(p.bounds)
@@ -151,24 +151,24 @@ def _bounds(spec: Spec, convs: list[PackedConv]) -> Bounds:
 
 
 def _layout(weight: Tensor) -> bytes:
-    """oneDNN's serialized memory descriptor: equal for equal layouts."""
+    """Return oneDNN's serialized memory descriptor, which is equal for equal layouts."""
     return torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
 
 
 def conv(x: Tensor, p: PackedConv, relu: bool) -> Tensor:
-    """relu(conv(x) + bias), a new NHWC tensor."""
+    """Return relu(conv(x) + bias), a new NHWC tensor."""
     return _fused._convolution_pointwise(x, p.weight, p.bias, *p.tail, "relu" if relu else "none", [], "")
 
 
 def conv_add(x: Tensor, p: PackedConv, other: Tensor, relu: bool, overwrite: bool) -> Tensor:
-    """relu(conv(x) + bias + other). ``overwrite``: ``other`` is this backend's own, and becomes the result."""
+    """Return relu(conv(x) + bias + other). ``overwrite``: write the result over ``other``."""
     if p.tail[-1] > 1 and x.dtype.itemsize == 2:
-        # ATen adds apart where there are groups, in an add_relu that knows no 16-bit type (torch 2.14)
+        # with groups, ATen adds in a separate add_relu without 16-bit types (torch 2.14)
         y = conv(x, p, relu=False).add_(other)
         return y.relu_() if relu else y
     after = "relu" if relu else None
     if 1 in (other.shape[1], other.shape[2] * other.shape[3]) and not overwrite:
-        # NHWC and NCHW at once, for which torch 2.11 makes no separate output: "could not create a memory"
+        # both NHWC and NCHW, for which torch 2.11 cannot make a new output: "could not create a memory"
         other, overwrite = other.clone(), True
     if overwrite:
         return _fused._convolution_pointwise_.binary(other, x, p.weight, p.bias, *p.tail, "add", 1, after, [], None)
@@ -176,7 +176,7 @@ def conv_add(x: Tensor, p: PackedConv, other: Tensor, relu: bool, overwrite: boo
 
 
 def like_reference(y: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
-    """``y`` with the dtype and strides that the reference would return."""
+    """Return ``y`` with the dtype and strides that the reference would return."""
     return y.to(dtype=dtype, memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
 
 

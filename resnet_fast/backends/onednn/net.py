@@ -2,16 +2,17 @@
 
     x -> stem -> block -> … -> block, BatchNorm folded, each convolution with its bias, add and ReLU one primitive
 
-A call of ``mkldnn::_convolution_pointwise`` takes about 50 us besides the arithmetic (it looks its primitive up anew;
-measured on an AVX2 machine), 53 times per ResNet-50, and as much Python lies between the calls. oneDNN's graph API,
-which ATen exposes through TorchScript, keeps the compiled primitives instead: 46.8 ms against 50.1 for ResNet-50 at
-batch 1, 44.4 against 46.2 ms per image at batch 16 in tiles of four (measured; docs/notes/one-graph.md).
+A call of ``mkldnn::_convolution_pointwise`` takes about 50 us in addition to the arithmetic, because it looks up its
+primitive (measured on an AVX2 machine), and the Python between two calls takes as long; a ResNet-50 has 53 of them.
+oneDNN's graph API, which ATen exposes through TorchScript, keeps the compiled primitives: 46.8 ms instead of 50.1 for
+ResNet-50 at batch 1, 44.4 instead of 46.2 ms per image at batch 16 in tiles of four (measured;
+docs/notes/one-graph.md).
 
-Compiling takes about a second and is good for one input size and one set of weights, so a size runs its parts one by
-one, with weights packed as for any other call, until these calls have earned it
-(:mod:`resnet_fast.packing_budget`): the fifth at the earliest, about the twentieth at batch 1.
-Sizes and weights that keep changing never compile. The graph is traced from folded fp32 weights; where this CPU runs
-16-bit tensors in fp32, only the net's input and output are 16-bit.
+Compiling takes about a second and serves one input size and one set of weights. So a size runs its parts one by one,
+with weights packed as for any other call, until its calls have earned the compilation
+(:mod:`resnet_fast.packing_budget`): the fifth call at the earliest, about the twentieth at batch 1. Sizes and weights
+that keep changing never compile. The graph is traced from folded fp32 weights. If this CPU runs 16-bit tensors in fp32,
+only the net's input and output are 16-bit.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ _compiling = ForkSafeLock()  # the switch that lets TorchScript use oneDNN's gra
 
 @dataclass
 class NetState:
-    """One input size of one net: packed parts until the graph is compiled, then the graph.
+    """The state of one input size of a net: packed parts until the graph is compiled, then the graph.
 
-    ``reaches``: what the inputs of some parts are measured against, by the part's number (:func:`bounds.stretches`).
+    ``reaches``: the largest allowed input of some parts, by the part's number (:func:`bounds.stretches`).
     """
 
     parts: list[PackedCall] | None
@@ -70,8 +71,10 @@ _NEEDED = ("_jit_set_llga_enabled", "_jit_llga_enabled", "_create_graph_by_traci
 
 
 def compile_obstacle() -> str:
-    """Why no net can be compiled here and now; empty if it can. What it takes is private, and TorchScript is no longer
-    developed, so it may be gone; and a user may have switched TorchScript off."""
+    """Return why no net can be compiled now; empty if it can.
+
+    A later torch may lack the private functions of TorchScript, and a user may have switched TorchScript off.
+    """
     missing = [name for name in _NEEDED if not hasattr(torch._C, name)]
     if missing:
         return f"expected a torch with {', '.join(missing)}, got {torch.__version__}"
@@ -88,7 +91,7 @@ def _say_once(reason: str) -> None:
 
 
 def prepare(call: NetCall, spec: NetSpec, earlier: list[NetState]) -> NetState:
-    """Pack every part. ``earlier`` sizes share what they still hold in equal layout."""
+    """Pack every part. Weights of equal layout are shared with ``earlier`` sizes that still hold them."""
     held = [e.parts for e in earlier if e.parts is not None]
     parts = [
         conv_bn_act.prepare(part._replace(x=call.x), part_spec, [parts[i] for parts in held])
@@ -100,7 +103,7 @@ def prepare(call: NetCall, spec: NetSpec, earlier: list[NetState]) -> NetState:
 
 
 def elements(call: NetCall, spec: NetSpec, earlier: list[NetState]) -> int:
-    """How many weights :func:`prepare` would have to fold and pack."""
+    """Return how many weights :func:`prepare` would have to fold and pack."""
     held = [e.parts for e in earlier if e.parts is not None]
     counted: set[Hashable] = set()
     return sum(
@@ -110,13 +113,13 @@ def elements(call: NetCall, spec: NetSpec, earlier: list[NetState]) -> int:
 
 
 def nbytes(states: list[NetState]) -> int:
-    """Memory of packed weights and of graphs; a graph holds the folded weights and oneDNN's reordered copy of them."""
+    """Return the bytes of packed weights and graphs. A graph holds the folded weights and oneDNN's reordered copy."""
     packed = [folded for state in states for folded in state.parts or ()]
     return conv_bn_act.nbytes(packed) + sum(2 * state.weights for state in states if state.parts is None)
 
 
 def run(call: NetCall, spec: NetSpec, state: NetState) -> Tensor | Verdict:
-    """The last block's output."""
+    """Return the last block's output."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
     if state.graph is None and not state.fails and dtype == torch.float32:
@@ -137,19 +140,19 @@ def run(call: NetCall, spec: NetSpec, state: NetState) -> Tensor | Verdict:
 def _run_graph(
     graph: Callable[[Tensor], tuple[Tensor, Tensor]], reaches: dict[int, float], x: Tensor
 ) -> Tensor | Verdict:
-    """The graph's output, if no value on the way to it can have overflowed."""
+    """Return the graph's output, or a refusal if a value in it may have overflowed."""
     first, *later = reaches.values()
     refusal = bounds.verdict((x,), first)
     if refusal is not None:
         return refusal
     y, norms = graph(x)
-    # Each norm is that of true values if the ones before it are within reach.
+    # a norm is valid if those before it are within reach
     fits = all(norm <= reach for norm, reach in zip(norms.tolist(), later, strict=True))
     return y if fits else bounds.OVERFLOW
 
 
 def calls_before_compiling(spec: NetSpec) -> int:
-    """How many calls of one size and one set of weights, one after another, earn the net's compilation."""
+    """Return how many consecutive calls of one size and one set of weights earn the net's compilation."""
     convolutions = len(spec.convs)
     work = packing_budget.of_stock_call(spec.flops(), convolutions)
     earned = packing_budget.earned_by(work, packed=True)
@@ -157,7 +160,7 @@ def calls_before_compiling(spec: NetSpec) -> int:
 
 
 def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: NetState) -> None:
-    """Count a call, and compile when enough have come. Nobody waits: while another thread compiles, parts run apart."""
+    """Count a call, and compile after enough of them. While another thread compiles, parts run one by one."""
     reason = compile_obstacle()
     if reason:
         _say_once(reason)
@@ -165,7 +168,7 @@ def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: NetState) ->
     if not state.lock.acquire(blocking=False):
         return
     try:
-        if state.turn[0] != id(state):  # sizes that come in turn stay as they are: a graph each would take much memory
+        if state.turn[0] != id(state):  # sizes that alternate do not compile: a graph each would take much memory
             state.turn[0] = id(state)
             state.calls = 0
         state.calls += 1
@@ -187,7 +190,7 @@ def _try_to_compile(call: NetCall, x: Tensor, spec: NetSpec, state: NetState) ->
 
 @contextmanager
 def _fusing() -> Iterator[None]:
-    """Inside the ``with``, TorchScript may hand subgraphs to oneDNN."""
+    """Let TorchScript pass subgraphs to oneDNN inside the ``with``."""
     global _switch_before
     _switch_before = torch._C._jit_llga_enabled()
     torch._C._jit_set_llga_enabled(True)
@@ -201,7 +204,7 @@ _switch_before: bool | None = None  # what a compile under way must put back
 
 
 def _restore_switch() -> None:
-    """Put the switch back; in a child process too, whose parent was compiling at the fork."""
+    """Restore the switch, also in a child process if its parent was compiling at the fork."""
     global _switch_before
     if _switch_before is not None:
         torch._C._jit_set_llga_enabled(_switch_before)
@@ -213,7 +216,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Convolution(NamedTuple):
-    """A folded convolution as plain tensors, which a trace takes up as constants."""
+    """A folded convolution as plain tensors, which become constants of a trace."""
 
     weight: Tensor
     bias: Tensor
@@ -229,9 +232,9 @@ class _Convolution(NamedTuple):
 
 
 def _plainly(call: NetCall, spec: NetSpec, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The net as a function in the plainest operations, which is what the graph's patterns are made of.
+    """Return the net as a function of basic operations, which the graph's patterns match.
 
-    It returns the output and the norms of the inputs of the parts in ``measured``.
+    The function returns the output and the norms of the inputs of the parts in ``measured``.
     """
     pairs = [pair for part in call.parts for pair in zip(part.convs, part.norms, strict=True)]
     folded = [_Convolution.of(conv, norm) for conv, norm in pairs]
@@ -259,9 +262,8 @@ def _plainly(call: NetCall, spec: NetSpec, measured: list[int]) -> Callable[[Ten
 def _compile(call: NetCall, spec: NetSpec, x: Tensor, measured: list[int]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Trace and fuse for inputs like ``x``. The executor observes one run and fuses in the next.
 
-    What ``torch.jit.trace`` and ``freeze`` make belongs to TorchScript's process-wide compilation unit, which never
-    lets go of a function or of the weights in it. A unit of the graph's own dies with the graph
-    (docs/notes/derived-weights.md).
+    ``torch.jit.trace`` and ``freeze`` add functions to TorchScript's process-wide compilation unit, which never frees
+    them or their weights. A separate unit is freed with the graph (docs/notes/derived-weights.md).
     """
     with torch.inference_mode(False), torch.no_grad(), _fusing():
         example = torch.zeros_like(x)  # an inference tensor cannot be traced

@@ -1,6 +1,6 @@
-"""The reference: eager PyTorch on any device. It is the meaning of each op, the oracle of its tests and the fallback.
+"""Run each op in eager PyTorch, on any device. This defines the op, and is the oracle of its tests and the fallback.
 
-The same ATen operations in the same order as torchvision's modules, so results and gradients are equal bit for bit.
+The ATen operations and their order are those of torchvision's modules, so results and gradients are bitwise equal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""One training step of a call: forward and backward of a chain of convolutions and norms, launch by launch.
+r"""Run one training step of a call: forward and backward of a chain of convolutions and norms, launch by launch.
 
     forward     x --conv1--> y1 --conv2--> y2 --conv3--> y3 --\                         y: raw, with its statistics
                  \---------------projection--> yd -------------+--block end--> z        (He et al. 2015, figure 5)
@@ -7,10 +7,10 @@ r"""One training step of a call: forward and backward of a chain of convolutions
                                   g3 --projection's dgrad--------------------------------(added)--^
                 g and y of each layer --wgrad--> dW                  sums --> dgamma, dbeta, and the next dgrad's dy
 
-A convolution's prologue applies the norm and ReLU below it, its epilogue gathers the statistics of what it stores; a
-dgrad's prologue turns g into dy, its epilogue applies the ReLU below and sums for that norm. So per layer the raw
-output is written once, and no activation and no dy at all. Per convolution and direction cuDNN may take its place, with
-passes of block_end.py and batch_norm.py around it, where the table says that it is faster (tuning/launch_plan.py).
+A convolution's prologue applies the norm and ReLU before it, and its epilogue computes the statistics of its output. A
+dgrad's prologue turns g into dy, and its epilogue applies the ReLU before it and computes the sums for that norm. So a
+layer writes its raw output once, and neither an activation nor dy. For each convolution and direction, the tuning table
+may select cuDNN instead (tuning/launch_plan.py), with the passes of block_end.py and batch_norm.py around it.
 
 An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends in a max-pool.
 """
@@ -50,12 +50,12 @@ class StepPlan:
 
     @property
     def fusion(self) -> str:
-        """The plan of :mod:`resnet_fast.roofline.byte_model` that bounds it from below: a kernel per convolution."""
+        """The plan of :mod:`resnet_fast.roofline.byte_model` with its floor: one kernel per convolution."""
         return "conv"
 
 
 def plan_of(spec: Spec, device: torch.device) -> StepPlan:
-    """Forward, dgrad and wgrad of each convolution: measured where measured, else modelled."""
+    """Return the configs of forward, dgrad and wgrad of each convolution, measured if possible, else modelled."""
     return _plan_of(spec, device, flags.PROLOGUE.read() == "packed")
 
 
@@ -70,8 +70,11 @@ def _plan_of(spec: Spec, device: torch.device, packed: bool) -> StepPlan:
 
 
 def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], StepPlan]:
-    """(output, saved, plan). ``saved``: raw outputs of the convolutions, then the vectors of the norms, then the clamps
-    of those that a convolution reads through, in the order of the call."""
+    """Return (output, saved, plan).
+
+    ``saved``: raw outputs of the convolutions, then the vectors of the norms, then the clamps of the norms that a
+    convolution reads through, in the order of the call.
+    """
     plan = plan_of(spec, call.x.device)
     x, main = nhwc(call.x), len(spec.main)
     raws: list[Tensor] = []
@@ -97,8 +100,10 @@ def _recomputes(spec: Spec, save: str) -> bool:
 
 
 def _centre(conv: Conv, norm: Norm) -> Tensor | None:
-    """What is subtracted from a raw output before it is stored: the running mean as it is before this step, without
-    the convolution's bias, which is not in a raw output."""
+    """Return what is subtracted from a raw output before it is stored: the running mean before this step.
+
+    The convolution's bias is not in a raw output, and so is subtracted from the mean.
+    """
     if norm.mean is None:
         return None
     mean = norm.mean.detach().float()
@@ -106,7 +111,7 @@ def _centre(conv: Conv, norm: Norm) -> Tensor | None:
 
 
 def _convolve(conv: Conv, norm: Norm, plan: StepPlan, i: int, act: Act) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(raw output, vectors of its norm, clamp)."""
+    """Return (raw output, vectors of its norm, clamp)."""
     spec, config = plan.specs[i], plan.chosen[i].fwd
     centre = None if config == CUDNN else _centre(conv, norm)
     y, partials, rows = convolution.forward(conv.weight, spec, config, act, centre, norm.batch_stats)
@@ -116,7 +121,7 @@ def _convolve(conv: Conv, norm: Norm, plan: StepPlan, i: int, act: Act) -> tuple
 
 
 def _end(call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
-    """The output: norm, add and ReLU, or norm, ReLU and max-pool."""
+    """Return the output, by norm, add and ReLU, or by norm, ReLU and max-pool."""
     if call.pool is not None:
         return pool.pool_end(raws[0], vectors[0], call.pool)
     if call.projection:
@@ -126,7 +131,7 @@ def _end(call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Te
 
 
 def statistics(call: Call, saved: list[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
-    """The batch's (mean, unbiased variance) of every norm with batch statistics; None for the others."""
+    """Return the batch's (mean, unbiased variance) of every norm with batch statistics; None for the others."""
     first = len(call.convs)
     return [
         (v[BATCH_MEAN], v[BATCH_VAR]) if norm.batch_stats else None
@@ -135,7 +140,7 @@ def statistics(call: Call, saved: list[Tensor]) -> list[tuple[Tensor, Tensor] | 
 
 
 def shapes(call: Call, spec: Spec, save: str) -> list[tuple[tuple[int, ...], torch.dtype, str]]:
-    """(shape, dtype, layout) of every tensor in ``saved``."""
+    """Return (shape, dtype, layout) of every tensor in ``saved``."""
     dtype, last = call.x.dtype, len(spec.main) - 1
     raws: list[tuple[tuple[int, ...], torch.dtype, str]]
     raws = [((c.n, c.co, c.ho, c.wo), dtype, "nhwc") for c in spec.convs]
@@ -152,12 +157,12 @@ def shapes(call: Call, spec: Spec, save: str) -> list[tuple[tuple[int, ...], tor
 def backward(
     call: Call, spec: Spec, saved: list[Tensor], z: Tensor, dz: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that ``needs`` asks for, in the order of :meth:`Call.leaves`."""
+    """Return the gradients that ``needs`` asks for, in the order of :meth:`Call.leaves`."""
     return _Backward(call, spec, saved, needs).run(nhwc(z), nhwc(dz))
 
 
 class _Backward:
-    """One backward pass: what the forward saved, and the gradients as they come.
+    """One backward pass: the tensors that the forward pass saved, and the gradients computed so far.
 
     ``needs``: a record like the call, with True in place of each tensor whose gradient is wanted.
     """
@@ -178,16 +183,16 @@ class _Backward:
         self.betas: list[Tensor | None] = [None] * count
 
     def below(self, i: int) -> Act:
-        """What convolution ``i`` reads."""
+        """Return the input of convolution ``i``."""
         if i == 0 or i >= self.main:
             return Act(self.x)
         return Act(self.raws[i - 1], self.vectors[i - 1], self.clamps[i - 1])
 
     def run(self, z: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, from the output ``z`` and its gradient ``dz``."""
+        """Return the gradients, from the output ``z`` and its gradient ``dz``."""
         needs, last = self.needs, self.main - 1
         if not self.raws[last].numel():
-            centre = self.vectors[last][CENTRE]  # what the forward subtracted, and not what it would be today
+            centre = self.vectors[last][CENTRE]  # as the forward pass subtracted it; the running mean has changed since
             spec, config = self.plan.specs[last], self.plan.chosen[last].fwd
             self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, False)[0]
         g, grads = self.end(z, dz)
@@ -218,7 +223,7 @@ class _Backward:
         return any([*self.needs.convs[i][:2], *self.needs.norms[i][:2]])
 
     def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Grad]]:
-        """The end of the chain: the gradient of the sum, and that of each raw output that was added."""
+        """Return the gradient of the sum at the end of the chain, and of each raw output in it."""
         call, last = self.call, self.main - 1
         y = self.raws[last]
         if call.pool is not None:
@@ -233,7 +238,7 @@ class _Backward:
         return g, grads
 
     def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor) -> Grad:
-        """The gradient of raw output ``i``; its norm's parameters get theirs on the way."""
+        """Return the gradient of raw output ``i``, and store the gradients of its norm's parameters."""
         norm = self.norms[i]
         coefficients, packed, dgamma, dbeta = batch_norm.coefficients(
             sums, self.vectors[i], norm.batch_stats, g.dtype, norm.sync
@@ -243,7 +248,7 @@ class _Backward:
         if self.needs.norms[i].bias:
             self.betas[i] = dbeta.to(norm.bias.dtype)  # type: ignore[union-attr]
         if self.needs.convs[i].bias:
-            # the sum of dy: with batch statistics the norm takes any constant away, and it is exactly zero
+            # the sum of dy, exactly zero with batch statistics, because the norm removes any constant
             bias = torch.zeros_like(dbeta) if norm.batch_stats else coefficients[A] * dbeta
             self.biases[i] = bias.to(self.convs[i].bias.dtype)  # type: ignore[union-attr]
         return Grad(g, y, coefficients, packed, norm.batch_stats)
@@ -255,17 +260,17 @@ class _Backward:
         return convolution.wgrad(self.weight(i), self.plan.specs[i], self.plan.chosen[i].wgrad, grad, self.below(i))
 
     def stock_dx(self, i: int, grad: Grad) -> Tensor:
-        """dx of a convolution that reads the call's input, by cuDNN."""
+        """Return dx of a convolution that reads the call's input, by cuDNN."""
         return nhwc(convolution.stock_backward(self.weight(i), self.plan.specs[i], grad, self.x, (True, False))[0])
 
     def dgrad_inner(self, i: int, grad: Grad) -> Grad:
-        """From the gradient of raw output ``i`` to that of ``i - 1``."""
+        """Return the gradient of raw output ``i - 1`` from that of ``i``."""
         chosen, below = self.plan.chosen[i], self.below(i)
         g, sums = convolution.dgrad_to(self.weight(i), self.plan.specs[i], chosen.dgrad, grad, below, chosen.fwd.packed)
         return self.grad(i - 1, g, below.y, sums)
 
     def projection(self, grad: Grad) -> tuple[Tensor, tuple[int, int] | None] | None:
-        """dW of the projection, and its dx: at every pixel (no strides), or at those that it reads."""
+        """Store dW of the projection, and return its dx: for every pixel, or for those that it reads."""
         i = self.main
         if self.needs.convs[i].weight:
             self.weights[i] = self.wgrad(i, grad)
@@ -281,7 +286,7 @@ class _Backward:
     def dgrad_first(
         self, grad: Grad, identity: Tensor | None, projected: tuple[Tensor, tuple[int, int] | None] | None
     ) -> Tensor:
-        """dx of the first convolution, plus the shortcut's."""
+        """Return dx of the first convolution plus that of the shortcut."""
         spec, config = self.plan.specs[0], self.plan.chosen[0].dgrad
         if config == CUDNN:
             dx = self.stock_dx(0, grad)
