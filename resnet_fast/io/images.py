@@ -55,7 +55,7 @@ def bundled() -> list[Photo]:
     except ImportError as error:
         raise missing_package(
             "scikit-image",
-            "whose photographs are the default input",
+            "which has the default photographs",
             error,
             "bench",
             "give your own pictures with --images",

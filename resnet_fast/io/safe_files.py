@@ -155,12 +155,12 @@ def locked(path: Path) -> Iterator[None]:
     """
     import filelock
 
-    beside = path.resolve().with_name(f"{path.name}.lock")
-    lock: filelock.BaseFileLock = filelock.FileLock(beside, thread_local=False)
+    lock_file = path.resolve().with_name(f"{path.name}.lock")
+    lock: filelock.BaseFileLock = filelock.FileLock(lock_file, thread_local=False)
     try:
         lock.acquire()
     except NotImplementedError:  # a file system without locks: the file's existence is the lock
-        lock = filelock.SoftFileLock(beside, timeout=60, thread_local=False)
+        lock = filelock.SoftFileLock(lock_file, timeout=60, thread_local=False)
         lock.acquire()
     try:
         yield

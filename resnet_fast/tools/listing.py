@@ -96,7 +96,7 @@ def timm_names(patterns: Sequence[str] = ()) -> list[str]:
     try:
         import timm
     except ImportError as error:
-        raise missing_package("timm", "whose nets are asked for", error, instead="leave out --timm") from error
+        raise missing_package("timm", "which has these nets", error, instead="leave out --timm") from error
     return matching(timm.list_models(module="resnet"), patterns)
 
 
