@@ -76,6 +76,7 @@ def test_steps_in_16_bit_are_as_exact_as_stock(kind: str, dtype: torch.dtype, sa
     assert median(ours) <= 2 * median(stock), (ours, stock)
 
 
+@pytest.mark.slow
 def test_sgd_with_momentum_and_eval_between() -> None:
     """Weights, running statistics and eval outputs follow stock's over three steps."""
     stock, (x, labels) = cifar(), images()
@@ -174,6 +175,7 @@ def test_images_stay_in_nhwc(layout: torch.memory_format) -> None:
     assert all(name.endswith("/triton") for name in calls())
 
 
+@pytest.mark.slow
 def test_grad_scaler() -> None:
     """A scale that overflows is halved and its step skipped; afterwards weights follow stock's."""
     stock, (x, labels) = cifar(), images()
@@ -213,6 +215,7 @@ def test_copies_and_checkpoints_go_on_bit_for_bit() -> None:
     assert all(name.endswith("/triton") for name in calls())
 
 
+@pytest.mark.slow
 def test_eval_uses_what_training_left() -> None:
     net, (x, labels) = cifar(), images()
     fused = twin(net)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from resnet_fast.backends.triton.training import vectors as v
 from resnet_fast.backends.triton.training.vectors import Grad
 from resnet_fast.calls import Norm
 from tests.support import batch_norm_cases as cases
+from tests.support.grids import covering
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
 
@@ -74,9 +76,7 @@ def test_variance_where_the_mean_is_a_hundred_deviations(
 # --------------------------------------------------------------------------------------------------------- finalize
 
 
-@pytest.mark.parametrize("outlier", [0.0, 1000.0])
-@pytest.mark.parametrize("levels", [1, 2, 3])
-@pytest.mark.parametrize("tiles", [1, 2, 129, 300])
+@pytest.mark.parametrize("tiles,levels,outlier", covering(product([1, 2, 129, 300], [1, 2, 3], [0.0, 1000.0])))
 def test_merge_of_many_tiles(tiles: int, levels: int, outlier: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses a mean of 100 standard deviations, and a first tile that may differ from the others."""
     chunk = {1: tiles, 2: 100, 3: 8}[levels]
@@ -314,6 +314,7 @@ def test_constant_statistics_pass_the_gradient_through(dtype: torch.dtype) -> No
 # ----------------------------------------------------------------------------------------------------------- groups
 
 
+@pytest.mark.slow
 def test_three_processes_are_one(tmp_path: Path) -> None:
     """Uneven processes, one empty, get the whole batch's vectors and coefficients, and their own dgamma and dbeta."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
