@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_the_first_call_loads_the_backends() -> None:
     )
     done = run_python(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_backend_wants_is_asked_of_its_implementation() -> None:
+    """Nothing above the backends names one. ``tune`` is Triton's; "cuda" is a device type, too."""
+    package = Path(catalog.__file__).parents[1]
+    files = [f for name in ("dispatch", "ops", "blocks", "models") for f in (package / name).rglob("*.py")]
+    wrong = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in ("onednn", "triton") and path.name != "tune.py":
+                wrong.append(f"{path.name}:{node.lineno}")
+    assert len(files) > 30 and not wrong
 
 
 def test_backends_never_import_dispatch() -> None:

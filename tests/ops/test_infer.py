@@ -91,6 +91,14 @@ def test_weights_that_change_before_each_call_are_not_packed(packs: list[tuple[i
     assert not stats()["fallbacks"]
 
 
+def test_an_empty_first_batch_leaves_the_packing_budget_alone(packs: list[tuple[int, ...]]) -> None:
+    fused, stock = both()
+    compare(fused, stock, image(0))
+    assert not packs
+    compare(fused, stock, image())
+    assert len(packs) == CONVOLUTIONS
+
+
 def test_at_once_results_depend_on_weights_and_input_alone(packs: list[tuple[int, ...]]) -> None:
     fused, x = both()[0], image()
     with torch.no_grad(), packing_budget.at_once():
