@@ -113,8 +113,10 @@ def _new(
     choice = select.choose(spec, call.x.device.type, backend)
     if not all(spec.out_shape()):
         return Prepared(spec, choice, None)
-    upkeep = choice.impl.upkeep
-    earlier = [found.state for other, found in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
+    impl = choice.impl
+    upkeep = impl.upkeep
+    same = [found for other, found in entry.values.items() if other[0] == key[0]]  # type: ignore[index]
+    earlier = [found.state for found in same if found.choice.impl is impl]
     work = packing_budget.of_stock_call(spec.flops(), len(spec.convs)) if upkeep else 0.0
     named = select.requested(backend) != "auto"
     at_once = named or packing_budget.is_at_once() or record.watched() or record.is_strict()
@@ -123,9 +125,9 @@ def _new(
             entry.notes = packing_budget.PackingBudget(packing_budget.PACK * upkeep.elements(call, spec, []))
         version = None if entry.values else _version(parameters)
         elements = upkeep.elements(call, spec, earlier)
-        room = _has_room(entry, choice.impl, spec, elements, entry.notes.seen(key))
+        room = _has_room(entry, impl, spec, elements, entry.notes.seen(key))
         if not room or not entry.notes.pays(packing_budget.PACK * elements, version):
-            stock = select.stock(spec, choice, NOT_YET.format(choice.impl.backend))
+            stock = select.stock(spec, choice, NOT_YET.format(impl.backend))
             return Prepared(spec, stock, None, packing_budget.earned_by(work, packed=False))
 
     def make(kept: dict[Any, Prepared]) -> Prepared:

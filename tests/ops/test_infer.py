@@ -14,7 +14,8 @@ import resnet_fast
 from resnet_fast import packing_budget, parameter_cache, reset_stats, stats, strict, use_backend
 from resnet_fast.backends.onednn import conv_bn_act as packing
 from resnet_fast.backends.onednn import net as compiling
-from resnet_fast.ops.infer import COPIES
+from resnet_fast.calls import Call, Conv, Norm
+from resnet_fast.ops.infer import COPIES, prepared
 
 CONVOLUTIONS = 12
 PARTS = 5
@@ -258,3 +259,14 @@ def test_no_pattern_of_use_is_much_slower_than_stock(pattern: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert ratios[-1] <= 1.5, ratios
+
+
+def test_states_of_another_backend_are_not_shared(packs: list[tuple[int, ...]]) -> None:
+    """oneDNN refuses an image without pixels. What the reference has for it is not oneDNN's, at the next size."""
+    x = torch.randn(2, 4, 8, 8)
+    conv = Conv(torch.randn(8, 4, 1, 1), None, (1, 1), (1, 1), (1, 1), 1)
+    call = Call("conv_bn_act", x, (conv,), (Norm(),))
+    with torch.no_grad():
+        prepared(call._replace(x=x[:, :, :0, :0]), "auto")
+        found = prepared(call, "auto")
+    assert found.choice.impl.backend == "onednn" and packs == [(2, 4, 8, 8)]
