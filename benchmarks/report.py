@@ -32,7 +32,7 @@ READING = (
     "norm of the difference over the norm, and the largest difference over the largest output."
 )
 
-TITLE = "# resnet_fast beside its peers"
+TITLE = "# resnet_fast compared with its peers"
 
 TRAIN_HEADINGS = (*TIMES, "peak MiB", "loss, step 1", "last loss", "minus stock", "steps", "note")
 TRAIN_READING = (

@@ -1,4 +1,4 @@
-"""resnet_fast: fused conv-BN-ReLU-add kernels behind drop-in ResNets.
+"""resnet_fast: fused conv-BN-ReLU-add kernels in drop-in ResNets.
 
     import resnet_fast
     model = resnet_fast.accelerate(torchvision.models.resnet50()).eval()      # or resnet_fast.resnet50()

@@ -15,7 +15,7 @@ time has the net taken more than 1 + ALLOWED times the stock layers' time, not c
 changed since the last call are packed when they are seen for the second time: weights that change before each call (a
 teacher's moving average) are never packed.
 
-The measurements behind these constants are in docs/notes/derived-weights.md.
+The measurements for these constants are in docs/notes/derived-weights.md.
 """
 
 from __future__ import annotations

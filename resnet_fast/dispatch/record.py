@@ -112,9 +112,9 @@ def is_strict() -> bool:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Inside the ``with``, a fallback to slower or stock code raises BackendError instead of being counted.
+    """Raise BackendError inside the ``with`` for every fallback to slower or stock code, instead of counting it.
 
-    For this thread; ``RESNET_FAST_STRICT=1`` is for the process.
+    It applies to this thread (and asyncio task). ``RESNET_FAST_STRICT=1`` applies to the process.
     """
     before = _strict.get()
     _strict.set(True)
@@ -125,7 +125,11 @@ def strict() -> Iterator[None]:
 
 
 def stats() -> dict[str, dict[str, int]]:
-    """Since the start or the last :func:`reset_stats`: ``calls`` by ``op/backend``, ``fallbacks`` by reason."""
+    """Return what ran in this process since its start or the last :func:`reset_stats`.
+
+    Returns:
+        ``calls``: number of calls by ``op/backend``. ``fallbacks``: number of fallbacks by reason.
+    """
     with _counting:
         return {
             "calls": {f"{op}/{backend}": n for (op, backend), n in sorted(_calls.items())},

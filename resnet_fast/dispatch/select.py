@@ -34,6 +34,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     It applies to this thread (and asyncio task) and to the graphs that autograd records in it, like ``torch.no_grad``.
     ``RESNET_FAST_BACKEND`` applies to the process.
+
+    Args:
+        name: ``auto``, ``reference``, ``onednn``, ``triton`` or ``cuda``.
+
+    Raises:
+        UserError: there is no such backend.
     """
     before = _override.get()
     _override.set(flags.check_backend(name))

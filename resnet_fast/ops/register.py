@@ -32,10 +32,8 @@ from .infer import infer
 from .op import OPS, Op
 
 _log = logging.getLogger("torch.utils.flop_counter")
-_log.disabled, _before = (
-    True,
-    _log.disabled,
-)  # importing it warns where Triton is missing; importing this package must not
+# Importing it warns if Triton is missing; importing this package must not.
+_log.disabled, _before = True, _log.disabled
 from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
 _log.disabled = _before

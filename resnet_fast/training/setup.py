@@ -31,7 +31,7 @@ MAY_CHANGE = ("epochs", "steps", "data_path", "backend", "save", "accumulate", "
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint keeps besides tensors.
+    """How far a run is: what a checkpoint keeps in addition to tensors.
 
     Attributes:
         start: Steps done before this process took over.

@@ -47,7 +47,7 @@ def test_replays_follow_the_input_and_outputs_stay(net: nn.Module, recorder: typ
 @pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20", "cifar_plain20", "timm"])
 def test_every_kind_of_net(name: str, recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "timm":
-        model = pytest.importorskip("timm").create_model("resnet18", num_classes=0)  # its output has no layer behind it
+        model = pytest.importorskip("timm").create_model("resnet18", num_classes=0)  # its output has no layer after it
     elif name == "resnet18":
         model = resnet_fast.resnet18(num_classes=10)
     else:

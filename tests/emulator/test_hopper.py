@@ -103,7 +103,7 @@ def check_windows(
     got = rows_of(module.probe_im2col_load(x, first, (64, pixels), tap, *conv, swizzle), swizzle)
     expected = numpy.zeros((pixels, 64))
     there = rows[begin : begin + pixels, channel : channel + 64]
-    expected[: len(there), : there.shape[1]] = there  # zeros behind the last channel, too
+    expected[: len(there), : there.shape[1]] = there  # zeros after the last channel, too
     numpy.testing.assert_array_equal(got, expected)
 
 

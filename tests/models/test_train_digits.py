@@ -1,4 +1,4 @@
-"""A net that learns to read digits on our kernels, step by step beside stock nets.
+"""A net that learns to read digits on our kernels, step by step with stock nets.
 
 Training is chaotic: two stock runs in fp16 whose weights differ by one in a million are a tenth of the loss apart
 after fifty steps. So a run of ours in fp16 autocast is held to the distance between two stock runs, of one seed in fp32

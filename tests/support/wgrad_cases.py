@@ -30,13 +30,13 @@ SMS = 4
 class Case:
     """A launch: the gradient of its raw output, and its input, ``raw`` or activated."""
 
-    behind: dgrad_cases.Case
+    output_grad: dgrad_cases.Case
     x: Act
     raw: bool
 
     @property
     def conv(self) -> ConvSpec:
-        return self.behind.conv
+        return self.output_grad.conv
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +44,7 @@ class Case:
 
     def run(self, config: Config, sms: int = SMS) -> Tensor:
         launch = LaunchSpec("conv_wgrad", (self.conv,), prologue=self.raw)
-        return conv_wgrad(launch, replace(config, packed=self.behind.packed), self.behind.grad(), self.x, sms)
+        return conv_wgrad(launch, replace(config, packed=self.output_grad.packed), self.output_grad.grad(), self.x, sms)
 
     def _activation(self, y: Tensor) -> Tensor:
         if not self.raw:
@@ -61,12 +61,12 @@ class Case:
         )[1]
 
     def truth(self) -> Tensor:
-        return self._weight_gradient(self.behind.dy(), self._activation(self.x.y.double()))
+        return self._weight_gradient(self.output_grad.dy(), self._activation(self.x.y.double()))
 
     def eager(self) -> Tensor:
         """Stock PyTorch under autocast: dy, the activation and dW are rounded."""
-        a, b, c = self.behind.coefficients().float()
-        dy = over(a) * self.behind.g.float() + over(b) * self.behind.y.float() + over(c)
+        a, b, c = self.output_grad.coefficients().float()
+        dy = over(a) * self.output_grad.g.float() + over(b) * self.output_grad.y.float() + over(c)
         act = self._activation(self.x.y.float())
         return self._weight_gradient(dy.to(self.dtype), act.to(self.dtype))
 

@@ -151,7 +151,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "flops",
-        "Cost: multiply-adds beside VGG and GoogLeNet",
+        "Cost: multiply-adds compared with VGG and GoogLeNet",
         "What does depth cost?",
         "The 34-layer nets need 3.6 billion multiply-adds, 18 % of VGG-19's 19.6 billion; even 152 layers need 11.3, "
         "less than VGG-16 and VGG-19 (15.3 and 19.6).",

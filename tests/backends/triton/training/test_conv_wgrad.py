@@ -139,10 +139,10 @@ def test_a_nan_stays_in_its_channel(prologue: str) -> None:
     """The other channels are right where fp64 is not NaN."""
     c = case(conv(24, 20, 3, n=2), prologue)
     clean = c.run(TILE)
-    grad = c.behind.grad()
+    grad = c.output_grad.grad()
     g = grad.g.clone()
     g[1, 5, 2, 3] = float("nan")
-    c.behind.grad = lambda: grad._replace(g=g)  # type: ignore[method-assign]
+    c.output_grad.grad = lambda: grad._replace(g=g)  # type: ignore[method-assign]
     dw = c.run(TILE)
     assert dw[5].isnan().all()
     assert torch.equal(torch.cat([dw[:5], dw[6:]]), torch.cat([clean[:5], clean[6:]]))
@@ -158,18 +158,18 @@ def test_traffic(prologue: str) -> None:
     with count(inside_views=True) as counts:
         dw = c.run(TILE)
     run, reduced = counts.launches
-    assert run["g_ptr"].read_unique == c.behind.g.numel() * 2
+    assert run["g_ptr"].read_unique == c.output_grad.g.numel() * 2
     assert run["x_ptr"].read_unique == c.x.y.numel() * 2
     assert run["p_ptr"].written == run["p_ptr"].written_unique == splits * dw.numel() * 4
-    if c.behind.batch:
-        assert run["y_ptr"].read_unique == c.behind.y.numel() * 2
+    if c.output_grad.batch:
+        assert run["y_ptr"].read_unique == c.output_grad.y.numel() * 2
     assert reduced["p_ptr"].read == splits * dw.numel() * 4
     assert reduced["dw_ptr"].written == reduced["dw_ptr"].written_unique == dw.numel() * 4
 
 
 def test_inputs_are_not_written() -> None:
     c = case(conv(24, 20, 3, n=2, stride=2), "packed")
-    inputs = [c.behind.g, c.behind.y, *(t for t in c.x if t is not None)]
+    inputs = [c.output_grad.g, c.output_grad.y, *(t for t in c.x if t is not None)]
     before = [t.clone() for t in inputs]
     c.run(TILE)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
@@ -187,4 +187,4 @@ def test_a_wrong_coefficient_is_found() -> None:
     c = case(conv(24, 20, 3, n=4), "packed")
     c.check(TILE)
     with pytest.raises(AssertionError, match="over the budget"):
-        Case(Wrong(**vars(c.behind)), c.x, True).check(TILE)
+        Case(Wrong(**vars(c.output_grad)), c.x, True).check(TILE)
