@@ -80,10 +80,10 @@ def _check(call: Call, at: LayerInput, grad: bool) -> BlockSpec:
     if call.projection:
         conv, norm = call.convs[-1], call.norms[-1]
         convs.append(check_conv(at, conv, norm, Epilogue(norm=has_norm(norm)), grad, f"{call.op}: projection"))
-    return BlockSpec(call.op, tuple(convs), _check_shortcut(call, at, out.shape, convs[-1].out_shape()))
+    return BlockSpec(call.op, tuple(convs), check_shortcut(call, at, out.shape, convs[-1].out_shape()))
 
 
-def _check_shortcut(call: Call, at: LayerInput, shape: tuple[int, ...], last: tuple[int, ...]) -> str:
+def check_shortcut(call: Call, at: LayerInput, shape: tuple[int, ...], last: tuple[int, ...]) -> str:
     """Return the kind of a block's shortcut, and check that it has the ``shape`` of the residual branch's output.
 
     ``last``: the shape of the last convolution's output, of the projection where there is one.
