@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from ..calls import Call
 from ..dispatch import record, select
@@ -70,7 +70,7 @@ def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
     if traced and not all(type(size) is int for size in call.x.shape):
         return select.trace(call)
     tangents = forward_ad._current_level >= 0 and has_tangents(call.leaves())
-    if not traced and not tangents:
+    if not traced and not tangents and not profiler._is_profiler_enabled:  # a profiler shows both passes as ops
         return run(call, options, graph)
     spec = spec_of(call, graph)
     choice = select.choose(spec, call.x.device.type, options.backend)
@@ -153,7 +153,7 @@ class _Direct(NamedTuple):
 
 
 class _ThroughOps(NamedTuple):
-    """Run both passes of a traced step as the ops ``NAME_train`` and ``NAME_backward``."""
+    """Run both passes of a traced or profiled step as the ops ``NAME_train`` and ``NAME_backward``."""
 
     op: str
     options: Options

@@ -271,6 +271,16 @@ def test_saved_tensor_hooks_see_what_is_saved() -> None:
     assert tuple(p.x.shape) in seen and (10, p.convs[0].weight.shape[0]) in seen
 
 
+def test_a_profiler_shows_both_passes() -> None:
+    p = case("basic_block")
+    expected = step(p, fused)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        found = step(p, fused)
+    same(found, expected)
+    names = {event.key for event in seen.key_averages()}
+    assert {"resnet_fast::basic_block_train", "resnet_fast::basic_block_backward"} <= names
+
+
 @pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "sliced"])
 def test_strides_are_kept(op: str, layout: str) -> None:
