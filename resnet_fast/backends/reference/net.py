@@ -6,18 +6,21 @@ weights would have been given the user's NCHW input, and rounds differently ther
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 from torch import Tensor
 
 from ...calls import NetCall
 from ...spec import NetSpec
-from . import bottleneck, conv_bn_act, stem
 
-_RUN = {
-    "stem": stem.run,
-    "conv_bn_act": conv_bn_act.run,
-    "bottleneck": bottleneck.run,
-    "basic_block": bottleneck.run,
-}
+
+@cache
+def _runner(op: str) -> Callable[..., Any]:
+    run: Callable[..., Any] = importlib.import_module(f".{op}", __package__).run
+    return run
 
 
 def run(call: NetCall, spec: NetSpec | None = None, state: None = None) -> Tensor:
@@ -26,5 +29,5 @@ def run(call: NetCall, spec: NetSpec | None = None, state: None = None) -> Tenso
     if all(conv.weight.is_contiguous() for part in call.parts for conv in part.convs):
         x = x.contiguous()
     for part in call.parts:
-        x = _RUN[part.op](part._replace(x=x))
+        x = _runner(part.op)(part._replace(x=x))
     return x
