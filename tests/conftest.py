@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from tests.support.interpreter import patch_language_once_per_launch
 
 # Kineto reads it when a process profiles for the first time, whichever test that is in; benchmarks/memory.py says why.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which the tests of signals send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -189,6 +189,8 @@ class Fused(nn.Module):
         which is not FrozenBatchNorm2d's. This is no obstacle where nothing needs a gradient, or where a backend was
         requested by name.
         """
+        if torch.compiler.is_compiling():  # it orders sums as it likes, and cannot trace the choice of a backend
+            return ""
         got = self.unlike_reference()
         if not got or select.requested(self.backend) != "auto":
             return ""

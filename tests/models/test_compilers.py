@@ -110,6 +110,13 @@ def test_compiled_follows_weight_updates_and_mode_flips() -> None:
     nets.assert_close_to_eager(compiled, stock, x)
 
 
+def test_a_block_with_a_pooled_shortcut_compiles_into_one_graph() -> None:
+    timm = pytest.importorskip("timm")
+    block = resnet_fast.accelerate(timm.create_model("resnet18d", num_classes=4)).eval().layer2[0]
+    x = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
+
+
 def test_compiled_under_autocast() -> None:
     _, fused = twin()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
