@@ -37,7 +37,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config, chain_width
 from .conv_bn_act_3x3 import accumulate_3x3
-from .launch import FoldedWeights, common, new_output, steps_of
+from .launch import FoldedWeights, common, new_output, steps_of, submit
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, relu, round_to, row_offset
 
 
@@ -108,7 +108,8 @@ def bottleneck(
     y = new_output(conv3, x)
     xp_strides = (0, 0, 0) if xp is None else (xp.stride(0), xp.stride(2), xp.stride(3))
     cp = 0 if proj is None else proj.ci
-    _bottleneck_tail_fwd_kernel[(-(-conv3.gemm_m // config.block_m),)](
+    submit(
+        _bottleneck_tail_fwd_kernel, (-(-conv3.gemm_m // config.block_m),),
         x, packed.inner, packed.inner_bias, packed.weight, packed.bias, res, y, xp, packed.projection,
         conv3.gemm_m, conv2.h, conv2.w, conv2.ho, conv2.wo, conv3.co, cp,
         x.stride(0), x.stride(2), x.stride(3), *xp_strides,

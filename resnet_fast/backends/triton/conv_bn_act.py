@@ -31,7 +31,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from .launch import FoldedWeights, common, grid_of, new_output, steps_of
+from .launch import FoldedWeights, common, grid_of, new_output, steps_of, submit
 from .tiles import finish_tile, multiply, pixel_of_row, row_offset, rows_and_channels, tile_of_program
 
 
@@ -108,7 +108,8 @@ def conv_bn_act(
     conv = spec.last
     groups = merged_groups(conv)
     y = new_output(conv, x)
-    _conv_bn_act_fwd_kernel[grid_of(conv, config)](
+    submit(
+        _conv_bn_act_fwd_kernel, grid_of(conv, config),
         x, packed.weight, packed.bias, res, y,
         conv.gemm_m, conv.h, conv.w, conv.ho, conv.wo, conv.co, x.stride(0), x.stride(2), x.stride(3),
         CI=conv.ci // groups, GEMM_N=conv.co // groups, R=conv.r, S=conv.s, **steps_of(conv),

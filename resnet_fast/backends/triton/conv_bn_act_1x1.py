@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
-from .launch import FoldedWeights, common, described, grid_of, new_output
+from .launch import FoldedWeights, common, described, grid_of, new_output, submit
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
 
 
@@ -130,13 +130,24 @@ def conv_bn_act_1x1(
     if config.descriptors and dense and x.data_ptr() % 16 == 0:
         x_desc = described(x, (conv.gemm_m, conv.ci), (config.block_m, config.block_k))
         w_desc = described(packed.weight, (conv.co, conv.ci), (config.block_n, config.block_k))
-        _conv_bn_act_1x1_descriptor_fwd_kernel[grid](
-            x_desc, w_desc, packed.bias, res, y, conv.gemm_m, conv.ci, conv.co, **shared
+        submit(
+            _conv_bn_act_1x1_descriptor_fwd_kernel,
+            grid,
+            x_desc,
+            w_desc,
+            packed.bias,
+            res,
+            y,
+            conv.gemm_m,
+            conv.ci,
+            conv.co,
+            **shared,
         )
         return y
     xp_strides = (0, 0, 0) if xp is None else (xp.stride(0), xp.stride(2), xp.stride(3))
     cp = 0 if proj is None else proj.ci
-    _conv_bn_act_1x1_fwd_kernel[grid](
+    submit(
+        _conv_bn_act_1x1_fwd_kernel, grid,
         x, packed.weight, packed.bias, res, y, xp, packed.projection,
         conv.gemm_m, conv.ho, conv.wo, conv.ci, conv.co, cp,
         x.stride(0), x.stride(2), x.stride(3), *xp_strides,

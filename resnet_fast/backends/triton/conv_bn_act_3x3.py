@@ -37,7 +37,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from .launch import FoldedWeights, common, grid_of, new_output, steps_of
+from .launch import FoldedWeights, common, grid_of, new_output, steps_of, submit
 from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, rows_and_channels, tile_of_program
 
 
@@ -133,7 +133,8 @@ def conv_bn_act_3x3(
     y = new_output(conv, x)
     xp_strides = (0, 0, 0) if xp is None else (xp.stride(0), xp.stride(2), xp.stride(3))
     cp = 0 if proj is None else proj.ci
-    _conv_bn_act_3x3_fwd_kernel[grid_of(conv, config)](
+    submit(
+        _conv_bn_act_3x3_fwd_kernel, grid_of(conv, config),
         x, packed.weight, packed.bias, res, y, xp, packed.projection,
         conv.gemm_m, conv.h, conv.w, conv.ho, conv.wo, conv.co, cp,
         x.stride(0), x.stride(2), x.stride(3), *xp_strides,

@@ -37,6 +37,18 @@ class FoldedWeights(NamedTuple):
     projection: Tensor | None = None
 
 
+def submit(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel of this backend on the current stream; no kernel is launched in another way.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs along each axis.
+        arguments: its arguments in order.
+        constants: its compile-time arguments and the options of the launch.
+    """
+    kernel[grid](*arguments, **constants)
+
+
 def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
     """Return (tiles of one group, groups)."""
     groups = merged_groups(conv)

@@ -41,7 +41,7 @@ from torch import Tensor
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import stem_step
-from .launch import FoldedWeights, empty_nhwc, product, steps_of
+from .launch import FoldedWeights, empty_nhwc, product, steps_of, submit
 from .tiles import multiply, relu, round_to
 
 
@@ -149,7 +149,8 @@ def stem(
     y = empty_nhwc(x, conv.n, conv.co, hp, wp)
     grid = (-(-conv.n * wp // config.block_m), -(-hp // config.rows), -(-conv.co // config.block_n))
     arguments = product(conv, config, x.dtype) | {"BLOCK_K": stem_step(conv)}
-    _stem_fwd_kernel[grid](
+    submit(
+        _stem_fwd_kernel, grid,
         x, packed.weight, packed.bias, y,
         conv.n, conv.h, conv.w, conv.ho, conv.wo, hp, wp, conv.co, *x.stride(),
         CI=conv.ci, R=conv.r, S=conv.s, **steps_of(conv), RELU=conv.epilogue.relu,

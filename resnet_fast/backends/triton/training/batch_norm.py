@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....calls import Norm
-from ..launch import upcasts
+from ..launch import submit, upcasts
 from ..tiles import round_to
 from . import vectors as v
 from .conv_fwd import usable_centre
@@ -107,8 +107,17 @@ def statistics(y: Tensor) -> tuple[Tensor, int]:
     c, tile = y.shape[1], tile_of(y, 4)
     steps, tiles = walk(y, tile)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
-    _statistics_kernel[grid_of(tiles, y, tile[1])](
-        y, partials, rows_of(y), tiles, steps, C=c, BLOCK_M=tile[0], BLOCK_C=tile[1]
+    submit(
+        _statistics_kernel,
+        grid_of(tiles, y, tile[1]),
+        y,
+        partials,
+        rows_of(y),
+        tiles,
+        steps,
+        C=c,
+        BLOCK_M=tile[0],
+        BLOCK_C=tile[1],
     )
     return partials, steps * tile[0]
 
@@ -259,8 +268,19 @@ def _outputs(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[T
 def _merge(partials: Tensor, rows: int, count: int, chunk: int, out: Tensor) -> None:
     """Merge chunks of ``chunk`` tiles of ``partials`` (2, tiles, C) into ``out`` (2, chunks, C)."""
     tiles, c = partials.shape[1:]
-    _merge_kernel[(out.shape[1], -(-c // BLOCK_C))](
-        partials, out, tiles, out.shape[1], chunk, rows, count, C=c, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C
+    submit(
+        _merge_kernel,
+        (out.shape[1], -(-c // BLOCK_C)),
+        partials,
+        out,
+        tiles,
+        out.shape[1],
+        chunk,
+        rows,
+        count,
+        C=c,
+        BLOCK_T=BLOCK_T,
+        BLOCK_C=BLOCK_C,
     )
 
 
@@ -299,7 +319,8 @@ def finalize(
         partials = _gathered(own, group)
         tiles = partials.shape[0]
     vectors, clamp = _outputs(c, dtype, partials.device)
-    _finalize_kernel[(-(-c // BLOCK_C),)](
+    submit(
+        _finalize_kernel, (-(-c // BLOCK_C),),
         partials, *_dense(norm.weight, norm.bias, bias, centre), vectors, clamp,
         tiles, rows, count, norm.eps,
         GATHERED=bool(group), C=c, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
@@ -323,7 +344,8 @@ def constant(
     vectors, clamp = _outputs(channels, dtype, device)
     given = norm.mean is not None and norm.var is not None
     mean, var, eps = (norm.mean, norm.var, norm.eps) if given else (None, None, 0.0)
-    _constant_kernel[(-(-channels // BLOCK_C),)](
+    submit(
+        _constant_kernel, (-(-channels // BLOCK_C),),
         *_dense(mean, var, norm.weight, norm.bias, bias, centre), vectors, clamp, eps,
         C=channels, UPCAST=upcasts(dtype), BLOCK_C=BLOCK_C,
     )  # fmt: skip
@@ -410,8 +432,17 @@ def _sum(partials: Tensor, chunk: int) -> Tensor:
     """Sum chunks of ``chunk`` tiles: (2, tiles, C) -> (2, chunks, C)."""
     tiles, c = partials.shape[1:]
     out = partials.new_empty((2, -(-tiles // chunk), c))
-    _sum_kernel[(out.shape[1], -(-c // BLOCK_C))](
-        partials, out, tiles, out.shape[1], chunk, C=c, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C
+    submit(
+        _sum_kernel,
+        (out.shape[1], -(-c // BLOCK_C)),
+        partials,
+        out,
+        tiles,
+        out.shape[1],
+        chunk,
+        C=c,
+        BLOCK_T=BLOCK_T,
+        BLOCK_C=BLOCK_C,
     )
     return out
 
@@ -442,7 +473,8 @@ def coefficients(
     result = vectors.new_empty((3, c))
     packed = None if dtype == torch.float32 else vectors.new_empty((3, c), dtype=dtype)
     dgamma, dbeta = vectors.new_empty(c), vectors.new_empty(c)
-    _coefficients_kernel[(-(-c // BLOCK_C),)](
+    submit(
+        _coefficients_kernel, (-(-c // BLOCK_C),),
         partials, own, vectors, result, packed, dgamma, dbeta, tiles,
         C=c, BATCH=batch, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
     )  # fmt: skip
@@ -472,7 +504,8 @@ def apply_backward(grad: Grad) -> Tensor:
     """Return dy (N, C, H, W) of a raw output, for a convolution with its backward on cuDNN."""
     g, tile = grad.g, tile_of(grad.g, 4)
     dy = empty_image(g)
-    _apply_backward_kernel[grid_of(-(-rows_of(g) // tile[0]), g, tile[1])](
+    submit(
+        _apply_backward_kernel, grid_of(-(-rows_of(g) // tile[0]), g, tile[1]),
         g, grad.y if grad.batch else None, grad.coefficients, dy, rows_of(g),
         C=g.shape[1], BATCH=grad.batch, UPCAST=upcasts(g.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip

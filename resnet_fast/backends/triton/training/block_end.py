@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import upcasts
+from ..launch import submit, upcasts
 from ..tiles import relu, round_to
 from .passes import (
     MEAN,
@@ -81,7 +81,8 @@ def block_end(
         relu: whether a ReLU follows.
     """
     z, tile = empty_image(y), tile_of(y, 4)
-    _block_end_fwd_kernel[grid_of(-(-rows_of(y) // tile[0]), y, tile[1])](
+    submit(
+        _block_end_fwd_kernel, grid_of(-(-rows_of(y) // tile[0]), y, tile[1]),
         y, vectors, shortcut, shortcut_vectors, z, rows_of(y),
         C=y.shape[1], RELU=relu, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
@@ -150,7 +151,8 @@ def block_end_backward(
     g = dz if z is None else empty_image(dz)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
     partials_d = None if yd is None else torch.empty_like(partials)
-    _block_end_bwd_kernel[grid_of(tiles, y, tile[1])](
+    submit(
+        _block_end_bwd_kernel, grid_of(tiles, y, tile[1]),
         dz, z, y, vectors, yd, shortcut_vectors, None if z is None else g, partials, partials_d,
         rows_of(y), tiles, steps, C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip

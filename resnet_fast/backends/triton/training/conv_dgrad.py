@@ -49,7 +49,7 @@ from torch import Tensor
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import merged_groups
-from ..launch import alignment, empty_nhwc, product, steps_of
+from ..launch import alignment, empty_nhwc, product, steps_of, submit
 from ..tiles import multiply, pixel_of_row, round_to, row_offset, tile_of_program
 from . import vectors
 from .conv_fwd import clamp, inside_bits
@@ -373,7 +373,8 @@ def conv_dgrad(
     bases = () if outside is None else (g.data_ptr(), outside.data_ptr())
     strided, (add_h, add_w) = add_strided or (None, (1, 1))
     geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]
-    _conv_dgrad_kernel[(tiles * -(-ci // config.block_n), groups)](
+    submit(
+        _conv_dgrad_kernel, (tiles * -(-ci // config.block_n), groups),
         g, grad.y if grad.batch else None, wt, grad.packed if config.packed else grad.coefficients, outside,
         add, strided, None if below is None else below.y,
         below.clamp if below is not None and below_packed else None, None if below is None else below.vectors,

@@ -51,7 +51,7 @@ from torch import Tensor
 from ....spec import LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
-from ..launch import INTERPRETED, alignment, grid_of, new_output, product, steps_of
+from ..launch import INTERPRETED, alignment, grid_of, new_output, product, steps_of, submit
 from ..tiles import multiply, pixel_of_row, relu, round_to, row_offset, rows_and_channels, tile_of_program
 from . import vectors
 from .vectors import Act
@@ -342,7 +342,8 @@ def conv_fwd(
     if statistics:
         tiles = -(-conv.gemm_m // config.block_m)
         partials = torch.empty((2, tiles, conv.co), dtype=torch.float32, device=images.device)
-    _conv_fwd_kernel[grid_of(conv, config)](
+    submit(
+        _conv_fwd_kernel, grid_of(conv, config),
         images, weight, rows, const, centre, y, partials,
         conv.gemm_m, conv.r * conv.s * -(-ci // config.block_k), conv.h, conv.w, conv.ho, conv.wo, images.stride(0),
         CI=ci, GEMM_N=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),

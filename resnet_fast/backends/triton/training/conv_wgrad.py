@@ -62,7 +62,7 @@ from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ....tuning.training_configs import gemm
-from ..launch import alignment, product, steps_of
+from ..launch import alignment, product, steps_of, submit
 from ..tiles import pixel_of_row, row_offset
 from . import vectors
 from .conv_fwd import padding_excess
@@ -375,7 +375,8 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
     y = grad.y if grad.batch else None
     linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
     starts = [t.data_ptr() for t in (x.y, rows) if t is not None]
-    _conv_wgrad_kernel[(-(-co // config.block_m) * tiles_n, groups, splits)](
+    submit(
+        _conv_wgrad_kernel, (-(-co // config.block_m) * tiles_n, groups, splits),
         grad.g, y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,
         conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split,
         CI=ci, CO=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
@@ -386,7 +387,8 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
     dw = new(conv.co, columns)
     per_step = config.block_k // streams
     idle = -(-images * conv.ho * conv.wo // per_step) * config.block_k - conv.gemm_m
-    _reduce_splits_kernel[(-(-conv.co // 16), -(-columns // 128))](
+    submit(
+        _reduce_splits_kernel, (-(-conv.co // 16), -(-columns // 128)),
         p, q, z, grad.coefficients, grad.packed if packed else None,
         x.vectors if launch.prologue else None, rows if packed else None, dw, splits, idle,
         CI=ci, CO=co, GROUPS=groups, COLUMNS=columns, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ....spec import ConvSpec
 from ....tuning.routes import merged_groups
-from ..launch import upcasts
+from ..launch import submit, upcasts
 from ..tiles import round_to
 from . import vectors
 from .vectors import Act
@@ -126,7 +126,8 @@ def pack_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | 
     ci, row = conv.ci // groups, conv.r * conv.s * (conv.ci // groups)
     w = weight.new_empty((conv.co, conv.r, conv.s, ci), dtype=dtype)
     const = weight.new_empty(conv.co, dtype=torch.float32) if rows is not None else None
-    _pack_forward_kernel[(conv.co,)](
+    submit(
+        _pack_forward_kernel, (conv.co,),
         weight.detach(), rows, w, const, *weight.stride(),
         CI=ci, C=conv.ci, GEMM_N=conv.co // groups, OWN_CI=conv.ci // conv.groups, OWN_CO=conv.co // conv.groups,
         R=conv.r, S=conv.s, BLOCK=min(ROW_BLOCK, triton.next_power_of_2(row)), UPCAST=upcasts(dtype),
@@ -150,7 +151,8 @@ def pack_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | N
     ci, co = conv.ci // groups, conv.co // groups
     wt = weight.new_empty((conv.ci, conv.r, conv.s, co), dtype=dtype)
     tiles = -(-ci // TILE) * -(-co // TILE)
-    _pack_dgrad_kernel[(tiles, conv.r * conv.s, groups)](
+    submit(
+        _pack_dgrad_kernel, (tiles, conv.r * conv.s, groups),
         weight.detach(), a, wt, *weight.stride(),
         CI=ci, GEMM_N=co, OWN_CI=conv.ci // conv.groups, OWN_CO=conv.co // conv.groups,
         R=conv.r, S=conv.s, BLOCK=TILE, UPCAST=upcasts(dtype),

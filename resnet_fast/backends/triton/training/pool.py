@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....calls import Pool
-from ..launch import empty_nhwc, upcasts
+from ..launch import empty_nhwc, submit, upcasts
 from ..tiles import round_to
 from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
@@ -138,7 +138,8 @@ def pool_end(y: Tensor, vectors: Tensor, pool: Pool) -> Tensor:
     z = empty_nhwc(y, n, c, hp, wp)
     tile = tile_of(y, 1)
     tiles, strip = _strips(n * wp, hp, y, tile)
-    _pool_end_fwd_kernel[grid_of(tiles, y, tile[1])](
+    submit(
+        _pool_end_fwd_kernel, grid_of(tiles, y, tile[1]),
         y, vectors, z, n, h, w, hp, wp, strip, C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
         UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
@@ -259,7 +260,8 @@ def pool_end_backward(dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool) -> tup
     g, tile = empty_image(y), tile_of(y, 1)
     tiles, strip = _strips(n * cells_w, cells_h, y, tile)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
-    _pool_end_bwd_kernel[grid_of(tiles, y, tile[1])](
+    submit(
+        _pool_end_bwd_kernel, grid_of(tiles, y, tile[1]),
         dz, y, vectors, g, partials, n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip, tiles,
         C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
         UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
