@@ -14,11 +14,12 @@ from .spec import Verdict
 class Training(Protocol):
     """A module whose forward and backward passes are code of its own, in place of a run that autograd records.
 
-    ``forward(call, spec, save)`` returns the output, the tensors that ``backward`` needs in addition, and the launch
-    plan, which prints as a text. It leaves running statistics alone: ``statistics(call, saved)`` returns the batch's
-    (mean, unbiased variance) of every norm with batch statistics, None for the others, and the op updates them after
-    the forward pass has succeeded. ``backward(call, spec, saved, y, dy, needs)`` returns the gradients that ``needs``
-    asks for, None for the others; both are in the order of :meth:`resnet_fast.calls.Call.leaves`.
+    ``forward(call, spec, save, update)`` returns the output, the tensors that ``backward`` needs in addition, and the
+    launch plan, which prints as a text. With ``update`` its kernels move the running statistics of every norm with
+    batch statistics; a forward pass that fails before its first launch leaves all of them unchanged. Otherwise, for
+    ops that a compiler traces, ``statistics(call, saved)`` returns the batch's (mean, unbiased variance) of every norm
+    with batch statistics, None for the others. ``backward(call, spec, saved, y, dy, needs)`` returns the gradients that
+    ``needs`` asks for, None for the others; both are in the order of :meth:`resnet_fast.calls.Call.leaves`.
     ``shapes(call, spec, save)`` returns (shape, dtype, layout) of each tensor in ``saved``, for compilers.
     """
 

@@ -7,8 +7,9 @@ instead (:class:`_ThroughOps`), so that it keeps one graph:
     NAME_train(args, options)                          -> y, saved          every call with a graph or batch statistics
     NAME_backward(dy, y, saved, args, options, needs)  -> gradients         in the order of ``calls.Call.leaves``
 
-``args`` and ``options`` are those of the op NAME. Running statistics are updated here, from tensors in ``saved``, after
-the forward pass has succeeded. A launch that fails leaves them unchanged.
+``args`` and ``options`` are those of the op NAME. An eager step's kernels update the running statistics themselves. The
+ops change no argument: around them, running statistics are updated here, from tensors in ``saved``. A call that fails
+before its first launch leaves them unchanged.
 
 ``saved`` holds raw convolution outputs and the vectors of the norms. It is passed to ``save_for_backward`` together
 with the output, the input and the weights, so that saved-tensor hooks, checkpointing and autograd's check for in-place
@@ -88,12 +89,14 @@ def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
 
 def _step(call: Call, passes: _Direct | _ThroughOps, trainer: Training) -> Tensor:
     leaves = call.leaves()
+    statistics = None if type(passes) is _Direct else trainer.statistics
     if _wants_gradient(leaves):
-        return _Step.apply(passes, trainer.statistics, call, *leaves)[0]
+        return _Step.apply(passes, statistics, call, *leaves)[0]
     with _AutoDispatchBelowAutograd():
         y, saved = passes.forward(call)
-    with torch.no_grad():
-        _update_running(call, trainer.statistics(call, saved))
+    if statistics is not None:
+        with torch.no_grad():
+            _update_running(call, statistics(call, saved))
     return y
 
 
@@ -126,12 +129,19 @@ class _Direct(NamedTuple):
     choice: Choice
     save: str
 
-    def forward(self, call: Call) -> tuple[Tensor, list[Tensor]]:
-        """Return the output and the tensors that the backward pass needs, and count the call."""
+    def forward(self, call: Call, update: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """Return the output and the tensors that the backward pass needs, and count the call.
+
+        ``update``: whether to update the running statistics.
+        """
         spec, choice, save = self
         if choice.fell_back:
             record.fell_back(spec, choice)
-        y, saved, plan = choice.impl.trainer.forward(call, spec, save)
+        if update:  # kernels write to them where autograd does not see it
+            torch._C._increment_version(
+                [t for n in call.norms if n.batch_stats for t in (n.mean, n.var) if t is not None]
+            )
+        y, saved, plan = choice.impl.trainer.forward(call, spec, save, update)
         record.ran(call, spec, choice, plan)
         return y, saved
 
@@ -172,9 +182,9 @@ class _ThroughOps(NamedTuple):
 class _Step(torch.autograd.Function):
     """The node of a training step in autograd's graph, with the leaves of the call as its inputs.
 
-    ``statistics`` returns the batch's statistics from the saved tensors; None to leave running statistics alone. They
-    are updated before any tensor is saved: the recomputation of a checkpoint stops after the last saved tensor, and
-    stock BatchNorm has updated its statistics by then.
+    ``statistics`` returns the batch's statistics from the saved tensors, for running statistics that ``passes`` leaves
+    alone. They are updated before any tensor is saved: the recomputation of a checkpoint stops after the last saved
+    tensor, and stock BatchNorm has updated its statistics by then.
     """
 
     @staticmethod
@@ -258,7 +268,7 @@ def define(library: torch.library.Library, op: Op) -> None:
     def train(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)
         spec = spec_of(call, True)
-        return _Direct(spec, _chosen(call, spec, options), options.save).forward(call)
+        return _Direct(spec, _chosen(call, spec, options), options.save).forward(call, update=False)
 
     def train_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)

@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 
 @triton.jit
 def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
@@ -78,6 +80,13 @@ def round_to(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)
+
+
+@triton.jit
+def store_rounded(at, x, mask):
+    """Store fp32 ``x`` in the dtype that ``at`` points to."""
+    dtype: tl.constexpr = at.dtype.element_ty
+    tl.store(at, round_to(x, dtype, INTERPRETED and dtype == tl.bfloat16), mask=mask)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ....calls import Norm
 from ..launch import submit, upcasts
-from ..tiles import round_to
+from ..tiles import round_to, store_rounded
 from . import vectors as v
 from .conv_fwd import usable_centre
 from .passes import (
@@ -227,21 +227,43 @@ def _store_vectors(
     tl.store(vectors_ptr + THR * C + c, thr, mask=c_mask)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "count", "eps"])
+@triton.jit
+def _centre(centre_ptr, bias_ptr, c, C: tl.constexpr):
+    """Return (what the convolution subtracted before its one rounding, its bias); see conv_fwd.py."""
+    bias = _optional(bias_ptr, c, c < C, 0.0, C)
+    if centre_ptr is None:
+        return tl.zeros_like(bias), bias
+    else:
+        return usable_centre(_optional(centre_ptr, c, c < C, 0.0, C) - bias), bias
+
+
+@triton.jit
+def _update(running_ptr, stride, value, keep, momentum, c, C: tl.constexpr):
+    """running = keep * running + momentum * value, in fp32, rounded to the dtype of the running statistic."""
+    at = running_ptr + c * stride
+    moved = tl.load(at, mask=c < C, other=0.0).to(tl.float32) * keep + value * momentum
+    store_rounded(at, moved, c < C)
+
+
+@triton.jit(do_not_specialize=["tiles", "rows", "count", "eps", "keep", "momentum"])
 def _finalize_kernel(
-    partials_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, vectors_ptr, clamp_ptr,
-    tiles, rows, count, eps, GATHERED: tl.constexpr,
+    partials_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, vectors_ptr, clamp_ptr,
+    tiles, rows, count, eps, keep, momentum, mean_stride, var_stride, GATHERED: tl.constexpr,
     C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n, mean, m2 = _merged(partials_ptr, GATHERED, 0, tiles, tiles, rows, count, c, C, BLOCK_T, BLOCK_C)
     n = tl.maximum(n, 1.0)
-    centre = usable_centre(_optional(centre_ptr, c, c < C, 0.0, C))
-    batch_mean = mean + centre + _optional(bias_ptr, c, c < C, 0.0, C)
+    centre, bias = _centre(centre_ptr, bias_ptr, c, C)
+    batch_mean, batch_var = mean + centre + bias, m2 / tl.maximum(n - 1.0, 1.0)
     _store_vectors(
-        centre, mean, m2 / n, 1.0 / n, batch_mean, m2 / tl.maximum(n - 1.0, 1.0),
+        centre, mean, m2 / n, 1.0 / n, batch_mean, batch_var,
         gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST,
     )  # fmt: skip
+    # the running mean may be the centre: it has been read
+    if mean_ptr is not None:
+        _update(mean_ptr, mean_stride, batch_mean, keep, momentum, c, C)
+        _update(var_ptr, var_stride, batch_var, keep, momentum, c, C)
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -250,9 +272,9 @@ def _constant_kernel(
     C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    centre = usable_centre(_optional(centre_ptr, c, c < C, 0.0, C))
+    centre, bias = _centre(centre_ptr, bias_ptr, c, C)
     given, var = _optional(mean_ptr, c, c < C, 0.0, C), _optional(var_ptr, c, c < C, 1.0, C)
-    mean = given - centre - _optional(bias_ptr, c, c < C, 0.0, C)
+    mean = given - centre - bias
     _store_vectors(centre, mean, var, 0.0, given, var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST)
 
 
@@ -293,6 +315,7 @@ def finalize(
     centre: Tensor | None,
     dtype: torch.dtype,
     group: str = "",
+    update: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the vectors of a norm on the batch's statistics.
 
@@ -301,9 +324,12 @@ def finalize(
         rows: rows of a tile; the last tile may be shorter.
         count: rows in total.
         norm: its parameters and eps.
-        bias, centre: (C,) or None, the terms of the convolution's output that y does not contain.
+        bias, centre: (C,) or None: the convolution's bias, which y does not contain, and the mean that ``conv_fwd``
+            subtracted less that bias. ``centre`` may be ``norm.mean``.
         dtype: of y.
         group: name of the process group that normalises together; empty for this process alone.
+        update: whether to move ``norm.mean`` and ``norm.var``, if there are any, towards the batch's statistics with
+            ``norm.momentum``, as :func:`torch.nn.functional.batch_norm` does.
 
     Returns:
         ``vectors`` (10, C) fp32 and ``clamp`` (3, C), None for fp32.
@@ -319,10 +345,12 @@ def finalize(
         partials = _gathered(own, group)
         tiles = partials.shape[0]
     vectors, clamp = _outputs(c, dtype, partials.device)
+    running = norm[2:4] if update and norm.mean is not None and norm.var is not None else (None, None)
     submit(
         _finalize_kernel, (-(-c // BLOCK_C),),
-        partials, *_dense(norm.weight, norm.bias, bias, centre), vectors, clamp,
-        tiles, rows, count, norm.eps,
+        partials, *_dense(norm.weight, norm.bias, bias, centre), *running, vectors, clamp,
+        tiles, rows, count, norm.eps, 1 - norm.momentum, norm.momentum,
+        *(1 if t is None else t.stride(0) for t in running),
         GATHERED=bool(group), C=c, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return vectors, clamp
@@ -338,8 +366,8 @@ def constant(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``vectors`` and ``clamp`` of a norm on constant statistics, or of an absent one.
 
-    y is conv - centre, so ``relu(bn(conv + bias))`` is a norm of y with the mean ``norm.mean - centre - bias``, in the
-    form of :func:`resnet_fast.folding.scale_shift`. Arguments and results are those of :func:`finalize`.
+    y is conv - (centre - bias), so ``relu(bn(conv + bias))`` is a norm of y with the mean ``norm.mean - centre``, in
+    the form of :func:`resnet_fast.folding.scale_shift`. Arguments and results are those of :func:`finalize`.
     """
     vectors, clamp = _outputs(channels, dtype, device)
     given = norm.mean is not None and norm.var is not None

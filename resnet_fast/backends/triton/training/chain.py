@@ -69,8 +69,8 @@ def _plan_of(spec: Spec, device: torch.device, packed: bool) -> StepPlan:
 # ---------------------------------------------------------------------------------------------------------- forward
 
 
-def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], StepPlan]:
-    """Return (output, saved, plan).
+def forward(call: Call, spec: Spec, save: str, update: bool) -> tuple[Tensor, list[Tensor], StepPlan]:
+    """Return (output, saved, plan); with ``update``, move the running statistics.
 
     ``saved``: raw outputs of the convolutions, then the vectors of the norms, then the clamps of the norms that a
     convolution reads through, in the order of the call.
@@ -82,7 +82,7 @@ def forward(call: Call, spec: Spec, save: str) -> tuple[Tensor, list[Tensor], St
     clamps: list[Tensor] = []
     act = Act(x)
     for i, (conv, norm) in enumerate(zip(call.convs, call.norms, strict=True)):
-        y, v, clamp = _convolve(conv, norm, plan, i, act if i < main else Act(x))
+        y, v, clamp = _convolve(conv, norm, plan, i, act if i < main else Act(x), update)
         raws.append(y)
         vectors.append(v)
         if i < main - 1:
@@ -99,25 +99,20 @@ def _recomputes(spec: Spec, save: str) -> bool:
     return save == "recompute" and len(spec.main) > 1
 
 
-def _centre(conv: Conv, norm: Norm) -> Tensor | None:
-    """Return what is subtracted from a raw output before it is stored: the running mean before this step.
+def _convolve(
+    conv: Conv, norm: Norm, plan: StepPlan, i: int, act: Act, update: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (raw output, vectors of its norm, clamp).
 
-    The convolution's bias is not in a raw output, and so is subtracted from the mean.
+    What is subtracted from a raw output before it is stored is the running mean before this step.
     """
-    if norm.mean is None:
-        return None
-    mean = norm.mean.detach().float()
-    return mean if conv.bias is None else mean - conv.bias.detach().float()
-
-
-def _convolve(conv: Conv, norm: Norm, plan: StepPlan, i: int, act: Act) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (raw output, vectors of its norm, clamp)."""
     spec, config = plan.specs[i], plan.chosen[i].fwd
-    centre = None if config == CUDNN else _centre(conv, norm)
-    y, partials, rows = convolution.forward(conv.weight, spec, config, act, centre, norm.batch_stats)
+    centre = None if config == CUDNN or norm.mean is None else norm.mean.detach()
+    bias = None if conv.bias is None else conv.bias.detach()
+    y, partials, rows = convolution.forward(conv.weight, spec, config, act, centre, norm.batch_stats, bias)
     if partials is None:
-        return y, *batch_norm.constant(norm, spec.co, conv.bias, centre, y.dtype, y.device)
-    return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, conv.bias, centre, y.dtype, norm.sync)
+        return y, *batch_norm.constant(norm, spec.co, bias, centre, y.dtype, y.device)
+    return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, bias, centre, y.dtype, norm.sync, update)
 
 
 def _end(call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:

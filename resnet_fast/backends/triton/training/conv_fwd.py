@@ -1,10 +1,10 @@
 r"""Forward convolution of a training step, with the BatchNorm and ReLU before it and the statistics for the next one.
 
     y[m, co] = round( sum_rs sum_ci act(x)[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci] * w[co, r, s, ci]
-                      + const[co] - centre[co] )                                        m = (n, ho, wo)
+                      + const[co] - (centre[co] - bias[co]) )                           m = (n, ho, wo)
     mean[t, co], M2[t, co] = mean of y and sum of (y - mean)^2 over tile t's rows         statistics of y as stored
 
-    x (N, H, W, Ci)   w (Co, R, S, Ci/groups), pack.py   const, centre (Co) fp32   y (N, Ho, Wo, Co)
+    x (N, H, W, Ci)   w (Co, R, S, Ci/groups), pack.py   const (Co) fp32   centre, bias (Co)   y (N, Ho, Wo, Co)
     act(x): nothing | relu(SCALE*x + SHIFT) in fp32, rounded (exact) | clamp(x) in 16-bit pairs (packed), vectors.py
 
 Saved bytes. Stock runs three kernels per convolution: it writes y, reads it for the statistics, reads it again and
@@ -29,8 +29,8 @@ standard deviations. In the layout of the tensor cores' accumulator a column is 
 costs three shuffles per register and pass. ``tl.split`` of even and odd rows makes the compiler move the 16-bit tile
 through shared memory into a layout with columns in registers.
 
-Numerics: tiles.py. ``const - centre`` is added in fp32 before the one rounding. A centre that is not finite, or too
-large for a 16-bit tensor, counts as 0, so that a bad running mean does not spoil the batch. Limits:
+Numerics: tiles.py. ``const - (centre - bias)`` is added in fp32 before the one rounding. A difference that is not
+finite, or too large for a 16-bit tensor, counts as 0, so that a bad running mean does not spoil the batch. Limits:
 tuning/training_configs.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_fwd.py``.
 
@@ -252,7 +252,7 @@ def column_moments(v, first, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit(do_not_specialize=["gemm_m", "steps", "H", "W", "Ho", "Wo"])
 def _conv_fwd_kernel(
-    x_ptr, w_ptr, act_ptr, const_ptr, centre_ptr, y_ptr, partials_ptr,
+    x_ptr, w_ptr, act_ptr, const_ptr, centre_ptr, bias_ptr, y_ptr, partials_ptr,
     gemm_m, steps, H, W, Ho, Wo, x_stride_n,
     CI: tl.constexpr, GEMM_N: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -281,7 +281,10 @@ def _conv_fwd_kernel(
     if const_ptr is not None:
         acc += tl.load(const_ptr + co, mask=co_mask, other=0.0)[None, :]
     if centre_ptr is not None:
-        acc -= usable_centre(tl.load(centre_ptr + co, mask=co_mask, other=0.0))[None, :]
+        centre = tl.load(centre_ptr + co, mask=co_mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            centre -= tl.load(bias_ptr + co, mask=co_mask, other=0.0).to(tl.float32)
+        acc -= usable_centre(centre)[None, :]
     if WINDOWS:
         acc = accumulate_windows(
             acc, x_rows, h, w, row_mask, w_rows, co_mask, act_ptr, H, W,
@@ -317,6 +320,7 @@ def conv_fwd(
     x: Act,
     centre: Tensor | None,
     statistics: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the raw output of a convolution, and its statistics by tile. Deterministic.
 
@@ -327,8 +331,9 @@ def conv_fwd(
         const: (Co,) fp32 of :func:`pack_forward`, or None.
         x: the input; each image of ``x.y`` (N, Ci, H, W) is dense NHWC. With ``launch.prologue`` it is raw, and read
             through ``x.clamp`` if ``config.packed``, otherwise through ``x.vectors``.
-        centre: (Co,) fp32, subtracted, or None.
+        centre: (Co,), subtracted, or None: the running mean, whose convolution includes ``bias``.
         statistics: whether to compute them.
+        bias: (Co,) or None: y does not contain it, so it is taken from ``centre``.
 
     Returns:
         y (N, Co, Ho, Wo), dense NHWC, in the dtype of ``x.y``; with ``statistics`` also partials (2, tiles, Co) fp32,
@@ -344,7 +349,7 @@ def conv_fwd(
         partials = torch.empty((2, tiles, conv.co), dtype=torch.float32, device=images.device)
     submit(
         _conv_fwd_kernel, grid_of(conv, config),
-        images, weight, rows, const, centre, y, partials,
+        images, weight, rows, const, centre, bias, y, partials,
         conv.gemm_m, conv.r * conv.s * -(-ci // config.block_k), conv.h, conv.w, conv.ho, conv.wo, images.stride(0),
         CI=ci, GEMM_N=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         WINDOWS=ci < MIN_CHANNELS or max(conv.r, conv.s) > MASK_BITS,

@@ -30,16 +30,25 @@ def materialised(act: Act) -> Tensor:
 
 
 def forward(
-    weight: Tensor, spec: ConvSpec, config: Config, act: Act, centre: Tensor | None, statistics: bool
+    weight: Tensor,
+    spec: ConvSpec,
+    config: Config,
+    act: Act,
+    centre: Tensor | None,
+    statistics: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Return (raw output, statistics by tile or None, rows of a tile). With cuDNN ``centre`` must be None."""
+    """Return (raw output, statistics by tile or None, rows of a tile). With cuDNN ``centre`` must be None.
+
+    Arguments as of :func:`conv_fwd.conv_fwd`.
+    """
     if config == CUDNN:
         x = materialised(act)
         y = nhwc(F.conv2d(x, weight.detach().to(x.dtype), None, *spec.geometry()))
         return y, *(batch_norm.statistics(y) if statistics else (None, 0))
     launch = training_launch("conv_fwd", spec, act.vectors is not None)
     packed, const = pack.pack_forward(weight.detach(), act.y.dtype, spec, act if config.packed else None)
-    return *conv_fwd.conv_fwd(launch, config, packed, const, act, centre, statistics), config.block_m
+    return *conv_fwd.conv_fwd(launch, config, packed, const, act, centre, statistics, bias), config.block_m
 
 
 def dgrad(

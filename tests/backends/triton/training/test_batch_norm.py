@@ -114,7 +114,7 @@ def test_vectors_follow_their_definition(dtype: torch.dtype, parameters: torch.d
     count = y.numel() // c
     scale = (var + cases.EPS).rsqrt() * (1.0 if norm.weight is None else norm.weight.double())
     shift = (0.0 if norm.bias is None else norm.bias.double()) - mean * scale
-    known = torch.where(centre.abs() <= 65504, centre, 0.0)
+    known = torch.where((centre - bias).abs() <= 65504, centre - bias, 0.0)
     invstd, unbiased = (var + cases.EPS).rsqrt(), var * count / (count - 1)
     want = {
         v.CENTRE: known, v.MEAN: mean, v.INVSTD: invstd, v.SCALE: scale, v.SHIFT: shift,
@@ -125,14 +125,33 @@ def test_vectors_follow_their_definition(dtype: torch.dtype, parameters: torch.d
         assert (error <= 2e-6 * (1 + value.abs())).all(), (row, error)
 
 
-def test_running_statistics_are_those_of_stock() -> None:
-    y, c = cases.raw(3, 12, 5, 4, torch.float32), 12
-    centre, bias = torch.randn(c), torch.randn(c)
-    rows, _ = vectors_of(y, batch(), bias, centre)
-    mean, var = torch.zeros(c), torch.ones(c)
-    F.batch_norm(y + cases.per_channel(centre + bias), mean, var, None, None, True, 0.1, cases.EPS)
-    torch.testing.assert_close(0.1 * rows[v.BATCH_MEAN], mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(0.9 + 0.1 * rows[v.BATCH_VAR], var, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("centred,strided,momentum", covering(product([True, False], [True, False], [0.1, 1.0, 1 / 3])))
+def test_running_statistics_are_those_of_stock(
+    dtype: torch.dtype, centred: bool, strided: bool, momentum: float
+) -> None:
+    """``dtype``: of the running statistics. The running mean is what y was centred by, less the bias."""
+    y, c = cases.raw(3, 37, 5, 4, torch.float32), 37
+    bias = torch.randn(c)
+    step = 2 if strided else 1
+    fields = [cases.guard(t.to(dtype)) for t in (torch.randn(step * c), torch.rand(step * c))]
+    mean, var = (t[::step] for t in fields)
+    true = y + cases.per_channel(mean.float()) if centred else y + cases.per_channel(bias)
+    want = [mean.double(), var.double()]
+    F.batch_norm(true.double(), *want, None, None, True, momentum, cases.EPS)
+    untouched = [t.clone() for t in fields]
+    norm = Norm(None, None, mean, var, True, momentum, cases.EPS)
+    centre = mean if centred else None
+    partials, rows = batch_norm.statistics(y)
+    arguments = (cases.guard(partials), rows, y.numel() // c, norm, cases.guard(bias), centre, y.dtype)
+    batch_norm.finalize(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(fields, untouched, strict=True))
+    batch_norm.finalize(*arguments, update=True)
+    eps = max(1e-6, torch.finfo(dtype).eps)
+    for found, wanted in zip((mean, var), want, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=2 * eps, atol=2 * eps)
+    if strided:
+        assert all(torch.equal(a[1::2], b[1::2]) for a, b in zip(fields, untouched, strict=True))
 
 
 def clamped(y: Tensor, clamp: Tensor) -> Tensor:
@@ -193,7 +212,7 @@ def test_broken_channels_stay_broken_and_apart(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("present", [False, True])
 def test_constant_statistics(dtype: torch.dtype, centred: bool, present: bool) -> None:
-    """SCALE * (conv - centre) + SHIFT is the norm of conv + bias, as folding.scale_shift gives it."""
+    """SCALE * (conv - (centre - bias)) + SHIFT is the norm of conv + bias, as folding.scale_shift gives it."""
     c = 21
     gamma, beta = cases.affine(c)
     running, var = torch.randn(c), torch.rand(c) + 1e-3
@@ -203,7 +222,7 @@ def test_constant_statistics(dtype: torch.dtype, centred: bool, present: bool) -
     assert (clamp is None) == (dtype == torch.float32)
     conv = torch.randn(7, c, dtype=torch.float64)
     scale, shift = (t.double() for t in folding.scale_shift(norm, c, torch.device("cpu")))
-    stored = conv if centre is None else conv - centre
+    stored = conv if centre is None else conv - (centre - bias)
     torch.testing.assert_close(
         rows[v.SCALE].double() * stored + rows[v.SHIFT], (conv + bias) * scale + shift, rtol=1e-5, atol=1e-5
     )
