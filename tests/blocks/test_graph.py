@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import paper_nets, parameter_cache
-from resnet_fast.blocks import graph
+from resnet_fast.blocks import inference_graph
+from resnet_fast.blocks import recorder as recorder_module
 from tests.support.graph_cases import (
     EDITS,
     CpuRecorder,
@@ -163,7 +164,7 @@ def test_torchs_switches_are_seen(
 def test_the_least_recently_used_graph_goes(
     net: nn.Module, recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "GRAPHS", 2)
+    monkeypatch.setattr(inference_graph, "GRAPHS", 2)
     with torch.no_grad():
         for n in (1, 2, 1, 3):
             net(image(n))
@@ -205,11 +206,11 @@ def test_clear_derived_frees_the_graphs(net: nn.Module, recorder: type[CpuRecord
 
 def test_graphs_die_with_the_net(recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(CpuRecorder):
-        def capture(self, fn: graph.Forward, x: Tensor) -> tuple[Callable[[], None], Tensor]:
+        def capture(self, fn: recorder_module.Forward, x: Tensor) -> tuple[Callable[[], None], Tensor]:
             self.captures.append(self)
             return (lambda: None), fn(x)
 
-    monkeypatch.setattr(graph, "Recorder", Plain)
+    monkeypatch.setattr(recorder_module, "Recorder", Plain)
     model = resnet_fast.accelerate(small(), cuda_graph=True)
     with torch.no_grad():
         model(image())
@@ -222,9 +223,11 @@ def test_graphs_die_with_the_net(recorder: type[CpuRecorder], monkeypatch: pytes
 def test_a_graph_keeps_the_weights_that_it_reads(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer plans than graphs are kept."""
     monkeypatch.setattr(importlib.import_module("resnet_fast.ops.infer"), "SIZES", 3)
-    made: list[graph.Graph] = []
-    init = graph.Graph.__init__
-    monkeypatch.setattr(graph.Graph, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
+    made: list[inference_graph.Graph] = []
+    init = inference_graph.Graph.__init__
+    monkeypatch.setattr(
+        inference_graph.Graph, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1]
+    )
     with torch.no_grad():
         net(image(1))
         plans = parameter_cache.values_of(net.conv1.weight)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import numerics
-from resnet_fast.blocks import graph
+from resnet_fast.blocks import inference_graph
 from tests.support.graph_cases import (
     change_classifier,
     change_eps,
@@ -88,7 +88,7 @@ def test_gpu_training_between(on_gpu: nn.Module) -> None:
 
 @pytest.mark.gpu
 def test_gpu_many_shapes_share_memory(on_gpu: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "GRAPHS", 3)
+    monkeypatch.setattr(inference_graph, "GRAPHS", 3)
     model = resnet_fast.accelerate(on_gpu, cuda_graph=True)
     xs = [image(n, 64).cuda() for n in (1, 2, 3, 4, 5)]
     with torch.inference_mode():

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast.blocks import graph
+from resnet_fast.blocks import inference_graph
+from resnet_fast.blocks import recorder as recorder_module
 from tests.support.graph_cases import (
     image,
 )
@@ -73,14 +74,14 @@ class FakeCuda:
 def test_the_recorder_orders_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     x = image()
-    recorder = graph.Recorder(x.device)
+    recorder = recorder_module.Recorder(x.device)
     static = recorder.warm_up(lambda x: cuda.log.append(cuda.current.name) or x, x, torch.channels_last)
-    assert cuda.log == ["side waits for main", *["side"] * graph.WARM_UPS, "main waits for side"]
+    assert cuda.log == ["side waits for main", *["side"] * recorder_module.WARM_UPS, "main waits for side"]
     assert torch.equal(static, x) and static.is_contiguous(memory_format=torch.channels_last)
     cuda.log.clear()
     launch, y = recorder.capture(lambda x: cuda.log.append(cuda.current.name) or x, static)
     assert cuda.log == ["begin None", "clear", "side", "clear", "end"]
-    recorded = graph.Graph(recorder, launch, static, y, [])
+    recorded = inference_graph.Graph(recorder, launch, static, y, [])
     cuda.log.clear()
     cuda.current = cuda.Stream("other")
     assert torch.equal(recorded.replay(2 * x), 2 * x)

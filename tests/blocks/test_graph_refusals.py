@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast.blocks import graph
+from resnet_fast.blocks import recorder as recorder_module
 from tests.support.graph_cases import (
     CpuRecorder,
     change_weight,
@@ -270,7 +270,7 @@ def test_a_failed_capture_leaves_the_net_usable(
 
 
 def test_the_first_error_of_a_capture_is_named(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: graph.Recorder, fn: graph.Forward, x: Tensor) -> Any:
+    def capture(self: recorder_module.Recorder, fn: recorder_module.Forward, x: Tensor) -> Any:
         try:
             raise ValueError("the cause")
         finally:

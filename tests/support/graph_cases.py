@@ -19,7 +19,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 import resnet_fast
 from resnet_fast import paper_nets
-from resnet_fast.blocks import graph
+from resnet_fast.blocks import recorder as recorder_module
 from tests.support.nets import randomize
 
 
@@ -35,7 +35,7 @@ def large() -> nn.Module:
     return randomize(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10)).eval()
 
 
-class CpuRecorder(graph.Recorder):
+class CpuRecorder(recorder_module.Recorder):
     """Record like a CUDA recorder, without the device. ``net`` is the net whose forward is captured."""
 
     device_type = "cpu"
@@ -53,13 +53,13 @@ class CpuRecorder(graph.Recorder):
     def is_recording() -> bool:
         return CpuRecorder.recording
 
-    def warm_up(self, fn: graph.Forward, x: Tensor, layout: torch.memory_format) -> Tensor:
+    def warm_up(self, fn: recorder_module.Forward, x: Tensor, layout: torch.memory_format) -> Tensor:
         assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
         static = torch.empty_like(x, memory_format=layout).copy_(x)
         fn(static)
         return static
 
-    def capture(self, fn: graph.Forward, x: Tensor) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, fn: recorder_module.Forward, x: Tensor) -> tuple[Callable[[], None], Tensor]:
         if CpuRecorder.broken:
             raise RuntimeError(CpuRecorder.broken)
         CpuRecorder.captures.append(self)
@@ -83,7 +83,7 @@ class CpuRecorder(graph.Recorder):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[CpuRecorder]:
-    monkeypatch.setattr(graph, "Recorder", CpuRecorder)
+    monkeypatch.setattr(recorder_module, "Recorder", CpuRecorder)
     for name, value in {"captures": [], "recording": False, "broken": ""}.items():
         monkeypatch.setattr(CpuRecorder, name, value)
     resnet_fast.reset_stats()
