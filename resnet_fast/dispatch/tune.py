@@ -298,7 +298,7 @@ def tune_launches(
             _keep(result, tables.Table(name, {str(launch): times}, versions))
             result.measured += 1
     finally:  # also after Ctrl-C, so that the times until then are used
-        gpus.table_of.cache_clear()
+        gpus.forget_tables()
         parameter_cache.clear()
     result.seconds = time.monotonic() - start
     return result

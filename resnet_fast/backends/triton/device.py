@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -12,12 +16,62 @@ from ...tuning import tables
 from .launch import INTERPRETED
 
 
-@cache
+class Target(NamedTuple):
+    """The GPU that launches are planned for, with what was measured on it."""
+
+    device: Device
+    table: tables.Table
+
+
+_target: ContextVar[tuple[Target, object] | None] = ContextVar("resnet_fast_triton_target", default=None)
+_generation = 0
+
+
+@contextmanager
+def planned_for(target: Target) -> Iterator[None]:
+    """Answer for tensors on ``meta``, which belong to no GPU, with ``target`` inside the ``with``."""
+    before = _target.set((target, object()))
+    try:
+        yield
+    finally:
+        _target.reset(before)
+
+
+def _planned() -> tuple[Target, object]:
+    found = _target.get()
+    if found is None:
+        raise RuntimeError("launches on meta tensors are planned inside planned_for()")
+    return found
+
+
+def table_version(device: torch.device) -> object:
+    """Return a value that differs wherever :func:`table_of` may: part of the key of every kept plan."""
+    return _planned()[1] if device.type == "meta" else _generation
+
+
+def forget_tables() -> None:
+    """Read the tables again at the next plan, because one was written or a config was refused."""
+    global _generation
+    _generation += 1
+    measured.cache_clear()
+
+
 def device_of(device: torch.device) -> Device:
     """Return the ceilings of ``device``: a known GPU's, or the H100's scaled to the multiprocessors of an unknown one.
 
     The interpreter gets the plans of an H100, so that tests run what an H100 would run.
     """
+    return _planned()[0].device if device.type == "meta" else present(device)
+
+
+def table_of(device: torch.device) -> tables.Table:
+    """Return what was measured on ``device``; an empty table in the interpreter."""
+    return _planned()[0].table if device.type == "meta" else measured(device)
+
+
+@cache
+def present(device: torch.device) -> Device:
+    """Return :func:`device_of` of a GPU of this machine."""
     if INTERPRETED:
         return devices.gpu("h100")
     properties = torch.cuda.get_device_properties(device)
@@ -33,8 +87,8 @@ def device_of(device: torch.device) -> Device:
 
 
 @cache
-def table_of(device: torch.device) -> tables.Table:
-    """Return what was measured on ``device``; an empty table in the interpreter."""
+def measured(device: torch.device) -> tables.Table:
+    """Return :func:`table_of` of a GPU of this machine."""
     if INTERPRETED:
         return tables.Table("Triton interpreter")
     return tables.load(torch.cuda.get_device_name(device))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +41,43 @@ class FoldedWeights(NamedTuple):
     projection: Tensor | None = None
 
 
+class Launched(NamedTuple):
+    """A launch that was recorded and not made. ``tile``: the convolution and config of a kernel with products."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: tuple[ConvSpec, Config] | None
+
+
+@dataclass
+class Recording:
+    """The launches of one :func:`recording`. ``tile`` belongs to the next of them."""
+
+    launches: list[Launched] = field(default_factory=list)
+    tile: tuple[ConvSpec, Config] | None = None
+
+    def add(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Record a launch."""
+        self.launches.append(Launched(kernel, grid, arguments, constants, self.tile))
+        self.tile = None
+
+
+_recording: ContextVar[Recording | None] = ContextVar("resnet_fast_triton_recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launched]]:
+    """Record what this thread submits inside the ``with`` instead of launching it. Tensors may be on ``meta``."""
+    found = Recording()
+    before = _recording.set(found)
+    try:
+        yield found.launches
+    finally:
+        _recording.reset(before)
+
+
 def submit(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel of this backend on the current stream; no kernel is launched in another way.
 
@@ -46,7 +87,11 @@ def submit(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         arguments: its arguments in order.
         constants: its compile-time arguments and the options of the launch.
     """
-    kernel[grid](*arguments, **constants)
+    recorded = _recording.get()
+    if recorded is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        recorded.add(kernel, grid, arguments, constants)
 
 
 def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
@@ -75,6 +120,9 @@ def upcasts(dtype: torch.dtype) -> bool:
 
 def product(conv: ConvSpec, config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Return the keyword arguments of every kernel with products: how they round, and the tiles."""
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded.tile = conv, config
     arguments: dict[str, Any] = {
         "PRECISION": "tf32" if conv.tf32 else "ieee",
         "UPCAST": upcasts(dtype),

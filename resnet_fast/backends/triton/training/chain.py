@@ -32,7 +32,7 @@ from ....tuning import launch_plan
 from ....tuning.launch_plan import TrainingConfigs
 from ....tuning.training_configs import CUDNN
 from ...layouts import in_layout
-from ..device import device_of, table_of
+from ..device import device_of, table_of, table_version
 from ..launch import nhwc
 from . import batch_norm, block_end, convolution, pool
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
@@ -56,11 +56,11 @@ class StepPlan:
 
 def plan_of(spec: Spec, device: torch.device) -> StepPlan:
     """Return the configs of forward, dgrad and wgrad of each convolution, measured if possible, else modelled."""
-    return _plan_of(spec, device, flags.PROLOGUE.read() == "packed")
+    return _plan_of(spec, device, flags.PROLOGUE.read() == "packed", table_version(device))
 
 
 @lru_cache(maxsize=1024)
-def _plan_of(spec: Spec, device: torch.device, packed: bool) -> StepPlan:
+def _plan_of(spec: Spec, device: torch.device, packed: bool, version: object) -> StepPlan:
     inner, device_, table = len(spec.main), device_of(device), table_of(device)
     chosen = [launch_plan.plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(spec.convs)]
     return StepPlan(spec.convs, tuple(chosen))
