@@ -6,9 +6,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .spec import Verdict
+from .current_device import on_device_of_call
+from .spec import YES, Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Training(Protocol):
@@ -52,7 +56,9 @@ class Impl:
         rank: among several that accept a spec, the highest wins. Below the reference's 0, ``auto`` never takes it.
         supports: ``supports(spec)`` returns a :class:`~resnet_fast.spec.Verdict` on a problem on one of ``devices``.
         module: the module of the functions :attr:`run` and :attr:`prepare`, imported at their first use.
-        devices: the device types that it runs on; empty for all.
+        devices: the device types that it runs on; empty for all. Functions of an implementation that runs on ``cuda``
+            run with the device of the call's tensors current.
+        accepts: ``accepts(device)`` returns a verdict on a device of such a type. GPUs of one machine may differ.
         prepares: whether the module has ``prepare``.
         upkeep: with it, preparing must pay (:mod:`resnet_fast.packing_budget`) unless the backend was asked for by
             name.
@@ -71,6 +77,7 @@ class Impl:
     supports: Callable[[Any], Verdict]
     module: str
     devices: tuple[str, ...] = ()
+    accepts: Callable[[torch.device], Verdict] = lambda device: YES
     prepares: bool = False
     upkeep: Upkeep | None = None
     training: str = ""
@@ -86,8 +93,7 @@ class Impl:
         Returns the output, of the shape, dtype and layout that the spec states, which has elements; or a
         :class:`~resnet_fast.spec.Verdict` where the numbers in the call's tensors rule it out and nothing was written.
         """
-        run: Callable[[Any, Any, Any], Any] = importlib.import_module(self.module).run
-        return run
+        return self._entered(importlib.import_module(self.module).run)
 
     @cached_property
     def prepare(self) -> Callable[[Any, Any, list[Any]], Any]:
@@ -96,18 +102,37 @@ class Impl:
         Packed weights and launches; kept until a parameter changes. ``earlier``: the states of the same parameters for
         inputs of other sizes, to share parts with.
         """
-        prepare: Callable[[Any, Any, list[Any]], Any] = importlib.import_module(self.module).prepare
-        return prepare
+        return self._entered(importlib.import_module(self.module).prepare)
 
     @cached_property
     def trainer(self) -> Training:
         """The module that ``training`` names."""
-        module: Any = importlib.import_module(self.training)
-        return module
+        return _Trainer(importlib.import_module(self.training), self._entered)
 
-    def runs_on(self, device: str) -> bool:
-        """Return whether it runs on a device type ("cpu", "cuda")."""
-        return not self.devices or device in self.devices
+    def runs_on(self, device: torch.device) -> Verdict:
+        """Return whether it runs on this device."""
+        if self.devices and device.type not in self.devices:
+            where = " or ".join(self.devices)
+            return Verdict.no(f"a tensor on {where}", f"one on {device.type}", "move the model and its input")
+        return self.accepts(device)
+
+    def _entered(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function(call, ...)`` on the call's device; as it is where PyTorch's operators enter it themselves.
+
+        An implementation for every device type is made of these.
+        """
+        return on_device_of_call(function) if "cuda" in self.devices else function
+
+
+class _Trainer:
+    """A :class:`Training` module, both passes on the device of their call; autograd runs the second in its threads."""
+
+    def __init__(self, module: Any, entered: Callable[[Callable[..., Any]], Callable[..., Any]]):
+        self._module = module
+        self.forward, self.backward = entered(module.forward), entered(module.backward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 @dataclass(frozen=True)

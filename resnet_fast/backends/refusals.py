@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from ..spec import YES, NetSpec, Spec, Verdict
@@ -25,10 +27,29 @@ def inference_only(spec: Spec | NetSpec, dtypes: tuple[str, ...]) -> Verdict:
     return dtype_among(spec, dtypes)
 
 
-def old_gpus() -> Verdict:
-    """Accept the machine if every visible GPU has the tensor-core instructions that the kernels use."""
+_OLDEST = (8, 0)
+"""The first compute capability with the tensor-core instructions that the kernels use."""
+
+
+def recent_gpus() -> Verdict:
+    """Accept the machine if a visible GPU is recent enough. :func:`recent_gpu` judges the one that a call is on."""
     count = torch.cuda.device_count()
-    old = [torch.cuda.get_device_name(i) for i in range(count) if torch.cuda.get_device_capability(i) < (8, 0)]
-    if old:
-        return Verdict.no("GPUs of compute capability 8.0 or later", ", ".join(old), "hide it by CUDA_VISIBLE_DEVICES")
-    return YES
+    if any(torch.cuda.get_device_capability(i) >= _OLDEST for i in range(count)):
+        return YES
+    return _too_old(", ".join(torch.cuda.get_device_name(i) for i in range(count)))
+
+
+@cache
+def recent_gpu(device: torch.device) -> Verdict:
+    """Accept a device that is a CPU, or a GPU that is recent enough.
+
+    Without any GPU, where a tracer's tensors may claim to be on one, ``available()`` has the reason.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= _OLDEST:
+        return YES
+    return _too_old(torch.cuda.get_device_name(device))
+
+
+def _too_old(names: str) -> Verdict:
+    major, minor = _OLDEST
+    return Verdict.no(f"a GPU of compute capability {major}.{minor} or later", names, "use another device or backend")

@@ -166,7 +166,7 @@ class Fused(nn.Module):
             return ""
         if len(groups) > 1:
             return "expected the block's SyncBatchNorm layers to share a process group, got several; it runs unfused"
-        if not select.trains(x.device.type, x.dtype, self.backend):
+        if not select.trains(x.device, x.dtype, self.backend):
             got = f"SyncBatchNorm in training on {x.device.type} {x.dtype}, which no available training kernels serve"
             return f"expected BatchNorm2d, or Triton's training kernels, got {got}; it runs unfused"
         return ""
@@ -198,7 +198,7 @@ class Fused(nn.Module):
         layers = [m for name in names if (m := self._modules[name]) is not None]
         if not x.requires_grad and not any(p.requires_grad for m in layers for p in m.parameters()):
             return ""
-        if select.trains(x.device.type, x.dtype, self.backend):
+        if select.trains(x.device, x.dtype, self.backend):
             return ""
         return f"expected layers that the reference reproduces bit for bit in training, got {got}; it runs unfused"
 

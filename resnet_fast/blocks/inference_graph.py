@@ -69,7 +69,7 @@ def find(net: Fused, x: Tensor, eager: recorder.Forward) -> Graph | str:
     sources = layers.sources()
     # Where the net would convert its input to NHWC, the copy into the static input does so.
     comes_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    nhwc = comes_nhwc or select.prefers_nhwc(x.device.type, net.backend)
+    nhwc = comes_nhwc or select.prefers_nhwc(x.device, net.backend)
     layout = torch.channels_last if nhwc else torch.contiguous_format
     key = (x.shape, layout, x.dtype, x.device, select.requested(net.backend), catalog.fingerprint(), switches())
     return parameter_cache.get(sources, key, lambda kept: _record(x, layout, eager, sources, kept), GRAPHS)

@@ -101,7 +101,7 @@ class Net(Stem):
             return Way.LAYERS
         if self.has_other_methods():  # a replaced method runs between the layers
             return Way.LAYERS
-        device, backend = x.device.type, self.backend
+        device, backend = x.device, self.backend
         trains = torch.is_grad_enabled() or self.training
         if trains and select.trains_nhwc(device, x.dtype, backend):  # as the training kernels work
             return Way.LAYERS_NHWC
@@ -152,7 +152,7 @@ class Net(Stem):
 
     def tile(self, n: int, elements: int, x: Tensor) -> int:
         """Return how many of ``n`` images to run at a time, given the elements of an image's largest activation."""
-        return select.batch_tile(n, elements, x.dtype, x.device.type, self.backend)
+        return select.batch_tile(n, elements, x.dtype, x.device, self.backend)
 
     def segments(self, parts: tuple[Any, ...], x: Tensor) -> list[tuple[tuple[Any, ...], int]]:
         """Return consecutive runs of ``parts``, each with the number of images to run through it at a time.

@@ -42,7 +42,7 @@ class Sequential(nn.Sequential):
         if not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
             return False
         fused = next((block for block in self if isinstance(block, Fused) and not block.unfusable()), None)
-        return fused is not None and select.prefers_nhwc(x.device.type, fused.backend)
+        return fused is not None and select.prefers_nhwc(x.device, fused.backend)
 
 
 _own_forward = Sequential.forward

@@ -14,6 +14,8 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+import torch
+
 from .. import flags
 from ..impl import Impl
 from ..spec import Verdict
@@ -39,14 +41,14 @@ def impls(op: str) -> tuple[Impl, ...]:
 
 
 @cache
-def ranked(op: str, device: str) -> tuple[Impl, ...]:
-    """The implementations of one op on a device type, the highest rank first."""
+def ranked(op: str, device: torch.device) -> tuple[Impl, ...]:
+    """The implementations of one op on a device, the highest rank first."""
     return tuple(sorted((i for i in impls(op) if i.runs_on(device)), key=lambda i: -i.rank))
 
 
 @cache
-def prepares(device: str) -> bool:
-    """Return whether an implementation for this device type derives something from the parameters."""
+def prepares(device: torch.device) -> bool:
+    """Return whether an implementation for this device derives something from the parameters."""
     return any(i.prepares and i.runs_on(device) for backend in loaded() for i in backend.IMPLS)
 
 

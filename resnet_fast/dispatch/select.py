@@ -59,8 +59,8 @@ def requested(argument: str) -> str:
     return flags.BACKEND.read()
 
 
-def choose(spec: Spec | NetSpec, device: str, backend: str = "auto") -> Choice:
-    """Return the implementation for ``spec`` on a device type ("cpu", "cuda"), and why not the others.
+def choose(spec: Spec | NetSpec, device: torch.device, backend: str = "auto") -> Choice:
+    """Return the implementation for ``spec`` on a device, and why not the others.
 
     Raises:
         BackendError: the backend was requested by name and cannot run the spec.
@@ -69,7 +69,7 @@ def choose(spec: Spec | NetSpec, device: str, backend: str = "auto") -> Choice:
 
 
 @lru_cache(maxsize=8192)
-def _choose(spec: Spec | NetSpec, device: str, wanted: str, fingerprint: tuple[bool, ...]) -> Choice:
+def _choose(spec: Spec | NetSpec, device: torch.device, wanted: str, fingerprint: tuple[bool, ...]) -> Choice:
     availability = catalog.availability()
     if wanted != "auto" and not availability[flags.check_backend(wanted)]:
         raise BackendError(f"backend {wanted!r} is not available: {availability[wanted].reason}")
@@ -78,7 +78,7 @@ def _choose(spec: Spec | NetSpec, device: str, wanted: str, fingerprint: tuple[b
     for impl in catalog.impls(spec.op):
         if impl.backend in verdicts:
             continue
-        verdict = impl.supports(spec) if impl.runs_on(device) else _other_device(impl, device)
+        verdict = impl.runs_on(device) and impl.supports(spec)
         if verdict:
             accepted.append(impl)
         else:
@@ -100,10 +100,6 @@ def _choose(spec: Spec | NetSpec, device: str, wanted: str, fingerprint: tuple[b
     ]
     others = {i.backend: Verdict(False, f"{best.backend} ranks higher") for i in accepted if i is not best}
     return Choice(best, _reasons(verdicts | others), "; ".join(refused_faster))
-
-
-def _other_device(impl: Impl, device: str) -> Verdict:
-    return Verdict.no(f"a tensor on {' or '.join(impl.devices)}", f"one on {device}", "move the model and its input")
 
 
 def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
@@ -162,7 +158,7 @@ def _reference(op: str) -> Impl:
     return next(impl for impl in catalog.impls(op) if impl.backend == "reference")
 
 
-def _trainer(device: str, dtype: torch.dtype, backend: str) -> Impl | None:
+def _trainer(device: torch.device, dtype: torch.dtype, backend: str) -> Impl | None:
     """Return the implementation with training kernels for such an input; None if there is none."""
     wanted, name = requested(backend), _name(dtype)
     for impl in catalog.ranked("conv_bn_act", device):
@@ -171,12 +167,12 @@ def _trainer(device: str, dtype: torch.dtype, backend: str) -> Impl | None:
     return None
 
 
-def trains(device: str, dtype: torch.dtype, backend: str) -> bool:
+def trains(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
     """Return whether a backend has training kernels of its own for such an input."""
     return _trainer(device, dtype, backend) is not None
 
 
-def trains_nhwc(device: str, dtype: torch.dtype, backend: str) -> bool:
+def trains_nhwc(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
     """Return whether a net in training should convert its input to channels_last once.
 
     True where training kernels that work in NHWC will run.
@@ -185,7 +181,7 @@ def trains_nhwc(device: str, dtype: torch.dtype, backend: str) -> bool:
     return impl is not None and impl.nhwc and (impl.rank > 0 or requested(backend) == impl.backend)
 
 
-def _for_nets(device: str, backend: str) -> Impl:
+def _for_nets(device: torch.device, backend: str) -> Impl:
     """Return the implementation that is asked first for a whole net in eval mode."""
     wanted = requested(backend)
     for impl in catalog.ranked("net", device):
@@ -194,19 +190,19 @@ def _for_nets(device: str, backend: str) -> Impl:
     return _reference("net")
 
 
-def prefers_nhwc(device: str, backend: str) -> bool:
+def prefers_nhwc(device: torch.device, backend: str) -> bool:
     """Return whether a net in eval mode should convert its input to channels_last once."""
     return _for_nets(device, backend).nhwc
 
 
-def batch_tile(n: int, largest: int, dtype: torch.dtype, device: str, backend: str) -> int:
+def batch_tile(n: int, largest: int, dtype: torch.dtype, device: torch.device, backend: str) -> int:
     """Return how many images of a batch of ``n`` to send through a whole net in eval mode at a time.
 
     Args:
         n: images in the batch.
         largest: elements of one image's largest activation.
         dtype: of the input.
-        device: device type of the input.
+        device: of the input.
         backend: the op's ``backend`` argument.
     """
     tile = _for_nets(device, backend).tile

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import parameter_cache
+from ..current_device import numbered, on_device
 from ..errors import BackendError, UserError
 from ..io import safe_files
 from ..spec import LaunchSpec, Spec
@@ -112,7 +113,7 @@ def default_device() -> torch.device:
         BackendError: Triton kernels run nowhere.
     """
     _check_triton()
-    return torch.device("cpu" if "cpu" in _triton_devices() else "cuda")
+    return numbered(torch.device("cpu" if "cpu" in _triton_devices() else "cuda"))
 
 
 def _triton_devices() -> tuple[str, ...]:
@@ -294,7 +295,8 @@ def tune_launches(
             if not missing:
                 result.kept += 1
                 continue
-            times = _measure(launch, missing, device, result)
+            with on_device(device):
+                times = _measure(launch, missing, device, result)
             _keep(result, tables.Table(name, {str(launch): times}, versions))
             result.measured += 1
     finally:  # also after Ctrl-C, so that the times until then are used
@@ -332,11 +334,6 @@ def _keep(result: Tuned, new: tables.Table) -> None:
         result.unsaved = error.strerror or str(error)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the thread's current GPU, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _measure(
     launch: LaunchSpec, candidates: list[Config], device: torch.device, result: Tuned
 ) -> dict[str, float | None]:
@@ -355,7 +352,7 @@ def _measure(
     def failure(attempt: Callable[[], Any]) -> str:
         """Return why an attempt failed; empty if it did not. Running out of memory is not the candidate's fault."""
         try:
-            with _current(device):
+            with on_device(device):  # the compilers' threads have a current device of their own
                 attempt()
         except torch.OutOfMemoryError:
             raise

@@ -82,9 +82,9 @@ def prepared(call: Call | NetCall, backend: str, times: int = 1) -> Prepared:
     """Return what runs ``call``, from the cache if possible. ``times``: number of calls that will use it."""
     x = call.x
     parameters = call.parameters()
-    if not catalog.prepares(x.device.type) or call.batch_stats:
+    if not catalog.prepares(x.device) or call.batch_stats:
         spec = spec_of(call, grad=False)
-        choice = select.choose(spec, x.device.type, backend)
+        choice = select.choose(spec, x.device, backend)
         return Prepared(spec, choice, select.prepare(call, spec, choice, []))
     fixed = (call.numbers(), x.dtype, x.device, select.requested(backend), catalog.fingerprint())
     key = (fixed, x.shape, x.stride())
@@ -110,7 +110,7 @@ def _new(
 ) -> Prepared:
     """Prepare a call that is not in the cache. It is added there, unless packing does not pay off yet."""
     spec = spec_of(call, grad=False)
-    choice = select.choose(spec, call.x.device.type, backend)
+    choice = select.choose(spec, call.x.device, backend)
     if not all(spec.out_shape()):
         return Prepared(spec, choice, None)
     impl = choice.impl

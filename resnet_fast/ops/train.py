@@ -59,7 +59,7 @@ def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
 def run(call: Call, options: Options, graph: bool) -> Tensor:
     """Run a call on tensors with memory of their own. ``graph``: whether autograd needs its graph."""
     spec = spec_of(call, graph)
-    choice = select.choose(spec, call.x.device.type, options.backend)
+    choice = select.choose(spec, call.x.device, options.backend)
     if not choice.impl.training:
         return select.run(call, spec, choice)
     return _step(call, _Direct(spec if graph else spec_of(call, True), choice, options.save), choice.impl.trainer)
@@ -74,7 +74,7 @@ def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
     if not traced and not tangents and not profiler._is_profiler_enabled:  # a profiler shows both passes as ops
         return run(call, options, graph)
     spec = spec_of(call, graph)
-    choice = select.choose(spec, call.x.device.type, options.backend)
+    choice = select.choose(spec, call.x.device, options.backend)
     if not choice.impl.training:
         return select.trace(call) if traced else select.run(call, spec, choice)
     if tangents:
@@ -315,7 +315,7 @@ def define(library: torch.library.Library, op: Op) -> None:
 
 def _chosen(call: Call, spec: Spec, options: Options) -> Choice:
     """Return the choice for a direct call of a training op. BackendError if it has no training kernels."""
-    choice = select.choose(spec, call.x.device.type, options.backend)
+    choice = select.choose(spec, call.x.device, options.backend)
     if not choice.impl.training:
         op, backend = choice.impl.op, choice.impl.backend
         raise BackendError(

@@ -16,6 +16,8 @@ from resnet_fast.backends.onednn.conv_bn_act import DTYPES
 from resnet_fast.dispatch import select
 from tests.support.op_cases import BLOCKS, LAYOUTS, OPS, assert_within_budget, lay_out, make
 
+CPU = torch.device("cpu")
+
 FLOATS = [getattr(torch, name) for name in DTYPES]
 
 
@@ -245,10 +247,10 @@ def test_any_problem_is_within_budget_and_looks_like_the_reference(
 
 
 def test_the_net_level_hints() -> None:
-    assert select.prefers_nhwc("cpu", "auto") and select.prefers_nhwc("cpu", "onednn")
-    assert not select.prefers_nhwc("cpu", "reference")
+    assert select.prefers_nhwc(CPU, "auto") and select.prefers_nhwc(CPU, "onednn")
+    assert not select.prefers_nhwc(CPU, "reference")
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not select.prefers_nhwc("cpu", "auto")
+        assert not select.prefers_nhwc(CPU, "auto")
 
 
 def test_guard_zones_are_really_poisoned() -> None:

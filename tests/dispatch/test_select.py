@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from resnet_fast import BackendError, UserError, reset_stats, stats, strict, use_backend
+from resnet_fast.backends import refusals
 from resnet_fast.backends.onednn import tiling
 from resnet_fast.dispatch import catalog, record, select
 from resnet_fast.ops.specs import spec_of
@@ -18,6 +19,7 @@ from resnet_fast.spec import ConvSpec, Epilogue
 from tests.support.op_cases import OPS, make
 from tests.support.processes import in_threads
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SPEC = ConvSpec(2, 9, 7, 8, 8, 3, 3, padding=(1, 1), epilogue=Epilogue(relu=True))
 
 
@@ -125,7 +127,7 @@ def test_a_bad_name_in_argument_or_environment_is_an_error(op: str, monkeypatch:
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_an_absent_backend_is_an_error_with_its_reason(name: str) -> None:
-    for ask in (lambda: select.choose(SPEC, "cpu", name), lambda: make("conv_bn_act").run(name)):
+    for ask in (lambda: select.choose(SPEC, CPU, name), lambda: make("conv_bn_act").run(name)):
         with pytest.raises(BackendError, match=f"{name!r} is not available: expected .*, got .*; use "):
             ask()
 
@@ -148,10 +150,10 @@ def test_an_explicit_request_never_degrades(how: str, monkeypatch: pytest.Monkey
 
 def test_a_choice_gives_a_reason_for_every_other_backend() -> None:
     for spec, device, backend in (
-        (SPEC, "cpu", "auto"),
-        (SPEC, "cpu", "reference"),
-        (SPEC.with_(grad=True), "cpu", "auto"),
-        (SPEC, "cuda", "auto"),
+        (SPEC, CPU, "auto"),
+        (SPEC, CPU, "reference"),
+        (SPEC.with_(grad=True), CPU, "auto"),
+        (SPEC, CUDA, "auto"),
     ):
         choice = select.choose(spec, device, backend)
         reasons = dict(choice.refused)
@@ -159,15 +161,36 @@ def test_a_choice_gives_a_reason_for_every_other_backend() -> None:
         for name, reason in reasons.items():
             sentence = reason.startswith("expected ") and ", got " in reason and "; " in reason
             assert sentence or "ranks higher" in reason or "was asked for" in reason, (name, reason)
-    assert dict(select.choose(SPEC, "cpu").refused)["reference"] == "onednn ranks higher"
+    assert dict(select.choose(SPEC, CPU).refused)["reference"] == "onednn ranks higher"
+
+
+def test_each_gpu_of_a_machine_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU at index 1 is too old for the kernels, the one at index 0 is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 5)][torch.device(device).index]
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ["new", "old"][torch.device(device).index])
+    refusals.recent_gpu.cache_clear()
+    try:
+        assert refusals.recent_gpus() and refusals.recent_gpu(CUDA)
+        old = refusals.recent_gpu(torch.device("cuda", 1))
+        assert not old and "expected a GPU of compute capability 8.0 or later, got old;" in old.reason
+        for impl in catalog.impls("conv_bn_act"):
+            there = impl.runs_on(torch.device("cuda", 1))
+            assert impl.runs_on(CUDA).ok == (impl.backend != "onednn")
+            assert there.ok == (impl.backend == "reference") and (there or impl.backend == "onednn" or there == old)
+    finally:
+        refusals.recent_gpu.cache_clear()
 
 
 def test_a_fallback_is_told_from_a_choice() -> None:
-    assert select.choose(SPEC, "cpu").fell_back == ""
-    assert select.choose(SPEC.with_(grad=True), "cpu", "reference").fell_back == ""
-    assert "onednn: expected a call without autograd" in select.choose(SPEC.with_(grad=True), "cpu").fell_back
+    assert select.choose(SPEC, CPU).fell_back == ""
+    assert select.choose(SPEC.with_(grad=True), CPU, "reference").fell_back == ""
+    assert "onednn: expected a call without autograd" in select.choose(SPEC.with_(grad=True), CPU).fell_back
     with torch.backends.mkldnn.flags(enabled=False):
-        assert select.choose(SPEC, "cpu").fell_back == ""  # switched off by the user: nothing faster is at hand
+        assert select.choose(SPEC, CPU).fell_back == ""  # switched off by the user: nothing faster is at hand
 
 
 def test_switching_a_backend_off_is_seen_at_the_next_call() -> None:
@@ -243,15 +266,15 @@ def test_the_tape_holds_call_spec_and_choice(op: str) -> None:
 def test_batch_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "last_level_cache", lambda: 32 << 20)
     largest = 64 * 112 * 112
-    tile = select.batch_tile(64, largest, torch.float32, "cpu", "auto")
+    tile = select.batch_tile(64, largest, torch.float32, CPU, "auto")
     assert tile == 4 and 2 * tile * largest * 4 <= 32 << 20 < 4 * tile * largest * 4
-    assert select.batch_tile(4, largest, torch.float32, "cpu", "auto") == 4
-    assert select.batch_tile(3, largest, torch.float32, "cpu", "auto") == 3
-    assert select.batch_tile(64, 1 << 40, torch.float32, "cpu", "auto") == 1
-    assert select.batch_tile(64, largest, torch.float32, "cuda", "auto") == 64
-    assert select.batch_tile(64, largest, torch.float32, "cpu", "reference") == 64
+    assert select.batch_tile(4, largest, torch.float32, CPU, "auto") == 4
+    assert select.batch_tile(3, largest, torch.float32, CPU, "auto") == 3
+    assert select.batch_tile(64, 1 << 40, torch.float32, CPU, "auto") == 1
+    assert select.batch_tile(64, largest, torch.float32, CUDA, "auto") == 64
+    assert select.batch_tile(64, largest, torch.float32, CPU, "reference") == 64
     monkeypatch.setenv("RESNET_FAST_BATCH_TILE", "0")
-    assert select.batch_tile(64, largest, torch.float32, "cpu", "auto") == 64
+    assert select.batch_tile(64, largest, torch.float32, CPU, "auto") == 64
 
 
 def test_last_level_cache_is_a_plausible_size() -> None:

@@ -19,7 +19,7 @@ import torch
 from ... import native
 from ...impl import Impl
 from ...spec import NetSpec, Spec, Verdict
-from ..refusals import inference_only, old_gpus
+from ..refusals import inference_only, recent_gpu, recent_gpus
 from .device import EMULATED
 
 DTYPES = ("float16", "bfloat16")
@@ -35,7 +35,7 @@ def _gpu() -> Verdict:
     if torch.version.cuda is None or torch.version.cuda.split(".")[0] != built.split(".")[0]:
         runs = f"CUDA {torch.version.cuda}" if torch.version.cuda else "an AMD GPU"
         return Verdict.no(f"a torch for CUDA {built}, which the kernels were built with", runs, "build them with it")
-    return old_gpus()
+    return recent_gpus()
 
 
 def available() -> Verdict:
@@ -57,7 +57,7 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
 def _impl(op: str, module: str) -> Impl:
     # In the emulator below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-2, ("cuda", "cpu")) if EMULATED else (10, ("cuda",))
-    return Impl(op, "cuda", rank, _supports, f"{__name__}.{module}", devices, prepares=True, nhwc=True)
+    return Impl(op, "cuda", rank, _supports, f"{__name__}.{module}", devices, recent_gpu, prepares=True, nhwc=True)
 
 
 IMPLS = (

@@ -18,11 +18,18 @@ def stands_for() -> devices.Device:
 
 
 @cache
-def shared_memory() -> int:
-    """Return the bytes of shared memory per block: the minimum over the GPUs here, or an H100's without a GPU."""
-    if EMULATED or not torch.cuda.is_available():
-        gpu = stands_for().gpu
-        assert gpu is not None
-        return gpu.shared_per_block
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return min(p.shared_memory_per_block_optin for p in properties)  # type: ignore[attr-defined]
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory per block of a device; an H100's for the emulator."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    gpu = stands_for().gpu
+    assert gpu is not None
+    return gpu.shared_per_block
+
+
+@cache
+def least_shared_memory() -> int:
+    """Return the minimum over the GPUs here, or an H100's without a GPU: what a problem may need on any of them."""
+    count = 0 if EMULATED or not torch.cuda.is_available() else torch.cuda.device_count()
+    here = [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    return min(map(shared_memory, here))

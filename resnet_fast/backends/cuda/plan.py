@@ -19,7 +19,7 @@ from ...spec import YES, ConvSpec, NetSpec, Spec, Verdict
 from ..layouts import in_layout
 from . import bottleneck, conv_bn_act, stem
 from .conv_bn_act import ready
-from .device import EMULATED, shared_memory, stands_for
+from .device import EMULATED, least_shared_memory, shared_memory, stands_for
 
 Launch = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -48,7 +48,7 @@ def verdict(spec: Spec | NetSpec) -> Verdict:
 def _verdict(spec: Spec) -> Verdict:
     if spec.pool:
         return stem.verdict(spec.main[0])
-    if bottleneck.verdict(spec, shared_memory()):
+    if bottleneck.verdict(spec, least_shared_memory()):
         return YES
     return next((v for v in map(conv_bn_act.verdict, spec.convs) if not v), YES)
 
@@ -66,7 +66,7 @@ def prepare(call: Call, spec: Spec, earlier: list[CudaState]) -> CudaState:
         if len(spec.convs) == 1:
             return CudaState("conv", (_launch(first, folded[0]),), conv_bn_act.kernel(first))
         projects = spec.projection is not None
-        whole = bottleneck.verdict(spec, shared_memory())
+        whole = bottleneck.verdict(spec, shared_memory(call.x.device))
         if whole:
             packed = bottleneck.pack(folded, projects, call.x.dtype)
             return CudaState("block", (lambda x, _: bottleneck.launch(x, packed),), "bottleneck_fwd, the whole block")

@@ -24,7 +24,7 @@ import torch
 
 from ...impl import Impl
 from ...spec import YES, NetSpec, Spec, Verdict
-from ..refusals import dtype_among, old_gpus
+from ..refusals import dtype_among, recent_gpu, recent_gpus
 
 DTYPES = ("float32", "bfloat16", "float16")
 INDEX_LIMIT = 2**31 - 1024
@@ -53,7 +53,7 @@ def _gpu() -> Verdict:
         )
     if torch.version.hip is not None:
         return Verdict.no("an NVIDIA GPU", "an AMD one", "use another backend")
-    return old_gpus()
+    return recent_gpus()
 
 
 def available() -> Verdict:
@@ -89,6 +89,7 @@ def _impl(op: str, module: str, training: str = "") -> Impl:
         _supports,
         f"{__name__}.{module}",
         devices,
+        recent_gpu,
         prepares=True,
         training=training,
         trains=DTYPES if training else (),

@@ -168,7 +168,7 @@ def test_a_refusal_is_the_same_sentence_everywhere(change: dict[str, Any], sente
         p.run("triton")
     from resnet_fast.ops.op import OPS
 
-    choice = select.choose(spec_of(OPS["conv_bn_act"].bind(*p.args()), False), "cpu", "auto")
+    choice = select.choose(spec_of(OPS["conv_bn_act"].bind(*p.args()), False), torch.device("cpu"), "auto")
     assert choice.impl.backend != "triton" and sentence in dict(choice.refused)["triton"]
 
 
