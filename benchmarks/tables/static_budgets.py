@@ -3,8 +3,8 @@
     python -m resnet_fast.benchmarks.tables.static_budgets
 
 Every shipped config of every kernel on sm_80, sm_90 and sm_100 in bfloat16, on the layers of ResNet-50 that stress it:
-with a residual (the epilogue that holds most in registers) and with a fused projection; and one config per kernel in
-TF32 and in fp32.
+with a residual (the epilogue that holds most in registers) and with a fused projection; the configs that split K on
+layers of a batch of one; and one config per kernel in TF32 and in fp32.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ def launches() -> dict[str, LaunchSpec]:
     found["tail 128"] = plans["r50.layer2.1"]["tail"][-1]
     found["tail 256"] = plans["r50.layer3.1"]["tail"][-1]
     found["stem"] = LaunchSpec("stem", (stem,))
+    one50, one34 = (shapes.blocks(name, 1, dtype="bfloat16") for name in ("resnet50", "resnet34"))
+    found["1x1 split"] = routes(one50["r50.layer4.1"])[0].launches[0]
+    found["3x3 split"] = routes(one50["r50.layer4.1"])[0].launches[1]
+    found["3x3 split residual"] = routes(one34["r34.layer4.1"])[0].launches[-1]
     found["general 5x5"] = LaunchSpec(
         "conv_bn_act", (plans["r50.layer1.1"]["conv"][1].first.with_(r=5, s=5, padding=(2, 2)),)
     )
@@ -101,7 +105,7 @@ def jobs(every: bool = True) -> Iterator[CompileJob]:
                 launch.projection and launch.projection.with_(dtype=dtype, tf32=tf32),
             )
             for arch, gpu in GPUS.items():
-                legal = configs.candidates(cast, gpu)
+                legal = [c for c in configs.candidates(cast, gpu) if (c.splits > 1) == ("split" in name)]
                 if not every and (arch != 90 or dtype != "bfloat16"):
                     continue
                 chosen = legal if every and dtype == "bfloat16" else legal[:1]
@@ -111,8 +115,9 @@ def jobs(every: bool = True) -> Iterator[CompileJob]:
 
 
 def _job(launch: LaunchSpec, config: Config, arch: int, label: str) -> CompileJob:
+    split = {} if config.splits == 1 else {"arrivals": torch.empty(128, dtype=torch.int32, device="meta")}
     with capture() as found:
-        plan.LAUNCHERS[config.kernel](launch, config, *meta(launch, config))
+        plan.LAUNCHERS[config.kernel](launch, config, *meta(launch, config), **split)
     return found[0].job(arch, label)
 
 

@@ -13,7 +13,7 @@ from ..devices import Gpu
 from ..spec import ITEMSIZE, YES, LaunchSpec, Verdict
 from .routes import merged_groups, tile_side
 
-SPACE = 1
+SPACE = 2
 """Version of the config space, written into every tuning table. Raise it when a kernel or a rule changes."""
 
 NARROW = 32
@@ -37,6 +37,7 @@ class Config:
         descriptors: whether the bulk copy engine loads the operands.
         rows: pooled rows per program of the stem.
         packed: whether a training prologue works in 16-bit pairs, otherwise in fp32.
+        splits: programs that share the K steps of a tile.
     """
 
     kernel: str
@@ -49,6 +50,7 @@ class Config:
     descriptors: bool = False
     rows: int = 1
     packed: bool = False
+    splits: int = 1
 
     @property
     def stock(self) -> bool:
@@ -60,7 +62,9 @@ class Config:
             return self.kernel
         text = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
         text += " packed" if self.packed else ""
-        return text + (" descriptors" if self.descriptors else "") + (f" rows{self.rows}" if self.rows != 1 else "")
+        text += " descriptors" if self.descriptors else ""
+        text += f" rows{self.rows}" if self.rows != 1 else ""
+        return text + (f" splits{self.splits}" if self.splits != 1 else "")
 
 
 def of_sizes(kernel: str, *sizes: tuple[int, ...], **more: int | bool) -> tuple[Config, ...]:
@@ -84,6 +88,8 @@ _1X1 = (
     (32, 64, 128, 4, 3),
 )
 _DESCRIBED_1X1 = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4))
+_SPLITS = (2, 4, 8)
+_SPLIT_1X1, _SPLIT_3X3 = (32, 64, 128, 4, 3), (32, 64, 64, 4, 4)  # the tiles of a batch of one
 _3X3 = (
     (128, 256, 64, 8, 3),
     (128, 128, 64, 8, 3),
@@ -110,8 +116,12 @@ SHIPPED: dict[str, tuple[Config, ...]] = {
     "conv_bn_act_1x1": (
         *of_sizes("conv_bn_act_1x1", *_1X1),
         *of_sizes("conv_bn_act_1x1", *_DESCRIBED_1X1, descriptors=True),
+        *(config for splits in _SPLITS for config in of_sizes("conv_bn_act_1x1", _SPLIT_1X1, splits=splits)),
     ),
-    "conv_bn_act_3x3": of_sizes("conv_bn_act_3x3", *_3X3),
+    "conv_bn_act_3x3": (
+        *of_sizes("conv_bn_act_3x3", *_3X3),
+        *(config for splits in _SPLITS for config in of_sizes("conv_bn_act_3x3", _SPLIT_3X3, splits=splits)),
+    ),
     "conv_bn_act": of_sizes("conv_bn_act", *_GENERAL),
     "stem": tuple(config for rows in (4, 14) for config in of_sizes("stem", *_STEM, rows=rows)),
     "bottleneck": of_sizes("bottleneck", *_TAIL),
@@ -220,6 +230,38 @@ def _descriptors_apply(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     return YES
 
 
+SPLIT_STEPS = 2
+"""Least K steps of a split: with fewer, adding the sums costs more than the steps."""
+
+
+def k_steps(launch: LaunchSpec, config: Config) -> int:
+    """Return the K steps of a tile of a 1x1 or 3x3 convolution without its projection."""
+    conv = launch.last
+    return conv.r * conv.s * -(-(conv.ci // merged_groups(conv)) // config.block_k)
+
+
+def tiles(launch: LaunchSpec, config: Config) -> int:
+    """Return the tiles of the output of a launch with one convolution."""
+    conv, groups = launch.last, merged_groups(launch.last)
+    return -(-conv.gemm_m // config.block_m) * -(-(conv.co // groups) // config.block_n) * groups
+
+
+def _splits_apply(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
+    """Refuse to split the K steps where the tiles alone fill half of the GPU, or a split would be too short."""
+    if config.splits == 1:
+        return YES
+    if not on_tensor_cores(launch):
+        return Verdict.no("16-bit tensors or TF32 for split-K", launch.dtype, "do not split")
+    if launch.projection is not None:
+        return Verdict.no("no projection for split-K", str(launch), "run it apart")
+    count, steps = tiles(launch, config), k_steps(launch, config)
+    if 2 * count >= gpu.sms:
+        return Verdict.no(f"fewer tiles than half of the {gpu.sms} multiprocessors", str(count), "do not split")
+    if steps < SPLIT_STEPS * config.splits:
+        return Verdict.no(f"{SPLIT_STEPS} K steps per split", f"{steps} in {config.splits}", "use fewer splits")
+    return YES
+
+
 Rule = Callable[[LaunchSpec, Config, Gpu], Verdict]
 
 RULES: tuple[Rule, ...] = (
@@ -229,6 +271,7 @@ RULES: tuple[Rule, ...] = (
     _not_wider_than_needed,
     _step_not_longer_than_needed,
     _descriptors_apply,
+    _splits_apply,
 )
 
 
@@ -244,10 +287,11 @@ def verdict(launch: LaunchSpec, config: Config, gpu: Gpu, rules: tuple[Rule, ...
 def needs_proof(launch: LaunchSpec, config: Config) -> bool:
     """Return whether a config may run only after its output was compared with stock PyTorch's.
 
-    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068). The heuristic
-    never selects them without a measurement, and the tuner admits one only after its output matched.
+    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068). The programs of a
+    split-K launch hand their sums over in memory, whose order only a GPU shows. The heuristic never selects either
+    without a measurement, and the tuner admits one only after its output matched.
     """
-    return config.num_warps == 8 and any(c.r * c.s > 1 for c in launch.convs)
+    return config.splits > 1 or (config.num_warps == 8 and any(c.r * c.s > 1 for c in launch.convs))
 
 
 def candidates(launch: LaunchSpec, gpu: Gpu) -> tuple[Config, ...]:

@@ -6,7 +6,8 @@ For a launch of inference of ``tiles`` programs::
     L2        = tiles * (block_m + block_n) * gemm_k * itemsize / L2 bandwidth        (every program reads its operands)
     DRAM      = min_bytes / copy bandwidth
     waits     = ceil(tiles / resident) * K steps * load latency / steps in flight
-    time      = launch cost + ramp + max(compute, L2 / busy, DRAM / busy, waits)
+    join      = arrival of all splits + splits * block_m * block_n * 4 bytes / rate of one multiprocessor
+    time      = launch cost + ramp + max(compute, L2 / busy, DRAM / busy, waits) + join
 
 - Programs on one multiprocessor share its rate, so the fullest multiprocessor decides. They wait side by side, as many
   as are ``resident`` by registers, shared memory and threads.
@@ -16,6 +17,8 @@ For a launch of inference of ``tiles`` programs::
 - ``ramp`` is the latency of the first loads and of the last store, about 2 us.
 - ``waits`` is what a batch of one pays: few programs, each a long chain of steps, of which only the pipeline's are in
   flight.
+- ``splits`` programs share the steps of a tile: there are as many times more programs, each with as many times fewer
+  steps. ``join`` is what the last of them adds; 0 without splits.
 
 The model ranks candidates; its absolute times are no measurements. Torch-free.
 """
@@ -32,6 +35,8 @@ from .training_configs import gemm, is_training, min_bytes
 RAMP_S = 2e-6
 SCALAR_RATE = 1 / 8  # of fp32 products outside the tensor cores against TF32: 19.5 of 156 TFLOP/s on an A100
 LATENCY_S = 0.5e-6  # of a load from L2 or memory, shared by the steps that are in flight
+ARRIVAL_S = 1.0e-6  # of a hand-written barrier over up to 64 programs: store, fence, atomic add; measured on an H200
+ONE_SM_RATE = 66.7e9  # bytes/s that one multiprocessor copies by itself; measured on an H100
 
 
 def tiles(launch: LaunchSpec, config: Config) -> int:
@@ -43,8 +48,7 @@ def tiles(launch: LaunchSpec, config: Config) -> int:
     across = -(-conv.gemm_m // config.block_m)
     if len(launch.convs) > 1:
         return across
-    groups = merged_groups(conv)
-    return across * -(-(conv.co // groups) // config.block_n) * groups
+    return configs.tiles(launch, config) * config.splits
 
 
 REGISTERS_BESIDES_SUMS = 56
@@ -99,6 +103,7 @@ def _steps(launch: LaunchSpec, config: Config) -> int:
     else:
         taps = last.r * last.s if launch.kernel == "conv_bn_act_3x3" else 1
         steps = taps * -(-(last.ci // merged_groups(last) * last.r * last.s // taps) // config.block_k)
+        steps = -(-steps // config.splits)
         passes = 1
     per_pass = 0 if len(launch.convs) == 1 else 1
     if launch.projection is not None:
@@ -165,15 +170,23 @@ def _inference_seconds(launch: LaunchSpec, config: Config, device: Device) -> fl
     rate = device.rate(launch.dtype).value / 2 / gpu.sms  # multiply-adds per second of one multiprocessor
     if not configs.on_tensor_cores(launch):
         rate *= SCALAR_RATE
-    compute = -(-count // gpu.sms) * _macs_per_tile(launch, config) / (rate * fill(launch, config))
-    operands = count * _operand_bytes_per_tile(launch, config) / gpu.l2_bandwidth.value
+    compute = -(-count // gpu.sms) * _macs_per_tile(launch, config) / config.splits / (rate * fill(launch, config))
+    operands = count * _operand_bytes_per_tile(launch, config) / config.splits / gpu.l2_bandwidth.value
     # a few programs cannot draw the whole bandwidth: each multiprocessor has a share
     busy = min(1.0, count / gpu.sms)
     memory = launch.min_bytes() / device.bandwidth.value / max(busy, 0.05)
     copies = 0.95 if config.descriptors else 1.0  # the copy engine spares address arithmetic in the main loop
     waves = -(-count // (gpu.sms * resident(launch, config, gpu)))
     waits = waves * _steps(launch, config) * LATENCY_S / max(1, config.num_stages - 1)
-    return gpu.launch_s.value + RAMP_S + max(compute * copies, operands / max(busy, 0.05), memory, waits)
+    work = max(compute * copies, operands / max(busy, 0.05), memory, waits)
+    return gpu.launch_s.value + RAMP_S + work + _join_seconds(config)
+
+
+def _join_seconds(config: Config) -> float:
+    """Return the seconds from the last split's sum to the finished tile; 0 without splits."""
+    if config.splits == 1:
+        return 0.0
+    return ARRIVAL_S + config.splits * config.block_m * config.block_n * 4 / ONE_SM_RATE
 
 
 def _training_seconds(launch: LaunchSpec, config: Config, device: Device) -> float:

@@ -258,6 +258,28 @@ def test_eight_warps_beyond_1x1_need_proof(one: LaunchSpec, warps: int, needed: 
     assert configs.needs_proof(one, Config(one.kernel, 64, 64, 32, warps)) is needed
 
 
+@pytest.mark.parametrize(
+    ("one", "splits", "sentence"),
+    [
+        (launch(conv(512, 512, 3, n=1, h=7, w=7)), 8, ""),
+        (
+            launch(conv(512, 512, 3, n=64, h=7, w=7)),
+            8,
+            "expected fewer tiles than half of the 132 multiprocessors, got 784",
+        ),
+        (launch(conv(128, 512, n=1, h=7, w=7)), 2, "expected 2 K steps per split, got 1 in 2"),
+        (launch(conv(512, 512, 3, n=1, h=7, w=7, dtype="float32")), 8, "expected 16-bit tensors or TF32"),
+    ],
+    ids=["taken", "tiles", "steps", "fp32"],
+)
+def test_k_steps_are_split_where_tiles_leave_the_gpu_empty(one: LaunchSpec, splits: int, sentence: str) -> None:
+    name = one.kernel
+    config = next(c for c in SHIPPED[name] if c.splits == splits)
+    answer = configs.verdict(one, configs.for_dtype(config, one.dtype), H100)
+    assert bool(answer) == (not sentence) and answer.reason.startswith(sentence)
+    assert configs.needs_proof(one, config)
+
+
 def test_fp32_steps_hold_as_many_bytes() -> None:
     config = Config("conv_bn_act_1x1", 64, 64, 64)
     assert configs.for_dtype(config, "float16") is configs.for_dtype(config, "bfloat16") is config

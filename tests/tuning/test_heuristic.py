@@ -102,6 +102,28 @@ def test_one_image_is_not_cut_into_long_chains_of_short_steps() -> None:
     assert picked and picked[0].block_k >= 64
 
 
+def test_split_k_brings_one_image_of_resnet50_below_300_us() -> None:
+    """Modelled, over the fastest route of every block and the stem, if split-K configs are proved on the GPU."""
+    seconds = {True: 0.0, False: 0.0}
+    stem = shapes.problems("resnet50", 1, dtype="bfloat16")["r50.conv1"]
+    for block in (stem, *shapes.blocks("resnet50", 1, dtype="bfloat16").values()):
+        for splits in seconds:
+            found = [
+                sum(
+                    min(
+                        time_model.predict_seconds(one, c, H100)
+                        for c in configs.candidates(one, H100.gpu)
+                        if (splits and c.splits > 1) or not configs.needs_proof(one, c)
+                    )
+                    for one in route.launches
+                )
+                for route in routes(block)
+                if all(configs.candidates(one, H100.gpu) for one in route.launches)
+            ]
+            seconds[splits] += min(found)
+    assert seconds[True] < 0.30e-3 < 0.38e-3 < seconds[False]
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_more_images_take_longer(name: str) -> None:
     device = devices.gpu(name)

@@ -64,8 +64,8 @@ def _bottleneck_tail_fwd_kernel(
     # t = relu(conv2'(x) + b2), rounded; channels beyond CMID come out as relu(0 + 0)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     acc = accumulate_3x3(
-        acc, rows, h, w, row_mask, w2_ptr + c * (9 * CI), c_mask, H, W, x_stride_h, x_stride_w,
-        CI, DIL_H, DIL_W, BLOCK_K, PRECISION, UPCAST,
+        acc, rows, h, w, row_mask, w2_ptr + c * (9 * CI), c_mask, 0, 9 * ((CI + BLOCK_K - 1) // BLOCK_K),
+        H, W, x_stride_h, x_stride_w, CI, DIL_H, DIL_W, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
     acc += tl.load(bias2_ptr + c, mask=c_mask, other=0.0)[None, :]
     t = round_to(relu(acc), x_ptr.dtype.element_ty, UPCAST)
@@ -82,7 +82,7 @@ def _bottleneck_tail_fwd_kernel(
         # tile += xp[prow(m), :] @ wp'[co, :].T
         if PROJ:
             tile = accumulate_1x1(
-                tile, prows, row_mask, wp_ptr + co * Cp, co_mask, Cp, BLOCK_K, PROJ_EVEN_K, PRECISION, UPCAST
+                tile, prows, row_mask, wp_ptr + co * Cp, co_mask, 0, Cp, Cp, BLOCK_K, PROJ_EVEN_K, PRECISION, UPCAST
             )
         # y = relu(tile + b3 + residual)
         finish_tile(tile, bias3_ptr, res_ptr, y_ptr, m, co, row_mask, co_mask, Co, RES, RELU, UPCAST)

@@ -19,6 +19,9 @@ GEMM. gemm_m = N*Ho*Wo pixels, gemm_n = Co, gemm_k = Ci; K runs fastest in both 
     channels  | w'| w'| w'| BLOCK_N| y tile|   after the last step (and the projection's) the tile is finished
               +---+---+---+        +-------+   in registers and stored once.
 
+Split-K. A batch of one has fewer tiles than the GPU has multiprocessors, each a long chain of K steps. SPLITS programs
+then share a tile's steps, and the last of them to arrive adds their sums (tiles.py, ``join_splits``).
+
 Two kernels, which differ in their loads. ``pointer``: any stride and size, cp.async on sm_80 and later. ``descriptor``:
 x and w' as 2-d tensor descriptors (the bulk copy engine of sm_90 and later: one thread issues a tile, without address
 registers); it needs stride 1, dense rows and channel runs of a multiple of 16 bytes.
@@ -40,19 +43,29 @@ from torch import Tensor
 
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
-from .launch import FoldedWeights, common, described, grid_of, new_output, submit
-from .tiles import accumulate_1x1, finish_tile, multiply, pixel_of_row, row_offset, tile_of_program
+from .launch import FoldedWeights, common, described, grid_of, new_output, partial_sums, submit
+from .tiles import (
+    accumulate_1x1,
+    finish_tile,
+    join_splits,
+    multiply,
+    pixel_of_row,
+    row_offset,
+    steps_of_split,
+    tile_of_program,
+)
 
 
 @triton.jit(do_not_specialize=["gemm_m", "Ho", "Wo"])
 def _conv_bn_act_1x1_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, res_ptr, y_ptr, xp_ptr, wp_ptr,
+    x_ptr, w_ptr, bias_ptr, res_ptr, y_ptr, xp_ptr, wp_ptr, partials_ptr, arrivals_ptr,
     gemm_m, Ho, Wo, Ci, Co, Cp,
     x_stride_n, x_stride_h, x_stride_w, xp_stride_n, xp_stride_h, xp_stride_w,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DENSE: tl.constexpr,
     PROJ: tl.constexpr, PROJ_STRIDE_H: tl.constexpr, PROJ_STRIDE_W: tl.constexpr,
     RES: tl.constexpr, RELU: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     # tile (pid_m, pid_n) of y
     tiles_m, tiles_n = tl.cdiv(gemm_m, BLOCK_M), tl.cdiv(Co, BLOCK_N)
@@ -68,18 +81,32 @@ def _conv_bn_act_1x1_fwd_kernel(
     else:
         rows = x_ptr + row_offset(n, x_stride_n) + (ho * STRIDE_H * x_stride_h + wo * STRIDE_W * x_stride_w)
 
-    # tile = sum over ci of x[row(m), ci] * w'[co, ci]
+    # tile = sum over ci of x[row(m), ci] * w'[co, ci], or over this split's share of ci
+    first, end = 0, Ci
+    if SPLITS > 1:
+        first, end = steps_of_split(tl.cdiv(Ci, BLOCK_K), SPLITS)
+        first, end = first * BLOCK_K, min(end * BLOCK_K, Ci)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = accumulate_1x1(acc, rows, row_mask, w_ptr + co * Ci, co_mask, Ci, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+    acc = accumulate_1x1(
+        acc, rows, row_mask, w_ptr + co * Ci, co_mask, first, end, Ci, BLOCK_K, EVEN_K, PRECISION, UPCAST
+    )
 
     # tile += sum over cp of xp[prow(m), cp] * wp'[co, cp]
     if PROJ:
         prows = xp_ptr + row_offset(n, xp_stride_n)
         prows += ho * PROJ_STRIDE_H * xp_stride_h + wo * PROJ_STRIDE_W * xp_stride_w
-        acc = accumulate_1x1(acc, prows, row_mask, wp_ptr + co * Cp, co_mask, Cp, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+        acc = accumulate_1x1(
+            acc, prows, row_mask, wp_ptr + co * Cp, co_mask, 0, Cp, Cp, BLOCK_K, EVEN_K, PRECISION, UPCAST
+        )
 
     # y = relu(tile + b' + residual)
-    finish_tile(acc, bias_ptr, res_ptr, y_ptr, m, co, row_mask, co_mask, Co, RES, RELU, UPCAST)
+    if SPLITS == 1:
+        finish_tile(acc, bias_ptr, res_ptr, y_ptr, m, co, row_mask, co_mask, Co, RES, RELU, UPCAST)
+    else:
+        tile = pid_m * tiles_n + pid_n
+        finishes, acc = join_splits(acc, partials_ptr, arrivals_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+        if finishes:
+            finish_tile(acc, bias_ptr, res_ptr, y_ptr, m, co, row_mask, co_mask, Co, RES, RELU, UPCAST)
 
 
 @triton.jit(do_not_specialize=["gemm_m"])
@@ -106,7 +133,13 @@ def _conv_bn_act_1x1_descriptor_fwd_kernel(
 
 
 def conv_bn_act_1x1(
-    spec: LaunchSpec, config: Config, packed: FoldedWeights, x: Tensor, res: Tensor | None, xp: Tensor | None
+    spec: LaunchSpec,
+    config: Config,
+    packed: FoldedWeights,
+    x: Tensor,
+    res: Tensor | None,
+    xp: Tensor | None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel.
 
@@ -117,6 +150,7 @@ def conv_bn_act_1x1(
         x: NHWC with dense rows.
         res: the residual, dense NHWC, or None.
         xp: the projection's input, NHWC with dense rows, or None.
+        arrivals: for ``config.splits`` above 1, zeros of :func:`~.launch.arrivals`; they are zeros again afterwards.
 
     Returns:
         y, dense NHWC.
@@ -131,28 +165,20 @@ def conv_bn_act_1x1(
         x_desc = described(x, (conv.gemm_m, conv.ci), (config.block_m, config.block_k))
         w_desc = described(packed.weight, (conv.co, conv.ci), (config.block_n, config.block_k))
         submit(
-            _conv_bn_act_1x1_descriptor_fwd_kernel,
-            grid,
-            x_desc,
-            w_desc,
-            packed.bias,
-            res,
-            y,
-            conv.gemm_m,
-            conv.ci,
-            conv.co,
-            **shared,
-        )
+            _conv_bn_act_1x1_descriptor_fwd_kernel, grid,
+            x_desc, w_desc, packed.bias, res, y, conv.gemm_m, conv.ci, conv.co, **shared,
+        )  # fmt: skip
         return y
     xp_strides = (0, 0, 0) if xp is None else (xp.stride(0), xp.stride(2), xp.stride(3))
     cp = 0 if proj is None else proj.ci
     submit(
         _conv_bn_act_1x1_fwd_kernel, grid,
-        x, packed.weight, packed.bias, res, y, xp, packed.projection,
+        x, packed.weight, packed.bias, res, y, xp, packed.projection, partial_sums(conv, config, x), arrivals,
         conv.gemm_m, conv.ho, conv.wo, conv.ci, conv.co, cp,
         x.stride(0), x.stride(2), x.stride(3), *xp_strides,
         STRIDE_H=conv.stride[0], STRIDE_W=conv.stride[1], DENSE=dense,
         PROJ=proj is not None, PROJ_STRIDE_H=proj.stride[0] if proj else 1, PROJ_STRIDE_W=proj.stride[1] if proj else 1,
-        EVEN_K=conv.ci % config.block_k == 0 and cp % config.block_k == 0, **shared,
+        EVEN_K=conv.ci % config.block_k == 0 and cp % config.block_k == 0,
+        SPLITS=config.splits, **shared,
     )  # fmt: skip
     return y

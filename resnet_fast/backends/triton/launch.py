@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...spec import ConvSpec, LaunchSpec
@@ -23,6 +25,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 if INTERPRETED:
     interpreter.repair()
+
+
+ZEROS = 128
+"""Counters that a program sets to zero."""
 
 
 class FoldedWeights(NamedTuple):
@@ -94,10 +100,39 @@ def submit(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         recorded.add(kernel, grid, arguments, constants)
 
 
-def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int]:
-    """Return (tiles of one group, groups)."""
+def grid_of(conv: ConvSpec, config: Config) -> tuple[int, int, int]:
+    """Return (tiles of one group, groups, splits)."""
     groups = merged_groups(conv)
-    return (-(-conv.gemm_m // config.block_m)) * (-(-(conv.co // groups) // config.block_n)), groups
+    tiles = (-(-conv.gemm_m // config.block_m)) * (-(-(conv.co // groups) // config.block_n))
+    return tiles, groups, config.splits
+
+
+def partial_sums(conv: ConvSpec, config: Config, x: Tensor) -> Tensor | None:
+    """Return uninitialised memory for the sums of a split-K launch, None for a launch without splits."""
+    if config.splits == 1:
+        return None
+    tiles, groups, splits = grid_of(conv, config)
+    return x.new_empty((tiles * groups, splits, config.block_m, config.block_n), dtype=torch.float32)
+
+
+@triton.jit
+def _zero_kernel(out_ptr, SIZE: tl.constexpr):
+    tl.store(out_ptr + tl.program_id(0) * SIZE + tl.arange(0, SIZE), 0)
+
+
+def arrivals(launches: Iterable[tuple[LaunchSpec, Config]], x: Tensor) -> Tensor | None:
+    """Return zeros (int32), one per tile of the largest split-K launch; None if no launch splits its K steps.
+
+    Each launch leaves them zero, so launches one after another share them. Every call gets its own, because launches of
+    other streams may run at the same time.
+    """
+    counts = [prod(grid_of(launch.last, c)[:2]) for launch, c in launches if c.splits > 1]
+    if not counts:
+        return None
+    programs = -(-max(counts) // ZEROS)
+    zeros = x.new_empty(programs * ZEROS, dtype=torch.int32)
+    submit(_zero_kernel, (programs,), zeros, SIZE=ZEROS)
+    return zeros
 
 
 def empty_nhwc(x: Tensor, n: int, c: int, h: int, w: int) -> Tensor:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,9 +22,10 @@ from ...tuning.routes import merged_groups, stem_step
 from ..layouts import in_layout
 from . import bottleneck, conv_bn_act, conv_bn_act_1x1, conv_bn_act_3x3, stem, stock
 from .device import device_of, table_of
-from .launch import FoldedWeights, nhwc
+from .launch import FoldedWeights, arrivals, nhwc
 
-Launcher = Callable[[LaunchSpec, Config, FoldedWeights, Tensor, Tensor | None, Tensor | None], Tensor]
+Launcher = Callable[..., Tensor]
+"""``launcher(launch, config, packed, x, res, xp)``; one with ``config.splits`` also takes ``arrivals``."""
 
 LAUNCHERS: dict[str, Launcher] = {
     "conv_bn_act_1x1": conv_bn_act_1x1.conv_bn_act_1x1,
@@ -64,6 +65,10 @@ class TritonState:
         """The fusion plan of :mod:`resnet_fast.roofline.byte_model` that the launches follow."""
         plan = self.chosen.route.fusion
         return "tail" if plan == "stem" else plan
+
+    def steps(self) -> Iterator[tuple[LaunchSpec, Config]]:
+        """Yield each launch with its config."""
+        return ((step.launch, step.config) for step in self.launches)
 
     def __str__(self) -> str:
         return str(self.chosen)
@@ -143,21 +148,28 @@ def dense_images(x: Tensor) -> Tensor:
     return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)
 
 
-def run(call: Call, spec: Spec, state: TritonState) -> Tensor:
-    """Run the launches one after another."""
+def run(call: Call, spec: Spec, state: TritonState, counters: Tensor | None = None) -> Tensor:
+    """Run the launches one after another.
+
+    Args:
+        counters: zeros of :func:`~.launch.arrivals` for split-K launches; None to make them here.
+    """
     x = call.x
+    if counters is None:
+        counters = arrivals(state.steps(), x)
     if spec.pool is None or state.pool is not None or state.launches[0].config.stock:  # all but the stem's own kernel
         x = dense_images(x)
     shortcut = None if call.added is None else nhwc(call.added)
     y = x
     for launch, config, packed, launcher, makes_shortcut in state.launches:
+        split = {} if config.splits == 1 else {"arrivals": counters}
         if makes_shortcut:
-            shortcut = launcher(launch, config, packed, x, None, None)
+            shortcut = launcher(launch, config, packed, x, None, None, **split)
             continue
         res = None
         if launch.residual:
             res = nhwc(x) if shortcut is None else shortcut
-        y = launcher(launch, config, packed, y, res, x if launch.projection is not None else None)
+        y = launcher(launch, config, packed, y, res, x if launch.projection is not None else None, **split)
     if state.pool is not None:
         y = F.max_pool2d(y, *state.pool)
     return in_layout(y, spec.layout)

@@ -19,7 +19,7 @@ from ...spec import ConvSpec, LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
 from . import plan
-from .launch import FoldedWeights
+from .launch import FoldedWeights, arrivals
 
 
 @dataclass
@@ -74,7 +74,9 @@ class Problem:
     def prepared(self, config: Config) -> Callable[[], Tensor]:
         """Pack the parameters, and return a function that runs the launch: the part that is timed."""
         launcher, packed = plan.LAUNCHERS[config.kernel], self.packed(config)
-        return lambda: launcher(self.spec, config, packed, self.x, self.residual, self.projected)
+        counters = arrivals([(self.spec, config)], self.x)
+        split = {} if counters is None else {"arrivals": counters}
+        return lambda: launcher(self.spec, config, packed, self.x, self.residual, self.projected, **split)
 
     def check(self, config: Config) -> numerics.ErrorReport:
         """Run the launch and assert its error budget, see :func:`resnet_fast.numerics.assert_close`."""

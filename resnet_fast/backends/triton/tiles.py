@@ -3,6 +3,7 @@
     program -> (tile of gemm_m, tile of gemm_n)     tile_of_program, rows_and_channels
     gemm_m  -> (n, ho, wo) -> element offset        pixel_of_row
     tile   += A @ B.T                               multiply, accumulate_1x1
+    split-K: a program's share of the K steps       steps_of_split, join_splits
     y       = relu(tile + bias + residual)          finish_tile
 
 Offsets of rows are 64-bit (a batch of 4,096 images at stage 1 has more than 2^31 elements) and are computed once per
@@ -91,11 +92,14 @@ def store_rounded(at, x, mask):
 
 @triton.jit
 def accumulate_1x1(
-    acc, rows, row_mask, w_rows, w_mask, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    acc, rows, row_mask, w_rows, w_mask, first, end, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + x[rows, :K] @ w[:, :K].T; ``rows`` and ``w_rows`` point at the first of K channels."""
-    for start in range(0, K, BLOCK_K):
+    """Return acc + x[rows, first:end] @ w[:, first:end].T of K channels; ``first`` is a multiple of BLOCK_K.
+
+    ``rows`` and ``w_rows`` point at channel 0.
+    """
+    for start in range(first, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if EVEN_K:
             a = tl.load(rows[:, None] + k[None, :], mask=row_mask[:, None], other=0.0)
@@ -121,3 +125,36 @@ def finish_tile(
     if RELU:
         acc = relu(acc)
     tl.store(y_ptr + at, round_to(acc, y_ptr.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit
+def steps_of_split(steps, SPLITS: tl.constexpr):
+    """Return (first, end) of this program's K steps; the splits of a tile differ by at most one step."""
+    split = tl.program_id(2)
+    return split * steps // SPLITS, (split + 1) * steps // SPLITS
+
+
+@triton.jit
+def join_splits(
+    acc, partials_ptr, arrivals_ptr, tile, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return (whether this program finishes the tile, the sum of all splits if it does).
+
+    Every program leaves its sum in ``partials`` (tiles, SPLITS, BLOCK_M, BLOCK_N) fp32 and counts its arrival. The last
+    one adds all of them from the first split to the last, its own included, so the order of arrival does not show in
+    the result. It sets the counter back to 0 for the next launch.
+
+    Order in memory: the barrier puts every thread's stores before the counting, which releases and acquires at GPU
+    scope. The sums of other multiprocessors are then read from L2 (``.cg``), since an L1 line may be older.
+    """
+    at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    sums = partials_ptr + (tile * SPLITS).to(tl.int64) * (BLOCK_M * BLOCK_N)
+    tl.store(sums + tl.program_id(2) * (BLOCK_M * BLOCK_N) + at, acc)
+    tl.debug_barrier()
+    finishes = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if finishes:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for split in range(0, SPLITS):
+            acc += tl.load(sums + split * (BLOCK_M * BLOCK_N) + at, cache_modifier=".cg")
+        tl.store(arrivals_ptr + tile, 0)
+    return finishes, acc

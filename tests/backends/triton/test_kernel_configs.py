@@ -69,6 +69,7 @@ GRID = covering(
     for config in configs.SHIPPED[kernel]
     for i, launch in enumerate(launches)
     if not config.descriptors or configs._descriptors_apply(launch, config, devices.gpu("h100").gpu)
+    if config.splits == 1 or launch.projection is None
 )
 CASES = [
     pytest.param(
