@@ -275,6 +275,11 @@ def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_b
     return Device(name, scaled(H100.bandwidth), rates, resources)
 
 
+def file_stem(gpu_name: str) -> str:
+    """Return a GPU's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
+
+
 def cpu_model() -> str:
     """Return this CPU's model name as its maker gives it."""
     info = Path("/proc/cpuinfo")

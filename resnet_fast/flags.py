@@ -86,6 +86,12 @@ PROLOGUE = Flag(
     ("packed", "exact"),
     "how Triton's training kernels apply BatchNorm to 16-bit inputs: in 16-bit pairs, or in fp32 and slower",
 )
+PROVE = Flag(
+    "RESNET_FAST_PROVE",
+    "1",
+    ("0", "1"),
+    "1: on a GPU, a Triton config that compilers have got wrong is checked before its first use; 0: it never runs",
+)
 EMULATE = Flag(
     "RESNET_FAST_EMULATE",
     "0",
@@ -94,7 +100,7 @@ EMULATE = Flag(
 )
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, EMULATE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, PROVE, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of measurements on this machine; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""

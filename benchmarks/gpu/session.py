@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from resnet_fast import devices
 from resnet_fast.io import safe_files
 from resnet_fast.io.safe_files import json_text
-from resnet_fast.tuning import configs, tables
+from resnet_fast.tuning import configs
 
 from .. import harness, provenance
 
@@ -145,7 +146,7 @@ def _folder(out: Path | None, device: str) -> Path:
         return out.resolve()
     if device == "cpu":
         return Path(tempfile.mkdtemp(prefix="resnet_fast_gpu_"))
-    return ROOT / "benchmarks" / "results" / tables.slug(gpu_name(device))
+    return ROOT / "benchmarks" / "results" / devices.file_stem(gpu_name(device))
 
 
 def write_text(path: Path, text: str) -> None:

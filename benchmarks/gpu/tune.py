@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from resnet_fast import devices
 from resnet_fast.devices import Device
 from resnet_fast.errors import BackendError
 from resnet_fast.io.safe_files import json_text
@@ -72,7 +73,7 @@ def device_of(settings: Settings) -> Device:
 
 def table_path(settings: Settings) -> Path:
     """Return the path of the table that comes with the package; in the interpreter, of one next to the results."""
-    file = f"{tables.slug(gpu_name(settings.device))}.json"
+    file = f"{devices.file_stem(gpu_name(settings.device))}.json"
     return (tables.SHIPPED if settings.on_gpu else settings.path) / file
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from resnet_fast import devices
-from resnet_fast.backends.triton import plan
+from resnet_fast.backends.triton import launchers
 from resnet_fast.backends.triton.launch import FoldedWeights
 from resnet_fast.devices import Gpu
 from resnet_fast.spec import ConvSpec, LaunchSpec
@@ -72,7 +72,7 @@ def launches() -> dict[str, LaunchSpec]:
 def meta(
     launch: LaunchSpec, config: Config
 ) -> tuple[FoldedWeights, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Make a launch's tensors without memory, as plan.py would pack them."""
+    """Make a launch's tensors without memory, as launchers.py would pack them."""
     dtype = getattr(torch, launch.dtype)
 
     def image(shape: tuple[int, int, int, int]) -> torch.Tensor:
@@ -117,7 +117,7 @@ def jobs(every: bool = True) -> Iterator[CompileJob]:
 def _job(launch: LaunchSpec, config: Config, arch: int, label: str) -> CompileJob:
     split = {} if config.splits == 1 else {"arrivals": torch.empty(128, dtype=torch.int32, device="meta")}
     with capture() as found:
-        plan.LAUNCHERS[config.kernel](launch, config, *meta(launch, config), **split)
+        launchers.LAUNCHERS[config.kernel](launch, config, *meta(launch, config), **split)
     return found[0].job(arch, label)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,10 @@ from ..current_device import numbered, on_device
 from ..errors import BackendError, UserError
 from ..io import safe_files
 from ..spec import LaunchSpec, Spec
-from ..tuning import configs, launch_plan, launches, tables, training_configs
+from ..tuning import configs, launch_plan, launches, proofs, tables, training_configs
 from ..tuning.configs import Config
 from ..tuning.shapes import unknown_name
 from . import catalog, record, select
-
-PROOF_BATCH = 2
-"""Batch size to verify a candidate on. Tile edges do not depend on the batch, and fp64 is slow on a large one."""
 
 OnProgress = Callable[[int, int, str], None]
 """Called with the number of launches done, the total number, and the launch that is measured next."""
@@ -338,31 +335,24 @@ def _measure(
     launch: LaunchSpec, candidates: list[Config], device: torch.device, result: Tuned
 ) -> dict[str, float | None]:
     """Return the microseconds of each candidate that compiles, matches and runs at full size; None for the others."""
+    from ..backends.triton import device as gpus
+    from ..backends.triton import proofs as first_use
     from ..backends.triton.problem import problem
     from ..backends.triton.training.problem import training_problem
 
     make: Any = training_problem if training_configs.is_training(launch) else problem
-    few = replace(
-        launch,
-        convs=tuple(c.with_(n=min(c.n, PROOF_BATCH)) for c in launch.convs),
-        projection=launch.projection and launch.projection.with_(n=min(launch.n, PROOF_BATCH)),
-    )
-    proof = make(few, device)
+    proof = make(proofs.small(launch), device)
 
     def failure(attempt: Callable[[], Any]) -> str:
-        """Return why an attempt failed; empty if it did not. Running out of memory is not the candidate's fault."""
-        try:
-            with on_device(device):  # the compilers' threads have a current device of their own
-                attempt()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of a compiler, a launch or a comparison: each makes a candidate unusable
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return ""
+        with on_device(device):  # the compilers' threads have a current device of their own
+            return first_use.failure(attempt)
 
     # compilers release the GIL, the interpreter does not
-    with ThreadPoolExecutor(1 if device.type == "cpu" else 16) as pool:
+    with ThreadPoolExecutor(1 if device.type == "cpu" else first_use.THREADS) as pool:
         reasons = list(pool.map(lambda config: failure(lambda: proof.check(config)), candidates))
+    if device.type == "cuda":
+        verdicts = [(launch, config, why) for config, why in zip(candidates, reasons, strict=True)]
+        first_use.keep(gpus.table_of(device), [v for v in verdicts if not v[1].stock and configs.needs_proof(*v[:2])])
     times: dict[str, float | None] = {}
     full = make(launch, device) if "" in reasons else proof
 

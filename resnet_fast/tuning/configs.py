@@ -285,11 +285,11 @@ def verdict(launch: LaunchSpec, config: Config, gpu: Gpu, rules: tuple[Rule, ...
 
 
 def needs_proof(launch: LaunchSpec, config: Config) -> bool:
-    """Return whether a config may run only after its output was compared with stock PyTorch's.
+    """Return whether a config may run only with a proof: its output was compared with stock PyTorch's on this GPU.
 
-    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068). The programs of a
-    split-K launch hand their sums over in memory, whose order only a GPU shows. The heuristic never selects either
-    without a measurement, and the tuner admits one only after its output matched.
+    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068, #177823, #183989).
+    The programs of a split-K launch hand their sums over in memory, whose order only a GPU shows. The rule is the same
+    for inference and training. proofs.py keeps the verdicts.
     """
     return config.splits > 1 or (config.num_warps == 8 and any(c.r * c.s > 1 for c in launch.convs))
 

@@ -9,37 +9,45 @@ from ..spec import LaunchSpec
 from . import configs, training_configs
 from .configs import Config
 from .time_model import predict_seconds
-from .training_configs import CUDNN
 
 
 @lru_cache(maxsize=4096)
 def rank(launch: LaunchSpec, device: Device) -> tuple[tuple[Config, float], ...]:
     """Return the candidates of an inference launch with their predicted seconds, fastest first.
 
-    Configs whose output must be proved first (:func:`configs.needs_proof`) are left out: only a measurement admits
-    them.
+    Those that need a proof are among them: whether they may run is up to the caller.
     """
     gpu = device.gpu
     assert gpu is not None
-    legal = [c for c in configs.candidates(launch, gpu) if not configs.needs_proof(launch, c)]
+    legal = configs.candidates(launch, gpu)
     return tuple(sorted(((c, predict_seconds(launch, c, device)) for c in legal), key=lambda pair: pair[1]))
 
 
 def select(launch: LaunchSpec, device: Device) -> tuple[Config, float] | None:
-    """Return the candidate with the least predicted time, and that time; None where there is no candidate."""
-    return next(iter(rank(launch, device)), None)
+    """Return the fastest candidate that needs no proof, and its predicted seconds; None where there is none."""
+    return next((pick for pick in rank(launch, device) if not configs.needs_proof(launch, pick[0])), None)
 
 
 @lru_cache(maxsize=4096)
-def select_training(launch: LaunchSpec, device: Device, packed: bool, refused: frozenset[str] = frozenset()) -> Config:
-    """Return the candidate of a training launch with the least predicted time; cuDNN where none is left.
+def rank_training(
+    launch: LaunchSpec, device: Device, packed: bool, left_out: frozenset[Config]
+) -> tuple[tuple[Config, float], ...]:
+    """Return the candidates of a training launch with their predicted seconds, fastest first.
 
     Args:
         launch: a launch of a training step.
         device: a GPU with known ceilings.
         packed: whether a prologue in 16-bit pairs is wanted, where the launch may take one.
-        refused: configs, as printed, that gave a wrong answer when they were measured.
+        left_out: configs that may not run; without them smaller tiles may be candidates.
     """
     assert device.gpu is not None
-    legal = [c for c in training_configs.candidates(launch, device.gpu, packed) if str(c) not in refused]
-    return min(legal, key=lambda c: predict_seconds(launch, c, device), default=CUDNN)
+    legal = training_configs.candidates(launch, device.gpu, packed, left_out)
+    return tuple(sorted(((c, predict_seconds(launch, c, device)) for c in legal), key=lambda pair: pair[1]))
+
+
+def select_training(launch: LaunchSpec, device: Device, packed: bool) -> tuple[Config, float] | None:
+    """Return the fastest candidate that needs no proof, and its predicted seconds; None where there is none."""
+    assert device.gpu is not None
+    every = training_configs.admitted(launch, device.gpu, packed)
+    unproved = frozenset(c for c in every if configs.needs_proof(launch, c))
+    return next(iter(rank_training(launch, device, packed, unproved)), None)

@@ -6,6 +6,8 @@ A problem's routes (routes.py) are compared by the sum of their launches' times.
   launch: after tuning, what runs is never slower than stock beyond noise.
 - Without measurements the model's times (heuristic.py) decide among our kernels.
 - A config that gave a wrong answer during tuning is refused and never runs.
+- A config that needs a proof (configs.needs_proof) competes only if it was proved on this GPU (proofs.py). A caller
+  that is going to prove what it gets asks for a ``hopeful`` plan, in which what was not tried yet competes too.
 
 Torch-free.
 """
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 from ..devices import Device
 from ..errors import BackendError
 from ..spec import ConvSpec, LaunchSpec, Spec
-from . import configs, heuristic, training_configs
+from . import configs, heuristic, proofs, training_configs
 from .configs import Config
 from .routes import LaunchRoute, routes
 from .tables import Table, user_file
@@ -34,6 +36,7 @@ class LaunchPlan:
         seconds: the sum of the launches' times, and of a separate max-pool.
         measured: whether all of those times were measured.
         others: the routes that lost, by name, with their seconds.
+        note: why a faster config was left out; empty if none was.
     """
 
     route: LaunchRoute
@@ -41,47 +44,70 @@ class LaunchPlan:
     seconds: float
     measured: bool
     others: tuple[tuple[str, float], ...] = ()
+    note: str = ""
+
+    @property
+    def chosen(self) -> tuple[tuple[LaunchSpec, Config], ...]:
+        """Each launch with its config."""
+        return tuple(zip(self.route.launches, self.configs, strict=True))
 
     def __str__(self) -> str:
-        steps = " | ".join(
-            f"{launch.kernel} {config}" for launch, config in zip(self.route.launches, self.configs, strict=True)
-        )
+        steps = " | ".join(f"{launch.kernel} {config}" for launch, config in self.chosen)
         how = "measured" if self.measured else "modelled"
         lost = "".join(f", {fusion} {seconds * 1e6:.1f}" for fusion, seconds in self.others)
-        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost}){note}"
 
 
-def fastest_measured(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config, float] | None:
+def _may_run(launch: LaunchSpec, config: Config, table: Table, hopeful: bool) -> bool:
+    """Return whether a config needs no proof or is proved; with ``hopeful`` also if it was not tried yet."""
+    refusal = table.proofs.verdict(launch, config)
+    if refusal is None:
+        return hopeful and proofs.at_first_use(launch)
+    return not refusal
+
+
+def fastest_measured(
+    launch: LaunchSpec, device: Device, table: Table, hopeful: bool = False
+) -> tuple[Config, float] | None:
     """Return the fastest candidate in the table and its seconds; None where nothing usable was measured."""
     times = table.times(launch)
     if not times or device.gpu is None:
         return None
     known = {str(c): c for c in (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))}
     usable = [(known[name], us * 1e-6) for name, us in times.items() if us is not None and name in known]
+    usable = [pair for pair in usable if _may_run(launch, pair[0], table, hopeful)]
     return min(usable, key=lambda pair: pair[1]) if usable else None
 
 
-def fastest_modelled(launch: LaunchSpec, device: Device, table: Table) -> tuple[Config, float] | None:
+def fastest_modelled(
+    launch: LaunchSpec, device: Device, table: Table, hopeful: bool = False
+) -> tuple[Config, float] | None:
     """Return the model's fastest candidate that the table does not refuse, and its seconds; None where none is left."""
     refused = {name for name, us in table.times(launch).items() if us is None}
-    return next((pick for pick in heuristic.rank(launch, device) if str(pick[0]) not in refused), None)
+    left = (pick for pick in heuristic.rank(launch, device) if str(pick[0]) not in refused)
+    return next((pick for pick in left if _may_run(launch, pick[0], table, hopeful)), None)
 
 
-def plan_launches(spec: Spec, device: Device, table: Table) -> LaunchPlan:
+def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = False) -> LaunchPlan:
     """Return the fastest known way to run ``spec`` on ``device``.
 
     Args:
         spec: a convolution or a block of inference.
         device: a GPU with known ceilings.
-        table: what was measured on it.
+        table: what was measured and proved on it.
+        hopeful: whether configs that need a proof compete before they were tried.
 
     Raises:
         BackendError: tuning refused every config of a launch in every route.
     """
     found = []
     for route in routes(spec):
-        known = [fastest_measured(launch, device, table) for launch in route.launches]
-        picks = [k or fastest_modelled(launch, device, table) for k, launch in zip(known, route.launches, strict=True)]
+        known = [fastest_measured(launch, device, table, hopeful) for launch in route.launches]
+        picks = [
+            k or fastest_modelled(launch, device, table, hopeful)
+            for k, launch in zip(known, route.launches, strict=True)
+        ]
         best = [p for p in picks if p is not None]
         if len(best) < len(picks):
             continue  # a chain too wide for every config, or a launch that failed with each of its configs
@@ -132,30 +158,40 @@ class TrainingConfigs:
     dgrad: Config
     wgrad: Config
 
+    def chosen(self, conv: ConvSpec, prologue: bool) -> tuple[tuple[LaunchSpec, Config], ...]:
+        """Return each launch of ``conv`` with its config; ``prologue`` as of :func:`plan_training`."""
+        launches = (training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS)
+        return tuple(zip(launches, (self.fwd, self.dgrad, self.wgrad), strict=True))
+
     def __str__(self) -> str:
         return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad))
 
 
-def plan_training(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> TrainingConfigs:
+def plan_training(
+    conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool, hopeful: bool = False
+) -> TrainingConfigs:
     """Return a config for each direction of a convolution: the fastest measured, otherwise the model's.
 
     Args:
         conv: a convolution of a training step.
         prologue: whether its input is raw, so that BatchNorm and ReLU are applied as it is read.
         device: a GPU with known ceilings.
-        table: what was measured on it.
+        table: what was measured and proved on it.
         packed: whether a prologue in 16-bit pairs is wanted, where the launch may take one.
+        hopeful: whether configs that need a proof compete before they were tried.
     """
+    launches = (training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS)
+    return TrainingConfigs(*(_fastest_training(launch, device, table, packed, hopeful) for launch in launches))
+
+
+def _fastest_training(launch: LaunchSpec, device: Device, table: Table, packed: bool, hopeful: bool) -> Config:
+    """Return the fastest config of a training launch, measured or else modelled; ``CUDNN`` where none is left."""
     assert device.gpu is not None
-    found = []
-    for kernel in training_configs.KERNELS:
-        launch = training_launch(kernel, conv, prologue)
-        times = table.times(launch)
-        known = {str(c): c for c in (*training_configs.candidates(launch, device.gpu, packed), CUDNN)}
-        usable = [(us, name) for name, us in times.items() if us is not None and name in known]
-        if usable:
-            found.append(known[min(usable)[1]])
-        else:
-            refused = frozenset(name for name, us in times.items() if us is None)
-            found.append(heuristic.select_training(launch, device, packed, refused))
-    return TrainingConfigs(*found)
+    times, every = table.times(launch), training_configs.admitted(launch, device.gpu, packed)
+    may_run = [c for c in every if _may_run(launch, c, table, hopeful)]
+    known = {str(c): c for c in (*may_run, CUDNN)}
+    usable = [(us, name) for name, us in times.items() if us is not None and name in known]
+    if usable:
+        return known[min(usable)[1]]
+    left_out = frozenset(c for c in every if c not in may_run or times.get(str(c), 0) is None)
+    return next((c for c, _ in heuristic.rank_training(launch, device, packed, left_out)), CUDNN)

@@ -20,7 +20,7 @@ def candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
     assert device.gpu is not None
     if is_training(launch):
         packed = flags.PROLOGUE.read() == "packed"
-        return (*training_configs.candidates(launch, device.gpu, packed), training_configs.CUDNN)
+        return (*training_configs.measurable(launch, device.gpu, packed), training_configs.CUDNN)
     return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
 
 

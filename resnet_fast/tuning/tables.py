@@ -14,38 +14,42 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import flags
+from ..devices import file_stem
 from ..io import safe_files
 from ..spec import LaunchSpec
 from .configs import SPACE
+from .proofs import Proofs
 
 SHIPPED = Path(__file__).with_name("tables")
-
-
-def slug(gpu_name: str) -> str:
-    """Return a GPU's name as a file name: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
 
 
 def user_file(gpu_name: str) -> Path:
     """Return the file of this user's measurements of ``gpu_name``."""
     folder = flags.cache_folder() / "tuning"
-    return folder / f"{slug(gpu_name)}.json"
+    return folder / f"{file_stem(gpu_name)}.json"
 
 
 @dataclass
 class Table:
-    """Times of launches on one GPU: launch, as printed -> candidate, as printed -> microseconds (None: refused)."""
+    """What is known of one GPU: measured times, and which configs were proved there.
+
+    Attributes:
+        gpu: the GPU's name.
+        entries: launch, as printed -> candidate, as printed -> microseconds (None: refused).
+        versions: of the software that measured them, by name.
+        proofs: verdicts on configs that need a proof. They have a file of their own, see proofs.py.
+    """
 
     gpu: str
     entries: dict[str, dict[str, float | None]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    proofs: Proofs = field(default_factory=Proofs)
 
     def times(self, launch: LaunchSpec) -> dict[str, float | None]:
         """Return microseconds by candidate for ``launch``; empty if nothing was measured."""
@@ -53,12 +57,12 @@ class Table:
 
     def merged(self, other: Table) -> Table:
         """Return this table with the entries of ``other``, which replace this table's for the same launch."""
-        return Table(self.gpu, self.entries | other.entries, self.versions | other.versions)
+        return replace(self, entries=self.entries | other.entries, versions=self.versions | other.versions)
 
     def with_times(self, other: Table) -> Table:
         """Return this table with the times of ``other`` added: for a common launch, the candidates of both."""
         entries = {name: self.entries.get(name, {}) | times for name, times in other.entries.items()}
-        return Table(self.gpu, self.entries | entries, self.versions | other.versions)
+        return replace(self, entries=self.entries | entries, versions=self.versions | other.versions)
 
     def save(self, path: Path) -> None:
         """Write the table atomically."""
@@ -149,4 +153,4 @@ def _is_time(t: Any) -> bool:
 
 def load(gpu_name: str) -> Table:
     """Return the table of a GPU: the shipped one, with the user's own measurements in place of its entries."""
-    return read(SHIPPED / f"{slug(gpu_name)}.json", gpu_name).merged(read(user_file(gpu_name), gpu_name))
+    return read(SHIPPED / f"{file_stem(gpu_name)}.json", gpu_name).merged(read(user_file(gpu_name), gpu_name))

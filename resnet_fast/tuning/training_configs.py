@@ -176,32 +176,29 @@ def _packed_where_it_may(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdic
 LIMITS = (_fits_shared, _fits_registers, _fits_gather, _not_larger_than_needed, _packed_where_it_may)
 
 
-def _issues_in_time(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """Refuse tiles below 128 x 128 where products are the limit and fill the GPU.
+def _is_whole(config: Config) -> bool:
+    return config.block_m * config.block_n >= WHOLE_TILE
+
+
+def _needs_whole_tiles(launch: LaunchSpec, gpu: Gpu) -> bool:
+    """Return whether products are the limit and fill the GPU, so that tiles below 128 x 128 are too small.
 
     A smaller tile applies the prologue to more elements per product, so that its main loop issues instructions for
     longer than the tensor cores take (docs/tables/training-budgets.md).
     """
-    if config.block_m * config.block_n >= WHOLE_TILE or is_memory_bound(launch) or not configs.on_tensor_cores(launch):
-        return YES
+    if is_memory_bound(launch) or not configs.on_tensor_cores(launch):
+        return False
     rows, columns, products, count = gemm(launch)
     work = rows * columns * count // WHOLE_TILE * (products // 256 if launch.kernel == "conv_wgrad" else 1)
-    whole = (for_dtype(c, launch.dtype) for c in SHIPPED[launch.kernel] if c.block_m * c.block_n >= WHOLE_TILE)
-    if work < gpu.sms or not any(configs.verdict(launch, c, gpu, LIMITS) for c in whole):
-        return YES
-    tile = f"{config.block_m} x {config.block_n}"
-    return Verdict.no("a tile of 128 x 128 where products are the limit", tile, "use it")
-
-
-RULES = (*LIMITS, _issues_in_time)
+    return work >= gpu.sms
 
 
 def verdict(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """Return whether ``config`` may run a launch on ``gpu``; the first rule that refuses gives the reason."""
-    return configs.verdict(launch, config, gpu, RULES)
+    return configs.verdict(launch, config, gpu, LIMITS)
 
 
-def candidates(launch: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
+def admitted(launch: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
     """Return the shipped configs that the rules admit.
 
     Args:
@@ -212,3 +209,26 @@ def candidates(launch: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]
     wanted = packed and bool(packs(launch))
     sized = dict.fromkeys(replace(for_dtype(c, launch.dtype), packed=wanted) for c in SHIPPED[launch.kernel])
     return tuple(c for c in sized if verdict(launch, c, gpu))
+
+
+def candidates(
+    launch: LaunchSpec, gpu: Gpu, packed: bool, left_out: frozenset[Config] = frozenset()
+) -> tuple[Config, ...]:
+    """Return the admitted configs that are large enough for the launch, where a large one is left.
+
+    Args:
+        launch: a launch of a training step.
+        gpu: the GPU to run on.
+        packed: as of :func:`admitted`.
+        left_out: configs that may not run. If all large ones are, smaller ones are returned.
+    """
+    found = tuple(c for c in admitted(launch, gpu, packed) if c not in left_out)
+    whole = tuple(filter(_is_whole, found))
+    return whole if whole and _needs_whole_tiles(launch, gpu) else found
+
+
+def measurable(launch: LaunchSpec, gpu: Gpu, packed: bool) -> tuple[Config, ...]:
+    """Return every config that may become the fastest: the candidates, with and without what needs a proof."""
+    unproved = frozenset(c for c in admitted(launch, gpu, packed) if configs.needs_proof(launch, c))
+    both = (*candidates(launch, gpu, packed), *candidates(launch, gpu, packed, unproved))
+    return tuple(dict.fromkeys(both))

@@ -17,7 +17,7 @@ from resnet_fast import BackendError, UserError, devices
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
 from resnet_fast.spec import Verdict
-from resnet_fast.tuning import configs, launch_plan, shapes, tables, training_configs
+from resnet_fast.tuning import configs, launch_plan, proofs, shapes, tables, training_configs
 from resnet_fast.tuning.routes import launch
 
 INTERPRETER = "Triton interpreter"
@@ -49,16 +49,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuning.Tuned, Progres
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replace the 3x3 kernel's launcher with one that treats one config differently."""
-    from resnet_fast.backends.triton import plan
+    from resnet_fast.backends.triton import launchers
 
     def exchange(config: str, other: Callable[[Any, Tensor], Tensor]) -> None:
-        right = plan.LAUNCHERS["conv_bn_act_3x3"]
+        right = launchers.LAUNCHERS["conv_bn_act_3x3"]
 
         def wrong(spec: Any, used: Any, *rest: Any) -> Tensor:
             y = right(spec, used, *rest)
             return other(spec, y) if config in ("all", str(used)) else y
 
-        monkeypatch.setitem(plan.LAUNCHERS, "conv_bn_act_3x3", wrong)
+        monkeypatch.setitem(launchers.LAUNCHERS, "conv_bn_act_3x3", wrong)
 
     return exchange
 
@@ -175,12 +175,12 @@ def test_a_wrong_answer_is_refused_with_its_reason_and_never_chosen(
 @pytest.mark.interpret
 def test_a_failure_at_full_size_is_a_refusal(broken: Callable[..., None], tmp_path: Path) -> None:
     def fail(spec: Any, y: Tensor) -> Tensor:
-        if spec.n > tuning.PROOF_BATCH:
+        if spec.n > proofs.BATCH:
             raise RuntimeError("too\nlarge")
         return y
 
     broken(BAD, fail)
-    tuned = resnet_fast.tune(*block(tuning.PROOF_BATCH + 1), path=tmp_path / "t")
+    tuned = resnet_fast.tune(*block(proofs.BATCH + 1), path=tmp_path / "t")
     assert [(c, r) for _, c, r in tuned.refused if c == BAD] == [(BAD, "RuntimeError: too large")] * 2
     assert all(tuned.table.times(one)["64x32x32 w4 s4"] for one in tuned.launches)
 

@@ -92,16 +92,18 @@ def fewest_programs(tile: Callable[[LaunchSpec, Gpu, bool], Config] = shipped) -
     """Make every convolution take the configs that ``tile`` picks."""
     from resnet_fast.backends.triton.training import chain
 
-    def plan(conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool) -> TrainingConfigs:
+    def plan(
+        conv: ConvSpec, prologue: bool, device: Device, table: Table, packed: bool, hopeful: bool
+    ) -> TrainingConfigs:
         assert device.gpu is not None
         launches = (training_configs.training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS)
         return TrainingConfigs(*(tile(one, device.gpu, packed) for one in launches))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_plan, "plan_training", plan)
-        chain._plan_of.cache_clear()
+        chain._plans.clear()
         yield
-    chain._plan_of.cache_clear()
+    chain._plans.clear()
 
 
 def twin(net: nn.Module, save: str = "raw") -> nn.Module:

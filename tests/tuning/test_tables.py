@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from resnet_fast import flags
+from resnet_fast import devices, flags
 from resnet_fast.errors import UserError
 from resnet_fast.tuning import configs, shapes, tables
 from resnet_fast.tuning.routes import launch
@@ -184,7 +184,7 @@ def test_an_unknown_gpu_has_an_empty_table(shipped: Path, cache: Path) -> None:
     ],
 )
 def test_file_names(name: str, file: str) -> None:
-    assert tables.slug(name) == file
+    assert devices.file_stem(name) == file
 
 
 def test_where_the_users_table_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_every_shipped_table_can_be_used() -> None:
     """Each was written for this config space, on the GPU that its name says."""
     for path in tables.SHIPPED.glob("*.json"):
         name = json.loads(path.read_text())["gpu"]
-        assert path.stem == tables.slug(name)
+        assert path.stem == devices.file_stem(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert read(path, name).entries

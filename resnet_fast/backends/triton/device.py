@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -13,14 +14,19 @@ import torch
 from ... import devices
 from ...devices import Device
 from ...tuning import tables
+from . import proofs
 from .launch import INTERPRETED
 
 
 class Target(NamedTuple):
-    """The GPU that launches are planned for, with what was measured on it."""
+    """The GPU that launches are planned for, with what was measured on it.
+
+    ``at``: its place in this machine, where configs can be proved; None if it is elsewhere.
+    """
 
     device: Device
     table: tables.Table
+    at: torch.device | None = None
 
 
 _target: ContextVar[tuple[Target, object] | None] = ContextVar("resnet_fast_triton_target", default=None)
@@ -56,6 +62,11 @@ def forget_tables() -> None:
     measured.cache_clear()
 
 
+def place_of(device: torch.device) -> torch.device:
+    """Return where launches on ``device`` will run: for ``meta`` the target's place, ``meta`` itself if it has none."""
+    return device if device.type != "meta" else _planned()[0].at or device
+
+
 def device_of(device: torch.device) -> Device:
     """Return the ceilings of ``device``: a known GPU's, or the H100's scaled to the multiprocessors of an unknown one.
 
@@ -65,7 +76,7 @@ def device_of(device: torch.device) -> Device:
 
 
 def table_of(device: torch.device) -> tables.Table:
-    """Return what was measured on ``device``; an empty table in the interpreter."""
+    """Return what was measured and proved on ``device``; an empty table in the interpreter."""
     return _planned()[0].table if device.type == "meta" else measured(device)
 
 
@@ -91,4 +102,5 @@ def measured(device: torch.device) -> tables.Table:
     """Return :func:`table_of` of a GPU of this machine."""
     if INTERPRETED:
         return tables.Table("Triton interpreter")
-    return tables.load(torch.cuda.get_device_name(device))
+    name = torch.cuda.get_device_name(device)
+    return replace(tables.load(name), proofs=proofs.load(name))

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,28 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import folding
-from ...calls import Call, Conv
+from ...calls import Call
 from ...spec import LaunchSpec, Spec
 from ...tuning.configs import Config
 from ...tuning.launch_plan import LaunchPlan, plan_launches
-from ...tuning.routes import merged_groups, stem_step
+from ...tuning.routes import merged_groups
 from ..layouts import in_layout
-from . import bottleneck, conv_bn_act, conv_bn_act_1x1, conv_bn_act_3x3, stem, stock
-from .device import device_of, table_of
+from . import proofs
+from .device import device_of, place_of, table_of
 from .launch import FoldedWeights, arrivals, nhwc
-
-Launcher = Callable[..., Tensor]
-"""``launcher(launch, config, packed, x, res, xp)``; one with ``config.splits`` also takes ``arrivals``."""
-
-LAUNCHERS: dict[str, Launcher] = {
-    "conv_bn_act_1x1": conv_bn_act_1x1.conv_bn_act_1x1,
-    "conv_bn_act_3x3": conv_bn_act_3x3.conv_bn_act_3x3,
-    "conv_bn_act": conv_bn_act.conv_bn_act,
-    "stem": stem.stem,
-    "bottleneck": bottleneck.bottleneck,
-    "cudnn": stock.stock,
-    "cudnn_fused": stock.stock,
-}
+from .launchers import LAUNCHERS, Launcher, pack, parameters
+from .problem import problem
 
 
 class PackedLaunch(NamedTuple):
@@ -79,7 +68,7 @@ def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
 
     A derived tensor outlives the call that made it, so it is made outside inference mode.
     """
-    chosen = plan_launches(spec, device_of(call.x.device), table_of(call.x.device))
+    chosen = _plan(spec, call.x.device)
     folded = dict(earlier[0].folded) if earlier else {}
     with torch.inference_mode(False), torch.no_grad():
         for i, (conv, norm, conv_spec) in enumerate(zip(call.convs, call.norms, spec.convs, strict=True)):
@@ -88,6 +77,19 @@ def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
         launches = _launches(spec, chosen, folded)
     pooled = chosen.route.launches[0].last.pool is not None
     return TritonState(chosen, launches, folded, None if pooled else spec.pool)
+
+
+def _plan(spec: Spec, device: torch.device) -> LaunchPlan:
+    """Return the fastest plan whose configs are proved on ``device`` or need no proof."""
+    gpu, table = device_of(device), table_of(device)
+    chosen, note, _ = proofs.settled(
+        lambda hopeful: plan_launches(spec, gpu, table, hopeful),
+        lambda plan: plan.chosen,
+        problem,
+        place_of(device),
+        table,
+    )
+    return replace(chosen, note=note)
 
 
 def _launches(spec: Spec, chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[PackedLaunch, ...]:
@@ -104,43 +106,6 @@ def _launches(spec: Spec, chosen: LaunchPlan, folded: dict[int, Any]) -> tuple[P
         packed = parameters(launch, config, members, None if launch.projection is None else projection)
         found.append(PackedLaunch(launch, config, packed, LAUNCHERS[config.kernel], makes_shortcut))
     return tuple(found)
-
-
-def parameters(
-    launch: LaunchSpec, config: Config, members: list[tuple[Tensor, Tensor]], projection: tuple[Tensor, Tensor] | None
-) -> FoldedWeights:
-    """Return a launch's parameters from the packed (weight, bias) of its convolutions and of its projection."""
-    weight, bias = members[-1]
-    if config.stock:
-        return FoldedWeights(weight, bias.to(weight.dtype))
-    if launch.kernel == "stem":
-        weight = _padded_rows(weight, stem_step(launch.last))
-    inner, inner_bias = members[0] if len(members) > 1 else (None, None)
-    if projection is None:
-        return FoldedWeights(weight, bias, inner, inner_bias)
-    return FoldedWeights(weight, bias + projection[1], inner, inner_bias, projection[0])
-
-
-def pack(conv: Conv, weight: Tensor, bias: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the weight (Co, R, S, Ci/groups), dense in ``dtype``, and the fp32 bias.
-
-    ``groups``: number of groups after merging; the weights between members of a merged group are zero.
-    """
-    merge = conv.groups // groups
-    if merge > 1:
-        co, cig, r, s = weight.shape
-        wide = weight.new_zeros(groups, merge, co // conv.groups, merge, cig, r, s)
-        parts = weight.reshape(groups, merge, co // conv.groups, cig, r, s)
-        for member in range(merge):
-            wide[:, member, :, member] = parts[:, member]
-        weight = wide.reshape(co, merge * cig, r, s)
-    return weight.permute(0, 2, 3, 1).to(dtype).contiguous(), bias.contiguous()
-
-
-def _padded_rows(weight: Tensor, step: int) -> Tensor:
-    """Pad filter rows with zeros: (Co, R, S, Ci) -> (Co, R, step)."""
-    rows = weight.flatten(2)
-    return F.pad(rows, (0, step - rows.shape[2])).contiguous()
 
 
 def dense_images(x: Tensor) -> Tensor:

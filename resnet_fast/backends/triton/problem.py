@@ -1,7 +1,7 @@
 """Run one launch of one kernel on random tensors, and the same computation in stock PyTorch.
 
-The tuner times it and checks a config's output with it; the tests and ``make gpu-check`` compare it with fp64. A model
-never uses it.
+The tuner times it and checks a config's output with it, proofs.py checks a config before its first use with it, and the
+tests and ``make gpu-check`` compare it with fp64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...calls import Conv
 from ...spec import ConvSpec, LaunchSpec
 from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
-from . import plan
+from . import launchers
 from .launch import FoldedWeights, arrivals
 
 
@@ -59,13 +59,13 @@ class Problem:
         return y if last.epilogue.pool is None else F.max_pool2d(y, *last.epilogue.pool)
 
     def packed(self, config: Config) -> FoldedWeights:
-        """Return the weights as plan.py packs them."""
+        """Return the weights as launchers.py packs them."""
         folded = [
-            plan.pack(Conv(w, None, *c.geometry()), w.float(), b.float(), merged_groups(c), w.dtype)
+            launchers.pack(Conv(w, None, *c.geometry()), w.float(), b.float(), merged_groups(c), w.dtype)
             for w, b, c in zip(self.weights, self.biases, self.spec.all_convs(), strict=True)
         ]
         members = folded[: len(self.spec.convs)]
-        return plan.parameters(self.spec, config, members, folded[-1] if self.spec.projection else None)
+        return launchers.parameters(self.spec, config, members, folded[-1] if self.spec.projection else None)
 
     def run(self, config: Config) -> Tensor:
         """Run the launch on the kernel of ``config``."""
@@ -73,7 +73,7 @@ class Problem:
 
     def prepared(self, config: Config) -> Callable[[], Tensor]:
         """Pack the parameters, and return a function that runs the launch: the part that is timed."""
-        launcher, packed = plan.LAUNCHERS[config.kernel], self.packed(config)
+        launcher, packed = launchers.LAUNCHERS[config.kernel], self.packed(config)
         counters = arrivals([(self.spec, config)], self.x)
         split = {} if counters is None else {"arrivals": counters}
         return lambda: launcher(self.spec, config, packed, self.x, self.residual, self.projected, **split)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resnet_fast import numerics
-from resnet_fast.backends.triton import conv_bn_act_1x1, conv_bn_act_3x3, launch, net, plan
+from resnet_fast.backends.triton import conv_bn_act_1x1, conv_bn_act_3x3, launch, launchers, net, plan
 from resnet_fast.backends.triton.problem import problem
 from resnet_fast.calls import Call, Conv, NetCall, Norm
 from resnet_fast.ops.specs import spec_of
@@ -49,7 +49,7 @@ def test_the_splits_add_up_and_leave_the_counters_zero(
     counters = launch.arrivals([(one, config)], given.x)
     assert counters is not None and not counters.any()
     runs = [
-        plan.LAUNCHERS[kernel](one, config, given.packed(config), given.x, given.residual, None, arrivals=counters)
+        launchers.LAUNCHERS[kernel](one, config, given.packed(config), given.x, given.residual, None, arrivals=counters)
         for _ in range(2)
     ]
     assert torch.equal(*runs)

@@ -18,8 +18,7 @@ An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,21 +31,28 @@ from ....tuning import launch_plan
 from ....tuning.launch_plan import TrainingConfigs
 from ....tuning.training_configs import CUDNN
 from ...layouts import in_layout
-from ..device import device_of, table_of, table_version
+from .. import proofs
+from ..device import device_of, place_of, table_of, table_version
 from ..launch import nhwc
 from . import batch_norm, block_end, convolution, pool
+from .problem import training_problem
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The chosen configs of every convolution, by its place in the call."""
+    """The chosen configs of every convolution, by its place in the call.
+
+    ``note``: why faster configs were left out; empty if none was.
+    """
 
     specs: tuple[ConvSpec, ...]
     chosen: tuple[TrainingConfigs, ...]
+    note: str = ""
 
     def __str__(self) -> str:
-        return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen))
+        note = f"; {self.note}" if self.note else ""
+        return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen)) + note
 
     @property
     def fusion(self) -> str:
@@ -56,14 +62,37 @@ class StepPlan:
 
 def plan_of(spec: Spec, device: torch.device) -> StepPlan:
     """Return the configs of forward, dgrad and wgrad of each convolution, measured if possible, else modelled."""
-    return _plan_of(spec, device, flags.PROLOGUE.read() == "packed", table_version(device))
+    packed = flags.PROLOGUE.read() == "packed"
+    key = spec, device, packed, table_version(device)
+    known = _plans.get(key)
+    if known is not None:
+        return known
+    plan, lasts = _plan(spec, device, packed)
+    if lasts:
+        if len(_plans) >= _KEEP:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
 
 
-@lru_cache(maxsize=1024)
-def _plan_of(spec: Spec, device: torch.device, packed: bool, version: object) -> StepPlan:
-    inner, device_, table = len(spec.main), device_of(device), table_of(device)
-    chosen = [launch_plan.plan_training(c, 0 < i < inner, device_, table, packed) for i, c in enumerate(spec.convs)]
-    return StepPlan(spec.convs, tuple(chosen))
+_KEEP = 1024
+_plans: dict[tuple[Spec, torch.device, bool, object], StepPlan] = {}
+
+
+def _plan(spec: Spec, device: torch.device, packed: bool) -> tuple[StepPlan, bool]:
+    """Return a plan whose configs are proved on ``device`` or need no proof, and whether it lasts."""
+    gpu, table = device_of(device), table_of(device)
+    convs = [(c, 0 < i < len(spec.main)) for i, c in enumerate(spec.convs)]
+
+    def plan(hopeful: bool) -> StepPlan:
+        chosen = (launch_plan.plan_training(c, raw, gpu, table, packed, hopeful) for c, raw in convs)
+        return StepPlan(spec.convs, tuple(chosen))
+
+    def pairs(plan: StepPlan) -> list[proofs.Pair]:
+        return [pair for (c, raw), found in zip(convs, plan.chosen, strict=True) for pair in found.chosen(c, raw)]
+
+    found, note, lasts = proofs.settled(plan, pairs, training_problem, place_of(device), table)
+    return replace(found, note=note), lasts
 
 
 # ---------------------------------------------------------------------------------------------------------- forward
@@ -189,7 +218,9 @@ class _Backward:
         if not self.raws[last].numel():
             centre = self.vectors[last][CENTRE]  # as the forward pass subtracted it; the running mean has changed since
             spec, config = self.plan.specs[last], self.plan.chosen[last].fwd
-            self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, False)[0]
+            # with statistics: the same code as in the forward pass, which is compiled and, where needed, proved
+            batch = self.norms[last].batch_stats
+            self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, batch)[0]
         g, grads = self.end(z, dz)
         wanted = [self.wanted(i) for i in range(len(self.convs))]
         dx_of_projection = None

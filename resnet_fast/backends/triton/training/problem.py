@@ -17,11 +17,12 @@ from torch import Tensor
 from .... import numerics
 from ....calls import Norm
 from ....spec import ConvSpec, LaunchSpec
+from ....tuning import configs
 from ....tuning.configs import Config
 from ....tuning.training_configs import CUDNN
 from ..problem import guarded
 from . import batch_norm, convolution
-from .vectors import HI, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad
+from .vectors import HI, INVSTD, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad
 
 
 def _over(row: Tensor) -> Tensor:
@@ -60,11 +61,63 @@ class TrainingProblem:
         return config.packed and self.x.clamp is not None
 
     def check(self, config: Config) -> numerics.ErrorReport:
-        """Run the launch and assert its error budget, see :func:`resnet_fast.numerics.assert_close`."""
+        """Run the launch and assert its error budget, see :func:`resnet_fast.numerics.assert_close`.
+
+        A config that needs a proof is also run as a step runs it, with everything else that the launch computes.
+        """
         out = self.prepared(config)().to(self.x.y.dtype)
-        products = {"conv_fwd": self.spec.gemm_k, "conv_wgrad": self.spec.gemm_m}
-        k = products.get(self.launch.kernel, self.spec.co // self.spec.groups * self.spec.r * self.spec.s)
-        return numerics.assert_close(out, self._stock(torch.float64, config), self._stock(out.dtype, config), k)
+        double, eager = (self._stock(dtype, config) for dtype in (torch.float64, out.dtype))
+        if not config.stock and configs.needs_proof(self.launch, config):
+            self._check_as_in_a_step(config, double, eager)
+        return numerics.assert_close(out, double, eager, self._products())
+
+    def _products(self) -> int:
+        """Return the number of products per output."""
+        spec = self.spec
+        known = {"conv_fwd": spec.gemm_k, "conv_wgrad": spec.gemm_m}
+        return known.get(self.launch.kernel, spec.co // spec.groups * spec.r * spec.s)
+
+    def _check_as_in_a_step(self, config: Config, double: Tensor, eager: Tensor) -> None:
+        """Check the output with what a step adds to it, and the statistics or sums of the launch.
+
+        Args:
+            config: the config to check.
+            double: the plain output in float64.
+            eager: the plain output of stock PyTorch.
+        """
+        spec, k = self.spec, self._products()
+        if self.launch.kernel == "conv_fwd":
+            centre = double.mean((0, 2, 3)).float()
+            y, partials, rows = convolution.forward(self.weight, spec, config, self.x, centre, spec.batch_stats)
+            numerics.assert_close(y, double - _over(centre), (eager - _over(centre)).to(y.dtype), k)
+            if partials is not None:
+                self._check_statistics(y, partials, rows)
+        elif self.launch.kernel == "conv_dgrad" and self.launch.prologue:
+            packed = self._is_packed(config)
+            g, sums = convolution.dgrad_to(self.weight, spec, config, self.grad, self.x, packed)
+            assert self.x.vectors is not None
+            away = self.x.y.double() - _over(self.x.vectors[MEAN].double())
+            _same_sums(sums[0].double().sum(0), g.double())
+            _same_sums(sums[1].double().sum(0), g.double() * away)
+        elif self.launch.kernel == "conv_dgrad":
+            add = guarded(torch.randn_like(eager.float()).to(eager.dtype))
+            dx, _ = convolution.dgrad(self.weight, spec, config, self.grad, add=add)
+            numerics.assert_close(dx, double + add.double(), eager + add, k)
+            every = (slice(None), slice(None), slice(None, None, 2), slice(None, None, 2))
+            dx, _ = convolution.dgrad(self.weight, spec, config, self.grad, add_strided=(guarded(add[every]), (2, 2)))
+            padded = torch.zeros_like(add)
+            padded[every] = add[every]
+            numerics.assert_close(dx, double + padded.double(), eager + padded, k)
+
+    def _check_statistics(self, y: Tensor, partials: Tensor, rows: int) -> None:
+        """Check the mean and variance of the stored output ``y`` that a launch computed by tile."""
+        norm = Norm(None, None, None, None, True, 0.1, 1e-5)
+        found, _ = batch_norm.finalize(partials, rows, self.spec.gemm_m, norm, None, None, y.dtype, "")
+        mean, var = y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), unbiased=False)
+        for name, got, want in (("mean", found[MEAN], mean), ("deviation", 1 / found[INVSTD], (var + norm.eps).sqrt())):
+            worst = ((got.double() - want).abs() / (var + norm.eps).sqrt()).max().item()
+            if not worst <= FP32_SUM:
+                raise AssertionError(f"the {name} of a channel is {worst:.2e} standard deviations off")
 
     def _stock(self, dtype: torch.dtype, config: Config) -> Tensor:
         """Compute the launch in PyTorch: norms in fp32 (fp64 for the reference), every tensor rounded to ``dtype``."""
@@ -98,6 +151,18 @@ class TrainingProblem:
         assert self.x.clamp is not None
         lo, hi, threshold = (_over(self.x.clamp[row].float()) for row in (LO, HI, THRESHOLD))
         return self.x.y.float().clamp(lo, hi) != threshold
+
+
+FP32_SUM = 1e-3
+"""Largest error of a channel's statistics or sums. A sum in fp32 by tiles is a thousand times better."""
+
+
+def _same_sums(found: Tensor, terms: Tensor) -> None:
+    """Check fp32 sums over images and pixels of ``terms``, in units of the sum of magnitudes."""
+    error = (found - terms.sum((0, 2, 3))).abs() / terms.abs().sum((0, 2, 3)).clamp_min(1e-30)
+    worst = error.max().item()
+    if not worst <= FP32_SUM:
+        raise AssertionError(f"the sum of a channel is off by {worst:.2e} of its terms' magnitudes")
 
 
 def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0) -> TrainingProblem:

@@ -39,11 +39,11 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
                 *(CUDNN if name in cudnn.split() else getattr(own, name) for name in TrainingConfigs.__annotations__)
             )
 
-        chain._plan_of.cache_clear()
+        chain._plans.clear()
         monkeypatch.setattr(launch_plan, "plan_training", plan)
 
     yield send
-    chain._plan_of.cache_clear()
+    chain._plans.clear()
 
 
 @pytest.fixture
