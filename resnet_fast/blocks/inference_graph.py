@@ -22,7 +22,7 @@ from ..dispatch import catalog, record, select
 from ..locks import ForkSafeLock
 from . import recorder
 from .fused import Fused
-from .snapshot import Layers
+from .snapshot import Layers, switches
 
 GRAPHS = 8
 """Graphs kept per net; the least recently used is dropped first. Their intermediate tensors share memory."""
@@ -73,21 +73,6 @@ def find(net: Fused, x: Tensor, eager: recorder.Forward) -> Graph | str:
     layout = torch.channels_last if nhwc else torch.contiguous_format
     key = (x.shape, layout, x.dtype, x.device, select.requested(net.backend), catalog.fingerprint(), switches())
     return parameter_cache.get(sources, key, lambda kept: _record(x, layout, eager, sources, kept), GRAPHS)
-
-
-def switches() -> tuple[Any, ...]:
-    """Return torch's process-wide settings that decide which kernels its own layers use."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    return (
-        cudnn.enabled,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        matmul.fp32_precision,
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        torch.are_deterministic_algorithms_enabled(),
-    )
 
 
 def _record(

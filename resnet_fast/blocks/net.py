@@ -60,7 +60,7 @@ class Net(Stem):
         """
         way = self.way(x, replay)
         if way is Way.REPLAY:
-            return graph.run(self, x, lambda x: self.net_forward(x, replay=False))
+            return graph.run(self, x, lambda net, x: net.net_forward(x, replay=False))
         if way is Way.STOCK:
             return getattr(self.stock_class, self.stock_methods[0])(self, x)
         if way is Way.LAYERS:

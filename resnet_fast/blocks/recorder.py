@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ WARM_UPS = 3
 """Eager runs before a capture, during which nothing may compile, load a kernel or choose an algorithm."""
 
 Forward = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 class Recorder:
@@ -38,7 +39,7 @@ class Recorder:
         """Return whether the current stream is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
-    def warm_up(self, fn: Forward, x: Tensor, layout: torch.memory_format) -> Tensor:
+    def warm_up(self, fn: Callable[[Tensor], object], x: Tensor, layout: torch.memory_format) -> Tensor:
         """Run ``fn`` on a side stream, as a capture requires, and return its static input (N, C, H, W)."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
@@ -53,8 +54,8 @@ class Recorder:
             current.wait_stream(self._stream)
         return static
 
-    def capture(self, fn: Forward, x: Tensor) -> tuple[Callable[[], None], Tensor]:
-        """Record ``fn(x)``. Return the function that launches it and the tensor that receives its result."""
+    def capture(self, fn: Callable[[Tensor], T], x: Tensor) -> tuple[Callable[[], None], T]:
+        """Record ``fn(x)``. Return the function that launches it and what receives its result."""
         graph = torch.cuda.CUDAGraph()
         try:
             with self._recording(graph):
@@ -94,6 +95,17 @@ class Recorder:
                 yield
             finally:
                 self._last_use.record(stream)
+
+    @contextmanager
+    def same_random_numbers(self) -> Iterator[None]:
+        """After the ``with``, random numbers continue as if nothing inside had drawn any."""
+        with torch.random.fork_rng([self.device.index] if self.device.type == "cuda" else []):
+            yield
+
+    @staticmethod
+    def give_back() -> None:
+        """Return the memory of dropped graphs to the device."""
+        torch.cuda.empty_cache()
 
     def drain(self) -> None:
         """Wait for the last replay on any stream."""

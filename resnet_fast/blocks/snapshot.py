@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from operator import attrgetter, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .fused import Fused
 from .obstacles import is_altered
 
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "resnet_fast.")
-"""Modules with layers that, in eval, compute the same from the same tensors and attributes."""
+"""Modules with layers that compute the same from the same tensors and attributes, random numbers excepted."""
 
 _forward = attrgetter("forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -23,33 +24,39 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 class Layers:
     """A snapshot of a net's inner layers. Graphs belong to a snapshot and are dropped with it when a layer changes.
 
-    The net's own hooks run around its forward, and its own attributes decide nothing in eval, so neither is included.
+    The net's own hooks run around its forward, so they are not included. Its own attributes decide nothing in eval;
+    they are included in training, where they may set a rate of dropout.
+
+    Args:
+        net: the net.
+        training: whether a step of its training is to be recorded.
 
     Attributes:
         obstacle: why such a net cannot be recorded; empty if it can.
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, training: bool = False):
         named = [(name, m) for name, m in net.named_modules() if m is not net]
         self.obstacle = next(
-            filter(None, (_layer_obstacle(name, m) for name, m in named)), _function_of("the net", net)
+            filter(None, (_layer_obstacle(name, m, training) for name, m in named)),
+            _training_obstacle("the net", net) if training else _function_of("the net", net),
         )
         self._own = net.__dict__
-        self._modules = [m for _, m in named]
+        self._modules = [m for _, m in named]  # not the net, which its graphs must not keep alive
         self._types = list(map(type, self._modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = list(map(_forward, self._classes))
-        self._fields = [m.__dict__ for m in self._modules]
+        inner = [m.__dict__ for m in self._modules]
+        everything = [net.__dict__, *inner]
+        self._fields = everything if training else inner
         self._sizes = list(map(len, self._fields))
-        self._hooks = [fields[kind] for fields in self._fields for kind in _HOOKS]
+        self._hooks = [fields[kind] for fields in inner for kind in _HOOKS]
         plain = [[name for name, value in fields.items() if type(value) in _PLAIN] for fields in self._fields]
         self._getters = [(itemgetter(*names), fields) for names, fields in zip(plain, self._fields, strict=True)]
         self._values = [getter(fields) for getter, fields in self._getters]
-        self._children = [fields["_modules"] for fields in (net.__dict__, *self._fields)]
+        self._children = [fields["_modules"] for fields in everything]
         self._members = [dict(children) for children in self._children]
-        self._tensors = [
-            fields[kind] for fields in (net.__dict__, *self._fields) for kind in ("_parameters", "_buffers")
-        ]
+        self._tensors = [fields[kind] for fields in everything for kind in ("_parameters", "_buffers")]
         # The first source in the cache: no other call's sources start with it, and the graphs are dropped with it.
         self._anchor = torch.empty(0)
 
@@ -74,17 +81,33 @@ class Layers:
         return (self._anchor, *chain.from_iterable([tensors.values() for tensors in self._tensors]))
 
 
-def _layer_obstacle(name: str, m: nn.Module) -> str:
+def _layer_obstacle(name: str, m: nn.Module, training: bool) -> str:
     """Return why a net with this layer cannot be recorded; empty if it can."""
     cls = type(m)
     if is_altered(m):
         return f"{name} has a hook or a replaced forward, which a replay would not run"
     if cls.forward is not nn.Module.forward and not pristine.is_own(cls, "forward", cls.forward):
         return f"the forward of {name}'s class was replaced, which a replay would not run"
-    if m.training:
+    if m.training and not training:
         return f"{name} is in training mode; call eval() on the whole net"
     if not cls.__module__.startswith(_LIBRARIES):
         return f"{name} is a {cls.__module__}.{cls.__qualname__}, whose Python code a replay would not run"
+    if training:
+        return _training_obstacle(name, m)
+    return _function_of(name, m) if isinstance(m, Fused) else ""
+
+
+def _training_obstacle(name: str, m: nn.Module) -> str:
+    """Return why a training step through this layer cannot be recorded; empty if it can."""
+    if hasattr(type(m), "set_requires_gradient_sync"):
+        return f"FSDP2 shards {name}, whose weights are elsewhere at each call"
+    if m.training and isinstance(m, nn.SyncBatchNorm):
+        return f"{name} is a SyncBatchNorm, which exchanges statistics with other processes inside the forward pass"
+    if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and m.momentum is None:
+        return f"{name} has momentum None, for which its batch counter is read on the host at each call"
+    for parameter in m._parameters.values():
+        if parameter is not None and (type(parameter) is not nn.Parameter or parameter.is_inference()):
+            return f"expected plain parameters, got {name}'s {type(parameter).__name__}"
     return _function_of(name, m) if isinstance(m, Fused) else ""
 
 
@@ -94,3 +117,18 @@ def _function_of(name: str, m: nn.Module) -> str:
         if attribute != "forward" and callable(value) and not isinstance(value, type):
             return f"{attribute} of {name} is a function, which a replay would not run"
     return ""
+
+
+def switches() -> tuple[Any, ...]:
+    """Return torch's process-wide settings that decide which kernels its own layers use."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        matmul.fp32_precision,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )

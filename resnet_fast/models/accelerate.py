@@ -51,9 +51,9 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
     Args:
         model: any module that contains such blocks.
         backend: ``auto``, or the one backend that must run every block. A call that it cannot run raises BackendError.
-        cuda_graph: whether to replay the inference of every whole net in ``model`` as one CUDA graph per input shape.
-            Changed weights are picked up, and training runs as without it. An input that is not on a GPU raises
-            BackendError. :mod:`resnet_fast.blocks.graph` lists the calls that are replayed.
+        cuda_graph: whether to replay every whole net in ``model`` from CUDA graphs, one per input shape in inference,
+            two in training (forward and backward pass). Changed weights are picked up. An input that is not on a GPU
+            raises BackendError. :mod:`resnet_fast.blocks.graph` lists the calls that are replayed.
         save: what fused training keeps of a block for the backward pass. ``raw`` keeps every convolution's raw output,
             ``recompute`` all but the last one's, which the backward pass computes again.
 
@@ -146,10 +146,11 @@ def _set_options(module: nn.Module, *values: str) -> None:
 
 
 def _set_replay(net: nn.Module, replay: bool) -> None:
-    from ..blocks import graph
+    from ..blocks import graph, training_graph
 
     if replay:
         net.__dict__[graph.FLAG] = True
+        training_graph.retry(net)
     else:
         net.__dict__.pop(graph.FLAG, None)
         graph.forget(net)

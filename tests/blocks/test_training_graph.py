@@ -1,0 +1,626 @@
+"""Captured training: equal to eager training bit for bit; when a step is captured anew, dropped, or runs eagerly."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+import resnet_fast
+from resnet_fast.blocks import training_graph, training_step
+from tests.support.graph_cases import fallbacks, image, replays
+from tests.support.nets import assert_equal
+from tests.support.processes import in_threads
+from tests.support.train_nets import imagenet
+from tests.support.training_graph_cases import TapeRecorder, pair, small
+
+
+def frozen() -> nn.Module:
+    """Freeze the stem and the first stage, whose norms use the statistics that they have."""
+    model = small()
+    for part in (model.conv1, model.bn1, model.layer1):
+        part.eval().requires_grad_(False)
+    return model
+
+
+def with_unused_layer() -> nn.Module:
+    model = small()
+    model.layer3[0].extra = nn.Linear(2, 2)
+    return model
+
+
+def with_shared_parameter() -> nn.Module:
+    model = small()
+    model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
+    return model
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "cifar": small,
+    "dropout": lambda: small(dropout=0.3),
+    "bottleneck": lambda: imagenet(Bottleneck),
+    "frozen": frozen,
+    "unused layer": with_unused_layer,
+    "shared parameter": with_shared_parameter,
+}
+
+
+def batch(n: int) -> Tensor:
+    return image(n, 16)
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return F.cross_entropy(y.float(), torch.arange(len(y)))
+
+
+def train(model: nn.Module, steps: int = 3, parts: int = 1, amp: bool = False, input_grad: bool = False) -> Any:
+    """Train by SGD with momentum. Return all that a user sees: losses, outputs, gradients, weights, random state."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    seen: list[Any] = []
+    for _ in range(steps):
+        for _ in range(parts):
+            x = batch(4).requires_grad_(input_grad)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                y = model(x)
+            loss = loss_of(y) / parts
+            loss.backward()
+            seen += [loss.detach(), y.detach(), x.grad]
+        seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, dict(model.state_dict()), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_steps_equal_eager_steps(kind: str, tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(NETS[kind]())
+    assert_equal(train(replayed), train(plain))
+    assert replays() == 3 and len(tapes.captures) == 2
+
+
+@pytest.mark.parametrize("how", [{"parts": 3}, {"amp": True}, {"input_grad": True}], ids=str)
+def test_accumulation_autocast_and_input_gradients_equal_eager(how: Any, tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small(dropout=0.2))
+    assert_equal(train(replayed, **how), train(plain, **how))
+    assert replays() == 3 * how.get("parts", 1) and len(tapes.captures) == 2
+
+
+def test_the_first_call_counts_one_batch_and_draws_once(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small(dropout=0.5))
+    states = []
+    for model in (plain, replayed):
+        torch.manual_seed(2)
+        model(batch(4))
+        states.append([*model.state_dict().values(), torch.get_rng_state()])
+    assert_equal(*states)
+    assert replayed.bn1.num_batches_tracked == 1 and replays() == 1
+
+
+def test_parts_with_a_momentum_each_are_captured_once_each(tapes: type[TapeRecorder]) -> None:
+    """The trainer sets another momentum for each part of a batch."""
+    plain, replayed = pair(small())
+    for _ in range(3):
+        x = batch(4)
+        for momentum in (0.1, 0.2, 0.3):
+            for model in (plain, replayed):
+                for m in model.modules():
+                    if isinstance(m, nn.BatchNorm2d):
+                        m.momentum = momentum
+                loss_of(model(x)).backward()
+    assert_equal(dict(replayed.state_dict()), dict(plain.state_dict()))
+    assert len(tapes.captures) == 6 and replays() == 9
+
+
+def test_gradients_are_handed_over(tapes: type[TapeRecorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd keeps a gradient in the parameter's layout as it is; otherwise it would copy all of them again."""
+    _, model = pair(small().to(memory_format=torch.channels_last))
+    made: list[int] = []
+    backward = training_step.Step.backward
+
+    def watched(self: Any, dy: Tensor) -> list[Tensor]:
+        grads = backward(self, dy)
+        made.extend(g.data_ptr() for g in grads)
+        return grads
+
+    monkeypatch.setattr(training_step.Step, "backward", watched)
+    loss_of(model(batch(4))).backward()
+    assert [p.grad.data_ptr() for p in model.parameters()] == made
+
+
+def test_gradients_are_the_users_own(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    kept = []
+    for model in (replayed, plain):
+        torch.manual_seed(3)
+        loss_of(model(batch(4))).backward()
+        first = [p.grad for p in model.parameters()]
+        before = [g.clone() for g in first]
+        for p in model.parameters():
+            p.grad = None
+        loss_of(model(batch(4))).backward()
+        assert_equal(first, before)  # the second step wrote elsewhere
+        loss_of(model(batch(4))).backward()  # adds to .grad in place
+        kept.append([p.grad for p in model.parameters()])
+    assert_equal(*kept)
+    storages = {p.grad.untyped_storage().data_ptr() for p in replayed.parameters()}
+    assert len(storages) == len(list(replayed.parameters()))
+
+
+def test_a_gradient_scaler_sees_the_gradients(tapes: type[TapeRecorder]) -> None:
+    weights = []
+    for model in pair(small()):
+        torch.manual_seed(4)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the first step overflows
+        for _ in range(3):
+            scaler.scale(loss_of(model(batch(4)))).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+            optimizer.zero_grad(set_to_none=False)
+        weights.append(dict(model.state_dict()))
+    assert_equal(*weights)
+    assert replays() == 3
+
+
+def test_hooks_of_parameters_and_of_the_net_run_once_per_call(tapes: type[TapeRecorder]) -> None:
+    grads = []
+    for model in pair(small()):
+        calls: list[str] = []
+        model.fc.weight.register_hook(lambda g, calls=calls: (calls.append("grad"), 2 * g)[1])
+        model.conv1.weight.register_post_accumulate_grad_hook(lambda p, calls=calls: calls.append("accumulated"))
+        model.register_forward_hook(lambda m, x, y, calls=calls: (calls.append("forward"), y + 1)[1])
+        torch.manual_seed(5)
+        for _ in range(2):
+            loss_of(model(batch(4))).backward()
+        assert sorted(calls) == ["accumulated", "accumulated", "forward", "forward", "grad", "grad"]
+        grads.append([p.grad for p in model.parameters()])
+    assert_equal(*grads)
+    assert replays() == 2
+
+
+def test_statistics_count_as_written(tapes: type[TapeRecorder]) -> None:
+    """What inference derived from them is stale after a replay."""
+    _, model = pair(small())
+    loss_of(model(batch(4))).backward()
+    counter = model.bn1.num_batches_tracked
+    version = counter._version
+    loss_of(model(batch(4))).backward()
+    assert counter._version > version
+
+
+def test_a_second_forward_before_the_backward_runs_eagerly(tapes: type[TapeRecorder]) -> None:
+    grads = []
+    for model in pair(small()):
+        torch.manual_seed(6)
+        loss_of(model(batch(4))).backward()
+        (loss_of(model(batch(4))) + loss_of(model(batch(4)))).backward()
+        loss_of(model(batch(4))).backward()
+        grads.append([[p.grad for p in model.parameters()], dict(model.state_dict())])
+    assert_equal(*grads)
+    assert replays() == 3 and "an earlier call still waits for its backward pass" in fallbacks()
+
+
+def test_an_output_that_is_dropped_waits_no_longer(tapes: type[TapeRecorder]) -> None:
+    _, model = pair(small())
+    for _ in range(3):
+        y = model(batch(4))
+        del y
+    assert replays() == 3
+
+
+def test_shapes_share_memory(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    for n in (4, 2, 4, 3, 2):
+        x = batch(n)
+        for model in (plain, replayed):
+            loss_of(model(x)).backward()
+    assert_equal([p.grad for p in replayed.parameters()], [p.grad for p in plain.parameters()])
+    assert len(tapes.captures) == 6 and len(set(tapes.captures)) == 1 and replays() == 5
+
+
+def test_the_wrong_backward_passes_are_errors(tapes: type[TapeRecorder]) -> None:
+    _, model = pair(small())
+    loss = loss_of(model(batch(4)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(resnet_fast.BackendError, match="expected one backward pass for each forward pass"):
+        loss.backward()
+    loss = loss_of(model(batch(4)))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    (grad,) = torch.autograd.grad(loss_of(model(batch(4))), [model.fc.weight], create_graph=True)
+    assert grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="a request to differentiate it again"):
+        grad.sum().backward()
+    y = model(batch(4))
+    with torch.no_grad():
+        model.conv1.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    del y
+    loss_of(model(batch(4))).backward()
+    assert replays() == 5
+
+
+def move(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.data.clone()
+
+
+def load_assigned(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def replace_classifier(model: nn.Module) -> None:
+    model.fc = nn.Linear(64, 10)
+
+
+def dilate(model: nn.Module) -> None:
+    model.layer1[0].conv2.dilation = model.layer1[0].conv2.padding = (2, 2)
+
+
+def change_eps(model: nn.Module) -> None:
+    model.bn1.eps = 0.1
+
+
+def hold_statistics(model: nn.Module) -> None:
+    model.layer2.eval()
+
+
+def freeze(model: nn.Module) -> None:
+    model.layer1.requires_grad_(False)
+
+
+CAPTURED_ANEW = [move, load_assigned, replace_classifier, dilate, change_eps, hold_statistics, freeze]
+
+
+@pytest.mark.parametrize("edit", CAPTURED_ANEW)
+def test_a_changed_net_is_captured_anew(edit: Callable[[nn.Module], None], tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    x = batch(4)
+    for model in (plain, replayed):
+        loss_of(model(x)).backward()
+        torch.manual_seed(7)
+        edit(model)
+        model.zero_grad()
+        loss_of(model(x)).backward()
+    assert_equal([p.grad for p in replayed.parameters()], [p.grad for p in plain.parameters()])
+    assert len(tapes.captures) == 4 and replays() == 2
+
+
+def step_of_sgd(model: nn.Module) -> None:
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def load(model: nn.Module) -> None:
+    model.load_state_dict(small().state_dict())
+
+
+def evaluate(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.eval()(batch(4))
+    model.train()
+
+
+def recalibrate(model: nn.Module) -> None:
+    with torch.no_grad():
+        model(batch(4))
+
+
+@pytest.mark.parametrize("edit", [step_of_sgd, load, evaluate, recalibrate])
+def test_new_values_are_read_where_they_are(edit: Callable[[nn.Module], None], tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    x = batch(4)
+    captures = []
+    for model in (plain, replayed):
+        loss_of(model(x)).backward()
+        torch.manual_seed(8)
+        edit(model)
+        captures.append(len(tapes.captures))
+        model.zero_grad()
+        loss_of(model(x)).backward()
+    assert_equal([p.grad for p in replayed.parameters()], [p.grad for p in plain.parameters()])
+    assert captures[1] == len(tapes.captures)
+
+
+def test_frozen_weights_that_were_packed_make_a_new_capture(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(frozen())
+    x = batch(4)
+    for model in (plain, replayed):
+        loss_of(model(x)).backward()
+        with torch.no_grad():
+            model.layer1[0].conv1.weight.mul_(0.5)
+        model.zero_grad()
+        loss_of(model(x)).backward()
+    torch.testing.assert_close(replayed.fc.weight.grad, plain.fc.weight.grad)
+    assert len(tapes.captures) == 4
+
+
+def test_autocast_switches_and_backend_have_steps_of_their_own(
+    tapes: type[TapeRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = pair(small())
+    for _ in range(2):
+        loss_of(model(batch(4))).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_of(model(batch(4))).backward()
+        with resnet_fast.use_backend("reference"):
+            loss_of(model(batch(4))).backward()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.backends.cudnn, "deterministic", True)
+            loss_of(model(batch(4))).backward()
+    assert len(tapes.captures) == 8 and replays() == 8
+
+
+def test_thawing_comes_back_to_the_earlier_step(tapes: type[TapeRecorder]) -> None:
+    """A discriminator is frozen in every other step."""
+    _, model = pair(small())
+    for _ in range(3):
+        loss_of(model.requires_grad_(True)(batch(4))).backward()
+        x = batch(4).requires_grad_()
+        loss_of(model.requires_grad_(False)(x)).backward()
+        assert x.grad is not None
+    assert len(tapes.captures) == 4 and replays() == 6
+
+
+def test_too_many_shapes_run_eagerly_until_one_is_idle(
+    tapes: type[TapeRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_graph, "GRAPHS", 2)
+    monkeypatch.setattr(training_graph, "IDLE", 3)
+    _, model = pair(small())
+    for n in (2, 3, 4):
+        loss_of(model(batch(n))).backward()
+    assert "2 training steps are kept for other input shapes" in fallbacks() and len(tapes.captures) == 4
+    for n in (3, 3, 4):  # 2 is idle now
+        loss_of(model(batch(n))).backward()
+    assert len(tapes.captures) == 6 and tapes.drained == 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda m: setattr(m.bn1, "momentum", None), "bn1 has momentum None, for which its batch counter is read"),
+        (lambda m: m.fc.register_forward_hook(lambda *args: None), "fc has a hook"),
+        (lambda m: m.requires_grad_(False), "nothing requires a gradient"),
+        (lambda m: setattr(m, "bn1", nn.SyncBatchNorm(16)), "bn1 is a SyncBatchNorm, which exchanges statistics"),
+    ],
+)
+def test_what_cannot_be_captured_runs_eagerly(edit: Any, reason: str, tapes: type[TapeRecorder]) -> None:
+    outputs = []
+    for model in pair(small()):
+        edit(model)
+        torch.manual_seed(9)
+        try:
+            outputs.append(model(batch(4)).detach())
+        except Exception as error:  # stock SyncBatchNorm refuses the CPU
+            outputs.append(str(error))
+    assert_equal(*outputs)
+    assert reason in fallbacks() and not tapes.captures
+    with resnet_fast.strict(), pytest.raises(resnet_fast.BackendError, match="strict mode: the net runs without its"):
+        model(batch(4))
+
+
+def under_no_grad(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def in_a_checkpoint(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False)
+
+
+def in_a_reentrant_checkpoint(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=True)
+
+
+def with_anomaly_detection(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        return model(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (under_no_grad, "autograd is off in training mode"),
+        (in_a_checkpoint, "saved-tensor hooks are set"),
+        (in_a_reentrant_checkpoint, "it runs inside a backward pass"),
+        (with_anomaly_detection, "anomaly detection is on"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_calls_that_run_eagerly(call: Any, reason: str, tapes: type[TapeRecorder]) -> None:
+    results = []
+    for model in pair(small(dropout=0.1)):
+        torch.manual_seed(10)
+        y = call(model, batch(4))
+        if y.requires_grad:
+            loss_of(y).backward()
+        results.append([y.detach(), [p.grad for p in model.parameters()], dict(model.state_dict())])
+    assert_equal(*results)
+    assert reason in fallbacks() and replays() == 0
+
+
+def test_who_looks_at_the_layers_sees_them(tapes: type[TapeRecorder]) -> None:
+    _, model = pair(small())
+    assert len(resnet_fast.explain(model, batch(4)).rows) == 4
+    tapes.recording = True  # a capture of the caller's
+    model(batch(4))
+    tapes.recording = False
+    assert replays() == 0 and "CUDA graph" not in fallbacks()
+
+
+def test_memory_that_does_not_suffice(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small(dropout=0.2))
+    loss_of(replayed(batch(2))).backward()
+    replayed.load_state_dict(plain.state_dict())
+    replayed.zero_grad()
+    tapes.broken = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert_equal(train(replayed), train(plain))
+    reason = "capturing the training step failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert reason in fallbacks() and len(tapes.captures) == 3
+    assert tapes.given_back == 1 and tapes.drained == 1  # the other shape's step went too
+    tapes.broken = None
+    loss_of(replayed(batch(2))).backward()
+    assert len(tapes.captures) == 3  # nothing is tried again by itself
+    loss_of(resnet_fast.accelerate(replayed, cuda_graph=True)(batch(4))).backward()
+    assert len(tapes.captures) == 5 and replays() == 2
+
+
+def test_a_failed_capture_is_not_repeated(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small(dropout=0.2))
+    tapes.broken = RuntimeError("operation not permitted\nmore")
+    assert_equal(train(replayed), train(plain))
+    assert len(tapes.captures) == 1
+    assert "capturing the training step failed: RuntimeError: operation not permitted" in fallbacks()
+    tapes.broken = None
+    loss_of(replayed(batch(4))).backward()
+    assert len(tapes.captures) == 1
+    loss_of(replayed(batch(3))).backward()
+    assert len(tapes.captures) == 3
+
+
+def test_a_layer_that_waits_for_the_gpu(tapes: type[TapeRecorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, replayed = pair(small())
+    head = type(plain).head_forward
+
+    def synchronizing(self: Any, x: Tensor) -> Tensor:
+        assert x.sum().item() == x.sum().item()
+        return head(self, x)
+
+    monkeypatch.setattr(type(plain), "head_forward", synchronizing)
+    assert_equal(train(replayed), train(plain))
+    assert "not permitted when stream is capturing" in fallbacks() and replays() == 0
+
+
+def test_a_loss_may_wait_for_the_gpu(tapes: type[TapeRecorder]) -> None:
+    _, model = pair(small())
+    for _ in range(2):
+        loss = loss_of(model(batch(4)))
+        assert loss.item() > 0
+        loss.backward()
+    assert replays() == 2
+
+
+def test_errors_are_those_of_the_net(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    bad: tuple[Any, ...] = (torch.randn(2, 4, 32, 32), torch.randn(3, 32, 32), batch(4).long(), None)
+    for x in bad:
+        with pytest.raises(Exception) as want:
+            plain(x)
+        with pytest.raises(type(want.value)) as got:
+            replayed(x)
+        assert str(got.value) == str(want.value)
+    assert "CUDA graph" not in fallbacks() and not tapes.captures
+
+
+def test_the_backward_pass_may_run_in_another_thread(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    x = batch(4)
+    for model in (plain, replayed):
+        for _ in range(2):
+            loss = loss_of(model(x))
+            in_threads(loss.backward)
+    assert_equal([p.grad for p in replayed.parameters()], [p.grad for p in plain.parameters()])
+    assert replays() == 2
+
+
+def test_threads_train_one_net(tapes: type[TapeRecorder]) -> None:
+    """Whoever comes while a forward pass waits for its backward pass runs eagerly; no gradient is lost."""
+    plain, replayed = pair(small())
+    for m in (*plain.modules(), *replayed.modules()):
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    xs = [batch(4) for _ in range(8)]
+    for x in xs:
+        loss_of(plain(x)).backward()
+    grads: list[list[Tensor]] = []
+
+    def work(start: int) -> None:
+        for x in xs[start::2]:
+            grads.append(list(torch.autograd.grad(loss_of(replayed(x)), list(replayed.parameters()))))
+
+    in_threads(lambda: work(0), lambda: work(1))
+    for p, each in zip(plain.parameters(), zip(*grads, strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(each).sum(0), p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_die_with_the_net(tapes: type[TapeRecorder]) -> None:
+    gc.collect()
+    tapes.drained = 0
+    _, model = pair(small())
+    loss_of(model(batch(4))).backward()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and tapes.drained == 1
+
+
+@pytest.mark.parametrize("drop", [resnet_fast.clear_derived, None])
+def test_dropped_steps_finish_their_backward_pass(drop: Any, tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    gc.collect()
+    tapes.drained = 0
+    x = batch(4)
+    loss_of(plain(x)).backward()
+    loss = loss_of(replayed(x))
+    if drop is None:
+        resnet_fast.accelerate(replayed)
+    else:
+        drop()
+    gc.collect()
+    assert tapes.drained == 0
+    loss.backward()
+    assert_equal([p.grad for p in replayed.parameters()], [p.grad for p in plain.parameters()])
+    del loss
+    gc.collect()
+    assert tapes.drained == 1
+    loss_of(replayed(x)).backward()
+    assert len(tapes.captures) == (2 if drop is None else 4)
+
+
+def test_an_evaluation_between_steps_keeps_them(tapes: type[TapeRecorder]) -> None:
+    plain, replayed = pair(small())
+    for _ in range(3):
+        x = batch(4)
+        for model in (plain, replayed):
+            loss_of(model.train()(x)).backward()
+        with torch.no_grad():
+            want, got = plain.eval()(x), replayed.eval()(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert_equal([p.grad for p in replayed.parameters()], [p.grad for p in plain.parameters()])
+    assert len(tapes.captures) == 2 + 3 and replays() == 6  # training changes what inference reads
+
+
+def test_ddp_exchanges_the_gradients(tapes: type[TapeRecorder], tmp_path: Any) -> None:
+    import torch.distributed as dist
+
+    plain, replayed = pair(with_unused_layer())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for unused in (False, True):
+            results = []
+            for model in (plain, replayed):
+                model.layer3[0].extra.requires_grad_(unused)
+                spread = nn.parallel.DistributedDataParallel(
+                    model, gradient_as_bucket_view=True, find_unused_parameters=unused
+                )
+                torch.manual_seed(11)
+                with spread.no_sync():
+                    loss_of(spread(batch(4))).backward()
+                loss_of(spread(batch(4))).backward()
+                results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+                model.zero_grad()
+            assert_equal(*results)
+    finally:
+        dist.destroy_process_group()
+    assert replays() == 4
