@@ -42,6 +42,10 @@ training steps leaves the training's graphs as they are, and makes its own once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -54,6 +58,18 @@ from .obstacles import untraceable
 
 FLAG = "_resnet_fast_cuda_graph"
 """Set in the ``__dict__`` of a net whose calls are replayed."""
+
+_off: ContextVar[bool] = ContextVar("resnet_fast_graphs_off", default=False)
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Inside the ``with``, this thread runs nets without graphs. Those of training are kept."""
+    before = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(before)
 
 
 def forget(net: nn.Module) -> None:
@@ -76,7 +92,7 @@ def run(net: Fused, x: Tensor, forward: training_step.NetForward) -> Tensor:
     training = net.training
     if training:
         inference_graph.forget(net)
-    observed = torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or record.watched()
+    observed = _off.get() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or record.watched()
     if observed or not isinstance(x, Tensor) or x.is_meta or x.dim() != 4:
         return forward(net, x)
     device = recorder.Recorder.device_type

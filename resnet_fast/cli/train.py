@@ -64,6 +64,12 @@ def train(
     backend: Annotated[
         str | None, typer.Option(help=f"{', '.join(BACKENDS)}; reference is stock PyTorch.", rich_help_panel=RECIPE)
     ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph", help="Replay the net's step from CUDA graphs.", rich_help_panel=RECIPE
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and crops.", rich_help_panel=RECIPE)] = None,
     set: Annotated[
         list[str] | None,
@@ -149,6 +155,7 @@ def train(
         "freeze": freeze,
         "amp": amp,
         "backend": backend,
+        "cuda_graph": cuda_graph,
         "seed": seed,
     }
     if not speaks():

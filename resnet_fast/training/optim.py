@@ -39,7 +39,7 @@ def build_net(recipe: Recipe, classes: int) -> nn.Module:
         **extra,
     )
     if recipe.model not in registry.COMPARED:
-        accelerate.accelerate(model, backend=recipe.backend, save=recipe.save)
+        accelerate.accelerate(model, recipe.backend, recipe.cuda_graph, recipe.save)
     return model
 
 

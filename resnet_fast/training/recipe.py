@@ -84,6 +84,7 @@ class Recipe:
             ``warmup_shape="constant"``, stays until the warm-up ends.
         ema: Decay per step of averaged weights, which validation then uses; 0 for none.
         amp: The dtype of autocast, or ``none``.
+        cuda_graph: Replay the net's forward and backward pass from CUDA graphs. Loss and optimizer run as without.
     """
 
     model: str = "cifar_resnet20"
@@ -126,6 +127,7 @@ class Recipe:
     channels_last: bool = True
     backend: str = "auto"
     save: str = "raw"
+    cuda_graph: bool = False
     sync_bn: bool = False
     seed: int = 0
 

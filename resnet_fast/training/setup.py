@@ -25,7 +25,7 @@ from .options import RunOptions
 from .recipe import Recipe, from_dict
 from .step import Normalise, TrainingStep
 
-MAY_CHANGE = ("epochs", "steps", "data_path", "backend", "save", "accumulate", "weights")
+MAY_CHANGE = ("epochs", "steps", "data_path", "backend", "save", "cuda_graph", "accumulate", "weights")
 """Keys of the recipe that a resumed run may change: its length, and where and how the same result is computed."""
 
 
@@ -112,6 +112,8 @@ def set_up(recipe: Recipe, options: RunOptions, world: World) -> Setup:
     """
     _configure_torch(options, world)
     _check_norms(recipe, world)
+    if recipe.cuda_graph:
+        _check_graphs(recipe, options, world)
     data = load_data(recipe)
     if options.strict_data and not data.in_memory:
         check_files(data)
@@ -160,6 +162,23 @@ def _check_norms(recipe: Recipe, world: World) -> None:
             "device cpu",
             "leave out sync_bn, or run the kernels interpreted with TRITON_INTERPRET=1 and backend triton",
         )
+
+
+def _check_graphs(recipe: Recipe, options: RunOptions, world: World) -> None:
+    """Raise UserError for what no training step is captured with. Everything else is known at the first step only."""
+    from ..blocks.recorder import Recorder
+    from ..models import registry
+
+    if world.device.type != Recorder.device_type:
+        raise UserError("a GPU for cuda_graph", f"device {world.device}", "leave it out, or give --no-cuda-graph")
+    if recipe.model in registry.COMPARED:
+        raise UserError("a ResNet for cuda_graph", recipe.model, "leave it out, or name another model")
+    if options.parallel == "fsdp":
+        got = "--parallel fsdp, which moves the weights at each step"
+        raise UserError("--parallel ddp for cuda_graph", got, "leave out one of them")
+    if recipe.sync_bn:
+        got = "sync_bn, which exchanges statistics inside the forward pass"
+        raise UserError("BatchNorm for cuda_graph", got, "leave out one of them")
 
 
 def _check_memory(recipe: Recipe, parts: int) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import packing_budget
+from ..blocks import graph
 from . import distributed, loader
 from .datasets.samples import Data
 from .distributed import World
@@ -49,8 +50,9 @@ class Validation:
                     continue
                 # The others gather shards, which needs every process: this one runs an image that does not count.
                 images = torch.zeros(1, 3, recipe.size, recipe.size, dtype=torch.uint8, device=world.device)
-            # Pack at once, so that a resumed run's figures equal those of a run that was not interrupted.
-            with step.autocast(), packing_budget.at_once():
+            # Pack at once, so that a resumed run's figures equal those of a run that was not interrupted. A graph of
+            # these weights would be captured for one validation.
+            with step.autocast(), packing_budget.at_once(), graph.off():
                 out = net(step.normalise(images)).float()
             if len(labels):
                 sums.add(F.cross_entropy(out, labels), (out.argmax(1) != labels).sum(), len(labels))

@@ -60,6 +60,7 @@ def test_list_has_a_line_per_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lr", "0.1", "--set", "lr=0.2"], "one value of lr"),
         (["--set", "momentum=0", "--set", "nesterov=true"], "a momentum for nesterov"),
         (["--keep", "0"], "correct --keep"),
+        (["--cuda-graph"], "a GPU for cuda_graph, got device cpu"),
         (["--epochs", "many"], "Invalid value"),
         (["--parallel", "fsdp"], "torchrun for --parallel fsdp"),
         (["--resume", "nowhere"], "a checkpoint folder with meta.json"),
