@@ -74,12 +74,6 @@ BATCH_TILE = Flag(
     ("0", "1"),
     "1: on the CPU, large eval batches run in tiles that stay in the last-level cache",
 )
-TF32 = Flag(
-    "RESNET_FAST_TF32",
-    "0",
-    ("0", "1"),
-    "1: Triton's float32 convolutions round their operands to TF32 (10 mantissa bits) for the tensor cores",
-)
 PROLOGUE = Flag(
     "RESNET_FAST_PROLOGUE",
     "packed",
@@ -100,7 +94,7 @@ EMULATE = Flag(
 )
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, TF32, PROLOGUE, PROVE, EMULATE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of measurements on this machine; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
@@ -127,6 +121,9 @@ TABLE = (*ALL, CACHE_FOLDER, LIBRARY_FILE, *BUILD)
 
 PREFIX = "RESNET_FAST_"
 
+REMOVED = {"RESNET_FAST_TF32": "torch.backends.cudnn.conv.fp32_precision decides, 'tf32' or 'ieee'"}
+"""Variables of earlier versions, and what to do without each."""
+
 
 def unknown(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return variables with our prefix that are no switch, each with a hint: the close match if there is one.
@@ -138,7 +135,9 @@ def unknown(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     found = {}
     for name in sorted(os.environ if environment is None else environment):
         word = name.removeprefix(PREFIX)
-        if name.startswith(PREFIX) and word not in known:
+        if name in REMOVED:
+            found[name] = REMOVED[name]
+        elif name.startswith(PREFIX) and word not in known:
             close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
             found[name] = f"did you mean {PREFIX}{close[0]}?" if close else "`resnet-fast env` lists the switches"
     return found

@@ -110,13 +110,15 @@ def test_absent_distribution_is_named() -> None:
 
 def test_every_switch_with_value_default_and_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_FAST_STRICT", "1")
-    monkeypatch.setenv("RESNET_FAST_TF32", "maybe")
+    monkeypatch.setenv("RESNET_FAST_PROVE", "maybe")
+    monkeypatch.setenv("RESNET_FAST_TF32", "1")
     monkeypatch.setenv("RESNET_FAST_STRCT", "1")
     switches = env.to_json(env.collect()["switches"])
-    assert set(switches) == {flag.name for flag in flags.TABLE} | {"RESNET_FAST_STRCT"}
+    assert set(switches) == {flag.name for flag in flags.TABLE} | {"RESNET_FAST_STRCT", "RESNET_FAST_TF32"}
     strict = switches["RESNET_FAST_STRICT"]
     assert strict["value"] == "1" and strict["set"] and strict["default"] == "0" and "raises" in strict["meaning"]
-    assert "expected RESNET_FAST_TF32 to be one of 0, 1, got 'maybe'" in switches["RESNET_FAST_TF32"]["reason"]
+    assert "expected RESNET_FAST_PROVE to be one of 0, 1, got 'maybe'" in switches["RESNET_FAST_PROVE"]["reason"]
+    assert "torch.backends.cudnn.conv.fp32_precision decides" in switches["RESNET_FAST_TF32"]["reason"]
     assert switches["RESNET_FAST_STRCT"]["reason"] == "no such switch; did you mean RESNET_FAST_STRICT?"
     assert switches["RESNET_FAST_CACHE"]["value"] == str(flags.cache_folder())
 

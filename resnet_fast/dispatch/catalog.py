@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from .. import flags
+from .. import flags, float32
 from ..impl import Impl
 from ..spec import Verdict
 
@@ -63,7 +63,7 @@ def fingerprint() -> tuple[bool, ...]:
 
     It changes when a user switches oneDNN off, for instance.
     """
-    return (*[b.available().ok for b in loaded()], flags.TF32.enabled())
+    return (*[b.available().ok for b in loaded()], float32.products_are_tf32())
 
 
 def availability() -> dict[str, Verdict]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import flags
+from .. import float32
 from ..calls import Conv, Norm
 from ..errors import UserError
 from ..spec import ConvSpec, Epilogue, Spec
@@ -95,7 +95,7 @@ def check_conv(at: LayerInput, conv: Conv, norm: Norm, epilogue: Epilogue, grad:
     spec = ConvSpec(
         n, h, w, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
         str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(conv.weight)) else "nchw",
-        epilogue, norm.batch_stats, grad, at.dtype == torch.float32 and flags.TF32.enabled(), bool(norm.sync),
+        epilogue, norm.batch_stats, grad, float32.rounds(at.device, at.dtype), bool(norm.sync),
     )  # fmt: skip
     _check_output(spec, where)
     return spec

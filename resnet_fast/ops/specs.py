@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import flags
+from .. import float32
 from ..calls import Call, NetCall
 from ..spec import NetSpec, Spec
 from .check import LayerInput, check_x
@@ -16,7 +16,7 @@ _specs: dict[Any, Spec | NetSpec] = {}
 
 def spec_of(call: Call | NetCall, grad: bool) -> Any:
     """Check a call and return its Spec. Calls of a shape that was seen before cost one dictionary look-up."""
-    key = (_key(call), grad, flags.TF32.enabled())
+    key = (_key(call), grad, float32.products_are_tf32())
     spec = _specs.get(key)
     if spec is None:
         spec = check(call, grad)

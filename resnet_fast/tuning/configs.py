@@ -195,7 +195,8 @@ def _chain_on_tensor_cores(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verd
     """Refuse a chain of two products in fp32 registers: its tile has no room there, and 2 to 6 KB per thread spill."""
     if not chain_width(launch) or on_tensor_cores(launch):
         return YES
-    return Verdict.no("16-bit tensors or TF32 for a fused tail", "float32", "set RESNET_FAST_TF32=1, or run it apart")
+    todo = "set torch.backends.cudnn.conv.fp32_precision to 'tf32', or run it apart"
+    return Verdict.no("16-bit tensors or TF32 for a fused tail", "float32", todo)
 
 
 def _not_wider_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:

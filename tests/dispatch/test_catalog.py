@@ -42,7 +42,7 @@ def test_fingerprint_follows_the_switches() -> None:
 
 def test_fingerprint_follows_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     before = catalog.fingerprint()
-    monkeypatch.setenv("RESNET_FAST_TF32", "1")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert catalog.fingerprint() != before
 
 

@@ -10,7 +10,8 @@ Offsets of rows are 64-bit (a batch of 4,096 images at stage 1 has more than 2^3
 program; inside a main loop only 32-bit distances from a row's start are added to them.
 
 Rounding: products of 16-bit operands are exact in fp32, sums are fp32, and a tile is rounded to the tensor's dtype
-once, after bias, residual and ReLU. fp32 operands keep their 24 bits (PRECISION "ieee") unless TF32 is requested.
+once, after bias, residual and ReLU. fp32 operands are rounded to TF32 or keep their 24 bits (PRECISION "ieee"), as
+PyTorch's switch says (float32.py).
 
 Triton's interpreter stores bfloat16 as raw 16-bit integers, multiplies those, and rounds towards zero (Triton 3.6 and
 3.8). UPCAST, set for bfloat16 in the interpreter only, widens operands to fp32 first, which is exact, and rounds to

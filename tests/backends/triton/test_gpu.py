@@ -31,8 +31,16 @@ def check(p: Problem) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_op(op: str, dtype: torch.dtype, layout: str) -> None:
+def test_op(op: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     check(make(op, n=3, h=29, w=31, ci=32, co=48, dtype=dtype, layout=layout, k=3))
+
+
+@pytest.mark.parametrize("op", ["conv_bn_act", *BLOCKS])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_is_as_exact_as_stock_under_its_switch(op: str, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    check(make(op, n=8, h=28, w=28, ci=128, co=128, dtype=torch.float32, layout="nhwc", k=3))
 
 
 @pytest.mark.parametrize("op", ["conv_bn_act", *BLOCKS])

@@ -40,6 +40,7 @@ def on_gpu(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("prologue", ["packed", "exact"])
 def test_block_against_fp64(name: str, dtype: torch.dtype, prologue: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_FAST_PROLOGUE", prologue)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     block, x = on_gpu(name)
     exact = step(copy.deepcopy(block).double(), x.double(), torch.float64)
     eager = step(copy.deepcopy(block), x, dtype)
