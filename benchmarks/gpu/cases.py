@@ -56,6 +56,7 @@ def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
             one("conv_bn_act_1x1", conv(72, 136, 1, epilogue=ADD)),
             one("conv_bn_act_1x1", conv(75, 131, 1, epilogue=ADD)),
             one("conv_bn_act_1x1", conv(64, 200, 1)),
+            one("conv_bn_act_1x1", conv(2040, 136, 1, epilogue=ADD)),  # K steps for eight splits
             one("conv_bn_act_1x1", conv(72, 136, 1, epilogue=ADD), projection=project),
             one("conv_bn_act_1x1", conv(40, 48, 1, stride=2, epilogue=NONE)),
         ),
