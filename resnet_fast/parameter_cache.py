@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,10 @@ Sources = tuple[Tensor | None, ...]
 
 USES_PER_ROUND = 64
 """Uses of an entry within which every element of its filters is compared."""
+
+# C functions, mapped over hundreds of tensors at each call
+_version, _shape, _dtype = attrgetter("_version"), attrgetter("shape"), attrgetter("dtype")
+_data_ptr, _stride = Tensor.data_ptr, Tensor.stride
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 509  # 8-byte words per row; prime, so that permuting filters or channels changes the sums
@@ -116,10 +121,10 @@ class Stamps:
 
     def __init__(self, sources: Sources):
         tensors = [t for t in sources if t is not None]
-        self.counted = [i for i, t in enumerate(sources) if t is not None and not t.is_inference()]
-        self.given = [i for i, t in enumerate(sources) if t is not None]
+        self.counted = [i for i, t in enumerate(tensors) if not t.is_inference()]
+        self.all_counted = len(self.counted) == len(tensors)
         self.storages = [t.untyped_storage() for t in tensors]
-        self.versions = [sources[i]._version for i in self.counted]  # type: ignore[union-attr]
+        self.versions = [tensors[i]._version for i in self.counted]
         self.addresses = [t.data_ptr() for t in tensors]
         # ``p.data = p.data[:32]`` or ``.permute(…)`` keep address and version
         self.shapes = [t.shape for t in tensors]
@@ -146,21 +151,22 @@ class Stamps:
 
     def hold(self, sources: Sources) -> bool:
         """Return whether the sources are unchanged. Compare lists: this runs for every parameter at every call."""
-        tensors: list[Any] = [sources[i] for i in self.given]
+        tensors = [t for t in sources if t is not None]
         return (
-            [t.data_ptr() for t in tensors] == self.addresses
-            and self._same_versions(sources)
-            and [t.shape for t in tensors] == self.shapes
-            and [t.stride() for t in tensors] == self.strides
-            and [t.dtype for t in tensors] == self.dtypes
+            list(map(_data_ptr, tensors)) == self.addresses
+            and self._same_versions(tensors)
+            and list(map(_shape, tensors)) == self.shapes
+            and list(map(_stride, tensors)) == self.strides
+            and list(map(_dtype, tensors)) == self.dtypes
             and all([s.hold() for s in self.samples])
             and (self.sums is None or self.sums.hold())
             and all([torch.equal(words, copy) for words, copy in self.copies])
         )
 
-    def _same_versions(self, sources: Sources) -> bool:
+    def _same_versions(self, tensors: list[Tensor]) -> bool:
+        counted = tensors if self.all_counted else [tensors[i] for i in self.counted]
         try:
-            return [sources[i]._version for i in self.counted] == self.versions  # type: ignore[union-attr]
+            return list(map(_version, counted)) == self.versions
         except RuntimeError:  # it became an inference tensor
             return False
 
@@ -174,27 +180,33 @@ class CacheEntry:
     """Everything derived from one set of sources, by key, least recently used first. Hold ``lock`` to use it.
 
     Attributes:
+        alive: False once the entry was forgotten. Whoever keeps it then has to ask for another.
         notes: state of the caller that survives a change of the sources' values.
     """
 
-    __slots__ = ("__weakref__", "_refs", "_stamps", "lock", "notes", "values")
+    __slots__ = ("__weakref__", "_refs", "_stamps", "alive", "lock", "notes", "values")
 
     def __init__(self, sources: Sources, identity: tuple[int, ...]):
         def forget(_: object) -> None:
-            _cache.pop(identity, None)
+            _drop(identity)
 
         # A callback may run at any time, also inside a locked section. Removing a key needs no lock.
         self._refs = [weakref.ref(t, forget) for t in sources if t is not None]
         self._stamps: Stamps | None = None
+        self.alive = True
         self.lock = ForkSafeLock()  # per entry: one net's packing or compiling blocks no other net
         self.values: dict[Hashable, Any] = {}
         self.notes: Any = None
 
-    def find(self, sources: Sources, key: Hashable) -> Any:
-        """Return the value of ``key``; None if there is none. If a source changed, drop all values first."""
+    def find(self, sources: Sources, key: Hashable, trusted: bool = False) -> Any:
+        """Return the value of ``key``; None if there is none. If a source changed, drop all values first.
+
+        Args:
+            trusted: the caller's user promised that no source changed (:func:`resnet_fast.freeze`); compare none.
+        """
         if self._stamps is None:
             return None
-        if not self._stamps.hold(sources):
+        if not trusted and not self._stamps.hold(sources):
             self._stamps = None
             self.values = {}
             return None
@@ -220,7 +232,7 @@ class CacheEntry:
 
     def leads(self, t: Tensor) -> bool:
         """Return whether ``t`` is the first of the sources."""
-        return self._refs[0]() is t
+        return bool(self._refs) and self._refs[0]() is t
 
 
 def entry(sources: Sources) -> CacheEntry:
@@ -234,7 +246,21 @@ def entry(sources: Sources) -> CacheEntry:
     return found
 
 
-def get(sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T], keep: int = 8) -> T:
+def _drop(identity: tuple[int, ...]) -> None:
+    dropped = _cache.pop(identity, None)
+    if dropped is not None:  # whoever keeps the entry keeps neither its values nor weak references to the sources
+        dropped.alive = False
+        dropped._stamps, dropped._refs, dropped.values = None, [], {}
+
+
+def get(
+    sources: Sources,
+    key: Hashable,
+    make: Callable[[dict[Any, Any]], T],
+    keep: int = 8,
+    known: CacheEntry | None = None,
+    trusted: bool = False,
+) -> T:
     """Return ``make(values)``, computed if a source changed or ``key`` is new, otherwise the cached result.
 
     Args:
@@ -242,10 +268,12 @@ def get(sources: Sources, key: Hashable, make: Callable[[dict[Any, Any]], T], ke
         key: what else it depends on (input size, dtype).
         make: computes it, never None. Its argument holds the values of other keys for the same sources.
         keep: number of keys to keep per set of sources; the least recently used is dropped first.
+        known: the living entry of exactly these sources, if the caller kept it.
+        trusted: as for :meth:`CacheEntry.find`.
     """
-    found = entry(sources)
+    found = known or entry(sources)
     with found.lock:
-        value = found.find(sources, key)
+        value = found.find(sources, key, trusted)
         if value is None:
             value = found.make(sources, key, make)
             found.shrink(lambda values: len(values) <= keep)
@@ -280,9 +308,10 @@ def release(tensors: Iterable[Tensor]) -> None:
     found = {id(t) for t in tensors}
     for identity in list(_cache):
         if not found.isdisjoint(identity):
-            _cache.pop(identity, None)
+            _drop(identity)
 
 
 def clear() -> None:
     """Forget every derived tensor; the next call computes them again."""
-    _cache.clear()
+    for identity in list(_cache):
+        _drop(identity)

@@ -11,11 +11,12 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from .. import ops
 from ..calls import NetCall
 from ..dispatch import record, select
-from . import graph, unfused
+from . import graph, held, unfused
 from . import stage as fused_stage
 from .children import child, counts
 from .fused import Fused
 from .obstacles import is_altered, untraceable
+from .snapshot import OF_ONE_NET
 from .stem import Stem, side
 
 STAGES = (nn.Sequential, fused_stage.Sequential)
@@ -45,6 +46,10 @@ class Net(Stem):
         | {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout, nn.Flatten}
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles of the net get: everything but what is kept for this net alone."""
+        return {name: value for name, value in self.__dict__.items() if name not in OF_ONE_NET}
+
     def net_forward(self, x: Tensor, replay: bool = True) -> Tensor:
         """Run the net by its :meth:`way`.
 
@@ -68,12 +73,15 @@ class Net(Stem):
         x = x.contiguous(memory_format=torch.channels_last)
         if way is Way.LAYERS_NHWC or not ops.is_plain_inference(x):
             return self.layers_forward(x)
-        parts = self.parts(x)
+        kept = None if record.watched() else held.of(self, x)
+        parts = self.parts(x) if kept is None else kept.parts
         if parts is None:
             tile = self.independent_tile(x)
             return torch.cat([self.layers_forward(t) for t in x.split(tile)]) if tile else self.layers_forward(x)
+        frozen = kept is not None and held.is_frozen(self)
         for segment, tile in self.segments(parts, x) if x.shape[0] > 1 else [(parts, 1)]:
-            tiles = list(ops.infer_tiles(NetCall(x, segment), tile, self.backend))
+            known = None if kept is None else kept.known(segment)
+            tiles = list(ops.infer_tiles(NetCall(x, segment), tile, self.backend, known, frozen))
             x = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
         return self.head_forward(x)
 

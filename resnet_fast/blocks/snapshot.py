@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -16,9 +17,14 @@ from .obstacles import is_altered
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "resnet_fast.")
 """Modules with layers that compute the same from the same tensors and attributes, random numbers excepted."""
 
+HELD, FROZEN = "_resnet_fast_held", "_resnet_fast_frozen"
+OF_ONE_NET = (HELD, FROZEN)
+"""Attributes of a net that no copy gets and that decide nothing (:mod:`.held`)."""
+
 _forward = attrgetter("forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PLAIN = (bool, int, float, str, tuple, type(None))
+_PLAIN = (bool, int, float, str, type(None))
+_values_of = dict.values
 
 
 class Layers:
@@ -41,7 +47,7 @@ class Layers:
             filter(None, (_layer_obstacle(name, m, training) for name, m in named)),
             _training_obstacle("the net", net) if training else _function_of("the net", net),
         )
-        self._own = net.__dict__
+        self._net = weakref.ref(net)
         self._modules = [m for _, m in named]  # not the net, which its graphs must not keep alive
         self._types = list(map(type, self._modules))
         self._classes = list(dict.fromkeys(self._types))
@@ -49,36 +55,61 @@ class Layers:
         inner = [m.__dict__ for m in self._modules]
         everything = [net.__dict__, *inner]
         self._fields = everything if training else inner
-        self._sizes = list(map(len, self._fields))
+        self._sizes = self._count()
         self._hooks = [fields[kind] for fields in inner for kind in _HOOKS]
-        plain = [[name for name, value in fields.items() if type(value) in _PLAIN] for fields in self._fields]
+        plain = [["training", *(n for n, value in fields.items() if _is_plain(value))] for fields in self._fields]
         self._getters = [(itemgetter(*names), fields) for names, fields in zip(plain, self._fields, strict=True)]
-        self._values = [getter(fields) for getter, fields in self._getters]
+        self._values = [tuple(map(_kept, getter(fields))) for getter, fields in self._getters]
         self._children = [fields["_modules"] for fields in everything]
         self._members = [dict(children) for children in self._children]
         self._tensors = [fields[kind] for fields in everything for kind in ("_parameters", "_buffers")]
         # The first source in the cache: no other call's sources start with it, and the graphs are dropped with it.
         self._anchor = torch.empty(0)
+        self._sources = self.sources()
+        self._ids = list(map(id, self._sources))
 
     def hold(self) -> bool:
         """Return whether the layers are unchanged. Compare lists: this runs for every layer at every call."""
         try:
             values = [getter(fields) for getter, fields in self._getters]
-        except KeyError:
+            own = self._net().__dict__
+        except (KeyError, AttributeError):  # an attribute was deleted, or the net
             return False
         return (
             values == self._values
             and not any(self._hooks)
-            and list(map(len, self._fields)) == self._sizes  # a new attribute, for example a replaced forward
-            and self._own["_modules"].keys().isdisjoint(self._own)  # a plain attribute hides a child of its name
+            and self._count() == self._sizes  # a new attribute, for example a replaced forward
+            and own["_modules"].keys().isdisjoint(own)  # a plain attribute hides a child of its name
             and list(map(type, self._modules)) == self._types
             and list(map(_forward, self._classes)) == self._forwards
             and self._children == self._members
         )
 
+    def _count(self) -> list[int]:
+        """Return the number of attributes of each module."""
+        counts = list(map(len, self._fields))
+        net = self._net()
+        if net is not None and len(counts) > len(self._modules):  # the net's own come first
+            counts[0] -= sum([name in net.__dict__ for name in OF_ONE_NET])
+        return counts
+
     def sources(self) -> tuple[Tensor | None, ...]:
         """Return the anchor and all current parameters and buffers."""
-        return (self._anchor, *chain.from_iterable([tensors.values() for tensors in self._tensors]))
+        return (self._anchor, *chain.from_iterable(map(_values_of, self._tensors)))
+
+    def same_tensors(self) -> bool:
+        """Return whether every parameter and buffer is the object that it was. Their values may have changed."""
+        return list(map(id, chain((self._anchor,), *map(_values_of, self._tensors)))) == self._ids
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether an attribute's value can be compared: numbers, text, and tuples or lists of them."""
+    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+
+
+def _kept(value: Any) -> Any:
+    """Return ``value``; of a list a copy, because its owner may change it in place."""
+    return list(value) if type(value) is list else value
 
 
 def _layer_obstacle(name: str, m: nn.Module, training: bool) -> str:

@@ -105,7 +105,7 @@ def restore(model: M) -> M:
         ``model`` itself, every module with its stock class.
     """
     from .. import parameter_cache
-    from ..blocks import stage
+    from ..blocks import held, stage
     from ..blocks.fused import Fused
 
     parameter_cache.release(model.parameters())
@@ -113,6 +113,7 @@ def restore(model: M) -> M:
         if isinstance(module, (Fused, stage.Sequential)):
             _set_options(module, *OPTIONS.values())
             _set_replay(module, False)
+            held.forget(module)
             module.__class__ = module.stock_class  # type: ignore[assignment]
     return model
 

@@ -59,38 +59,83 @@ class Prepared:
     used: int = 0
 
 
+class Numbers:
+    """The numbers of a call as part of a key. They are many, so their hash is computed once."""
+
+    __slots__ = ("_hash", "_values")
+
+    def __init__(self, call: Call | NetCall):
+        self._values = call.numbers()
+        self._hash = hash(self._values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Numbers) and self._values == other._values)
+
+
+class Known:
+    """What is the same in all calls of one net while its layers and tensors are the same."""
+
+    __slots__ = ("_entry", "numbers", "parameters")
+
+    def __init__(self, call: Call | NetCall):
+        self.parameters = call.parameters()
+        self.numbers = Numbers(call)
+        self._entry = parameter_cache.entry(self.parameters)
+
+    def entry(self) -> parameter_cache.CacheEntry:
+        """Return the cache's entry of the parameters."""
+        if not self._entry.alive:
+            self._entry = parameter_cache.entry(self.parameters)
+        return self._entry
+
+
 def infer(call: Call, backend: str) -> Tensor:
     """Return the result of a call without autograd."""
     found = prepared(call, backend)
     return select.execute(call, found.spec, found.choice, found.state)
 
 
-def infer_tiles(call: NetCall, tile: int, backend: str) -> Iterator[Tensor]:
+def infer_tiles(
+    call: NetCall, tile: int, backend: str, known: Known | None = None, frozen: bool = False
+) -> Iterator[Tensor]:
     """Yield the results of ``call`` for ``tile`` images of its batch at a time.
 
-    Parameters are looked up once per tile size.
+    Parameters are looked up once per tile size. ``known`` and ``frozen``: as for :func:`prepared`.
     """
     found: Prepared | None = None
     for x in call.x.split(tile) if tile < call.x.shape[0] else (call.x,):
         part = call._replace(x=x)
         if found is None or found.spec.n != x.shape[0]:
-            found = prepared(part, backend, max(1, call.x.shape[0] // tile))
+            found = prepared(part, backend, max(1, call.x.shape[0] // tile), known, frozen)
         yield select.execute(part, found.spec, found.choice, found.state)
 
 
-def prepared(call: Call | NetCall, backend: str, times: int = 1) -> Prepared:
-    """Return what runs ``call``, from the cache if possible. ``times``: number of calls that will use it."""
+def prepared(
+    call: Call | NetCall, backend: str, times: int = 1, known: Known | None = None, frozen: bool = False
+) -> Prepared:
+    """Return what runs ``call``, from the cache if possible.
+
+    Args:
+        call: the call.
+        backend: the requested backend.
+        times: number of calls that will use the result.
+        known: what the caller knows of such calls, none of which uses batch statistics.
+        frozen: the user promised that the parameters' values did not change.
+    """
     x = call.x
-    parameters = call.parameters()
-    if not catalog.prepares(x.device) or call.batch_stats:
+    if not catalog.prepares(x.device) or (known is None and call.batch_stats):
         spec = spec_of(call, grad=False)
         choice = select.choose(spec, x.device, backend)
         return Prepared(spec, choice, select.prepare(call, spec, choice, []))
-    fixed = (call.numbers(), x.dtype, x.device, select.requested(backend), catalog.fingerprint())
+    known = known or Known(call)
+    parameters, entry = known.parameters, known.entry()
+    fixed = (known.numbers, x.dtype, x.device, select.requested(backend), catalog.fingerprint())
     key = (fixed, x.shape, x.stride())
-    entry = parameter_cache.entry(parameters)
     with entry.lock:
-        found: Prepared | None = entry.find(parameters, key)
+        found: Prepared | None = entry.find(parameters, key, frozen)
         if found is None:
             found = _new(entry, call, parameters, key, backend)
         elif getattr(found.state, "grown", False):

@@ -21,8 +21,8 @@ def ran(backend: str = "onednn") -> int:
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Return class, attribute names and attribute values of every module."""
-    return [(name, type(m), {k: id(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
+    """Return class, attribute names and attribute values of every module, as a copy or a pickle gets them."""
+    return [(name, type(m), {k: id(v) for k, v in m.__reduce_ex__(2)[2].items()}) for name, m in model.named_modules()]
 
 
 def test_it_works_in_place_and_returns_the_model() -> None:

@@ -1,0 +1,113 @@
+"""Keep the parts of a net's call while its layers are the same.
+
+Reading a net's layers into the parts of a :class:`~resnet_fast.calls.NetCall` looks at every attribute, hook and
+tensor of every block. In eval the next call finds the same, so the parts are kept with a snapshot of the layers, and
+a call compares the snapshot instead. Whether the *values* of the parameters changed is a question of its own, which
+:mod:`resnet_fast.parameter_cache` answers.
+
+What is kept is an attribute of the net, so that both are freed together. Copies and pickles of the net have none of it
+(:meth:`~.net.Net.__getstate__`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..calls import NetCall
+from . import stage
+from .fused import Fused
+from .snapshot import FROZEN, HELD, Layers
+
+_version = attrgetter("_version")
+
+
+class OfOneNet:
+    """A value in a net's ``__dict__`` that belongs to this net only."""
+
+    def __init__(self, net: nn.Module):
+        self._net = weakref.ref(net)
+
+    def belongs_to(self, net: nn.Module) -> bool:
+        """Return whether ``net`` is not a copy that shares its attributes, such as a replica of DataParallel."""
+        return self._net() is net
+
+
+class Frozen(OfOneNet):
+    """The promise that a net does not change (:func:`resnet_fast.freeze`)."""
+
+
+class Held(OfOneNet):
+    """The parts of a net's call, what is known about them, and the layers that they were read from.
+
+    Attributes:
+        obstacle: why the layers cannot be compared; empty if they can.
+        parts: stem and blocks.
+    """
+
+    def __init__(self, net: Any, x: Tensor):
+        super().__init__(net)
+        self._layers = Layers(net)
+        self.obstacle = self._layers.obstacle
+        self._known: dict[tuple[int, int], ops.Known] = {}
+        self._classes = list({type(m) for m in net.modules() if isinstance(m, Fused)})
+        self._functions = self._read_functions()
+        # Off the CPU only BatchNorm's batch counter shows that its statistics changed (parameter_cache.follow).
+        counters = [m._buffers.get("num_batches_tracked") for m in net.modules()]
+        self._counters = [t for t in counters if t is not None and not t.is_inference()]
+        self._versions = list(map(_version, self._counters))
+        # Read after the snapshot, so that a concurrent change counts. A part keeps its input: an empty one.
+        self.parts: tuple[Any, ...] | None = None if self.obstacle else net.parts(x.new_empty(0))
+
+    def _read_functions(self) -> list[Any]:
+        """Return what the classes of the blocks would run, and whether a library's function was replaced."""
+        found: list[Any] = [(cls.watched.changed(), cls._methods_of(cls)) for cls in self._classes]
+        return [stage.is_own(), *found]
+
+    def holds(self) -> bool:
+        """Return whether a call would read the same layers and tensors again."""
+        return (
+            self._layers.hold()
+            and self._layers.same_tensors()
+            and list(map(_version, self._counters)) == self._versions
+            and self._read_functions() == self._functions
+        )
+
+    def known(self, segment: tuple[Any, ...]) -> ops.Known:
+        """Return what is known about consecutive parts."""
+        key = id(segment[0]), len(segment)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = ops.Known(NetCall(segment[0].x, segment))
+        return found
+
+
+def of(net: Any, x: Tensor) -> Held | None:
+    """Return what is kept of the net, made anew if a layer changed; None if its parts have to be read at each call."""
+    fields = net.__dict__
+    held: Held | None = fields.get(HELD)
+    if held is not None and held.belongs_to(net) and (is_frozen(net) or held.holds()):
+        return held
+    fields.pop(HELD, None)
+    if "_is_replica" in fields or net.parts(x) is None:
+        return None
+    held = Held(net, x)
+    if held.parts is None:
+        return None
+    fields[HELD] = held
+    return held
+
+
+def is_frozen(net: nn.Module) -> bool:
+    """Return whether the net was promised not to change."""
+    frozen = net.__dict__.get(FROZEN)
+    return frozen is not None and frozen.belongs_to(net)
+
+
+def forget(net: nn.Module) -> None:
+    """Drop what is kept of the net's layers."""
+    net.__dict__.pop(HELD, None)
