@@ -16,16 +16,18 @@ import json
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.benchmarks import null_gpu
+from resnet_fast.blocks import recorder
 
 IMAGE = 64
 """Height and width of an image, in pixels."""
@@ -42,17 +44,20 @@ class HostCase:
         dtype: of weights and input.
         amp: run inside bfloat16 autocast.
         batch: images.
+        graph: replay our net from CUDA graphs.
     """
 
     train: bool
     dtype: torch.dtype
     amp: bool
     batch: int
+    graph: bool = False
 
 
 CASES = {
     "train-amp": HostCase(True, torch.float32, True, 8),
     "train-bf16": HostCase(True, torch.bfloat16, False, 8),
+    "train-graph": HostCase(True, torch.float32, True, 8, graph=True),
     "infer-bf16": HostCase(False, torch.bfloat16, False, 1),
 }
 
@@ -74,6 +79,37 @@ class HostTime:
     def ratio(self) -> float:
         """Ours over stock."""
         return self.ours_ms / self.stock_ms
+
+
+class NullRecorder(recorder.Recorder):
+    """Captures by running once. A replay does nothing, as everything else on the null GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def warm_up(self, fn: Callable[[Tensor], object], x: Tensor, layout: torch.memory_format) -> Tensor:
+        """Run ``fn`` once on its static input."""
+        static = torch.empty_like(x, memory_format=layout)
+        fn(static)
+        return static
+
+    def capture(self, fn: Callable[[Tensor], recorder.T], x: Tensor) -> tuple[Callable[[], None], recorder.T]:
+        """Run ``fn``."""
+        y = fn(x)
+        return (lambda: None), y
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """There is one stream."""
+        yield
+
+    @contextmanager
+    def same_random_numbers(self) -> Iterator[None]:
+        """There are none."""
+        yield
+
+    def drain(self) -> None:
+        """Nothing runs."""
 
 
 def step_of(model: nn.Module, case: HostCase) -> Step:
@@ -102,7 +138,8 @@ def steps(name: str, case: HostCase) -> tuple[Step, Step]:
     """Return the steps of the accelerated and of the stock net ``name``."""
     from torchvision import models
 
-    ours = resnet_fast.accelerate(models.get_model(name))
+    setattr(recorder, "Recorder", NullRecorder)  # noqa: B010 (in place of a class that needs a device)
+    ours = resnet_fast.accelerate(models.get_model(name), cuda_graph=case.graph)
     return step_of(ours, case), step_of(models.get_model(name), case)
 
 

@@ -213,6 +213,8 @@ Tensor& zero_(Tensor& x) {
 }
 void foreach_add_(at::TensorList, const Scalar&) {
 }
+void foreach_copy_(at::TensorList, at::TensorList, bool) {
+}
 
 Tensor& normal_(Tensor& x, double, double, optional<at::Generator>) {
   return x;
@@ -276,6 +278,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("fill_.Scalar", fill_);
   m.impl("zero_", zero_);
   m.impl("_foreach_add_.Scalar", foreach_add_);
+  m.impl("_foreach_copy_", foreach_copy_);
   m.impl("normal_", normal_);
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-LAUNCHES = {"train-amp": 456, "train-bf16": 456, "infer-bf16": 46}
+LAUNCHES = {"train-amp": 456, "train-bf16": 456, "train-graph": 0, "infer-bf16": 46}
 """The most launches of Triton kernels per step."""
 
 
@@ -40,3 +40,9 @@ def test_every_convolution_of_a_training_step_runs_on_our_kernels(found: dict[st
         53,
         52,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_replayed_step_costs_less_than_stock(found: dict[str, Any]) -> None:
+    assert found["train-graph"]["ours_ms"] < found["train-graph"]["stock_ms"]
