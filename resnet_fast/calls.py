@@ -62,7 +62,7 @@ class Pool(NamedTuple):
 
 
 # C functions: these run for every layer of every call
-_conv_numbers, _norm_numbers = itemgetter(slice(2, None)), itemgetter(slice(4, None))
+_conv_numbers, _norm_numbers = itemgetter(slice(2, None)), itemgetter(4, 6, 7)
 
 
 class Call(NamedTuple):
@@ -129,7 +129,10 @@ class Call(NamedTuple):
         return [t for t in (self.x, self.added, *self.parameters()) if t is not None]
 
     def numbers(self) -> tuple[Any, ...]:
-        """Return everything else, apart from ``x``, that can decide how the call runs."""
+        """Return everything else, apart from ``x``, that can decide how the call runs.
+
+        The momentum decides nothing, and a cumulative average has another one at each call.
+        """
         added = self.added
         return (
             self.op,

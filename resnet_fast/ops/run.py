@@ -1,8 +1,8 @@
 """Run a call: the entry point of the blocks.
 
-Plain eager calls go straight to dispatch (:mod:`.infer`) or to a training step (:mod:`.train`), because PyTorch's
-dispatcher would unpack the lists of a block into boxed values and back several times. A compiler, autocast or a
-dispatch mode uses the ``torch.library`` op, which has a rule for each.
+Eager calls go straight to dispatch (:mod:`.infer`) or to a training step (:mod:`.train`), because PyTorch's dispatcher
+would unpack the lists of a block into boxed values and back several times. A compiler, a transform or a dispatch mode
+uses the ``torch.library`` op, which has a rule for each.
 """
 
 from __future__ import annotations
@@ -25,26 +25,56 @@ def run(call: Call, backend: str, save: str = "raw") -> Tensor:
         backend: a name of :data:`resnet_fast.flags.BACKENDS`.
         save: what training keeps for the backward pass: ``raw`` (all raw outputs) or ``recompute`` (fewer).
     """
-    if is_plain(call.x):
-        graph = torch.is_grad_enabled() and train.needs_gradient(call)
-        if not graph and not call.batch_stats:
-            found = prepared(call, backend)
-            return select.execute(call, found.spec, found.choice, found.state)
-        if not profiler._is_profiler_enabled:  # a profiler shows the op
-            return train.run(call, train.Options(backend, save, call.sync), graph)
+    x = call.x
+    if not _is_observed(x):
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return _run_plain(call, backend, save)
+        call = autocast(call, torch.get_autocast_dtype(device))
+        torch.set_autocast_enabled(device, False)
+        try:
+            return _run_plain(call, backend, save)
+        finally:
+            torch.set_autocast_enabled(device, True)
+    return _run_op(call, backend, save)
+
+
+def _run_plain(call: Call, backend: str, save: str) -> Tensor:
+    graph = torch.is_grad_enabled() and train.needs_gradient(call)
+    if not graph and not call.batch_stats:
+        found = prepared(call, backend)
+        return select.execute(call, found.spec, found.choice, found.state)
+    if profiler._is_profiler_enabled:  # it shows the op
+        return _run_op(call, backend, save)
+    return train.run(call, train.Options(backend, save, call.sync), graph)
+
+
+def _run_op(call: Call, backend: str, save: str) -> Tensor:
     flat = OPS[call.op].flatten(call)
     return getattr(torch.ops.resnet_fast, call.op)(*flat, backend, save, call.sync)
 
 
+def autocast(call: Call, dtype: torch.dtype) -> Call:
+    """Return the call with float32 activations in ``dtype``. Weights stay as they are: folding rounds them once."""
+    x, added = call.x, call.added
+    if added is not None and added.dtype == torch.float32:
+        call = call._replace(added=added.to(dtype))
+    return call._replace(x=x.to(dtype)) if x.dtype == torch.float32 else call
+
+
 def is_plain(x: Tensor) -> bool:
     """Return whether no compiler, tracer, transform, autocast or mode is active. Autograd may be."""
-    return not (
+    return not (_is_observed(x) or torch.is_autocast_enabled(x.device.type))
+
+
+def _is_observed(x: Tensor) -> bool:
+    """Return whether a compiler, tracer, transform or mode is active, which has to see an op."""
+    return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or x.is_meta  # which autocast does not know
-        or torch.is_autocast_enabled(x.device.type)
         or torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0

@@ -16,7 +16,7 @@ _specs: dict[Any, Spec | NetSpec] = {}
 
 def spec_of(call: Call | NetCall, grad: bool) -> Any:
     """Check a call and return its Spec. Calls of a shape that was seen before cost one dictionary look-up."""
-    key = (_key(call), grad, float32.products_are_tf32())
+    key = key_of(call, grad)
     spec = _specs.get(key)
     if spec is None:
         spec = check(call, grad)
@@ -26,13 +26,25 @@ def spec_of(call: Call | NetCall, grad: bool) -> Any:
     return spec
 
 
-def _key(call: Call | NetCall) -> tuple[Any, ...]:
-    """All that :func:`check` looks at: shapes, strides, dtypes, devices and the numbers of the call."""
+def key_of(call: Call | NetCall, grad: bool) -> tuple[Any, ...]:
+    """Return all that :func:`check` looks at: shapes, strides, dtypes, devices, the numbers of the call, and flags."""
     x = call.x
-    parts: list[Any] = [x.shape, x.dtype, x.device, x.stride(), call.numbers()]
-    for t in call.parameters():
-        parts.append(None if t is None else (t.shape, t.dtype, t.device, t.stride() if t.dim() == 4 else None))
-    return tuple(parts)
+    key: list[Any] = [grad, float32.products_are_tf32(), x.shape, x.dtype, x.device, x.stride(), call.numbers()]
+    for part in call.parts:
+        for conv in part.convs:
+            weight = conv.weight
+            key += weight.shape, weight.dtype, weight.device, weight.stride()
+            if conv.bias is None:
+                key.append(None)
+            else:
+                key += conv.bias.shape, conv.bias.dtype, conv.bias.device
+        for norm in part.norms:
+            for t in norm[:4]:
+                if t is None:
+                    key.append(None)
+                else:
+                    key += t.shape, t.dtype, t.device
+    return tuple(key)
 
 
 def check(call: Call | NetCall, grad: bool = False) -> Any:

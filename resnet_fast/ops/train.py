@@ -1,8 +1,8 @@
 """Run a call that needs a graph or batch statistics.
 
 With training kernels, the call is one node in autograd's graph. Eager training calls the chosen implementation's
-:class:`~resnet_fast.impl.Training` directly (:class:`_Direct`). A compiler sees two opaque ops with known shapes
-instead (:class:`_ThroughOps`), so that it keeps one graph:
+:class:`~resnet_fast.impl.Training` directly (:class:`_DirectStep`). A compiler sees two opaque ops with known shapes
+instead (:class:`_StepThroughOps`), so that it keeps one graph:
 
     NAME_train(args, options)                          -> y, saved          every call with a graph or batch statistics
     NAME_backward(dy, y, saved, args, options, needs)  -> gradients         in the order of ``calls.Call.leaves``
@@ -27,12 +27,12 @@ from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad, profiler
 
 from ..calls import Call
-from ..dispatch import record, select
+from ..dispatch import catalog, record, select
 from ..errors import BackendError
-from ..impl import Choice, Training
+from ..impl import Choice
 from ..spec import Spec
 from .op import OPS, Op
-from .specs import check, spec_of
+from .specs import check, key_of, spec_of
 
 
 class Options(NamedTuple):
@@ -56,13 +56,72 @@ def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+class Decision(NamedTuple):
+    """What is decided about a call that needs a graph or batch statistics, for all calls with the same key.
+
+    Attributes:
+        spec: the problem.
+        choice: the implementation.
+        save: of :class:`Options`.
+        form: the call with True in place of each tensor that it has. The key, and so this, leaves the momenta out.
+        here: the leaves of ``form``: True for each that the call has, else None.
+    """
+
+    spec: Spec
+    choice: Choice
+    save: str
+    form: Call
+    here: tuple[Any, ...]
+
+
+def _forward(spec: Spec, choice: Choice, save: str, call: Call, update: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return the output and the tensors that the backward pass needs, and count the call.
+
+    ``update``: whether to update the running statistics.
+    """
+    if choice.fell_back:
+        record.fell_back(spec, choice)
+    if update:  # kernels write to them where autograd does not see it
+        written: list[Any] = []
+        for norm in call.norms:
+            if norm.batch_stats and norm.mean is not None:
+                written += norm[2:4]
+        torch._C._increment_version(written)
+    y, saved, plan = choice.impl.trainer.forward(call, spec, save, update)
+    record.ran(call, spec, choice, plan)
+    return y, saved
+
+
+_KEEP = 4096
+_decisions: dict[Any, Decision] = {}
+
+
+def _decide(call: Call, options: Options, graph: bool) -> Decision:
+    """Check a call and choose its implementation. A call with a key that was seen before costs one look-up."""
+    key = (key_of(call, graph), select.requested(options.backend), catalog.fingerprint(), options.save)
+    found = _decisions.get(key)
+    if found is None:
+        spec = spec_of(call, graph)
+        choice = select.choose(spec, call.x.device, options.backend)
+        if choice.impl.training and not graph:
+            spec = spec_of(call, True)
+        here = tuple([None if t is None else True for t in call.leaves()])
+        found = Decision(spec, choice, options.save, call.with_leaves(here), here)
+        if len(_decisions) >= _KEEP:
+            _decisions.clear()
+        _decisions[key] = found
+    return found
+
+
 def run(call: Call, options: Options, graph: bool) -> Tensor:
     """Run a call on tensors with memory of their own. ``graph``: whether autograd needs its graph."""
-    spec = spec_of(call, graph)
-    choice = select.choose(spec, call.x.device, options.backend)
-    if not choice.impl.training:
-        return select.run(call, spec, choice)
-    return _step(call, _Direct(spec if graph else spec_of(call, True), choice, options.save), choice.impl.trainer)
+    decision = _decide(call, options, graph)
+    if not decision.choice.impl.training:
+        return select.run(call, decision.spec, decision.choice)
+    if graph:
+        return _apply(decision, call, *[t for t in call.leaves() if t is not None])
+    with _AutoDispatchBelowAutograd():
+        return _forward(decision.spec, decision.choice, decision.save, call, update=True)[0]
 
 
 def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
@@ -83,20 +142,15 @@ def run_anywhere(call: Call, options: Options, graph: bool) -> Tensor:
             "resnet_fast.use_backend('reference')"
         )
     # The backward pass may run in a thread of autograd's, which the caller's ``use_backend`` does not reach.
-    options = options._replace(backend=select.requested(options.backend))
-    return _step(call, _ThroughOps(call.op, options), choice.impl.trainer)
-
-
-def _step(call: Call, passes: _Direct | _ThroughOps, trainer: Training) -> Tensor:
+    passes = _ThroughOps(call.op, options._replace(backend=select.requested(options.backend)))
+    statistics = choice.impl.trainer.statistics
     leaves = call.leaves()
-    statistics = None if type(passes) is _Direct else trainer.statistics
     if _wants_gradient(leaves):
-        return _Step.apply(passes, statistics, call, *leaves)[0]
+        return _StepThroughOps.apply(passes, statistics, call, *leaves)[0]
     with _AutoDispatchBelowAutograd():
         y, saved = passes.forward(call)
-    if statistics is not None:
-        with torch.no_grad():
-            _update_running(call, statistics(call, saved))
+    with torch.no_grad():
+        _update_running(call, statistics(call, saved))
     return y
 
 
@@ -122,46 +176,6 @@ def _is_traced(x: Tensor) -> bool:
     return type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
-class _Direct(NamedTuple):
-    """Run both passes of an eager step on the implementation that was chosen for the forward pass."""
-
-    spec: Spec
-    choice: Choice
-    save: str
-
-    def forward(self, call: Call, update: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Return the output and the tensors that the backward pass needs, and count the call.
-
-        ``update``: whether to update the running statistics.
-        """
-        spec, choice, save = self
-        if choice.fell_back:
-            record.fell_back(spec, choice)
-        if update:  # kernels write to them where autograd does not see it
-            torch._C._increment_version(
-                [t for n in call.norms if n.batch_stats for t in (n.mean, n.var) if t is not None]
-            )
-        y, saved, plan = choice.impl.trainer.forward(call, spec, save, update)
-        record.ran(call, spec, choice, plan)
-        return y, saved
-
-    def backward(self, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]) -> Sequence[Any]:
-        """Return the gradients of ``call.leaves()``."""
-        if _is_traced(dy):  # an eager step's backward pass may be traced, by compiled autograd for instance
-            options = Options(self.choice.impl.backend, self.save, call.sync)
-            return _ThroughOps(call.op, options).backward(call, dy, y, saved, needs)
-        trainer = self.choice.impl.trainer
-
-        def run() -> Sequence[Any]:
-            return trainer.backward(call, self.spec, saved, y, dy, needs)
-
-        leaves = (dy, *call.leaves())
-        if _wants_gradient(leaves):
-            return _Second.apply(call.op, run, *leaves)
-        with _AutoDispatchBelowAutograd():
-            return run()
-
-
 class _ThroughOps(NamedTuple):
     """Run both passes of a traced or profiled step as the ops ``NAME_train`` and ``NAME_backward``."""
 
@@ -179,21 +193,71 @@ class _ThroughOps(NamedTuple):
         return op(dy, y, saved, *OPS[self.op].flatten(call), *self.options, needs=needs)
 
 
-class _Step(torch.autograd.Function):
-    """The node of a training step in autograd's graph, with the leaves of the call as its inputs.
+class _DirectStep(torch.autograd.Function):
+    """The node of an eager training step in autograd's graph. Its inputs are the leaves that the call has.
+
+    Running statistics are updated before any tensor is saved: the recomputation of a checkpoint stops after the last
+    saved tensor, and stock BatchNorm has updated its statistics by then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, decision: Decision, call: Call, *leaves: Tensor) -> Tensor:
+        with _AutoDispatchBelowAutograd():
+            y, saved = _forward(decision.spec, decision.choice, decision.save, call, update=True)
+        ctx.decision, ctx.saved_count = decision, len(saved)
+        ctx.save_for_backward(y, *saved, *leaves)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        needs_here: tuple[bool, ...] = ctx.needs_input_grad[2:]
+        if dy is None:
+            return (None, None, *[None] * len(needs_here))
+        decision: Decision = ctx.decision
+        here = decision.here
+        y, *rest = ctx.saved_tensors
+        saved, tensors, needs = rest[: ctx.saved_count], iter(rest[ctx.saved_count :]), iter(needs_here)
+        leaves = [next(tensors) if there else None for there in here]
+        wanted = [bool(there) and next(needs) for there in here]
+        call = decision.form.with_leaves(leaves)
+        grads = _backward(decision, call, dy, y, saved, wanted)
+        return (None, None, *[g if need else None for g, need, there in zip(grads, wanted, here, strict=True) if there])
+
+
+# ``torch.autograd.Function.apply`` without the look for transforms of torch.func, which no plain call has.
+_apply: Any = super(torch.autograd.Function, _DirectStep).apply
+
+
+def _backward(
+    decision: Decision, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]
+) -> Sequence[Any]:
+    """Return the gradients of ``call.leaves()``, by the implementation that was chosen for the forward pass."""
+    spec, choice, save = decision[:3]
+    if _is_traced(dy):  # an eager step's backward pass may be traced, by compiled autograd for instance
+        return _ThroughOps(call.op, Options(choice.impl.backend, save, call.sync)).backward(call, dy, y, saved, needs)
+
+    def run() -> Sequence[Any]:
+        return choice.impl.trainer.backward(call, spec, saved, y, dy, needs)
+
+    if torch.is_grad_enabled():  # a graph of the first derivative (``create_graph=True``)
+        leaves = (dy, *call.leaves())
+        if _wants_gradient(leaves):
+            return _Second.apply(call.op, run, *leaves)
+    with _AutoDispatchBelowAutograd():
+        return run()
+
+
+class _StepThroughOps(torch.autograd.Function):
+    """The node of a traced or profiled training step, with the leaves of the call as its inputs, None for those absent.
 
     ``statistics`` returns the batch's statistics from the saved tensors, for running statistics that ``passes`` leaves
-    alone. They are updated before any tensor is saved: the recomputation of a checkpoint stops after the last saved
-    tensor, and stock BatchNorm has updated its statistics by then.
+    alone; None where the caller updates them. As in :class:`_DirectStep`, they are updated before any tensor is saved.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        passes: _Direct | _ThroughOps,
-        statistics: Callable[..., Any] | None,
-        call: Call,
-        *leaves: Tensor | None,
+        ctx: Any, passes: _ThroughOps, statistics: Callable[..., Any] | None, call: Call, *leaves: Tensor | None
     ) -> Any:
         with _AutoDispatchBelowAutograd():
             y, saved = passes.forward(call)
@@ -268,7 +332,7 @@ def define(library: torch.library.Library, op: Op) -> None:
     def train(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)
         spec = spec_of(call, True)
-        return _Direct(spec, _chosen(call, spec, options), options.save).forward(call, update=False)
+        return _forward(spec, _chosen(call, spec, options), options.save, call, update=False)
 
     def train_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
         call, options = bound(args)
@@ -282,7 +346,7 @@ def define(library: torch.library.Library, op: Op) -> None:
         if not _wants_gradient(leaves):
             with _AutoDispatchBelowAutograd():
                 return forward_op(*args)
-        y, *saved = _Step.apply(_ThroughOps(name, options), None, call, *leaves)
+        y, *saved = _StepThroughOps.apply(_ThroughOps(name, options), None, call, *leaves)
         return y, saved
 
     def backward(dy: Tensor, y: Tensor, saved: list[Tensor], *args: Any, needs: list[bool]) -> list[Tensor]:
