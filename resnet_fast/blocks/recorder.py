@@ -40,18 +40,22 @@ class Recorder:
         return torch.cuda.is_current_stream_capturing()
 
     def warm_up(self, fn: Callable[[Tensor], object], x: Tensor, layout: torch.memory_format) -> Tensor:
-        """Run ``fn`` on a side stream, as a capture requires, and return its static input (N, C, H, W)."""
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                # Not during the capture: in deterministic mode filling new memory would become part of the graph.
-                static = torch.empty_like(x, memory_format=layout)
-                static.copy_(x)
-                for _ in range(WARM_UPS):
-                    fn(static)
-        finally:
-            current.wait_stream(self._stream)
+        """Run ``fn`` on a side stream, as a capture requires, and return its static input (N, C, H, W).
+
+        No replay runs meanwhile: kernels may keep counters for each stream, and graphs have those of the side stream.
+        """
+        with self.turn():
+            current = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    # Not during the capture: in deterministic mode filling new memory would become part of the graph.
+                    static = torch.empty_like(x, memory_format=layout)
+                    static.copy_(x)
+                    for _ in range(WARM_UPS):
+                        fn(static)
+            finally:
+                current.wait_stream(self._stream)
         return static
 
     def capture(self, fn: Callable[[Tensor], T], x: Tensor) -> tuple[Callable[[], None], T]:

@@ -65,10 +65,10 @@ class _Waiting:
     """A forward pass that waits for its backward pass. It lives as long as its node in autograd's graph.
 
     Attributes:
-        done: whether the backward pass has begun.
+        begun, done: whether the backward pass has begun, and whether its launches are submitted.
     """
 
-    done = False
+    begun = done = False
 
 
 class _Kept:
@@ -253,14 +253,17 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         parameters = ctx.saved_tensors
-        if ctx.waiting.done:
+        if ctx.waiting.begun:
             raise BackendError(
                 "expected one backward pass for each forward pass of a training step in CUDA graphs, got a second "
                 "(retain_graph=True); add the losses before backward(), or call accelerate(model) without cuda_graph"
             )
-        ctx.waiting.done = True
-        with torch.no_grad():
-            grads: Any = ctx.step.backward(dy)
+        ctx.waiting.begun = True
+        try:
+            with torch.no_grad():
+                grads: Any = ctx.step.backward(dy)
+        finally:  # not earlier: a capture locks the recorder and waits for the thread that this may run in
+            ctx.waiting.done = True
         if torch.is_grad_enabled():
             grads = _once(grads)
         return (None, None, *([None] if len(grads) == len(parameters) else []), *grads)

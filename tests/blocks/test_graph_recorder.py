@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast.blocks import inference_graph
+from resnet_fast.blocks import inference_graph, training_step
 from resnet_fast.blocks import recorder as recorder_module
 from tests.support.graph_cases import (
     image,
@@ -76,7 +76,10 @@ def test_the_recorder_orders_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     x = image()
     recorder = recorder_module.Recorder(x.device)
     static = recorder.warm_up(lambda x: cuda.log.append(cuda.current.name) or x, x, torch.channels_last)
-    assert cuda.log == ["side waits for main", *["side"] * recorder_module.WARM_UPS, "main waits for side"]
+    assert cuda.log == [
+        "main waits for event", "side waits for main", *["side"] * recorder_module.WARM_UPS, "main waits for side",
+        "event on main"
+    ]  # fmt: skip
     assert torch.equal(static, x) and static.is_contiguous(memory_format=torch.channels_last)
     cuda.log.clear()
     launch, y = recorder.capture(lambda x: cuda.log.append(cuda.current.name) or x, static)
@@ -93,4 +96,24 @@ def test_the_recorder_orders_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.current.name == "other"
     cuda.log.clear()
     del recorded
+    assert cuda.log == ["synchronize"]
+
+
+def test_a_training_step_orders_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass may come from another stream than its forward pass."""
+    cuda = FakeCuda(monkeypatch)
+    x, y, grad = image(), torch.ones(2, 3), torch.ones(4)
+    recorder = recorder_module.Recorder(x.device)
+    written = torch.zeros(1)
+    launches = (lambda: cuda.log.append("forward"), lambda: cuda.log.append("backward"))
+    step = training_step.Step(recorder, *launches, x.clone(), y, torch.empty(2, 3), [grad], [written], [])
+    assert torch.equal(step.forward(x), y) and written._version == 1
+    cuda.current = cuda.Stream("other")
+    (got,) = step.backward(y)
+    assert torch.equal(got, grad) and got.data_ptr() != grad.data_ptr()
+    assert cuda.log == [
+        "main waits for event", "forward", "event on main", "other waits for event", "backward", "event on other"
+    ]  # fmt: skip
+    cuda.log.clear()
+    del step
     assert cuda.log == ["synchronize"]
