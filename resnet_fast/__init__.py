@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .dispatch.tune import Tuned, tune
     from .models.accelerate import accelerate, restore
     from .models.factories import Factory
+    from .models.freeze import freeze, unfreeze
     from .parameter_cache import clear as clear_derived
 
     resnet18: Factory
@@ -47,12 +48,14 @@ __all__ = [
     "accelerate",
     "clear_derived",
     "explain",
+    "freeze",
     "ops",
     "reset_stats",
     "restore",
     "stats",
     "strict",
     "tune",
+    "unfreeze",
     "use_backend",
     *ARCHS,
 ]
@@ -63,11 +66,13 @@ _LAZY = {
     "accelerate": "models.accelerate:accelerate",
     "clear_derived": "parameter_cache:clear",
     "explain": "dispatch.explain:explain",
+    "freeze": "models.freeze:freeze",
     "reset_stats": "dispatch.record:reset_stats",
     "restore": "models.accelerate:restore",
     "stats": "dispatch.record:stats",
     "strict": "dispatch.record:strict",
     "tune": "dispatch.tune:tune",
+    "unfreeze": "models.freeze:unfreeze",
     "use_backend": "dispatch.select:use_backend",
 }
 """Public name -> module and attribute that it stands for."""

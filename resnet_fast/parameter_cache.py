@@ -163,6 +163,10 @@ class Stamps:
             and all([torch.equal(words, copy) for words, copy in self.copies])
         )
 
+    def hold_every_sum(self) -> bool:
+        """Return whether no element of a filter changed, as a round of :meth:`hold` would find out."""
+        return self.sums is None or all(self.sums.hold() for _ in range(USES_PER_ROUND))
+
     def _same_versions(self, tensors: list[Tensor]) -> bool:
         counted = tensors if self.all_counted else [tensors[i] for i in self.counted]
         try:
@@ -309,6 +313,18 @@ def release(tensors: Iterable[Tensor]) -> None:
     for identity in list(_cache):
         if not found.isdisjoint(identity):
             _drop(identity)
+
+
+def drop_changed(tensors: Iterable[Tensor]) -> None:
+    """Compare every element, and forget what was derived from any of ``tensors`` if one of its sources changed."""
+    found = {id(t) for t in tensors}
+    for identity, kept in list(_cache.items()):
+        if not found.isdisjoint(identity):
+            with kept.lock:
+                sources = tuple([ref() for ref in kept._refs])
+                stamps = kept._stamps
+                if stamps is not None and not (stamps.hold(sources) and stamps.hold_every_sum()):
+                    _drop(identity)
 
 
 def clear() -> None:

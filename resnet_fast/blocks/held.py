@@ -11,7 +11,6 @@ What is kept is an attribute of the net, so that both are freed together. Copies
 
 from __future__ import annotations
 
-import weakref
 from operator import attrgetter
 from typing import Any
 
@@ -20,25 +19,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..calls import NetCall
 from . import stage
+from .frozen import HELD, OfOneNet, is_frozen
 from .fused import Fused
-from .snapshot import FROZEN, HELD, Layers
+from .snapshot import Layers
 
 _version = attrgetter("_version")
-
-
-class OfOneNet:
-    """A value in a net's ``__dict__`` that belongs to this net only."""
-
-    def __init__(self, net: nn.Module):
-        self._net = weakref.ref(net)
-
-    def belongs_to(self, net: nn.Module) -> bool:
-        """Return whether ``net`` is not a copy that shares its attributes, such as a replica of DataParallel."""
-        return self._net() is net
-
-
-class Frozen(OfOneNet):
-    """The promise that a net does not change (:func:`resnet_fast.freeze`)."""
 
 
 class Held(OfOneNet):
@@ -100,12 +85,6 @@ def of(net: Any, x: Tensor) -> Held | None:
         return None
     fields[HELD] = held
     return held
-
-
-def is_frozen(net: nn.Module) -> bool:
-    """Return whether the net was promised not to change."""
-    frozen = net.__dict__.get(FROZEN)
-    return frozen is not None and frozen.belongs_to(net)
 
 
 def forget(net: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from .. import parameter_cache
 from ..dispatch import catalog, record, select
 from ..locks import ForkSafeLock
 from . import recorder
+from .frozen import is_frozen
 from .fused import Fused
 from .snapshot import Layers, switches
 
@@ -56,23 +58,37 @@ def forget(net: nn.Module) -> None:
     _layers.pop(net, None)
 
 
+def forget_changed(net: nn.Module) -> None:
+    """Drop the net's graphs if a layer is not as it was, or a parameter not the object that it was."""
+    layers = _layers.get(net)
+    if layers is not None and not (layers.hold() and layers.same_tensors()):
+        forget(net)
+
+
 def find(net: Fused, x: Tensor, eager: recorder.Forward) -> Graph | str:
     """Return the graph for ``x`` and the current net, recorded if there is none, or why it cannot be recorded."""
+    frozen = is_frozen(net)
     with _lock:
         layers = _layers.get(net)
-        if layers is None or not layers.hold():
+        if layers is None or not (frozen or (layers.hold() and layers.same_tensors())):
             layers = Layers(net)
             if layers.obstacle:
                 forget(net)
                 return layers.obstacle
             _layers[net] = layers
-    sources = layers.sources()
     # Where the net would convert its input to NHWC, the copy into the static input does so.
     comes_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    nhwc = comes_nhwc or select.prefers_nhwc(x.device, net.backend)
+    backend, fingerprint = select.requested(net.backend), catalog.fingerprint()
+    nhwc = comes_nhwc or _prefers_nhwc(x.device, backend, fingerprint)
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    key = (x.shape, layout, x.dtype, x.device, select.requested(net.backend), catalog.fingerprint(), switches())
-    return parameter_cache.get(sources, key, lambda kept: _record(x, layout, eager, sources, kept), GRAPHS)
+    key = (x.shape, layout, x.dtype, x.device, backend, fingerprint, switches())
+    make = partial(_record, x, layout, eager, layers.kept_sources)
+    return parameter_cache.get(layers.kept_sources, key, make, GRAPHS, layers.entry(), frozen)
+
+
+@lru_cache
+def _prefers_nhwc(device: torch.device, backend: str, fingerprint: tuple[bool, ...]) -> bool:
+    return select.prefers_nhwc(device, backend)
 
 
 def _record(

@@ -14,9 +14,9 @@ from ..dispatch import record, select
 from . import graph, held, unfused
 from . import stage as fused_stage
 from .children import child, counts
+from .frozen import OF_ONE_NET, is_frozen, unfreeze
 from .fused import Fused
 from .obstacles import is_altered, untraceable
-from .snapshot import OF_ONE_NET
 from .stem import Stem, side
 
 STAGES = (nn.Sequential, fused_stage.Sequential)
@@ -50,6 +50,19 @@ class Net(Stem):
         """Return what copies and pickles of the net get: everything but what is kept for this net alone."""
         return {name: value for name, value in self.__dict__.items() if name not in OF_ONE_NET}
 
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            unfreeze(self, "train()")
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        unfreeze(self, "to() or another conversion")
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        unfreeze(self, "load_state_dict()")
+        super()._load_from_state_dict(*args, **kwargs)
+
     def net_forward(self, x: Tensor, replay: bool = True) -> Tensor:
         """Run the net by its :meth:`way`.
 
@@ -78,7 +91,7 @@ class Net(Stem):
         if parts is None:
             tile = self.independent_tile(x)
             return torch.cat([self.layers_forward(t) for t in x.split(tile)]) if tile else self.layers_forward(x)
-        frozen = kept is not None and held.is_frozen(self)
+        frozen = kept is not None and is_frozen(self)
         for segment, tile in self.segments(parts, x) if x.shape[0] > 1 else [(parts, 1)]:
             known = None if kept is None else kept.known(segment)
             tiles = list(ops.infer_tiles(NetCall(x, segment), tile, self.backend, known, frozen))

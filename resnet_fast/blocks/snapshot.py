@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import weakref
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import parameter_cache
 from . import pristine
+from .frozen import OF_ONE_NET
 from .fused import Fused
 from .obstacles import is_altered
 
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "resnet_fast.")
 """Modules with layers that compute the same from the same tensors and attributes, random numbers excepted."""
-
-HELD, FROZEN = "_resnet_fast_held", "_resnet_fast_frozen"
-OF_ONE_NET = (HELD, FROZEN)
-"""Attributes of a net that no copy gets and that decide nothing (:mod:`.held`)."""
 
 _forward = attrgetter("forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -39,6 +37,7 @@ class Layers:
 
     Attributes:
         obstacle: why such a net cannot be recorded; empty if it can.
+        kept_sources: :meth:`sources` at the snapshot.
     """
 
     def __init__(self, net: nn.Module, training: bool = False):
@@ -65,8 +64,11 @@ class Layers:
         self._tensors = [fields[kind] for fields in everything for kind in ("_parameters", "_buffers")]
         # The first source in the cache: no other call's sources start with it, and the graphs are dropped with it.
         self._anchor = torch.empty(0)
-        self._sources = self.sources()
-        self._ids = list(map(id, self._sources))
+        self.kept_sources = self.sources()
+        self._with_tensors = list(filter(None, self._tensors))
+        self._without_tensors = [tensors for tensors in self._tensors if not tensors]
+        self._kept_tensors = self.kept_sources[1:]
+        self._entry: parameter_cache.CacheEntry | None = None
 
     def hold(self) -> bool:
         """Return whether the layers are unchanged. Compare lists: this runs for every layer at every call."""
@@ -99,7 +101,16 @@ class Layers:
 
     def same_tensors(self) -> bool:
         """Return whether every parameter and buffer is the object that it was. Their values may have changed."""
-        return list(map(id, chain((self._anchor,), *map(_values_of, self._tensors)))) == self._ids
+        if any(self._without_tensors):
+            return False
+        found = list(chain.from_iterable(map(_values_of, self._with_tensors)))
+        return len(found) == len(self._kept_tensors) and all(map(is_, found, self._kept_tensors))
+
+    def entry(self) -> parameter_cache.CacheEntry:
+        """Return the cache's entry of ``kept_sources``."""
+        if self._entry is None or not self._entry.alive:
+            self._entry = parameter_cache.entry(self.kept_sources)
+        return self._entry
 
 
 def _is_plain(value: Any) -> bool:

@@ -67,7 +67,7 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
     """
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
-    from ..blocks import stage, unfused
+    from ..blocks import frozen, stage, unfused
 
     flags.check_backend(backend)
     if save not in SAVES:
@@ -91,6 +91,7 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
         if type(module) is nn.Sequential and module and {type(block) for block in module} <= fused:
             module.__class__ = stage.Sequential
     for net in nets:
+        frozen.unfreeze(net, "accelerate()")
         _set_replay(net, cuda_graph)
     return model
 
@@ -105,7 +106,7 @@ def restore(model: M) -> M:
         ``model`` itself, every module with its stock class.
     """
     from .. import parameter_cache
-    from ..blocks import held, stage
+    from ..blocks import frozen, held, stage
     from ..blocks.fused import Fused
 
     parameter_cache.release(model.parameters())
@@ -114,6 +115,7 @@ def restore(model: M) -> M:
             _set_options(module, *OPTIONS.values())
             _set_replay(module, False)
             held.forget(module)
+            frozen.unfreeze(module)
             module.__class__ = module.stock_class  # type: ignore[assignment]
     return model
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import resnet_fast
+from resnet_fast.blocks.frozen import HELD
 from resnet_fast.blocks.net import Net
-from resnet_fast.blocks.snapshot import HELD
 from tests.support.graph_cases import EDITS, change_eps, dilate, eager, image, small
 
 
