@@ -108,8 +108,10 @@ void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
     fail(where, "copies to " + text_of_barrier(barrier) + ", whose initialisation has no mbarrier_init_fence");
   const int site = now->sites.id(where, Kind::kBulkRead);
   for (const BulkCopy::Piece& piece : pieces) {
-    for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g)
+    for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g) {
       expect_fenced(now->history[g], g * kGranule, "copies to", where);
+      expect_read_fenced(now->history[g], g * kGranule, where);
+    }
     check_write(piece.at, kChunk, where, kInFlight, Kind::kBulkRead);
     std::memset(now->shared + piece.at, 0xff, kChunk);
     for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g) {
@@ -182,6 +184,12 @@ void expect_fenced(const History& h, uint32_t at, const char* doing, Where where
   if (h.writer < 0 || h.writer >= kMaxWarps * kWarp || now->threads[h.writer].async.fences != h.fences) return;
   fail(where, std::string(doing) + " shared memory byte " + std::to_string(at) + " that " + thread_text(h.writer) +
                   " wrote at " + site_text(h.write_site) + " without a fence_async after it");
+}
+
+void expect_read_fenced(const History& h, uint32_t at, Where where) {
+  if (h.plain_reader < 0 || now->threads[h.plain_reader].async.fences != h.reader_fences) return;
+  fail(where, "copies to shared memory byte " + std::to_string(at) + " that " + thread_text(h.plain_reader) +
+                  " read without a fence_async after it");
 }
 
 void start_block_of_hopper() {

@@ -159,6 +159,7 @@ void ring_kernel(const Ring p) {
     const int place = i % Ring::kPlaces, round = i / Ring::kPlaces;
     mbarrier_wait(full(place), round % 2);
     const uint32_t word = load_shared<uint32_t>(data(place) + thread_index() * 4);
+    fence_async();
     mbarrier_arrive(empty(place));
     store_global(p.y + i * Ring::kPieceBytes / 4 + thread_index(), 2 * word);
   }

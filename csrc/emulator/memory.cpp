@@ -65,6 +65,7 @@ void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
     h.write_site = static_cast<int16_t>(site);
     h.state = state;
     h.fences = self().async.fences;
+    h.plain_reader = -1;
   }
 }
 
@@ -92,6 +93,8 @@ void check_read(uint32_t at, int bytes, Where where) {
     }
     if (!ordered(h.writer, h.write_time)) race(where, g * kGranule, "reads", "wrote", h.writer, h.write_site);
     note_read(h, me, time);
+    h.plain_reader = static_cast<int16_t>(me);
+    h.reader_fences = self().async.fences;
   }
 }
 

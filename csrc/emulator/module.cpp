@@ -97,7 +97,7 @@ py::dict to_dict(const emulator::Counters& c) {
 }
 
 void configure(uint64_t seed, int arch, int sms, int shared) {
-  emulator::settings() = {{arch, sms, shared, nullptr}, seed};
+  emulator::settings() = {{arch, sms, shared, 0, nullptr}, seed};
 }
 
 // Coordinates by lane and register: (row, column) for the accumulator, (row or column, k) for operands.

@@ -114,6 +114,8 @@ struct History {
   bool several_lanes = false;  // more than one lane of the last reader's warp read it
   uint16_t operand_of = 0;     // warps with a product in flight that reads it
   uint32_t fences = 0;         // fence_async calls of the writer before the write
+  int16_t plain_reader = -1;   // the last thread that read these bytes itself since the write; wgmma does not count
+  uint32_t reader_fences = 0;  // fence_async calls of that thread before the read
 };
 
 struct Buffer {
@@ -178,8 +180,9 @@ SiteCount& count_of(int site);
 void keep_counters();
 Buffer* buffer_of(const void* p);
 
-// hopper.cpp: fails where an asynchronous access meets a write without a fence_async.
+// hopper.cpp: fails where an asynchronous access meets a write without a fence_async, or a copy meets such a read.
 void expect_fenced(const History& h, uint32_t at, const char* doing, Where where);
+void expect_read_fenced(const History& h, uint32_t at, Where where);
 
 // memory.cpp: the rules of shared memory.
 uint32_t time_of(int warp);

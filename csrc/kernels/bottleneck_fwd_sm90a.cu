@@ -283,6 +283,7 @@ RF_DEVICE void run(const Params& all) {
     const Tile tile = tile_of(p, index);
     uint32_t kept[V::kKept][4];
     conv1<V>(all, tile, at, round, kept);
+    fence_async();  // orders this thread's reads of x before the copy that takes its place
     sync_block();
     if (thread == 0 && index + block_count() < tiles) load_x<V>(all, tile_of(p, index + block_count()));
     conv2<V>(at);
@@ -309,8 +310,8 @@ Status launch(const BottleneckParams& p, const Device& device) {
                     true};
   constexpr uint64_t kRows = V::kSteps * kMid, kBytes = kRows * kRowBytes;
   const TensorBox weights{p.weights, {kStep, kRows, 1, 1}, {2, kRowBytes, kBytes, kBytes}, {kStep, kMid, 1, 1}, true};
-  if (const Status failed = encode(&all.x, x)) return failed;
-  if (const Status failed = encode(&all.weights, weights)) return failed;
+  if (const Status failed = tensor_map(&all.x, x)) return failed;
+  if (const Status failed = tensor_map(&all.weights, weights)) return failed;
   const int tiles = p.n * p.tiles_h() * p.tiles_w();
   const Grid grid{tiles < device.sms ? tiles : device.sms, kThreads, static_cast<int>(V::kEnd)};
   return RF_LAUNCH(bottleneck_fwd_sm90a_kernel<V>, grid, device, all);

@@ -36,7 +36,7 @@ Tensor bottleneck_fwd(const Tensor& x, const Tensor& weights, const Tensor& bias
   p.bias2 = static_cast<const float*>(bias2.const_data_ptr());
   p.bias3 = static_cast<const float*>(bias3.const_data_ptr());
   p.y = y.mutable_data_ptr();
-  call.check(call.kernels().bottleneck_fwd(p, call.device()), shape_text(x) + (projection ? " with a projection" : ""));
+  call.check(call.kernels().bottleneck_fwd(p, call.device()), Shape{x}, projection ? " with a projection" : "");
   return y;
 }
 

@@ -18,14 +18,14 @@ Tensor convolution_operands(const Call& call, Params& p, const Tensor& x, const 
   call.expect(static_cast<int64_t>(p.n) * ho * wo * ((p.co + 63) / 64) < kLimit, "fewer than 2^31 output pixels",
               "split the batch", static_cast<int64_t>(p.n) * ho * wo);
   call.expect(x.numel() / 8 < kLimit && static_cast<int64_t>(p.co) * p.ci / 8 < kLimit,
-              "tensors of fewer than 2^34 values", "split the batch", shape_text(x));
+              "tensors of fewer than 2^34 values", "split the batch", Shape{x});
   if (residual) {
     call.expect(residual->scalar_type() == x.scalar_type(), "residual in the dtype of x", "convert it",
-                shape_text(*residual));
+                Shape{*residual});
     call.expect_nhwc(*residual, "residual");
     call.expect(
         residual->size(0) == p.n && residual->size(1) == p.co && residual->size(2) == ho && residual->size(3) == wo,
-        "residual of the output's shape", "add it outside of the op", shape_text(*residual));
+        "residual of the output's shape", "add it outside of the op", Shape{*residual});
     p.residual = residual->const_data_ptr();
   }
   Tensor y = empty_nhwc(x, p.n, p.co, ho, wo);
@@ -40,7 +40,7 @@ template <typename Params>
 void convolution_input(const Call& call, Params& p, const Tensor& x) {
   p.bfloat16 = call.is_bfloat16(x);
   call.expect_nhwc(x, "x");
-  call.expect(x.size(2) > 0 && x.size(3) > 0, "images with pixels", "use larger ones", shape_text(x));
+  call.expect(x.size(2) > 0 && x.size(3) > 0, "images with pixels", "use larger ones", Shape{x});
   p.n = static_cast<int>(x.size(0)), p.ci = static_cast<int>(x.size(1));
   p.h = static_cast<int>(x.size(2)), p.w = static_cast<int>(x.size(3));
 }

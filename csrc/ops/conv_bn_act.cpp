@@ -17,7 +17,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias, st
   ConvParams p{};
   convolution_input(call, p, x);
   call.expect(weight.dim() == 4, "weight of shape (Co, R, S, Ci)", "pack the parameters for this problem",
-              shape_text(weight));
+              Shape{weight});
   p.co = static_cast<int>(bias.numel());
   p.r = static_cast<int>(weight.size(1)), p.s = static_cast<int>(weight.size(2));
   call.expect_dense(weight, "weight", x.scalar_type(), {p.co, p.r, p.s, p.ci});
@@ -28,7 +28,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias, st
               ", ", dilation_w);
   const int64_t ho = out_size(p.h, p.r, stride_h, pad_h, dilation_h);
   const int64_t wo = out_size(p.w, p.s, stride_w, pad_w, dilation_w);
-  call.expect(ho > 0 && wo > 0, "a filter that fits into the padded image", "use larger images", shape_text(x));
+  call.expect(ho > 0 && wo > 0, "a filter that fits into the padded image", "use larger images", Shape{x});
   // Pixels are counted in 32 bits, including those where windows start outside their images.
   constexpr int64_t kFar = int64_t{1} << 30;
   const int64_t high = p.h + 2 * pad_h, across = p.w + 2 * pad_w;
@@ -36,7 +36,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias, st
                     dilation_w < kFar && high < kFar && across < kFar;
   call.expect(near && high * across < kFar / (p.n + 1) && int64_t{p.r} * p.s * p.ci < kFar,
               "fewer than 2^30 pixels including padding, and fewer than 2^30 products per output", "split the batch",
-              shape_text(x));
+              Shape{x});
   p.ho = static_cast<int>(ho), p.wo = static_cast<int>(wo);
   p.stride_h = static_cast<int>(stride_h), p.stride_w = static_cast<int>(stride_w);
   p.pad_h = static_cast<int>(pad_h), p.pad_w = static_cast<int>(pad_w);
@@ -45,8 +45,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& bias, st
   p.weight = weight.const_data_ptr();
   Tensor y = convolution_operands(call, p, x, bias, residual, ho, wo);
   if (y.numel() == 0) return y;
-  call.check(call.kernels().conv_bn_act(p, call.device()),
-             shape_text(x) + " with filters " + shape_text(weight) + " to " + shape_text(y));
+  call.check(call.kernels().conv_bn_act(p, call.device()), Shape{x}, " with filters ", Shape{weight}, " to ", Shape{y});
   return y;
 }
 

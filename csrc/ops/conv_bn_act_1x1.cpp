@@ -18,7 +18,7 @@ Tensor conv_bn_act_1x1(const Tensor& x, const Tensor& weight, const Tensor& bias
   p.weight = weight.const_data_ptr();
   Tensor y = convolution_operands(call, p, x, bias, residual, p.ho(), p.wo());
   if (y.numel() == 0) return y;
-  call.check(call.kernels().conv_bn_act_1x1(p, call.device()), shape_text(x) + " to " + shape_text(y));
+  call.check(call.kernels().conv_bn_act_1x1(p, call.device()), Shape{x}, " to ", Shape{y});
   return y;
 }
 

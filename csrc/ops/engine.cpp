@@ -26,33 +26,28 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-template <typename Sizes>
-std::string listed(const Sizes& sizes) {
-  std::ostringstream text;
-  text << "(";
-  bool first = true;
-  for (const int64_t size : sizes) {
-    text << (first ? "" : ", ") << size;
-    first = false;
-  }
-  text << ")";
-  return text.str();
-}
-
 bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
 }  // namespace
 
-std::string shape_text(const Tensor& t) {
-  return listed(t.sizes()) + " " + name_of(t.scalar_type());
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  const auto sizes = shape.t.sizes();
+  return out << Listed<decltype(sizes)>{sizes} << " " << Dtype{shape.t.scalar_type()};
+}
+std::ostream& operator<<(std::ostream& out, const Strides& strides) {
+  const auto all = strides.t.strides();
+  return out << Listed<decltype(all)>{all};
+}
+std::ostream& operator<<(std::ostream& out, const Dtype& dtype) {
+  return out << name_of(dtype.type);
 }
 
 Call::Call(const char* op, const Tensor& x) : op_(op), cuda_(x.is_cuda()), index_(x.get_device()) {
   if (cuda_) {
 #ifdef RESNET_FAST_WITH_CUDA
-    guard_.emplace(index_);
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != index_) guard_.emplace(index_);
     kernels_ = &resnet_fast::kernels();
     check(kernels_->device(&device_), "asking for the device's properties");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &device_.stream));
@@ -72,44 +67,39 @@ Call::Call(const char* op, const Tensor& x) : op_(op), cuda_(x.is_cuda()), index
 }
 
 void Call::expect_here(const Tensor& t, const char* what) const {
-  if (t.is_cuda() != cuda_ || t.get_device() != index_) {
-    expect(false, (std::string(what) + " on the device of x").c_str(), "move it", "one on another");
-  }
+  expect(t.is_cuda() == cuda_ && t.get_device() == index_, Words(what, " on the device of x"), "move it",
+         "one on another");
 }
 
 void Call::expect_nhwc(const Tensor& t, const char* what) const {
   expect_here(t, what);
-  expect(t.dim() == 4, (std::string(what) + " of shape (N, C, H, W)").c_str(), "reshape it", shape_text(t));
+  expect(t.dim() == 4, Words(what, " of shape (N, C, H, W)"), "reshape it", Shape{t});
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   const int64_t dense[4] = {h * w * c, 1, w * c, c};
   bool nhwc = true;
   for (int i = 0; i < 4; ++i) nhwc &= t.size(i) <= 1 || t.stride(i) == dense[i];
-  expect(nhwc || t.numel() == 0, (std::string(what) + " dense in NHWC").c_str(),
-         "call .contiguous(memory_format=torch.channels_last)", "strides ", listed(t.strides()));
-  expect(is_aligned(t), (std::string(what) + " on a 16-byte boundary").c_str(), "clone it", "an unaligned address");
+  expect(nhwc || t.numel() == 0, Words(what, " dense in NHWC"), "call .contiguous(memory_format=torch.channels_last)",
+         "strides ", Strides{t});
+  expect(is_aligned(t), Words(what, " on a 16-byte boundary"), "clone it", "an unaligned address");
 }
 
 void Call::expect_dense(const Tensor& t, const char* what, ScalarType dtype,
                         std::initializer_list<int64_t> sizes) const {
   expect_here(t, what);
-  bool same = t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(sizes.size()) && t.is_contiguous();
+  const bool contiguous = t.is_contiguous();
+  bool same = t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(sizes.size()) && contiguous;
   int64_t i = 0;
   for (const int64_t size : sizes) same = same && t.size(i++) == size;
-  expect(same, (std::string("contiguous ") + what + " " + listed(sizes) + " " + name_of(dtype)).c_str(),
-         "pack the parameters for this problem", shape_text(t), t.is_contiguous() ? "" : " with gaps");
-  expect(is_aligned(t), (std::string(what) + " on a 16-byte boundary").c_str(), "clone it", "an unaligned address");
+  expect(same, Words("contiguous ", what, " ", Listed<decltype(sizes)>{sizes}, " ", Dtype{dtype}),
+         "pack the parameters for this problem", Shape{t}, contiguous ? "" : " with gaps");
+  expect(is_aligned(t), Words(what, " on a 16-byte boundary"), "clone it", "an unaligned address");
 }
 
 bool Call::is_bfloat16(const Tensor& t) const {
   const ScalarType dtype = t.scalar_type();
   expect(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "float16 or bfloat16", "convert the model",
-         name_of(dtype));
+         Dtype{dtype});
   return dtype == ScalarType::BFloat16;
-}
-
-void Call::check(Status status, const std::string& problem) const {
-  if (status == nullptr) return;
-  throw std::runtime_error(std::string(op_) + " failed on " + problem + ": " + status);
 }
 
 const Kernels& any_kernels(const char* op) {
@@ -118,16 +108,20 @@ const Kernels& any_kernels(const char* op) {
   (void)op;
   return resnet_fast::kernels();
 #else
-  throw std::runtime_error(std::string(op) +
-                           ": expected a library with CUDA kernels, got one built without them; build "
-                           "it where nvcc is, or set RESNET_FAST_EMULATE=1");
+  raise(op,
+        ": expected a library with CUDA kernels, got one built without them; build it where nvcc is, or set "
+        "RESNET_FAST_EMULATE=1");
 #endif
 }
 
 Tensor empty_nhwc(const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const int64_t sizes[4] = {n, c, h, w};
-  return torch::stable::empty({sizes, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  const int64_t sizes[4] = {n, c, h, w}, strides[4] = {h * w * c, 1, w * c, c};
+  int32_t dtype = 0, kind = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &kind));
+  AtenTensorHandle made = nullptr;  // torch::stable::empty looks the operator up by its name at every call
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, kind, x.get_device(), &made));
+  return Tensor(made);
 }
 
 namespace {

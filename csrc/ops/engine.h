@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -20,21 +21,64 @@ namespace resnet_fast::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Parts of a message. They refer to what they show, and are turned into text where a check has failed: an op runs in
+// microseconds, of which building the texts of checks that hold would take half.
+struct Shape {
+  const Tensor& t;
+};
+struct Strides {
+  const Tensor& t;
+};
+template <typename Sizes>
+struct Listed {
+  const Sizes& sizes;
+};
+struct Dtype {
+  ScalarType type;
+};
+template <typename... Parts>
+struct Words {
+  std::tuple<const Parts&...> parts;
+  explicit Words(const Parts&... all) : parts(all...) {
+  }
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape);
+std::ostream& operator<<(std::ostream& out, const Strides& strides);
+std::ostream& operator<<(std::ostream& out, const Dtype& dtype);
+template <typename Sizes>
+std::ostream& operator<<(std::ostream& out, const Listed<Sizes>& listed) {
+  out << "(";
+  bool first = true;
+  for (const int64_t size : listed.sizes) {
+    out << (first ? "" : ", ") << size;
+    first = false;
+  }
+  return out << ")";
+}
+template <typename... Parts>
+std::ostream& operator<<(std::ostream& out, const Words<Parts...>& words) {
+  std::apply([&](const Parts&... part) { (out << ... << part); }, words.parts);
+  return out;
+}
+
+template <typename... Parts>
+[[noreturn, gnu::noinline, gnu::cold]] void raise(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
 // One call of an op. CUDA tensors run on the current stream of their device, which stays the current device for the
 // lifetime of this object. CPU tensors run on the emulator, if one is installed. Messages start with the op's name.
 class Call {
  public:
   Call(const char* op, const Tensor& x);
 
-  // Throws "op: expected ..., got ...; todo" unless `holds`.
-  template <typename... Got>
-  void expect(bool holds, const char* expected, const char* todo, const Got&... got) const {
-    if (holds) return;
-    std::ostringstream text;
-    text << op_ << ": expected " << expected << ", got ";
-    (text << ... << got);
-    text << "; " << todo;
-    throw std::runtime_error(text.str());
+  // Throws "op: expected ..., got ...; todo" unless `holds`. The arguments are parts of a message, or print themselves.
+  template <typename Expected, typename... Got>
+  void expect(bool holds, const Expected& expected, const char* todo, const Got&... got) const {
+    if (!holds) raise(op_, ": expected ", expected, ", got ", Words(got...), "; ", todo);
   }
 
   // Throws unless t is (N, C, H, W), dense NHWC, 16-byte aligned and on the device of x. `what` names t in messages.
@@ -50,8 +94,11 @@ class Call {
   const Device& device() const {
     return device_;
   }
-  // Throws if the launch failed; the message includes `problem`.
-  void check(Status status, const std::string& problem) const;
+  // Throws if the launch failed; the message includes `problem`, which is given in parts.
+  template <typename... Problem>
+  void check(Status status, const Problem&... problem) const {
+    if (status != nullptr) raise(op_, " failed on ", Words(problem...), ": ", status);
+  }
 
  private:
   void expect_here(const Tensor& t, const char* what) const;
@@ -69,7 +116,5 @@ const Kernels& any_kernels(const char* op);
 
 // Returns an uninitialized tensor (n, c, h, w), dense NHWC, with the dtype and device of x.
 Tensor empty_nhwc(const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w);
-
-std::string shape_text(const Tensor& t);
 
 }  // namespace resnet_fast::ops

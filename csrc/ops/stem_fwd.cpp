@@ -10,15 +10,15 @@ Tensor stem_fwd(const Tensor& x, const Tensor& weights, const Tensor& bias) {
   StemParams p{};
   p.bfloat16 = call.is_bfloat16(x);
   call.expect_nhwc(x, "x");
-  call.expect(x.size(1) == 3, "images of 3 channels", "use another backend", shape_text(x));
-  call.expect(x.size(2) > 0 && x.size(3) > 0, "images with pixels", "use larger ones", shape_text(x));
+  call.expect(x.size(1) == 3, "images of 3 channels", "use another backend", Shape{x});
+  call.expect(x.size(2) > 0 && x.size(3) > 0, "images with pixels", "use larger ones", Shape{x});
   // Numbers of a row, and tiles of the batch, are counted in 32 bits.
   constexpr int64_t kLimit = int64_t{1} << 29;
   call.expect(x.size(0) < kLimit && x.size(2) < kLimit && x.size(3) < kLimit, "sizes below 2^29", "split the batch",
-              shape_text(x));
+              Shape{x});
   p.n = static_cast<int>(x.size(0)), p.h = static_cast<int>(x.size(2)), p.w = static_cast<int>(x.size(3));
   const int64_t tiles = static_cast<int64_t>(p.tiles_h()) * p.tiles_w();
-  call.expect(tiles < kLimit && tiles * p.n < kLimit, "fewer than 2^29 tiles", "split the batch", shape_text(x));
+  call.expect(tiles < kLimit && tiles * p.n < kLimit, "fewer than 2^29 tiles", "split the batch", Shape{x});
   call.expect_dense(weights, "weights", x.scalar_type(), {kStemHalves, kStemUnits, 32, 8});
   call.expect_dense(bias, "bias", ScalarType::Float, {kStemChannels});
   Tensor y = empty_nhwc(x, p.n, kStemChannels, p.hp(), p.wp());
@@ -27,7 +27,7 @@ Tensor stem_fwd(const Tensor& x, const Tensor& weights, const Tensor& bias) {
   p.weights = weights.const_data_ptr();
   p.bias = static_cast<const float*>(bias.const_data_ptr());
   p.y = y.mutable_data_ptr();
-  call.check(call.kernels().stem_fwd(p, call.device()), shape_text(x));
+  call.check(call.kernels().stem_fwd(p, call.device()), Shape{x});
   return y;
 }
 

@@ -254,14 +254,19 @@ BUGS = {
     "place not given back": Planted(
         edit("    mbarrier_arrive(empty(place));\n", ""), "1 of 1 arrivals and 0 expected bytes", check_ring
     ),
+    "reads not fenced before the place is given back": Planted(
+        edit("    fence_async();\n    mbarrier_arrive(empty", "    mbarrier_arrive(empty"),
+        r"copies to shared memory byte \d+ that .* read without a fence_async after it",
+        check_ring,
+    ),
     "place given back too early": Planted(
         edit("    const uint32_t word", "    mbarrier_arrive(empty(place));\n    const uint32_t word"),
-        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever",
+        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever|read without",
         check_ring,
     ),
     "too few arrivals asked for": Planted(
         edit("Ring::kTakers * kWarp);", "kWarp);"),
-        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever",
+        r"no barrier orders|in flight|arrives at the mbarrier|waits for ever|read without",
         check_ring,
     ),
     "too few bytes expected": Planted(

@@ -145,6 +145,9 @@ ON_HOPPER = {
     "no barrier between t1 and conv2": Planted(
         hopper("    sync_block();\n    if", "    if"), "no barrier orders the two|nobody has"
     ),
+    "reads of x not fenced": Planted(
+        hopper("    fence_async();  // orders", "    // orders"), "copies to .* read without a fence_async"
+    ),
     "no barrier between t2 and conv3": Planted(
         hopper("    fence_async();\n    sync_block();", "    fence_async();"), "no barrier|nobody has"
     ),

@@ -10,7 +10,8 @@
 //   wgmma         four warps at different lines or with different operands; a descriptor of an unknown mode; registers
 //                 without a wgmma_fence; operands or accumulators written before the wait. Until the wait the
 //                 accumulators are NaN
-//   proxies       bulk copies and wgmma that meet a thread's write without a fence_async
+//   proxies       bulk copies and wgmma that meet a thread's write without a fence_async; bulk copies that meet a
+//                 thread's read without one
 //
 // Not checked: registers of operand a that change before the wait (ptxas orders those); a warp of which some lanes
 // arrive or wait for the others without a sync_warp.

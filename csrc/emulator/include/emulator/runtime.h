@@ -92,7 +92,7 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, float (*widene
 
 // The GPU that launchers believe to be on, and the seed of the next launch's order of threads and blocks.
 struct Settings {
-  resnet_fast::Device device{90, 132, 227 * 1024, nullptr};
+  resnet_fast::Device device{90, 132, 227 * 1024, 0, nullptr};
   uint64_t seed = 0;
 };
 Settings& settings();

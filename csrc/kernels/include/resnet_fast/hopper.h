@@ -6,9 +6,9 @@
 //
 //   tensor cores   wgmma  wgmma_fence  wgmma_commit  wgmma_wait  wgmma_operand         four warps together
 //
-//   proxies        fence_async    makes this thread's writes to shared memory visible to bulk copies and wgmma
+//   proxies        fence_async    orders this thread's accesses to shared memory before later bulk copies and wgmma
 //
-//   on the host    encode         a TensorBox or an Im2colBox -> the TensorMap in a kernel's parameters
+//   on the host    tensor_map     a TensorBox or an Im2colBox -> the TensorMap in a kernel's parameters
 //
 // An mbarrier is 8 bytes of shared memory. Its phase ends when the number of threads given at its initialization have
 // arrived and all expected bytes have come. mbarrier_wait(at, parity) waits for the end of the phase with this parity;
@@ -18,11 +18,14 @@
 // with k along the rows. Operand a is there too, or in registers (the fragment of mma_m16n8k16; warp w of the four
 // holds rows 16 w ...). wgmma reads its operands and writes d until wgmma_wait, and neither may be touched before. A
 // wgmma_fence must follow the last access to its registers, unless that was by the previous wgmma. Threads that wrote
-// its shared memory must call fence_async before the barrier after the write.
+// its shared memory must call fence_async before the barrier after the write. So must threads that read (ldmatrix,
+// load_shared) what a bulk copy then overwrites.
 //
 // Only code in `if constexpr (kHopper)` may use these functions. kHopper is false when a fat binary's other
 // architectures are compiled. Launchers read kHopperBuilt, which says whether sm_90a is among the architectures.
 #pragma once
+
+#include <algorithm>
 
 #include <resnet_fast/device.h>
 #include <resnet_fast/fragments.h>
@@ -42,6 +45,12 @@ struct TensorBox {
   uint64_t stride[kRank];  // bytes; multiples of 16 but the first, which is 2
   uint32_t box[kRank];     // at most 256 each
   bool swizzle;
+
+  bool operator==(const TensorBox& other) const {
+    return start == other.start && std::equal(size, size + kRank, other.size) &&
+           std::equal(stride, stride + kRank, other.stride) && std::equal(box, box + kRank, other.box) &&
+           swizzle == other.swizzle;
+  }
 };
 
 // The windows of a convolution, for im2col_load. They are named by the pixel of `x` (C, W, H, N) under the first tap of
@@ -54,6 +63,11 @@ struct Im2colBox {
   TensorBox x;  // box: channels, pixels, 1, 1
   int lower[2], upper[2];
   uint32_t step[2];
+
+  bool operator==(const Im2colBox& other) const {
+    return x == other.x && std::equal(lower, lower + 2, other.lower) && std::equal(upper, upper + 2, other.upper) &&
+           std::equal(step, step + 2, other.step);
+  }
 };
 
 // `lower` and `upper` along one dimension.
@@ -103,6 +117,36 @@ RF_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t address, int stride 
 #endif
 
 namespace resnet_fast {
+
+inline const void* start_of(const TensorBox& box) {
+  return box.start;
+}
+inline const void* start_of(const Im2colBox& box) {
+  return box.x.start;
+}
+
+// Writes the TensorMap of a box, a pure function of the box, so that each thread keeps those of the last tensors: a net
+// meets the same weights at every call, and the allocator gives its activations the same addresses.
+template <typename Box>
+Status tensor_map(TensorMap* map, const Box& box) {
+  struct Kept {
+    Box box;
+    TensorMap map;
+    bool used;
+  };
+  constexpr uintptr_t kPlaces = 64, kAllocation = 512;  // bytes that the allocator rounds to
+  thread_local Kept all[kPlaces] = {};
+  const uintptr_t start = reinterpret_cast<uintptr_t>(start_of(box)) / kAllocation;
+  Kept& kept = all[(start ^ start / kPlaces ^ start / (kPlaces * kPlaces)) % kPlaces];
+  if (!kept.used || !(kept.box == box)) {
+    kept.used = false;
+    if (const Status failed = encode(&kept.map, box)) return failed;
+    kept.box = box;
+    kept.used = true;
+  }
+  *map = kept.map;
+  return nullptr;
+}
 
 RF_DEVICE uint64_t wgmma_operand(uint32_t at, int stride = kSwizzleBytes) {
   return wgmma_descriptor(shared_address(at), stride);

@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
+#include <cstdio>
+
 #define RF_GRID_CONSTANT __grid_constant__
 
 namespace resnet_fast {
@@ -55,26 +57,50 @@ struct DriverTensor {
   }
 };
 
+// Binds the context of the current device to this thread. A thread in which nothing has used CUDA yet has none, and the
+// functions of the driver do not bind one.
+inline Status bind_context() {
+  int index = 0;
+  cudaError_t failed = cudaGetDevice(&index);
+  if (failed == cudaSuccess) failed = cudaSetDevice(index);
+  return failed == cudaSuccess ? nullptr : cudaGetErrorString(failed);
+}
+
+// The message for a function of the driver that failed; valid until this thread's next one.
+inline Status refusal(const char* function, CUresult failed) {
+  static const auto name_of = driver_function<PFN_cuGetErrorName_v6000>("cuGetErrorName");
+  static const auto text_of = driver_function<PFN_cuGetErrorString_v6000>("cuGetErrorString");
+  const char *name = nullptr, *text = nullptr;
+  if (name_of != nullptr) name_of(failed, &name);
+  if (text_of != nullptr) text_of(failed, &text);
+  thread_local char message[256];
+  std::snprintf(message, sizeof message, "%s returned %d, %s: %s", function, static_cast<int>(failed),
+                name == nullptr ? "an error without a name" : name, text == nullptr ? "unknown to the driver" : text);
+  return message;
+}
+
 inline Status encode(TensorMap* map, const TensorBox& box) {
   static const auto call = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
   if (call == nullptr) return "the driver has no cuTensorMapEncodeTiled (it comes with CUDA 12)";
+  if (const Status failed = bind_context()) return failed;
   const DriverTensor t(box);
   const cuuint32_t steps[] = {1, 1, 1, 1};
   const CUresult failed = call(map, t.kType, t.kRank, const_cast<void*>(box.start), t.size, t.stride, box.box, steps,
                                CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return failed == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the tensor";
+  return failed == CUDA_SUCCESS ? nullptr : refusal("cuTensorMapEncodeTiled", failed);
 }
 
 inline Status encode(TensorMap* map, const Im2colBox& box) {
   static const auto call = driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col");
   if (call == nullptr) return "the driver has no cuTensorMapEncodeIm2col (it comes with CUDA 12)";
+  if (const Status failed = bind_context()) return failed;
   const DriverTensor t(box.x);
   const cuuint32_t steps[] = {1, box.step[0], box.step[1], 1};
   const CUresult failed = call(map, t.kType, t.kRank, const_cast<void*>(box.x.start), t.size, t.stride, box.lower,
                                box.upper, box.x.box[0], box.x.box[1], steps, CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle,
                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return failed == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeIm2col refuses the tensor";
+  return failed == CUDA_SUCCESS ? nullptr : refusal("cuTensorMapEncodeIm2col", failed);
 }
 
 RF_DEVICE void mbarrier_init(uint32_t at, int arrivals) {
