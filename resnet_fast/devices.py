@@ -163,7 +163,9 @@ def _l2(bytes_per_clock: int, clock: float, source: str) -> Ceiling:
 
 def _gpu(arch: int, sms: int, l2_mib: int, clock: float, l2_width: int, width_source: str) -> Gpu:
     """Return the resources of a product; ``clock`` is its boost clock in Hz, ``l2_width`` in bytes a clock."""
-    shared_kib, threads = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048)}[arch]
+    shared_kib, threads = {
+        80: (164, 2048), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048), 103: (228, 2048), 120: (100, 1536)
+    }[arch]  # fmt: skip
     # the system uses one KiB of each block's shared memory
     l2 = _l2(l2_width, clock, width_source)
     boost = Ceiling(clock, "published", "boost clock")
@@ -171,6 +173,7 @@ def _gpu(arch: int, sms: int, l2_mib: int, clock: float, l2_width: int, width_so
 
 
 _A100_WIDTH = "5,120 bytes a clock (NVIDIA A100 white paper)"
+_H100_WIDTH = f"the A100's width, {_A100_WIDTH}"
 
 H100 = Device(
     "NVIDIA H100 SXM",
@@ -179,14 +182,14 @@ H100 = Device(
         ("bfloat16", _PRODUCT),
         *_rates("NVIDIA H100 white paper, SXM5 column, dense", 989.4, 494.7, 66.9, 1978.9, 1978.9)[1:],
     ),
-    gpu=_gpu(90, 132, 50, 1.755e9, 5120, f"the A100's width, {_A100_WIDTH}"),
+    gpu=_gpu(90, 132, 50, 1.755e9, 5120, _H100_WIDTH),
 )
 
 H200 = Device(
     "NVIDIA H200",
     bandwidth=_copy(4.8e12, "NVIDIA H200 data sheet, SXM column"),
     rates=_rates("NVIDIA H200 data sheet, SXM column, dense", 989.4, 494.7, 66.9, 1978.9, 1978.9),
-    gpu=H100.gpu,  # the same chip with another memory
+    gpu=_gpu(90, 132, 60, 1.755e9, 5120, _H100_WIDTH),  # the same chip, with another memory and more of its L2 cache
 )
 
 A100 = Device(
@@ -210,11 +213,68 @@ RTX_4090 = Device(
     gpu=_gpu(89, 128, 72, 2.52e9, 36 * 64, "36 slices of 2 MB, 64 bytes a clock each (assumed)"),
 )
 
-_GPUS = {"h100": H100, "h200": H200, "a100": A100, "b200": B200, "rtx4090": RTX_4090}
-"""By the name on the command line, which without ``rtx`` is the word for the product in torch's device name."""
+H100_PCIE = Device(
+    "NVIDIA H100 PCIe",
+    bandwidth=_copy(2.0e12, "NVIDIA H100 PCIe data sheet"),
+    rates=_rates("NVIDIA H100 data sheet, PCIe column, half of the figures with sparsity", 756, 378, 51, 1513, 1513),
+    gpu=_gpu(90, 114, 50, 1.755e9, 5120, _H100_WIDTH),
+)
 
-_OTHER_MODELS = {"pcie", "nvl", "mig", "laptop", "d", "40gb"}
-"""Words in torch's device name that mean another product: fewer multiprocessors, or other memory."""
+GH200 = Device(
+    "NVIDIA GH200",
+    bandwidth=_copy(4.0e12, "NVIDIA GH200 data sheet, 96 GB of HBM3"),
+    rates=_rates("NVIDIA GH200 data sheet, half of the figures with sparsity", 989.4, 494.7, 66.9, 1978.9, 1978.9),
+    gpu=_gpu(90, 132, 60, 1.755e9, 5120, _H100_WIDTH),
+)
+
+H20 = Device(
+    "NVIDIA H20",
+    bandwidth=_copy(4.0e12, "NVIDIA H20 data sheet, 96 GB of HBM3"),
+    rates=_rates("NVIDIA H20 data sheet, dense", 148, 74, 1, 296, 296),
+    gpu=_gpu(90, 78, 60, 1.755e9, 5120, _H100_WIDTH),
+)
+
+L40S = Device(
+    "NVIDIA L40S",
+    bandwidth=_copy(0.864e12, "NVIDIA L40S data sheet"),
+    rates=_rates("NVIDIA L40S data sheet, dense; float64 outside the tensor cores", 362.05, 183, 1.43, 733, 733),
+    gpu=_gpu(89, 142, 96, 2.52e9, 48 * 64, "48 slices of 2 MB, 64 bytes a clock each (assumed)"),
+)
+
+RTX_5090 = Device(
+    "NVIDIA GeForce RTX 5090",
+    bandwidth=_copy(1.792e12, "NVIDIA RTX Blackwell architecture white paper"),
+    rates=_rates("NVIDIA RTX Blackwell architecture white paper, RTX 5090, dense", 209.5, 104.8, 1.64, 419, 838),
+    gpu=_gpu(120, 170, 96, 2.407e9, 48 * 64, "48 slices of 2 MB, 64 bytes a clock each (assumed)"),
+)
+
+B300 = Device(
+    "NVIDIA B300",
+    bandwidth=_copy(7.7e12, "NVIDIA HGX B300 data sheet, one GPU of eight"),
+    rates=_rates("NVIDIA HGX B300 data sheet, half of the figures with sparsity", 2250, 1125, 1.25, 4500, 150),
+    gpu=_gpu(103, 148, 126, 1.86e9, 2 * 5120, f"the B200's, two dies of the A100's width, {_A100_WIDTH}"),
+)
+
+_GPUS = {
+    "h100": H100,
+    "h200": H200,
+    "a100": A100,
+    "b200": B200,
+    "rtx4090": RTX_4090,
+    "h100pcie": H100_PCIE,
+    "gh200": GH200,
+    "h20": H20,
+    "l40s": L40S,
+    "rtx5090": RTX_5090,
+    "b300": B300,
+}
+"""By the name on the command line."""
+
+_WORDS = {"h100pcie": {"h100", "pcie"}, "rtx4090": {"4090"}, "rtx5090": {"5090"}}
+"""Words in torch's device name that the product has; by default its name on the command line."""
+
+_OTHER_MODELS = {"pcie", "nvl", "mig", "laptop", "d", "40gb", "144g", "3e"}
+"""Words in torch's device name that mean another product, unless they are its own: other memory, or fewer units."""
 
 
 def gpus() -> dict[str, Device]:
@@ -239,20 +299,44 @@ def gpu(name: str) -> Device:
 def detect(torch_device_name: str) -> Device | None:
     """Return the GPU with this name of ``torch.cuda.get_device_name()``; None if its ceilings are unknown."""
     words = set(re.split(r"[\s_-]+", torch_device_name.lower()))
-    if words & _OTHER_MODELS:
-        return None
-    return next((device for name, device in _GPUS.items() if name.removeprefix("rtx") in words), None)
+    for name, device in _GPUS.items():
+        own = _WORDS.get(name, {name})
+        if own <= words and not (words & _OTHER_MODELS) - own:
+            return device
+    return None
 
 
-def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_block: int, l2_bytes: int) -> Device:
-    """Estimate a GPU without known figures: the H100's bandwidths and rates, scaled by the multiprocessors.
+_FLOP_PER_CLOCK = {80: 2048, 90: 4096, 100: 8192, 103: 8192, 110: 8192}
+"""Dense bfloat16 operations of a multiprocessor and clock, from the data sheets above; 1024 for any other architecture.
+A GeForce sums products in fp32 at half of that."""
+
+_HBM_ARCHS = (80, 90, 100, 103)
+"""Architectures with the A100's width of the L2 cache per multiprocessor, and with 2048 threads."""
+
+
+def unknown_gpu(
+    name: str,
+    arch: int,
+    sms: int,
+    shared_per_sm: int,
+    shared_per_block: int,
+    l2_bytes: int,
+    clock_hz: float = 0.0,
+    memory_hz: float = 0.0,
+    bus_bits: int = 0,
+) -> Device:
+    """Describe a GPU without known figures by what its driver reports; 0 is a figure that the driver does not know.
+
+    What cannot be computed from the driver's figures is the H100's, scaled by the multiprocessors.
 
     Args:
-        name: for people.
+        name: for people, with the product's series.
         arch: compute capability times ten.
         sms: streaming multiprocessors.
         shared_per_sm, shared_per_block: bytes of shared memory.
         l2_bytes: size of the L2 cache.
+        clock_hz, memory_hz: peak clocks of the multiprocessors and of the memory, in Hz.
+        bus_bits: width of the memory bus.
     """
     known = H100.gpu
     assert known is not None
@@ -261,18 +345,37 @@ def unknown_gpu(name: str, arch: int, sms: int, shared_per_sm: int, shared_per_b
     def scaled(ceiling: Ceiling) -> Ceiling:
         return Ceiling(ceiling.value * share, "modelled", f"an H100's, times {sms} / {known.sms} multiprocessors")
 
+    bandwidth, l2, clock = scaled(H100.bandwidth), scaled(known.l2_bandwidth), known.clock_hz
+    rates = tuple((dtype, scaled(c)) for dtype, c in H100.rates if arch >= 89 or not dtype.startswith("float8"))
+    if memory_hz and bus_bits:
+        what = f"two transfers per clock of {memory_hz / 1e6:.0f} MHz, {bus_bits} bits wide, as the driver reports"
+        bandwidth = _copy(2 * memory_hz * bus_bits / 8, what)
+    if clock_hz:
+        clock = Ceiling(clock_hz, "published", "peak clock, as the driver reports")
+        rates = _rates_of(name, arch, sms, clock_hz)
+        width = (5120 / known.sms if arch in _HBM_ARCHS else 18) * sms
+        l2 = _l2(round(width), clock_hz, f"{width:.0f} bytes a clock, as GPUs of this kind (assumed)")
     resources = replace(
         known,
         arch=arch,
         sms=sms,
         shared_per_sm=shared_per_sm,
         shared_per_block=shared_per_block,
-        max_threads_per_sm=2048 if arch in (80, 90, 100, 103) else 1536,
+        max_threads_per_sm=2048 if arch in _HBM_ARCHS else 1536,
         l2_bytes=l2_bytes,
-        l2_bandwidth=scaled(known.l2_bandwidth),
+        l2_bandwidth=l2,
+        clock_hz=clock,
     )
-    rates = tuple((dtype, scaled(c)) for dtype, c in H100.rates if arch >= 89 or not dtype.startswith("float8"))
-    return Device(name, scaled(H100.bandwidth), rates, resources)
+    return Device(name, bandwidth, rates, resources)
+
+
+def _rates_of(name: str, arch: int, sms: int, clock_hz: float) -> tuple[tuple[str, Ceiling], ...]:
+    """Return rates by dtype from the architecture's operations per clock."""
+    flop = _FLOP_PER_CLOCK.get(arch, 1024) / (2 if "geforce" in name.lower() else 1)
+    peak = flop * sms * clock_hz / 1e12
+    fp64 = {80: 128, 90: 256, 100: 128}.get(arch, 4) * sms * clock_hz / 1e12
+    why = f"{flop:.0f} bfloat16 operations a clock and multiprocessor, times {sms}, times {clock_hz / 1e9:.4g} GHz"
+    return _rates(why, peak, peak / 2, fp64, 2 * peak if arch >= 89 else None, 2 * peak)
 
 
 def file_stem(gpu_name: str) -> str:

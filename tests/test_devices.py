@@ -47,11 +47,16 @@ def test_only_the_h100s_copy_and_bfloat16_product_are_measured() -> None:
 
 def test_limits_are_those_of_the_architectures() -> None:
     limits = {name: (_resources(d).arch, _resources(d).shared_per_block // 1024) for name, d in gpus().items()}
-    assert limits == {"h100": (90, 227), "h200": (90, 227), "a100": (80, 163), "b200": (100, 227), "rtx4090": (89, 99)}
+    hopper = dict.fromkeys(("h100", "h200", "h100pcie", "gh200", "h20"), (90, 227))
+    ada = dict.fromkeys(("rtx4090", "l40s"), (89, 99))
+    others = {"a100": (80, 163), "b200": (100, 227), "rtx5090": (120, 99), "b300": (103, 227)}
+    assert limits == hopper | ada | others
     for g in map(_resources, KNOWN):
         assert g.shared_per_block < g.shared_per_sm and g.registers_per_sm == 65536
-    assert [_resources(d).sms for d in KNOWN] == [132, 132, 108, 148, 128]
-    assert [_resources(d).max_threads_per_sm for d in KNOWN] == [2048, 2048, 2048, 2048, 1536]
+    assert [_resources(d).sms for d in KNOWN] == [132, 132, 108, 148, 128, 114, 132, 78, 142, 170, 148]
+    threads = {name: _resources(d).max_threads_per_sm for name, d in gpus().items()}
+    assert {name for name, n in threads.items() if n == 1536} == {"rtx4090", "l40s", "rtx5090"}
+    assert set(threads.values()) == {1536, 2048}
     assert all(_resources(d).l2_bandwidth.value > d.bandwidth.value for d in KNOWN)
 
 
@@ -70,7 +75,7 @@ def test_names_are_read_as_people_write_them(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "todo"), [("h10", "did you mean h100 or h200"), ("voodoo", "choose one of h100, h200")]
+    ("name", "todo"), [("h10", "did you mean h100 or h20 or h200 or a100"), ("voodoo", "choose one of h100, h200")]
 )
 def test_unknown_name_says_which_are_known(name: str, todo: str) -> None:
     with pytest.raises(UserError, match=f"name of a GPU, got '{name}'; {todo}"):
@@ -85,6 +90,12 @@ def test_unknown_name_says_which_are_known(name: str, todo: str) -> None:
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 PCIe", "h100pcie"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA B300 SXM6 AC", "b300"),
     ],
 )
 def test_detects_what_torch_calls_the_device(torch_name: str, key: str) -> None:
@@ -94,9 +105,15 @@ def test_detects_what_torch_calls_the_device(torch_name: str, key: str) -> None:
 @pytest.mark.parametrize(
     "torch_name",
     [
-        "NVIDIA H100 PCIe",
         "NVIDIA H100 NVL",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA H100 PCIe MIG 1g.10gb",
+        "NVIDIA GH200 144G HBM3e",
+        "NVIDIA H20-3e",
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA GeForce RTX 5090 Laptop GPU",
+        "NVIDIA GB300",
         "NVIDIA A100-SXM4-40GB",
         "NVIDIA A100 80GB PCIe",
         "NVIDIA GeForce RTX 4090 D",
@@ -110,7 +127,35 @@ def test_other_models_are_not_mistaken_for_those_in_the_table(torch_name: str) -
     assert detect(torch_name) is None
 
 
-def test_unknown_gpu_is_an_h100_by_multiprocessors() -> None:
+@pytest.mark.parametrize(
+    ("key", "name", "memory_mhz", "bus", "clock_mhz"),
+    [
+        ("l40s", "NVIDIA L40S", 9001, 384, 2520),
+        ("rtx5090", "NVIDIA GeForce RTX 5090", 14001, 512, 2407),
+        ("rtx4090", "NVIDIA GeForce RTX 4090", 10501, 384, 2520),
+        ("a100", "NVIDIA A100-SXM4-80GB", 1593, 5120, 1410),
+        ("h100", "NVIDIA H100 80GB HBM3", 2619, 5120, 1830),
+    ],
+)
+def test_what_the_driver_reports_describes_a_gpu_as_its_data_sheet_does(
+    key: str, name: str, memory_mhz: int, bus: int, clock_mhz: int
+) -> None:
+    """The clocks are those that the drivers of these GPUs report, the H100's that of its white paper."""
+    known = gpu(key)
+    g = _resources(known)
+    found = unknown_gpu(
+        name, g.arch, g.sms, g.shared_per_sm, g.shared_per_block, g.l2_bytes, clock_mhz * 1e6, memory_mhz * 1e6, bus
+    )
+    assert found.bandwidth.value == pytest.approx(known.bandwidth.value, rel=0.01)
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert found.rate(dtype).value == pytest.approx(known.rate(dtype).value, rel=0.02)
+    assert found.bandwidth.origin == "modelled" and f"{memory_mhz} MHz" in found.bandwidth.source
+    assert _resources(found).l2_bandwidth.value == pytest.approx(g.l2_bandwidth.value, rel=0.25)
+    assert _resources(found).max_threads_per_sm == g.max_threads_per_sm
+    assert _resources(found).clock_hz.value == clock_mhz * 1e6
+
+
+def test_what_a_driver_does_not_report_is_an_h100s_by_multiprocessors() -> None:
     half = unknown_gpu("Half", arch=86, sms=66, shared_per_sm=102400, shared_per_block=101376, l2_bytes=6 << 20)
     assert half.bandwidth.value == pytest.approx(1.51e12)
     assert half.rate("bfloat16").value == pytest.approx(396e12)

@@ -19,6 +19,10 @@ SPACE = 2
 NARROW = 32
 """A tile side or K step of this length is always admitted. Every kernel has such a config, so none is without one."""
 
+WARP_GROUP_ARCHS = (90, 100, 103, 110)
+"""Architectures for which Triton multiplies with a warp group's instructions (wgmma, tcgen05). Operands stay in shared
+memory there. Others load them into registers: 128 sums per thread then spill 32 to 56 bytes on sm_120 (compiled)."""
+
 STOCK = ("cudnn", "cudnn_fused")
 """Candidates that are PyTorch's own: convolution and separate pointwise kernels; cuDNN's conv-bias-(add)-ReLU."""
 
@@ -174,17 +178,18 @@ def _fits_shared(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
 
 
 def _fits_registers(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
-    """Refuse what would spill. 128 sums per thread spill on sm_80, and on every architecture with a residual.
+    """Refuse what would spill. 128 sums per thread only fit where a warp group's products are one instruction.
 
-    Without tensor cores (fp32 that is not rounded to TF32) the operands are in registers too. The limits were counted
-    in the code of Triton 3.6 and 3.8 (docs/tables/static-budgets.md).
+    With a residual they spill on every architecture. Without tensor cores (fp32 that is not rounded to TF32) the
+    operands are in registers too. The limits were counted in the code of Triton 3.6 and 3.8
+    (docs/tables/static-budgets.md).
     """
     need, limit = accumulators(launch, config), 64
     if not on_tensor_cores(launch):
         limit = 8 if launch.projection is not None else 32
     elif launch.kernel == "stem":
-        limit = 96 if gpu.arch >= 90 else 48
-    elif gpu.arch >= 90 and not launch.residual:
+        limit = 96 if gpu.arch in WARP_GROUP_ARCHS else 48
+    elif gpu.arch in WARP_GROUP_ARCHS and not launch.residual:
         limit = 128
     if need <= limit:
         return YES

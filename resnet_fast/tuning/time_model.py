@@ -111,6 +111,12 @@ def _steps(launch: LaunchSpec, config: Config) -> int:
     return steps + passes * per_pass
 
 
+def bytes_in_flight(launch: LaunchSpec, config: Config) -> int:
+    """Return the operand bytes that a program's pipeline loads at a time; a short program has fewer steps."""
+    steps = min(config.num_stages, _steps(launch, config))
+    return steps * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[launch.dtype]
+
+
 def _operand_bytes_per_tile(launch: LaunchSpec, config: Config) -> float:
     """Return the bytes that one program loads, from L2 or memory."""
     size, last = ITEMSIZE[launch.dtype], launch.last

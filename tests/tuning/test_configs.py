@@ -26,7 +26,7 @@ def gpu(name: str) -> Gpu:
     return found
 
 
-GPUS = {name: gpu(name) for name in ("a100", "rtx4090", "h100", "b200")}
+GPUS = {name: gpu(name) for name in ("a100", "rtx4090", "h100", "b200", "rtx5090")}
 H100 = GPUS["h100"]
 
 
@@ -94,6 +94,15 @@ def test_too_many_sums_per_thread_are_refused() -> None:
     assert reason(ONE, Config("conv_bn_act_1x1", **TILE | {"block_n": 256})) == ""
     huge = Config("conv_bn_act_1x1", **TILE | {"block_n": 512, "block_k": 32})
     assert reason(ONE, huge) == "expected at most 128 sums per thread, got 256; use more warps or less tile"
+
+
+@pytest.mark.parametrize("name", ["h100", "b200", "b300", "rtx5090", "l40s", "a100"])
+def test_as_many_sums_as_a_warp_groups_instruction_leaves_room_for(name: str) -> None:
+    """sm_120 spills: its products have operands in registers, as those of sm_80."""
+    wide = Config("conv_bn_act_1x1", 128, 128, 32, 4, 2)
+    admitted = gpu(name).arch in configs.WARP_GROUP_ARCHS
+    assert (reason(ONE, wide, gpu(name)) == "") is admitted
+    assert admitted or "expected at most 64 sums per thread, got 128" in reason(ONE, wide, gpu(name))
 
 
 @pytest.mark.parametrize(

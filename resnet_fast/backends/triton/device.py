@@ -68,7 +68,7 @@ def place_of(device: torch.device) -> torch.device:
 
 
 def device_of(device: torch.device) -> Device:
-    """Return the ceilings of ``device``: a known GPU's, or the H100's scaled to the multiprocessors of an unknown one.
+    """Return the ceilings of ``device``: a known GPU's, or what an unknown one's driver reports.
 
     The interpreter gets the plans of an H100, so that tests run what an H100 would run.
     """
@@ -94,6 +94,9 @@ def present(device: torch.device) -> Device:
         shared_per_sm=properties.shared_memory_per_multiprocessor,
         shared_per_block=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         l2_bytes=properties.L2_cache_size,
+        clock_hz=1e3 * getattr(properties, "clock_rate", 0),  # in kHz; versions of PyTorch differ in what they report
+        memory_hz=1e3 * getattr(properties, "memory_clock_rate", 0),
+        bus_bits=getattr(properties, "memory_bus_width", 0),
     )
 
 
