@@ -104,11 +104,13 @@ class _Steps:
         self._full = ""
         self._waiting: weakref.ref[_Waiting] | None = None
 
-    def wait(self) -> _Waiting | None:
-        """Let a forward pass wait for its backward pass; None if another one waits already."""
+    def is_waited_for(self) -> bool:
+        """Return whether a forward pass waits for its backward pass."""
         earlier = self._waiting and self._waiting()
-        if earlier is not None and not earlier.done:
-            return None
+        return earlier is not None and not earlier.done
+
+    def wait(self) -> _Waiting:
+        """Let a forward pass wait for its backward pass."""
         found = _Waiting()
         self._waiting = weakref.ref(found)
         return found
@@ -229,12 +231,12 @@ def call(net: Fused, x: Tensor, forward: NetForward) -> Tensor | str:
     """
     steps = _steps(net)
     with steps.lock:
-        waiting = steps.wait()
-        if waiting is None:
+        if steps.is_waited_for():
             return "the output of an earlier call still waits for its backward pass, which needs the graph's memory"
         found = steps.find(net, x, forward)
-    if isinstance(found, str):
-        return found
+        if isinstance(found, str):
+            return found
+        waiting = steps.wait()
     step, parameters = found
     y: Tensor = _Replayed.apply(step, waiting, x, *parameters)
     return y
