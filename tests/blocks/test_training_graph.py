@@ -19,7 +19,7 @@ from resnet_fast.blocks import training_graph, training_step
 from tests.support.graph_cases import fallbacks, image, replays
 from tests.support.nets import assert_equal
 from tests.support.processes import in_threads
-from tests.support.train_nets import imagenet
+from tests.support.train_nets import cifar, fewest_programs, imagenet, images, twin, whole
 from tests.support.training_graph_cases import TapeRecorder, pair, small
 
 
@@ -624,3 +624,20 @@ def test_ddp_exchanges_the_gradients(tapes: type[TapeRecorder], tmp_path: Any) -
     finally:
         dist.destroy_process_group()
     assert replays() == 4
+
+
+@pytest.mark.interpret
+@pytest.mark.slow
+def test_our_training_kernels_are_captured(tapes: type[TapeRecorder]) -> None:
+    model = cifar()
+    with fewest_programs(whole):
+        x, labels = images(n=4)
+        plain, replayed = twin(model), resnet_fast.accelerate(copy.deepcopy(model), "triton", cuda_graph=True)
+        for each in (plain, replayed):
+            for _ in range(2):
+                F.cross_entropy(each(x), labels).backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(replayed.get_parameter(name).grad, p.grad, rtol=1e-4, atol=1e-5)
+    for name, b in plain.named_buffers():
+        torch.testing.assert_close(replayed.get_buffer(name), b)
+    assert replays() == 2 and resnet_fast.stats()["calls"]["basic_block/triton"] > 0

@@ -69,13 +69,11 @@ class Tape(TorchDispatchMode):
             if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
                 continue  # a view, of memory that the other operations write
             new = func(*args, **kwargs)
-            for r, before, after in zip(returns, _tuple(out), _tuple(new), strict=True):
-                if r.alias_info is None and isinstance(before, Tensor):
-                    before.copy_(after)
-
-
-def _tuple(out: Any) -> tuple[Any, ...]:
-    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+            pairs = [(out, new)] if len(returns) == 1 else zip(out, new, strict=True)
+            for r, (before, after) in zip(returns, pairs, strict=True):
+                for old, fresh in zip(tree_leaves(before), tree_leaves(after), strict=True):
+                    if r.alias_info is None and isinstance(old, Tensor):
+                        old.copy_(fresh)
 
 
 class TapeRecorder(recorder.Recorder):
