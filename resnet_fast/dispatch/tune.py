@@ -4,14 +4,13 @@
     launch   -> candidates + stock                    compiled in parallel, verified on a small batch, timed one by one
     times    -> the user's table                      written after every launch: an interruption loses one launch
 
-A candidate is timed only if its output matches fp64 within the error budget (numerics.py). A candidate that fails to
-compile, to match or to run at full size is refused, and the report gives the reason. The fastest one, ours or
+A candidate is timed (timing.py) only if its output matches fp64 within the error budget (numerics.py). A candidate that
+fails to compile, to match or to run at full size is refused, and the report gives the reason. The fastest one, ours or
 PyTorch's, runs from the next call on, so a tuned launch is never slower than stock beyond noise.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from ..spec import LaunchSpec, Spec
 from ..tuning import configs, launch_plan, launches, proofs, tables, training_configs
 from ..tuning.configs import Config
 from ..tuning.shapes import unknown_name
-from . import catalog, record, select
+from . import catalog, record, select, timing
 
 OnProgress = Callable[[int, int, str], None]
 """Called with the number of launches done, the total number, and the launch that is measured next."""
@@ -357,7 +356,7 @@ def _measure(
     full = make(launch, device) if "" in reasons else proof
 
     def take_time(config: Config) -> None:
-        times[str(config)] = round(_time(full.prepared(config), device) * 1e6, 3)
+        times[str(config)] = round(timing.seconds(full.prepared(config), device) * 1e6, 3)
 
     for config, found in zip(candidates, reasons, strict=True):
         times[str(config)] = None
@@ -367,21 +366,6 @@ def _measure(
     if None in times.values() and device.type == "cuda":
         torch.cuda.synchronize(device)  # raises if a failure broke the context, so that no time here is valid
     return times
-
-
-def _time(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Return the median seconds of a call; on a GPU with a cold L2 cache, as between a net's layers."""
-    with torch.inference_mode():
-        if device.type == "cuda":
-            from triton.testing import do_bench
-
-            return do_bench(call, warmup=5, rep=25, return_mode="median") * 1e-3
-        samples = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - begin)
-        return statistics.median(samples)
 
 
 def _triton_version() -> str:
