@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Identity, SyncBatchNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -64,19 +65,70 @@ def norm_record(norm: Any) -> Norm:
         return Norm(buffers["weight"], buffers["bias"], buffers["running_mean"], buffers["running_var"], eps=norm.eps)
     weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
+    momentum, eps = fields["momentum"], fields["eps"]
     if not fields["training"]:
         if mean is not None and mean.device.type != "cpu" and not torch.compiler.is_compiling():
             parameter_cache.follow(mean, buffers["num_batches_tracked"])
-        return Norm(weight, bias, mean, var, mean is None and var is None, norm.momentum or 0.0, norm.eps)
-    momentum = norm.momentum
-    if norm.track_running_stats:
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:  # cumulative average
-                momentum = 1.0 / float(norm.num_batches_tracked)
+        return Norm(weight, bias, mean, var, mean is None and var is None, momentum or 0.0, eps)
+    if fields["track_running_stats"]:
+        momentum = _count_batch(norm, momentum)
     else:
         mean = var = None
-    return Norm(weight, bias, mean, var, True, momentum or 0.0, norm.eps, sync_group(norm))
+    return Norm(weight, bias, mean, var, True, momentum or 0.0, eps, sync_group(norm) if kind is SyncBatchNorm else "")
+
+
+def _count_batch(norm: Any, momentum: float | None) -> float | None:
+    """Count a batch of a norm in training, and return its momentum: of a cumulative average if it is None."""
+    counter = norm.__dict__["_buffers"]["num_batches_tracked"]
+    if counter is None or "num_batches_tracked" in norm.__dict__ or torch.compiler.is_compiling():
+        counter = norm.num_batches_tracked  # a plain attribute hides the buffer; a compiler reads it as stock does
+        if counter is None:
+            return momentum
+    elif momentum is not None and type(counter) is Tensor:
+        _batches.count(counter)
+        return momentum
+    counter.add_(1)
+    return 1.0 / float(counter) if momentum is None else momentum
+
+
+class _Batches(threading.local):
+    """Counters of batches that this thread has yet to increment, by identity; None outside :class:`counting_together`.
+
+    One kernel increments all of them. A kernel for each would be 53 launches in a step of ResNet-50.
+    """
+
+    pending: dict[int, Tensor] | None = None
+
+    def count(self, counter: Tensor) -> None:
+        pending = self.pending
+        if pending is None or id(counter) in pending:  # a norm that runs twice counts twice
+            counter.add_(1)
+        else:
+            pending[id(counter)] = counter
+
+
+_batches = _Batches()
+
+
+class counting_together:
+    """A context at whose end the batches of all norms that ran in it are counted, also if one of them failed.
+
+    Nothing that a fused call runs reads a counter. A context inside another does nothing.
+    """
+
+    __slots__ = ("_counts",)
+
+    def __enter__(self) -> None:
+        # a compiler fuses the increments as it likes, and cannot trace what belongs to a thread
+        self._counts = not torch.compiler.is_compiling() and _batches.pending is None
+        if self._counts:
+            _batches.pending = {}
+
+    def __exit__(self, *error: object) -> None:
+        if self._counts:
+            pending, _batches.pending = _batches.pending, None
+            if pending:
+                torch._foreach_add_(list(pending.values()), 1)
 
 
 def counts(norm: Any) -> bool:

@@ -13,7 +13,7 @@ from ..calls import NetCall
 from ..dispatch import record, select
 from . import graph, held, unfused
 from . import stage as fused_stage
-from .children import child, counts
+from .children import child, counting_together, counts
 from .frozen import OF_ONE_NET, is_frozen, unfreeze
 from .fused import Fused
 from .obstacles import is_altered, untraceable
@@ -134,9 +134,10 @@ class Net(Stem):
 
     def layers_forward(self, x: Tensor) -> Tensor:
         """Run stem, stages and head one after another."""
-        x = self.stem_forward(x)
-        for name in self.stages:
-            x = getattr(self, name)(x)
+        with counting_together():
+            x = self.stem_forward(x)
+            for name in self.stages:
+                x = getattr(self, name)(x)
         return self.head_forward(x)
 
     def head_forward(self, x: Tensor) -> Tensor:

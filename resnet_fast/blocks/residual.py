@@ -8,7 +8,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import Call
-from .children import child, conv_record, counts, norm_record
+from .children import child, conv_record, counting_together, counts, norm_record
 from .fused import Fused
 from .obstacles import conv_obstacle, is_altered, norm_obstacle
 
@@ -72,7 +72,8 @@ class ResidualBlock(Fused):
     ) -> Call:
         """Return the call of these (convolution, norm) layers, the projection last if there is one."""
         convs, norms = zip(*layers, strict=True)
-        convs, norms = tuple(map(conv_record, convs)), tuple(map(norm_record, norms))
+        with counting_together():
+            convs, norms = tuple(map(conv_record, convs)), tuple(map(norm_record, norms))
         return Call(self.op, x, convs, norms, shortcut, projection=projection)
 
     def unlike_reference(self) -> str:

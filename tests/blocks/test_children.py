@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
+from resnet_fast import accelerate
 from resnet_fast.blocks import children
 from resnet_fast.calls import Norm
 
@@ -70,3 +72,41 @@ def test_geometry_takes_one_or_two_ints(name: str, value: Any, pair: tuple[int, 
     setattr(layer, name, value)
     found = children.geometry(layer.__dict__)
     assert (found and found[("stride", "padding", "dilation").index(name)]) == pair
+
+
+def test_batches_counted_together_are_counted_at_the_end_once_per_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    add = torch._foreach_add_
+    monkeypatch.setattr(torch, "_foreach_add_", lambda tensors, n: (together.append(len(tensors)), add(tensors, n)))
+    once, twice, cumulative = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None)
+    before = once.num_batches_tracked._version
+    with children.counting_together():
+        with children.counting_together():
+            for norm in (once, twice, twice, cumulative):
+                children.norm_record(norm)
+        assert once.num_batches_tracked == 0
+        assert cumulative.num_batches_tracked == 1, "its momentum is computed from it"
+    assert [int(n.num_batches_tracked) for n in (once, twice, cumulative)] == [1, 2, 1]
+    assert together == [2]
+    assert once.num_batches_tracked._version > before, "inference sees by it that the statistics changed"
+
+
+def test_an_error_leaves_counted_what_ran_before_it() -> None:
+    norm = nn.BatchNorm2d(4)
+    with pytest.raises(ZeroDivisionError), children.counting_together():
+        children.norm_record(norm)
+        raise ZeroDivisionError
+    children.norm_record(norm)
+    assert norm.num_batches_tracked == 2
+
+
+def test_a_net_counts_its_batches_with_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    add = torch._foreach_add_
+    monkeypatch.setattr(torch, "_foreach_add_", lambda tensors, n: (together.append(len(tensors)), add(tensors, n)))
+    net = accelerate(resnet18(num_classes=3)).train()
+    net.layer2[0].bn1.momentum = None
+    net.layer3[1].register_forward_hook(lambda *args: None)
+    net(torch.randn(2, 3, 32, 32))
+    assert together == [19]
+    assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1}

@@ -69,6 +69,8 @@ class Tape(TorchDispatchMode):
             if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
                 continue  # a view, of memory that the other operations write
             new = func(*args, **kwargs)
+            if not returns:
+                continue
             pairs = [(out, new)] if len(returns) == 1 else zip(out, new, strict=True)
             for r, (before, after) in zip(returns, pairs, strict=True):
                 for old, fresh in zip(tree_leaves(before), tree_leaves(after), strict=True):
