@@ -116,6 +116,27 @@ class FilterSums:
         return True
 
 
+class Places:
+    """Where tensors are in memory and how they lie there, whatever their values."""
+
+    __slots__ = ("_addresses", "_dtypes", "_shapes", "_strides")
+
+    def __init__(self, tensors: list[Tensor]):
+        self._addresses = list(map(_data_ptr, tensors))
+        # ``p.data = p.data[:32]`` or ``.permute(…)`` keep address and version
+        self._shapes, self._strides = list(map(_shape, tensors)), list(map(_stride, tensors))
+        self._dtypes = list(map(_dtype, tensors))
+
+    def hold(self, tensors: list[Tensor]) -> bool:
+        """Return whether these tensors are there. Compare lists: this runs for every parameter at every call."""
+        return (
+            list(map(_data_ptr, tensors)) == self._addresses
+            and list(map(_shape, tensors)) == self._shapes
+            and list(map(_stride, tensors)) == self._strides
+            and list(map(_dtype, tensors)) == self._dtypes
+        )
+
+
 class Stamps:
     """The state of the sources when an entry was made. Keeps their memory alive, so that no address is reused."""
 
@@ -125,11 +146,7 @@ class Stamps:
         self.all_counted = len(self.counted) == len(tensors)
         self.storages = [t.untyped_storage() for t in tensors]
         self.versions = [tensors[i]._version for i in self.counted]
-        self.addresses = [t.data_ptr() for t in tensors]
-        # ``p.data = p.data[:32]`` or ``.permute(…)`` keep address and version
-        self.shapes = [t.shape for t in tensors]
-        self.strides = [t.stride() for t in tensors]
-        self.dtypes = [t.dtype for t in tensors]
+        self.places = Places(tensors)
         self.samples: list[FilterSamples] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
         runs = [run for t in tensors if t.device.type == "cpu" and t.numel() for run in self._watch(t)]
@@ -150,14 +167,11 @@ class Stamps:
         return [run]
 
     def hold(self, sources: Sources) -> bool:
-        """Return whether the sources are unchanged. Compare lists: this runs for every parameter at every call."""
+        """Return whether the sources are unchanged."""
         tensors = [t for t in sources if t is not None]
         return (
-            list(map(_data_ptr, tensors)) == self.addresses
+            self.places.hold(tensors)
             and self._same_versions(tensors)
-            and list(map(_shape, tensors)) == self.shapes
-            and list(map(_stride, tensors)) == self.strides
-            and list(map(_dtype, tensors)) == self.dtypes
             and all([s.hold() for s in self.samples])
             and (self.sums is None or self.sums.hold())
             and all([torch.equal(words, copy) for words, copy in self.copies])

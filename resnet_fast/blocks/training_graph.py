@@ -12,8 +12,8 @@ The launches update running statistics and draw random numbers as the net does. 
 copies of the running statistics, and the random state is put back after it.
 
 A graph reads parameters and buffers where they are, so their values may change, but not their addresses, shapes and
-dtypes (:class:`_Places`). What the net computes from frozen weights and keeps (folded, packed) makes a new capture when
-one of them was written.
+dtypes (:class:`~resnet_fast.parameter_cache.Places`). What the net computes from frozen weights and keeps (folded,
+packed) makes a new capture when one of them was written.
 
 The backward pass reuses the memory of what the forward pass saved, and every graph of a net shares one pool. So one
 forward pass waits for its backward pass at a time: until then other calls of the net run eagerly. A second backward
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,26 +40,14 @@ from .fused import Fused
 from .snapshot import Layers, switches
 from .training_step import NetError, NetForward, Step, capture
 
+_requires_grad = attrgetter("requires_grad")
+
 GRAPHS = 8
 """Steps kept per net. What they save for the backward pass shares memory; each has its own input and gradients."""
 
 IDLE = 100
 """Calls without a use after which a kept step makes room for another. Until then the other runs eagerly: a net whose
 input changes its shape at each call would be captured at each call."""
-
-
-class _Places:
-    """Where a net's parameters and buffers are, whatever their values."""
-
-    def __init__(self, tensors: tuple[Tensor | None, ...]):
-        self._seen = self._look(tensors)
-
-    @staticmethod
-    def _look(tensors: tuple[Tensor | None, ...]) -> list[Any]:
-        return [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
-
-    def hold(self, tensors: tuple[Tensor | None, ...]) -> bool:
-        return self._look(tensors) == self._seen
 
 
 class _Waiting:
@@ -98,7 +87,7 @@ class _Steps:
     def __init__(self) -> None:
         self.lock = ForkSafeLock()
         self._kept: list[_Kept] = []
-        self._places: _Places | None = None
+        self._places: parameter_cache.Places | None = None
         self._last = 0  # place of the step that was used last: parts of a batch take turns
         self._calls = 0
         self._full = ""
@@ -127,13 +116,14 @@ class _Steps:
         if layers.obstacle:
             return layers.obstacle
         sources = layers.sources()
-        if self._places is None or not self._places.hold(sources):
+        tensors = [t for t in sources if t is not None]
+        if self._places is None or not self._places.hold(tensors):
             self._drop()
-            self._places = _Places(sources)
+            self._places = parameter_cache.Places(tensors)
         if self._full:
             return self._full
         layout = _layout(net, x)
-        needs = tuple([t is not None and t.requires_grad for t in sources])
+        needs = tuple(map(_requires_grad, tensors))
         if not x.requires_grad and not any(needs):
             return "nothing requires a gradient"
         key = (needs, *_key(net, x, layout))
