@@ -84,7 +84,7 @@ PROVE = Flag(
     "RESNET_FAST_PROVE",
     "1",
     ("0", "1"),
-    "1: on a GPU, a Triton config that compilers have got wrong is checked before its first use; 0: it never runs",
+    "1: on a GPU, a kernel config that may be wrong there is checked before its first use; 0: it never runs",
 )
 EMULATE = Flag(
     "RESNET_FAST_EMULATE",

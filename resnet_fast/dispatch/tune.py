@@ -351,7 +351,7 @@ def _measure(
         reasons = list(pool.map(lambda config: failure(lambda: proof.check(config)), candidates))
     if device.type == "cuda":
         verdicts = [(launch, config, why) for config, why in zip(candidates, reasons, strict=True)]
-        first_use.keep(gpus.table_of(device), [v for v in verdicts if not v[1].stock and configs.needs_proof(*v[:2])])
+        first_use.keep(gpus.table_of(device), [v for v in verdicts if configs.needs_proof(*v[:2])])
     times: dict[str, float | None] = {}
     full = make(launch, device) if "" in reasons else proof
 

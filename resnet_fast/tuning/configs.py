@@ -295,8 +295,11 @@ def needs_proof(launch: LaunchSpec, config: Config) -> bool:
 
     Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068, #177823, #183989).
     The programs of a split-K launch hand their sums over in memory, whose order only a GPU shows. The rule is the same
-    for inference and training. proofs.py keeps the verdicts.
+    for inference and training. PyTorch's fused kernels need one because cuDNN documents no ReLU that keeps NaN.
+    proofs.py keeps the verdicts.
     """
+    if config.stock:
+        return config.kernel == "cudnn_fused"
     return config.splits > 1 or (config.num_warps == 8 and any(c.r * c.s > 1 for c in launch.convs))
 
 

@@ -4,7 +4,8 @@ A problem's routes (routes.py) are compared by the sum of their launches' times.
 
 - If any route is measured throughout, only such routes compete, and PyTorch's own kernels compete with ours launch by
   launch: after tuning, what runs is never slower than stock beyond noise.
-- Without measurements the model's times (heuristic.py) decide among our kernels.
+- Without measurements the model's times (heuristic.py) decide among our kernels, and PyTorch's takes the place of one
+  that its model (stock_model.py) sees clearly faster.
 - A config that gave a wrong answer during tuning is refused and never runs.
 - A config that needs a proof (configs.needs_proof) competes only if it was proved on this GPU (proofs.py). A caller
   that is going to prove what it gets asks for a ``hopeful`` plan, in which what was not tried yet competes too.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from ..devices import Device
 from ..errors import BackendError
 from ..spec import ConvSpec, LaunchSpec, Spec
-from . import configs, heuristic, proofs, training_configs
+from . import configs, heuristic, proofs, stock_model, training_configs
 from .configs import Config
 from .routes import LaunchRoute, routes
 from .tables import Table, user_file
@@ -83,10 +84,17 @@ def fastest_measured(
 def fastest_modelled(
     launch: LaunchSpec, device: Device, table: Table, hopeful: bool = False
 ) -> tuple[Config, float] | None:
-    """Return the model's fastest candidate that the table does not refuse, and its seconds; None where none is left."""
+    """Return the models' fastest candidate that the table does not refuse, and its seconds; None where none is left."""
     refused = {name for name, us in table.times(launch).items() if us is None}
-    left = (pick for pick in heuristic.rank(launch, device) if str(pick[0]) not in refused)
-    return next((pick for pick in left if _may_run(launch, pick[0], table, hopeful)), None)
+
+    def may_run(config: Config) -> bool:
+        return str(config) not in refused and _may_run(launch, config, table, hopeful)
+
+    ours = next((pick for pick in heuristic.rank(launch, device) if may_run(pick[0])), None)
+    stock = stock_model.fastest(launch, device)
+    if stock is None or not may_run(stock[0]):
+        return ours
+    return stock if ours is None or stock[1] * stock_model.MARGIN < ours[1] else ours
 
 
 def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = False) -> LaunchPlan:

@@ -7,7 +7,7 @@ tests and ``make gpu-check`` compare it with fp64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,10 @@ class Problem:
         """Run the launch and assert its error budget, see :func:`resnet_fast.numerics.assert_close`.
 
         Programs that hand sums over in memory may be wrong in a few runs only, so such a launch runs several times.
+        PyTorch's fused kernels must keep NaN, as its separate ones and ours do.
         """
+        if config.kernel == "cudnn_fused":
+            self._check_nan(config)
         y = self.run(config)
         for _ in range(HANDOVERS if config.splits > 1 and y.is_cuda else 0):
             if not torch.equal(self.run(config), y):
@@ -95,6 +98,14 @@ class Problem:
         epilogue = self.spec.last.epilogue
         pre = double.eager(relu=False) if epilogue.relu and epilogue.pool is None else None
         return numerics.assert_close(y, double.eager(), self.eager(), k, pre)
+
+    def _check_nan(self, config: Config) -> None:
+        """Assert that a NaN in the input appears in the output wherever it does in stock PyTorch."""
+        poisoned = replace(self, x=self.x.clone(memory_format=torch.preserve_format))
+        poisoned.x[:, 0, 0, 0] = float("nan")
+        lost = int((poisoned.eager().isnan() & ~poisoned.run(config).isnan()).sum())
+        if lost:
+            raise AssertionError(f"{lost} elements are NaN in stock PyTorch and finite here")
 
 
 def _conv(x: Tensor, c: ConvSpec, w: Tensor, b: Tensor) -> Tensor:

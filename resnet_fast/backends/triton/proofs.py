@@ -46,11 +46,12 @@ THREADS = 16
 
 @cache
 def versions() -> dict[str, str]:
-    """Return what the compiled code depends on: compiler, driver, and the source of the kernels."""
+    """Return what a verdict depends on: PyTorch with its cuDNN, compiler, driver, and the source of the kernels."""
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
-    return {"triton": triton.__version__, "driver": _driver(), "kernels": source.hexdigest()[:16]}
+    own = source.hexdigest()[:16]
+    return {"torch": torch.__version__, "triton": triton.__version__, "driver": _driver(), "kernels": own}
 
 
 def _driver() -> str:

@@ -208,6 +208,23 @@ def test_a_proof_of_an_inference_launch_finds_a_wrong_output(monkeypatch: pytest
     assert proofs.prove(one, config, problem, CPU).startswith("AssertionError: ")
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("keeps", [True, False])
+def test_pytorchs_fused_kernel_must_keep_nan(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fast.backends.triton import launchers, proofs
+    from resnet_fast.backends.triton.problem import problem
+
+    def fused(spec: LaunchSpec, config: Config, packed: Any, x: Any, res: Any, xp: Any) -> Any:
+        weight = packed.weight.permute(0, 3, 1, 2)
+        y = torch.conv2d(x, weight, packed.bias, *spec.last.geometry()).relu()
+        return y if keeps else y.nan_to_num(0.0)
+
+    monkeypatch.setitem(launchers.LAUNCHERS, "cudnn_fused", fused)
+    one = launch(ConvSpec(**SMALL, epilogue=Epilogue(relu=True)))  # type: ignore[arg-type]
+    why = proofs.prove(one, Config("cudnn_fused"), problem, CPU)
+    assert why == "" if keeps else "are NaN in stock PyTorch and finite here" in why
+
+
 TRAINING = [("conv_fwd", True), ("conv_dgrad", True), ("conv_dgrad", False), ("conv_wgrad", True)]
 
 

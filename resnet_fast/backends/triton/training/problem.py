@@ -67,7 +67,7 @@ class TrainingProblem:
         """
         out = self.prepared(config)().to(self.x.y.dtype)
         double, eager = (self._stock(dtype, config) for dtype in (torch.float64, out.dtype))
-        if not config.stock and configs.needs_proof(self.launch, config):
+        if configs.needs_proof(self.launch, config):
             self._check_as_in_a_step(config, double, eager)
         return numerics.assert_close(out, double, eager, self._products())
 
