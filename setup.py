@@ -5,9 +5,12 @@ Environment variables (default first):
 ``RESNET_FAST_BUILD_NATIVE=auto|0|1``  the native library ``resnet_fast._C``. auto builds it where torch, a C++
                                        compiler and Python's headers are present, 1 fails if they are not
 ``RESNET_FAST_BUILD_CUDA=auto|0|1``    its CUDA half. auto builds it where nvcc and libtorch_cuda are found
-``RESNET_FAST_CUDA_ARCHS``             architectures of that half, as CMAKE_CUDA_ARCHITECTURES spells them
+``RESNET_FAST_CUDA_ARCHS``             architectures of that half, as CMAKE_CUDA_ARCHITECTURES spells them. Without it
+                                       ``TORCH_CUDA_ARCH_LIST``, as torch's own extensions spell them
 ``RESNET_FAST_BUILD_HOST=0|auto|1``    the modules without torch, ``resnet_fast._host`` and the emulator
                                        ``resnet_fast._emulator``, for one version of Python
+
+``MAX_JOBS`` limits the compilers that run at the same time, as for torch's own extensions.
 
 torch is not a build requirement: an isolated build would download gigabytes of a torch that is not the user's. So ``pip
 install .`` installs the pure Python package, and ``pip install --no-build-isolation .`` adds the native library.
@@ -33,6 +36,8 @@ from scikit_build_core.setuptools import wrapper
 TORCH_MINIMUM = (2, 11)  # the stable ABI that CMakeLists.txt targets
 CMAKE = SpecifierSet(">=3.25")
 COMPILERS = ("c++", "g++", "clang++")
+OLDEST_ARCH = 80  # the kernels use instructions of compute capability 8.0
+TORCH_ARCHS = {"ampere": "8.0;8.6+PTX", "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;10.3;12.0;12.1+PTX"}
 
 
 def switch(name: str, *choices: str) -> str:
@@ -116,6 +121,50 @@ def host_wanted() -> bool:
     return not reason
 
 
+def archs_of_torch(listed: str) -> list[str]:
+    """Return the architectures of TORCH_CUDA_ARCH_LIST as CMake spells them; prints to stderr those that are too old.
+
+    ``8.0;9.0a 12.0+PTX``, or names such as ``Hopper``: numbers with a suffix of their own, and PTX where asked for.
+    """
+    found, old = [], []
+    for name in filter(None, re.split(r"[;,\s]+", listed)):
+        for text in TORCH_ARCHS.get(name.lower(), name).split(";"):
+            number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", text)
+            if number is None:
+                raise SystemExit(
+                    f"expected TORCH_CUDA_ARCH_LIST like '8.0;9.0a;12.0+PTX' or the names {', '.join(TORCH_ARCHS)}, "
+                    f"got {name!r}; correct it, or set RESNET_FAST_CUDA_ARCHS"
+                )
+            major, minor, suffix, ptx = number.groups()
+            arch = f"{major}{minor}"
+            if int(arch) < OLDEST_ARCH:
+                old.append(text)
+            else:
+                found.append(f"{arch}{suffix}" + ("" if ptx else "-real"))
+    if old:
+        refuse_or_warn(f"kernels for {', '.join(old)} of TORCH_CUDA_ARCH_LIST", "8.0 is the oldest", not found)
+    return list(dict.fromkeys(found))
+
+
+def cuda_archs() -> str:
+    """Return the architectures that the environment asks for, or an empty string."""
+    if own := os.environ.get("RESNET_FAST_CUDA_ARCHS"):
+        return own
+    return ";".join(archs_of_torch(os.environ.get("TORCH_CUDA_ARCH_LIST", "")))
+
+
+def limit_jobs() -> None:
+    """Pass MAX_JOBS on to CMake, which has a variable of its own for it."""
+    jobs = os.environ.get("MAX_JOBS")
+    if not jobs:
+        return
+    if not jobs.isdigit() or int(jobs) < 1:
+        raise SystemExit(
+            f"expected MAX_JOBS to be a number of compilers, 1 or more, got {jobs!r}; unset it for all cores"
+        )
+    os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", jobs)
+
+
 def cmake_arguments(torch: Path | None, host: bool) -> list[str]:
     arguments = [f"-DRESNET_FAST_NATIVE={'ON' if torch else 'OFF'}", f"-DRESNET_FAST_HOST={'ON' if host else 'OFF'}"]
     if torch is not None:
@@ -123,7 +172,7 @@ def cmake_arguments(torch: Path | None, host: bool) -> list[str]:
             f"-DRESNET_FAST_TORCH_DIR={torch}",
             f"-DRESNET_FAST_CUDA={os.environ.get('RESNET_FAST_BUILD_CUDA') or 'auto'}",
         ]
-    if archs := os.environ.get("RESNET_FAST_CUDA_ARCHS"):
+    if torch is not None and (archs := cuda_archs()):
         arguments.append(f"-DRESNET_FAST_CUDA_ARCHS={archs}")
     return arguments
 
@@ -141,6 +190,7 @@ def main() -> None:
     if torch is None and not host:
         setuptools.setup(**arguments)  # nothing to compile: a py3-none-any wheel
         return
+    limit_jobs()
     # Not if only metadata is requested: with build isolation pip installs CMake after it has the metadata.
     if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):
         require_cmake()

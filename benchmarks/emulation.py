@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import checkout
+from .checkout import ROOT
+
 KERNELS = ROOT / "csrc" / "kernels"
 EMULATOR = ROOT / "csrc" / "emulator"
 KEPT = ROOT / "build" / "emulator"
@@ -117,6 +119,7 @@ def build(flags: Sequence[str] = (), edits: Iterable[Edit] = ()) -> Path:
     Raises:
         RuntimeError: with the compiler's output, if a file does not compile.
     """
+    checkout.require("building the emulator")
     edits = list(edits)
     flags = flags or (QUICK if edits else OPTIMISED)
     texts = {path: path.read_text() for path in sources()}

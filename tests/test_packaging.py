@@ -245,6 +245,104 @@ def test_old_torch_is_not_built_against(setup_file: ModuleType, monkeypatch: pyt
     assert setup_file.native_folder() == Path(importlib.util.find_spec("torch").origin).parent
 
 
+@pytest.mark.parametrize(
+    ("listed", "archs"),
+    [
+        ("", []),
+        ("8.0;9.0a", ["80-real", "90a-real"]),
+        ("8.6 9.0+PTX", ["86-real", "90"]),
+        ("Hopper;9.0+PTX", ["90"]),
+        ("Ampere", ["80-real", "86"]),
+        ("blackwell", ["100-real", "103-real", "120-real", "121"]),
+        ("7.0;7.5;8.0", ["80-real"]),
+    ],
+)
+def test_torchs_list_of_architectures(listed: str, archs: list[str], setup_file: ModuleType) -> None:
+    assert setup_file.archs_of_torch(listed) == archs
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ("sm_90", "expected TORCH_CUDA_ARCH_LIST like '8.0;9.0a;12.0\\+PTX' or the names ampere, .*, got 'sm_90'"),
+        ("8.0;Volta", "got 'Volta'"),
+        ("7.0;7.5+PTX", "kernels for 7.0, 7.5.PTX of TORCH_CUDA_ARCH_LIST, got 8.0 is the oldest"),
+    ],
+)
+def test_torchs_list_with_nothing_to_build(listed: str, said: str, setup_file: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=said):
+        setup_file.archs_of_torch(listed)
+
+
+def test_own_list_of_architectures_comes_first(
+    setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert not any("ARCHS" in argument for argument in setup_file.cmake_arguments(tmp_path, False))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
+    assert "-DRESNET_FAST_CUDA_ARCHS=80-real;90-real" in setup_file.cmake_arguments(tmp_path, False)
+    monkeypatch.setenv("RESNET_FAST_CUDA_ARCHS", "90a-real")
+    assert "-DRESNET_FAST_CUDA_ARCHS=90a-real" in setup_file.cmake_arguments(tmp_path, False)
+
+
+def test_number_of_compilers(setup_file: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CMAKE_BUILD_PARALLEL_LEVEL", raising=False)
+    monkeypatch.setenv("MAX_JOBS", "3")
+    setup_file.limit_jobs()
+    assert os.environ["CMAKE_BUILD_PARALLEL_LEVEL"] == "3"
+    monkeypatch.setenv("MAX_JOBS", "5")
+    setup_file.limit_jobs()
+    assert os.environ["CMAKE_BUILD_PARALLEL_LEVEL"] == "3"  # CMake's own variable comes first
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SystemExit, match="expected MAX_JOBS to be a number of compilers, 1 or more, got 'many'"):
+        setup_file.limit_jobs()
+
+
+def configured(folder: Path, **variables: str) -> tuple[int, str]:
+    """Configure with CMake, and return its exit code and its output on one line."""
+    nvcc, cmake = shutil.which("nvcc"), shutil.which("cmake")
+    if nvcc is None or cmake is None:
+        pytest.skip("no nvcc or no cmake here")
+    torch_at = Path(importlib.util.find_spec("torch").origin).parent
+    options = {"RESNET_FAST_TORCH_DIR": torch_at, "RESNET_FAST_CUDA": "1", "Python_EXECUTABLE": sys.executable}
+    command = [cmake, "-S", ROOT, "-B", folder / "build", *[f"-D{k}={v}" for k, v in {**options, **variables}.items()]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("required", "code"), [("1", 1), ("auto", 0)])
+def test_toolkit_of_another_major_version(
+    required: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    version = "[ \"$1\" = --version ] && echo 'Cuda compilation tools, release 7.5, V7.5.1' && exit 0"
+    nvcc.write_text(f'#!/bin/sh\n{version}\nexec {shutil.which("nvcc")} "$@"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    found, said = configured(tmp_path, RESNET_FAST_CUDA=required)
+    assert found == code
+    assert re.search(r"missing: a CUDA \d+ toolkit, which this torch was built with, in place of CUDA 7 \(", said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "archs", "warns"),
+    [
+        ("", "80;86-real;89-real;90a-real;100-real;120-real", False),
+        ("80-real;90", "80-real;90a-real;90-virtual", False),
+        ("90-real;90a-real", "90a-real", False),
+        ("all-major", "all-major", True),
+    ],
+)
+def test_architectures_keep_hoppers_kernel_or_say_that_they_do_not(
+    asked: str, archs: str, warns: bool, tmp_path: Path
+) -> None:
+    found, said = configured(tmp_path, RESNET_FAST_CUDA_ARCHS=asked)
+    assert found == 0 and f"CUDA architectures of _C: {archs} --" in said
+    assert ("without the whole-block kernel of Hopper" in said) == warns
+
+
 def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
     wheel, sdist = build(checkout, "wheel", "sdist", RESNET_FAST_BUILD_NATIVE="0")
     assert wheel.name == f"resnet_fast-{resnet_fast.__version__}-py3-none-any.whl"
@@ -268,6 +366,11 @@ def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         assert "License-Expression: Apache-2.0" in archive.read(f"{about}/METADATA").decode().splitlines()
+    zipfile.ZipFile(wheel).extractall(checkout / "site")
+    site = {**os.environ, "PYTHONPATH": str(checkout / "site")}
+    code = "from resnet_fast.benchmarks import checkout; checkout.require('this program')"
+    done = run_python(code, cwd=checkout / "site", env=site)
+    assert "UserError: expected a checkout of the repository for this program, got the installed" in done.stderr
     # What a user has of torch stays: pip would install this wheel and nothing else beside it.
     report = checkout / "report.json"
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--report", str(report), str(wheel)]
@@ -295,6 +398,31 @@ def test_native_wheel_is_built_and_loads(checkout: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site") in done.stdout
     assert "'cuda_toolkit': 'none'" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program", ["gpu.check", "gpu.tune", "gpu.bench", "tables.traffic", "tables.cuda_budgets", "host_time"]
+)
+def test_programs_of_a_wheel_work_or_name_what_they_need(program: str, checkout: Path, tmp_path: Path) -> None:
+    """They never take the folder of installed packages for a checkout and look for tests or docs there."""
+    (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="0")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    before = sorted(site.rglob("*.md"))
+    command = [
+        sys.executable,
+        "-m",
+        f"resnet_fast.benchmarks.{program}",
+        *(["--help"] if program == "host_time" else []),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(site), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=120)
+    if program == "host_time":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0 and re.search(r"expected a checkout .*got the installed package in", done.stderr)
+    assert sorted(site.rglob("*.md")) == before
 
 
 @pytest.mark.slow

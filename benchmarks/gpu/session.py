@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from resnet_fast import devices
+from resnet_fast.errors import UserError
 from resnet_fast.io import safe_files
 from resnet_fast.io.safe_files import json_text
 from resnet_fast.tuning import configs
 
-from .. import harness, provenance
+from .. import checkout, harness, provenance
+from ..checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 INTERPRETER = "Triton interpreter"
 HARD_LIMIT_S = 540.0
 """A command ends after nine minutes, whatever its budget: the last 20 s are for the report and for stopping."""
@@ -124,8 +125,10 @@ def settings_from(command: str, what: str, argv: Sequence[str] | None = None) ->
     o = parser.parse_args(arguments)
     if not 0 < o.budget <= HARD_LIMIT_S - 20:
         parser.error(f"expected a budget of at most {HARD_LIMIT_S - 20:.0f} seconds, got {o.budget:g}")
-    if not (ROOT / "pyproject.toml").exists():
-        parser.error(f"expected a checkout of the repository, got the package in {ROOT}; run it from a checkout")
+    try:
+        checkout.require("the commands for a GPU")
+    except UserError as error:
+        parser.error(str(error))
     interpreting = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
     if o.device == "cpu" and not interpreting:
         os.execve(

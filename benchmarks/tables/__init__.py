@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 python -m resnet_fast.benchmarks.tables.training_traffic     
 python -m resnet_fast.benchmarks.tables.cuda_budgets                            the CUDA kernels, with predictions
 """
 
-from pathlib import Path
+from .. import checkout
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "tables"
+checkout.require("the programs that write docs/tables")
+FOLDER = checkout.ROOT / "docs" / "tables"

@@ -35,7 +35,7 @@ from .machine_code import ARCHS as LIMITS
 from .machine_code import Cubin, KernelBudget, write_table
 
 JSON, PAGE, PREDICTIONS = (FOLDER / f"cuda-{name}" for name in ("budgets.json", "budgets.md", "predictions.md"))
-ARCHS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+ARCHS = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}
 COMMAND = "python -m resnet_fast.benchmarks.tables.cuda_budgets"
 BF16 = torch.bfloat16
 
