@@ -7,6 +7,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "ops/submit.h"
+
 STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
   m.def("build_info() -> str");
   m.def("emulator(int kernels_address) -> ()");
@@ -22,8 +24,16 @@ STABLE_TORCH_LIBRARY(resnet_fast_native, m) {
   m.def("stem_fwd(Tensor x, Tensor weights, Tensor bias) -> Tensor");
 }
 
-// Importing resnet_fast._C registers the ops; the module object itself is empty.
+// Importing resnet_fast._C registers the ops; the module object has the functions of csrc/ops/submit.cpp.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_C",
+                               nullptr,
+                               -1,
+                               resnet_fast::ops::submission_methods(),
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
   return PyModule_Create(&module);
 }

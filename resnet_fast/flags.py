@@ -86,6 +86,12 @@ PROVE = Flag(
     ("0", "1"),
     "1: on a GPU, a kernel config that may be wrong there is checked before its first use; 0: it never runs",
 )
+SUBMIT = Flag(
+    "RESNET_FAST_SUBMIT",
+    "native",
+    ("native", "python"),
+    "how planned Triton launches reach the driver: all of a pass in one native call, or one by one by Triton",
+)
 EMULATE = Flag(
     "RESNET_FAST_EMULATE",
     "0",
@@ -94,7 +100,7 @@ EMULATE = Flag(
 )
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, EMULATE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, SUBMIT, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of measurements on this machine; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""

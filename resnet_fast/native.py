@@ -82,6 +82,16 @@ def require() -> Any:
     return torch.ops.resnet_fast_native
 
 
+def submitter() -> Any:
+    """Return the library's module with ``program`` and ``submit`` (csrc/ops/submit.cpp), or the reason against it."""
+    module, verdict = _load(LIBRARY)
+    if module is None:
+        return verdict.reason
+    if not hasattr(module, "submit"):
+        return f"expected {LIBRARY} of this version, got an older one; {_HOW_TO_BUILD[LIBRARY]}"
+    return module
+
+
 def build_info() -> dict[str, str]:
     """Return how the library was built.
 

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ...spec import LaunchSpec
 from ...tuning.configs import Config
-from .launch import FoldedWeights, common, described, grid_of, new_output, partial_sums, submit
+from .launch import FoldedWeights, address_of, common, described, grid_of, new_output, partial_sums, submit
 from .tiles import (
     accumulate_1x1,
     finish_tile,
@@ -161,7 +161,7 @@ def conv_bn_act_1x1(
     grid = grid_of(conv, config)
     dense = conv.stride == (1, 1) and (conv.n == 1 or x.stride(0) == conv.h * conv.w * conv.ci)
     # gaps between images, or a base that is not 16-byte aligned: the pointer kernel, with the same tiles
-    if config.descriptors and dense and x.data_ptr() % 16 == 0:
+    if config.descriptors and dense and address_of(x) % 16 == 0:
         x_desc = described(x, (conv.gemm_m, conv.ci), (config.block_m, config.block_k))
         w_desc = described(packed.weight, (conv.co, conv.ci), (config.block_n, config.block_k))
         submit(

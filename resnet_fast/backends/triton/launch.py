@@ -180,6 +180,11 @@ def steps_of(conv: ConvSpec) -> dict[str, int]:
     return {"STRIDE_H": sh, "STRIDE_W": sw, "PAD_H": ph, "PAD_W": pw, "DIL_H": dh, "DIL_W": dw}
 
 
+def address_of(t: Tensor) -> int:
+    """Return the address of ``t``; on ``meta``, where nothing has one, its distance from the start of its memory."""
+    return int(t.storage_offset()) * t.element_size() if t.is_meta else t.data_ptr()
+
+
 def alignment(itemsize: int, *starts: int) -> int:
     """Return 16 if every one of ``starts`` (addresses and distances in bytes) is divisible by 16, else ``itemsize``.
 

@@ -18,7 +18,7 @@ An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ from ....tuning.launch_plan import TrainingConfigs
 from ....tuning.training_configs import CUDNN
 from ...layouts import in_layout
 from .. import proofs
-from ..device import device_of, place_of, table_of, table_version
+from ..device import Target, device_of, place_of, planned_for, table_of, table_version
 from ..launch import nhwc
+from ..submission import Passes
 from . import batch_norm, block_end, convolution, pool
 from .problem import training_problem
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
@@ -43,16 +44,19 @@ from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
 class StepPlan:
     """The chosen configs of every convolution, by its place in the call.
 
-    ``note``: why faster configs were left out; empty if none was.
+    ``note``: why faster configs were left out; empty if none was. ``target``: the GPU that they were chosen for.
+    ``passes``: how forward and backward pass run, once they have.
     """
 
     specs: tuple[ConvSpec, ...]
     chosen: tuple[TrainingConfigs, ...]
+    target: Target
     note: str = ""
+    passes: Passes = field(default_factory=Passes, init=False, compare=False)
 
     def __str__(self) -> str:
-        note = f"; {self.note}" if self.note else ""
-        return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen)) + note
+        notes = "".join(f"; {note}" for note in (self.note, str(self.passes)) if note)
+        return "training, forward / dgrad / wgrad: " + " | ".join(map(str, self.chosen)) + notes
 
     @property
     def fusion(self) -> str:
@@ -81,17 +85,17 @@ _plans: dict[tuple[Spec, torch.device, bool, object], StepPlan] = {}
 
 def _plan(spec: Spec, device: torch.device, packed: bool) -> tuple[StepPlan, bool]:
     """Return a plan whose configs are proved on ``device`` or need no proof, and whether it lasts."""
-    gpu, table = device_of(device), table_of(device)
+    gpu, table, place = device_of(device), table_of(device), place_of(device)
     convs = [(c, 0 < i < len(spec.main)) for i, c in enumerate(spec.convs)]
 
     def plan(hopeful: bool) -> StepPlan:
         chosen = (launch_plan.plan_training(c, raw, gpu, table, packed, hopeful) for c, raw in convs)
-        return StepPlan(spec.convs, tuple(chosen))
+        return StepPlan(spec.convs, tuple(chosen), Target(gpu, table, place))
 
     def pairs(plan: StepPlan) -> list[proofs.Pair]:
         return [pair for (c, raw), found in zip(convs, plan.chosen, strict=True) for pair in found.chosen(c, raw)]
 
-    found, note, lasts = proofs.settled(plan, pairs, training_problem, place_of(device), table)
+    found, note, lasts = proofs.settled(plan, pairs, training_problem, place, table)
     return replace(found, note=note), lasts
 
 
@@ -105,7 +109,31 @@ def forward(call: Call, spec: Spec, save: str, update: bool) -> tuple[Tensor, li
     convolution reads through, in the order of the call.
     """
     plan = plan_of(spec, call.x.device)
-    x, main = nhwc(call.x), len(spec.main)
+    images = [None if t is None else nhwc(t) for t in (call.x, call.added)]
+    numbers = [norm[4:] for norm in call.norms]
+
+    def launchers(given: list[Any]) -> list[Tensor]:
+        with planned_for(plan.target):
+            return _forward(_with_tensors(call, given), spec, save, update, plan)
+
+    z, *saved = plan.passes.run((save, update, *numbers), launchers, [*images, *call.parameters()])
+    return in_layout(z, spec.layout), saved, plan
+
+
+def _with_tensors(call: Call, tensors: list[Any]) -> Call:
+    """Return the call with other tensors: ``x``, ``added``, then those of :meth:`Call.parameters`."""
+    x, added, *rest = tensors
+    convs, norms = [], []
+    for i, (conv, norm) in enumerate(zip(call.convs, call.norms, strict=True)):
+        own = rest[6 * i : 6 * i + 6]
+        convs.append(Conv(own[0], own[1], *conv[2:]))
+        norms.append(Norm(own[2], own[3], own[4], own[5], *norm[4:]))
+    return call._replace(x=x, added=added, convs=tuple(convs), norms=tuple(norms))
+
+
+def _forward(call: Call, spec: Spec, save: str, update: bool, plan: StepPlan) -> list[Tensor]:
+    """Return the output in NHWC and what is saved."""
+    x, main = call.x, len(spec.main)
     raws: list[Tensor] = []
     vectors: list[Tensor] = []
     clamps: list[Tensor] = []
@@ -120,7 +148,7 @@ def forward(call: Call, spec: Spec, save: str, update: bool) -> tuple[Tensor, li
     z = _end(call, spec, x, raws, vectors)
     if _recomputes(spec, save):
         raws[main - 1] = x.new_empty(0)
-    return in_layout(z, spec.layout), [*raws, *vectors, *clamps], plan
+    return [z, *raws, *vectors, *clamps]
 
 
 def _recomputes(spec: Spec, save: str) -> bool:
@@ -182,7 +210,21 @@ def backward(
     call: Call, spec: Spec, saved: list[Tensor], z: Tensor, dz: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients that ``needs`` asks for, in the order of :meth:`Call.leaves`."""
-    return _Backward(call, spec, saved, needs).run(nhwc(z), nhwc(dz))
+    plan, count = plan_of(spec, call.x.device), len(call.convs)
+    # a saved-tensor hook may bring them back in another layout (by way of NumPy, from a file)
+    images = [nhwc(t) if t.dim() == 4 else t for t in (z, dz, *saved[:count], call.x)]
+    leaves = [*images, *saved[count:], *call.leaves()[1:]]
+    at = len(saved) + 3
+
+    def launchers(given: list[Any]) -> list[Tensor | None]:
+        z, dz, *rest = given
+        held = [*rest[:count], *rest[count + 1 : at - 2]]
+        bound = call.with_leaves([rest[count], *given[at:]])
+        with planned_for(plan.target):
+            return _Backward(bound, spec, plan, held, needs).run(z, dz)
+
+    dx, added, *others = plan.passes.run(("backward", *needs), launchers, leaves)
+    return (*[None if t is None else in_layout(t, spec.layout) for t in (dx, added)], *others)
 
 
 class _Backward:
@@ -191,16 +233,15 @@ class _Backward:
     ``needs``: a record like the call, with True in place of each tensor whose gradient is wanted.
     """
 
-    def __init__(self, call: Call, spec: Spec, saved: list[Tensor], needs: Sequence[bool]) -> None:
-        self.call, self.spec, self.plan = call, spec, plan_of(spec, call.x.device)
+    def __init__(self, call: Call, spec: Spec, plan: StepPlan, saved: list[Tensor], needs: Sequence[bool]) -> None:
+        self.call, self.spec, self.plan = call, spec, plan
         self.needs: Any = call.with_leaves(needs)
         self.convs, self.norms = call.convs, call.norms
         count, self.main = len(self.convs), len(spec.main)
-        # a saved-tensor hook may bring them back in another layout (by way of NumPy, from a file)
-        self.raws = [nhwc(t) if t.dim() == 4 else t for t in saved[:count]]
+        self.raws = saved[:count]
         self.vectors = saved[count : 2 * count]
         self.clamps = [c if c.numel() else None for c in saved[2 * count :]]
-        self.x = nhwc(call.x)
+        self.x = call.x
         self.weights: list[Tensor | None] = [None] * count
         self.biases: list[Tensor | None] = [None] * count
         self.gammas: list[Tensor | None] = [None] * count
@@ -212,8 +253,8 @@ class _Backward:
             return Act(self.x)
         return Act(self.raws[i - 1], self.vectors[i - 1], self.clamps[i - 1])
 
-    def run(self, z: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients, from the output ``z`` and its gradient ``dz``."""
+    def run(self, z: Tensor, dz: Tensor) -> list[Tensor | None]:
+        """Return the gradients in NHWC, from the output ``z`` and its gradient ``dz``."""
         needs, last = self.needs, self.main - 1
         if not self.raws[last].numel():
             centre = self.vectors[last][CENTRE]  # as the forward pass subtracted it; the running mean has changed since
@@ -239,10 +280,9 @@ class _Backward:
                 identity = g if self.spec.shortcut == "identity" else None
                 dx = self.dgrad_first(grad, identity, dx_of_projection)
         added = g if needs.added else None
-        if added is not None and (added is dx or added.data_ptr() == dz.data_ptr()):
+        if added is not None and (added is dx or added is dz):
             added = added.clone()  # an op's outputs are its own
-        images = [None if t is None else in_layout(t, self.spec.layout) for t in (dx, added)]
-        return (*images, *self.weights, *self.biases, *self.gammas, *self.betas)
+        return [dx, added, *self.weights, *self.biases, *self.gammas, *self.betas]
 
     def wanted(self, i: int) -> bool:
         """Return whether a gradient of a parameter of layer ``i`` is wanted."""

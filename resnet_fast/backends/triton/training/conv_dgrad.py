@@ -49,7 +49,7 @@ from torch import Tensor
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import merged_groups
-from ..launch import alignment, empty_nhwc, product, steps_of, submit
+from ..launch import address_of, alignment, empty_nhwc, product, steps_of, submit
 from ..tiles import multiply, pixel_of_row, round_to, row_offset, tile_of_program
 from . import vectors
 from .conv_fwd import clamp, inside_bits
@@ -370,7 +370,7 @@ def conv_dgrad(
     partials = None if below is None else g.new_empty((2, tiles, conv.ci), dtype=torch.float32)
     padded = (conv.r, conv.s, *conv.stride, *conv.padding) != (1, 1, 1, 1, 0, 0)
     outside = -grad.packed[vectors.GAMMA] if padded and config.packed and grad.batch else None  # type: ignore[index]
-    bases = () if outside is None else (g.data_ptr(), outside.data_ptr())
+    bases = () if outside is None else (address_of(g), address_of(outside))
     strided, (add_h, add_w) = add_strided or (None, (1, 1))
     geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]
     submit(

@@ -51,7 +51,7 @@ from torch import Tensor
 from ....spec import LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
-from ..launch import INTERPRETED, alignment, grid_of, new_output, product, steps_of, submit
+from ..launch import INTERPRETED, address_of, alignment, grid_of, new_output, product, steps_of, submit
 from ..tiles import multiply, pixel_of_row, relu, round_to, row_offset, rows_and_channels, tile_of_program
 from . import vectors
 from .vectors import Act
@@ -365,5 +365,5 @@ def _alignment(images: Tensor, clamp_rows: Tensor | None, ci: int) -> int:
     Otherwise return an element's size.
     """
     size = images.element_size()
-    bases = (images.data_ptr(),) if clamp_rows is None else (images.data_ptr(), clamp_rows.data_ptr())
+    bases = (address_of(images),) if clamp_rows is None else (address_of(images), address_of(clamp_rows))
     return alignment(size, *bases, images.stride(0) * size, ci * size)

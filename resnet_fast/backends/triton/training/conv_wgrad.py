@@ -62,7 +62,7 @@ from ....spec import ConvSpec, LaunchSpec
 from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ....tuning.training_configs import gemm
-from ..launch import alignment, product, steps_of, submit
+from ..launch import address_of, alignment, product, steps_of, submit
 from ..tiles import pixel_of_row, row_offset
 from . import vectors
 from .conv_fwd import padding_excess
@@ -374,7 +374,7 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
     rows = (x.clamp if packed else x.vectors) if launch.prologue else None
     y = grad.y if grad.batch else None
     linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
-    starts = [t.data_ptr() for t in (x.y, rows) if t is not None]
+    starts = [address_of(t) for t in (x.y, rows) if t is not None]
     submit(
         _conv_wgrad_kernel, (-(-co // config.block_m) * tiles_n, groups, splits),
         grad.g, y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,

@@ -1,0 +1,487 @@
+// Submit the launches of a planned pass in one call.
+//
+//   program(launches) -> program      launches: a tuple of (name, function, (gx, gy, gz), threads, shared, arguments)
+//   submit(program, addresses, device, stream) -> bool
+//   sink(on) -> None                  keep launches instead of submitting them, for tests and for counting
+//   sunk() -> list                    those kept since the last call: (name, grid, threads, shared, arguments as bytes)
+//
+//   stand_in(address) -> None         submit to this function, of cuLaunchKernelEx's signature, and not to the driver;
+//                                     0: to the driver
+//
+// An argument is `bytes` (a value as the kernel reads it), (buffer, offset) for a pointer, or (buffer, offset, type,
+// swizzle, shape, strides in bytes, box, fill, bytes of an element) for a tensor map. `addresses` is a list with the
+// address of each buffer, and 0 where there is none. Kernels were compiled for pointers divisible by 16, so `submit`
+// launches nothing and returns False if an address is not.
+//
+// These are plain Python functions and not ops: a dispatcher call with lists costs more than all the rest here. The
+// driver is found in the process by name, which needs no CUDA toolkit to build.
+
+#include "submit.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__unix__)
+#include <dlfcn.h>
+#endif
+
+namespace resnet_fast::ops {
+namespace {
+
+constexpr const char* kCapsule = "resnet_fast.program";
+constexpr std::uint64_t kAlignment = 16;
+constexpr std::size_t kMapBytes = 128;  // sizeof(CUtensorMap)
+constexpr int kMaxRank = 5;
+
+// Python's exception is set; unwinds to the function that Python called.
+struct PythonError {};
+
+// ------------------------------------------------------------------------------------------------------ the driver
+
+// CUlaunchConfig.
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  void* attributes;
+  unsigned num_attributes;
+};
+
+using LaunchFunction = int (*)(const LaunchConfig*, void*, void**, void**);
+
+// The driver's functions, by the signatures of cuda.h; handles are pointers, enumerations are int.
+struct Driver {
+  LaunchFunction launch;
+  int (*error_string)(int, const char**);
+  int (*version)(int*);
+  int (*current)(void**);
+  int (*push)(void*);
+  int (*pop)(void**);
+  int (*retain)(void**, int);
+  int (*encode)(void*, int, std::uint32_t, void*, const std::uint64_t*, const std::uint64_t*, const std::uint32_t*,
+                const std::uint32_t*, int, int, int, int);
+};
+
+#if defined(__unix__)
+template <typename Function>
+void find(void* library, const char* name, Function& function) {
+  void* found = dlsym(library, name);
+  if (found == nullptr) throw std::runtime_error(std::string("expected ") + name + " in libcuda.so.1, got none");
+  static_assert(sizeof(found) == sizeof(function), "a function's address is a pointer");
+  std::memcpy(&function, &found, sizeof(found));
+}
+
+Driver load_driver() {
+  void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error("expected the CUDA driver libcuda.so.1, got none");
+  Driver d{};
+  find(library, "cuLaunchKernelEx", d.launch);
+  find(library, "cuGetErrorString", d.error_string);
+  find(library, "cuDriverGetVersion", d.version);
+  find(library, "cuCtxGetCurrent", d.current);
+  find(library, "cuCtxPushCurrent_v2", d.push);
+  find(library, "cuCtxPopCurrent_v2", d.pop);
+  find(library, "cuDevicePrimaryCtxRetain", d.retain);
+  find(library, "cuTensorMapEncodeTiled", d.encode);
+  return d;
+}
+#else
+Driver load_driver() {
+  throw std::runtime_error("expected Linux, got another system");
+}
+#endif
+
+const Driver& driver() {
+  static const Driver loaded = load_driver();
+  return loaded;
+}
+
+std::atomic<LaunchFunction> stand_in{nullptr};
+
+std::string error_text(int code) {
+  const char* text = nullptr;
+  if (stand_in != nullptr || driver().error_string(code, &text) != 0 || text == nullptr)
+    return "CUDA error " + std::to_string(code);
+  return text;
+}
+
+void check(int code, const std::string& what) {
+  if (code != 0) throw std::runtime_error(what + ": " + error_text(code));
+}
+
+// The primary context of a device, which torch and Triton use. It is kept for the life of the process.
+void* context_of(int device) {
+  static std::mutex lock;
+  static std::vector<void*> kept;
+  const std::lock_guard<std::mutex> held(lock);
+  if (kept.size() <= static_cast<std::size_t>(device)) kept.resize(device + 1, nullptr);
+  if (kept[device] == nullptr) check(driver().retain(&kept[device], device), "entering the GPU");
+  return kept[device];
+}
+
+// Makes a device's context current in this thread while it lives. A thread of autograd's may have none.
+class Entered {
+ public:
+  explicit Entered(int device) {
+    void* wanted = context_of(device);
+    void* now = nullptr;
+    check(driver().current(&now), "asking for the current GPU");
+    if (now == wanted) return;
+    check(driver().push(wanted), "entering the GPU");
+    pushed_ = true;
+  }
+  ~Entered() {
+    void* popped = nullptr;
+    if (pushed_) driver().pop(&popped);
+  }
+  Entered(const Entered&) = delete;
+  Entered& operator=(const Entered&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+// ----------------------------------------------------------------------------------------------------- the program
+
+// A tensor map without its address: arguments of cuTensorMapEncodeTiled, innermost dimension first.
+struct Map {
+  int type = 0, swizzle = 0, fill = 0, rank = 0;
+  std::uint64_t item_bytes = 0;
+  std::uint64_t shape[kMaxRank] = {}, strides[kMaxRank] = {};
+  std::uint32_t box[kMaxRank] = {};
+};
+
+// An argument's `size` bytes at `at` in a launch's block of arguments. With a buffer it is a pointer, or a map of one.
+struct Argument {
+  std::size_t at = 0, size = 0;
+  int buffer = -1, map = -1;
+  std::uint64_t offset = 0;
+};
+
+struct Launch {
+  std::string name;
+  void* function = nullptr;
+  unsigned grid[3] = {1, 1, 1}, threads = 0, shared = 0;
+  std::vector<Argument> arguments;
+  std::vector<Map> maps;
+  std::vector<unsigned char> values;  // the block of arguments, with zeros where addresses go
+};
+
+struct Program {
+  std::vector<Launch> launches;
+  std::size_t most_arguments = 0, most_bytes = 0, buffers = 0;
+};
+
+// A launch as it would have been submitted; instead of a tensor map it has the address that the map is made of.
+struct Sunk {
+  std::string name;
+  unsigned grid[3], threads, shared;
+  std::vector<std::string> arguments;
+};
+
+std::mutex sink_lock;
+std::atomic<bool> sink_on{false};
+std::vector<Sunk> sunk_launches;
+
+std::uint64_t word_of(PyObject* number) {
+  const std::uint64_t value = PyLong_AsUnsignedLongLong(number);
+  if (PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+PyObject* item(PyObject* tuple, Py_ssize_t i) {
+  PyObject* found = PyTuple_GetItem(tuple, i);
+  if (found == nullptr) throw PythonError();
+  return found;
+}
+
+// Copies a tuple of numbers, last first.
+template <typename Number>
+int reversed(PyObject* tuple, Number* out) {
+  const Py_ssize_t count = PyTuple_Size(tuple);
+  if (count < 0) throw PythonError();
+  if (count > kMaxRank) throw std::runtime_error("expected a tensor map of at most 5 dimensions, got more");
+  for (Py_ssize_t i = 0; i < count; ++i) out[count - 1 - i] = static_cast<Number>(word_of(item(tuple, i)));
+  return static_cast<int>(count);
+}
+
+Map map_of(PyObject* given) {
+  Map map;
+  map.type = static_cast<int>(word_of(item(given, 2)));
+  map.swizzle = static_cast<int>(word_of(item(given, 3)));
+  map.rank = reversed(item(given, 4), map.shape);
+  if (reversed(item(given, 5), map.strides) != map.rank - 1 || reversed(item(given, 6), map.box) != map.rank) {
+    throw std::runtime_error("expected a stride for all dimensions but the last and a box for each, got others");
+  }
+  map.fill = static_cast<int>(word_of(item(given, 7)));
+  map.item_bytes = word_of(item(given, 8));
+  return map;
+}
+
+void append(Launch& launch, PyObject* given) {
+  Argument argument;
+  const char* bytes = nullptr;
+  std::size_t boundary = 8;
+  if (PyBytes_Check(given)) {
+    char* start = nullptr;
+    Py_ssize_t size = 0;
+    if (PyBytes_AsStringAndSize(given, &start, &size) < 0) throw PythonError();
+    bytes = start;
+    argument.size = static_cast<std::size_t>(size);
+  } else {
+    argument.buffer = static_cast<int>(word_of(item(given, 0)));
+    argument.offset = word_of(item(given, 1));
+    argument.size = sizeof(std::uint64_t);
+    if (PyTuple_Size(given) > 2) {
+      argument.map = static_cast<int>(launch.maps.size());
+      launch.maps.push_back(map_of(given));
+      argument.size = boundary = kMapBytes;
+    }
+  }
+  argument.at = (launch.values.size() + boundary - 1) / boundary * boundary;
+  launch.values.resize(argument.at + argument.size, 0);
+  if (bytes != nullptr) std::memcpy(launch.values.data() + argument.at, bytes, argument.size);
+  launch.arguments.push_back(argument);
+}
+
+Launch launch_of(PyObject* given) {
+  Launch launch;
+  PyObject* name = PyUnicode_AsUTF8String(item(given, 0));
+  if (name == nullptr) throw PythonError();
+  launch.name = PyBytes_AsString(name);
+  Py_DECREF(name);
+  launch.function = reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_of(item(given, 1))));
+  for (int i = 0; i < 3; ++i) launch.grid[i] = static_cast<unsigned>(word_of(item(item(given, 2), i)));
+  launch.threads = static_cast<unsigned>(word_of(item(given, 3)));
+  launch.shared = static_cast<unsigned>(word_of(item(given, 4)));
+  PyObject* arguments = item(given, 5);
+  for (Py_ssize_t i = 0; i < PyTuple_Size(arguments); ++i) append(launch, item(arguments, i));
+  return launch;
+}
+
+// ------------------------------------------------------------------------------------------------------ submission
+
+// Writes the map of `address` as Triton does. Drivers up to 13.1 misread maps of less than 128 KiB with bit 21 set.
+void encode(const Map& map, std::uint64_t address, unsigned char* out, const std::string& name) {
+  constexpr std::uint32_t kOnes[kMaxRank] = {1, 1, 1, 1, 1};
+  constexpr int kNoInterleave = 0, kPromote128Bytes = 2, kLastMisreading = 13010;
+  constexpr std::uint64_t kBit = std::uint64_t{1} << 21, kSmall = 128 * 1024;
+  check(driver().encode(out, map.type, map.rank, reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)),
+                        map.shape, map.strides, map.box, kOnes, kNoInterleave, map.swizzle, kPromote128Bytes, map.fill),
+        "describing a tensor of " + name);
+  static const int version = [] {
+    int found = 0;
+    check(driver().version(&found), "asking for the driver's version");
+    return found;
+  }();
+  std::uint64_t last = (map.shape[0] - 1) * map.item_bytes;
+  for (int i = 1; i < map.rank; ++i) last += (map.shape[i] - 1) * map.strides[i - 1];
+  if (version > kLastMisreading || last + 1 >= kSmall) return;
+  std::uint64_t word = 0;
+  std::memcpy(&word, out + sizeof(word), sizeof(word));
+  word &= ~kBit;
+  std::memcpy(out + sizeof(word), &word, sizeof(word));
+}
+
+// The arguments of a launch with the addresses of one run.
+class Block {
+ public:
+  explicit Block(const Program& program)
+      : values_(program.most_bytes + kMapBytes),
+        pointers_(program.most_arguments),
+        driverless_(sink_on || stand_in != nullptr) {
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(values_.data()) % kMapBytes;
+    start_ = values_.data() + (past == 0 ? 0 : kMapBytes - past);
+  }
+
+  void fill(const Launch& launch, const std::vector<std::uint64_t>& addresses) {
+    if (!launch.values.empty()) std::memcpy(start_, launch.values.data(), launch.values.size());
+    for (std::size_t i = 0; i < launch.arguments.size(); ++i) {
+      const Argument& argument = launch.arguments[i];
+      unsigned char* at = start_ + argument.at;
+      pointers_[i] = at;
+      if (argument.buffer < 0) continue;
+      const std::uint64_t address = addresses[argument.buffer] + argument.offset;
+      if (argument.map < 0 || driverless_) {
+        std::memcpy(at, &address, sizeof(address));
+      } else {
+        encode(launch.maps[argument.map], address, at, launch.name);
+      }
+    }
+  }
+
+  void submit(const Launch& launch, void* stream, LaunchFunction function) {
+    const unsigned* grid = launch.grid;
+    if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return;
+    const LaunchConfig config{{grid[0], grid[1], grid[2]}, {launch.threads, 1, 1}, launch.shared, stream, nullptr, 0};
+    const int code = function(&config, launch.function, pointers_.data(), nullptr);
+    if (code != 0) throw std::runtime_error("launching " + launch.name + ": " + error_text(code));
+  }
+
+  void sink(const Launch& launch) const {
+    Sunk sunk{launch.name, {launch.grid[0], launch.grid[1], launch.grid[2]}, launch.threads, launch.shared, {}};
+    for (const Argument& argument : launch.arguments) {
+      sunk.arguments.emplace_back(reinterpret_cast<const char*>(start_ + argument.at), argument.size);
+    }
+    const std::lock_guard<std::mutex> held(sink_lock);
+    sunk_launches.push_back(std::move(sunk));
+  }
+
+ private:
+  std::vector<unsigned char> values_;
+  std::vector<void*> pointers_;
+  unsigned char* start_ = nullptr;
+  bool driverless_;  // nothing can make a tensor map; its address stands for it
+};
+
+void submit_all(const Program& program, const std::vector<std::uint64_t>& addresses, int device, void* stream) {
+  Block block(program);
+  if (sink_on) {
+    for (const Launch& launch : program.launches) {
+      block.fill(launch, addresses);
+      block.sink(launch);
+    }
+    return;
+  }
+  const LaunchFunction other = stand_in;
+  std::optional<Entered> entered;
+  if (other == nullptr) entered.emplace(device);
+  const LaunchFunction function = other == nullptr ? driver().launch : other;
+  for (const Launch& launch : program.launches) {
+    block.fill(launch, addresses);
+    block.submit(launch, stream, function);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ Python's functions
+
+// Runs `body`; turns its exceptions into Python's.
+template <typename Body>
+PyObject* guarded(Body body) {
+  try {
+    return body();
+  } catch (const PythonError&) {
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+void release(PyObject* capsule) {
+  delete static_cast<Program*>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+PyObject* make_program(PyObject*, PyObject* launches) {
+  return guarded([&]() -> PyObject* {
+    auto program = std::make_unique<Program>();
+    const Py_ssize_t count = PyTuple_Size(launches);
+    if (count < 0) throw PythonError();
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      Launch launch = launch_of(item(launches, i));
+      program->most_arguments = std::max(program->most_arguments, launch.arguments.size());
+      program->most_bytes = std::max(program->most_bytes, launch.values.size());
+      for (const Argument& a : launch.arguments) {
+        program->buffers = std::max(program->buffers, static_cast<std::size_t>(a.buffer + 1));
+      }
+      program->launches.push_back(std::move(launch));
+    }
+    PyObject* capsule = PyCapsule_New(program.get(), kCapsule, &release);
+    if (capsule == nullptr) throw PythonError();
+    program.release();  // the capsule owns it
+    return capsule;
+  });
+}
+
+PyObject* submit(PyObject*, PyObject* given) {
+  return guarded([&]() -> PyObject* {
+    auto* program = static_cast<Program*>(PyCapsule_GetPointer(item(given, 0), kCapsule));
+    if (program == nullptr) throw PythonError();
+    PyObject* list = item(given, 1);
+    const int device = static_cast<int>(word_of(item(given, 2)));
+    void* stream = reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_of(item(given, 3))));
+    const Py_ssize_t count = PyList_Size(list);
+    if (count < 0) throw PythonError();
+    if (static_cast<std::size_t>(count) < program->buffers) {
+      throw std::runtime_error("expected the address of each of " + std::to_string(program->buffers) +
+                               " buffers, got " + std::to_string(count));
+    }
+    std::vector<std::uint64_t> addresses(count);
+    std::uint64_t bits = 0;
+    for (Py_ssize_t i = 0; i < count; ++i) bits |= addresses[i] = word_of(PyList_GetItem(list, i));
+    if (bits % kAlignment != 0) Py_RETURN_FALSE;
+    std::string failure;
+    PyThreadState* thread = PyEval_SaveThread();
+    try {
+      submit_all(*program, addresses, device, stream);
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+    PyEval_RestoreThread(thread);
+    if (!failure.empty()) throw std::runtime_error(failure);
+    Py_RETURN_TRUE;
+  });
+}
+
+PyObject* set_sink(PyObject*, PyObject* on) {
+  sink_on = PyObject_IsTrue(on) == 1;
+  Py_RETURN_NONE;
+}
+
+PyObject* set_stand_in(PyObject*, PyObject* address) {
+  return guarded([&]() -> PyObject* {
+    stand_in = reinterpret_cast<LaunchFunction>(static_cast<std::uintptr_t>(word_of(address)));
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* take_sunk(PyObject*, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    std::vector<Sunk> taken;
+    {
+      const std::lock_guard<std::mutex> held(sink_lock);
+      taken.swap(sunk_launches);
+    }
+    PyObject* list = PyList_New(0);
+    for (const Sunk& sunk : taken) {
+      PyObject* arguments = PyList_New(0);
+      for (const std::string& bytes : sunk.arguments) {
+        PyObject* one = PyBytes_FromStringAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size()));
+        if (one == nullptr || PyList_Append(arguments, one) < 0) throw PythonError();
+        Py_DECREF(one);
+      }
+      PyObject* row = Py_BuildValue("(s(III)IIN)", sunk.name.c_str(), sunk.grid[0], sunk.grid[1], sunk.grid[2],
+                                    sunk.threads, sunk.shared, arguments);
+      if (row == nullptr || PyList_Append(list, row) < 0) throw PythonError();
+      Py_DECREF(row);
+    }
+    return list;
+  });
+}
+
+}  // namespace
+
+PyMethodDef* submission_methods() {
+  static PyMethodDef methods[] = {
+      {"program", make_program, METH_O, "program(launches) -> the launches of a pass, ready to submit"},
+      {"submit", submit, METH_VARARGS,
+       "submit(program, addresses, device, stream) -> bool: launch all of it; False if an address is not divisible by "
+       "16"},
+      {"sink", set_sink, METH_O, "sink(on): keep launches instead of submitting them"},
+      {"sunk", take_sunk, METH_NOARGS, "sunk() -> the launches kept since the last call"},
+      {"stand_in", set_stand_in, METH_O,
+       "stand_in(address): submit to this function instead of the driver; 0: to the driver"},
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return methods;
+}
+
+}  // namespace resnet_fast::ops

@@ -1,0 +1,248 @@
+"""Run a planned pass: its launches in one native call, or its launchers one by one with the reason.
+
+A pass is planned at its first call for a problem (:mod:`.program`). Triton compiles each kernel as it would for the
+launch itself, and the native library (csrc/ops/submit.cpp) gets function, grid, and each argument's bytes in the order
+that Triton's launcher passes them: the arguments that were not compiled in, then two scratch pointers. A later call
+allocates the results, writes the addresses of its tensors and submits everything, on PyTorch's current stream.
+
+The launchers run instead where that is impossible: in Triton's interpreter, without the native library, with cuDNN or a
+collective between the kernels, for a kernel that needs more than a plain launch (clusters, scratch memory), for
+addresses that the kernels were not compiled for, while a launch hook such as Proton's is installed, and by request.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from ... import flags, native
+from ...errors import BackendError
+from . import program
+from .launch import INTERPRETED
+from .program import Described, Outputs, Place, PlannedLaunch, Program
+
+Launchers = Callable[[list[Any]], list[Any]]
+"""Run the launches of a pass on the tensors of a call, and return its results."""
+
+Runner = Callable[[Outputs], "list[Tensor | None] | None"]
+"""Run a planned pass; None where it cannot run on these tensors, and nothing was launched."""
+
+NATIVELY = "launches submitted in one native call"
+"""How a planned pass runs, as :class:`Passes` prints it."""
+
+MOST_VARIANTS = 32
+"""Passes that are planned for one problem. A momentum that changes at each step makes more than are worth keeping."""
+
+MOST_SHARED = 228 * 1024
+"""Bytes of shared memory up to which a launch needs no special attribute."""
+
+FORMATS = {
+    "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
+    "fp32": "f", "f32": "f", "fp64": "d",
+}  # fmt: skip
+"""Triton's name of an argument's type -> its format in :mod:`struct`."""
+
+HOST_TYPES = {8: 10, 9: 8, 10: 9}
+"""Element types of tensor maps that Triton's compiler numbers in another way than the driver."""
+
+
+@dataclass
+class Passes:
+    """The passes of one problem that were called: what runs each, and every way in which one ran."""
+
+    runners: dict[Any, Runner | None] = field(default_factory=dict)
+    ways: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        return "; ".join(sorted(self.ways))
+
+    def run(self, key: Any, launchers: Launchers, leaves: list[Any]) -> list[Any]:
+        """Run a pass on ``leaves`` and return its results.
+
+        ``key``: everything that decides the launches, apart from the problem and the leaves' strides and dtypes.
+        """
+        key = (key, *[None if t is None else (t.dtype, t.stride()) for t in leaves])
+        try:
+            runner = self.runners[key]
+        except KeyError:
+            runner = self._planned(key, launchers, leaves)
+        if runner is None:
+            return launchers(leaves)
+        if _hooked():
+            self._launched_singly("a launch hook is installed")
+            return launchers(leaves)
+        results = runner(leaves)
+        if results is None:
+            self._launched_singly("a tensor's address is not divisible by 16")
+            return launchers(leaves)
+        return results
+
+    def _planned(self, key: Any, launchers: Launchers, leaves: list[Any]) -> Runner | None:
+        if len(self.runners) >= MOST_VARIANTS:
+            self._launched_singly(f"{MOST_VARIANTS} variants of this problem have been planned")
+            return None
+        found = planned(launchers, leaves)
+        if isinstance(found, str):
+            if found:
+                self._launched_singly(found)
+            self.runners[key] = None
+            return None
+        self.ways.add(NATIVELY)
+        self.runners[key] = found
+        return found
+
+    def _launched_singly(self, reason: str) -> None:
+        self.ways.add(f"launched one by one, because {reason}")
+
+
+def _hooked() -> bool:
+    """Return whether somebody wants to hear of every launch."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
+
+
+def planned(launchers: Launchers, leaves: Outputs) -> Runner | str:
+    """Plan a pass and return what runs it, or the reason why its launchers have to; empty in the interpreter."""
+    if INTERPRETED:
+        return ""
+    if flags.SUBMIT.read() != "native":
+        return f"{flags.SUBMIT.name} asks for it"
+    library = native.submitter()
+    if isinstance(library, str):
+        return library
+    found = program.plan(launchers, leaves)
+    if isinstance(found, str):
+        return found
+    device = next(t.device for t in leaves if t is not None)
+    return bind(found, library, device)
+
+
+def bind(found: Program, library: Any, device: torch.device) -> Runner | str:
+    """Compile a program's kernels for ``device``, the current one, and return what submits it."""
+    rows = []
+    for step in found.steps:
+        row = _row(step)
+        if isinstance(row, str):
+            return row
+        rows.append(row)
+    return _Native(found, library, tuple(rows), device)
+
+
+class _Native:
+    """Submit a program on one device."""
+
+    def __init__(self, found: Program, library: Any, rows: tuple[Any, ...], device: torch.device) -> None:
+        self.program, self.device, self.submit = found, device, library.submit
+        self.handle = library.program(rows)
+        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.stream = triton.runtime.driver.active.get_current_stream
+
+    def __call__(self, leaves: Outputs) -> list[Tensor | None] | None:
+        found, addresses = self.program, [0] * self.program.leaves
+        for i in found.read:
+            addresses[i] = leaves[i].data_ptr()  # type: ignore[union-attr]
+        fresh, arena = found.allocate(self.device)
+        addresses += [t.data_ptr() for t in fresh]
+        addresses.append(arena.data_ptr())
+        try:
+            if not self.submit(self.handle, addresses, self.index, self.stream(self.index)):
+                return None
+        except RuntimeError as error:
+            raise BackendError(f"expected to launch Triton's kernels on {self.device}, got an error {error}") from None
+        return found.results(leaves, fresh)
+
+
+# ------------------------------------------------------------------------------------- a launch as the library takes it
+
+
+class _Pointer:
+    """What Triton's compiler looks at of a tensor: its dtype, and whether its address is divisible by 16."""
+
+    def __init__(self, place: Place) -> None:
+        self.dtype, self.shape, self.offset = place.dtype, place.shape, place.offset
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+    def stride(self) -> tuple[int, ...]:
+        return ()
+
+
+def _row(step: PlannedLaunch) -> tuple[Any, ...] | str:
+    """Return a launch as the library takes it, compiling its kernel if need be; or why it cannot be one."""
+    compiled = step.kernel.run(*map(_typed, step.arguments), grid=step.grid, warmup=True, **step.constants)
+    compiled._init_handles()
+    about = compiled.metadata
+    obstacle = _obstacle(about)
+    if obstacle:
+        return f"{about.name} needs {obstacle}"
+    values = dict(zip(step.kernel.arg_names, step.arguments, strict=False)) | step.constants
+    maps = iter(getattr(about, "tensordesc_meta", None) or ())
+    arguments: list[Any] = []
+    for name, kind in compiled.src.signature.items():
+        packed = _packed(kind, values.get(name), maps)
+        if packed is None:
+            return f"{about.name} takes an argument of the type {kind}"
+        arguments += packed
+    grid = (*step.grid, 1, 1)[:3]
+    scratch = (b"\0" * 8, b"\0" * 8)
+    return about.name, compiled.function, grid, 32 * about.num_warps, about.shared, (*arguments, *scratch)
+
+
+def _obstacle(about: Any) -> str:
+    """Return what a kernel needs apart from a plain launch; empty if nothing."""
+    needs = {
+        "a cluster": about.num_ctas != 1,
+        "a cooperative launch": about.launch_cooperative_grid,
+        "a dependent launch": about.launch_pdl,
+        "scratch memory": about.global_scratch_size or about.profile_scratch_size,
+        "more shared memory than a plain launch has": about.shared > MOST_SHARED,
+        "instrumentation": getattr(about, "instrumentation_mode", ""),
+    }
+    return next((name for name, needed in needs.items() if needed), "")
+
+
+def _typed(argument: Any) -> Any:
+    """Return an argument as Triton's compiler specialises it."""
+    if isinstance(argument, Place):
+        return _Pointer(argument)
+    if isinstance(argument, Described):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        base = _Pointer(argument.base)
+        return TensorDescriptor(base, list(argument.shape), list(argument.strides), list(argument.block))
+    return argument
+
+
+def _packed(kind: Any, value: Any, maps: Any) -> list[Any] | None:
+    """Return an argument of the type ``kind`` as the kernel's parameters; None if that is not known."""
+    if kind == "constexpr":
+        return []
+    if isinstance(value, Place) and isinstance(kind, str) and kind.startswith("*"):
+        return [(value.buffer, value.offset)]
+    if isinstance(value, Described):
+        return _map_of(value, next(maps, None))
+    return [struct.pack("<" + FORMATS[kind], value)] if kind in FORMATS else None
+
+
+def _map_of(value: Described, about: dict[str, Any] | None) -> list[Any] | None:
+    """Return a tensor map with its shape and strides; None if the kernel reads the tensor without one."""
+    if about is None or about["fp4_padded"] or about.get("is_im2col"):
+        return None
+    size, kind = about["elem_size"], about["elem_type"]
+    strides = tuple(size * s for s in value.strides[:-1])
+    tensor_map = (
+        value.base.buffer, value.base.offset, HOST_TYPES.get(kind, kind), about["swizzle"], value.shape, strides,
+        tuple(about["block_size"]), 0, size,
+    )  # fmt: skip
+    numbers = [struct.pack("<i", n) for n in value.shape] + [struct.pack("<q", n) for n in value.strides]
+    return [tensor_map, *numbers]

@@ -1,0 +1,117 @@
+"""Compare what the native library submits with what Triton's own launcher passes to the driver, byte for byte.
+
+    python -m tests.support.native_launches
+
+Runs training steps on the null GPU, each pass twice in the same memory: submitted natively into the library's sink, and
+launch by launch through Triton's launcher, whose arguments are packed here by the types of its signature. Prints JSON:
+the number of launches compared, and how each pass ran.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18
+from triton.backends.nvidia import driver as nvidia
+
+from resnet_fast import accelerate, native
+from resnet_fast.benchmarks import null_gpu
+
+TYPES = {
+    "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
+    "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+}  # fmt: skip
+
+Row = tuple[str, tuple[int, ...], int, int, list[bytes]]
+
+
+class Launcher:
+    """In place of the C function that Triton's launcher calls: keeps name, grid, threads, shared memory, arguments."""
+
+    def __init__(self) -> None:
+        self.kept: list[Row] = []
+
+    def launch(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        _, _, (warps, clusters, shared), *_, scratch, profile, annotations, signature, arguments = rest
+        assert clusters == 1 and stream == 0
+        flat = [a for (_, kind), a in zip(annotations, arguments, strict=True) if kind == nvidia.ARG_KERNEL]
+        packed = [_bytes(kind, value) for kind, value in zip(signature, flat, strict=True)]
+        packed += [_bytes("*", scratch), _bytes("*", profile)]
+        self.kept.append((null_gpu._names[function], (x, y, z), 32 * warps, shared, packed))
+
+
+def _bytes(kind: str, value: Any) -> bytes:
+    if kind.startswith("*"):
+        return bytes(ctypes.c_uint64(0 if value is None else value.data_ptr()))
+    return bytes(TYPES[kind](value))
+
+
+def main() -> None:
+    null_gpu.install()
+    import triton
+
+    from resnet_fast.backends.triton import submission
+    from resnet_fast.backends.triton.training import chain
+
+    launcher, library = Launcher(), native.submitter()
+    utils: Any = triton.runtime.driver.active.utils
+    utils.launch, utils.build_signature_metadata = launcher.launch, list
+    compared: Counter[str] = Counter()
+
+    def both(self: Any, leaves: Any) -> Any:
+        found = self.program
+        fresh, arena = found.allocate(self.device)
+        held = [fresh, arena]
+        found.__dict__["allocate"] = lambda device: held
+        launcher.kept.clear()
+        library.sink(True)
+        results = real(self, leaves)
+        library.sink(False)
+        assert results is not None
+        rows = [(name, grid, threads, shared, arguments) for name, grid, threads, shared, arguments in library.sunk()]
+        found.replay_in(leaves, fresh, arena)
+        del found.__dict__["allocate"]
+        assert len(rows) == len(launcher.kept) == len(found.steps)
+        for ours, theirs in zip(rows, launcher.kept, strict=True):
+            assert ours == theirs, f"\n{ours}\n{theirs}"
+            compared[ours[0]] += 1
+        return results
+
+    real = submission._Native.__call__
+    submission._Native.__call__ = both  # type: ignore[method-assign]
+    for net, shape in nets():
+        run(net, shape)
+    ways = sorted({way for plan in chain._plans.values() for way in plan.passes.ways})
+    print(json.dumps({"compared": compared, "ways": ways}), flush=True)
+    os._exit(0)  # autograd's thread for the device would end the process by abort()
+
+
+def nets() -> list[tuple[torch.nn.Module, tuple[int, ...]]]:
+    """Return blocks and a net with the shapes of their inputs."""
+    frozen = Bottleneck(64, 16)
+    frozen.bn2.eval()
+    return [(Bottleneck(64, 16), (2, 64, 8, 8)), (frozen, (2, 64, 8, 8)), (BasicBlock(32, 32), (2, 32, 7, 5)),
+            (resnet18(), (2, 3, 64, 64))]  # fmt: skip
+
+
+def run(net: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    """Run a training step, of the gradients of parameters and of the input."""
+    training = [m.training for m in net.modules()]
+    net = accelerate(net, backend="triton").cuda().to(memory_format=torch.channels_last)
+    for module, mode in zip(net.modules(), training, strict=True):
+        module.training = mode
+    x: Tensor = torch.empty(shape, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            y = net(x)
+        y.backward(torch.empty_like(y))
+
+
+if __name__ == "__main__":
+    main()
