@@ -347,6 +347,11 @@ def accelerated(model: nn.Module) -> nn.Module:
     return resnet_fast.accelerate(model)
 
 
+def replayed(model: nn.Module) -> nn.Module:
+    """Fuse the net's blocks, in place, and replay its passes from CUDA graphs."""
+    return resnet_fast.accelerate(model, cuda_graph=True)
+
+
 def compiled(model: nn.Module) -> Any:
     """Compile forward and backward with Inductor."""
     import torch._dynamo
@@ -424,6 +429,7 @@ TRAINING = (
 GPU_TRAINING = (
     Provider("eager NHWC, AMP bfloat16", True, _always, _trained(lambda model: model), "separate"),
     Provider("resnet_fast, AMP bfloat16", False, _always, _trained(accelerated), "separate"),
+    Provider("resnet_fast, CUDA graph, AMP bfloat16", False, _GRAPHS, _trained(replayed), "separate"),
     Provider(
         "torch.compile, AMP bfloat16", True, _on_gpu("measured on a GPU only"), _trained(compiled), "separate",
         compiles=True,
