@@ -78,3 +78,15 @@ def test_what_cannot_be_captured_is_refused(
 def test_sharded_weights_are_refused(tapes: type[TapeRecorder], tiny: Make, options: Make) -> None:
     with pytest.raises(UserError, match="expected --parallel ddp for cuda_graph, got --parallel fsdp"):
         set_up(tiny(cuda_graph=True), options(parallel="fsdp"), World())
+
+
+@pytest.mark.gpu
+def test_gpu_a_run_is_replayed(tiny: Make, options: Make) -> None:
+    resnet_fast.reset_stats()
+    runs = [
+        train(tiny(cuda_graph=replayed), options(name, device="cuda", deterministic=True))
+        for name, replayed in (("plain", False), ("run", True))
+    ]
+    plain, run = ([line["loss"] for line in runlog.of_kind(each.out, "train")] for each in runs)
+    assert run == pytest.approx(plain, rel=2e-2)
+    assert replays() == 6 and "CUDA graph" not in fallbacks()
