@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from .dispatch.record import reset_stats, stats, strict
     from .dispatch.select import use_backend
     from .dispatch.tune import Tuned, tune
+    from .impl import Warmed
     from .models.accelerate import accelerate, restore
     from .models.factories import Factory
     from .models.freeze import freeze, unfreeze
+    from .ops.warm import warm
     from .parameter_cache import clear as clear_derived
 
     resnet18: Factory
@@ -44,6 +46,7 @@ __all__ = [
     "Explanation",
     "Tuned",
     "UserError",
+    "Warmed",
     "__version__",
     "accelerate",
     "clear_derived",
@@ -57,12 +60,14 @@ __all__ = [
     "tune",
     "unfreeze",
     "use_backend",
+    "warm",
     *ARCHS,
 ]
 
 _LAZY = {
     "Explanation": "dispatch.explain:Explanation",
     "Tuned": "dispatch.tune:Tuned",
+    "Warmed": "impl:Warmed",
     "accelerate": "models.accelerate:accelerate",
     "clear_derived": "parameter_cache:clear",
     "explain": "dispatch.explain:explain",
@@ -74,6 +79,7 @@ _LAZY = {
     "tune": "dispatch.tune:tune",
     "unfreeze": "models.freeze:unfreeze",
     "use_backend": "dispatch.select:use_backend",
+    "warm": "ops.warm:warm",
 }
 """Public name -> module and attribute that it stands for."""
 

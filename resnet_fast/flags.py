@@ -98,9 +98,15 @@ EMULATE = Flag(
     ("0", "1"),
     "1: the CUDA kernels run on CPU tensors in the emulator, checked and slow; set before the first call",
 )
+COMPILE_WORKERS = Flag(
+    "RESNET_FAST_COMPILE_WORKERS",
+    "auto",
+    ("auto", "0", "1", "2", "4", "8", "16", "32", "64"),
+    "Triton kernels to compile at a time before their first launch, auto: one per CPU; 0: each launch compiles its own",
+)
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, SUBMIT, EMULATE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, SUBMIT, COMPILE_WORKERS, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of measurements on this machine; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""

@@ -23,8 +23,11 @@ def products_are_tf32() -> bool:
 
 
 def rounds(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the products of a convolution of ``dtype`` on ``device`` are TF32."""
-    return dtype == torch.float32 and device.type == "cuda" and products_are_tf32()
+    """Return whether the products of a convolution of ``dtype`` on ``device`` are TF32.
+
+    A call on ``meta`` is planned for a GPU.
+    """
+    return dtype == torch.float32 and device.type in ("cuda", "meta") and products_are_tf32()
 
 
 def warn_of_removed() -> None:

@@ -6,13 +6,15 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .current_device import on_device_of_call
-from .spec import YES, Verdict
+from .spec import YES, NetSpec, Spec, Verdict
 
 if TYPE_CHECKING:
     import torch
+
+    from .calls import Call, NetCall
 
 
 class Training(Protocol):
@@ -31,6 +33,60 @@ class Training(Protocol):
     backward: Callable[..., Any]
     statistics: Callable[..., Any]
     shapes: Callable[..., Any]
+
+
+class PlannedCall(NamedTuple):
+    """A call whose kernels are compiled ahead, with tensors on ``meta``.
+
+    Attributes:
+        call: of an op or of a whole net.
+        spec: its problem.
+        save: what training keeps for the backward pass.
+        needs: for training, whether the gradient of each of ``Call.leaves`` is wanted; None for inference.
+    """
+
+    call: Call | NetCall
+    spec: Spec | NetSpec
+    save: str = "raw"
+    needs: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """What compiling ahead did.
+
+    Attributes:
+        kernels: number of distinct kernels that the calls launch.
+        compiled: number of those that were compiled now.
+        there: number of those that the compiler's cache had.
+        failed: (kernel and config, reason) of each that could not be compiled.
+        seconds: duration, with planning.
+        workers: how many were compiled at a time.
+    """
+
+    kernels: int
+    compiled: int
+    there: int
+    failed: tuple[tuple[str, str], ...]
+    seconds: float
+    workers: int
+
+    def __str__(self) -> str:
+        text = f"{self.kernels} kernels: {self.compiled} compiled, {self.there} there already, in {self.seconds:.1f} s"
+        return text + "".join(f"; refused {what}: {why}" for what, why in self.failed)
+
+
+class Ahead(Protocol):
+    """A module of a backend whose kernels are compiled at their first launch, and can be compiled ahead of it.
+
+    ``target_of(gpu, device)`` returns a function that describes the GPU to compile for: the one of that name, or the
+    present one. ``compile_ahead(calls, target_of, on_progress)`` compiles what the calls launch and returns a
+    :class:`Warmed`; it needs no GPU and launches nothing. ``meta_call(call)`` returns a call without memory.
+    """
+
+    target_of: Callable[..., Any]
+    compile_ahead: Callable[..., Warmed]
+    meta_call: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -68,6 +124,7 @@ class Impl:
         nhwc: whether it works in NHWC, so that a net or a stage converts its input once.
         tile: ``tile(largest, itemsize)`` returns how many images to send through a whole net at a time, where the
             largest activation of an image has ``largest`` elements; None to send all of them.
+        ahead: name of an :class:`Ahead` module, if its kernels are compiled at their first launch.
         announces: whether a profiler has to be told of its convolutions, which are no ATen operators.
     """
 
@@ -85,6 +142,7 @@ class Impl:
     nhwc: bool = False
     tile: Callable[[int, int], int] | None = None
     announces: bool = False
+    ahead: str = ""
 
     @cached_property
     def run(self) -> Callable[[Any, Any, Any], Any]:
@@ -108,6 +166,12 @@ class Impl:
     def trainer(self) -> Training:
         """The module that ``training`` names."""
         return _Trainer(importlib.import_module(self.training), self._entered)
+
+    @cached_property
+    def compiler(self) -> Ahead:
+        """The module that ``ahead`` names."""
+        module: Any = importlib.import_module(self.ahead)
+        return module
 
     def runs_on(self, device: torch.device) -> Verdict:
         """Return whether it runs on this device."""

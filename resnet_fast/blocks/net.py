@@ -84,6 +84,8 @@ class Net(Stem):
         if way is Way.LAYERS:
             return self.layers_forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
+        if x.is_cuda and way is Way.LAYERS_NHWC:
+            ops.ready_to_train(self, x)
         if way is Way.LAYERS_NHWC or not ops.is_plain_inference(x):
             return self.layers_forward(x)
         kept = None if record.watched() else held.of(self, x)

@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": "resnet_fast.cli.bench:bench",
     "explain": "resnet_fast.cli.explain:explain",
     "tune": "resnet_fast.cli.tune:tune",
+    "warm": "resnet_fast.cli.warm:warm",
     "models": "resnet_fast.cli.models:models",
     "summary": "resnet_fast.cli.summary:summary",
     "roofline": "resnet_fast.cli.roofline:roofline",

@@ -52,6 +52,12 @@ def prepares(device: torch.device) -> bool:
     return any(i.prepares and i.runs_on(device) for backend in loaded() for i in backend.IMPLS)
 
 
+@cache
+def compiles(device: torch.device) -> bool:
+    """Return whether an implementation for this device compiles kernels at their first launch."""
+    return any(i.ahead and i.runs_on(device) for backend in loaded() for i in backend.IMPLS)
+
+
 def works(name: str) -> bool:
     """Return whether this backend can be used here and now. Asked at each call of a net."""
     verdict: Verdict = _load(name).available()

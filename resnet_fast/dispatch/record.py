@@ -30,6 +30,7 @@ _logged: set[str] = set()
 _counting = ForkSafeLock()  # adding to a counter is a read and a write
 _strict: ContextVar[bool] = ContextVar("resnet_fast_strict", default=False)
 _tape: ContextVar[list[Ran | Stock] | None] = ContextVar("resnet_fast_tape", default=None)
+_muted: ContextVar[bool] = ContextVar("resnet_fast_muted", default=False)
 
 
 class Ran(NamedTuple):
@@ -73,7 +74,7 @@ def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
 
     Does nothing while a compiler traces, because that would count traces, not calls. ``quiet``: log at INFO level.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _muted.get():
         return
     fall_back(f"{op} runs its stock layers: {reason}", quiet)
     count(op, "stock")
@@ -84,6 +85,8 @@ def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
 
 def fall_back(text: str, quiet: bool = False) -> None:
     """Count a fallback and log it once, at INFO level if ``quiet``; raise in strict mode."""
+    if _muted.get():
+        return
     if is_strict():
         raise BackendError(f"strict mode: {text}")
     with _counting:
@@ -108,6 +111,16 @@ def watched() -> bool:
 def is_strict() -> bool:
     """Return whether a fallback is an error, in this thread or in the process."""
     return _strict.get() or flags.STRICT.enabled()
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Record no stock module and no fallback inside the ``with``: a net is planned there and does not run."""
+    before = _muted.set(True)
+    try:
+        yield
+    finally:
+        _muted.reset(before)
 
 
 @contextmanager

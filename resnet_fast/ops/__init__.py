@@ -3,5 +3,16 @@
 from . import basic_block, bottleneck, conv_bn_act, stem
 from .infer import Known, infer_tiles
 from .run import is_plain_inference, run
+from .warm import ready_to_train
 
-__all__ = ["Known", "basic_block", "bottleneck", "conv_bn_act", "infer_tiles", "is_plain_inference", "run", "stem"]
+__all__ = [
+    "Known",
+    "basic_block",
+    "bottleneck",
+    "conv_bn_act",
+    "infer_tiles",
+    "is_plain_inference",
+    "ready_to_train",
+    "run",
+    "stem",
+]

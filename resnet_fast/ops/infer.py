@@ -23,6 +23,7 @@ from ..calls import Call, NetCall
 from ..dispatch import catalog, record, select
 from ..impl import Choice, Impl
 from ..spec import NetSpec, Spec
+from .ready import ready
 from .specs import spec_of
 
 BLOCK_SIZES, NET_SIZES = 8, 3
@@ -114,7 +115,12 @@ def infer_tiles(
 
 
 def prepared(
-    call: Call | NetCall, backend: str, times: int = 1, known: Known | None = None, frozen: bool = False
+    call: Call | NetCall,
+    backend: str,
+    times: int = 1,
+    known: Known | None = None,
+    frozen: bool = False,
+    compiled: bool = False,
 ) -> Prepared:
     """Return what runs ``call``, from the cache if possible.
 
@@ -124,6 +130,8 @@ def prepared(
         times: number of calls that will use the result.
         known: what the caller knows of such calls, none of which uses batch statistics.
         frozen: the user promised that the parameters' values did not change.
+        compiled: whether its kernels are compiled. Otherwise a call that is not in the cache compiles them first,
+            without the entry's lock, so that other calls with these parameters go on meanwhile.
     """
     x = call.x
     if not catalog.prepares(x.device) or (known is None and call.batch_stats):
@@ -136,14 +144,19 @@ def prepared(
     key = (fixed, x.shape, x.stride())
     with entry.lock:
         found: Prepared | None = entry.find(parameters, key, frozen)
-        if found is None:
+        if found is not None:
+            if getattr(found.state, "grown", False):
+                found.state.grown = False
+                _shrink(entry, found)
+        elif compiled or not catalog.compiles(x.device):
             found = _new(entry, call, parameters, key, backend)
-        elif getattr(found.state, "grown", False):
-            found.state.grown = False
-            _shrink(entry, found)
-        if entry.notes is not None:
-            found.used = entry.notes.earn(times * found.earns)
-    return found
+        if found is not None:
+            if entry.notes is not None:
+                found.used = entry.notes.earn(times * found.earns)
+            return found
+    spec = spec_of(call, grad=False)
+    ready(call, spec, select.choose(spec, x.device, backend).impl)
+    return prepared(call, backend, times, known, frozen, compiled=True)
 
 
 def _new(

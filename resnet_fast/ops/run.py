@@ -7,6 +7,10 @@ uses the ``torch.library`` op, which has a rule for each.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
@@ -16,6 +20,21 @@ from ..dispatch import select
 from . import train
 from .infer import prepared
 from .op import OPS
+
+Planner = Callable[[Call, str, str], Tensor]
+"""Called with a call on meta tensors, its backend and what training keeps; returns an output without memory."""
+
+_planner: ContextVar[Planner | None] = ContextVar("resnet_fast_planner", default=None)
+
+
+@contextmanager
+def planned_by(planner: Planner) -> Iterator[None]:
+    """Give the calls of this thread on meta tensors to ``planner`` inside the ``with``."""
+    before = _planner.set(planner)
+    try:
+        yield
+    finally:
+        _planner.reset(before)
 
 
 def run(call: Call, backend: str, save: str = "raw") -> Tensor:
@@ -50,6 +69,8 @@ def _run_plain(call: Call, backend: str, save: str) -> Tensor:
 
 
 def _run_op(call: Call, backend: str, save: str) -> Tensor:
+    if call.x.is_meta and (plan := _planner.get()) is not None:
+        return plan(call, backend, save)
     flat = OPS[call.op].flatten(call)
     return getattr(torch.ops.resnet_fast, call.op)(*flat, backend, save, call.sync)
 

@@ -38,6 +38,7 @@ class LaunchPlan:
         measured: whether all of those times were measured.
         others: the routes that lost, by name, with their seconds.
         note: why a faster config was left out; empty if none was.
+        refused: configs of its launches that could not be compiled, with the reason.
     """
 
     route: LaunchRoute
@@ -46,6 +47,7 @@ class LaunchPlan:
     measured: bool
     others: tuple[tuple[str, float], ...] = ()
     note: str = ""
+    refused: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> tuple[tuple[LaunchSpec, Config], ...]:
@@ -57,7 +59,8 @@ class LaunchPlan:
         how = "measured" if self.measured else "modelled"
         lost = "".join(f", {fusion} {seconds * 1e6:.1f}" for fusion, seconds in self.others)
         note = f"; {self.note}" if self.note else ""
-        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost}){note}"
+        refused = refused_text(self.refused)
+        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost}){refused}{note}"
 
 
 def _may_run(launch: LaunchSpec, config: Config, table: Table, hopeful: bool) -> bool:
@@ -122,14 +125,22 @@ def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = Fals
         seconds = sum(s for _, s in best) + _pooling(spec, route, device)
         found.append(LaunchPlan(route, tuple(c for c, _ in best), seconds, None not in known))
     if not found:
+        refused = tuple(dict.fromkeys(t for r in routes(spec) for one in r.launches for t in table.refusals(one)))
         raise BackendError(
-            f"no kernel for {spec} passed its check on {table.gpu}; use another backend, or delete "
-            f"{user_file(table.gpu)} and tune again"
+            f"no kernel for {spec} passed its check on {table.gpu}{refused_text(refused)}; use another backend, or "
+            f"delete {user_file(table.gpu)} and tune again"
         )
     if any(c.measured for c in found):
         found = [c for c in found if c.measured]
     fastest = min(found, key=lambda c: c.seconds)
-    return replace(fastest, others=tuple((c.route.fusion, c.seconds) for c in found if c is not fastest))
+    others = tuple((c.route.fusion, c.seconds) for c in found if c is not fastest)
+    refused = tuple(text for launch in fastest.route.launches for text in table.refusals(launch))
+    return replace(fastest, others=others, refused=refused)
+
+
+def refused_text(refused: tuple[str, ...]) -> str:
+    """Return how a plan names the configs that could not be compiled; empty if there are none."""
+    return f", refused {'; '.join(refused)}" if refused else ""
 
 
 def stock_seconds(spec: Spec, device: Device, table: Table) -> float | None:
@@ -160,11 +171,15 @@ def _pooling(problem: Spec, route: LaunchRoute, device: Device) -> float:
 
 @dataclass(frozen=True)
 class TrainingConfigs:
-    """The configs of one convolution's three launches; ``CUDNN`` for a launch that runs on PyTorch's kernels."""
+    """The configs of one convolution's three launches; ``CUDNN`` for a launch that runs on PyTorch's kernels.
+
+    ``refused``: configs that could not be compiled, with the reason.
+    """
 
     fwd: Config
     dgrad: Config
     wgrad: Config
+    refused: tuple[str, ...] = ()
 
     def chosen(self, conv: ConvSpec, prologue: bool) -> tuple[tuple[LaunchSpec, Config], ...]:
         """Return each launch of ``conv`` with its config; ``prologue`` as of :func:`plan_training`."""
@@ -172,7 +187,7 @@ class TrainingConfigs:
         return tuple(zip(launches, (self.fwd, self.dgrad, self.wgrad), strict=True))
 
     def __str__(self) -> str:
-        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad))
+        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad)) + refused_text(self.refused)
 
 
 def plan_training(
@@ -188,8 +203,9 @@ def plan_training(
         packed: whether a prologue in 16-bit pairs is wanted, where the launch may take one.
         hopeful: whether configs that need a proof compete before they were tried.
     """
-    launches = (training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS)
-    return TrainingConfigs(*(_fastest_training(launch, device, table, packed, hopeful) for launch in launches))
+    launches = [training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS]
+    fwd, dgrad, wgrad = (_fastest_training(launch, device, table, packed, hopeful) for launch in launches)
+    return TrainingConfigs(fwd, dgrad, wgrad, tuple(text for launch in launches for text in table.refusals(launch)))
 
 
 def _fastest_training(launch: LaunchSpec, device: Device, table: Table, packed: bool, hopeful: bool) -> Config:

@@ -23,7 +23,7 @@ from .. import flags
 from ..devices import file_stem
 from ..io import safe_files
 from ..spec import LaunchSpec
-from .configs import SPACE
+from .configs import SPACE, Config
 from .proofs import Proofs
 
 SHIPPED = Path(__file__).with_name("tables")
@@ -44,16 +44,22 @@ class Table:
         entries: launch, as printed -> candidate, as printed -> microseconds (None: refused).
         versions: of the software that measured them, by name.
         proofs: verdicts on configs that need a proof. They have a file of their own, see proofs.py.
+        reasons: why this process refused a candidate, by launch and candidate; never written to a file.
     """
 
     gpu: str
     entries: dict[str, dict[str, float | None]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     proofs: Proofs = field(default_factory=Proofs)
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def times(self, launch: LaunchSpec) -> dict[str, float | None]:
         """Return microseconds by candidate for ``launch``; empty if nothing was measured."""
         return self.entries.get(str(launch), {})
+
+    def refusals(self, launch: LaunchSpec) -> tuple[str, ...]:
+        """Return what this process refused for ``launch``, each with the reason."""
+        return tuple(f"{config}: {reason}" for config, reason in self.reasons.get(str(launch), {}).items())
 
     def merged(self, other: Table) -> Table:
         """Return this table with the entries of ``other``, which replace this table's for the same launch."""
@@ -152,5 +158,25 @@ def _is_time(t: Any) -> bool:
 
 
 def load(gpu_name: str) -> Table:
-    """Return the table of a GPU: the shipped one, with the user's own measurements in place of its entries."""
-    return read(SHIPPED / f"{file_stem(gpu_name)}.json", gpu_name).merged(read(user_file(gpu_name), gpu_name))
+    """Return the table of a GPU: the shipped one, with the user's own measurements in place of its entries.
+
+    What this process refused (:func:`refuse`) is refused in it.
+    """
+    table = read(SHIPPED / f"{file_stem(gpu_name)}.json", gpu_name).merged(read(user_file(gpu_name), gpu_name))
+    reasons = _refused.get(gpu_name, {})
+    refused: dict[str, dict[str, float | None]]
+    refused = {launch: dict.fromkeys(configs) for launch, configs in reasons.items()}
+    found = table.with_times(Table(gpu_name, refused))
+    found.reasons = reasons
+    return found
+
+
+_refused: dict[str, dict[str, dict[str, str]]] = {}  # GPU -> launch -> config -> reason
+
+
+def refuse(gpu_name: str, launch: LaunchSpec, config: Config, reason: str) -> None:
+    """Refuse a config in this process, because its kernel could not be compiled.
+
+    It goes to no file: another version of the compiler may manage, and finding out again costs one attempt.
+    """
+    _refused.setdefault(gpu_name, {}).setdefault(str(launch), {})[str(config)] = reason
