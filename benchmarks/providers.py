@@ -24,14 +24,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 import resnet_fast
 from resnet_fast.errors import UserError, install_command
+from resnet_fast.paper_nets import CifarResNet
 from resnet_fast.spec import Verdict
 
 from .harness import graphed
 
-OURS, OURS_GRAPH = "resnet_fast", "resnet_fast, CUDA graph"
+OURS, OURS_FROZEN, OURS_GRAPH = "resnet_fast", "resnet_fast-frozen", "resnet_fast, CUDA graph"
 BEST_STOCK = "cuDNN fused ops, CUDA graph"
 
 
@@ -156,7 +158,7 @@ def _compiled(mode: str | None = None, freezing: bool = True, calls: int = 1) ->
     return prepare
 
 
-def _ours(model: nn.Module, x: Tensor) -> PreparedCall:
+def _ours(model: nn.Module, x: Tensor, frozen: bool = False) -> PreparedCall:
     from resnet_fast import packing_budget
     from resnet_fast.backends.onednn import net
     from resnet_fast.backends.onednn.conv_bn_act import compute_dtype
@@ -171,6 +173,8 @@ def _ours(model: nn.Module, x: Tensor) -> PreparedCall:
     precision = compute_dtype(x.dtype) if "onednn" in chosen else x.dtype
     if precision != x.dtype:
         note += f"; ran in {dtype_name(precision)}: this CPU has no native {dtype_name(x.dtype)}"
+    if frozen:  # the other runtimes' copies of the weights imply that promise
+        resnet_fast.freeze(module)
     call = inference(module, x)
     # Compile now, as torch.compile did, and not once that pays.
     before, packing_budget.COMPILE = packing_budget.COMPILE, 0.0
@@ -180,6 +184,12 @@ def _ours(model: nn.Module, x: Tensor) -> PreparedCall:
     finally:
         packing_budget.COMPILE = before
     return PreparedCall(call, dtype_name(precision), note)
+
+
+def _frozen_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str) -> Verdict:
+    if isinstance(model, (ResNet, CifarResNet)):
+        return Verdict.yes()
+    return Verdict.no("a whole net, which can be frozen", type(model).__name__, "use --suite models")
 
 
 def _installed(packages: tuple[str, ...]) -> Verdict:
@@ -390,6 +400,7 @@ INFERENCE = (
     Provider("folded-nhwc", True, torch_verdict, _folded, "separate"),
     Provider("compile", True, torch_verdict, _compiled(), compiles=True),
     Provider(OURS, False, _always, _ours),
+    Provider(OURS_FROZEN, False, _frozen_verdict, functools.partial(_ours, frozen=True)),
     Provider("onnxruntime", False, _onnxruntime_verdict, _onnxruntime),
     Provider("openvino", False, _openvino_verdict, _openvino),
 )

@@ -8,7 +8,7 @@ compared with their state when the entry was made:
   tracks, ``load_state_dict``, optimizers, ``.to()`` and ``p.data = ...``;
 * on the CPU also the values, because writes through ``.data`` and BatchNorm's update of its running statistics change
   no version counter. Vectors are compared in full. Of a filter tensor, one element of each filter and each input
-  channel is compared at every use (:class:`FilterSamples`), and the sums of another 1/64 of all filters
+  channel is compared at every use (:class:`Samples`), and the sums of another 1/64 of all filters
   (:class:`FilterSums`).
 
 A write through ``.data`` to a vector, a whole filter or a whole input channel is therefore detected at the next use,
@@ -51,33 +51,43 @@ _cache: dict[tuple[int, ...], CacheEntry] = {}  # identities of the sources -> e
 _counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # running mean -> version of its batch counter
 
 
-class FilterSamples:
-    """Some elements of one run of memory, and their values when the entry was made."""
+class Samples:
+    """Runs of memory, each with the places of its samples (None: all of it), and their values at first.
 
-    __slots__ = ("index", "seen", "words")
+    The loops are C functions and comprehensions: this reads hundreds of runs at each call.
+    """
 
-    def __init__(self, words: np.ndarray, index: np.ndarray | None):
-        self.words, self.index = words, index
-        self.seen = self._read()
+    __slots__ = ("_runs", "_sampled", "_sampled_seen", "_seen")
 
-    def _read(self) -> bytes:
-        return self.words.tobytes() if self.index is None else self.words.take(self.index).tobytes()
+    def __init__(self, watched: list[tuple[np.ndarray, np.ndarray | None]]):
+        self._runs = [run for run, places in watched if places is None]
+        self._sampled = [(run, places) for run, places in watched if places is not None]
+        self._seen = self._read()
+        self._sampled_seen = self._read_sampled()
+
+    def _read(self) -> list[bytes]:
+        return list(map(np.ndarray.tobytes, self._runs))
+
+    def _read_sampled(self) -> list[bytes]:
+        # All places are inside: "wrap" has less to do than "raise".
+        return [run.take(places, mode="wrap").tobytes() for run, places in self._sampled]
 
     def hold(self) -> bool:
-        return self._read() == self.seen
+        """Return whether no sample changed."""
+        return self._read() == self._seen and self._read_sampled() == self._sampled_seen
 
-    @staticmethod
-    def places(t: Tensor) -> np.ndarray:
-        """Return offsets of one element of each filter and each input channel of ``t`` (Co, Ci, ...)."""
-        co, ci = t.shape[:2]
-        window = t[0, 0].numel()
-        i = np.arange(max(co, ci))
-        # Channels beyond the number of filters are sampled in the first filter: its elements share cache lines.
-        place = np.where(i < co, i, 0) * t.stride(0) + i % ci * t.stride(1)
-        if t.dim() == 4:
-            at = (7 * i + window // 2) % window  # vary the tap: a flipped filter keeps its centre
-            place += at // t.shape[3] * t.stride(2) + at % t.shape[3] * t.stride(3)
-        return np.sort(place)
+
+def places_of_samples(t: Tensor) -> np.ndarray:
+    """Return offsets of one element of each filter and each input channel of ``t`` (Co, Ci, ...)."""
+    co, ci = t.shape[:2]
+    window = t[0, 0].numel()
+    i = np.arange(max(co, ci))
+    # Channels beyond the number of filters are sampled in the first filter: its elements share cache lines.
+    place = np.where(i < co, i, 0) * t.stride(0) + i % ci * t.stride(1)
+    if t.dim() == 4:
+        at = (7 * i + window // 2) % window  # vary the tap: a flipped filter keeps its centre
+        place += at // t.shape[3] * t.stride(2) + at % t.shape[3] * t.stride(3)
+    return np.sort(place)
 
 
 class FilterSums:
@@ -147,13 +157,14 @@ class Stamps:
         self.storages = [t.untyped_storage() for t in tensors]
         self.versions = [tensors[i]._version for i in self.counted]
         self.places = Places(tensors)
-        self.samples: list[FilterSamples] = []
+        watched: list[tuple[np.ndarray, np.ndarray | None]] = []
         self.copies: list[tuple[Tensor, Tensor]] = []
-        runs = [run for t in tensors if t.device.type == "cpu" and t.numel() for run in self._watch(t)]
+        runs = [run for t in tensors if t.device.type == "cpu" and t.numel() for run in self._watch(t, watched)]
+        self.samples = Samples(watched)
         self.sums = FilterSums(runs) if runs else None
 
-    def _watch(self, t: Tensor) -> list[np.ndarray]:
-        """Record the values of ``t``, and return the runs of memory that are to be summed."""
+    def _watch(self, t: Tensor, watched: list[tuple[np.ndarray, np.ndarray | None]]) -> list[np.ndarray]:
+        """Add what is sampled of ``t`` to ``watched``, and return the runs of memory that are to be summed."""
         bits = _BITS[t.element_size()]  # as integers: NaN equals itself, -0 is not 0
         if t.is_inference() or not _is_dense(t):
             words = t.detach().view(bits)
@@ -161,9 +172,9 @@ class Stamps:
             return []
         run: np.ndarray = torch.as_strided(t.detach(), (t.numel(),), (1,)).view(bits).numpy()
         if t.dim() < 2:
-            self.samples.append(FilterSamples(run, None))
+            watched.append((run, None))
             return []
-        self.samples.append(FilterSamples(run, FilterSamples.places(t)))
+        watched.append((run, places_of_samples(t)))
         return [run]
 
     def hold(self, sources: Sources) -> bool:
@@ -172,7 +183,7 @@ class Stamps:
         return (
             self.places.hold(tensors)
             and self._same_versions(tensors)
-            and all([s.hold() for s in self.samples])
+            and self.samples.hold()
             and (self.sums is None or self.sums.hold())
             and all([torch.equal(words, copy) for words, copy in self.copies])
         )
