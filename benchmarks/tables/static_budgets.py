@@ -114,6 +114,17 @@ def jobs(every: bool = True) -> Iterator[CompileJob]:
                     yield _job(cast, config, arch, label)
 
 
+def tf32_jobs() -> Iterator[CompileJob]:
+    """Yield a compile job for every config of each launch in TF32 on sm_90; the table has the first of each."""
+    for name, launch in launches().items():
+        convs = tuple(c.with_(dtype="float32", tf32=True) for c in launch.convs)
+        projection = launch.projection and launch.projection.with_(dtype="float32", tf32=True)
+        wide = LaunchSpec(launch.kernel, convs, projection)
+        for config in configs.candidates(wide, GPUS[90]):
+            if (config.splits > 1) == ("split" in name):
+                yield _job(wide, config, 90, f"{name}, {config}, tf32")
+
+
 def _job(launch: LaunchSpec, config: Config, arch: int, label: str) -> CompileJob:
     split = {} if config.splits == 1 else {"arrivals": torch.empty(128, dtype=torch.int32, device="meta")}
     with capture() as found:

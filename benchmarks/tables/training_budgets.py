@@ -158,6 +158,15 @@ def conv_jobs(every: bool = True) -> Iterator[CompileJob]:
                     yield launched(name, wide, config)[0].job(arch, label_of(name, config, dtype))
 
 
+def tf32_jobs() -> Iterator[CompileJob]:
+    """Yield a compile job for every config of two layers in TF32 on sm_90; the table has one config each."""
+    for name, one in launches().items():
+        if name.endswith((" 3x3", " 1x1 behind")):
+            wide = cast(one, "float32", True)
+            for config in training_configs.admitted(wide, GPUS[90], packed=False):
+                yield launched(name, wide, config)[0].job(90, label_of(name, config, "tf32"))
+
+
 def passes() -> dict[str, CapturedLaunch]:
     """Return name -> launch of every kernel without products, on tensors of layer 3 and of the stem."""
     n, dtype, bf16 = 256, "bfloat16", torch.bfloat16

@@ -34,6 +34,13 @@ def test_every_shipped_config_keeps_its_budget() -> None:
     assert not worse(compile_many(budgets.jobs()), TABLE, budgets.COMMAND)
 
 
+@pytest.mark.slow
+def test_no_config_spills_in_tf32() -> None:
+    """float32 takes TF32 by default, as in stock PyTorch."""
+    compiled = compile_many(budgets.tf32_jobs())
+    assert compiled and not [b.config for b in compiled if b.local_bytes]
+
+
 @pytest.mark.parametrize("row", TABLE.values(), ids=lambda row: f"{row.config} sm_{row.arch}".replace(" ", "-"))
 def test_hard_rules(row: KernelBudget) -> None:
     """Check rules that every row must meet, whatever the table says."""
