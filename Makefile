@@ -36,7 +36,7 @@ help:
 	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
 	@echo "make lint       ruff, mypy, import-linter, clang-format; make format rewrites the files"
-	@echo "make gpu-check  on a GPU: build, every gpu test, every config of every kernel, whole nets; BUDGET=500 seconds"
+	@echo "make gpu-check  on a GPU: cold start, host time, build, gpu tests, every config, whole nets; BUDGET=500 seconds"
 	@echo "make gpu-tune   on a GPU: fill its table of measured kernels, resnet_fast/tuning/tables/<gpu>.json"
 	@echo "make gpu-bench  on a GPU: the card's ceilings, convolutions, nets and training against stock PyTorch"
 	@echo "make clean      remove what builds and tests left; .venv stays"

@@ -1,5 +1,6 @@
 """``python3 -m resnet_fast.benchmarks.gpu.check``: check everything that needs a GPU.
 
+    contact   seconds of a cold start, the host's time per step, a second GPU (first_contact.py): the first five minutes
     build     the native library, out of tree, where there is a toolkit; the next steps run with it
     first     one config of every kernel, so that even a cut run has seen them all
     tests     ``pytest -m gpu``
@@ -34,7 +35,7 @@ from resnet_fast.tuning import configs, training_configs
 from resnet_fast.tuning.configs import Config
 
 from . import cases as cases_of
-from . import report
+from . import first_contact, report
 from .session import ROOT, GpuCase, Row, Session, Settings, Skipped, begin, execute, run_limited, settings_from
 from .worker import WorkerPool
 
@@ -50,7 +51,7 @@ NETS = ("resnet50", "resnet18", "resnext50_32x4d")
 
 
 def cases(settings: Settings) -> list[GpuCase]:
-    """List what workers run, in order: one config per kernel, the nets, every other config."""
+    """List what workers run, in order: first contact, one config per kernel, the nets, every other config."""
     found = [*_configs(settings), *_training_configs(settings)]
     first: dict[str, GpuCase] = {}
     for kernel, case in found:
@@ -58,7 +59,7 @@ def cases(settings: Settings) -> list[GpuCase]:
             first.setdefault(kernel, case)
     names = {case.name for case in first.values()}
     rest = [case for _, case in found if case.name not in names]
-    return [*first.values(), *_nets(settings), *rest]
+    return [*first_contact.cases(settings), *first.values(), *_nets(settings), *rest]
 
 
 def _configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
@@ -351,10 +352,13 @@ def main() -> int:
     settings = settings_from("check", (__doc__ or "").splitlines()[0])
     session = begin(settings)
     everything = cases(settings)
-    first = [case for case in everything if case.known is None][: len(configs.SHIPPED)]
+    contact = list(first_contact.cases(settings))
+    first = [case for case in everything[len(contact) :] if case.known is None][: len(configs.SHIPPED)]
     building = GpuCase("build", lambda: build(session))
     sanitizing = GpuCase("sanitizer", lambda: sanitize(session))
     try:
+        with WorkerPool(f"{__package__}.check", session) as alone:  # nothing else compiles or computes meanwhile
+            alone.run(session.todo(contact))
         for case in session.todo([building]):
             session.record(case.name, execute(case))
         use_built()
@@ -368,7 +372,7 @@ def main() -> int:
             if settings.on_gpu and settings.only in "sanitizer" and session.clock.left > 0:
                 for case in session.todo([sanitizing]):
                     session.record(case.name, execute(case))
-            names = {case.name for case in first}
+            names = {case.name for case in (*contact, *first)}
             pool.run(session.todo(case for case in everything if case.name not in names))
     finally:
         report.write(settings)

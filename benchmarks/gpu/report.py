@@ -24,7 +24,7 @@ def to_markdown(settings: Settings) -> str:
     folder = settings.path
     check, tune, bench = (_latest(folder / f"{name}.jsonl") for name in ("check", "tune", "bench"))
     parts = [_environment(folder), _ceilings(bench), _inference(bench), _training(bench), _convs(bench)]
-    parts += [_tuning(folder, tune), _check(check), _failures([*check, *tune, *bench])]
+    parts += [_tuning(folder, tune), _first_contact(check), _check(check), _failures([*check, *tune, *bench])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -180,6 +180,15 @@ def _tuning(folder: Path, rows: list[Row]) -> str:
             ("launch", "candidate", "reason"), [(case, config, why[:120]) for case, config, why in refused[:50]]
         )
     return text
+
+
+def _first_contact(rows: list[Row]) -> str:
+    found = [row for row in rows if row["case"].startswith(("cold start ", "host ", "second device "))]
+    if not found:
+        return ""
+    cells = [[r["case"], r["status"], r.get("error") or r.get("reason") or r.get("note", "")] for r in found]
+    what = "Cold start: the first step with empty caches. Host: CPU time of a step, ours and stock PyTorch's in turn."
+    return f"## First contact\n\n{what}\n\n" + table(("", "status", ""), cells)
 
 
 def _check(rows: list[Row]) -> str:

@@ -30,7 +30,7 @@ START_LIMIT_S = 120.0
 
 def main() -> None:
     """``python3 -m resnet_fast.benchmarks.gpu.worker MODULE SETTINGS``."""
-    _end_with_parent()
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     settings = Settings(**json.loads(sys.argv[2]))
@@ -52,7 +52,7 @@ def main() -> None:
             os._exit(1)  # the context's destructors would hang or crash
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End with the supervisor, also where it is killed: no worker may write to a table that the next run reads."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux

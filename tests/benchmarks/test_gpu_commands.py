@@ -20,7 +20,7 @@ import torch
 
 from resnet_fast import devices, numerics
 from resnet_fast.benchmarks import providers
-from resnet_fast.benchmarks.gpu import bench, cases, check, nets, report, tune, worker
+from resnet_fast.benchmarks.gpu import bench, cases, check, first_contact, nets, report, tune, worker
 from resnet_fast.benchmarks.gpu import session as sessions
 from resnet_fast.benchmarks.gpu.session import BudgetClock, GpuCase, Session, Settings, Store
 from resnet_fast.spec import Verdict
@@ -71,7 +71,7 @@ def command_line(name: str, out: Path) -> list[str]:
 
 def run(name: str, out: Path, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
     command = [*command_line(name, out), *options]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
 def rows(out: Path, name: str) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 BEGINS = {
-    "check": ["build", "config ", "net "],
+    "check": ["cold start ", "host ", "second device ", "build", "config ", "net "],
     "tune": ["tune "],
     "bench": ["ceiling ", "inference ", "conv ", "training ", "compiled "],
 }
@@ -104,7 +104,7 @@ def expect_results(out: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["check", "bench"])
 def test_a_quick_run_and_its_resumption(name: str, tmp_path: Path, bare: dict[str, str]) -> None:
-    first = run(name, tmp_path, bare, "--budget", "200")
+    first = run(name, tmp_path, bare, "--budget", "450" if name == "check" else "200")
     assert first.returncode == 0, first.stdout + first.stderr
     found = expect_results(tmp_path, name)
     start = time.monotonic()
@@ -113,6 +113,60 @@ def test_a_quick_run_and_its_resumption(name: str, tmp_path: Path, bare: dict[st
     assert again.returncode == 0 and f"{len(resumed)} kept" in again.stdout, again.stdout
     assert time.monotonic() - start < 60
     assert [row["key"] for row in rows(tmp_path, name) if row["case"] != "tests"] == resumed
+
+
+def test_first_contact_fits_into_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens: a case that takes longer than its limit ends there, and the build comes after them."""
+    limits = {case.name: case.limit_s for case in first_contact.cases(Settings("check"))}
+    assert list(limits)[:2] == ["cold start inference", "cold start training"]
+    assert sum(limit for name, limit in limits.items() if not name.startswith("second device ")) <= 300
+    for others in ("_configs", "_training_configs"):
+        monkeypatch.setattr(check, others, lambda settings: [("kernel", GpuCase("config", dict))])
+    listed = [case.name for case in check.cases(Settings("check"))]
+    assert listed[: len(limits) + 1] == [*limits, "config"]
+
+
+def test_a_cold_start_that_fails_says_in_which_process_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = first_contact.Kind(False, "cifar_resnet20", 2, 8, "cpu")
+    answers = [
+        (0, 'noise\ncold start: {"first_s": 9.5, "second_s": 0.1}\nmore noise'),
+        (1, "Traceback\nValueError: no"),
+    ]
+    seen = []
+
+    def run_limited(command: list[str], limit_s: float, env: dict[str, str]) -> tuple[int | None, str]:
+        seen.append((env["TRITON_CACHE_DIR"], env["RESNET_FAST_CACHE"]))
+        return answers[len(seen) - 1]
+
+    monkeypatch.setattr(first_contact, "run_limited", run_limited)
+    with pytest.raises(RuntimeError, match="process 2 of 2: exit code 1: ValueError: no"):
+        first_contact.cold_start(kind)
+    assert len(set(seen)) == 1 and not Path(seen[0][0]).exists()  # the second process finds the caches of the first
+    answers[:] = [answers[0], (0, 'cold start: {"first_s": 0.5, "second_s": 0.1}')]
+    seen.clear()
+    row = first_contact.cold_start(kind)
+    assert (row["first_s"], row["second_step_s"], row["next_process_s"]) == (9.5, 0.1, 0.5)
+    assert row["note"] == "9.5 s, in the next process 0.5 s"
+
+
+def test_without_a_second_gpu_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in first_contact.cases(Settings("check")) if c.name.startswith("second device "))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    row = sessions.execute(case)
+    assert row["status"] == "skipped" and row["reason"] == "fewer than two CUDA devices here"
+
+
+@pytest.mark.slow
+def test_a_cut_check_keeps_what_it_has_shown(tmp_path: Path, bare: dict[str, str]) -> None:
+    command = [*command_line("check", tmp_path), "--only", "cold start"]
+    cut = subprocess.Popen(command, cwd=ROOT, env=bare, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert cut.stdout is not None
+    said = next(line for line in cut.stdout if "cold start inference" in line)
+    cut.kill()
+    cut.communicate(timeout=60)
+    assert "passed" in said and "in the next process" in said
+    (row,) = rows(tmp_path, "check")
+    assert row["case"] == "cold start inference" and row["first_s"] > 0 and row["next_process_s"] > 0
 
 
 @pytest.mark.slow
@@ -310,7 +364,8 @@ def test_a_cut_check_has_seen_every_kernel_and_names_are_unique(monkeypatch: pyt
     monkeypatch.setattr(device, "device_of", lambda _: devices.gpu("h100"))
     found = check.cases(Settings("check", "cpu"))
     assert len({case.name for case in found}) == len(found) > 1000
-    first = found[: len(launches.KERNELS)]
+    contact = len(list(first_contact.cases(Settings("check", "cpu"))))
+    first = found[contact : contact + len(launches.KERNELS)]
     assert {case.run.launch.kernel for case in first} == set(launches.KERNELS)  # type: ignore[attr-defined]
     assert not any(configs.needs_proof(case.run.launch, case.run.config) for case in first)  # type: ignore[attr-defined]
     refused = [case.known for case in found if case.known]
