@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import parameter_cache
+from resnet_fast import paper_nets, parameter_cache
 from resnet_fast.blocks.frozen import is_frozen
 from resnet_fast.blocks.snapshot import Layers
 from resnet_fast.errors import UserError
@@ -77,6 +78,36 @@ def test_a_frozen_replay_checks_only_its_call(
         net(x[:1])
     assert len(captured) == 3
     assert net(x).requires_grad and len(captured) == 3
+
+
+def calls_of_a_replay(net: nn.Module, recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many functions, Python's and C's, a frozen replay calls."""
+    monkeypatch.setattr(recorder, "capture", lambda self, fn, x: (lambda: None, fn(x)))
+    x, events = image(), 0
+
+    def count(frame: object, event: str, arg: object) -> None:
+        nonlocal events
+        events += event in ("call", "c_call")
+
+    with torch.inference_mode(), resnet_fast.freeze(net):
+        for _ in range(2):
+            net(x)
+        sys.setprofile(count)
+        try:
+            net(x)
+        finally:
+            sys.setprofile(None)
+    return events
+
+
+def test_the_cost_of_a_frozen_replay_does_not_grow_with_the_net(
+    recorder: type[CpuRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (
+        calls_of_a_replay(resnet_fast.accelerate(model.eval(), cuda_graph=True), recorder, monkeypatch)
+        for model in (small(), paper_nets.cifar_resnet56(shortcut="B"))
+    )
+    assert few == many < 200
 
 
 @torch.no_grad()
