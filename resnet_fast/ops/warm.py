@@ -28,6 +28,10 @@ from .run import autocast, planned_by
 from .specs import spec_of
 from .train import needs_gradient
 
+TRAINING_SIZES = 8
+"""Number of input sizes of a net in training that are compiled ahead. To plan one takes about a second, and after some
+sizes there are few new kernels, see docs/notes/cold-start.md."""
+
 _seen: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
@@ -156,12 +160,13 @@ def _chosen(spec: Spec, backend: str, here: torch.device | None) -> Impl | None:
 def ready_to_train(model: nn.Module, x: Tensor) -> None:
     """Compile what a training step of ``model(x)`` launches at its first call with such an input.
 
+    Further input sizes than :data:`TRAINING_SIZES` are left to their launches.
     If the model cannot be planned, each launch compiles its own kernel, as with RESNET_FAST_COMPILE_WORKERS=0.
     """
     rounded = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     key = (x.shape, x.dtype, x.device, rounded, model.training, torch.is_grad_enabled())
     seen = _seen.setdefault(model, set())
-    if key in seen:
+    if key in seen or len(seen) >= TRAINING_SIZES:
         return
     seen.add(key)
     if is_off() or not x.numel():

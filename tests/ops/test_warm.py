@@ -159,9 +159,14 @@ def test_a_first_training_step_compiles_once_per_input(first_steps: list[int], m
     for size in (64, 64, 96):
         warming.ready_to_train(model, torch.empty(2, 3, size, size))
     assert first_steps == [5, 5]
+    monkeypatch.setattr(warming, "TRAINING_SIZES", 3)
+    for size in (128, 160):
+        warming.ready_to_train(model, torch.empty(2, 3, size, size))
+    assert first_steps == [5, 5, 5]
+    monkeypatch.setattr(warming, "TRAINING_SIZES", 100)
     monkeypatch.setenv("RESNET_FAST_COMPILE_WORKERS", "0")
     warming.ready_to_train(model, torch.empty(3, 3, 64, 64))
-    assert first_steps == [5, 5]
+    assert first_steps == [5, 5, 5]
 
 
 def test_a_model_that_cannot_be_planned_still_trains(first_steps: list[int], caplog: pytest.LogCaptureFixture) -> None:

@@ -73,7 +73,7 @@ def test_a_training_step_includes_its_backward_pass() -> None:
     assert products == sorted(products, reverse=True)  # the longest to compile come first
 
 
-def test_a_compiled_kernel_is_found_by_its_launch() -> None:
+def test_a_compiled_kernel_is_found_by_its_launch(tmp_path: Path) -> None:
     """The cache's key is the launch's own: test_warm.py counts what a process compiles after another has warmed."""
     conv = ConvSpec(1, 8, 8, 16, 16, 1, 1, dtype="bfloat16")
     with launch.recording() as made:
@@ -83,6 +83,10 @@ def test_a_compiled_kernel_is_found_by_its_launch() -> None:
     assert compiling.compile_job(job) == ""
     assert compiling.is_stored(job)
     assert not compiling.is_stored(compiling.job_of(made[0], 80))
+    (group,) = tmp_path.glob("kernels/*/__grp__*.json")
+    group.write_text("{ what another version left")
+    assert not compiling.is_stored(job)  # it is compiled again, and no error
+    assert compiling.compile_job(job) == "" and compiling.is_stored(job)
 
 
 def test_workers_are_limited_by_switch_cpus_ranks_memory_and_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
