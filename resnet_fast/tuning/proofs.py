@@ -31,8 +31,19 @@ BATCH = 2
 """Batch size of a proof. Tile edges do not depend on the batch, and fp64 is slow on a large one."""
 
 
+SIDE = 64
+"""Largest height and width of the image in a proof of one convolution: larger ones cost memory and show no more."""
+
+
 def small(launch: LaunchSpec) -> LaunchSpec:
-    """Return the launch with at most :data:`BATCH` images: the problem that a proof runs."""
+    """Return the launch with at most :data:`BATCH` images of at most :data:`SIDE` pixels: the problem of a proof.
+
+    A chain keeps its height and width, which its convolutions and its projection share.
+    """
+    if len(launch.convs) == 1 and launch.projection is None:
+        conv = launch.last.with_(n=min(launch.n, BATCH))
+        cropped = conv.with_(h=min(conv.h, SIDE), w=min(conv.w, SIDE))
+        return replace(launch, convs=(cropped if min(cropped.out_shape()) > 0 else conv,))
     return replace(
         launch,
         convs=tuple(c.with_(n=min(c.n, BATCH)) for c in launch.convs),

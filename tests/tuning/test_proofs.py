@@ -13,6 +13,7 @@ from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import configs, launch_plan, proofs, shapes
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.proofs import Proofs
+from resnet_fast.tuning.routes import launch
 from resnet_fast.tuning.tables import Table
 
 GPUS = tuple(devices.gpus())
@@ -105,6 +106,14 @@ def test_verdicts_are_those_of_a_small_launch() -> None:
     found.record(one, config, "wrong")
     assert found.verdict(proofs.small(one), config) == "wrong" and found.refusals(one) == {str(config): "wrong"}
     assert proofs.small(one).n == proofs.BATCH
+
+
+def test_large_images_are_cropped_where_the_filter_still_fits() -> None:
+    large = shapes.problems("resnet50", 8, image=(1000, 40), dtype="bfloat16")["r50.layer1.1.conv2"]
+    one = proofs.small(launch(large)).last
+    assert (one.n, one.h, one.w) == (proofs.BATCH, proofs.SIDE, large.w)
+    dilated = launch(large.with_(dilation=(40, 1), padding=(0, 1)))
+    assert proofs.small(dilated).last.h == large.h
 
 
 def kept(tmp_path: Path) -> tuple[Path, LaunchSpec, Config]:
