@@ -201,7 +201,7 @@ def _uncompiled(src: Any, target: Any = None, options: Any = None, **kwargs: Any
         profile_scratch_align=1,
         launch_cooperative_grid=False,
         launch_pdl=False,
-        tensordesc_meta=None,
+        tensordesc_meta=[],
         instrumentation_mode="",
         cluster_dims=(1, 1, 1),
     )
