@@ -38,6 +38,7 @@ _PROPERTIES = SimpleNamespace(
     L2_cache_size=50 << 20,
     warp_size=32,
 )
+_MAP = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 1], "fp4_padded": False}
 _names: dict[int, str] = {}  # handle of a loaded kernel -> its name
 _counted: Counter[str] = Counter()
 _library: ctypes.CDLL | None = None
@@ -201,7 +202,7 @@ def _uncompiled(src: Any, target: Any = None, options: Any = None, **kwargs: Any
         profile_scratch_align=1,
         launch_cooperative_grid=False,
         launch_pdl=False,
-        tensordesc_meta=[],
+        tensordesc_meta=[dict(_MAP) for kind in src.signature.values() if str(kind).startswith("tensordesc")],
         instrumentation_mode="",
         cluster_dims=(1, 1, 1),
     )

@@ -2,9 +2,9 @@
 
     python -m tests.support.native_launches
 
-Runs training steps on the null GPU, each pass twice in the same memory: submitted natively into the library's sink, and
-launch by launch through Triton's launcher, whose arguments are packed here by the types of its signature. Prints JSON:
-the number of launches compared, and how each pass ran.
+Runs training steps and inference on the null GPU, each pass twice in the same memory: submitted natively into the
+library's sink, and launch by launch through Triton's launcher, whose arguments are packed here by the types of its
+signature. Prints JSON: the number of launches compared, and how each pass ran.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18
+from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18, resnet50
 from triton.backends.nvidia import driver as nvidia
 
 from resnet_fast import accelerate, native
@@ -49,6 +49,8 @@ class Launcher:
 def _bytes(kind: str, value: Any) -> bytes:
     if kind.startswith("*"):
         return bytes(ctypes.c_uint64(0 if value is None else value.data_ptr()))
+    if kind == "nvTmaDesc":  # the null GPU's is the tuple of what it would be made of, first the address
+        return bytes(ctypes.c_uint64(value[0])) + bytes(120)
     return bytes(TYPES[kind](value))
 
 
@@ -75,7 +77,7 @@ def main() -> None:
         library.sink(False)
         assert results is not None
         rows = [(name, grid, threads, shared, arguments) for name, grid, threads, shared, arguments in library.sunk()]
-        found.replay_in(leaves, fresh, arena)
+        found.replay_in([*leaves, *self.fixed], fresh, arena)
         del found.__dict__["allocate"]
         assert len(rows) == len(launcher.kept) == len(found.steps)
         for ours, theirs in zip(rows, launcher.kept, strict=True):
@@ -87,6 +89,7 @@ def main() -> None:
     submission._Native.__call__ = both  # type: ignore[method-assign]
     for net, shape in nets():
         run(net, shape)
+    infer(resnet50(), (1, 3, 64, 64))
     ways = sorted({way for plan in chain._plans.values() for way in plan.passes.ways})
     print(json.dumps({"compared": compared, "ways": ways}), flush=True)
     os._exit(0)  # autograd's thread for the device would end the process by abort()
@@ -111,6 +114,15 @@ def run(net: torch.nn.Module, shape: tuple[int, ...]) -> None:
         with torch.autocast("cuda", torch.bfloat16):
             y = net(x)
         y.backward(torch.empty_like(y))
+
+
+def infer(net: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    """Run inference of a whole net."""
+    net = accelerate(net, backend="triton").to(torch.bfloat16).cuda().to(memory_format=torch.channels_last).eval()
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda").to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for _ in range(2):
+            net(x)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .device import device_of, place_of, table_of
 from .launch import FoldedWeights, arrivals, nhwc
 from .launchers import LAUNCHERS, Launcher, pack, parameters
 from .problem import problem
+from .submission import Passes
 
 
 class PackedLaunch(NamedTuple):
@@ -41,13 +43,34 @@ class PackedLaunch(NamedTuple):
 class TritonState:
     """The launches of a call, their plan, and the folded convolutions that they are packed from.
 
-    ``pool``: the max-pooling that PyTorch runs after them; None if a launch includes it.
+    ``pool``: the max-pooling that PyTorch runs after them; None if a launch includes it. ``passes``: how the launches
+    run, once they have.
     """
 
     chosen: LaunchPlan
     launches: tuple[PackedLaunch, ...]
     folded: dict[int, tuple[Tensor, Tensor]]
     pool: tuple[int, int, int] | None = None
+    passes: Passes = field(default_factory=Passes, init=False, compare=False)
+
+    @cached_property
+    def of_kernels(self) -> bool:
+        """Whether the call runs kernels of this backend only, and none of PyTorch's."""
+        return self.pool is None and not any(step.config.stock for step in self.launches)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The packed weights and biases of all launches, one after another."""
+        return tuple(t for step in self.launches for t in step.packed if t is not None)
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> TritonState:
+        """Return the state with the next of ``tensors`` in place of its own."""
+
+        def packed(own: FoldedWeights) -> FoldedWeights:
+            found: list[Any] = [None if t is None else next(tensors) for t in own]
+            return FoldedWeights(*found)
+
+        return replace(self, launches=tuple([step._replace(packed=packed(step.packed)) for step in self.launches]))
 
     @property
     def fusion(self) -> str:
@@ -60,7 +83,7 @@ class TritonState:
         return ((step.launch, step.config) for step in self.launches)
 
     def __str__(self) -> str:
-        return str(self.chosen)
+        return "; ".join(text for text in (str(self.chosen), str(self.passes)) if text)
 
 
 def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
@@ -113,19 +136,39 @@ def dense_images(x: Tensor) -> Tensor:
     return x if x[:1].is_contiguous(memory_format=torch.channels_last) else nhwc(x)
 
 
-def run(call: Call, spec: Spec, state: TritonState, counters: Tensor | None = None) -> Tensor:
-    """Run the launches one after another.
+def run(call: Call, spec: Spec, state: TritonState) -> Tensor:
+    """Run a call: in one native submission, or launch by launch."""
+    leaves = [entering(call.x, spec, state), None if call.added is None else nhwc(call.added)]
+
+    def launchers(given: list[Any]) -> list[Tensor]:
+        x, added, *weights = given
+        return [launch_all(x, added, state.with_tensors(iter(weights)))]
+
+    def singly(given: list[Any]) -> list[Tensor]:
+        return [launch_all(given[0], given[1], state)]
+
+    return in_layout(state.passes.run("call", launchers, leaves, lambda: state.tensors, singly)[0], spec.layout)
+
+
+def entering(x: Tensor, spec: Spec, state: TritonState) -> Tensor:
+    """Return ``x`` as the launches read it: dense images, except that the stem's own kernel takes any strides."""
+    if spec.pool is None or state.pool is not None or state.launches[0].config.stock:
+        return dense_images(x)
+    return x
+
+
+def launch_all(x: Tensor, added: Tensor | None, state: TritonState, counters: Tensor | None = None) -> Tensor:
+    """Run the launches of a call one after another, and return the output in NHWC.
 
     Args:
+        x: the input, of :func:`entering`.
+        added: the tensor that the call adds, dense NHWC, or None.
+        state: the launches.
         counters: zeros of :func:`~.launch.arrivals` for split-K launches; None to make them here.
     """
-    x = call.x
     if counters is None:
         counters = arrivals(state.steps(), x)
-    if spec.pool is None or state.pool is not None or state.launches[0].config.stock:  # all but the stem's own kernel
-        x = dense_images(x)
-    shortcut = None if call.added is None else nhwc(call.added)
-    y = x
+    y, shortcut = x, added
     for launch, config, packed, launcher, makes_shortcut in state.launches:
         split = {} if config.splits == 1 else {"arrivals": counters}
         if makes_shortcut:
@@ -135,6 +178,4 @@ def run(call: Call, spec: Spec, state: TritonState, counters: Tensor | None = No
         if launch.residual:
             res = nhwc(x) if shortcut is None else shortcut
         y = launcher(launch, config, packed, y, res, x if launch.projection is not None else None, **split)
-    if state.pool is not None:
-        y = F.max_pool2d(y, *state.pool)
-    return in_layout(y, spec.layout)
+    return y if state.pool is None else F.max_pool2d(y, *state.pool)

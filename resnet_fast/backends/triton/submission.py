@@ -13,7 +13,7 @@ addresses that the kernels were not compiled for, while a launch hook such as Pr
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ from .program import Described, Outputs, Place, PlannedLaunch, Program
 
 Launchers = Callable[[list[Any]], list[Any]]
 """Run the launches of a pass on the tensors of a call, and return its results."""
+
+Fixed = Callable[[], Sequence[Tensor]]
 
 Runner = Callable[[Outputs], "list[Tensor | None] | None"]
 """Run a planned pass; None where it cannot run on these tensors, and nothing was launched."""
@@ -63,32 +65,39 @@ class Passes:
     def __str__(self) -> str:
         return "; ".join(sorted(self.ways))
 
-    def run(self, key: Any, launchers: Launchers, leaves: list[Any]) -> list[Any]:
+    def run(
+        self, key: Any, launchers: Launchers, leaves: list[Any], fixed: Fixed = tuple, singly: Any = None
+    ) -> list[Any]:
         """Run a pass on ``leaves`` and return its results.
 
-        ``key``: everything that decides the launches, apart from the problem and the leaves' strides and dtypes.
+        Args:
+            key: everything that decides the launches, apart from the problem and the leaves' strides and dtypes.
+            launchers: run on the leaves and ``fixed``, to plan the pass or where it has no runner.
+            leaves: the tensors of the call.
+            fixed: returns tensors that are the same at every call with this object, packed weights for instance.
+            singly: ``singly(leaves)`` in place of ``launchers`` where the pass has no runner.
         """
         key = (key, *[None if t is None else (t.dtype, t.stride()) for t in leaves])
         try:
             runner = self.runners[key]
         except KeyError:
-            runner = self._planned(key, launchers, leaves)
-        if runner is None:
-            return launchers(leaves)
-        if _hooked():
-            self._launched_singly("a launch hook is installed")
-            return launchers(leaves)
-        results = runner(leaves)
-        if results is None:
-            self._launched_singly("a tensor's address is not divisible by 16")
-            return launchers(leaves)
-        return results
+            runner = self._planned(key, launchers, leaves, fixed)
+        if runner is not None:
+            if _hooked():
+                self._launched_singly("a launch hook is installed")
+            else:
+                results = runner(leaves)
+                if results is not None:
+                    return results
+                self._launched_singly("a tensor's address is not divisible by 16")
+        found: list[Any] = launchers([*leaves, *fixed()]) if singly is None else singly(leaves)
+        return found
 
-    def _planned(self, key: Any, launchers: Launchers, leaves: list[Any]) -> Runner | None:
+    def _planned(self, key: Any, launchers: Launchers, leaves: list[Any], fixed: Fixed) -> Runner | None:
         if len(self.runners) >= MOST_VARIANTS:
             self._launched_singly(f"{MOST_VARIANTS} variants of this problem have been planned")
             return None
-        found = planned(launchers, leaves)
+        found = planned(launchers, leaves, fixed())
         if isinstance(found, str):
             if found:
                 self._launched_singly(found)
@@ -110,7 +119,7 @@ def _hooked() -> bool:
     return False
 
 
-def planned(launchers: Launchers, leaves: Outputs) -> Runner | str:
+def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = ()) -> Runner | str:
     """Plan a pass and return what runs it, or the reason why its launchers have to; empty in the interpreter."""
     if INTERPRETED:
         return ""
@@ -119,14 +128,14 @@ def planned(launchers: Launchers, leaves: Outputs) -> Runner | str:
     library = native.submitter()
     if isinstance(library, str):
         return library
-    found = program.plan(launchers, leaves)
+    found = program.plan(launchers, [*leaves, *fixed])
     if isinstance(found, str):
         return found
     device = next(t.device for t in leaves if t is not None)
-    return bind(found, library, device)
+    return bind(found, library, device, fixed)
 
 
-def bind(found: Program, library: Any, device: torch.device) -> Runner | str:
+def bind(found: Program, library: Any, device: torch.device, fixed: Sequence[Tensor] = ()) -> Runner | str:
     """Compile a program's kernels for ``device``, the current one, and return what submits it."""
     rows = []
     for step in found.steps:
@@ -134,21 +143,28 @@ def bind(found: Program, library: Any, device: torch.device) -> Runner | str:
         if isinstance(row, str):
             return row
         rows.append(row)
-    return _Native(found, library, tuple(rows), device)
+    return _Native(found, library, tuple(rows), device, fixed)
 
 
 class _Native:
-    """Submit a program on one device."""
+    """Submit a program on one device. ``fixed``: its last leaves, which a call does not pass."""
 
-    def __init__(self, found: Program, library: Any, rows: tuple[Any, ...], device: torch.device) -> None:
-        self.program, self.device, self.submit = found, device, library.submit
+    def __init__(
+        self, found: Program, library: Any, rows: tuple[Any, ...], device: torch.device, fixed: Sequence[Tensor]
+    ) -> None:
+        self.program, self.device, self.submit, self.fixed = found, device, library.submit, fixed
         self.handle = library.program(rows)
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.stream = triton.runtime.driver.active.get_current_stream
+        first = found.leaves - len(fixed)
+        self.read = [i for i in found.read if i < first]
+        self.addresses = [0] * found.leaves
+        for i in found.read[len(self.read) :]:
+            self.addresses[i] = fixed[i - first].data_ptr()
 
     def __call__(self, leaves: Outputs) -> list[Tensor | None] | None:
-        found, addresses = self.program, [0] * self.program.leaves
-        for i in found.read:
+        found, addresses = self.program, self.addresses.copy()
+        for i in self.read:
             addresses[i] = leaves[i].data_ptr()  # type: ignore[union-attr]
         fresh, arena = found.allocate(self.device)
         addresses += [t.data_ptr() for t in fresh]
@@ -158,7 +174,7 @@ class _Native:
                 return None
         except RuntimeError as error:
             raise BackendError(f"expected to launch Triton's kernels on {self.device}, got an error {error}") from None
-        return found.results(leaves, fresh)
+        return found.results([*leaves, *self.fixed], fresh)
 
 
 # ------------------------------------------------------------------------------------- a launch as the library takes it

@@ -24,7 +24,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     made: list[Any] = []
 
-    def planned(launchers: Any, leaves: Any) -> Any:
+    def planned(launchers: Any, leaves: Any, fixed: Any = ()) -> Any:
         found = program.plan(launchers, leaves)
         made.append(found)
         return found if isinstance(found, str) else found.replay
@@ -147,7 +147,7 @@ def test_a_program_holds_no_more_memory_than_its_launchers(
 
     found: list[tuple[Any, int]] = []
 
-    def planned(launchers: Any, leaves: Any) -> str:
+    def planned(launchers: Any, leaves: Any, fixed: Any) -> str:
         made = program.plan(launchers, leaves)
         launch._recording.set(Nowhere())  # type: ignore[arg-type]
         given = program.meta(leaves)
