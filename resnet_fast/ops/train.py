@@ -48,6 +48,8 @@ OPTIONS_SCHEMA = 'str backend="auto", str save="raw", str sync=""'
 
 def needs_gradient(call: Call) -> bool:
     """Return whether a tensor of the call requires a gradient."""
+    if call.x.requires_grad:  # of most blocks of a net
+        return True
     return any(t.requires_grad for t in call.tensors())
 
 
