@@ -26,6 +26,14 @@ from .snapshot import Layers
 _version = attrgetter("_version")
 
 
+class Seen(OfOneNet):
+    """The identities of the tensors of a call, for the next one."""
+
+    def __init__(self, net: nn.Module, parts: tuple[Any, ...]):
+        super().__init__(net)
+        self.tensors = [id(t) for part in parts for t in part.parameters()]
+
+
 class Held(OfOneNet):
     """The parts of a net's call, what is known about them, and the layers that they were read from.
 
@@ -71,20 +79,30 @@ class Held(OfOneNet):
         return found
 
 
-def of(net: Any, x: Tensor) -> Held | None:
-    """Return what is kept of the net, made anew if a layer changed; None if its parts have to be read at each call."""
+def of(net: Any, x: Tensor) -> tuple[tuple[Any, ...] | None, Held | None]:
+    """Return the parts of the net's call (None if it cannot be one call), and what is kept of the net.
+
+    Nothing is kept before the second call in a row with the same tensors: a snapshot takes as long as ten readings, and
+    would be lost at each call of a net whose parameters are exchanged all the time.
+    """
     fields = net.__dict__
-    held: Held | None = fields.get(HELD)
-    if held is not None and held.belongs_to(net) and (is_frozen(net) or held.holds()):
-        return held
+    kept = fields.get(HELD)
+    mine = kept if kept is not None and kept.belongs_to(net) else None
+    frozen = is_frozen(net)
+    if isinstance(mine, Held) and (frozen or mine.holds()):
+        return mine.parts, mine
     fields.pop(HELD, None)
-    if "_is_replica" in fields or net.parts(x) is None:
-        return None
+    parts = net.parts(x)
+    if parts is None or "_is_replica" in fields:
+        return parts, None
+    seen = Seen(net, parts)
+    if not frozen and not (isinstance(mine, Seen) and mine.tensors == seen.tensors):
+        fields[HELD] = seen
+        return parts, None
     held = Held(net, x)
-    if held.parts is None:
-        return None
-    fields[HELD] = held
-    return held
+    if held.parts is not None:
+        fields[HELD] = held
+    return parts, None
 
 
 def forget(net: nn.Module) -> None:

@@ -88,8 +88,7 @@ class Net(Stem):
             ops.ready_to_train(self, x)
         if way is Way.LAYERS_NHWC or not ops.is_plain_inference(x):
             return self.layers_forward(x)
-        kept = None if record.watched() else held.of(self, x)
-        parts = self.parts(x) if kept is None else kept.parts
+        parts, kept = (self.parts(x), None) if record.watched() else held.of(self, x)
         if parts is None:
             tile = self.independent_tile(x)
             return torch.cat([self.layers_forward(t) for t in x.split(tile)]) if tile else self.layers_forward(x)
