@@ -79,7 +79,7 @@ def main() -> None:
         rows = [(name, grid, threads, shared, arguments) for name, grid, threads, shared, arguments in library.sunk()]
         found.replay_in([*leaves, *self.fixed], fresh, arena)
         del found.__dict__["allocate"]
-        assert len(rows) == len(launcher.kept) == len(found.steps)
+        assert len(rows) == len(launcher.kept) == len(found.steps) == len(self.kernels)
         for ours, theirs in zip(rows, launcher.kept, strict=True):
             assert ours == theirs, f"\n{ours}\n{theirs}"
             compared[ours[0]] += 1

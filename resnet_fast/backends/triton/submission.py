@@ -137,22 +137,31 @@ def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = ())
 
 def bind(found: Program, library: Any, device: torch.device, fixed: Sequence[Tensor] = ()) -> Runner | str:
     """Compile a program's kernels for ``device``, the current one, and return what submits it."""
-    rows = []
+    rows, kernels = [], []
     for step in found.steps:
-        row = _row(step)
+        compiled = step.kernel.run(*map(_typed, step.arguments), grid=step.grid, warmup=True, **step.constants)
+        compiled._init_handles()
+        row = _row(step, compiled)
         if isinstance(row, str):
             return row
         rows.append(row)
-    return _Native(found, library, tuple(rows), device, fixed)
+        kernels.append(compiled)  # Triton unloads a kernel's code with its object
+    return _Native(found, library, tuple(rows), kernels, device, fixed)
 
 
 class _Native:
     """Submit a program on one device. ``fixed``: its last leaves, which a call does not pass."""
 
     def __init__(
-        self, found: Program, library: Any, rows: tuple[Any, ...], device: torch.device, fixed: Sequence[Tensor]
+        self,
+        found: Program,
+        library: Any,
+        rows: tuple[Any, ...],
+        kernels: list[Any],
+        device: torch.device,
+        fixed: Sequence[Tensor],
     ) -> None:
-        self.program, self.device, self.submit, self.fixed = found, device, library.submit, fixed
+        self.program, self.device, self.submit, self.fixed, self.kernels = found, device, library.submit, fixed, kernels
         self.handle = library.program(rows)
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.stream = triton.runtime.driver.active.get_current_stream
@@ -193,10 +202,8 @@ class _Pointer:
         return ()
 
 
-def _row(step: PlannedLaunch) -> tuple[Any, ...] | str:
-    """Return a launch as the library takes it, compiling its kernel if need be; or why it cannot be one."""
-    compiled = step.kernel.run(*map(_typed, step.arguments), grid=step.grid, warmup=True, **step.constants)
-    compiled._init_handles()
+def _row(step: PlannedLaunch, compiled: Any) -> tuple[Any, ...] | str:
+    """Return a launch of a compiled kernel as the library takes it, or why it cannot be one."""
     about = compiled.metadata
     obstacle = _obstacle(about)
     if obstacle:
