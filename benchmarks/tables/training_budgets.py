@@ -15,7 +15,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from resnet_fast.backends.triton.training import batch_norm, block_end, conv_dgrad, conv_fwd, conv_wgrad, pack, pool
+from resnet_fast.backends.triton.training import (
+    batch_norm,
+    block_end,
+    conv_dgrad,
+    conv_fwd,
+    conv_wgrad,
+    cudnn_passes,
+    norm_gradient,
+    pack,
+    pool,
+)
 from resnet_fast.backends.triton.training.vectors import Act, Grad
 from resnet_fast.calls import Norm, Pool
 from resnet_fast.spec import ITEMSIZE, ConvSpec, LaunchSpec
@@ -95,7 +105,7 @@ def input_of(conv: ConvSpec, raw: bool) -> Act:
 def gradient_of(conv: ConvSpec) -> Grad:
     """Return the gradient of a convolution's raw output, without memory."""
     y = _image(conv.n, conv.co, conv.ho, conv.wo, conv.dtype)
-    packed = _rows(3, conv.co, conv.dtype) if ITEMSIZE[conv.dtype] == 2 else None
+    packed = _rows(4, conv.co, conv.dtype) if ITEMSIZE[conv.dtype] == 2 else None
     return Grad(torch.empty_like(y), y, _rows(3, conv.co), packed, conv.batch_stats)
 
 
@@ -113,7 +123,9 @@ def launched(name: str, one: LaunchSpec, config: Config) -> list[CapturedLaunch]
             weight = torch.empty(conv.ci, conv.r, conv.s, conv.co // groups, dtype=dtype, device="meta")
             _dgrad(name.removeprefix("conv_dgrad "), one, config, weight, x)
         else:
-            conv_wgrad.conv_wgrad(one, config, gradient_of(conv), x, 132)
+            weight = torch.empty(conv.co, conv.ci // conv.groups, conv.r, conv.s, device="meta")
+            _, reduction = conv_wgrad.conv_wgrad(one, config, gradient_of(conv), x, 132, weight)
+            conv_wgrad.reduce_splits(reduction)
     return found
 
 
@@ -178,18 +190,38 @@ def passes() -> dict[str, CapturedLaunch]:
     stem, pooled = _image(n, 64, 112, 112, dtype), _image(n, 64, 56, 56, dtype)
     window, stem_v = Pool(3, 2, 1), _rows(10, 64)
     weight = torch.empty(conv.co, conv.ci, 3, 3, device="meta")
+    out = batch_norm.outputs(1024, bf16, y.device)
+    folded = pack.forward_passenger(weight, bf16, conv, _rows(10, conv.ci))[2]
+    counters = torch.empty(2, 100, dtype=torch.int32, device="meta")
+    wgrad = launches()["conv_wgrad 3x3"]
+    tile = training_configs.candidates(wgrad, GPUS[90], packed=True)[0]
+    with capture():
+        _, reduction = conv_wgrad.conv_wgrad(wgrad, tile, gradient_of(conv), input_of(conv, True), 132, weight)
+
+    def finalize(passenger: pack.Passenger) -> None:
+        batch_norm.finalize(
+            partials, 128, n * 196, norm, None, norm.mean, out, "", True, counters[0], passenger=passenger
+        )
+
+    def coefficients(packing: pack.Passenger, reduction: pack.Passenger) -> None:
+        grad = norm_gradient.gradient_of(y, y, True)
+        parameters = (norm.weight, norm.bias, None)
+        norm_gradient.coefficients(grad, partials, v, parameters, "", counters[0], packing, reduction)
+
     runs = {
-        "statistics": lambda: batch_norm.statistics(y),
-        "finalize": lambda: batch_norm.finalize(partials, 128, n * 196, norm, None, norm.mean, bf16),
-        "constant": lambda: batch_norm.constant(norm, 1024, None, norm.mean, bf16, y.device),
-        "coefficients": lambda: batch_norm.coefficients(partials, v, True, bf16),
-        "apply_backward": lambda: batch_norm.apply_backward(Grad(y, z, _rows(3, 1024), None, True)),
+        "statistics": lambda: cudnn_passes.statistics(y),
+        "finalize": lambda: finalize(pack.NO_FORWARD),
+        "finalize packing": lambda: finalize(folded),
+        "constant": lambda: batch_norm.constant(norm, None, norm.mean, out),
+        "coefficients": lambda: coefficients(pack.NO_DGRAD, conv_wgrad.NO_REDUCTION),
+        "coefficients packing": lambda: coefficients(pack.dgrad_passenger(weight, bf16, conv, vector)[1], reduction),
+        "apply_backward": lambda: cudnn_passes.apply_backward(Grad(y, z, _rows(3, 1024), None, True)),
         "block_end": lambda: block_end.block_end(y, v, z, None, True),
         "block_end projection": lambda: block_end.block_end(y, v, z, v, True),
-        "block_end_backward": lambda: block_end.block_end_backward(y, z, y, v, None, None),
-        "block_end_backward projection": lambda: block_end.block_end_backward(y, z, y, v, z, v),
+        "block_end_backward": lambda: block_end.block_end_backward(y, z, y, v, None, None, counters),
+        "block_end_backward projection": lambda: block_end.block_end_backward(y, z, y, v, z, v, counters),
         "pool_end": lambda: pool.pool_end(stem, stem_v, window),
-        "pool_end_backward": lambda: pool.pool_end_backward(pooled, stem, stem_v, window),
+        "pool_end_backward": lambda: pool.pool_end_backward(pooled, stem, stem_v, window, counters),
         "pack_forward": lambda: pack.pack_forward(weight, bf16, conv, input_of(conv, True)),
         "pack_dgrad": lambda: pack.pack_dgrad(weight, bf16, conv, torch.empty(conv.co, device="meta")),
     }
@@ -198,9 +230,7 @@ def passes() -> dict[str, CapturedLaunch]:
         with capture() as made:
             run()
         found |= _distinct(name, made)
-    one = launches()["conv_wgrad 3x3"]
-    config = training_configs.candidates(one, GPUS[90], packed=True)[0]
-    found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", one, config)[1:])
+    found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", wgrad, tile)[1:])
     return found
 
 

@@ -20,8 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from resnet_fast.backends.triton.training import chain, convolution
-from resnet_fast.backends.triton.training.vectors import Act
+from resnet_fast.backends.triton.training import chain, pack
 from resnet_fast.calls import Call, Conv, Norm, Pool
 from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
@@ -41,7 +40,7 @@ BATCH = 256
 ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS = "activations", "weights", "partial sums", "vectors"
 ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
 WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr"}
-PARTIAL_ARGUMENTS = {"partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "p_ptr", "q_ptr", "z_ptr"}
+PARTIAL_ARGUMENTS = {"partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "p_ptr", "q_ptr", "z_ptr"}
 """z_ptr: in fp32, of a wgrad; the block's output has 16 bits."""
 
 
@@ -120,21 +119,24 @@ def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(chain, "plan_of", lambda *_: plan))
         if not packing:
-            stack.enter_context(mock.patch.object(convolution.pack, "pack_forward", _zero_forward))
-            stack.enter_context(mock.patch.object(convolution.pack, "pack_dgrad", _zero_dgrad))
+            stack.enter_context(mock.patch.object(pack, "forward_passenger", _zero_forward))
+            stack.enter_context(mock.patch.object(pack, "dgrad_passenger", _zero_dgrad))
         counts = stack.enter_context(count())
         z, saved, _ = chain.forward(call, spec, "raw", True)
         chain.backward(call, spec, saved, z, torch.randn_like(z), needs)
     return summed(str(plan), counts)
 
 
-def _zero_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | None) -> tuple[Tensor, Tensor | None]:
+def _zero_forward(
+    weight: Tensor, dtype: torch.dtype, conv: ConvSpec, rows: Tensor | None
+) -> tuple[Tensor, Tensor | None, pack.Passenger]:
     w = weight.new_zeros((conv.co, conv.r, conv.s, conv.ci // merged_groups(conv)), dtype=dtype)
-    return w, None if act is None or act.clamp is None else weight.new_zeros(conv.co)
+    return w, None if rows is None else weight.new_zeros(conv.co), pack.NO_FORWARD
 
 
-def _zero_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> Tensor:
-    return weight.new_zeros((conv.ci, conv.r, conv.s, conv.co // merged_groups(conv)), dtype=dtype)
+def _zero_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> tuple[Tensor, pack.Passenger]:
+    wt = weight.new_zeros((conv.ci, conv.r, conv.s, conv.co // merged_groups(conv)), dtype=dtype)
+    return wt, pack.NO_DGRAD
 
 
 def packed_bytes(spec: ConvSpec | BlockSpec) -> int:

@@ -100,17 +100,19 @@ def walks_of(steps: int) -> Callable[[Tensor, tuple[int, int]], tuple[int, int]]
 
 def step(y: Tensor, g: Tensor, norm: Norm, group: str = "") -> dict[str, Tensor]:
     """Return a process's part of a batch norm's training step on its images ``y`` and the gradient ``g``."""
-    from resnet_fast.backends.triton.training import batch_norm
+    from resnet_fast.backends.triton.training import batch_norm, cudnn_passes, norm_gradient
 
-    partials, rows = batch_norm.statistics(y)
+    partials, rows = cudnn_passes.statistics(y)
     count = y.numel() // y.shape[1]
-    rows_of, clamp = batch_norm.finalize(partials, rows, count, norm, None, None, y.dtype, group)
+    rows_of, clamp = out = batch_norm.outputs(y.shape[1], y.dtype, y.device)
+    batch_norm.finalize(partials, rows, count, norm, None, None, out, group)
     away = y.float() - per_channel(rows_of[v.MEAN])
     own = torch.stack([g.float().sum((0, 2, 3)), (g.float() * away).sum((0, 2, 3))])[:, None]
-    found = batch_norm.coefficients(own, rows_of, True, y.dtype, group)
-    coefficients, packed, dgamma, dbeta = found
-    out = {"vectors": rows_of, "coefficients": coefficients, "dgamma": dgamma, "dbeta": dbeta}
-    return out | ({} if clamp is None or packed is None else {"clamp": clamp, "packed": packed})
+    grad = norm_gradient.gradient_of(g, y, True)
+    dgamma, dbeta, _ = norm_gradient.coefficients(grad, own, rows_of, (norm.weight, norm.bias, None), group)
+    assert dgamma is not None and dbeta is not None
+    found = {"vectors": rows_of, "coefficients": grad.coefficients, "dgamma": dgamma, "dbeta": dbeta}
+    return found | ({} if clamp is None or grad.packed is None else {"clamp": clamp, "packed": grad.packed})
 
 
 def batch_of_group(images: int) -> tuple[Tensor, Tensor, Norm]:

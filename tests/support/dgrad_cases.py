@@ -120,7 +120,7 @@ class Case:
             a = torch.where(rows[v.A] == 0, 1.0, rows[v.A])
             beta, gamma = rows[v.B] / a, rows[v.C] / a
             hi = beta.to(self.g.dtype)
-            packed = guard(torch.stack([hi.double(), beta - hi.double(), gamma]).to(self.g.dtype))
+            packed = guard(torch.stack([hi.double(), beta - hi.double(), gamma, -gamma]).to(self.g.dtype))
         y = self.y if self.batch else torch.full_like(self.y, float("nan"))  # must not be read
         return Grad(self.g, y, guard(rows.float()), packed, self.batch)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fast import numerics
 from resnet_fast.backends.triton.problem import guarded
 from resnet_fast.backends.triton.training import vectors as v
-from resnet_fast.backends.triton.training.conv_wgrad import conv_wgrad
+from resnet_fast.backends.triton.training.conv_wgrad import conv_wgrad, reduce_splits
 from resnet_fast.backends.triton.training.vectors import Act
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config
@@ -28,11 +28,13 @@ SMS = 4
 
 @dataclass
 class Case:
-    """A launch: the gradient of its raw output, and its input, ``raw`` or activated."""
+    """A launch: the gradient of its raw output, its input, ``raw`` or activated, and the layout and dtype of dW."""
 
     output_grad: dgrad_cases.Case
     x: Act
     raw: bool
+    layout: str = "nhwc"
+    parameter: torch.dtype = torch.float32
 
     @property
     def conv(self) -> ConvSpec:
@@ -44,7 +46,16 @@ class Case:
 
     def run(self, config: Config, sms: int = SMS) -> Tensor:
         launch = LaunchSpec("conv_wgrad", (self.conv,), prologue=self.raw)
-        return conv_wgrad(launch, replace(config, packed=self.output_grad.packed), self.output_grad.grad(), self.x, sms)
+        config = replace(config, packed=self.output_grad.packed)
+        dw, reduction = conv_wgrad(launch, config, self.output_grad.grad(), self.x, sms, self.weight())
+        reduce_splits(reduction)
+        return dw
+
+    def weight(self) -> Tensor:
+        """Return a parameter like which dW is written."""
+        c = self.conv
+        laid = torch.channels_last if self.layout == "nhwc" else torch.contiguous_format
+        return torch.empty(c.co, c.ci // c.groups, c.r, c.s, dtype=self.parameter).contiguous(memory_format=laid)
 
     def _activation(self, y: Tensor) -> Tensor:
         if not self.raw:
@@ -71,11 +82,10 @@ class Case:
         return self._weight_gradient(dy.to(self.dtype), act.to(self.dtype))
 
     def check(self, config: Config, sms: int = SMS) -> numerics.ErrorReport:
-        """Assert that dW is within the budget, in fp32 and in the memory order of a channels_last weight."""
-        dw = self.run(config, sms)
+        """Assert that dW is within the budget, with the dtype and strides of the parameter."""
+        dw, weight = self.run(config, sms), self.weight()
         c = self.conv
-        assert dw.dtype == torch.float32 and dw.shape == (c.co, c.ci // c.groups, c.r, c.s)
-        assert dw.permute(0, 2, 3, 1).is_contiguous()
+        assert dw.dtype == weight.dtype and dw.shape == weight.shape and dw.stride() == weight.stride()
         return numerics.assert_close(dw.to(self.dtype), self.truth(), self.eager(), c.gemm_m)
 
 

@@ -120,8 +120,9 @@ def _hooked() -> bool:
 
 
 def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = ()) -> Runner | str:
-    """Plan a pass and return what runs it, or the reason why its launchers have to; empty in the interpreter."""
-    if INTERPRETED:
+    """Plan a pass and return what runs it, or the reason why its launchers have to; empty where none is launched."""
+    device = next(t.device for t in leaves if t is not None)
+    if INTERPRETED or device.type == "meta":  # launches on meta tensors are recorded, see ahead.py
         return ""
     if flags.SUBMIT.read() != "native":
         return f"{flags.SUBMIT.name} asks for it"
@@ -131,7 +132,6 @@ def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = ())
     found = program.plan(launchers, [*leaves, *fixed])
     if isinstance(found, str):
         return found
-    device = next(t.device for t in leaves if t is not None)
     return bind(found, library, device, fixed)
 
 

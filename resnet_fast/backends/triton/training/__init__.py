@@ -4,7 +4,8 @@ vectors.py      the per-channel vectors, and the two ways to apply them: exact a
 conv_fwd.py     raw output and its statistics            conv_dgrad.py   gradient of the raw input, and its sums
 conv_wgrad.py   gradient of the weight, split over K     wgrad_tiles.py  the loads of its operands
 pack.py         weights as the kernels read them
-batch_norm.py   statistics -> vectors, sums -> gradient coefficients
+batch_norm.py   statistics -> vectors                    norm_gradient.py   sums -> gradient coefficients
+arrival.py      who is last in a launch, and who waits   cudnn_passes.py    BatchNorm around a convolution on cuDNN
 block_end.py    BatchNorm + add + ReLU at a block's end  pool.py         BatchNorm + ReLU + max-pool of the stem
 passes.py       shared by the kernels without products
 convolution.py  one convolution in its three directions, on our kernels or on cuDNN's

@@ -1,36 +1,39 @@
-r"""BatchNorm in a training step: the vectors of a raw output, from its statistics, and the gradient's coefficients.
+r"""BatchNorm in a training step, forward: the vectors of a raw output, from its statistics.
 
-    forward     partials[:, t, c] = mean and M2 = sum (y - mean)^2 of y[m, c] over the rows m of tile t
-                mean = pivot + sum_t n_t (mean_t - pivot) / n        M2 = sum_t M2_t + n_t (mean_t - mean)^2
-                INVSTD = 1 / sqrt(M2/n + eps)    SCALE = gamma * INVSTD    SHIFT = beta - mean * SCALE      (vectors.py)
+    partials[:, t, c] = mean and M2 = sum (y - mean)^2 of y[m, c] over the rows m of tile t
+    mean = pivot + sum_t n_t (mean_t - pivot) / n          M2 = sum_t M2_t + n_t (mean_t - mean)^2
+    INVSTD = 1 / sqrt(M2/n + eps)      SCALE = gamma * INVSTD      SHIFT = beta - mean * SCALE      (vectors.py)
+    running mean = (1 - momentum) * running mean + momentum * (mean + centre + bias)          the variance likewise
 
-    backward    partials[:, t, c] = sum g and sum g * (y - MEAN) over the rows of tile t
-                s1 = sum_t / n      s2 = INVSTD * sum_t / n      dgamma = INVSTD * sum_t      dbeta = sum_t
-                A = SCALE           B = -A * INVSTD * s2         C = A * (INVSTD * s2 * MEAN - s1)
+(Ioffe and Szegedy 2015, section 3; Chan, Golub and LeVeque 1979 for the merge.) The epilogue of conv_fwd computes the
+partials, or behind a convolution on cuDNN a pass, cudnn_passes.py. norm_gradient.py has the other direction.
 
-(Ioffe and Szegedy 2015, section 3; Chan, Golub and LeVeque 1979 for the merge.) The epilogues of conv_fwd, conv_dgrad,
-block_end and pool compute the partials. Around a convolution on cuDNN two passes replace them: ``statistics`` reads y,
-and ``apply_backward`` writes dy = A*g + B*y + C.
+Saved bytes. Stock BatchNorm reads y twice and writes the result. Here nothing of that size moves: of a tile of 128 rows
+8 bytes per channel are read. At batch 256 ResNet-50 has at most 6,272 tiles, 12.8 MB in the widest norm.
 
-Saved bytes. Stock BatchNorm reads y twice and writes the result; in backward it reads g and y twice and writes dy. Here
-nothing of that size moves, except around cuDNN: y is read once; g and y are read, and dy is written.
+Saved launches: one per norm. Its programs merge the tiles, write the vectors, move the running statistics, and pack the
+weight of the next convolution, which needs FOLD:
 
-    tiles t ->                     Merge: a program owns BLOCK_C channels and a chunk of CHUNK tiles, read BLOCK_T at a
-    c [ . . . . | . . . . | . ]    time. A chunk's result is a partial too, of CHUNK times as many rows, so launches
-        chunk 0   chunk 1          repeat until at most LAST_TILES are left for the final kernel.
+    tiles t ->                     A program owns BLOCK_C channels and a chunk of CHUNK tiles, read BLOCK_T at a time.
+    c [ . . . . | . . . . | . ]    A chunk's result is a partial too, of CHUNK times as many rows. The program that
+        chunk 0   chunk 1          arrives last in its channel block merges the chunks (arrival.py) and finalizes.
+          \         |              Behind them in the grid, programs of pack.py load their first elements of the weight
+            vectors, READY         and wait until all channel blocks are ready.
+               |
+        w = round(weight * FOLD)
 
 Numerics. fp32. A mean is a small distance from a pivot among the data, and M2 a sum of squared distances from the mean:
 nothing cancels when |mean| >> std. Only the shape decides the order of sums, so the result is the same bits every time.
-Only this file and ``folding`` compute with eps; this one because a batch's variance exists on the device only.
+Only this file and ``folding`` compute with eps; this one because a batch's variance exists on the device only. Running
+statistics are rounded to their own dtype, as stock does.
 
-Several processes. (mean, M2, count) of each are gathered and merged by the same kernel; counts may differ and be zero.
-The backward sums are all-reduced for A, B and C; dgamma and dbeta remain those of this process, for DDP to average.
+Several processes. (mean, M2, count) of each are merged in launches of their own, gathered, and merged by the same
+kernel; counts may differ and be zero.
 
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_batch_norm.py``.
 
 Not taken: one pass over the partials by squared distances from the pivot. A first tile far from the others would cancel
-digits, and the second pass reads L1. For the same reason, statistics are not sums of y - pivot and of its square:
-Welford's algorithm costs one more instruction per element, of eight.
+digits, and the second pass reads L1. The merge as the end of conv_fwd: docs/notes/training-launches.md has the figures.
 """
 
 from __future__ import annotations
@@ -44,82 +47,19 @@ from ....calls import Norm
 from ..launch import submit, upcasts
 from ..tiles import round_to, store_rounded
 from . import vectors as v
+from .arrival import BLOCKS, READY, TICKET, arrive
 from .conv_fwd import usable_centre
-from .passes import (
-    MEAN,
-    SCALE,
-    SHIFT,
-    channels_of_program,
-    empty_image,
-    grid_of,
-    mask_of,
-    rows_of,
-    tile_of,
-    vector,
-    walk,
-)
-from .vectors import Grad
+from .pack import NO_FORWARD, Passenger, pack_forward_program
 
 CHUNK, LAST_TILES = 128, 256
 BLOCK_T, BLOCK_C = 128, 16
 """Tiles and channels of a merge; a thread has 16 loads, all in flight."""
 
-CENTRE, INVSTD, INV_COUNT = tl.constexpr(v.CENTRE), tl.constexpr(v.INVSTD), tl.constexpr(v.INV_COUNT)
+CENTRE, MEAN, INVSTD = tl.constexpr(v.CENTRE), tl.constexpr(v.MEAN), tl.constexpr(v.INVSTD)
+SCALE, SHIFT, INV_COUNT = tl.constexpr(v.SCALE), tl.constexpr(v.SHIFT), tl.constexpr(v.INV_COUNT)
 BATCH_MEAN, BATCH_VAR = tl.constexpr(v.BATCH_MEAN), tl.constexpr(v.BATCH_VAR)
 FOLD, THR = tl.constexpr(v.FOLD), tl.constexpr(v.THR)
 LO, HI, THRESHOLD = tl.constexpr(v.LO), tl.constexpr(v.HI), tl.constexpr(v.THRESHOLD)
-A, B, CONSTANT = tl.constexpr(v.A), tl.constexpr(v.B), tl.constexpr(v.C)
-BETA_HI, BETA_LO, GAMMA = tl.constexpr(v.BETA_HI), tl.constexpr(v.BETA_LO), tl.constexpr(v.GAMMA)
-
-
-@triton.jit(do_not_specialize=["M", "tiles", "steps"])
-def _statistics_kernel(
-    y_ptr, partials_ptr, M, tiles, steps, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    tile, c = channels_of_program(C, BLOCK_C)
-    first = tile * steps * BLOCK_M
-    rows = min(M - first, steps * BLOCK_M)
-    base = y_ptr + first.to(tl.int64) * C
-    slot = tl.arange(0, BLOCK_M)
-    # Welford (1962) in every slot of the tile: mean += (y - mean) / n, M2 += (y - mean_before) * (y - mean)
-    mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for step in range(0, steps):
-        row = step * BLOCK_M + slot
-        mask = mask_of(row < rows, c, C, BLOCK_C)
-        y = tl.load(base + (row[:, None] * C + c[None, :]), mask=mask, other=0.0).to(tl.float32)
-        distance = tl.where(mask, y - mean, 0.0)
-        mean += distance * (1.0 / (step + 1))
-        m2 += distance * (y - mean)
-    # Chan over the slots, relative to the first row
-    n = ((rows - slot + (BLOCK_M - 1)) // BLOCK_M).to(tl.float32)[:, None]
-    pivot = tl.load(base + c, mask=c < C, other=0.0).to(tl.float32)
-    delta = tl.sum(n * (mean - pivot[None, :]), axis=0) / rows.to(tl.float32)
-    away = mean - pivot[None, :] - delta[None, :]
-    m2_tile = tl.sum(m2 + n * away * away, axis=0)
-    out = partials_ptr + tile * C + c
-    tl.store(out, pivot + delta, mask=c < C)
-    tl.store(out + tiles * C, m2_tile, mask=c < C)
-
-
-def statistics(y: Tensor) -> tuple[Tensor, int]:
-    """Return (partials, rows): (2, tiles, C) fp32, mean and M2 of y (N, C, H, W) in each tile of ``rows`` rows."""
-    c, tile = y.shape[1], tile_of(y, 4)
-    steps, tiles = walk(y, tile)
-    partials = y.new_empty((2, tiles, c), dtype=torch.float32)
-    submit(
-        _statistics_kernel,
-        grid_of(tiles, y, tile[1]),
-        y,
-        partials,
-        rows_of(y),
-        tiles,
-        steps,
-        C=c,
-        BLOCK_M=tile[0],
-        BLOCK_C=tile[1],
-    )
-    return partials, steps * tile[0]
 
 
 @triton.jit
@@ -134,23 +74,26 @@ def _counts(partials_ptr, GATHERED: tl.constexpr, t, end, rows, count, C: tl.con
 @triton.jit
 def _merged(
     partials_ptr, GATHERED: tl.constexpr, first, end, tiles, rows, count, c,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """Return (n, mean, M2) of the tiles ``first`` to ``end`` by Chan's formula; zeros if they have no rows.
 
-    GATHERED: (tiles, 3, C) of mean, M2 and count per process; otherwise (2, tiles, C).
+    GATHERED: (tiles, 3, C) of mean, M2 and count per process; otherwise (2, tiles, C). CACHE: ".cg" to read past L1
+    what programs of this launch stored, arrival.py.
     """
     stride_t: tl.constexpr = 3 * C if GATHERED else C
     stride_what = C if GATHERED else tiles * C
     c_mask = c < C
-    pivot = tl.load(partials_ptr + first * stride_t + c, mask=c_mask & (first < end), other=0.0)[None, :]
+    pivot = tl.load(partials_ptr + first * stride_t + c, mask=c_mask & (first < end), other=0.0, cache_modifier=CACHE)
+    pivot = pivot[None, :]
     n = tl.zeros((BLOCK_T,), dtype=tl.float32)
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     for start in range(first, end, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         n_t = _counts(partials_ptr, GATHERED, t, end, rows, count, C)
         mask = (n_t > 0)[:, None] & c_mask[None, :]
-        mean_t = tl.load(partials_ptr + t[:, None] * stride_t + c[None, :], mask=mask, other=0.0)
+        at = partials_ptr + t[:, None] * stride_t + c[None, :]
+        mean_t = tl.load(at, mask=mask, other=0.0, cache_modifier=CACHE)
         n += n_t
         total += tl.where(mask, n_t[:, None] * (mean_t - pivot), 0.0)
     rows_seen = tl.sum(n, axis=0)
@@ -161,8 +104,8 @@ def _merged(
         n_t = _counts(partials_ptr, GATHERED, t, end, rows, count, C)
         mask = (n_t > 0)[:, None] & c_mask[None, :]
         at = partials_ptr + t[:, None] * stride_t + c[None, :]
-        away = tl.load(at, mask=mask, other=0.0) - pivot - delta
-        m2_t = tl.load(at + stride_what, mask=mask, other=0.0)
+        away = tl.load(at, mask=mask, other=0.0, cache_modifier=CACHE) - pivot - delta
+        m2_t = tl.load(at + stride_what, mask=mask, other=0.0, cache_modifier=CACHE)
         total += tl.where(mask, m2_t + n_t[:, None] * (away * away), 0.0)
     return rows_seen, tl.reshape(pivot + delta, (BLOCK_C,)), tl.sum(total, axis=0)
 
@@ -175,7 +118,7 @@ def _merge_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(0) * chunk
     end = min(first + chunk, tiles)
-    _, mean, m2 = _merged(partials_ptr, False, first, end, tiles, rows, count, c, C, BLOCK_T, BLOCK_C)
+    _, mean, m2 = _merged(partials_ptr, False, first, end, tiles, rows, count, c, C, BLOCK_T, BLOCK_C, "")
     out = out_ptr + tl.program_id(0) * C + c
     tl.store(out, mean, mask=c < C)
     tl.store(out + chunks * C, m2, mask=c < C)
@@ -245,25 +188,82 @@ def _update(running_ptr, stride, value, keep, momentum, c, C: tl.constexpr):
     store_rounded(at, moved, c < C)
 
 
-@triton.jit(do_not_specialize=["tiles", "rows", "count", "eps", "keep", "momentum"])
-def _finalize_kernel(
-    partials_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, vectors_ptr, clamp_ptr,
-    tiles, rows, count, eps, keep, momentum, mean_stride, var_stride, GATHERED: tl.constexpr,
+@triton.jit
+def finalize_program(
+    pid, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
+    vectors_ptr, clamp_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+    GATHERED: tl.constexpr, AWAITED: tl.constexpr,
     C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n, mean, m2 = _merged(partials_ptr, GATHERED, 0, tiles, tiles, rows, count, c, C, BLOCK_T, BLOCK_C)
-    n = tl.maximum(n, 1.0)
-    centre, bias = _centre(centre_ptr, bias_ptr, c, C)
-    batch_mean, batch_var = mean + centre + bias, m2 / tl.maximum(n - 1.0, 1.0)
-    _store_vectors(
-        centre, mean, m2 / n, 1.0 / n, batch_mean, batch_var,
-        gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST,
-    )  # fmt: skip
-    # the running mean may be the centre: it has been read
-    if mean_ptr is not None:
-        _update(mean_ptr, mean_stride, batch_mean, keep, momentum, c, C)
-        _update(var_ptr, var_stride, batch_var, keep, momentum, c, C)
+    """Merge ``chunk`` tiles of a channel block; the last program of a channel block merges the chunks and finalizes.
+
+    AWAITED: passengers of the launch wait for the vectors.
+    """
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    block, part = pid % blocks, pid // blocks
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = part * chunk
+    n, mean, m2 = _merged(
+        partials_ptr, GATHERED, first, min(first + chunk, tiles), tiles, rows, count, c, C, BLOCK_T, BLOCK_C, ""
+    )
+    last = True
+    if merged_ptr is not None:
+        out = merged_ptr + part * C + c
+        tl.store(out, mean, mask=c < C)
+        tl.store(out + chunks * C, m2, mask=c < C)
+        last = arrive(counters_ptr + BLOCKS + block) == chunks - 1
+        if last:
+            n, mean, m2 = _merged(
+                merged_ptr, False, 0, chunks, chunks, rows * chunk, count, c, C, BLOCK_T, BLOCK_C, ".cg"
+            )
+    if last:
+        n = tl.maximum(n, 1.0)
+        centre, bias = _centre(centre_ptr, bias_ptr, c, C)
+        batch_mean, batch_var = mean + centre + bias, m2 / tl.maximum(n - 1.0, 1.0)
+        _store_vectors(
+            centre, mean, m2 / n, 1.0 / n, batch_mean, batch_var,
+            gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST,
+        )  # fmt: skip
+        # the running mean may be the centre: it has been read
+        if mean_ptr is not None:
+            _update(mean_ptr, mean_stride, batch_mean, keep, momentum, c, C)
+            _update(var_ptr, var_stride, batch_var, keep, momentum, c, C)
+        if AWAITED:
+            arrive(counters_ptr + READY)
+
+
+@triton.jit(do_not_specialize=["tiles", "chunks", "chunk", "rows", "count", "eps", "keep", "momentum"])
+def _finalize_kernel(
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
+    vectors_ptr, clamp_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+    weight_ptr, fold_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+    GATHERED: tl.constexpr, C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, UPCAST_W: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    AWAITED: tl.constexpr = fold_ptr is not None
+    pid = tl.atomic_add(counters_ptr + TICKET, 1) if AWAITED else tl.program_id(0)
+    if weight_ptr is None:
+        finalize_program(
+            pid, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
+            vectors_ptr, clamp_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+            GATHERED, AWAITED, C, UPCAST, BLOCK_T, BLOCK_C,
+        )  # fmt: skip
+    else:
+        if pid < blocks * chunks:
+            finalize_program(
+                pid, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr,
+                mean_ptr, var_ptr, vectors_ptr, clamp_ptr,
+                tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+                GATHERED, AWAITED, C, UPCAST, BLOCK_T, BLOCK_C,
+            )  # fmt: skip
+        else:
+            pack_forward_program(
+                pid - blocks * chunks, counters_ptr + READY if AWAITED else None, blocks,
+                weight_ptr, fold_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+                CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, ROWS, WIDTH, UPCAST_W,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -282,28 +282,40 @@ def _dense(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if p is None else p.detach().contiguous() for p in parameters]
 
 
-def _outputs(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def outputs(channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return uninitialised ``vectors`` (10, C) fp32 and ``clamp`` (3, C) in ``dtype``, None for fp32."""
     vectors = torch.empty((10, channels), dtype=torch.float32, device=device)
     return vectors, None if dtype == torch.float32 else torch.empty((3, channels), dtype=dtype, device=device)
 
 
-def _merge(partials: Tensor, rows: int, count: int, chunk: int, out: Tensor) -> None:
-    """Merge chunks of ``chunk`` tiles of ``partials`` (2, tiles, C) into ``out`` (2, chunks, C)."""
-    tiles, c = partials.shape[1:]
-    submit(
-        _merge_kernel,
-        (out.shape[1], -(-c // BLOCK_C)),
-        partials,
-        out,
-        tiles,
-        out.shape[1],
-        chunk,
-        rows,
-        count,
-        C=c,
-        BLOCK_T=BLOCK_T,
-        BLOCK_C=BLOCK_C,
-    )
+def _own(partials: Tensor, rows: int, count: int) -> Tensor:
+    """Merge all tiles of ``partials`` (2, tiles, C), for the other processes of a group: (3, 1, C), the count last."""
+    c = partials.shape[2]
+    while True:
+        tiles = partials.shape[1]
+        chunk = CHUNK if tiles > LAST_TILES else LAST_TILES
+        chunks = max(1, -(-tiles // chunk))  # a process without images has no tile
+        own = partials.new_full((3, chunks, c), count)
+        submit(
+            _merge_kernel, (chunks, blocks_of(c)), partials, own, tiles, chunks, chunk, rows, count,
+            C=c, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
+        if chunk == LAST_TILES:
+            return own
+        partials, rows = own[:2], rows * chunk
+
+
+def chunks_of(tiles: int) -> tuple[int, int]:
+    """Return (chunks, tiles per chunk): one chunk if a program can merge all tiles, else at most LAST_TILES of them."""
+    if tiles <= LAST_TILES:
+        return 1, tiles
+    chunk = max(CHUNK, -(-tiles // LAST_TILES))
+    return -(-tiles // chunk), chunk
+
+
+def blocks_of(channels: int) -> int:
+    """Return the channel blocks of a norm."""
+    return -(-channels // BLOCK_C)
 
 
 def finalize(
@@ -313,11 +325,13 @@ def finalize(
     norm: Norm,
     bias: Tensor | None,
     centre: Tensor | None,
-    dtype: torch.dtype,
+    out: tuple[Tensor, Tensor | None],
     group: str = "",
     update: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the vectors of a norm on the batch's statistics.
+    counters: Tensor | None = None,
+    passenger: Passenger = NO_FORWARD,
+) -> None:
+    """Compute the vectors of a norm on the batch's statistics, in one launch.
 
     Args:
         partials: (2, tiles, C), mean and M2 of each tile.
@@ -326,58 +340,58 @@ def finalize(
         norm: its parameters and eps.
         bias, centre: (C,) or None: the convolution's bias, which y does not contain, and the mean that ``conv_fwd``
             subtracted less that bias. ``centre`` may be ``norm.mean``.
-        dtype: of y.
+        out: ``vectors`` (10, C) fp32 and ``clamp`` (3, C) in the dtype of y, None for fp32; of :func:`outputs`.
         group: name of the process group that normalises together; empty for this process alone.
         update: whether to move ``norm.mean`` and ``norm.var``, if there are any, towards the batch's statistics with
             ``norm.momentum``, as :func:`torch.nn.functional.batch_norm` does.
-
-    Returns:
-        ``vectors`` (10, C) fp32 and ``clamp`` (3, C), None for fp32.
+        counters: (2 + blocks,) int32, zeros that this launch uses up; None to make them.
+        passenger: of :func:`pack.forward_passenger`; with a packed prologue it reads ``vectors``.
     """
-    while partials.shape[1] > LAST_TILES:
-        merged = partials.new_empty((2, -(-partials.shape[1] // CHUNK), partials.shape[2]))
-        _merge(partials, rows, count, CHUNK, merged)
-        partials, rows = merged, rows * CHUNK
-    tiles, c = partials.shape[1:]
     if group:
-        own = partials.new_full((3, 1, c), count)
-        _merge(partials, rows, count, LAST_TILES, own[:2])
-        partials = _gathered(own, group)
-        tiles = partials.shape[0]
-    vectors, clamp = _outputs(c, dtype, partials.device)
+        partials = _gathered(_own(partials, rows, count), group)
+    tiles, c = partials.shape[0 if group else 1], partials.shape[2]
+    chunks, chunk = (1, tiles) if group else chunks_of(tiles)
+    vectors, clamp = out
+    merged = partials.new_empty((2, chunks, c)) if chunks > 1 else None
+    if counters is None:
+        counters = partials.new_zeros(2 + blocks_of(c), dtype=torch.int32)
     running = norm[2:4] if update and norm.mean is not None and norm.var is not None else (None, None)
     submit(
-        _finalize_kernel, (-(-c // BLOCK_C),),
-        partials, *_dense(norm.weight, norm.bias, bias, centre), *running, vectors, clamp,
-        tiles, rows, count, norm.eps, 1 - norm.momentum, norm.momentum,
-        *(1 if t is None else t.stride(0) for t in running),
-        GATHERED=bool(group), C=c, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
+        _finalize_kernel, (blocks_of(c) * chunks + passenger.programs,),
+        partials, merged, counters, *_dense(norm.weight, norm.bias, bias, centre), *running, vectors, clamp,
+        tiles, chunks, chunk, rows, count, norm.eps, 1 - norm.momentum, norm.momentum,
+        *(1 if t is None else t.stride(0) for t in running), *passenger.arguments,
+        GATHERED=bool(group), C=c, UPCAST=_upcasts(clamp),
+        BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, **passenger.constants,
     )  # fmt: skip
-    return vectors, clamp
 
 
-def constant(
-    norm: Norm,
-    channels: int,
-    bias: Tensor | None,
-    centre: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
+def finalized(partials: Tensor, rows: int, count: int, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return ``vectors`` and ``clamp`` of :func:`finalize` for a raw output in ``dtype``, of a convolution alone."""
+    out = outputs(partials.shape[2], dtype, partials.device)
+    finalize(partials, rows, count, norm, None, None, out)
+    return out
+
+
+def constant(norm: Norm, bias: Tensor | None, centre: Tensor | None, out: tuple[Tensor, Tensor | None]) -> None:
     """Compute ``vectors`` and ``clamp`` of a norm on constant statistics, or of an absent one.
 
     y is conv - (centre - bias), so ``relu(bn(conv + bias))`` is a norm of y with the mean ``norm.mean - centre``, in
-    the form of :func:`resnet_fast.folding.scale_shift`. Arguments and results are those of :func:`finalize`.
+    the form of :func:`resnet_fast.folding.scale_shift`. Arguments are those of :func:`finalize`.
     """
-    vectors, clamp = _outputs(channels, dtype, device)
+    vectors, clamp = out
+    channels = vectors.shape[1]
     given = norm.mean is not None and norm.var is not None
     mean, var, eps = (norm.mean, norm.var, norm.eps) if given else (None, None, 0.0)
     submit(
-        _constant_kernel, (-(-channels // BLOCK_C),),
+        _constant_kernel, (blocks_of(channels),),
         *_dense(mean, var, norm.weight, norm.bias, bias, centre), vectors, clamp, eps,
-        C=channels, UPCAST=upcasts(dtype), BLOCK_C=BLOCK_C,
+        C=channels, UPCAST=_upcasts(clamp), BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    return vectors, clamp
+
+
+def _upcasts(clamp: Tensor | None) -> bool:
+    return clamp is not None and upcasts(clamp.dtype)
 
 
 def _gathered(own: Tensor, group: str) -> Tensor:
@@ -387,154 +401,3 @@ def _gathered(own: Tensor, group: str) -> Tensor:
     size = _resolve_process_group(group).size()  # type: ignore[arg-type]
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(own, size, group)
     return torch.ops._c10d_functional.wait_tensor(gathered).view(size, 3, own.shape[2])
-
-
-def _reduced(own: Tensor, group: str) -> Tensor:
-    """Return the sum of ``own`` over the processes of the group."""
-    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(own, "sum", group))
-
-
-@triton.jit
-def _summed(partials_ptr, first, end, tiles, c, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return both sums over the tiles ``first`` to ``end``."""
-    one = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    two = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for start in range(first, end, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        mask = (t < end)[:, None] & (c < C)[None, :]
-        at = partials_ptr + t[:, None] * C + c[None, :]
-        one += tl.load(at, mask=mask, other=0.0)
-        two += tl.load(at + tiles * C, mask=mask, other=0.0)
-    return tl.sum(one, axis=0), tl.sum(two, axis=0)
-
-
-@triton.jit(do_not_specialize=["tiles", "chunks", "chunk"])
-def _sum_kernel(
-    partials_ptr, out_ptr, tiles, chunks, chunk, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = tl.program_id(0) * chunk
-    one, two = _summed(partials_ptr, first, min(first + chunk, tiles), tiles, c, C, BLOCK_T, BLOCK_C)
-    out = out_ptr + tl.program_id(0) * C + c
-    tl.store(out, one, mask=c < C)
-    tl.store(out + chunks * C, two, mask=c < C)
-
-
-@triton.jit(do_not_specialize=["tiles"])
-def _coefficients_kernel(
-    partials_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, tiles,
-    C: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c_mask = c < C
-    one, two = _summed(partials_ptr, 0, tiles, tiles, c, C, BLOCK_T, BLOCK_C)
-    own_one, own_two = one, two
-    if own_ptr is not None:
-        own_one = tl.load(own_ptr + c, mask=c_mask, other=0.0)
-        own_two = tl.load(own_ptr + C + c, mask=c_mask, other=0.0)
-    invstd = tl.load(vectors_ptr + INVSTD * C + c, mask=c_mask, other=0.0)
-    a = tl.load(vectors_ptr + SCALE * C + c, mask=c_mask, other=0.0)
-    tl.store(dgamma_ptr + c, invstd * own_two, mask=c_mask)
-    tl.store(dbeta_ptr + c, own_one, mask=c_mask)
-    # dy = a * (g + beta * y + gamma)
-    beta, gamma = tl.zeros_like(a), tl.zeros_like(a)
-    if BATCH:
-        inv_count = tl.load(vectors_ptr + INV_COUNT * C + c, mask=c_mask, other=0.0)
-        s1, s2 = one * inv_count, two * invstd * inv_count
-        beta = -invstd * s2
-        gamma = -beta * tl.load(vectors_ptr + MEAN * C + c, mask=c_mask, other=0.0) - s1
-    tl.store(coefficients_ptr + A * C + c, a, mask=c_mask)
-    tl.store(coefficients_ptr + B * C + c, a * beta, mask=c_mask)
-    tl.store(coefficients_ptr + CONSTANT * C + c, a * gamma, mask=c_mask)
-    if packed_ptr is not None:
-        dtype: tl.constexpr = packed_ptr.dtype.element_ty
-        # dy is 0 where a is 0, and a coefficient that overflows 16 bit must not turn it into NaN
-        beta, gamma = tl.where(a == 0.0, 0.0, beta), tl.where(a == 0.0, 0.0, gamma)
-        hi = round_to(beta, dtype, UPCAST)
-        tl.store(packed_ptr + BETA_HI * C + c, hi, mask=c_mask)
-        tl.store(packed_ptr + BETA_LO * C + c, round_to(beta - hi.to(tl.float32), dtype, UPCAST), mask=c_mask)
-        tl.store(packed_ptr + GAMMA * C + c, round_to(gamma, dtype, UPCAST), mask=c_mask)
-
-
-def _sum(partials: Tensor, chunk: int) -> Tensor:
-    """Sum chunks of ``chunk`` tiles: (2, tiles, C) -> (2, chunks, C)."""
-    tiles, c = partials.shape[1:]
-    out = partials.new_empty((2, -(-tiles // chunk), c))
-    submit(
-        _sum_kernel,
-        (out.shape[1], -(-c // BLOCK_C)),
-        partials,
-        out,
-        tiles,
-        out.shape[1],
-        chunk,
-        C=c,
-        BLOCK_T=BLOCK_T,
-        BLOCK_C=BLOCK_C,
-    )
-    return out
-
-
-def coefficients(
-    sums_partials: Tensor, vectors: Tensor, batch: bool, dtype: torch.dtype, group: str = ""
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Compute the coefficients of a raw output's gradient, and the gradients of gamma and beta.
-
-    Args:
-        sums_partials: (2, tiles, C), sum g and sum g * (y - MEAN) of each tile.
-        vectors: (10, C) of the norm.
-        batch: whether the norm used the batch's statistics.
-        dtype: of y.
-        group: name of the process group that normalises together; empty for this process alone.
-
-    Returns:
-        ``coefficients`` (3, C) fp32 and ``packed`` (3, C) in ``dtype`` (None for fp32), over all processes of the
-        group; dgamma and dbeta (C,) fp32 of this process.
-    """
-    partials, own = sums_partials, None
-    while partials.shape[1] > LAST_TILES:
-        partials = _sum(partials, CHUNK)
-    if group and batch:
-        own = _sum(partials, LAST_TILES)
-        partials = _reduced(own, group)
-    tiles, c = partials.shape[1:]
-    result = vectors.new_empty((3, c))
-    packed = None if dtype == torch.float32 else vectors.new_empty((3, c), dtype=dtype)
-    dgamma, dbeta = vectors.new_empty(c), vectors.new_empty(c)
-    submit(
-        _coefficients_kernel, (-(-c // BLOCK_C),),
-        partials, own, vectors, result, packed, dgamma, dbeta, tiles,
-        C=c, BATCH=batch, UPCAST=upcasts(dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
-    return result, packed, dgamma, dbeta
-
-
-@triton.jit(do_not_specialize=["M"])
-def _apply_backward_kernel(
-    g_ptr, y_ptr, coefficients_ptr, dy_ptr, M,
-    C: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    tile, c = channels_of_program(C, BLOCK_C)
-    first = tile * BLOCK_M
-    row = tl.arange(0, BLOCK_M)
-    mask = mask_of(row < M - first, c, C, BLOCK_C)
-    start, at = first.to(tl.int64) * C, row[:, None] * C + c[None, :]
-    # dy = A * g + B * y + C
-    g = tl.load(g_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    dy = g * vector(coefficients_ptr, c, A, C)
-    if BATCH:
-        y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-        dy += y * vector(coefficients_ptr, c, B, C) + vector(coefficients_ptr, c, CONSTANT, C)
-    tl.store(dy_ptr + start + at, round_to(dy, dy_ptr.dtype.element_ty, UPCAST), mask=mask)
-
-
-def apply_backward(grad: Grad) -> Tensor:
-    """Return dy (N, C, H, W) of a raw output, for a convolution with its backward on cuDNN."""
-    g, tile = grad.g, tile_of(grad.g, 4)
-    dy = empty_image(g)
-    submit(
-        _apply_backward_kernel, grid_of(-(-rows_of(g) // tile[0]), g, tile[1]),
-        g, grad.y if grad.batch else None, grad.coefficients, dy, rows_of(g),
-        C=g.shape[1], BATCH=grad.batch, UPCAST=upcasts(g.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
-    )  # fmt: skip
-    return dy

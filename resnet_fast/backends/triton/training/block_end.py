@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..launch import submit, upcasts
 from ..tiles import relu, round_to
+from .arrival import clear_in_first_program
 from .passes import (
     MEAN,
     SCALE,
@@ -89,11 +90,13 @@ def block_end(
     return z
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "steps"])
+@triton.jit(do_not_specialize=["M", "tiles", "steps", "counters"])
 def _block_end_bwd_kernel(
     dz_ptr, z_ptr, y_ptr, vectors_ptr, yd_ptr, shortcut_vectors_ptr, g_ptr, partials_ptr, partials_d_ptr,
-    M, tiles, steps, C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    counters_ptr, counters, M, tiles, steps,
+    C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    clear_in_first_program(counters_ptr, counters)
     tile, c = channels_of_program(C, BLOCK_C)
     first = tile * steps * BLOCK_M
     rows = min(M - first, steps * BLOCK_M)
@@ -131,7 +134,13 @@ def _block_end_bwd_kernel(
 
 
 def block_end_backward(
-    dz: Tensor, z: Tensor | None, y: Tensor, vectors: Tensor, yd: Tensor | None, shortcut_vectors: Tensor | None
+    dz: Tensor,
+    z: Tensor | None,
+    y: Tensor,
+    vectors: Tensor,
+    yd: Tensor | None,
+    shortcut_vectors: Tensor | None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the gradient of a block's end, and the sums for the BatchNorms that it includes.
 
@@ -142,6 +151,7 @@ def block_end_backward(
         vectors: (10, C) of its norm.
         yd: raw output of the projection, or None.
         shortcut_vectors: (10, C) of its norm, or None.
+        counters: int32 of the launches behind this one, set to 0 (arrival.py), or None.
 
     Returns:
         g (N, C, H, W), partial sums (2, tiles, C) fp32 for y, and the same for yd or None.
@@ -154,6 +164,7 @@ def block_end_backward(
     submit(
         _block_end_bwd_kernel, grid_of(tiles, y, tile[1]),
         dz, z, y, vectors, yd, shortcut_vectors, None if z is None else g, partials, partials_d,
-        rows_of(y), tiles, steps, C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+        counters, 0 if counters is None else counters.numel(), rows_of(y), tiles, steps,
+        C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip
     return g, partials, partials_d

@@ -35,9 +35,11 @@ from .. import proofs
 from ..device import Target, device_of, place_of, planned_for, table_of, table_version
 from ..launch import nhwc
 from ..submission import Passes
-from . import batch_norm, block_end, convolution, pool
+from . import batch_norm, block_end, conv_wgrad, convolution, norm_gradient, pack, pool
+from .arrival import counters_for
+from .convolution import Packed
 from .problem import training_problem
-from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, A, Act, Grad
+from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, SCALE, Act, Grad
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,30 @@ def _with_tensors(call: Call, tensors: list[Any]) -> Call:
 def _forward(call: Call, spec: Spec, save: str, update: bool, plan: StepPlan) -> list[Tensor]:
     """Return the output in NHWC and what is saved."""
     x, main = call.x, len(spec.main)
+    counters = _counters(x, call)
+    packed, passenger = _packing(call, plan, 0, Act(x))
+    pack.launch(passenger, counters)
     raws: list[Tensor] = []
     vectors: list[Tensor] = []
     clamps: list[Tensor] = []
     act = Act(x)
-    for i, (conv, norm) in enumerate(zip(call.convs, call.norms, strict=True)):
-        y, v, clamp = _convolve(conv, norm, plan, i, act if i < main else Act(x), update)
+    for i, norm in enumerate(call.norms):
+        y, partials, rows = _convolve(call, plan, i, act, packed)
+        out = batch_norm.outputs(y.shape[1], y.dtype, y.device)
+        act = Act(y, *out) if i < main - 1 else Act(x)
+        packed, passenger = _packing(call, plan, i + 1, act)
+        bias, centre = _bias(call, i), _centre(call, plan, i)
+        if partials is None:
+            batch_norm.constant(norm, bias, centre, out)
+            pack.launch(passenger)
+        else:
+            own = None if counters is None else counters[i]
+            count = plan.specs[i].gemm_m
+            batch_norm.finalize(partials, rows, count, norm, bias, centre, out, norm.sync, update, own, passenger)
         raws.append(y)
-        vectors.append(v)
+        vectors.append(out[0])
         if i < main - 1:
-            clamps.append(x.new_empty(0) if clamp is None else clamp)
-        act = Act(y, v, clamp)
+            clamps.append(x.new_empty(0) if out[1] is None else out[1])
     z = _end(call, spec, x, raws, vectors)
     if _recomputes(spec, save):
         raws[main - 1] = x.new_empty(0)
@@ -156,20 +171,36 @@ def _recomputes(spec: Spec, save: str) -> bool:
     return save == "recompute" and len(spec.main) > 1
 
 
-def _convolve(
-    conv: Conv, norm: Norm, plan: StepPlan, i: int, act: Act, update: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (raw output, vectors of its norm, clamp).
+def _counters(x: Tensor, call: Call) -> Tensor | None:
+    """Return a row of counters per norm (arrival.py), to be cleared; None if no norm needs them."""
+    if not call.batch_stats:
+        return None
+    return counters_for(x, len(call.norms), max(batch_norm.blocks_of(c.weight.shape[0]) for c in call.convs))
 
-    What is subtracted from a raw output before it is stored is the running mean before this step.
-    """
-    spec, config = plan.specs[i], plan.chosen[i].fwd
-    centre = None if config == CUDNN or norm.mean is None else norm.mean.detach()
-    bias = None if conv.bias is None else conv.bias.detach()
-    y, partials, rows = convolution.forward(conv.weight, spec, config, act, centre, norm.batch_stats, bias)
-    if partials is None:
-        return y, *batch_norm.constant(norm, spec.co, bias, centre, y.dtype, y.device)
-    return y, *batch_norm.finalize(partials, rows, spec.gemm_m, norm, bias, centre, y.dtype, norm.sync, update)
+
+def _packing(call: Call, plan: StepPlan, i: int, act: Act) -> tuple[Packed | None, pack.Passenger]:
+    """Return what convolution ``i`` reads as its weight, and the programs that write it; nothing after the last."""
+    if i == len(call.convs):
+        return None, pack.NO_FORWARD
+    return convolution.packing(call.convs[i].weight, plan.specs[i], plan.chosen[i].fwd, call.x.dtype, act)
+
+
+def _bias(call: Call, i: int) -> Tensor | None:
+    bias = call.convs[i].bias
+    return None if bias is None else bias.detach()
+
+
+def _centre(call: Call, plan: StepPlan, i: int) -> Tensor | None:
+    """Return what is subtracted from raw output ``i`` before it is stored: the running mean before this step."""
+    mean = call.norms[i].mean
+    return None if mean is None or plan.chosen[i].fwd == CUDNN else mean.detach()
+
+
+def _convolve(call: Call, plan: StepPlan, i: int, act: Act, packed: Packed | None) -> tuple[Tensor, Tensor | None, int]:
+    """Return raw output ``i``, its statistics by tile or None, and the rows of a tile."""
+    spec, config, statistics = plan.specs[i], plan.chosen[i].fwd, call.norms[i].batch_stats
+    centre, bias = _centre(call, plan, i), _bias(call, i)
+    return convolution.forward(call.convs[i].weight, spec, config, act, centre, statistics, bias, packed)
 
 
 def _end(call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
@@ -246,6 +277,9 @@ class _Backward:
         self.biases: list[Tensor | None] = [None] * count
         self.gammas: list[Tensor | None] = [None] * count
         self.betas: list[Tensor | None] = [None] * count
+        self.counters = _counters(self.x, call)
+        self.wts: list[Tensor | None] = [None] * count
+        self.pending: list[pack.Passenger] = []
 
     def below(self, i: int) -> Act:
         """Return the input of convolution ``i``."""
@@ -262,23 +296,26 @@ class _Backward:
             # with statistics: the same code as in the forward pass, which is compiled and, where needed, proved
             batch = self.norms[last].batch_stats
             self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, batch)[0]
-        g, grads = self.end(z, dz)
-        wanted = [self.wanted(i) for i in range(len(self.convs))]
+        g, sums, sums_of_projection = self.end(z, dz)
+        grad = self.grad(last, g, self.raws[last], sums)
+        if needs.convs[last].weight:
+            self.wgrad(last, grad)
         dx_of_projection = None
-        if self.call.projection:
-            dx_of_projection = self.projection(grads[-1])
-        grad = grads[0]
+        if sums_of_projection is not None:
+            dx_of_projection = self.projection(self.grad(self.main, g, self.raws[-1], sums_of_projection))
         dx: Tensor | None = None
         for i in range(last, -1, -1):
-            if needs.convs[i].weight:
-                self.weights[i] = self.wgrad(i, grad)
+            if i < last and needs.convs[i].weight:
+                self.wgrad(i, grad)
+            if not self.passes_on(i):
+                break
             if i > 0:
-                if not (needs.x or any(wanted[:i])):
-                    break
                 grad = self.dgrad_inner(i, grad)
-            elif needs.x:
+            else:
                 identity = g if self.spec.shortcut == "identity" else None
                 dx = self.dgrad_first(grad, identity, dx_of_projection)
+        for reduction in self.pending:
+            conv_wgrad.reduce_splits(reduction)
         added = g if needs.added else None
         if added is not None and (added is dx or added is dz):
             added = added.clone()  # an op's outputs are its own
@@ -288,42 +325,52 @@ class _Backward:
         """Return whether a gradient of a parameter of layer ``i`` is wanted."""
         return any([*self.needs.convs[i][:2], *self.needs.norms[i][:2]])
 
-    def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Grad]]:
-        """Return the gradient of the sum at the end of the chain, and of each raw output in it."""
-        call, last = self.call, self.main - 1
-        y = self.raws[last]
+    def passes_on(self, i: int) -> bool:
+        """Return whether a gradient of the input of convolution ``i`` is wanted."""
+        below = range(i) if i < self.main else ()
+        return self.needs.x or any(self.wanted(j) for j in below)
+
+    def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradient of the sum at the end of the chain, and its sums for each raw output in it."""
+        call, last, counters = self.call, self.main - 1, self.counters
+        y, v = self.raws[last], self.vectors[last]
         if call.pool is not None:
-            g, sums = pool.pool_end_backward(dz, y, self.vectors[0], call.pool)
-            return g, [self.grad(0, g, y, sums)]
+            return *pool.pool_end_backward(dz, y, v, call.pool, counters), None
         masked = z if call.relu else None
         yd, vd = (self.raws[-1], self.vectors[-1]) if call.projection else (None, None)
-        g, sums, sums_d = block_end.block_end_backward(dz, masked, y, self.vectors[last], yd, vd)
-        grads = [self.grad(last, g, y, sums)]
-        if yd is not None and sums_d is not None:
-            grads.append(self.grad(last + 1, g, yd, sums_d))
-        return g, grads
+        return block_end.block_end_backward(dz, masked, y, v, yd, vd, counters)
 
     def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor) -> Grad:
-        """Return the gradient of raw output ``i``, and store the gradients of its norm's parameters."""
-        norm = self.norms[i]
-        coefficients, packed, dgamma, dbeta = batch_norm.coefficients(
-            sums, self.vectors[i], norm.batch_stats, g.dtype, norm.sync
-        )
-        if self.needs.norms[i].weight:
-            self.gammas[i] = dgamma.to(norm.weight.dtype)  # type: ignore[union-attr]
-        if self.needs.norms[i].bias:
-            self.betas[i] = dbeta.to(norm.bias.dtype)  # type: ignore[union-attr]
-        if self.needs.convs[i].bias:
-            # the sum of dy, exactly zero with batch statistics, because the norm removes any constant
-            bias = torch.zeros_like(dbeta) if norm.batch_stats else coefficients[A] * dbeta
-            self.biases[i] = bias.to(self.convs[i].bias.dtype)  # type: ignore[union-attr]
-        return Grad(g, y, coefficients, packed, norm.batch_stats)
+        """Return the gradient of raw output ``i``, and store the gradients of its norm's parameters and of the bias.
+
+        The launch packs the weight of this layer's dgrad, and finishes the oldest wgrad that is not finished.
+        """
+        norm, needs = self.norms[i], self.needs
+        grad = norm_gradient.gradient_of(g, y, norm.batch_stats)
+        self.wts[i], packing = None, pack.NO_DGRAD
+        config = self.plan.chosen[i].dgrad
+        if self.passes_on(i) and config != CUDNN:
+            a = self.vectors[i][SCALE] if config.packed else None
+            self.wts[i], packing = pack.dgrad_passenger(self.weight(i), g.dtype, self.plan.specs[i], a)
+        reduction = self.pending.pop(0) if self.pending else conv_wgrad.NO_REDUCTION
+        gamma = norm.weight if needs.norms[i].weight else None
+        beta = norm.bias if needs.norms[i].bias else None
+        bias = self.convs[i].bias if needs.convs[i].bias else None
+        self.gammas[i], self.betas[i], self.biases[i] = norm_gradient.coefficients(
+            grad, sums, self.vectors[i], (gamma, beta, bias), norm.sync,
+            None if self.counters is None else self.counters[i], packing, reduction,
+        )  # fmt: skip
+        return grad
 
     def weight(self, i: int) -> Tensor:
         return self.convs[i].weight.detach()
 
-    def wgrad(self, i: int, grad: Grad) -> Tensor:
-        return convolution.wgrad(self.weight(i), self.plan.specs[i], self.plan.chosen[i].wgrad, grad, self.below(i))
+    def wgrad(self, i: int, grad: Grad) -> None:
+        """Store the gradient of weight ``i``, which a later launch finishes."""
+        spec, config = self.plan.specs[i], self.plan.chosen[i].wgrad
+        self.weights[i], reduction = convolution.wgrad(self.weight(i), spec, config, grad, self.below(i))
+        if reduction.programs:
+            self.pending.append(reduction)
 
     def stock_dx(self, i: int, grad: Grad) -> Tensor:
         """Return dx of a convolution that reads the call's input, by cuDNN."""
@@ -332,21 +379,25 @@ class _Backward:
     def dgrad_inner(self, i: int, grad: Grad) -> Grad:
         """Return the gradient of raw output ``i - 1`` from that of ``i``."""
         chosen, below = self.plan.chosen[i], self.below(i)
-        g, sums = convolution.dgrad_to(self.weight(i), self.plan.specs[i], chosen.dgrad, grad, below, chosen.fwd.packed)
+        g, sums = convolution.dgrad_to(
+            self.weight(i), self.plan.specs[i], chosen.dgrad, grad, below, chosen.fwd.packed, self.wts[i]
+        )
         return self.grad(i - 1, g, below.y, sums)
 
     def projection(self, grad: Grad) -> tuple[Tensor, tuple[int, int] | None] | None:
         """Store dW of the projection, and return its dx: for every pixel, or for those that it reads."""
         i = self.main
         if self.needs.convs[i].weight:
-            self.weights[i] = self.wgrad(i, grad)
+            self.wgrad(i, grad)
         if not self.needs.x:
             return None
         spec = self.plan.specs[i]
         if self.plan.chosen[i].dgrad == CUDNN:
             return self.stock_dx(i, grad), None
         compact = (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0) and spec.stride != (1, 1)
-        dx, _ = convolution.dgrad(self.weight(i), spec, self.plan.chosen[i].dgrad, grad, compact=compact)
+        dx, _ = convolution.dgrad(
+            self.weight(i), spec, self.plan.chosen[i].dgrad, grad, compact=compact, wt=self.wts[i]
+        )
         return dx, spec.stride if compact else None
 
     def dgrad_first(
@@ -364,4 +415,4 @@ class _Backward:
         if projected is not None:
             dx, stride = projected
             add, strided = (dx, None) if stride is None else (None, (dx, stride))
-        return convolution.dgrad(self.weight(0), spec, config, grad, add=add, add_strided=strided)[0]
+        return convolution.dgrad(self.weight(0), spec, config, grad, add=add, add_strided=strided, wt=self.wts[0])[0]

@@ -10,7 +10,8 @@ the ReLU before the convolution, and gathers the sums of the BatchNorm before th
     dx = round(dx) where the ReLU below let y_below pass, else 0
     sums[:, t, ci] = sum dx, sum dx * (y_below - MEAN) over tile t                          of dx as stored
 
-    g, y (N, Ho, Wo, Co)   wt (Ci, R, S, Co/groups)   coefficients, packed (3, Co)   dx, add, y_below (N, H, W, Ci)
+    g, y (N, Ho, Wo, Co)   wt (Ci, R, S, Co/groups)   coefficients (3, Co)   packed (4, Co)
+    dx, add, y_below (N, H, W, Ci)
 
 Saved bytes. Stock writes dy and reads it twice, writes dx, reads it for the ReLU, writes and reads the result for the
 sums, and adds a shortcut's gradient in a separate pass. Here g and y are read once, and dx is written once.
@@ -25,7 +26,7 @@ tiles and multiplies no zeros. The tiles of a region's phases are neighbours, be
       0 1 0 1 0 1               tap r reads row (h + 1 - r)/2     Dilation: every (stride/gcd)th tap of a phase.
 
 Padding. A tap outside the image adds nothing, so g + (BETA*y + GAMMA) must be 0 there: y reads as 0 and g as -GAMMA,
-because the load of g is redirected to a row with that value, which costs two selects per 16 bytes. (A GAMMA of NaN
+because the load of g is redirected to the row NEG_GAMMA, which costs two selects per 16 bytes. (A GAMMA of NaN
 reaches pixels that have all their taps outside.) One word of bits per row, built before the loop, says which taps are
 inside.
 
@@ -369,7 +370,7 @@ def conv_dgrad(
     dx = empty_nhwc(g, conv.n, conv.ci, conv.h, conv.w)
     partials = None if below is None else g.new_empty((2, tiles, conv.ci), dtype=torch.float32)
     padded = (conv.r, conv.s, *conv.stride, *conv.padding) != (1, 1, 1, 1, 0, 0)
-    outside = -grad.packed[vectors.GAMMA] if padded and config.packed and grad.batch else None  # type: ignore[index]
+    outside = grad.packed[vectors.NEG_GAMMA] if padded and config.packed and grad.batch else None  # type: ignore[index]
     bases = () if outside is None else (address_of(g), address_of(outside))
     strided, (add_h, add_w) = add_strided or (None, (1, 1))
     geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]

@@ -3,7 +3,7 @@ r"""Gradient of a convolution's weight: a matrix product over all output pixels,
     dW[co, r, s, ci] = sum_m dy[m, co] * act(x[n, ho*stride - pad + r*dil, wo*stride - pad + s*dil, ci])
     m = (n, ho, wo)
 
-    g, y (N, Ho, Wo, Co)   x (N, H, W, Ci) raw or an activation   dW (Co, R, S, Ci/groups) fp32
+    g, y (N, Ho, Wo, Co)   x (N, H, W, Ci) raw or an activation   dW as the parameter
 
 Saved bytes. Neither operand is in memory: dy is computed from g and y, act from the raw x (vectors.py), as they are
 read. dy and act are each written once and read once less.
@@ -19,8 +19,12 @@ gemm_k = N*Ho*Wo, which is long while the other two are short. So the pixels are
 
     stream 0  | split 0 | split 1 | split 2 |            a program: one tile (co, tap, ci) of one split, fp32 sums
     stream 1  | split 0 | split 1 | split 2 |
-      ...       tile 0    tile 0    tile 0      \        a second launch adds the splits from the first to the last
-                  +---->----+---->----+------> dW        and applies factors and corrections: no atomics
+      ...       tile 0    tile 0    tile 0      \        other programs add the splits from the first to the last
+                  +---->----+---->----+------> dW        and apply factors and corrections: no atomics
+
+Saved launches. The programs that add the splits travel with the next coefficients (norm_gradient.py); only a call's
+last wgrad needs a launch for them. They write dW in the parameter's dtype and strides, and of merged groups only what
+belongs to a filter's own group.
 
 Place of a pixel. It is carried along: a step adds BLOCK_K / STREAMS pixels as (images, rows, pixels), computed once,
 with one carry for each. A division per step and row would cost more time than the products leave.
@@ -37,9 +41,9 @@ cores, as a product with columns of ones. mean(z) comes from the middle step of 
 second-order effect.
 
 Rows without a pixel (after the last of a split, or in a stream with one image less) read g = y = 0, so their q is GAMMA
-and their z is one constant per channel. The loop does not distinguish these ``idle`` rows. The second launch subtracts
-their contribution to P and Q, because their number is known. Taps outside the image read x at the row THRESHOLD,
-conv_fwd.py, and constant channels are corrected as there.
+and their z is one constant per channel. The loop does not distinguish these ``idle`` rows. What adds the splits
+subtracts their contribution to P and Q, because their number is known. Taps outside the image read x at the row
+THRESHOLD, conv_fwd.py, and constant channels are corrected as there.
 
 Numerics: tiles.py. Limits: tuning/training_configs.py. Loads of both operands: wgrad_tiles.py.
 Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test_conv_wgrad.py``.
@@ -63,9 +67,10 @@ from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ....tuning.training_configs import gemm
 from ..launch import address_of, alignment, product, steps_of, submit
-from ..tiles import pixel_of_row, row_offset
+from ..tiles import pixel_of_row, row_offset, store_rounded
 from . import vectors
 from .conv_fwd import padding_excess
+from .pack import Passenger
 from .vectors import Act, Grad
 from .wgrad_tiles import (
     activation_tile,
@@ -268,21 +273,29 @@ def _conv_wgrad_kernel(
             tl.store(q_ptr + (split * C_OUT + co)[:, None] + ones, sum_q, mask=co_mask[:, None] & (ones == 0))
 
 
-@triton.jit(do_not_specialize=["splits", "idle"])
-def _reduce_splits_kernel(
-    p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
-    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
-    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def reduce_splits_program(
+    pid, p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
+    stride_co, stride_ci, stride_r, stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Add the splits of a tile of dW, apply factors and corrections, and store what belongs to the filters' own group.
+
+    CI and CO count channels of a merged group, OWN_* those of a group before merging.
+    """
     C_IN: tl.constexpr = CI * GROUPS
     C_OUT: tl.constexpr = CO * GROUPS
-    co = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    co_mask, column_mask = co < C_OUT, column < COLUMNS
-    mask = co_mask[:, None] & column_mask[None, :]
-    g = co // CO
-    ci = g[:, None] * CI + (column % CI)[None, :]
+    COLUMNS: tl.constexpr = R * S * CI
+    tiles_m: tl.constexpr = (C_OUT + BLOCK_M - 1) // BLOCK_M
+    co = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = pid // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    g, within = co // CO, column % CI
+    ci = g[:, None] * CI + within[None, :]
+    own = (co % CO // OWN_CO)[:, None] == (within // OWN_CI)[None, :]
+    co_mask = co < C_OUT
+    mask = co_mask[:, None] & (column < COLUMNS)[None, :] & own
     # P, Q and the mean of z: splits in order
     p = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     q = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -312,7 +325,43 @@ def _reduce_splits_kernel(
         p *= channel_vector(coefficients_ptr, co, co_mask, A, C_OUT)[:, None]
         if PROLOGUE:
             p *= channel_vector(v_ptr, ci, mask, FOLD, C_IN)
-    tl.store(dw_ptr + (row_offset(co, COLUMNS)[:, None] + column[None, :]), p, mask=mask)
+    tap = column // CI
+    at = within % OWN_CI * stride_ci + tap // S * stride_r + tap % S * stride_s
+    store_rounded(dw_ptr + (row_offset(co, stride_co)[:, None] + at[None, :]), p, mask)
+
+
+@triton.jit(do_not_specialize=["splits", "idle"])
+def _reduce_splits_kernel(
+    p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
+    stride_co, stride_ci, stride_r, stride_s,
+    P_CI: tl.constexpr, P_CO: tl.constexpr, P_GROUPS: tl.constexpr, P_OWN_CI: tl.constexpr, P_OWN_CO: tl.constexpr,
+    P_R: tl.constexpr, P_S: tl.constexpr, P_BATCH: tl.constexpr, P_PROLOGUE: tl.constexpr, P_PACKED: tl.constexpr,
+    P_PADDED: tl.constexpr, P_WINDOW: tl.constexpr, P_BLOCK_M: tl.constexpr, P_BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    reduce_splits_program(
+        tl.program_id(0), p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
+        stride_co, stride_ci, stride_r, stride_s, P_CI, P_CO, P_GROUPS, P_OWN_CI, P_OWN_CO, P_R, P_S,
+        P_BATCH, P_PROLOGUE, P_PACKED, P_PADDED, P_WINDOW, P_BLOCK_M, P_BLOCK_N,
+    )  # fmt: skip
+
+
+REDUCE_M, REDUCE_N = 16, 128
+"""Filters and columns of a program that adds splits."""
+
+_GEOMETRY = ("CI", "CO", "GROUPS", "OWN_CI", "OWN_CO", "R", "S")
+_KIND = ("BATCH", "PROLOGUE", "PACKED", "PADDED", "WINDOW")
+
+NO_REDUCTION = Passenger(
+    0,
+    (*[None] * 8, 0, 0, 1, 1, 1, 1),
+    {f"P_{name}": 1 for name in (*_GEOMETRY, "BLOCK_M", "BLOCK_N")} | {f"P_{name}": False for name in _KIND},
+)
+"""No wgrad to finish."""
+
+
+def reduce_splits(reduction: Passenger) -> None:
+    """Launch what :func:`conv_wgrad` left to do, where no other launch takes it along."""
+    submit(_reduce_splits_kernel, (reduction.programs,), *reduction.arguments, **reduction.constants)
 
 
 def streams_of(conv: ConvSpec) -> tuple[int, int]:
@@ -344,7 +393,9 @@ def _wide(conv: ConvSpec, x_stride_n: int) -> bool:
     return conv.n * max(x_stride_n, conv.ho * conv.wo * conv.co) >= 1 << 31
 
 
-def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int) -> Tensor:
+def conv_wgrad(
+    launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int, weight: Tensor
+) -> tuple[Tensor, Passenger]:
     """Compute the gradient of a convolution's weight. Deterministic.
 
     Args:
@@ -355,9 +406,11 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
         x: the input; each image of ``x.y`` is dense NHWC. With ``launch.prologue`` it is raw, and read through
             ``clamp`` if ``config.packed``, otherwise through ``vectors``.
         sms: multiprocessors to fill.
+        weight: the parameter (Co, Ci/groups, R, S).
 
     Returns:
-        dW (Co, Ci/groups, R, S) fp32, in the memory order (Co, R, S, Ci/groups).
+        dW in the dtype and strides of ``weight``, and the programs that write it from the splits: for another launch to
+        take along, or for :func:`reduce_splits`.
     """
     conv, groups = launch.last, merged_groups(launch.last)
     ci, co, taps = conv.ci // groups, conv.co // groups, conv.r * conv.s
@@ -384,25 +437,15 @@ def conv_wgrad(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int)
         ALIGN=alignment(size, ci * size, x.y.stride(0) * size, *starts),
         STREAMS=streams, WIDE=_wide(conv, x.y.stride(0)), BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
     )  # fmt: skip
-    dw = new(conv.co, columns)
+    dw = torch.empty_like(weight)
     per_step = config.block_k // streams
     idle = -(-images * conv.ho * conv.wo // per_step) * config.block_k - conv.gemm_m
-    submit(
-        _reduce_splits_kernel, (-(-conv.co // 16), -(-columns // 128)),
+    arguments = (
         p, q, z, grad.coefficients, grad.packed if packed else None,
-        x.vectors if launch.prologue else None, rows if packed else None, dw, splits, idle,
-        CI=ci, CO=co, GROUPS=groups, COLUMNS=columns, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,
-        PADDED=padded, WINDOW=window, BLOCK_M=16, BLOCK_N=128,
+        x.vectors if launch.prologue else None, rows if packed else None, dw, splits, idle, *dw.stride(),
     )  # fmt: skip
-    return _own_channels(dw.view(conv.co, conv.r, conv.s, ci), conv.groups, groups).permute(0, 3, 1, 2)
-
-
-def _own_channels(dw: Tensor, groups: int, merged: int) -> Tensor:
-    """Select each output channel's own group from its merged one: (Co, R, S, Ci/merged) -> (Co, R, S, Ci/groups)."""
-    if groups == merged:
-        return dw
-    co, r, s, wide = dw.shape
-    merge = groups // merged
-    own = wide // merge
-    parts = dw.view(merged, merge, co // groups, r, s, merge, own)
-    return torch.stack([parts[:, i, :, :, :, i] for i in range(merge)], 1).reshape(co, r, s, own)
+    own = (ci, co, groups, conv.ci // conv.groups, conv.co // conv.groups, conv.r, conv.s)
+    kind = (grad.batch, launch.prologue, packed, padded, window)
+    constants = {f"P_{name}": value for name, value in zip((*_GEOMETRY, *_KIND), (*own, *kind), strict=True)}
+    programs = -(-conv.co // REDUCE_M) * -(-columns // REDUCE_N)
+    return dw, Passenger(programs, arguments, {**constants, "P_BLOCK_M": REDUCE_M, "P_BLOCK_N": REDUCE_N})

@@ -1,7 +1,7 @@
 r"""Weights as the training kernels read them: rounded, reordered, and scaled by the factor of a packed prologue.
 
     forward   w[co, r, s, ci] = round(weight[co, ci, r, s] * FOLD[ci])          const[co] = -sum_rs,ci w * THR[ci]
-    dgrad     wt[ci, r, s, co] = round(weight[co, ci, r, s] * A[co])
+    dgrad     wt[ci, r, s, co] = round(weight[co, ci, r, s] * A[co])            A = SCALE
 
     weight (Co, Ci/groups, R, S), the parameter: any strides, fp32 or 16 bit
     w (Co, R, S, Ci/g)   wt (Ci, R, S, Co/g)   dense, in the activations' dtype; g: merged groups, tuning/routes.py
@@ -13,11 +13,17 @@ from the rounded weight, so that it cancels padding and clamped values exactly. 
 Saved bytes. Autocast writes a 16-bit copy of each parameter, and cuDNN may reorder it again. Here each use reads the
 parameter once and writes it once, folded.
 
+Saved launches. Packing has few programs, so most weights travel as passengers of another launch, whose programs come
+first: a weight that needs FOLD with the finalize kernel of that norm (batch_norm.py), which it waits for while its
+first block of the parameter is on the way; a dgrad weight with the coefficients of the norm behind it
+(norm_gradient.py). Only a call's first weight has a launch of its own, which also clears the counters of the pass
+(arrival.py).
+
 Merged groups are block-diagonal: channels of another member of the merged group are masked as they are read, so no
 expanded copy of the parameter exists. wt of group g has rows [g*Ci/g, (g+1)*Ci/g), and the group's output channels as
 its last axis.
 
-            forward: one program a row                     dgrad: one program a tile and tap
+            forward: one program a few rows                dgrad: one program a tile and tap
       weight[co]  r s ci ->                           weight[:, :, r, s]   ci ->         wt[:, r, s, :]   co ->
       +---------------------------+                               +-------+                        +-------+
       | block | block | block |   |  gathered,                 co |  tile | loaded              ci |  tile'| stored
@@ -29,6 +35,8 @@ Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,59 +47,126 @@ from ....tuning.routes import merged_groups
 from ..launch import submit, upcasts
 from ..tiles import round_to
 from . import vectors
+from .arrival import clear_in_first_program, wait
 from .vectors import Act
 
 FOLD, THR = tl.constexpr(vectors.FOLD), tl.constexpr(vectors.THR)
 
-ROW_BLOCK = 1024
-"""Most elements of a filter that a program of the forward kernel holds at once."""
+BLOCK = 1024
+"""Most elements of filters that a program of the forward kernel holds at once."""
+
+PROGRAMS = 128
+"""Programs to have, if there are as many filters, before a program takes several rows."""
 
 TILE = 32
 """Side of a dgrad program's tile of channels."""
 
 
+class Passenger(NamedTuple):
+    """Programs of a kernel that another kernel's launch takes along, behind its own.
+
+    Attributes:
+        programs: their number.
+        arguments: what their part of the kernel takes, in order; a first argument of None compiles it out.
+        constants: its compile-time arguments.
+    """
+
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
 @triton.jit
-def _pack_forward_kernel(
-    weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
-    CI: tl.constexpr, C: tl.constexpr, GEMM_N: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+def filter_elements(start, CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr):
+    """Return (k, r, s, ci) of WIDTH elements of a filter from ``start``, each (1, WIDTH)."""
+    k = (start + tl.arange(0, WIDTH))[None, :]
+    return k, k // (S * CI), k // CI % S, k % CI
+
+
+@triton.jit
+def load_filters(
+    weight_ptr, start, co, member, stride_co, stride_ci, stride_r, stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, OWN_CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # row co of the packed weight, in merged group g; OWN_* count the channels of a group before merging
-    co = tl.program_id(0)
+    """Return the parameter's elements of filters ``co`` (rows, 1) from ``start``; 0 between members of a group."""
+    k, r, s, ci = filter_elements(start, CI, R, S, WIDTH)
+    own = (k < R * S * CI) & (co < CO) & (ci // OWN_CI == member)
+    at = co.to(tl.int64) * stride_co + ((ci % OWN_CI) * stride_ci + r * stride_r + s * stride_s)
+    return tl.load(weight_ptr + at, mask=own, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pack_forward_program(
+    pid, counter_ptr, expected, weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Pack ROWS filters. CI counts channels of a merged group, OWN_* those of a group before merging.
+
+    ``counter_ptr``: where ``expected`` programs of this launch arrive once ``vectors`` are stored; None if they are
+    older than the launch.
+    """
+    C: tl.constexpr = CI * GROUPS
+    GEMM_N: tl.constexpr = CO // GROUPS
+    co = (pid * ROWS + tl.arange(0, ROWS))[:, None]
     g, member = co // GEMM_N, co % GEMM_N // OWN_CO
-    rows = weight_ptr + co.to(tl.int64) * stride_co
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, R * S * CI, BLOCK):
-        # k -> (r, s, ci); channels of other members are zeros of the block-diagonal filter
-        k = start + tl.arange(0, BLOCK)
-        r, s, ci = k // (S * CI), k // CI % S, k % CI
-        real = k < R * S * CI
+    total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    w = load_filters(
+        weight_ptr, 0, co, member, stride_co, stride_ci, stride_r, stride_s, CI, CO, OWN_CI, R, S, WIDTH
+    )  # fmt: skip
+    if counter_ptr is not None:
+        wait(counter_ptr, expected)
+    for start in range(0, R * S * CI, WIDTH):
+        following = load_filters(
+            weight_ptr, start + WIDTH, co, member, stride_co, stride_ci, stride_r, stride_s,
+            CI, CO, OWN_CI, R, S, WIDTH,
+        )  # fmt: skip
+        k, _, _, ci = filter_elements(start, CI, R, S, WIDTH)
+        real = (k < R * S * CI) & (co < CO)
         own = real & (ci // OWN_CI == member)
-        at = (ci % OWN_CI) * stride_ci + r * stride_r + s * stride_s
-        w = tl.load(rows + at, mask=own, other=0.0).to(tl.float32)
         # w = round(weight * FOLD); total += w * THR
         if vectors_ptr is not None:
-            w *= tl.load(vectors_ptr + (FOLD * C + g * CI + ci), mask=own, other=0.0)
+            w *= tl.load(vectors_ptr + (FOLD * C + g * CI + ci), mask=own, other=0.0, cache_modifier=".cg")
         w = round_to(w, w_ptr.dtype.element_ty, UPCAST)
         tl.store(w_ptr + (co.to(tl.int64) * (R * S * CI) + k), w, mask=real)
         if vectors_ptr is not None:
-            total += w.to(tl.float32) * tl.load(vectors_ptr + (THR * C + g * CI + ci), mask=own, other=0.0)
+            threshold = tl.load(vectors_ptr + (THR * C + g * CI + ci), mask=own, other=0.0, cache_modifier=".cg")
+            total += w.to(tl.float32) * threshold
+        w = following
     if vectors_ptr is not None:
-        tl.store(const_ptr + co, 0.0 - tl.sum(total, 0))
+        rows = pid * ROWS + tl.arange(0, ROWS)
+        tl.store(const_ptr + rows, 0.0 - tl.sum(total, 1), mask=rows < CO)
+
+
+@triton.jit(do_not_specialize=["counters"])
+def _pack_forward_kernel(
+    counters_ptr, counters, weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, UPCAST_W: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    clear_in_first_program(counters_ptr, counters)
+    if weight_ptr is not None:
+        pack_forward_program(
+            pid, None, 0, weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+            CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, ROWS, WIDTH, UPCAST_W,
+        )  # fmt: skip
 
 
 @triton.jit
-def _pack_dgrad_kernel(
-    weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
-    CI: tl.constexpr, GEMM_N: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+def pack_dgrad_program(
+    pid, weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # tile of (co, ci) of tap (r, s) of merged group g
-    tap, g = tl.program_id(1), tl.program_id(2)
+    """Pack a tile of (co, ci) of a tap (r, s) of a merged group g, the slowest of the three."""
+    GEMM_N: tl.constexpr = CO // GROUPS
+    tiles_co: tl.constexpr = (GEMM_N + BLOCK - 1) // BLOCK
+    tiles: tl.constexpr = tiles_co * ((CI + BLOCK - 1) // BLOCK)
+    tile, tap, g = pid % tiles, pid // tiles % (R * S), pid // (tiles * R * S)
     r, s = tap // S, tap % S
-    tiles: tl.constexpr = (GEMM_N + BLOCK - 1) // BLOCK
-    co = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    ci = tl.program_id(0) // tiles * BLOCK + tl.arange(0, BLOCK)
+    co = tile % tiles_co * BLOCK + tl.arange(0, BLOCK)
+    ci = tile // tiles_co * BLOCK + tl.arange(0, BLOCK)
     real = (co < GEMM_N)[:, None] & (ci < CI)[None, :]
     own = real & ((co // OWN_CO)[:, None] == (ci // OWN_CI)[None, :])
     rows = weight_ptr + (g * GEMM_N + co).to(tl.int64) * stride_co + (r * stride_r + s * stride_s)
@@ -102,6 +177,59 @@ def _pack_dgrad_kernel(
     w = round_to(w, wt_ptr.dtype.element_ty, UPCAST)
     at = ((g * CI + ci).to(tl.int64) * (R * S) + tap) * GEMM_N
     tl.store(wt_ptr + (at[None, :] + co[:, None]), w, mask=real)
+
+
+@triton.jit
+def _pack_dgrad_kernel(
+    weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, UPCAST_W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pack_dgrad_program(
+        tl.program_id(0), weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+        CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, BLOCK, UPCAST_W,
+    )  # fmt: skip
+
+
+_GEOMETRY = dict.fromkeys(("CI", "CO", "GROUPS", "OWN_CI", "OWN_CO", "R", "S"), 1) | {"UPCAST_W": False}
+
+NO_FORWARD = Passenger(0, (None, None, None, None, 1, 1, 1, 1), {**_GEOMETRY, "ROWS": 1, "WIDTH": 1})
+NO_DGRAD = Passenger(0, (None, None, None, 1, 1, 1, 1), _GEOMETRY)
+"""Passengers of a launch that takes none along."""
+
+
+def _geometry(conv: ConvSpec, dtype: torch.dtype) -> dict[str, Any]:
+    groups = merged_groups(conv)
+    return {
+        "CI": conv.ci // groups, "CO": conv.co, "GROUPS": groups,
+        "OWN_CI": conv.ci // conv.groups, "OWN_CO": conv.co // conv.groups,
+        "R": conv.r, "S": conv.s, "UPCAST_W": upcasts(dtype),
+    }  # fmt: skip
+
+
+def is_packed(weight: Tensor, dtype: torch.dtype, conv: ConvSpec) -> bool:
+    """Return whether a weight that needs no factor is as the kernels read it."""
+    same = merged_groups(conv) == conv.groups and weight.dtype == dtype
+    return same and weight.permute(0, 2, 3, 1).is_contiguous()
+
+
+def forward_passenger(
+    weight: Tensor, dtype: torch.dtype, conv: ConvSpec, rows: Tensor | None
+) -> tuple[Tensor, Tensor | None, Passenger]:
+    """Return (w, const, the programs that write them); arguments and results as of :func:`pack_forward`.
+
+    ``rows``: ``vectors`` (10, C) of the norm before the convolution if the prologue is packed, otherwise None.
+    """
+    weight = weight.detach()
+    if rows is None and is_packed(weight, dtype, conv):
+        return weight.permute(0, 2, 3, 1), None, NO_FORWARD
+    ci = conv.ci // merged_groups(conv)
+    w = weight.new_empty((conv.co, conv.r, conv.s, ci), dtype=dtype)
+    const = weight.new_empty(conv.co, dtype=torch.float32) if rows is not None else None
+    width = min(BLOCK, triton.next_power_of_2(conv.r * conv.s * ci))
+    per_program = max(1, min(BLOCK // width, triton.next_power_of_2(conv.co // PROGRAMS)))
+    constants = {**_geometry(conv, dtype), "ROWS": per_program, "WIDTH": width}
+    return w, const, Passenger(-(-conv.co // per_program), (weight, rows, w, const, *weight.stride()), constants)
 
 
 def pack_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | None) -> tuple[Tensor, Tensor | None]:
@@ -118,21 +246,27 @@ def pack_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | 
         The weight (Co, R, S, Ci/merged groups), dense in ``dtype`` (a view if nothing changes), and ``const`` (Co,)
         fp32, or None for a cast.
     """
-    groups = merged_groups(conv)
     rows = act.vectors if act is not None and act.clamp is not None else None
-    relaid = weight.detach().permute(0, 2, 3, 1)
-    if rows is None and groups == conv.groups and weight.dtype == dtype and relaid.is_contiguous():
-        return relaid, None
-    ci, row = conv.ci // groups, conv.r * conv.s * (conv.ci // groups)
-    w = weight.new_empty((conv.co, conv.r, conv.s, ci), dtype=dtype)
-    const = weight.new_empty(conv.co, dtype=torch.float32) if rows is not None else None
-    submit(
-        _pack_forward_kernel, (conv.co,),
-        weight.detach(), rows, w, const, *weight.stride(),
-        CI=ci, C=conv.ci, GEMM_N=conv.co // groups, OWN_CI=conv.ci // conv.groups, OWN_CO=conv.co // conv.groups,
-        R=conv.r, S=conv.s, BLOCK=min(ROW_BLOCK, triton.next_power_of_2(row)), UPCAST=upcasts(dtype),
-    )  # fmt: skip
+    w, const, own = forward_passenger(weight, dtype, conv, rows)
+    launch(own)
     return w, const
+
+
+def launch(passenger: Passenger, counters: Tensor | None = None) -> None:
+    """Launch what :func:`forward_passenger` returned, where no other launch takes it along, and clear ``counters``."""
+    if passenger.programs or counters is not None:
+        count = 0 if counters is None else counters.numel()
+        programs = max(1, passenger.programs)
+        submit(_pack_forward_kernel, (programs,), counters, count, *passenger.arguments, **passenger.constants)
+
+
+def dgrad_passenger(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> tuple[Tensor, Passenger]:
+    """Return (wt, the programs that write it); arguments and results as of :func:`pack_dgrad`."""
+    weight, groups = weight.detach(), merged_groups(conv)
+    ci, co = conv.ci // groups, conv.co // groups
+    wt = weight.new_empty((conv.ci, conv.r, conv.s, co), dtype=dtype)
+    programs = -(-ci // TILE) * -(-co // TILE) * conv.r * conv.s * groups
+    return wt, Passenger(programs, (weight, a, wt, *weight.stride()), _geometry(conv, dtype))
 
 
 def pack_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> Tensor:
@@ -142,19 +276,11 @@ def pack_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | N
         weight: (Co, Ci/groups, R, S), any strides.
         dtype: of the result.
         conv: the convolution.
-        a: row A of ``coefficients``, (Co,) fp32, for a packed prologue; otherwise None.
+        a: row SCALE of ``vectors`` of the norm behind it, (Co,) fp32, for a packed prologue; otherwise None.
 
     Returns:
         The weight (Ci, R, S, Co/merged groups), dense in ``dtype``.
     """
-    groups = merged_groups(conv)
-    ci, co = conv.ci // groups, conv.co // groups
-    wt = weight.new_empty((conv.ci, conv.r, conv.s, co), dtype=dtype)
-    tiles = -(-ci // TILE) * -(-co // TILE)
-    submit(
-        _pack_dgrad_kernel, (tiles, conv.r * conv.s, groups),
-        weight.detach(), a, wt, *weight.stride(),
-        CI=ci, GEMM_N=co, OWN_CI=conv.ci // conv.groups, OWN_CO=conv.co // conv.groups,
-        R=conv.r, S=conv.s, BLOCK=TILE, UPCAST=upcasts(dtype),
-    )  # fmt: skip
+    wt, own = dgrad_passenger(weight, dtype, conv, a)
+    submit(_pack_dgrad_kernel, (own.programs,), *own.arguments, BLOCK=TILE, **own.constants)
     return wt

@@ -48,6 +48,7 @@ from torch import Tensor
 from ....calls import Pool
 from ..launch import empty_nhwc, submit, upcasts
 from ..tiles import round_to
+from .arrival import clear_in_first_program
 from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
 PROGRAMS = 1024
@@ -191,14 +192,16 @@ def _received(grad, winner, dz, k: tl.constexpr, left: tl.constexpr, KERNEL: tl.
         return grad
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "Hp", "Wp", "cells_h", "cells_w", "strip", "tiles"])
+@triton.jit(do_not_specialize=["N", "H", "W", "Hp", "Wp", "cells_h", "cells_w", "strip", "tiles", "counters"])
 def _pool_end_bwd_kernel(
-    dz_ptr, y_ptr, vectors_ptr, g_ptr, partials_ptr, N, H, W, Hp, Wp, cells_h, cells_w, strip, tiles,
+    dz_ptr, y_ptr, vectors_ptr, g_ptr, partials_ptr, counters_ptr, counters,
+    N, H, W, Hp, Wp, cells_h, cells_w, strip, tiles,
     C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     PIXELS: tl.constexpr = STRIDE * STRIDE
+    clear_in_first_program(counters_ptr, counters)
     tile, strip_of_program, n, column, exists, c = _columns(N, cells_w, C, BLOCK_M, BLOCK_C)
     image, pooled = n * (H * W * C), n * (Hp * Wp * C)
     c_mask = mask_of(tl.full((BLOCK_M,), True, dtype=tl.int1), c, C, BLOCK_C)
@@ -243,7 +246,9 @@ def _pool_end_bwd_kernel(
     tl.store(out + tiles * C, tl.sum(sum_y, axis=0), mask=c < C)
 
 
-def pool_end_backward(dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+def pool_end_backward(
+    dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the gradient of the stem's end.
 
     Args:
@@ -251,6 +256,7 @@ def pool_end_backward(dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool) -> tup
         y: raw output (N, C, H, W), dense NHWC.
         vectors: (10, C) of its norm.
         pool: the max-pool.
+        counters: int32 of the launches behind this one, set to 0 (arrival.py), or None.
 
     Returns:
         g (N, C, H, W), the gradient of the norm's output, and partial sums (2, tiles, C) fp32 of g and g * (y - MEAN).
@@ -262,7 +268,8 @@ def pool_end_backward(dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool) -> tup
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
     submit(
         _pool_end_bwd_kernel, grid_of(tiles, y, tile[1]),
-        dz, y, vectors, g, partials, n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip, tiles,
+        dz, y, vectors, g, partials, counters, 0 if counters is None else counters.numel(),
+        n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip, tiles,
         C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
         UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
     )  # fmt: skip

@@ -21,7 +21,7 @@ from ....tuning import configs
 from ....tuning.configs import Config
 from ....tuning.training_configs import CUDNN
 from ..problem import guarded
-from . import batch_norm, convolution
+from . import batch_norm, conv_wgrad, convolution, cudnn_passes, norm_gradient
 from .vectors import HI, INVSTD, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad
 
 
@@ -48,13 +48,19 @@ class TrainingProblem:
         if kernel == "conv_fwd":
             return lambda: convolution.forward(weight, spec, config, self.x, None, spec.batch_stats)[0]
         if kernel == "conv_wgrad":
-            return lambda: convolution.wgrad(weight, spec, config, self.grad, self.x)
+            return lambda: self._wgrad(config)
         if self.launch.prologue:
             packed = self._is_packed(config)
             return lambda: convolution.dgrad_to(weight, spec, config, self.grad, self.x, packed)[0]
         if config == CUDNN:
             return lambda: convolution.stock_backward(weight, spec, self.grad, self.x.y, (True, False))[0]
         return lambda: convolution.dgrad(weight, spec, config, self.grad)[0]
+
+    def _wgrad(self, config: Config) -> Tensor:
+        dw, reduction = convolution.wgrad(self.weight, self.spec, config, self.grad, self.x)
+        if reduction.programs:
+            conv_wgrad.reduce_splits(reduction)
+        return dw
 
     def _is_packed(self, config: Config) -> bool:
         """Return whether the ReLU below is a clamp. A launch does not know the forward's config, so its own counts."""
@@ -112,7 +118,7 @@ class TrainingProblem:
     def _check_statistics(self, y: Tensor, partials: Tensor, rows: int) -> None:
         """Check the mean and variance of the stored output ``y`` that a launch computed by tile."""
         norm = Norm(None, None, None, None, True, 0.1, 1e-5)
-        found, _ = batch_norm.finalize(partials, rows, self.spec.gemm_m, norm, None, None, y.dtype, "")
+        found, _ = batch_norm.finalized(partials, rows, self.spec.gemm_m, norm, y.dtype)
         mean, var = y.double().mean((0, 2, 3)), y.double().var((0, 2, 3), unbiased=False)
         for name, got, want in (("mean", found[MEAN], mean), ("deviation", 1 / found[INVSTD], (var + norm.eps).sqrt())):
             worst = ((got.double() - want).abs() / (var + norm.eps).sqrt()).max().item()
@@ -184,9 +190,11 @@ def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", see
         channels = y.shape[1]
         norm = Norm(1 + 0.2 * random(channels), 0.5 * random(channels), None, None, batch, 0.1, 1e-5)
         if not batch:
-            return batch_norm.constant(norm, channels, None, None, dtype, y.device)
-        partials, rows = batch_norm.statistics(y)
-        return batch_norm.finalize(partials, rows, y.numel() // channels, norm, None, None, dtype, "")
+            out = batch_norm.outputs(channels, dtype, y.device)
+            batch_norm.constant(norm, None, None, out)
+            return out
+        partials, rows = cudnn_passes.statistics(y)
+        return batch_norm.finalized(partials, rows, y.numel() // channels, norm, dtype)
 
     weight = random(c.co, c.ci // c.groups, c.r, c.s) / c.gemm_k**0.5
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -197,5 +205,6 @@ def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", see
     vectors, _ = normed(y, c.batch_stats)
     away = y.float() - _over(vectors[MEAN])
     sums = torch.stack([g.float().sum((0, 2, 3)), (g.float() * away).sum((0, 2, 3))])[:, None]
-    coefficients, packed, _, _ = batch_norm.coefficients(sums, vectors, c.batch_stats, dtype, "")
-    return TrainingProblem(launch, weight, act, Grad(g, y, coefficients, packed, c.batch_stats))
+    grad = norm_gradient.gradient_of(g, y, c.batch_stats)
+    norm_gradient.coefficients(grad, sums, vectors)
+    return TrainingProblem(launch, weight, act, grad)

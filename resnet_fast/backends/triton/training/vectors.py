@@ -48,8 +48,9 @@ LO, HI, THRESHOLD = range(3)
 A, B, C = range(3)
 """Rows of ``coefficients`` (3, C) fp32."""
 
-BETA_HI, BETA_LO, GAMMA = range(3)
-"""Rows of ``packed`` coefficients (3, C), in the dtype of ``y``; only for 16-bit tensors."""
+BETA_HI, BETA_LO, GAMMA, NEG_GAMMA = range(4)
+"""Rows of ``packed`` coefficients (4, C), in the dtype of ``y``; only for 16-bit tensors. NEG_GAMMA: -GAMMA, which
+conv_dgrad reads in place of g outside the image."""
 
 
 class Act(NamedTuple):

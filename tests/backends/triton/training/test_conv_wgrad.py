@@ -5,6 +5,7 @@ gamma of both norms has both signs and zeros; NaN surrounds inputs and parameter
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -54,6 +55,26 @@ def test_geometry_without_batch_statistics(name: str, poisoned_outputs: None) ->
     """dy = A*g; y holds NaN and is not read."""
     case(GEOMETRIES[name], "none").check(TILE)
     case(GEOMETRIES[name].with_(dtype="float32"), "none").check(TILE)
+
+
+PARAMETERS = covering(
+    product(
+        ["1x1", "3x3", "7x7_three_channels", "groups_merged"],
+        ["nchw", "nhwc"],
+        [torch.float32, torch.float16, torch.bfloat16],
+    )
+)
+
+
+@pytest.mark.parametrize("name,layout,dtype", PARAMETERS)
+def test_any_parameter(name: str, layout: str, dtype: torch.dtype, poisoned_outputs: None) -> None:
+    """The same sums, rounded to the parameter's dtype, in its strides."""
+    spec = GEOMETRIES.get(name, conv(20, 24, 1 if name == "1x1" else 3, n=2))
+    c = case(spec, "packed")
+    want = c.run(TILE)
+    c.layout, c.parameter = layout, dtype
+    dw, weight = c.run(TILE), c.weight()
+    assert dw.stride() == weight.stride() and torch.equal(dw, want.to(dtype))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, 9, 13])

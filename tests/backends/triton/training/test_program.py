@@ -156,7 +156,6 @@ def test_a_program_holds_no_more_memory_than_its_launchers(
         found.append((made, counted.peak))
         return ""
 
-    monkeypatch.setenv("RESNET_FAST_PROLOGUE", "exact")
     monkeypatch.setattr(submission, "planned", planned)
     call = bottleneck(ci, width, stride, size)
     needs = [True, False, *[t is not None for t in call.leaves()[2:]]]

@@ -1,0 +1,63 @@
+r"""Order the programs of one launch: who arrives last at a counter, and who waits for whom.
+
+    programs of a channel block      [ chunk 0 ] [ chunk 1 ] [ chunk 2 ]   store partial results, then ``arrive``
+                                           \          |          /
+    the one that arrives last                  merges them in the order of the chunks, not of arrival
+                                                      |
+    programs that need its result          ``wait`` until every channel block has arrived
+
+So one launch does the work of two or three, and its result does not depend on which program is last.
+
+Counters. A pass (forward or backward) of a call has one row of int32 per norm: TICKET, READY, then one per channel
+block. The pass's first launch sets all to 0, and each row is used by one launch of the pass. Nothing is kept between
+passes: passes on other streams have other memory, a CUDA graph's replay clears its own, and a pass that failed leaves
+nothing behind.
+
+Memory. ``arrive`` is a release of everything that the program has stored, and an acquire of what others released
+there: a barrier of the program's threads comes before the atomic addition, and Triton passes its result on behind
+another one. L1 is not coherent, so what other programs of the launch stored is read past it (``cache_modifier=".cg"``).
+
+No deadlock. A program that waits has drawn its number from TICKET, and those it waits for have lower numbers: they
+have begun, and wait for nothing. How the GPU orders programs does not matter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TICKET, READY, BLOCKS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Places in a row of counters: programs that have begun, channel blocks that are ready, the first channel block's."""
+
+WIDTH = tl.constexpr(1024)
+
+
+def counters_for(like: Tensor, norms: int, blocks: int) -> Tensor:
+    """Return counters (norms, 2 + blocks) int32 for norms of up to ``blocks`` channel blocks, to be cleared."""
+    return like.new_empty((norms, 2 + blocks), dtype=torch.int32)
+
+
+@triton.jit
+def clear_in_first_program(counters_ptr, counters):
+    """Set ``counters`` counters to 0, in a launch that does not use them; nothing if ``counters_ptr`` is None."""
+    if counters_ptr is not None:  # noqa: SIM102 (the compiler decides the outer condition, the program the inner one)
+        if tl.program_id(0) == 0:
+            for start in range(0, counters, WIDTH):
+                at = start + tl.arange(0, WIDTH)
+                tl.store(counters_ptr + at, tl.zeros_like(at), mask=at < counters)
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Return how many programs arrived before this one, after all its stores."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, programs):
+    """Return when ``programs`` programs have arrived."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < programs:
+        pass
