@@ -11,11 +11,13 @@ PyTorch spends most of its host time there, so a ratio to it is an upper bound.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
 import os
 import warnings
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,15 +89,27 @@ def launch_address() -> int:
 
 
 def _built() -> Path:
-    """Build the library where PyTorch keeps extensions, unless it is there, and load it."""
+    """Build the library where PyTorch keeps extensions, unless it is there.
+
+    Its name there follows the source and torch's version, since torch's own cache tells neither apart: another
+    version's library lacks symbols. Nothing is locked, and the file appears whole: a build that is killed leaves the
+    next ones nothing to wait for.
+    """
     from torch.utils import cpp_extension
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        built = cpp_extension.load(
-            "resnet_fast_null_gpu", [str(SOURCE)], extra_cflags=["-O2", "-w"], with_cuda=False, is_python_module=False
-        )
-    return Path(built)
+    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    kept = folder / f"resnet_fast_null_gpu_{key}.so"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as place, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built = cpp_extension.load(
+                "resnet_fast_null_gpu", [str(SOURCE)], extra_cflags=["-O2", "-w"], build_directory=place,
+                with_cuda=False, is_python_module=False,
+            )  # fmt: skip
+            os.replace(built, kept)
+    return kept
 
 
 def _replace_queries() -> None:
@@ -155,6 +169,8 @@ class _Utils:
     def fill_tma_descriptor_tiled(self, *args: Any) -> object:
         return args
 
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # its name before Triton 3.7
+
 
 def _replace_driver(compile_kernels: bool) -> None:
     import triton
@@ -175,12 +191,26 @@ def _replace_driver(compile_kernels: bool) -> None:
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
 
-    nvidia.PyKernelArg = lambda nested_tuple, type: (nested_tuple, type)
-    nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = range(3)
-    triton.runtime.driver.set_active(Driver())
+    driver = Driver()
+    _replace_launch(nvidia, driver.utils)
+    triton.runtime.driver.set_active(driver)
     if not compile_kernels:
         os.environ["RESNET_FAST_COMPILE_WORKERS"] = "0"
         triton.compiler.compile = _uncompiled
+
+
+def _replace_launch(nvidia: Any, utils: _Utils) -> None:
+    """Have Triton's launcher call ``utils.launch``.
+
+    Until Triton 3.6 it compiles a C function for each signature, against the driver's library. Since then it calls one
+    function of the driver's, with types that are C.
+    """
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.library_dirs = list
+        nvidia.compile_module_from_src = lambda *args, **kwargs: SimpleNamespace(launch=utils.launch)
+    else:
+        nvidia.PyKernelArg = lambda nested_tuple, type: (nested_tuple, type)
+        nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = range(3)
 
 
 def _uncompiled(src: Any, target: Any = None, options: Any = None, **kwargs: Any) -> Any:
