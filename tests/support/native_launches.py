@@ -12,7 +12,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +30,12 @@ TYPES = {
     "fp32": ctypes.c_float, "fp64": ctypes.c_double,
 }  # fmt: skip
 
+C_TYPES = {
+    "CUdeviceptr": "*", "CUtensorMap": "nvTmaDesc", "int8_t": "i8", "int16_t": "i16", "int32_t": "i32",
+    "int64_t": "i64", "uint32_t": "fp32", "uint64_t": "fp64",
+}  # fmt: skip
+"""Types of parameters in the C that Triton 3.6 generates. No kernel here takes an unsigned number."""
+
 Row = tuple[str, tuple[int, ...], int, int, list[bytes]]
 
 
@@ -38,12 +46,28 @@ class Launcher:
         self.kept: list[Row] = []
 
     def launch(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-        _, _, (warps, clusters, shared), *_, scratch, profile, annotations, signature, arguments = rest
-        assert clusters == 1 and stream == 0
+        _, _, about, *_, scratch, profile, annotations, signature, arguments = rest
         flat = [a for (_, kind), a in zip(annotations, arguments, strict=True) if kind == nvidia.ARG_KERNEL]
         packed = [_bytes(kind, value) for kind, value in zip(signature, flat, strict=True)]
-        packed += [_bytes("*", scratch), _bytes("*", profile)]
-        self.kept.append((null_gpu._names[function], (x, y, z), 32 * warps, shared, packed))
+        self._keep((x, y, z), stream, function, about, [*packed, _bytes("*", scratch), _bytes("*", profile)])
+
+    def compiled(self, src: str, **kwargs: Any) -> SimpleNamespace:
+        """Return the module of the C function that Triton 3.6 has generated for a signature."""
+        declared = re.search(r"CUdeviceptr profile_scratch((?:, \w+ arg\d+)*)\) \{", src)
+        assert declared
+        parameters = [(kind, int(i)) for kind, i in re.findall(r"(\w+) arg(\d+)", declared[1])]
+
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            _, _, scratch, profile, about, _, _, _, *arguments = rest
+            packed = [_bytes(C_TYPES[kind], arguments[i]) for kind, i in parameters]
+            self._keep((x, y, z), stream, function, about, [*packed, _bytes("*", scratch), _bytes("*", profile)])
+
+        return SimpleNamespace(launch=launch)
+
+    def _keep(self, grid: tuple[int, ...], stream: int, function: int, about: Any, packed: list[bytes]) -> None:
+        warps, clusters, shared = about
+        assert clusters == 1 and stream == 0
+        self.kept.append((null_gpu._names[function], grid, 32 * warps, shared, packed))
 
 
 def _bytes(kind: str, value: Any) -> bytes:
@@ -64,6 +88,7 @@ def main() -> None:
     launcher, library = Launcher(), native.submitter()
     utils: Any = triton.runtime.driver.active.utils
     utils.launch, utils.build_signature_metadata = launcher.launch, list
+    nvidia.compile_module_from_src = launcher.compiled
     compared: Counter[str] = Counter()
 
     def both(self: Any, leaves: Any) -> Any:
