@@ -84,6 +84,10 @@ class Proofs:
         """Keep a verdict: why the config is refused, or an empty text for a proof."""
         self.verdicts.setdefault(str(small(launch)), {})[str(config)] = refusal
 
+    def of_subject(self, subject: str) -> str | None:
+        """Return why ``subject``, which is no config, is refused; an empty text if it is proved, None if not tried."""
+        return self.verdicts.get(subject, {}).get("")
+
     def refusals(self, launch: LaunchSpec) -> dict[str, str]:
         """Return the refused configs of a launch, as printed, with the reasons."""
         return {name: why for name, why in self.verdicts.get(str(small(launch)), {}).items() if why}

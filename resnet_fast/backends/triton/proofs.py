@@ -161,6 +161,52 @@ def _prove(
         raise BackendError(f"proving {names} broke the CUDA context ({broken}); start the process again without them")
 
 
+HAND_OVER = "programs of one launch hand results over"
+
+
+def require_hand_over(check: Callable[[torch.device], None], device: torch.device, table: Table) -> tuple[str, bool]:
+    """Prove once per GPU that the programs of one launch hand results over to each other.
+
+    Args:
+        check: raises if they do not.
+        device: where to prove it.
+        table: what is known of the GPU; the verdict is added.
+
+    Returns:
+        Why it could not be proved now, empty if it is proved; and whether that lasts.
+
+    Raises:
+        BackendError: they do not.
+    """
+    if device.type != "cuda":  # the interpreter runs one program after another
+        return "", True
+    refusal = table.proofs.of_subject(HAND_OVER)
+    if refusal is None:
+        reason, lasts = obstacle(device)
+        if reason:
+            return f"not proved that {HAND_OVER}: {reason}", lasts
+        with _lock, ThreadPoolExecutor(1) as pool:
+            refusal = pool.submit(_checked, check, device).result()
+        _keep_subject(table, HAND_OVER, refusal)
+    if refusal:
+        raise BackendError(
+            f"backend 'triton' cannot train on {table.gpu}, where its proof that {HAND_OVER} failed ({refusal}); train "
+            "with backend 'reference'"
+        )
+    return "", True
+
+
+def _checked(check: Callable[[torch.device], None], device: torch.device) -> str:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
+        return failure(lambda: check(device))
+
+
+def _keep_subject(table: Table, subject: str, refusal: str) -> None:
+    """Keep a verdict on what is no config, in ``table`` and in the user's file."""
+    table.proofs.verdicts[subject] = {"": refusal}
+    _add(table.gpu, proofs.Proofs(table.gpu, versions(), {subject: {"": refusal}}))
+
+
 def keep(table: Table, found: Iterable[tuple[LaunchSpec, Config, str]]) -> None:
     """Keep verdicts in ``table`` and in the user's file.
 
@@ -178,12 +224,16 @@ def keep(table: Table, found: Iterable[tuple[LaunchSpec, Config, str]]) -> None:
             _log.warning("%s of %s is refused on %s: %s; another config runs", config, launch, table.gpu, why)
         else:
             _log.info("%s of %s is proved on %s", config, launch, table.gpu)
-    if not new.verdicts:
-        return
+    if new.verdicts:
+        _add(table.gpu, new)
+
+
+def _add(gpu: str, new: proofs.Proofs) -> None:
+    """Add verdicts to the user's file; a file that cannot be written is no error."""
     try:
-        proofs.add(proofs.user_file(table.gpu), new)
+        proofs.add(proofs.user_file(gpu), new)
     except OSError as error:
-        _log.warning("verdicts on configs are not kept (%s); the next process proves them again", error)
+        _log.warning("verdicts are not kept (%s); the next process proves them again", error)
 
 
 def _broken(device: torch.device) -> str:

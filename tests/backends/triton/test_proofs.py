@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,11 +190,47 @@ def test_verdicts_that_cannot_be_kept_hold_for_this_process(
     monkeypatch.setattr(verdicts, "add", fail)
     table = Table("Read-only")
     assert eight(settle(table)[0]) and eight(settle(table)[0]) and len(asked) == 1
-    assert "verdicts on configs are not kept" in caplog.text
+    assert "verdicts are not kept" in caplog.text
 
 
 SMALL = {"n": 1, "h": 6, "w": 6, "ci": 16, "co": 16, "r": 3, "s": 3, "padding": (1, 1), "dtype": "float16"}
 EIGHT = {"num_warps": 8, "num_stages": 1}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_training_needs_one_proof_per_gpu_that_programs_hand_results_over(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from resnet_fast.backends.triton import proofs
+
+    monkeypatch.setenv(flags.CACHE, str(tmp_path))
+    monkeypatch.setattr(proofs, "obstacle", lambda device: ("", True))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    checked = []
+
+    def check(device: torch.device) -> None:
+        checked.append(device)
+        if wrong:
+            raise AssertionError("the mean of run 3")
+
+    gpu = torch.device("cuda", 1)
+    for _ in range(2):  # two processes
+        table = Table("Some GPU", proofs=proofs.load("Some GPU"))
+        for _ in range(2):
+            if wrong:
+                with pytest.raises(BackendError, match=r"cannot train on Some GPU.*the mean of run 3.*'reference'"):
+                    proofs.require_hand_over(check, gpu, table)
+            else:
+                assert proofs.require_hand_over(check, gpu, table) == ("", True)
+    assert checked == [gpu]
+
+
+def test_a_hand_over_that_cannot_be_proved_now_is_named_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fast.backends.triton import proofs
+
+    monkeypatch.setattr(proofs, "obstacle", lambda device: ("a CUDA graph is being captured", False))
+    note, lasts = proofs.require_hand_over(lambda device: None, torch.device("cuda", 0), Table("Some GPU"))
+    assert note.startswith("not proved that programs") and note.endswith("is being captured") and not lasts
 
 
 @pytest.mark.interpret

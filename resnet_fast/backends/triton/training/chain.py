@@ -35,7 +35,7 @@ from .. import proofs
 from ..device import Target, device_of, place_of, planned_for, table_of, table_version
 from ..launch import nhwc
 from ..submission import Passes
-from . import batch_norm, block_end, conv_wgrad, convolution, norm_gradient, pack, pool
+from . import batch_norm, block_end, conv_wgrad, convolution, hand_over, norm_gradient, pack, pool
 from .arrival import counters_for
 from .convolution import Packed
 from .problem import training_problem
@@ -97,8 +97,9 @@ def _plan(spec: Spec, device: torch.device, packed: bool) -> tuple[StepPlan, boo
     def pairs(plan: StepPlan) -> list[proofs.Pair]:
         return [pair for (c, raw), found in zip(convs, plan.chosen, strict=True) for pair in found.chosen(c, raw)]
 
+    doubt, proved = proofs.require_hand_over(hand_over.check, place, table)
     found, note, lasts = proofs.settled(plan, pairs, training_problem, place, table)
-    return replace(found, note=note), lasts
+    return replace(found, note="; ".join(filter(None, (doubt, note)))), lasts and proved
 
 
 # ---------------------------------------------------------------------------------------------------------- forward

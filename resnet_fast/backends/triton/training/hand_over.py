@@ -1,0 +1,65 @@
+"""Check on a GPU that the programs of one launch hand results over to each other, as arrival.py arranges it.
+
+No interpreter shows the order in which multiprocessors see each other's memory. So before the first training step on a
+GPU, :func:`check` runs the two kernels that depend on it, at the size of ResNet-50's first stage with a batch of 256:
+49 chunks of tiles per channel block, and a packing that waits for all channel blocks. Each run has other numbers, so
+that a result of an earlier run, left in memory, is wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ....calls import Norm
+from ....spec import ConvSpec
+from . import batch_norm, norm_gradient, pack
+from .vectors import FOLD, MEAN, THR
+
+TILES, ROWS, CHANNELS, OUT = 6272, 128, 256, 512
+RUNS = 50
+
+
+def check(device: torch.device, tiles: int = TILES, runs: int = RUNS) -> None:
+    """Run both kernels and compare with fp64.
+
+    Args:
+        device: a GPU, or the CPU in Triton's interpreter.
+        tiles: tiles of ``ROWS`` rows.
+        runs: number of runs with other numbers each.
+
+    Raises:
+        AssertionError: a run gave a wrong result.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    weight = random(OUT, CHANNELS, 1, 1)
+    conv = ConvSpec(1, 8, 8, CHANNELS, OUT, 1, 1, (1, 1), (0, 0), (1, 1), 1, "float16", "nhwc")
+    y = torch.zeros(1, CHANNELS, 1, 1, dtype=torch.float16, device=device)
+    for run in range(runs):
+        norm = Norm(1 + random(CHANNELS).abs(), random(CHANNELS), None, None, True, 0.1, 1e-5)
+        partials = torch.stack([random(tiles, CHANNELS) + run, ROWS * (1 + random(tiles, CHANNELS).abs())])
+        out = vectors, _ = batch_norm.outputs(CHANNELS, torch.float16, device)
+        vectors.fill_(float("nan"))
+        w, const, passenger = pack.forward_passenger(weight, torch.float16, conv, vectors)
+        batch_norm.finalize(partials, ROWS, tiles * ROWS, norm, None, None, out, passenger=passenger)
+        _compare(f"mean of run {run}", vectors[MEAN], partials[0].double().mean(0))
+        folded = (weight[:, :, 0, 0] * vectors[FOLD]).half()
+        _compare(f"packed weight of run {run}", w.flatten(1), folded.double())
+        assert const is not None
+        _compare(f"constant of run {run}", const, -(folded.double() @ vectors[THR].double()))
+        sums = torch.stack([random(tiles, CHANNELS), random(tiles, CHANNELS)])
+        grad = norm_gradient.gradient_of(y, y, True)
+        _, dbeta, _ = norm_gradient.coefficients(grad, sums, vectors, (norm.weight, norm.bias, None))
+        assert dbeta is not None
+        _compare(f"gradient of beta of run {run}", dbeta, sums[0].double().sum(0))
+
+
+def _compare(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Raise AssertionError unless ``found`` is ``wanted`` up to rounding; a result of other numbers is far from it."""
+    error = ((found.double() - wanted).norm() / wanted.norm()).item()
+    if not error < 1e-3:
+        raise AssertionError(f"expected the {what} within 1e-3 of fp64, got a relative error of {error:.2g}")
