@@ -65,9 +65,12 @@ def warm(
         What was compiled. A config that cannot be compiled is refused, and the next one is taken: ``failed``.
 
     Raises:
-        UserError: an unknown GPU; an input without elements; no convolution whose kernels are compiled at their launch.
-            BackendError: no compiler here; no GPU here, and none named.
+        UserError: ``x`` is no tensor; an unknown GPU; a batch below 1; no convolution whose kernels are compiled at
+            their launch. BackendError: no compiler here; no GPU here, and none named.
     """
+    if not isinstance(x, Tensor):
+        raise UserError("a tensor to warm with", type(x).__name__, "pass an input as the model takes it")
+    sizes = _batch_sizes(batches) or x.shape[:1]
     ahead = _ahead()
     target_of = ahead.target_of(gpu, x.device)
     here = None if gpu is not None else numbered(x.device if x.is_cuda else torch.device("cuda"))
@@ -77,7 +80,7 @@ def warm(
     if not train or not model.training:
         shadow.train(train)
     found: list[PlannedCall] = []
-    for n in batches or (x.shape[0],):
+    for n in sizes:
         shape = (n, *x.shape[1:])
         if 0 in shape:
             raise UserError("an input with elements", f"shape {shape}", "warm with the batches that will run")
@@ -89,6 +92,13 @@ def warm(
             "call resnet_fast.accelerate(model) first; resnet_fast.explain(model, x) says what runs and why",
         )
     return ahead.compile_ahead(found, target_of, on_progress)
+
+
+def _batch_sizes(batches: Iterable[int]) -> tuple[int, ...]:
+    sizes: tuple[Any, ...] = tuple(batches) if isinstance(batches, Iterable) else (None,)
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise UserError("batches of at least 1, such as (1, 8)", repr(batches), "correct batches")
+    return sizes
 
 
 def _ahead() -> Ahead:

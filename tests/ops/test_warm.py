@@ -121,7 +121,10 @@ def test_a_block_outside_of_a_net(given: list[str]) -> None:
     [
         ({"gpu": None}, resnet_fast.BackendError, "expected a GPU to compile for, got none; name one of h100"),
         ({"gpu": "h1000"}, resnet_fast.UserError, "did you mean h100"),
-        ({"batches": (1, 0)}, resnet_fast.UserError, "an input with elements"),
+        ({"batches": (1, 0)}, resnet_fast.UserError, r"batches of at least 1, such as \(1, 8\), got \(1, 0\)"),
+        ({"batches": 8}, resnet_fast.UserError, "batches of at least 1, .* got 8"),
+        ({"x": X[:0]}, resnet_fast.UserError, "an input with elements"),
+        ({"x": [X]}, resnet_fast.UserError, "a tensor to warm with, got list"),
         ({"model": nn.Conv2d(3, 8, 3)}, resnet_fast.UserError, "call resnet_fast.accelerate"),
     ],
 )
