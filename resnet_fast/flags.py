@@ -109,12 +109,12 @@ DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tr
 ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, SUBMIT, COMPILE_WORKERS, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
-"""Folder of measurements on this machine; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
+"""Folder of measurements and proofs made here; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""
 
 LIBRARY = "RESNET_FAST_LIBRARY"
 """File of a native library, built out of tree, to load instead of the package's own."""
 
-CACHE_FOLDER = Flag(CACHE, "", (), "folder of what tuning and explain measured here")
+CACHE_FOLDER = Flag(CACHE, "", (), "folder of what tuning and explain measured, and what was proved on this GPU")
 LIBRARY_FILE = Flag(
     LIBRARY, "", (), "file of a native library built out of tree, to load in place of the package's own"
 )
