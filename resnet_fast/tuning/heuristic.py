@@ -59,11 +59,3 @@ def rank_training(
     assert device.gpu is not None
     legal = training_configs.candidates(launch, device.gpu, packed, left_out)
     return tuple(sorted(((c, predict_seconds(launch, c, device)) for c in legal), key=lambda pair: pair[1]))
-
-
-def select_training(launch: LaunchSpec, device: Device, packed: bool) -> tuple[Config, float] | None:
-    """Return the fastest candidate that needs no proof, and its predicted seconds; None where there is none."""
-    assert device.gpu is not None
-    every = training_configs.admitted(launch, device.gpu, packed)
-    unproved = frozenset(c for c in every if configs.needs_proof(launch, c))
-    return next(iter(rank_training(launch, device, packed, unproved)), None)

@@ -125,7 +125,7 @@ def _merge_kernel(
 
 
 @triton.jit
-def _optional(ptr, c, c_mask, absent: tl.constexpr, C: tl.constexpr):
+def _optional(ptr, c, c_mask, absent: tl.constexpr):
     """Load a parameter as fp32; ``absent`` if there is none."""
     if ptr is None:
         return tl.zeros_like(c).to(tl.float32) + absent
@@ -140,7 +140,7 @@ def _store_vectors(
 ):  # fmt: skip
     """Store all rows of ``vectors`` and of ``clamp`` from the statistics of y."""
     c_mask = c < C
-    gamma, beta = _optional(gamma_ptr, c, c_mask, 1.0, C), _optional(beta_ptr, c, c_mask, 0.0, C)
+    gamma, beta = _optional(gamma_ptr, c, c_mask, 1.0), _optional(beta_ptr, c, c_mask, 0.0)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     scale = gamma * invstd
     shift = beta - mean * scale
@@ -173,11 +173,11 @@ def _store_vectors(
 @triton.jit
 def _centre(centre_ptr, bias_ptr, c, C: tl.constexpr):
     """Return (what the convolution subtracted before its one rounding, its bias); see conv_fwd.py."""
-    bias = _optional(bias_ptr, c, c < C, 0.0, C)
+    bias = _optional(bias_ptr, c, c < C, 0.0)
     if centre_ptr is None:
         return tl.zeros_like(bias), bias
     else:
-        return usable_centre(_optional(centre_ptr, c, c < C, 0.0, C) - bias), bias
+        return usable_centre(_optional(centre_ptr, c, c < C, 0.0) - bias), bias
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def _constant_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre, bias = _centre(centre_ptr, bias_ptr, c, C)
-    given, var = _optional(mean_ptr, c, c < C, 0.0, C), _optional(var_ptr, c, c < C, 1.0, C)
+    given, var = _optional(mean_ptr, c, c < C, 0.0), _optional(var_ptr, c, c < C, 1.0)
     mean = given - centre - bias
     _store_vectors(centre, mean, var, 0.0, given, var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST)
 

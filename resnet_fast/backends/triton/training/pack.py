@@ -77,7 +77,7 @@ class Passenger(NamedTuple):
 
 
 @triton.jit
-def filter_elements(start, CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr):
+def filter_elements(start, CI: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr):
     """Return (k, r, s, ci) of WIDTH elements of a filter from ``start``, each (1, WIDTH)."""
     k = (start + tl.arange(0, WIDTH))[None, :]
     return k, k // (S * CI), k // CI % S, k % CI
@@ -89,7 +89,7 @@ def load_filters(
     CI: tl.constexpr, CO: tl.constexpr, OWN_CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the parameter's elements of filters ``co`` (rows, 1) from ``start``; 0 between members of a group."""
-    k, r, s, ci = filter_elements(start, CI, R, S, WIDTH)
+    k, r, s, ci = filter_elements(start, CI, S, WIDTH)
     own = (k < R * S * CI) & (co < CO) & (ci // OWN_CI == member)
     at = co.to(tl.int64) * stride_co + ((ci % OWN_CI) * stride_ci + r * stride_r + s * stride_s)
     return tl.load(weight_ptr + at, mask=own, other=0.0).to(tl.float32)
@@ -121,7 +121,7 @@ def pack_forward_program(
             weight_ptr, start + WIDTH, co, member, stride_co, stride_ci, stride_r, stride_s,
             CI, CO, OWN_CI, R, S, WIDTH,
         )  # fmt: skip
-        k, _, _, ci = filter_elements(start, CI, R, S, WIDTH)
+        k, _, _, ci = filter_elements(start, CI, S, WIDTH)
         real = (k < R * S * CI) & (co < CO)
         own = real & (ci // OWN_CI == member)
         # w = round(weight * FOLD); total += w * THR
