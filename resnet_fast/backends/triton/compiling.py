@@ -132,7 +132,15 @@ def is_stored(job: KernelJob) -> bool:
     key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
     stored = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
     name = f"{source.name[:150]}.json"
-    return name in (stored.get_group(name) or {})
+    try:
+        return name in (stored.get_group(name) or {})
+    except ValueError:
+        # Until Triton 3.6, a broken list of files raises here, in its compiler and in every launch; later versions
+        # compile again, as happens once the list is gone.
+        broken = stored.get_file(f"__grp__{name}")
+        if broken is not None:  # else another process has removed it
+            Path(broken).unlink(missing_ok=True)
+        return False
 
 
 def compile_job(job: KernelJob) -> str:
