@@ -50,6 +50,11 @@ def missing_package(
     return UserError(f"{package}, {purpose}", got, todo)
 
 
+def named(error: BaseException) -> str:
+    """Return type and message of another library's error on one line, the message cut to 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def printable(text: str) -> str:
     """Escape characters that a terminal would interpret or an encoding would reject.
 

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from resnet_fast import flags
+from resnet_fast.errors import named
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tuning import configs, training_configs
 from resnet_fast.tuning.configs import Config
@@ -156,7 +157,7 @@ class _Proof:
         try:
             found = random.check(self.config)
         except AssertionError as error:
-            proofs.keep(table, [(self.launch, self.config, f"AssertionError: {' '.join(str(error).split())[:300]}")])
+            proofs.keep(table, [(self.launch, self.config, named(error))])
             raise
         proofs.keep(table, [(self.launch, self.config, "")])
         return found

@@ -19,6 +19,8 @@ from typing import Protocol
 
 import torch
 
+from ..errors import named
+
 _log = logging.getLogger("resnet_fast")
 
 Work = Callable[[], object]
@@ -110,7 +112,7 @@ def seconds(call: Work, device: torch.device) -> float:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            _log.info("a launch is timed outside a CUDA graph: %s", " ".join(str(error).split())[:300])
+            _log.info("a launch is timed outside a CUDA graph: %s", named(error))
             from triton.testing import do_bench
 
             return float(do_bench(call, warmup=5, rep=25, return_mode="median")) * 1e-3

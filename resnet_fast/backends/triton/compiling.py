@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import flags
+from ...errors import named
 from .launch import Launched
 
 WORKER_BYTES = 256 << 20
@@ -150,7 +151,7 @@ def compile_job(job: KernelJob) -> str:
     try:
         triton.compile(job.source(), target=job.target(), options=job.options)
     except Exception as error:  # of any stage of the compiler, or of the disk
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return named(error)
     return ""
 
 

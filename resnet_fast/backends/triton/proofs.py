@@ -27,7 +27,7 @@ import torch
 import triton
 
 from ... import flags
-from ...errors import BackendError
+from ...errors import BackendError, named
 from ...locks import ForkSafeLock
 from ...spec import LaunchSpec
 from ...tuning import proofs
@@ -93,7 +93,7 @@ def failure(attempt: Callable[[], Any]) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a compiler, a launch or a comparison: each makes a config unusable
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return named(error)
     return ""
 
 
@@ -243,7 +243,7 @@ def _broken(device: torch.device) -> str:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        return " ".join(str(error).split())[:300]
+        return named(error)
     return ""
 
 

@@ -7,7 +7,7 @@ pack.py         weights as the kernels read them
 batch_norm.py   statistics -> vectors                    norm_gradient.py   sums -> gradient coefficients
 arrival.py      who is last in a launch, and who waits   cudnn_passes.py    BatchNorm around a convolution on cuDNN
 block_end.py    BatchNorm + add + ReLU at a block's end  pool.py         BatchNorm + ReLU + max-pool of the stem
-passes.py       shared by the kernels without products
+passes.py       shared by the kernels without products   hand_over.py    the proof of arrival.py on a GPU
 convolution.py  one convolution in its three directions, on our kernels or on cuDNN's
 chain.py        the order of launches, forward and backward
 """

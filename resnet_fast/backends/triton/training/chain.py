@@ -10,7 +10,7 @@ r"""Run one training step of a call: forward and backward of a chain of convolut
 A convolution's prologue applies the norm and ReLU before it, and its epilogue computes the statistics of its output. A
 dgrad's prologue turns g into dy, and its epilogue applies the ReLU before it and computes the sums for that norm. So a
 layer writes its raw output once, and neither an activation nor dy. For each convolution and direction, the tuning table
-may select cuDNN instead (tuning/launch_plan.py), with the passes of block_end.py and batch_norm.py around it.
+may select cuDNN instead (tuning/launch_plan.py), with the passes of block_end.py and cudnn_passes.py around it.
 
 An op is a chain: ``conv_bn_act`` of one convolution, ``stem`` of one that ends in a max-pool.
 """
