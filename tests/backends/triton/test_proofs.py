@@ -274,7 +274,7 @@ def test_a_proof_of_a_training_launch_checks_all_that_it_computes(
 ) -> None:
     """Only what a step adds is wrong here, not the plain output: statistics, sums, the added gradient."""
     from resnet_fast.backends.triton import proofs
-    from resnet_fast.backends.triton.training import convolution
+    from resnet_fast.backends.triton.training import conv_wgrad, convolution
     from resnet_fast.backends.triton.training.problem import training_problem
 
     conv = ConvSpec(**SMALL, batch_stats=True, grad=True)  # type: ignore[arg-type]
@@ -292,7 +292,14 @@ def test_a_proof_of_a_training_launch_checks_all_that_it_computes(
         to = convolution.dgrad_to
         monkeypatch.setattr(convolution, "dgrad_to", lambda *args: (to(*args)[0], to(*args)[1] * 1.1))
         weight = convolution.wgrad
-        monkeypatch.setattr(convolution, "wgrad", lambda *args: weight(*args) * 1.1)
+
+        def more(*args: Any) -> Any:
+            dw, reduction = weight(*args)
+            if reduction.programs:
+                conv_wgrad.reduce_splits(reduction)
+            return dw * 1.1, conv_wgrad.NO_REDUCTION
+
+        monkeypatch.setattr(convolution, "wgrad", more)
     elif wrong:
         plain = convolution.dgrad
         monkeypatch.setattr(convolution, "dgrad", lambda *args, add=None, **more: plain(*args, **more))
