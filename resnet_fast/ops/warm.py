@@ -65,9 +65,11 @@ def warm(
         What was compiled. A config that cannot be compiled is refused, and the next one is taken: ``failed``.
 
     Raises:
-        UserError: ``x`` is no tensor; an unknown GPU; a batch below 1; no convolution whose kernels are compiled at
-            their launch. BackendError: no compiler here; no GPU here, and none named.
+        UserError: ``model`` is no module, ``x`` no tensor; an unknown GPU; a batch below 1; no convolution whose
+            kernels are compiled at their launch. BackendError: no compiler here; no GPU here, and none named.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
     if not isinstance(x, Tensor):
         raise UserError("a tensor to warm with", type(x).__name__, "pass an input as the model takes it")
     sizes = _batch_sizes(batches) or x.shape[:1]

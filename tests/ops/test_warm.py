@@ -125,6 +125,7 @@ def test_a_block_outside_of_a_net(given: list[str]) -> None:
         ({"batches": 8}, resnet_fast.UserError, "batches of at least 1, .* got 8"),
         ({"x": X[:0]}, resnet_fast.UserError, "an input with elements"),
         ({"x": [X]}, resnet_fast.UserError, "a tensor to warm with, got list"),
+        ({"model": "resnet18"}, resnet_fast.UserError, r"an nn\.Module, got str"),
         ({"model": nn.Conv2d(3, 8, 3)}, resnet_fast.UserError, "call resnet_fast.accelerate"),
     ],
 )
