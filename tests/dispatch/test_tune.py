@@ -308,7 +308,14 @@ def test_a_wrong_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from resnet_fast.backends.triton.training import conv_wgrad
 
     real = conv_wgrad.conv_wgrad
-    monkeypatch.setattr(conv_wgrad, "conv_wgrad", lambda *args: 1.01 * real(*args))
+
+    def wrong(*args: Any) -> Any:
+        dw, reduction = real(*args)
+        if reduction.programs:
+            conv_wgrad.reduce_splits(reduction)
+        return 1.01 * dw, conv_wgrad.NO_REDUCTION
+
+    monkeypatch.setattr(conv_wgrad, "conv_wgrad", wrong)
     tuned = tuned_step(*training_block(), path=tmp_path / "t", only="conv_wgrad")
     assert tuned.measured == 2 and tuned.refused
     assert all("over the budget" in reason for _, _, reason in tuned.refused)
