@@ -55,7 +55,7 @@ def test_a_warm_step_is_looked_up_once(autocast: bool) -> None:
         sys.setprofile(None)
     assert counts["key_of"] == 1
     assert counts["spec_of"] == counts["choose"] == counts["bind"] == counts["_flatten"] == 0
-    assert counts["leaves"] == 1
+    assert counts["leaves"] == 2  # of the forward pass by the op, of the backward pass by the planned one
     assert counts["with_leaves"] <= 2
 
 
