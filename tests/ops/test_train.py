@@ -38,9 +38,9 @@ def test_a_warm_step_is_looked_up_once(autocast: bool) -> None:
     counts: Counter[str] = Counter()
 
     def count(frame: Any, event: str, arg: Any) -> None:
-        code = frame.f_code
-        if event == "call" and "/resnet_fast/" in code.co_filename and "/backends/" not in code.co_filename:
-            counts[code.co_name] += 1
+        files = [f.f_code.co_filename for f in (frame, frame.f_back)]  # not what a backend calls
+        if event == "call" and "/resnet_fast/" in files[0] and not any("/backends/" in file for file in files):
+            counts[frame.f_code.co_name] += 1
 
     def one() -> None:
         with torch.autocast("cpu", torch.float16, enabled=autocast):
@@ -55,7 +55,7 @@ def test_a_warm_step_is_looked_up_once(autocast: bool) -> None:
         sys.setprofile(None)
     assert counts["key_of"] == 1
     assert counts["spec_of"] == counts["choose"] == counts["bind"] == counts["_flatten"] == 0
-    assert counts["leaves"] == 2  # of the forward pass by the op, of the backward pass by the planned one
+    assert counts["leaves"] == 1
     assert counts["with_leaves"] <= 2
 
 
