@@ -18,7 +18,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ import torch
 import triton
 
 from ... import flags
+from ...current_device import on_device
 from ...errors import BackendError, named
 from ...locks import ForkSafeLock
 from ...spec import LaunchSpec
@@ -197,7 +197,7 @@ def require_hand_over(check: Callable[[torch.device], None], device: torch.devic
 
 
 def _checked(check: Callable[[torch.device], None], device: torch.device) -> str:
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
+    with on_device(device), torch.no_grad():
         return failure(lambda: check(device))
 
 
@@ -254,6 +254,6 @@ def prove(
 
     It is called in a thread without the caller's modes.
     """
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
+    with on_device(device), torch.no_grad():
         random = problem(proofs.small(launch), device)
         return failure(lambda: random.check(config))

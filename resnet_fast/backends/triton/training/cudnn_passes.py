@@ -70,17 +70,9 @@ def statistics(y: Tensor) -> tuple[Tensor, int]:
     steps, tiles = walk(y, tile)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
     submit(
-        _statistics_kernel,
-        grid_of(tiles, y, tile[1]),
-        y,
-        partials,
-        rows_of(y),
-        tiles,
-        steps,
-        C=c,
-        BLOCK_M=tile[0],
-        BLOCK_C=tile[1],
-    )
+        _statistics_kernel, grid_of(tiles, y, tile[1]),
+        y, partials, rows_of(y), tiles, steps, C=c, BLOCK_M=tile[0], BLOCK_C=tile[1],
+    )  # fmt: skip
     return partials, steps * tile[0]
 
 
