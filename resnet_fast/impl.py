@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .current_device import on_device_of_call
+from .locks import load
 from .spec import YES, NetSpec, Spec, Verdict
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Impl:
         Returns the output, of the shape, dtype and layout that the spec states, which has elements; or a
         :class:`~resnet_fast.spec.Verdict` where the numbers in the call's tensors rule it out and nothing was written.
         """
-        return self._entered(importlib.import_module(self.module).run)
+        return self._entered(load(self.module).run)
 
     @cached_property
     def prepare(self) -> Callable[[Any, Any, list[Any]], Any]:
@@ -160,17 +160,17 @@ class Impl:
         Packed weights and launches; kept until a parameter changes. ``earlier``: the states of the same parameters for
         inputs of other sizes, to share parts with.
         """
-        return self._entered(importlib.import_module(self.module).prepare)
+        return self._entered(load(self.module).prepare)
 
     @cached_property
     def trainer(self) -> Training:
         """The module that ``training`` names."""
-        return _Trainer(importlib.import_module(self.training), self._entered)
+        return _Trainer(load(self.training), self._entered)
 
     @cached_property
     def compiler(self) -> Ahead:
         """The module that ``ahead`` names."""
-        module: Any = importlib.import_module(self.ahead)
+        module: Any = load(self.ahead)
         return module
 
     def runs_on(self, device: torch.device) -> Verdict:

@@ -1,15 +1,17 @@
-"""Provide a lock that is open in a forked child process.
+"""Provide a lock that is open in a forked child process, and imports that no fork cuts in two.
 
 A fork copies a lock in its current state. If another thread of the parent held it, nobody in the child would release
 it, and a ``DataLoader``'s worker would hang at its first call. Our locks guard caches that every step leaves usable, so
-the child can continue with them.
+the child can continue with them. Python's locks of modules are another kind: a module that is half imported at the fork
+stays so in the child, and its next import waits for ever. So a fork waits for our late imports instead.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
-from types import TracebackType
+from types import ModuleType, TracebackType
 from weakref import WeakSet
 
 
@@ -43,5 +45,16 @@ def _renew_all() -> None:
         lock._renew()
 
 
+_imports = threading.RLock()
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of the package during a call; a fork in another thread waits until it is there."""
+    with _imports:
+        return importlib.import_module(name)
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
     os.register_at_fork(after_in_child=_renew_all)
+    # The forking thread owns the lock on both sides, so that each can release it.
+    os.register_at_fork(before=_imports.acquire, after_in_parent=_imports.release, after_in_child=_imports.release)

@@ -20,6 +20,7 @@ from typing import Any
 
 from . import flags
 from .errors import BackendError
+from .locks import load
 from .spec import Verdict
 
 LIBRARY = "resnet_fast._C"
@@ -36,7 +37,7 @@ def _import(name: str) -> ModuleType:
     """Import a module, from the file that RESNET_FAST_LIBRARY names if it is the library."""
     named = os.environ.get(flags.LIBRARY)
     if name != LIBRARY or not named:
-        return importlib.import_module(name)
+        return load(name)
     loader = importlib.machinery.ExtensionFileLoader(name, named)
     spec = importlib.util.spec_from_file_location(name, named, loader=loader)
     assert spec is not None

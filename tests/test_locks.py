@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import resnet_fast
 from resnet_fast import parameter_cache
 from resnet_fast.backends.onednn import net as _  # noqa: F401 (its lock takes part)
-from resnet_fast.locks import ForkSafeLock, _all
+from resnet_fast.locks import ForkSafeLock, _all, load
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
@@ -98,7 +99,7 @@ def test_a_child_finds_held_locks_open_and_a_net_runs_there() -> None:
         def work() -> None:
             for _ in range(6):  # the fifth may compile
                 torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
-            small_net()(torch.randn(2, 3, 32, 32))
+            small_net()(torch.ones(2, 3, 32, 32))
             assert resnet_fast.stats()["calls"]
 
         with held(list(_all)):
@@ -115,21 +116,34 @@ def test_the_parent_keeps_its_locks() -> None:
     lock.release()
 
 
+def test_a_fork_waits_for_an_import_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the child waits for ever for the thread that imports, which it does not have."""
+    (tmp_path / "imported_late.py").write_text("import time\nstarted = True\ntime.sleep(0.5)\ndone = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    thread = threading.Thread(target=load, args=("imported_late",))
+    thread.start()
+    while not hasattr(sys.modules.get("imported_late"), "started"):
+        time.sleep(0.001)
+    in_child(lambda: load("imported_late").done, seconds=20)
+    thread.join()
+
+
 @pytest.mark.slow
 def test_children_of_a_serving_process_run_nets() -> None:
-    net, stop = small_net(), threading.Event()
+    """The images are drawn before: PyTorch's generator has a lock of its own, which a child would find held."""
+    net, stop, x = small_net(), threading.Event(), torch.randn(1, 3, 32, 32)
 
     def serve() -> None:
         with torch.inference_mode():
             while not stop.is_set():
-                net(torch.randn(1, 3, 32, 32))
+                net(x)
 
     thread = threading.Thread(target=serve)
     thread.start()
     try:
         with torch.inference_mode():
             for _ in range(12):
-                in_child(lambda: net(torch.randn(1, 3, 32, 32)))
+                in_child(lambda: net(x))
     finally:
         stop.set()
         thread.join()

@@ -19,6 +19,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .children import geometry
 
+# Imports its parts at its first call. Done here: a process that forks while a thread is inside that import would leave
+# the child an import that never ends.
+torch.onnx.is_in_onnx_export()
+
 NORMS = "BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity"
 
 

@@ -10,7 +10,6 @@ Backends never import dispatch.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from types import ModuleType
 
@@ -18,6 +17,7 @@ import torch
 
 from .. import flags, float32
 from ..impl import Impl
+from ..locks import load
 from ..spec import Verdict
 
 NAMES = tuple(name for name in flags.BACKENDS if name != "auto")
@@ -25,7 +25,7 @@ NAMES = tuple(name for name in flags.BACKENDS if name != "auto")
 
 @cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"resnet_fast.backends.{name}")
+    return load(f"resnet_fast.backends.{name}")
 
 
 @cache

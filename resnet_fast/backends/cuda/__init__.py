@@ -11,13 +11,13 @@ for by name; ``auto`` never chooses the emulator.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 
 import torch
 
 from ... import native
 from ...impl import Impl
+from ...locks import load
 from ...spec import NetSpec, Spec, Verdict
 from ..refusals import inference_only, recent_gpu, recent_gpus
 from .device import EMULATED
@@ -50,7 +50,7 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
     inference = inference_only(spec, DTYPES)
     if not inference:
         return inference
-    found: Verdict = importlib.import_module(f"{__name__}.plan").verdict(spec)
+    found: Verdict = load(f"{__name__}.plan").verdict(spec)
     return found
 
 

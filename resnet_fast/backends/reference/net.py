@@ -6,7 +6,6 @@ weights would have been given the user's NCHW input, and rounds differently ther
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from ...calls import NetCall
+from ...locks import load
 from ...spec import NetSpec
 
 
 @cache
 def _runner(op: str) -> Callable[..., Any]:
-    run: Callable[..., Any] = importlib.import_module(f".{op}", __package__).run
+    run: Callable[..., Any] = load(f"{__package__}.{op}").run
     return run
 
 
