@@ -1,17 +1,18 @@
 // Submit the launches of a planned pass in one call.
 //
 //   program(launches) -> program      launches: a tuple of (name, function, (gx, gy, gz), threads, shared, arguments)
-//   submit(program, addresses, device, stream) -> bool
+//   submit(program, addresses, numbers, device, stream) -> bool
 //   sink(on) -> None                  keep launches instead of submitting them, for tests and for counting
 //   sunk() -> list                    those kept since the last call: (name, grid, threads, shared, arguments as bytes)
 //
 //   stand_in(address) -> None         submit to this function, of cuLaunchKernelEx's signature, and not to the driver;
 //                                     0: to the driver
 //
-// An argument is `bytes` (a value as the kernel reads it), (buffer, offset) for a pointer, or (buffer, offset, type,
-// swizzle, shape, strides in bytes, box, fill, bytes of an element) for a tensor map. `addresses` is a list with the
-// address of each buffer, and 0 where there is none. Kernels were compiled for pointers divisible by 16, so `submit`
-// launches nothing and returns False if an address is not.
+// An argument is `bytes` (a value as the kernel reads it), (place,) for an fp32 number of the call, (buffer, offset)
+// for a pointer, or (buffer, offset, type, swizzle, shape, strides in bytes, box, fill, bytes of an element) for a
+// tensor map. `addresses` is a list with the address of each buffer, and 0 where there is none; `numbers` is a list of
+// the call's numbers. Kernels were compiled for pointers divisible by 16, so `submit` launches nothing and returns
+// False if an address is not.
 //
 // These are plain Python functions and not ops: a dispatcher call with lists costs more than all the rest here. The
 // driver is found in the process by name, which needs no CUDA toolkit to build.
@@ -160,10 +161,11 @@ struct Map {
   std::uint32_t box[kMaxRank] = {};
 };
 
-// An argument's `size` bytes at `at` in a launch's block of arguments. With a buffer it is a pointer, or a map of one.
+// An argument's `size` bytes at `at` in a launch's block of arguments. With a buffer it is a pointer, or a map of one;
+// with a number it is the call's number of that place.
 struct Argument {
   std::size_t at = 0, size = 0;
-  int buffer = -1, map = -1;
+  int buffer = -1, map = -1, number = -1;
   std::uint64_t offset = 0;
 };
 
@@ -173,12 +175,18 @@ struct Launch {
   unsigned grid[3] = {1, 1, 1}, threads = 0, shared = 0;
   std::vector<Argument> arguments;
   std::vector<Map> maps;
-  std::vector<unsigned char> values;  // the block of arguments, with zeros where addresses go
+  std::vector<unsigned char> values;  // the block of arguments, with zeros where addresses and numbers go
 };
 
 struct Program {
   std::vector<Launch> launches;
-  std::size_t most_arguments = 0, most_bytes = 0, buffers = 0;
+  std::size_t most_arguments = 0, most_bytes = 0, buffers = 0, numbers = 0;
+};
+
+// What a run of a program is given: the address of each buffer, and the numbers of the call.
+struct Given {
+  std::vector<std::uint64_t> addresses;
+  std::vector<float> numbers;
 };
 
 // A launch as it would have been submitted; instead of a tensor map it has the address that the map is made of.
@@ -237,6 +245,9 @@ void append(Launch& launch, PyObject* given) {
     if (PyBytes_AsStringAndSize(given, &start, &size) < 0) throw PythonError();
     bytes = start;
     argument.size = static_cast<std::size_t>(size);
+  } else if (PyTuple_Size(given) == 1) {
+    argument.number = static_cast<int>(word_of(item(given, 0)));
+    argument.size = boundary = sizeof(float);
   } else {
     argument.buffer = static_cast<int>(word_of(item(given, 0)));
     argument.offset = word_of(item(given, 1));
@@ -303,14 +314,15 @@ class Block {
     start_ = values_.data() + (past == 0 ? 0 : kMapBytes - past);
   }
 
-  void fill(const Launch& launch, const std::vector<std::uint64_t>& addresses) {
+  void fill(const Launch& launch, const Given& given) {
     if (!launch.values.empty()) std::memcpy(start_, launch.values.data(), launch.values.size());
     for (std::size_t i = 0; i < launch.arguments.size(); ++i) {
       const Argument& argument = launch.arguments[i];
       unsigned char* at = start_ + argument.at;
       pointers_[i] = at;
+      if (argument.number >= 0) std::memcpy(at, &given.numbers[argument.number], sizeof(float));
       if (argument.buffer < 0) continue;
-      const std::uint64_t address = addresses[argument.buffer] + argument.offset;
+      const std::uint64_t address = given.addresses[argument.buffer] + argument.offset;
       if (argument.map < 0 || driverless_) {
         std::memcpy(at, &address, sizeof(address));
       } else {
@@ -343,11 +355,11 @@ class Block {
   bool driverless_;  // nothing can make a tensor map; its address stands for it
 };
 
-void submit_all(const Program& program, const std::vector<std::uint64_t>& addresses, int device, void* stream) {
+void submit_all(const Program& program, const Given& given, int device, void* stream) {
   Block block(program);
   if (sink_on) {
     for (const Launch& launch : program.launches) {
-      block.fill(launch, addresses);
+      block.fill(launch, given);
       block.sink(launch);
     }
     return;
@@ -357,7 +369,7 @@ void submit_all(const Program& program, const std::vector<std::uint64_t>& addres
   if (other == nullptr) entered.emplace(device);
   const LaunchFunction function = other == nullptr ? driver().launch : other;
   for (const Launch& launch : program.launches) {
-    block.fill(launch, addresses);
+    block.fill(launch, given);
     block.submit(launch, stream, function);
   }
 }
@@ -391,6 +403,7 @@ PyObject* make_program(PyObject*, PyObject* launches) {
       program->most_bytes = std::max(program->most_bytes, launch.values.size());
       for (const Argument& a : launch.arguments) {
         program->buffers = std::max(program->buffers, static_cast<std::size_t>(a.buffer + 1));
+        program->numbers = std::max(program->numbers, static_cast<std::size_t>(a.number + 1));
       }
       program->launches.push_back(std::move(launch));
     }
@@ -401,27 +414,42 @@ PyObject* make_program(PyObject*, PyObject* launches) {
   });
 }
 
-PyObject* submit(PyObject*, PyObject* given) {
+// Returns the length of a list of which a program reads the first `least`.
+Py_ssize_t length_of(PyObject* list, std::size_t least, const char* what) {
+  const Py_ssize_t count = PyList_Size(list);
+  if (count < 0) throw PythonError();
+  if (static_cast<std::size_t>(count) < least) {
+    throw std::runtime_error("expected " + std::string(what) + " " + std::to_string(least) + ", got " +
+                             std::to_string(count));
+  }
+  return count;
+}
+
+PyObject* submit(PyObject*, PyObject* arguments) {
   return guarded([&]() -> PyObject* {
-    auto* program = static_cast<Program*>(PyCapsule_GetPointer(item(given, 0), kCapsule));
+    auto* program = static_cast<Program*>(PyCapsule_GetPointer(item(arguments, 0), kCapsule));
     if (program == nullptr) throw PythonError();
-    PyObject* list = item(given, 1);
-    const int device = static_cast<int>(word_of(item(given, 2)));
-    void* stream = reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_of(item(given, 3))));
-    const Py_ssize_t count = PyList_Size(list);
-    if (count < 0) throw PythonError();
-    if (static_cast<std::size_t>(count) < program->buffers) {
-      throw std::runtime_error("expected the address of each of " + std::to_string(program->buffers) +
-                               " buffers, got " + std::to_string(count));
-    }
-    std::vector<std::uint64_t> addresses(count);
+    PyObject* addresses = item(arguments, 1);
+    PyObject* numbers = item(arguments, 2);
+    const int device = static_cast<int>(word_of(item(arguments, 3)));
+    void* stream = reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_of(item(arguments, 4))));
+    Given given;
+    given.addresses.resize(length_of(addresses, program->buffers, "the address of each buffer:"));
     std::uint64_t bits = 0;
-    for (Py_ssize_t i = 0; i < count; ++i) bits |= addresses[i] = word_of(PyList_GetItem(list, i));
+    for (std::size_t i = 0; i < given.addresses.size(); ++i) {
+      bits |= given.addresses[i] = word_of(PyList_GetItem(addresses, static_cast<Py_ssize_t>(i)));
+    }
     if (bits % kAlignment != 0) Py_RETURN_FALSE;
+    given.numbers.resize(length_of(numbers, program->numbers, "the numbers of the call:"));
+    for (std::size_t i = 0; i < given.numbers.size(); ++i) {
+      const double value = PyFloat_AsDouble(PyList_GetItem(numbers, static_cast<Py_ssize_t>(i)));
+      if (PyErr_Occurred()) throw PythonError();
+      given.numbers[i] = static_cast<float>(value);
+    }
     std::string failure;
     PyThreadState* thread = PyEval_SaveThread();
     try {
-      submit_all(*program, addresses, device, stream);
+      submit_all(*program, given, device, stream);
     } catch (const std::exception& error) {
       failure = error.what();
     }
@@ -473,8 +501,8 @@ PyMethodDef* submission_methods() {
   static PyMethodDef methods[] = {
       {"program", make_program, METH_O, "program(launches) -> the launches of a pass, ready to submit"},
       {"submit", submit, METH_VARARGS,
-       "submit(program, addresses, device, stream) -> bool: launch all of it; False if an address is not divisible by "
-       "16"},
+       "submit(program, addresses, numbers, device, stream) -> bool: launch all of it; False if an address is not "
+       "divisible by 16"},
       {"sink", set_sink, METH_O, "sink(on): keep launches instead of submitting them"},
       {"sunk", take_sunk, METH_NOARGS, "sunk() -> the launches kept since the last call"},
       {"stand_in", set_stand_in, METH_O,

@@ -4,7 +4,7 @@
 
 Runs training steps and inference on the null GPU, each pass twice in the same memory: submitted natively into the
 library's sink, and launch by launch through Triton's launcher, whose arguments are packed here by the types of its
-signature. Prints JSON: the number of launches compared, and how each pass ran.
+signature. Prints JSON: the number of launches compared, how each pass ran, and the most passes planned for a problem.
 """
 
 from __future__ import annotations
@@ -91,18 +91,18 @@ def main() -> None:
     nvidia.compile_module_from_src = launcher.compiled
     compared: Counter[str] = Counter()
 
-    def both(self: Any, leaves: Any) -> Any:
+    def both(self: Any, leaves: Any, numbers: Any) -> Any:
         found = self.program
         fresh, arena = found.allocate(self.device)
         held = [fresh, arena]
         found.__dict__["allocate"] = lambda device: held
         launcher.kept.clear()
         library.sink(True)
-        results = real(self, leaves)
+        results = real(self, leaves, numbers)
         library.sink(False)
         assert results is not None
         rows = [(name, grid, threads, shared, arguments) for name, grid, threads, shared, arguments in library.sunk()]
-        found.replay_in([*leaves, *self.fixed], fresh, arena)
+        found.replay_in([*leaves, *self.fixed], fresh, arena, numbers)
         del found.__dict__["allocate"]
         assert len(rows) == len(launcher.kept) == len(found.steps) == len(self.kernels)
         for ours, theirs in zip(rows, launcher.kept, strict=True):
@@ -115,8 +115,10 @@ def main() -> None:
     for net, shape in nets():
         run(net, shape)
     infer(resnet50(), (1, 3, 64, 64))
-    ways = sorted({way for plan in chain._plans.values() for way in plan.passes.ways})
-    print(json.dumps({"compared": compared, "ways": ways}), flush=True)
+    passes = [plan.passes for plan in chain._plans.values()]
+    ways = sorted({way for one in passes for way in one.ways})
+    variants = max(len(one.runners) for one in passes)
+    print(json.dumps({"compared": compared, "ways": ways, "variants": variants}), flush=True)
     os._exit(0)  # autograd's thread for the device would end the process by abort()
 
 
@@ -135,7 +137,10 @@ def run(net: torch.nn.Module, shape: tuple[int, ...]) -> None:
     for module, mode in zip(net.modules(), training, strict=True):
         module.training = mode
     x: Tensor = torch.empty(shape, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
-    for _ in range(2):
+    for step in range(2):
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 0.1 / (1 + step)  # as a schedule does
         with torch.autocast("cuda", torch.bfloat16):
             y = net(x)
         y.backward(torch.empty_like(y))

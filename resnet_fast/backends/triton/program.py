@@ -9,6 +9,9 @@ recorded instead of made:
                                                                     fresh     allocated for each run, and returned
                                                                     arena     one allocation for all temporaries
 
+A number that may differ at each call (a momentum) is recorded as a :class:`Number`, its place among the numbers of the
+call, and is part of no key: a run gets the tensors and the numbers of its call.
+
 A temporary is placed where nothing else lives from its first to its last launch: in a returned tensor that is written
 later, else in the arena. So a run holds no more memory than its launchers would.
 
@@ -19,7 +22,7 @@ A launcher that needs more than launches, allocations and views (a copy, a colle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,8 +59,34 @@ class Described(NamedTuple):
     block: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number of the call where a launcher passes it to a kernel: the one at ``place``, or 1 less it.
+
+    A launcher can pass it on, or subtract it from 1. Other arithmetic and a decision by it raise TypeError: a program
+    would keep the result of the call that it was planned for.
+    """
+
+    place: int
+    from_one: bool = False
+
+    def __rsub__(self, other: Any) -> Number:
+        return Number(self.place, from_one=True) if other == 1 and not self.from_one else NotImplemented
+
+    def __bool__(self) -> bool:
+        raise TypeError("expected a launcher that passes a number of the call on, got one that decides by it")
+
+    def of(self, numbers: Sequence[float]) -> float:
+        """Return its value in a call with these numbers."""
+        return 1 - numbers[self.place] if self.from_one else numbers[self.place]
+
+
 class PlannedLaunch(NamedTuple):
-    """A launch of a program. ``arguments``: numbers, None, and tensors as :class:`Place` or :class:`Described`."""
+    """A launch of a program.
+
+    ``arguments``: numbers, None, numbers of the call as :class:`Number`, and tensors as :class:`Place` or
+    :class:`Described`.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -85,6 +114,7 @@ class Program:
         arena: bytes of all temporaries.
         outputs: where each result is; None for none.
         read: the leaves that a launch reads or writes.
+        numbers: the numbers of the call that a launch takes, each once.
     """
 
     steps: tuple[PlannedLaunch, ...]
@@ -93,6 +123,7 @@ class Program:
     arena: int
     outputs: tuple[Place | None, ...]
     read: tuple[int, ...]
+    numbers: tuple[Number, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -122,16 +153,18 @@ class Program:
                 found.append(_view([*leaves, *fresh], place))
         return found
 
-    def replay(self, leaves: Outputs) -> list[Tensor | None]:
+    def replay(self, leaves: Outputs, numbers: Sequence[float] = ()) -> list[Tensor | None]:
         """Run the launches one by one through :func:`.launch.submit`, on the device of the leaves."""
         fresh, arena = self.allocate(next(t.device for t in leaves if t is not None))
-        return self.replay_in(leaves, fresh, arena)
+        return self.replay_in(leaves, fresh, arena, numbers)
 
-    def replay_in(self, leaves: Outputs, fresh: list[Tensor], arena: Tensor) -> list[Tensor | None]:
+    def replay_in(
+        self, leaves: Outputs, fresh: list[Tensor], arena: Tensor, numbers: Sequence[float] = ()
+    ) -> list[Tensor | None]:
         """:meth:`replay` in memory of :meth:`allocate`."""
         buffers = [*leaves, *fresh, arena]
         for step in self.steps:
-            submit(step.kernel, step.grid, *(_real(buffers, a) for a in step.arguments), **step.constants)
+            submit(step.kernel, step.grid, *(_real(buffers, numbers, a) for a in step.arguments), **step.constants)
         return self.results(leaves, fresh)
 
 
@@ -144,10 +177,12 @@ def _view(buffers: Outputs, place: Place) -> Tensor:
     return found.set_(base.untyped_storage(), start // found.element_size(), place.shape, place.strides)
 
 
-def _real(buffers: Outputs, argument: Any) -> Any:
-    """Return an argument of a launch with the tensors of a run."""
+def _real(buffers: Outputs, numbers: Sequence[float], argument: Any) -> Any:
+    """Return an argument of a launch with the tensors and numbers of a run."""
     if isinstance(argument, Place):
         return _view(buffers, argument)
+    if isinstance(argument, Number):
+        return argument.of(numbers)
     if isinstance(argument, Described):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -195,17 +230,18 @@ def meta(leaves: Outputs) -> list[Tensor | None]:
     ]
 
 
-def plan(run: Callable[[list[Any]], Outputs], leaves: Outputs) -> Program | str:
+def plan(run: Callable[[list[Any]], Outputs], leaves: Outputs, numbers: int = 0) -> Program | str:
     """Return the program of ``run``, or the reason why its launchers have to run each time.
 
     Args:
-        run: runs launchers on tensors like ``leaves``, on any device, and returns the results.
+        run: runs launchers on tensors like ``leaves``, on any device, and then numbers, and returns the results.
         leaves: the tensors of a call, or None for those that it does not have. Only shapes, strides and dtypes count.
+        numbers: how many numbers a call has.
     """
     given, mode = meta(leaves), _OnlyLaunches()
     try:
         with mode, recording() as launches:
-            outputs = run(given)
+            outputs = run([*given, *map(Number, range(numbers))])
     except _CannotPlan as reason:
         return str(reason)
     return _Places(given, launches, outputs).program()
@@ -233,7 +269,8 @@ class _Places:
             for one in self.launches
         ]
         outputs = tuple(None if t is None else self._at(t) for t in self.given)
-        return Program(tuple(steps), self.leaves, tuple(fresh), arena, outputs, tuple(sorted(self.read)))
+        read, numbers = tuple(sorted(self.read)), tuple(dict.fromkeys(_numbers(self.launches)))
+        return Program(tuple(steps), self.leaves, tuple(fresh), arena, outputs, read, numbers)
 
     def _find_lifetimes(self) -> None:
         """Note the first and the last launch of every storage."""
@@ -284,6 +321,10 @@ class _Places:
                 self._at(base), tuple(argument.shape), tuple(argument.strides), tuple(argument.block_shape)
             )
         return argument
+
+
+def _numbers(launches: Iterable[Launched]) -> Iterator[Number]:
+    return (a for launched in launches for a in launched.arguments if isinstance(a, Number))
 
 
 class _Life(NamedTuple):

@@ -3,7 +3,8 @@
 A pass is planned at its first call for a problem (:mod:`.program`). Triton compiles each kernel as it would for the
 launch itself, and the native library (csrc/ops/submit.cpp) gets function, grid, and each argument's bytes in the order
 that Triton's launcher passes them: the arguments that were not compiled in, then two scratch pointers. A later call
-allocates the results, writes the addresses of its tensors and submits everything, on PyTorch's current stream.
+allocates the results, writes the addresses of its tensors and its numbers, and submits everything, on PyTorch's current
+stream.
 
 The launchers run instead where that is impossible: in Triton's interpreter, without the native library, with cuDNN or a
 collective between the kernels, for a kernel that needs more than a plain launch (clusters, scratch memory), for
@@ -26,21 +27,21 @@ from ... import flags, native
 from ...errors import BackendError
 from . import program
 from .launch import INTERPRETED
-from .program import Described, Outputs, Place, PlannedLaunch, Program
+from .program import Described, Number, Outputs, Place, PlannedLaunch, Program
 
 Launchers = Callable[[list[Any]], list[Any]]
-"""Run the launches of a pass on the tensors of a call, and return its results."""
+"""Run the launches of a pass on the tensors of a call, then its numbers, and return its results."""
 
 Fixed = Callable[[], Sequence[Tensor]]
 
-Runner = Callable[[Outputs], "list[Tensor | None] | None"]
-"""Run a planned pass; None where it cannot run on these tensors, and nothing was launched."""
+Runner = Callable[[Outputs, Sequence[float]], "list[Tensor | None] | None"]
+"""Run a planned pass on tensors and numbers; None where it cannot run on these tensors, and nothing was launched."""
 
 NATIVELY = "launches submitted in one native call"
 """How a planned pass runs, as :class:`Passes` prints it."""
 
 MOST_VARIANTS = 32
-"""Passes that are planned for one problem. A momentum that changes at each step makes more than are worth keeping."""
+"""Passes that are planned for one problem. Inputs with other strides at each call make more than are worth keeping."""
 
 MOST_SHARED = 228 * 1024
 """Bytes of shared memory up to which a launch needs no special attribute."""
@@ -66,38 +67,45 @@ class Passes:
         return "; ".join(sorted(self.ways))
 
     def run(
-        self, key: Any, launchers: Launchers, leaves: list[Any], fixed: Fixed = tuple, singly: Any = None
+        self,
+        key: Any,
+        launchers: Launchers,
+        leaves: list[Any],
+        fixed: Fixed = tuple,
+        singly: Any = None,
+        numbers: Sequence[float] = (),
     ) -> list[Any]:
         """Run a pass on ``leaves`` and return its results.
 
         Args:
             key: everything that decides the launches, apart from the problem and the leaves' strides and dtypes.
-            launchers: run on the leaves and ``fixed``, to plan the pass or where it has no runner.
+            launchers: run on the leaves, ``fixed`` and the numbers, to plan the pass or where it has no runner.
             leaves: the tensors of the call.
             fixed: returns tensors that are the same at every call with this object, packed weights for instance.
             singly: ``singly(leaves)`` in place of ``launchers`` where the pass has no runner.
+            numbers: of the call, which may differ at each call with this key. Launchers pass them to kernels.
         """
         key = (key, *[None if t is None else (t.dtype, t.stride()) for t in leaves])
         try:
             runner = self.runners[key]
         except KeyError:
-            runner = self._planned(key, launchers, leaves, fixed)
+            runner = self._planned(key, launchers, leaves, fixed, len(numbers))
         if runner is not None:
             if _hooked():
                 self._launched_singly("a launch hook is installed")
             else:
-                results = runner(leaves)
+                results = runner(leaves, numbers)
                 if results is not None:
                     return results
                 self._launched_singly("a tensor's address is not divisible by 16")
-        found: list[Any] = launchers([*leaves, *fixed()]) if singly is None else singly(leaves)
+        found: list[Any] = launchers([*leaves, *fixed(), *numbers]) if singly is None else singly(leaves)
         return found
 
-    def _planned(self, key: Any, launchers: Launchers, leaves: list[Any], fixed: Fixed) -> Runner | None:
+    def _planned(self, key: Any, launchers: Launchers, leaves: list[Any], fixed: Fixed, numbers: int) -> Runner | None:
         if len(self.runners) >= MOST_VARIANTS:
             self._launched_singly(f"{MOST_VARIANTS} variants of this problem have been planned")
             return None
-        found = planned(launchers, leaves, fixed())
+        found = planned(launchers, leaves, fixed(), numbers)
         if isinstance(found, str):
             if found:
                 self._launched_singly(found)
@@ -119,7 +127,7 @@ def _hooked() -> bool:
     return False
 
 
-def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = ()) -> Runner | str:
+def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = (), numbers: int = 0) -> Runner | str:
     """Plan a pass and return what runs it, or the reason why its launchers have to; empty where none is launched."""
     device = next(t.device for t in leaves if t is not None)
     if INTERPRETED or device.type == "meta":  # launches on meta tensors are recorded, see ahead.py
@@ -129,7 +137,7 @@ def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = ())
     library = native.submitter()
     if isinstance(library, str):
         return library
-    found = program.plan(launchers, [*leaves, *fixed])
+    found = program.plan(launchers, [*leaves, *fixed], numbers)
     if isinstance(found, str):
         return found
     return bind(found, library, device, fixed)
@@ -141,7 +149,7 @@ def bind(found: Program, library: Any, device: torch.device, fixed: Sequence[Ten
     for step in found.steps:
         compiled = step.kernel.run(*map(_typed, step.arguments), grid=step.grid, warmup=True, **step.constants)
         compiled._init_handles()
-        row = _row(step, compiled)
+        row = _row(step, compiled, found.numbers)
         if isinstance(row, str):
             return row
         rows.append(row)
@@ -171,15 +179,16 @@ class _Native:
         for i in found.read[len(self.read) :]:
             self.addresses[i] = fixed[i - first].data_ptr()
 
-    def __call__(self, leaves: Outputs) -> list[Tensor | None] | None:
+    def __call__(self, leaves: Outputs, given: Sequence[float] = ()) -> list[Tensor | None] | None:
         found, addresses = self.program, self.addresses.copy()
         for i in self.read:
             addresses[i] = leaves[i].data_ptr()  # type: ignore[union-attr]
         fresh, arena = found.allocate(self.device)
         addresses += [t.data_ptr() for t in fresh]
         addresses.append(arena.data_ptr())
+        numbers = [number.of(given) for number in found.numbers]
         try:
-            if not self.submit(self.handle, addresses, self.index, self.stream(self.index)):
+            if not self.submit(self.handle, addresses, numbers, self.index, self.stream(self.index)):
                 return None
         except RuntimeError as error:
             raise BackendError(f"expected to launch Triton's kernels on {self.device}, got an error {error}") from None
@@ -202,7 +211,7 @@ class _Pointer:
         return ()
 
 
-def _row(step: PlannedLaunch, compiled: Any) -> tuple[Any, ...] | str:
+def _row(step: PlannedLaunch, compiled: Any, numbers: tuple[Number, ...]) -> tuple[Any, ...] | str:
     """Return a launch of a compiled kernel as the library takes it, or why it cannot be one."""
     about = compiled.metadata
     obstacle = _obstacle(about)
@@ -212,7 +221,7 @@ def _row(step: PlannedLaunch, compiled: Any) -> tuple[Any, ...] | str:
     maps = iter(getattr(about, "tensordesc_meta", None) or ())
     arguments: list[Any] = []
     for name, kind in compiled.src.signature.items():
-        packed = _packed(kind, values.get(name), maps)
+        packed = _packed(kind, values.get(name), maps, numbers)
         if packed is None:
             return f"{about.name} takes an argument of the type {kind}"
         arguments += packed
@@ -243,10 +252,10 @@ def _typed(argument: Any) -> Any:
 
         base = _Pointer(argument.base)
         return TensorDescriptor(base, list(argument.shape), list(argument.strides), list(argument.block))
-    return argument
+    return 0.5 if isinstance(argument, Number) else argument  # the compiler looks at no float's value
 
 
-def _packed(kind: Any, value: Any, maps: Any) -> list[Any] | None:
+def _packed(kind: Any, value: Any, maps: Any, numbers: tuple[Number, ...]) -> list[Any] | None:
     """Return an argument of the type ``kind`` as the kernel's parameters; None if that is not known."""
     if kind == "constexpr":
         return []
@@ -254,6 +263,8 @@ def _packed(kind: Any, value: Any, maps: Any) -> list[Any] | None:
         return [(value.buffer, value.offset)]
     if isinstance(value, Described):
         return _map_of(value, next(maps, None))
+    if isinstance(value, Number):
+        return [(numbers.index(value),)] if kind == "fp32" else None
     return [struct.pack("<" + FORMATS[kind], value)] if kind in FORMATS else None
 
 

@@ -33,11 +33,11 @@ def test_a_program_gives_the_bits_of_its_launchers(name: str, monkeypatch: pytes
 
     made: list[Any] = []
 
-    def planned(launchers: Any, leaves: Any, fixed: Any) -> Any:
+    def planned(launchers: Any, leaves: Any, fixed: Any, numbers: int) -> Any:
         found = program.plan(launchers, [*leaves, *fixed])
         assert isinstance(found, program.Program), found
         made.append(found)
-        return lambda given: found.replay([*given, *fixed])
+        return lambda given, numbers: found.replay([*given, *fixed], numbers)
 
     monkeypatch.setattr(submission, "planned", planned)
     torch.manual_seed(0)

@@ -113,24 +113,26 @@ def forward(call: Call, spec: Spec, save: str, update: bool) -> tuple[Tensor, li
     """
     plan = plan_of(spec, call.x.device)
     images = [None if t is None else nhwc(t) for t in (call.x, call.added)]
-    numbers = [norm[4:] for norm in call.norms]
+    momenta = [float(norm.momentum) for norm in call.norms]
 
     def launchers(given: list[Any]) -> list[Tensor]:
+        tensors, numbers = given[: -len(momenta)], given[-len(momenta) :]
         with planned_for(plan.target):
-            return _forward(_with_tensors(call, given), spec, save, update, plan)
+            return _forward(_with_tensors(call, tensors, numbers), spec, save, update, plan)
 
-    z, *saved = plan.passes.run((save, update, *numbers), launchers, [*images, *call.parameters()])
+    key = (save, update, *[(norm.batch_stats, norm.eps, norm.sync) for norm in call.norms])
+    z, *saved = plan.passes.run(key, launchers, [*images, *call.parameters()], numbers=momenta)
     return in_layout(z, spec.layout), saved, plan
 
 
-def _with_tensors(call: Call, tensors: list[Any]) -> Call:
-    """Return the call with other tensors: ``x``, ``added``, then those of :meth:`Call.parameters`."""
+def _with_tensors(call: Call, tensors: list[Any], momenta: list[Any]) -> Call:
+    """Return the call with other tensors (``x``, ``added``, then those of :meth:`Call.parameters`) and momenta."""
     x, added, *rest = tensors
     convs, norms = [], []
     for i, (conv, norm) in enumerate(zip(call.convs, call.norms, strict=True)):
         own = rest[6 * i : 6 * i + 6]
         convs.append(Conv(own[0], own[1], *conv[2:]))
-        norms.append(Norm(own[2], own[3], own[4], own[5], *norm[4:]))
+        norms.append(Norm(own[2], own[3], own[4], own[5], norm.batch_stats, momenta[i], norm.eps, norm.sync))
     return call._replace(x=x, added=added, convs=tuple(convs), norms=tuple(norms))
 
 

@@ -29,3 +29,4 @@ def test_every_launch_is_that_of_tritons_launcher() -> None:
     kernels |= {"_conv_bn_act_1x1_fwd_kernel", "_conv_bn_act_1x1_descriptor_fwd_kernel", "_conv_bn_act_3x3_fwd_kernel"}
     assert kernels <= set(found["compared"])
     assert found["ways"] == ["launches submitted in one native call"]
+    assert found["variants"] == 2  # a forward and a backward pass, whatever the momentum of a step

@@ -24,8 +24,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     made: list[Any] = []
 
-    def planned(launchers: Any, leaves: Any, fixed: Any = ()) -> Any:
-        found = program.plan(launchers, leaves)
+    def planned(launchers: Any, leaves: Any, fixed: Any = (), numbers: int = 0) -> Any:
+        found = program.plan(launchers, leaves, numbers)
         made.append(found)
         return found if isinstance(found, str) else found.replay
 
@@ -41,7 +41,8 @@ def directly(run: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     from resnet_fast.backends.triton.training import chain
 
     with monkeypatch.context() as patched:
-        patched.setattr(submission.Passes, "run", lambda self, key, launchers, leaves: launchers(leaves))
+        run_all = lambda self, key, launchers, leaves, numbers=(): launchers([*leaves, *numbers])  # noqa: E731
+        patched.setattr(submission.Passes, "run", run_all)
         chain._plans.clear()
         return run()
 
@@ -147,10 +148,10 @@ def test_a_program_holds_no_more_memory_than_its_launchers(
 
     found: list[tuple[Any, int]] = []
 
-    def planned(launchers: Any, leaves: Any, fixed: Any) -> str:
-        made = program.plan(launchers, leaves)
+    def planned(launchers: Any, leaves: Any, fixed: Any, numbers: int) -> str:
+        made = program.plan(launchers, leaves, numbers)
         launch._recording.set(Nowhere())  # type: ignore[arg-type]
-        given = program.meta(leaves)
+        given = [*program.meta(leaves), *[0.1] * numbers]
         with Allocated() as counted:
             launchers(given)
         found.append((made, counted.peak))
