@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -169,3 +170,32 @@ def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return two accelerated copies: the first runs eagerly, the second is captured."""
     eager, replayed = copy.deepcopy(model), copy.deepcopy(model)
     return resnet_fast.accelerate(eager), resnet_fast.accelerate(replayed, cuda_graph=True)
+
+
+def batch(n: int) -> Tensor:
+    """Return n images (n, 3, 16, 16)."""
+    return graph_cases.image(n, 16)
+
+
+def loss_of(y: Tensor) -> Tensor:
+    """Return the loss of outputs (n, classes), each image with a label of its own."""
+    return F.cross_entropy(y.float(), torch.arange(len(y)))
+
+
+def train(model: nn.Module, steps: int = 3, parts: int = 1, amp: bool = False, input_grad: bool = False) -> Any:
+    """Train by SGD with momentum. Return all that a user sees: losses, outputs, gradients, weights, random state."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    seen: list[Any] = []
+    for _ in range(steps):
+        for _ in range(parts):
+            x = batch(4).requires_grad_(input_grad)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                y = model(x)
+            loss = loss_of(y) / parts
+            loss.backward()
+            seen += [loss.detach(), y.detach(), x.grad]
+        seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, dict(model.state_dict()), torch.get_rng_state()
