@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,8 +30,10 @@ TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for another before it ends with an error: longer than a validation takes."""
 
 HOLD_S = 5.0
-"""How long a process other than the first holds back its own error. If all have it, the first one reports it, and its
-end, which takes Python some seconds on a busy machine, ends the others."""
+"""How long a process other than the first holds back its own error once the first one has met the others. If all have
+it, the first one reports it, and its end, which takes Python some seconds on a busy machine, ends the others."""
+HOLD_START_S = 60.0
+"""How long it waits for the first one before that: processes start at different times, and all read one command."""
 HOLD_ELSEWHERE_S = 20.0
 """The same for an error that another process caused: the cause must be reported before its consequences."""
 
@@ -311,5 +313,19 @@ def reported() -> Iterator[None]:
 
             get_error_handler().record_exception(error)
         if not consequence and not speaks():
-            time.sleep(HOLD_S)
+            _await_first()
         raise
+
+
+def _await_first() -> None:
+    """Give the first process the time to report the same error; torchrun ends this one as soon as the first has ended.
+
+    Polls: a signal cannot end a process that waits inside of the store.
+    """
+    until = time.monotonic() + HOLD_START_S
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with suppress(dist.DistError, RuntimeError):  # torchrun itself has ended
+            store = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=HOLD_START_S)))[0]
+            while not store.check(["meet/0"]) and time.monotonic() < until:
+                time.sleep(0.1)
+    time.sleep(HOLD_S)
