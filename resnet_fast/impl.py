@@ -27,12 +27,15 @@ class Training(Protocol):
     with batch statistics, None for the others. ``backward(call, spec, saved, y, dy, needs)`` returns the gradients that
     ``needs`` asks for, None for the others; both are in the order of :meth:`resnet_fast.calls.Call.leaves`.
     ``shapes(call, spec, save)`` returns (shape, dtype, layout) of each tensor in ``saved``, for compilers.
+    ``trains_on(device)`` returns a verdict on training on a device, which may take a proof there, and whether the
+    verdict lasts; otherwise it is asked for again at the next call.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     statistics: Callable[..., Any]
     shapes: Callable[..., Any]
+    trains_on: Callable[[torch.device], tuple[Verdict, bool]]
 
 
 class PlannedCall(NamedTuple):
@@ -204,9 +207,12 @@ class Choice:
     """The chosen implementation, and the reason against every other backend by name.
 
     ``fell_back``: why a faster backend that works on this machine did not take the spec; empty where none was passed
-    over.
+    over. ``loud``: that is worth a warning in training too, where the reference is the usual choice without a GPU.
+    ``lasts``: whether the next call with the same spec may take it without asking again.
     """
 
     impl: Impl
     refused: tuple[tuple[str, str], ...]
     fell_back: str = ""
+    loud: bool = False
+    lasts: bool = True

@@ -53,7 +53,8 @@ class Stock(NamedTuple):
 def fell_back(spec: Spec | NetSpec, choice: Choice) -> None:
     """Log once per reason that a call runs on a slower backend, or raise in strict mode. Call it before the run."""
     # training on the reference is the normal course on a CPU; a fused backend missing in eval is worth a warning
-    fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet=spec.grad or spec.batch_stats)
+    quiet = (spec.grad or spec.batch_stats) and not choice.loud
+    fall_back(f"{spec.op} runs on {choice.impl.backend}: {choice.fell_back}", quiet)
 
 
 def ran(call: Call | NetCall, spec: Spec | NetSpec, choice: Choice, state: Any) -> None:

@@ -22,7 +22,7 @@ from .. import flags
 from ..calls import Call, NetCall
 from ..errors import BackendError
 from ..impl import Choice, Impl
-from ..spec import ITEMSIZE, NetSpec, Spec, Verdict
+from ..spec import ITEMSIZE, YES, NetSpec, Spec, Verdict
 from . import catalog, profiling, record
 
 _override: ContextVar[str | None] = ContextVar("resnet_fast_backend", default=None)
@@ -65,11 +65,32 @@ def choose(spec: Spec | NetSpec, device: torch.device, backend: str = "auto") ->
     Raises:
         BackendError: the backend was requested by name and cannot run the spec.
     """
-    return _choose(spec, device, requested(backend), catalog.fingerprint())
+    wanted, trains = requested(backend), spec.grad or spec.batch_stats
+    refusals, lasts = _refuse_training(spec.op, device, wanted) if trains else ((), True)
+    found = _choose(spec, device, wanted, catalog.fingerprint(), refusals)
+    return found if lasts else replace(found, lasts=False)
+
+
+def _refuse_training(op: str, device: torch.device, wanted: str) -> tuple[tuple[tuple[str, Verdict], ...], bool]:
+    """Return the backends of ``wanted`` whose kernels may not train on a device, with the verdict; and if it lasts."""
+    refusals, every = [], True
+    for impl in catalog.ranked(op, device):
+        if impl.training and wanted in ("auto", impl.backend) and catalog.works(impl.backend):
+            verdict, lasts = impl.trainer.trains_on(device)
+            every &= lasts
+            if not verdict:
+                refusals.append((impl.backend, verdict))
+    return tuple(refusals), every
 
 
 @lru_cache(maxsize=8192)
-def _choose(spec: Spec | NetSpec, device: torch.device, wanted: str, fingerprint: tuple[bool, ...]) -> Choice:
+def _choose(
+    spec: Spec | NetSpec,
+    device: torch.device,
+    wanted: str,
+    fingerprint: tuple[bool, ...],
+    refusals: tuple[tuple[str, Verdict], ...],
+) -> Choice:
     availability = catalog.availability()
     if wanted != "auto" and not availability[flags.check_backend(wanted)]:
         raise BackendError(f"backend {wanted!r} is not available: {availability[wanted].reason}")
@@ -78,7 +99,7 @@ def _choose(spec: Spec | NetSpec, device: torch.device, wanted: str, fingerprint
     for impl in catalog.impls(spec.op):
         if impl.backend in verdicts:
             continue
-        verdict = impl.runs_on(device) and impl.supports(spec)
+        verdict = impl.runs_on(device) and impl.supports(spec) and dict(refusals).get(impl.backend, YES)
         if verdict:
             accepted.append(impl)
         else:
@@ -99,7 +120,7 @@ def _choose(spec: Spec | NetSpec, device: torch.device, wanted: str, fingerprint
         if i.rank > best.rank and i.backend in verdicts and availability[i.backend] and i.runs_on(device)
     ]
     others = {i.backend: Verdict(False, f"{best.backend} ranks higher") for i in accepted if i is not best}
-    return Choice(best, _reasons(verdicts | others), "; ".join(refused_faster))
+    return Choice(best, _reasons(verdicts | others), "; ".join(refused_faster), loud=bool(refusals))
 
 
 def _reasons(verdicts: dict[str, Verdict]) -> tuple[tuple[str, str], ...]:
@@ -159,10 +180,15 @@ def _reference(op: str) -> Impl:
 
 
 def _trainer(device: torch.device, dtype: torch.dtype, backend: str) -> Impl | None:
-    """Return the implementation with training kernels for such an input; None if there is none."""
+    """Return the implementation with training kernels for such an input; None if there is none.
+
+    One that was asked for by name is returned also where it may not train: the op then raises the reason.
+    """
     wanted, name = requested(backend), _name(dtype)
     for impl in catalog.ranked("conv_bn_act", device):
-        if name in impl.trains and wanted in ("auto", impl.backend) and catalog.works(impl.backend):
+        if name not in impl.trains or not catalog.works(impl.backend):
+            continue
+        if wanted == impl.backend or (wanted == "auto" and impl.trainer.trains_on(device)[0]):
             return impl
     return None
 

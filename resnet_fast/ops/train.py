@@ -109,9 +109,10 @@ def _decide(call: Call, options: Options, graph: bool) -> Decision:
             spec = spec_of(call, True)
         here = tuple([None if t is None else True for t in call.leaves()])
         found = Decision(spec, choice, options.save, call.with_leaves(here), here)
-        if len(_decisions) >= _KEEP:
-            _decisions.clear()
-        _decisions[key] = found
+        if choice.lasts:
+            if len(_decisions) >= _KEEP:
+                _decisions.clear()
+            _decisions[key] = found
     return found
 
 
@@ -384,9 +385,10 @@ def _chosen(call: Call, spec: Spec, options: Options) -> Choice:
     choice = select.choose(spec, call.x.device, options.backend)
     if not choice.impl.training:
         op, backend = choice.impl.op, choice.impl.backend
+        because = f" because of {choice.fell_back}" if choice.fell_back else ""
         raise BackendError(
-            f"expected a backend with training kernels of its own, got {backend!r}; call torch.ops.resnet_fast.{op}, "
-            "which lets autograd record what that backend does"
+            f"expected a backend with training kernels of its own, got {backend!r}{because}; call "
+            f"torch.ops.resnet_fast.{op}, which lets autograd record what that backend does"
         )
     return choice
 

@@ -29,7 +29,7 @@ from ... import flags
 from ...current_device import on_device
 from ...errors import BackendError, named
 from ...locks import ForkSafeLock
-from ...spec import LaunchSpec
+from ...spec import YES, LaunchSpec, Verdict
 from ...tuning import proofs
 from ...tuning.configs import Config
 from ...tuning.tables import Table
@@ -131,7 +131,7 @@ def settled(
                 _prove(untried, problem, device, table)
                 continue
             except torch.OutOfMemoryError:
-                reason, lasts = "the GPU's memory is full", False
+                reason, lasts = FULL, False
         names = dict.fromkeys(f"{config} of {launch.kernel}" for launch, config in untried)
         return plan(False), "; ".join([*refused, f"not proved, {reason}: {', '.join(names)}"]), lasts
 
@@ -162,10 +162,11 @@ def _prove(
 
 
 HAND_OVER = "programs of one launch hand results over"
+FULL = "the GPU's memory is full"
 
 
-def require_hand_over(check: Callable[[torch.device], None], device: torch.device, table: Table) -> tuple[str, bool]:
-    """Prove once per GPU that the programs of one launch hand results over to each other.
+def hand_over(check: Callable[[torch.device], None], device: torch.device, table: Table) -> tuple[Verdict, bool]:
+    """Return whether the programs of one launch hand results over to each other, proved once per GPU.
 
     Args:
         check: raises if they do not.
@@ -173,27 +174,40 @@ def require_hand_over(check: Callable[[torch.device], None], device: torch.devic
         table: what is known of the GPU; the verdict is added.
 
     Returns:
-        Why it could not be proved now, empty if it is proved; and whether that lasts.
-
-    Raises:
-        BackendError: they do not.
+        The verdict, a yes with the reason where no proof can run now; and whether it lasts. Otherwise ask again at the
+        next call.
     """
     if device.type != "cuda":  # the interpreter runs one program after another
-        return "", True
+        return YES, True
     refusal = table.proofs.of_subject(HAND_OVER)
     if refusal is None:
         reason, lasts = obstacle(device)
-        if reason:
-            return f"not proved that {HAND_OVER}: {reason}", lasts
-        with _lock, ThreadPoolExecutor(1) as pool:
-            refusal = pool.submit(_checked, check, device).result()
-        _keep_subject(table, HAND_OVER, refusal)
-    if refusal:
-        raise BackendError(
-            f"backend 'triton' cannot train on {table.gpu}, where its proof that {HAND_OVER} failed ({refusal}); train "
-            "with backend 'reference'"
-        )
-    return "", True
+        if not reason:
+            try:
+                refusal = _proved(check, device, table)
+            except torch.OutOfMemoryError:
+                reason, lasts = FULL, False
+        if refusal is None:
+            return Verdict.yes(f"not proved that {HAND_OVER}: {reason}"), lasts
+    if not refusal:
+        return YES, True
+    expected, got = f"a GPU on which {HAND_OVER}", f"{table.gpu}, where the proof failed ({refusal})"
+    return Verdict.no(expected, got, "train with backend 'reference'"), True
+
+
+def _proved(check: Callable[[torch.device], None], device: torch.device, table: Table) -> str:
+    """Return why the hand-over is refused, empty if it is proved, and keep the verdict.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU's memory is full; nothing is kept.
+    """
+    with _lock:  # another thread may have proved it meanwhile
+        found = table.proofs.of_subject(HAND_OVER)
+        if found is None:
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(_checked, check, device).result()
+            _keep_subject(table, HAND_OVER, found)
+    return found
 
 
 def _checked(check: Callable[[torch.device], None], device: torch.device) -> str:

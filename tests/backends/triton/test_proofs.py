@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast import devices, flags
 from resnet_fast.errors import BackendError
-from resnet_fast.spec import ConvSpec, Epilogue, LaunchSpec
+from resnet_fast.spec import YES, ConvSpec, Epilogue, LaunchSpec
 from resnet_fast.tuning import configs, launch_plan
 from resnet_fast.tuning import proofs as verdicts
 from resnet_fast.tuning.configs import Config
 from resnet_fast.tuning.launch_plan import LaunchPlan
 from resnet_fast.tuning.routes import launch
 from resnet_fast.tuning.tables import Table
+from tests.support.processes import in_threads
 
 H100 = devices.gpu("h100")
 CPU = torch.device("cpu")
@@ -217,20 +220,53 @@ def test_training_needs_one_proof_per_gpu_that_programs_hand_results_over(
     for _ in range(2):  # two processes
         table = Table("Some GPU", proofs=proofs.load("Some GPU"))
         for _ in range(2):
-            if wrong:
-                with pytest.raises(BackendError, match=r"cannot train on Some GPU.*the mean of run 3.*'reference'"):
-                    proofs.require_hand_over(check, gpu, table)
-            else:
-                assert proofs.require_hand_over(check, gpu, table) == ("", True)
+            verdict, lasts = proofs.hand_over(check, gpu, table)
+            assert bool(verdict) is not wrong and lasts
+            said = r"expected a GPU on which .*, got Some GPU, .*the mean of run 3.*'reference'" if wrong else "$"
+            assert re.match(said, verdict.reason)
     assert checked == [gpu]
+
+
+def test_threads_prove_the_hand_over_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from resnet_fast.backends.triton import proofs
+
+    monkeypatch.setenv(flags.CACHE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    both = threading.Barrier(2)
+    monkeypatch.setattr(proofs, "obstacle", lambda device: (both.wait(60) and "", True))  # both found no verdict
+    checked, table = [], Table("Some GPU")
+
+    def ask() -> None:
+        assert proofs.hand_over(checked.append, torch.device("cuda", 0), table) == (YES, True)
+
+    in_threads(ask, ask)
+    assert len(checked) == 1
+
+
+def test_a_full_memory_is_no_verdict_on_the_hand_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from resnet_fast.backends.triton import proofs
+
+    monkeypatch.setenv(flags.CACHE, str(tmp_path))
+    monkeypatch.setattr(proofs, "obstacle", lambda device: ("", True))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    gpu, table = torch.device("cuda", 0), Table("Some GPU")
+
+    def full(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    verdict, lasts = proofs.hand_over(full, gpu, table)
+    assert verdict and not lasts and verdict.reason.endswith("hand results over: the GPU's memory is full")
+    assert not table.proofs.verdicts and not verdicts.user_file("Some GPU").exists()
+    assert proofs.hand_over(lambda device: None, gpu, table) == (YES, True)
 
 
 def test_a_hand_over_that_cannot_be_proved_now_is_named_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     from resnet_fast.backends.triton import proofs
 
     monkeypatch.setattr(proofs, "obstacle", lambda device: ("a CUDA graph is being captured", False))
-    note, lasts = proofs.require_hand_over(lambda device: None, torch.device("cuda", 0), Table("Some GPU"))
-    assert note.startswith("not proved that programs") and note.endswith("is being captured") and not lasts
+    verdict, lasts = proofs.hand_over(lambda device: None, torch.device("cuda", 0), Table("Some GPU"))
+    assert verdict and not lasts
+    assert verdict.reason.startswith("not proved that programs") and verdict.reason.endswith("is being captured")
 
 
 @pytest.mark.interpret

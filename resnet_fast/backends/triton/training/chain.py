@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .... import flags
 from ....calls import Call, Conv, Norm
-from ....spec import ConvSpec, Spec
+from ....spec import ConvSpec, Spec, Verdict
 from ....tuning import launch_plan
 from ....tuning.launch_plan import TrainingConfigs
 from ....tuning.training_configs import CUDNN
@@ -85,6 +85,11 @@ _KEEP = 1024
 _plans: dict[tuple[Spec, torch.device, bool, object], StepPlan] = {}
 
 
+def trains_on(device: torch.device) -> tuple[Verdict, bool]:
+    """Return whether these kernels may train on a device, and whether that lasts; prove it if it was never proved."""
+    return proofs.hand_over(hand_over.check, place_of(device), table_of(device))
+
+
 def _plan(spec: Spec, device: torch.device, packed: bool) -> tuple[StepPlan, bool]:
     """Return a plan whose configs are proved on ``device`` or need no proof, and whether it lasts."""
     gpu, table, place = device_of(device), table_of(device), place_of(device)
@@ -97,9 +102,9 @@ def _plan(spec: Spec, device: torch.device, packed: bool) -> tuple[StepPlan, boo
     def pairs(plan: StepPlan) -> list[proofs.Pair]:
         return [pair for (c, raw), found in zip(convs, plan.chosen, strict=True) for pair in found.chosen(c, raw)]
 
-    doubt, proved = proofs.require_hand_over(hand_over.check, place, table)
+    verdict, known = trains_on(device)
     found, note, lasts = proofs.settled(plan, pairs, training_problem, place, table)
-    return replace(found, note="; ".join(filter(None, (doubt, note)))), lasts and proved
+    return replace(found, note="; ".join(filter(None, (verdict.reason, note)))), lasts and known
 
 
 # ---------------------------------------------------------------------------------------------------------- forward

@@ -4,6 +4,9 @@ No interpreter shows the order in which multiprocessors see each other's memory.
 GPU, :func:`check` runs the two kernels that depend on it, at the size of ResNet-50's first stage with a batch of 256:
 49 chunks of tiles per channel block, and a packing that waits for all channel blocks. Each run has other numbers, so
 that a result of an earlier run, left in memory, is wrong.
+
+Where it fails, dispatch does not choose these kernels: ``auto`` trains with the reference and counts why, and a request
+for ``triton`` by name raises (:func:`.chain.trains_on`).
 """
 
 from __future__ import annotations
