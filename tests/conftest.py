@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.interpreter import patch_language_once_per_launch
+from tests.support.interpreter import quicken
 
 # Kineto reads it when a process profiles for the first time, whichever test that is in; benchmarks/memory.py says why.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -60,7 +60,7 @@ def _seed() -> None:
 
 def pytest_configure() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        patch_language_once_per_launch()
+        quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
