@@ -5,7 +5,7 @@ addresses, not meaning, so it may only run while everything that Python would re
 
 * parameters, buffers: :mod:`.inference_graph` and :mod:`.training_graph` say which changes are seen;
 * layers: :class:`~.snapshot.Layers` compares their types, the forwards of the types, order, attributes and modes;
-* the call: shape, dtype, layout, device, backend and torch's numerical switches are the key of a graph.
+* the call: shape, dtype, layout, device, backend, autocast and torch's numerical switches are the key of a graph.
 
 After any change the next call records again. Every call returns a tensor of its own.
 
@@ -29,8 +29,8 @@ forward, in training mode (in eval), or of a    user's own might behave differen
 class that no library defines
 SyncBatchNorm or a norm with momentum None in   eager, counted as a fallback (logged as a warning)
 training, FSDP2
-autocast in eval, function mode, subclass,      eager, counted as a fallback (logged as a warning)
-replica of DataParallel, failed capture
+function mode, subclass, replica of             eager, counted as a fallback (logged as a warning)
+DataParallel, failed capture
 input that is not on a GPU                      BackendError
 ==============================================  =====================================================================
 
@@ -153,8 +153,6 @@ def _call_obstacle(net: Fused, x: Tensor) -> str:
     """Return why a call that looks like plain inference or training cannot be replayed; empty if it can."""
     if type(x) is not Tensor:
         return f"expected a plain Tensor, got {type(x).__name__}"
-    if not net.training and torch.is_autocast_enabled(x.device.type):
-        return "autocast is on, which casts by Python's state at each call; convert the model and its input instead"
     if torch._C._len_torch_function_stack():
         return "a torch function mode is on (torch.set_default_device sets one), which a replay would skip"
     if "_is_replica" in net.__dict__:

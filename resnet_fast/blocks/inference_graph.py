@@ -4,7 +4,8 @@
 
 The graphs are kept in :mod:`resnet_fast.parameter_cache`, whose stamps see every change of parameters and buffers that
 PyTorch counts, ``load_state_dict``, ``.to()``. On the GPU a write through ``.data`` is not detected, and BatchNorm's
-update of its statistics is detected by its batch counter only. :mod:`.graph` lists the calls that are replayed.
+update of its statistics is detected by its batch counter only. In autocast a graph contains the casts of the weights
+that stock layers read, and none that autocast keeps. :mod:`.graph` lists the calls that are replayed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..locks import ForkSafeLock
 from . import recorder
 from .frozen import is_frozen
 from .fused import Fused
-from .snapshot import Layers, switches
+from .snapshot import Layers, autocast_dtype, switches
 
 GRAPHS = 8
 """Graphs kept per net; the least recently used is dropped first. Their intermediate tensors share memory."""
@@ -81,7 +82,7 @@ def find(net: Fused, x: Tensor, eager: recorder.Forward) -> Graph | str:
     backend, fingerprint = select.requested(net.backend), catalog.fingerprint()
     nhwc = comes_nhwc or _prefers_nhwc(x.device, backend, fingerprint)
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    key = (x.shape, layout, x.dtype, x.device, backend, fingerprint, switches())
+    key = (x.shape, layout, x.dtype, x.device, autocast_dtype(x), backend, fingerprint, switches())
     make = partial(_record, x, layout, eager, layers.kept_sources)
     return parameter_cache.get(layers.kept_sources, key, make, GRAPHS, layers.entry(), frozen)
 
@@ -103,7 +104,7 @@ def _record(
     shared = others[0] if others else recorder.Recorder(x.device)
     handled = sys.exc_info()[1]  # the caller may run the net in an except clause
     # A later call under no_grad could not write to inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), recorder.no_autocast_cache():
         static = shared.warm_up(eager, x, layout)
         try:
             launch, y = shared.capture(eager, static)

@@ -117,6 +117,21 @@ class Recorder:
             self._last_use.synchronize()
 
 
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Inside the ``with``, autocast casts each weight where it is used, so that the casts are part of a graph.
+
+    Otherwise a graph would read casts that autocast keeps: older than a write to the weight, and freed at the end of
+    the caller's ``torch.autocast``; or autocast would keep casts that are in the graph's memory.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def cause(error: BaseException, handled: BaseException | None) -> str:
     """Return the first error after ``handled`` in one line. The error of ending a failed capture says little."""
     while error.__context__ is not None and error.__context__ is not handled:

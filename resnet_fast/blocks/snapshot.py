@@ -161,6 +161,12 @@ def _function_of(name: str, m: nn.Module) -> str:
     return ""
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast computes in on the device of ``x``; None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def switches() -> tuple[Any, ...]:
     """Return torch's process-wide settings that decide which kernels its own layers use."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul

@@ -37,7 +37,7 @@ from ..errors import BackendError
 from ..locks import ForkSafeLock
 from . import recorder
 from .fused import Fused
-from .snapshot import Layers, switches
+from .snapshot import Layers, autocast_dtype, switches
 from .training_step import NetError, NetForward, Step, capture
 
 _requires_grad = attrgetter("requires_grad")
@@ -280,9 +280,7 @@ def _layout(net: Fused, x: Tensor) -> torch.memory_format:
 
 def _key(net: Fused, x: Tensor, layout: torch.memory_format) -> tuple[Any, ...]:
     """Return what a step depends on, apart from the net."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    call = (x.shape, layout, x.dtype, x.device, x.requires_grad, autocast)
+    call = (x.shape, layout, x.dtype, x.device, x.requires_grad, autocast_dtype(x))
     return (*call, select.requested(net.backend), catalog.fingerprint(), flags.PROLOGUE.read(), switches())
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,17 +123,6 @@ def _is_still(m: nn.Module) -> bool:
     return not m.training or type(m) is FrozenBatchNorm2d
 
 
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Keep autocast from caching casts of weights, which would be in the graph's memory."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 def capture(
     net: Fused,
     x: Tensor,
@@ -169,7 +157,7 @@ def capture(
         _gradients(y, torch.zeros_like(y), inputs(static))
 
     counted = [t for t in sources if t is not None and not isinstance(t, nn.Parameter) and not t.is_inference()]
-    with _no_autocast_cache(), shared.same_random_numbers():
+    with recorder.no_autocast_cache(), shared.same_random_numbers():
         static = shared.warm_up(warm_up, x.detach(), layout)
         versions = [t._version for t in counted]
         launch, y = shared.capture(lambda static: forward(live, static), static)

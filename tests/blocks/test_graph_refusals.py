@@ -39,11 +39,6 @@ class Watching(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_autocast(model: nn.Module) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        return model(image())
-
-
 def in_function_mode(model: nn.Module) -> Tensor:
     with Watching(), torch.no_grad():
         return model(image())
@@ -120,7 +115,6 @@ COUNTED = {
     with_tangents: "forward-mode autograd is on",
     with_global_hook: "a global module hook",
     empty: "the batch is empty",
-    in_autocast: "autocast is on",
     in_function_mode: "a torch function mode is on",
     parameter: "expected a plain Tensor, got Parameter",
     own_layer: r"fc is a .*Own, whose Python code a replay would not run",

@@ -64,6 +64,7 @@ class Tape(TorchDispatchMode):
                 t.data.fill_(float("nan"))
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # a graph has the casts of its capture
     def launch(self) -> None:
         for func, args, kwargs, out in self.operations:
             returns = func._schema.returns
