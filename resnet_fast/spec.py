@@ -316,7 +316,9 @@ class LaunchSpec(_HashedOnce):
 
     ``kernel``: name of the kernel file. ``projection``: a 1x1 convolution of the block's input, accumulated into the
     last convolution's tile before its epilogue, in place of a residual. ``prologue``, in training: the input is a raw
-    convolution output, and its BatchNorm and ReLU are applied as it is read.
+    convolution output, and its BatchNorm and ReLU are applied as it is read. ``folded``, in training: the norms are
+    folded into the weights, so tensors are activations and their gradients; a dgrad with ``prologue`` then applies the
+    mask of the ReLU before the convolution, and nothing else of a prologue.
     """
 
     __hash__ = _HashedOnce.__hash__
@@ -325,6 +327,7 @@ class LaunchSpec(_HashedOnce):
     convs: tuple[ConvSpec, ...]
     projection: ConvSpec | None = None
     prologue: bool = False
+    folded: bool = False
 
     @property
     def first(self) -> ConvSpec:
@@ -372,7 +375,7 @@ class LaunchSpec(_HashedOnce):
     def __str__(self) -> str:
         chain = " -> ".join(str(c) for c in self.convs)
         text = f"{self.kernel}: {chain}" + (f" + projection {self.projection}" if self.projection else "")
-        return text + (" prologue" if self.prologue else "")
+        return text + (" prologue" if self.prologue else "") + (" folded" if self.folded else "")
 
 
 @dataclass(frozen=True)

@@ -134,14 +134,12 @@ class _Proof:
         self.launch, self.config, self.device = launch, config, device
 
     def __call__(self) -> Row:
-        from resnet_fast.backends.triton.problem import problem
-        from resnet_fast.backends.triton.training.problem import training_problem
+        from resnet_fast.backends.triton.training.problem import launch_problem
 
-        make: Any = training_problem if training_configs.is_training(self.launch) else problem
         # eager's own error is the budget: TF32's where the kernel may round to TF32, and only there
         torch.backends.cudnn.allow_tf32 = self.launch.last.tf32
         with torch.inference_mode():
-            random = make(self.launch, self.device)
+            random = launch_problem(self.launch, self.device)
             if not configs.needs_proof(self.launch, self.config) or torch.device(self.device).type != "cuda":
                 found = random.check(self.config)
             else:

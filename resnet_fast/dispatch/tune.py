@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .. import parameter_cache
 from ..current_device import numbered, on_device
+from ..devices import Device
 from ..errors import BackendError, UserError
 from ..io import safe_files
 from ..spec import LaunchSpec, Spec
@@ -234,7 +235,7 @@ def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tup
 
     model = gpus.device_of(device)
     if any(spec.grad or spec.batch_stats for spec in specs):
-        return _step_us([launch for spec in specs for launch in launches.launches_of(spec, model)], table)
+        return _step_us([launch for spec in specs for launch in _step_launches(spec, model, table)], table)
     tuned = [launch_plan.plan_launches(spec, model, table) for spec in specs]
     stock = [s for s in (launch_plan.stock_seconds(spec, model, table) for spec in specs) if s is not None]
     known = all(c.measured for c in tuned)
@@ -242,6 +243,13 @@ def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tup
         sum(c.seconds for c in tuned) * 1e6 if known else None,
         sum(stock) * 1e6 if known and len(stock) == len(specs) else None,
     )
+
+
+def _step_launches(spec: Spec, model: Device, table: tables.Table) -> list[LaunchSpec]:
+    """Return the launches of a training step: with folded norms the forward pass is one of several routes."""
+    if spec.batch_stats:
+        return list(launches.launches_of(spec, model))
+    return [launch for launch, _ in launch_plan.plan_folded(spec, model, table, hopeful=True).chosen(spec)]
 
 
 def _step_us(every: list[LaunchSpec], table: tables.Table) -> tuple[float | None, float | None]:
@@ -336,11 +344,9 @@ def _measure(
     """Return the microseconds of each candidate that compiles, matches and runs at full size; None for the others."""
     from ..backends.triton import device as gpus
     from ..backends.triton import proofs as first_use
-    from ..backends.triton.problem import problem
-    from ..backends.triton.training.problem import training_problem
+    from ..backends.triton.training.problem import launch_problem
 
-    make: Any = training_problem if training_configs.is_training(launch) else problem
-    proof = make(proofs.small(launch), device)
+    proof = launch_problem(proofs.small(launch), device)
 
     def failure(attempt: Callable[[], Any]) -> str:
         with on_device(device):  # the compilers' threads have a current device of their own
@@ -353,7 +359,7 @@ def _measure(
         verdicts = [(launch, config, why) for config, why in zip(candidates, reasons, strict=True)]
         first_use.keep(gpus.table_of(device), [v for v in verdicts if configs.needs_proof(*v[:2])])
     times: dict[str, float | None] = {}
-    full = make(launch, device) if "" in reasons else proof
+    full = launch_problem(launch, device) if "" in reasons else proof
 
     def take_time(config: Config) -> None:
         times[str(config)] = round(timing.seconds(full.prepared(config), device) * 1e6, 3)

@@ -22,9 +22,9 @@ from ..errors import BackendError
 from ..spec import ConvSpec, LaunchSpec, Spec
 from . import configs, heuristic, proofs, stock_model, training_configs
 from .configs import Config
-from .routes import LaunchRoute, routes
+from .routes import LaunchRoute, folded_routes, routes
 from .tables import Table, user_file
-from .training_configs import CUDNN, training_launch
+from .training_configs import CUDNN, folded_launches, training_launch
 
 
 @dataclass(frozen=True)
@@ -219,3 +219,89 @@ def _fastest_training(launch: LaunchSpec, device: Device, table: Table, packed: 
         return known[min(usable)[1]]
     left_out = frozenset(c for c in every if c not in may_run or times.get(str(c), 0) is None)
     return next((c for c, _ in heuristic.rank_training(launch, device, packed, left_out)), CUDNN)
+
+
+@dataclass(frozen=True)
+class FoldedConfigs:
+    """The configs of a training step whose norms are folded into the weights. All kernels are ours.
+
+    Attributes:
+        route: the launches of the forward pass.
+        forward: a config for each of them.
+        dgrads, wgrads: a config for each convolution.
+        refused: configs that could not be compiled, with the reason.
+    """
+
+    route: LaunchRoute
+    forward: tuple[Config, ...]
+    dgrads: tuple[Config, ...]
+    wgrads: tuple[Config, ...]
+    refused: tuple[str, ...] = ()
+
+    def chosen(self, spec: Spec) -> tuple[tuple[LaunchSpec, Config], ...]:
+        """Return each launch of ``spec`` with its config."""
+        backward = [config for pair in zip(self.dgrads, self.wgrads, strict=True) for config in pair]
+        every = (*self.route.launches, *training_configs.training_launches(spec))
+        return tuple(zip(every, (*self.forward, *backward), strict=True))
+
+    def __str__(self) -> str:
+        steps = " | ".join(f"{one.kernel} {c}" for one, c in zip(self.route.launches, self.forward, strict=True))
+        backward = " | ".join(f"{d} / {w}" for d, w in zip(self.dgrads, self.wgrads, strict=True))
+        return f"{self.route.fusion}: {steps}; dgrad / wgrad: {backward}{refused_text(self.refused)}"
+
+
+def plan_folded(spec: Spec, device: Device, table: Table, hopeful: bool = False) -> FoldedConfigs:
+    """Return the fastest known way to train ``spec``, whose norms all have constant statistics, on our kernels.
+
+    Args:
+        spec: a convolution or a block of a training step.
+        device: a GPU with known ceilings.
+        table: what was measured and proved on it.
+        hopeful: whether configs that need a proof compete before they were tried.
+
+    Raises:
+        BackendError: tuning or the compiler refused every config of a launch.
+    """
+
+    def fastest(one: LaunchSpec) -> tuple[Config, float, bool] | None:
+        assert device.gpu is not None
+        times = table.times(one)
+        if training_configs.is_training(one):
+            every: tuple[Config, ...] = training_configs.admitted(one, device.gpu, packed=False)
+        else:
+            every = configs.candidates(one, device.gpu)
+        usable = [c for c in every if _may_run(one, c, table, hopeful) and times.get(str(c), 0) is not None]
+        measured = [(us, i) for i, c in enumerate(usable) if (us := times.get(str(c))) is not None]
+        if measured:
+            us, i = min(measured)
+            return usable[i], us * 1e-6, True
+        if training_configs.is_training(one):
+            left_out = frozenset(c for c in every if c not in usable)
+            ranked = heuristic.rank_training(one, device, False, left_out)
+        else:
+            ranked = tuple(pick for pick in heuristic.rank(one, device) if pick[0] in usable)
+        return (*ranked[0], False) if ranked else None
+
+    def found(launches: tuple[LaunchSpec, ...]) -> list[tuple[Config, float, bool]]:
+        picks = [(one, fastest(one)) for one in launches]
+        for one, pick in picks:
+            if pick is None:
+                raise BackendError(
+                    f"no kernel for {one} passed its check on {table.gpu}{refused_text(table.refusals(one))}; use "
+                    f"another backend, or delete {user_file(table.gpu)} and tune again"
+                )
+        return [pick for _, pick in picks if pick is not None]
+
+    routes_of = [(route, found(route.launches)) for route in folded_routes(spec)]
+    if any(all(measured for _, _, measured in picks) for _, picks in routes_of):
+        routes_of = [(route, picks) for route, picks in routes_of if all(measured for _, _, measured in picks)]
+    route, forward = min(routes_of, key=lambda pair: sum(seconds for _, seconds, _ in pair[1]))
+    backward = [found(folded_launches(c, 0 < i < len(spec.main))) for i, c in enumerate(spec.convs)]
+    every = (*route.launches, *training_configs.training_launches(spec))
+    return FoldedConfigs(
+        route,
+        tuple(config for config, _, _ in forward),
+        tuple(dgrad[0] for dgrad, _ in backward),
+        tuple(wgrad[0] for _, wgrad in backward),
+        tuple(text for one in every for text in table.refusals(one)),
+    )

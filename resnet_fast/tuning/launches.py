@@ -7,7 +7,7 @@ from ..devices import Device
 from ..spec import LaunchSpec, Spec
 from . import configs, heuristic, training_configs
 from .configs import Config
-from .routes import routes
+from .routes import folded_routes, routes
 from .time_model import predict_seconds
 from .training_configs import is_training
 
@@ -19,6 +19,8 @@ def candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
     """Return every config that the rules admit, and PyTorch's own kernels where they are an alternative."""
     assert device.gpu is not None
     if is_training(launch):
+        if launch.folded:
+            return training_configs.measurable(launch, device.gpu, packed=False)
         packed = flags.PROLOGUE.read() == "packed"
         return (*training_configs.measurable(launch, device.gpu, packed), training_configs.CUDNN)
     return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
@@ -35,8 +37,11 @@ def expected_seconds(launch: LaunchSpec, device: Device) -> float:
 
 def launches_of(spec: Spec, device: Device) -> tuple[LaunchSpec, ...]:
     """Return every launch of every route of a problem, or of its training step, that ``device`` has a candidate for."""
+    found: tuple[LaunchSpec, ...] = ()
     if spec.grad or spec.batch_stats:
         found = training_configs.training_launches(spec)
-    else:
-        found = tuple(launch for route in routes(spec) for launch in route.launches)
+    if not spec.batch_stats:
+        found += tuple(
+            launch for route in (folded_routes(spec) if spec.grad else routes(spec)) for launch in route.launches
+        )
     return tuple(launch for launch in dict.fromkeys(found) if candidates(launch, device))

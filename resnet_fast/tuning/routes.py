@@ -107,3 +107,13 @@ def routes(spec: Spec) -> tuple[LaunchRoute, ...]:
             tail = LaunchSpec("bottleneck", (conv2, last.first), projection)
             found.append(LaunchRoute("tail", (*inner[:-1], tail)))
     return tuple(found)
+
+
+def folded_routes(spec: Spec) -> tuple[LaunchRoute, ...]:
+    """Return the routes of the forward pass of a training step whose norms are folded into the weights.
+
+    They are those of inference that store every activation which the backward pass reads: ``conv``, without the stem's
+    pooling, and ``proj``, because no gradient needs a projection's output.
+    """
+    bare = spec.with_(grad=False, layout="nhwc")
+    return tuple(route for route in routes(bare) if route.fusion in ("conv", "proj"))

@@ -72,9 +72,22 @@ def training_launch(kernel: str, conv: ConvSpec, prologue: bool) -> LaunchSpec:
 
 
 def training_launches(spec: Spec) -> tuple[LaunchSpec, ...]:
-    """Return all launches of a problem's training step, in the order of its convolutions."""
+    """Return all launches of a problem's training step, in the order of its convolutions.
+
+    Without batch statistics they are those of the backward pass; the forward pass's are launches of inference.
+    """
     inner, convs = len(spec.main), enumerate(spec.convs)
-    return tuple(training_launch(kernel, conv, 0 < i < inner) for i, conv in convs for kernel in KERNELS)
+    if spec.batch_stats:
+        return tuple(training_launch(kernel, conv, 0 < i < inner) for i, conv in convs for kernel in KERNELS)
+    return tuple(launch for i, conv in convs for launch in folded_launches(conv, 0 < i < inner))
+
+
+def folded_launches(conv: ConvSpec, masked: bool) -> tuple[LaunchSpec, LaunchSpec]:
+    """Return dgrad and wgrad of a convolution with a folded norm; ``masked``: a ReLU is before it, in the same call."""
+    return (
+        LaunchSpec("conv_dgrad", (conv,), prologue=masked, folded=True),
+        LaunchSpec("conv_wgrad", (conv,), folded=True),
+    )
 
 
 def gemm(launch: LaunchSpec) -> tuple[int, int, int, int]:
@@ -161,6 +174,8 @@ def _not_larger_than_needed(launch: LaunchSpec, config: Config, gpu: Gpu) -> Ver
 def packs(launch: LaunchSpec) -> Verdict:
     """Return whether a launch may take a packed prologue."""
     c = launch.last
+    if launch.folded:
+        return Verdict.no("a norm to apply in a packed prologue", "one that is folded into the weight", "use none")
     if ITEMSIZE[launch.dtype] != 2:
         return Verdict.no("16-bit tensors for a packed prologue", launch.dtype, "use an exact one")
     values = c.n * min(c.h * c.w, c.ho * c.wo)

@@ -85,11 +85,19 @@ FAKES: dict[str, dict[str, Any]] = {
     "float16": {"dtype": torch.float16},
     "float32_nchw": {"layout": "nchw"},
     "recompute": {"dtype": torch.float16, "save": "recompute", "bias": True},
+    "frozen": {"dtype": torch.float16, "batch_stats": False},
 }
 
 
 @pytest.mark.parametrize(
-    "op,name", [*((op, "float16") for op in OPS), ("basic_block", "recompute"), ("conv_bn_act", "float32_nchw")]
+    "op,name",
+    [
+        *((op, "float16") for op in OPS),
+        ("basic_block", "recompute"),
+        ("conv_bn_act", "float32_nchw"),
+        ("bottleneck", "frozen"),
+        ("stem", "frozen"),
+    ],
 )
 def test_fake_outputs_are_like_the_real_ones(op: str, name: str) -> None:
     options = dict(FAKES[name])

@@ -8,7 +8,7 @@
 A bottleneck is conv_bn_act_1x1 and then the tail, or three launches; a basic block is two launches of
 conv_bn_act_3x3, the shortcut in the second one's epilogue. tuning/launch_plan.py decides per problem; plan.py runs it.
 BatchNorm is folded in fp32, activations are NHWC. Training, with batch statistics or a graph, has kernels of its own:
-training/, where chain.py is the loop.
+training/, where chain.py is the loop, or frozen_chain.py if no norm uses batch statistics.
 
 On a machine without a GPU the kernels run in Triton's interpreter: start the process with ``TRITON_INTERPRET=1``. They
 then accept CPU tensors when they are asked for by name; ``auto`` never chooses the interpreter.
@@ -99,6 +99,6 @@ def _impl(op: str, module: str, training: str = "") -> Impl:
 
 
 IMPLS = (
-    *[_impl(op, "plan", f"{__name__}.training.chain") for op in ("conv_bn_act", "stem", "bottleneck", "basic_block")],
+    *[_impl(op, "plan", f"{__name__}.training.step") for op in ("conv_bn_act", "stem", "bottleneck", "basic_block")],
     _impl("net", "net"),
 )

@@ -75,11 +75,11 @@ def launches_of(planned: PlannedCall) -> list[Launched]:
 
 
 def _step(call: Any, spec: Any, save: str, needs: Sequence[bool]) -> None:
-    from .training import chain
+    from .training import step
 
-    y, saved, _ = chain.forward(call, spec, save, True)
+    y, saved, _ = step.forward(call, spec, save, True)
     if any(needs):
-        chain.backward(call.with_leaves(call.leaves()), spec, saved, y, torch.empty_like(y), needs)
+        step.backward(call.with_leaves(call.leaves()), spec, saved, y, torch.empty_like(y), needs)
 
 
 def compile_ahead(

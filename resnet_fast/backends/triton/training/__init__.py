@@ -10,4 +10,10 @@ block_end.py    BatchNorm + add + ReLU at a block's end  pool.py         BatchNo
 passes.py       shared by the kernels without products   hand_over.py    the proof of arrival.py on a GPU
 convolution.py  one convolution in its three directions, on our kernels or on cuDNN's
 chain.py        the order of launches, forward and backward
+
+Without batch statistics norms are folded into the weights, and the forward kernels are those of inference:
+
+frozen_chain.py the order of launches                    step.py         which of the two chains runs a call
+fold.py         folded weights, for both directions      fold_gradient.py   the splits of wgrads -> all gradients
+pool_winner.py  max-pool of the stem that keeps winners  folded_problem.py  a launch on random tensors, for proofs
 """

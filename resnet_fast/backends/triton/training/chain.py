@@ -75,13 +75,13 @@ def plan_of(spec: Spec, device: torch.device) -> StepPlan:
         return known
     plan, lasts = _plan(spec, device, packed)
     if lasts:
-        if len(_plans) >= _KEEP:
+        if len(_plans) >= KEEP:
             _plans.clear()
         _plans[key] = plan
     return plan
 
 
-_KEEP = 1024
+KEEP = 1024
 _plans: dict[tuple[Spec, torch.device, bool, object], StepPlan] = {}
 
 
@@ -123,14 +123,14 @@ def forward(call: Call, spec: Spec, save: str, update: bool) -> tuple[Tensor, li
     def launchers(given: list[Any]) -> list[Tensor]:
         tensors, numbers = given[: -len(momenta)], given[-len(momenta) :]
         with planned_for(plan.target):
-            return _forward(_with_tensors(call, tensors, numbers), spec, save, update, plan)
+            return _forward(with_tensors(call, tensors, numbers), spec, save, update, plan)
 
     key = (save, update, *[(norm.batch_stats, norm.eps, norm.sync) for norm in call.norms])
     z, *saved = plan.passes.run(key, launchers, [*images, *call.parameters()], numbers=momenta)
     return in_layout(z, spec.layout), saved, plan
 
 
-def _with_tensors(call: Call, tensors: list[Any], momenta: list[Any]) -> Call:
+def with_tensors(call: Call, tensors: list[Any], momenta: list[Any]) -> Call:
     """Return the call with other tensors (``x``, ``added``, then those of :meth:`Call.parameters`) and momenta."""
     x, added, *rest = tensors
     convs, norms = [], []

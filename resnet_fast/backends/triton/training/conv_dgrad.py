@@ -33,6 +33,9 @@ inside.
 Epilogue. ``tl.split`` of even and odd rows moves the tile out of the tensor cores' layout (conv_fwd.py): afterwards a
 thread holds 16 bytes of a row, a column is in registers, and the rest is wide accesses and additions.
 
+Folded norms (fold.py). dy is g itself, the input below is an activation z, and the mask is z > 0: there are no vectors
+and no sums.
+
 Numerics: tiles.py. Added tensors are summed in fp32, before the one rounding. Deterministic: no atomics.
 Limits: tuning/training_configs.py. Alone: ``TRITON_INTERPRET=1 python -m pytest
 tests/backends/triton/training/test_conv_dgrad.py``.
@@ -214,6 +217,10 @@ def finish_rows(
     if below_ptr is None:
         tl.store(dx_ptr + at, tile, mask=mask)
         wide, product = tile, tile
+    elif vectors_ptr is None:
+        z = tl.load(below_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, tl.where(z <= 0.0, 0.0, tile), mask=mask)
+        wide, product = tile, tile
     else:
         y = tl.load(below_ptr + at, mask=mask, other=0.0)
         if BELOW_PACKED:
@@ -304,7 +311,7 @@ def _conv_dgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = accumulate_gradient(
         acc, g_ptr + start, y_ptr, rows, ho, wo, row_mask, wt_ptr + (ci * (R * S) + (r * S + s)) * CO, ci_mask,
-        grad_ptr + g * CO, outside_ptr, taps_h, taps_w, Ho, Wo,
+        grad_ptr + g * CO if grad_ptr is not None else None, outside_ptr, taps_h, taps_w, Ho, Wo,
         CO, C_OUT, S, (R + STEP_H - 1) // STEP_H, (S + STEP_W - 1) // STEP_W, STEP_H, STEP_W,
         DIL_H // GCD_H, DIL_W // GCD_W, PADDED, PACKED, BATCH, ALIGN, CI % BLOCK_N == 0, BLOCK_K, PRECISION, UPCAST,
     )  # fmt: skip
@@ -350,15 +357,16 @@ def conv_dgrad(
         config: its tiles.
         wt: (Ci, R, S, Co/groups) of :func:`pack_dgrad`, with A if ``config.packed``.
         grad: the gradient of the raw output (N, Co, Ho, Wo), read through ``packed`` if ``config.packed``, otherwise
-            through ``coefficients``.
-        below: the raw input (N, Ci, H, W) that the convolution read through a norm and ReLU, or None.
+            through ``coefficients`` if there are any.
+        below: the raw input (N, Ci, H, W) that the convolution read through a norm and ReLU, or, without vectors, the
+            activation that it read; None if no ReLU is before it.
         below_packed: whether it was read through its ``clamp``.
         add: (N, Ci, H, W), added everywhere, or None.
         add_strided: (N, Ci, Hs, Ws) and (sh, sw), added at every sh-th row and sw-th column, or None.
         compact: for a 1x1 with strides and without padding: compute dx of the pixels that it read only.
 
     Returns:
-        dx (N, Ci, H, W), or (N, Ci, Ho, Wo) if ``compact``, in the dtype of g; with ``below`` also partials
+        dx (N, Ci, H, W), or (N, Ci, Ho, Wo) if ``compact``, in the dtype of g; with a raw ``below`` also partials
         (2, tiles, Ci) fp32, sum dx and sum dx * (y - MEAN), otherwise None.
     """
     conv, groups, g = launch.last, merged_groups(launch.last), grad.g
@@ -368,7 +376,8 @@ def conv_dgrad(
     tiles_m = -(-conv.n * -(-conv.h // sh) * -(-conv.w // sw) // config.block_m)
     tiles = tiles_m * sh * sw
     dx = empty_nhwc(g, conv.n, conv.ci, conv.h, conv.w)
-    partials = None if below is None else g.new_empty((2, tiles, conv.ci), dtype=torch.float32)
+    raw = below is not None and below.vectors is not None
+    partials = g.new_empty((2, tiles, conv.ci), dtype=torch.float32) if raw else None
     padded = (conv.r, conv.s, *conv.stride, *conv.padding) != (1, 1, 1, 1, 0, 0)
     outside = grad.packed[vectors.NEG_GAMMA] if padded and config.packed and grad.batch else None  # type: ignore[index]
     bases = () if outside is None else (address_of(g), address_of(outside))
@@ -376,16 +385,16 @@ def conv_dgrad(
     geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]
     submit(
         _conv_dgrad_kernel, (tiles * -(-ci // config.block_n), groups),
-        g, grad.y if grad.batch else None, wt, grad.packed if config.packed else grad.coefficients, outside,
+        g, grad.y if grad.batch else None, wt, grad.vectors(config.packed), outside,
         add, strided, None if below is None else below.y,
         below.clamp if below is not None and below_packed else None, None if below is None else below.vectors,
         dx, partials, tiles_m, conv.n, conv.h, conv.w, conv.ho, conv.wo,
         *((1, 1) if strided is None else strided.shape[2:]),
         CO=co, CI=ci, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         GCD_H=geometry[0][0], GCD_W=geometry[1][0], INVERSE_H=geometry[0][1], INVERSE_W=geometry[1][1],
-        ADD_H=add_h, ADD_W=add_w, PADDED=padded, PACKED=config.packed, BATCH=grad.batch, BELOW_PACKED=below_packed,
-        ALIGN=alignment(g.element_size(), co * g.element_size(), *bases), WIDE=_wide(conv, config),
-        BLOCK_N=config.block_n, GROUP_M=config.group_m, **product(conv, config, g.dtype),
+        ADD_H=add_h, ADD_W=add_w, PADDED=padded, PACKED=config.packed or launch.folded, BATCH=grad.batch,
+        BELOW_PACKED=below_packed, ALIGN=alignment(g.element_size(), co * g.element_size(), *bases),
+        WIDE=_wide(conv, config), BLOCK_N=config.block_n, GROUP_M=config.group_m, **product(conv, config, g.dtype),
     )  # fmt: skip
     return dx, partials
 

@@ -57,6 +57,8 @@ Tried, compiled for sm_90 (issue slots per scheduler and K step of a 128x128x64 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -172,7 +174,7 @@ def _conv_wgrad_kernel(
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOW: tl.constexpr, LINEAR: tl.constexpr,
-    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
+    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +252,7 @@ def _conv_wgrad_kernel(
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if PACKED and (BATCH or PROLOGUE):
+        if SUMS:
             sum_q = tl.dot(a, tl.full((BLOCK_K, ONES), 1.0, dtype=a.dtype), sum_q, input_precision=PRECISION)
         if not LINEAR:
             n, ho, wo = next_places(n, ho, wo, on_n, on_h, on_w, Ho, Wo)
@@ -267,7 +269,7 @@ def _conv_wgrad_kernel(
     # the split's tile, and its part of the sums
     at = row_offset(split * C_OUT + co, COLUMNS)[:, None] + column[None, :]
     tl.store(p_ptr + at, acc, mask=co_mask[:, None] & ci_mask[None, :])
-    if PACKED and (BATCH or PROLOGUE):  # noqa: SIM102
+    if SUMS:  # noqa: SIM102
         if pid_n == 0:
             ones = tl.arange(0, ONES)[None, :]
             tl.store(q_ptr + (split * C_OUT + co)[:, None] + ones, sum_q, mask=co_mask[:, None] & (ones == 0))
@@ -393,6 +395,50 @@ def _wide(conv: ConvSpec, x_stride_n: int) -> bool:
     return conv.n * max(x_stride_n, conv.ho * conv.wo * conv.co) >= 1 << 31
 
 
+class Products(NamedTuple):
+    """What the programs of a wgrad leave of each split. ``p`` (splits, Co, R*S*Ci/groups), ``q`` (splits, Co), ``z``
+    (splits, groups, R*S*Ci/groups), all fp32, of merged groups; ``q`` and ``z`` are None where they are not computed.
+    """
+
+    p: Tensor
+    q: Tensor | None
+    z: Tensor | None
+
+
+def products(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int, sums: bool = False) -> Products:
+    """Compute the partial sums of a wgrad. Arguments as of :func:`conv_wgrad`; ``sums``: compute ``q`` in any case."""
+    conv, groups = launch.last, merged_groups(launch.last)
+    ci, co, taps = conv.ci // groups, conv.co // groups, conv.r * conv.s
+    window, packed, size = ci < MIN_CHANNELS, config.packed, x.y.element_size()
+    padded = max(conv.padding) > 0
+    columns = taps * ci
+    streams, images = streams_of(conv)
+    splits, per_split = splits_of(launch, config, sms)
+    tiles_n = -(-columns // config.block_n) if window else taps * -(-ci // config.block_n)
+    sums |= packed and (grad.batch or launch.prologue)
+
+    def new(*shape: int) -> Tensor:
+        return grad.g.new_empty(shape, dtype=torch.float32)
+
+    p = new(splits, conv.co, columns)
+    q = new(splits, conv.co) if packed or sums else None
+    z = new(splits, groups, columns) if packed and grad.batch else None
+    rows = (x.clamp if packed else x.vectors) if launch.prologue else None
+    y = grad.y if grad.batch else None
+    linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
+    starts = [address_of(t) for t in (x.y, rows) if t is not None]
+    submit(
+        _conv_wgrad_kernel, (-(-co // config.block_m) * tiles_n, groups, splits),
+        grad.g, y, grad.vectors(packed), x.y, rows, p, q, z,
+        conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split,
+        CI=ci, CO=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
+        WINDOW=window, LINEAR=linear, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed or launch.folded,
+        SUMS=sums, ALIGN=alignment(size, ci * size, x.y.stride(0) * size, *starts),
+        STREAMS=streams, WIDE=_wide(conv, x.y.stride(0)), BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
+    )  # fmt: skip
+    return Products(p, q, z)
+
+
 def conv_wgrad(
     launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int, weight: Tensor
 ) -> tuple[Tensor, Passenger]:
@@ -412,40 +458,19 @@ def conv_wgrad(
         dW in the dtype and strides of ``weight``, and the programs that write it from the splits: for another launch to
         take along, or for :func:`reduce_splits`.
     """
-    conv, groups = launch.last, merged_groups(launch.last)
-    ci, co, taps = conv.ci // groups, conv.co // groups, conv.r * conv.s
-    window, packed, size = ci < MIN_CHANNELS, config.packed, x.y.element_size()
-    padded = max(conv.padding) > 0
-    columns = taps * ci
-    streams, images = streams_of(conv)
-    splits, per_split = splits_of(launch, config, sms)
-    tiles_n = -(-columns // config.block_n) if window else taps * -(-ci // config.block_n)
-    new = grad.coefficients.new_empty
-    p = new(splits, conv.co, columns)
-    q = new(splits, conv.co) if packed else None
-    z = new(splits, groups, columns) if packed and grad.batch else None
+    conv, groups, packed = launch.last, merged_groups(launch.last), config.packed
+    ci, (streams, images) = conv.ci // groups, streams_of(conv)
+    p, q, z = products(launch, config, grad, x, sms)
     rows = (x.clamp if packed else x.vectors) if launch.prologue else None
-    y = grad.y if grad.batch else None
-    linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
-    starts = [address_of(t) for t in (x.y, rows) if t is not None]
-    submit(
-        _conv_wgrad_kernel, (-(-co // config.block_m) * tiles_n, groups, splits),
-        grad.g, y, grad.packed if packed else grad.coefficients, x.y, rows, p, q, z,
-        conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split,
-        CI=ci, CO=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
-        WINDOW=window, LINEAR=linear, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed,
-        ALIGN=alignment(size, ci * size, x.y.stride(0) * size, *starts),
-        STREAMS=streams, WIDE=_wide(conv, x.y.stride(0)), BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
-    )  # fmt: skip
     dw = torch.empty_like(weight)
     per_step = config.block_k // streams
     idle = -(-images * conv.ho * conv.wo // per_step) * config.block_k - conv.gemm_m
     arguments = (
         p, q, z, grad.coefficients, grad.packed if packed else None,
-        x.vectors if launch.prologue else None, rows if packed else None, dw, splits, idle, *dw.stride(),
+        x.vectors if launch.prologue else None, rows if packed else None, dw, p.shape[0], idle, *dw.stride(),
     )  # fmt: skip
-    own = (ci, co, groups, conv.ci // conv.groups, conv.co // conv.groups, conv.r, conv.s)
-    kind = (grad.batch, launch.prologue, packed, padded, window)
+    own = (ci, conv.co // groups, groups, conv.ci // conv.groups, conv.co // conv.groups, conv.r, conv.s)
+    kind = (grad.batch, launch.prologue, packed, max(conv.padding) > 0, ci < MIN_CHANNELS)
     constants = {f"P_{name}": value for name, value in zip((*_GEOMETRY, *_KIND), (*own, *kind), strict=True)}
-    programs = -(-conv.co // REDUCE_M) * -(-columns // REDUCE_N)
+    programs = -(-conv.co // REDUCE_M) * -(-p.shape[2] // REDUCE_N)
     return dw, Passenger(programs, arguments, {**constants, "P_BLOCK_M": REDUCE_M, "P_BLOCK_N": REDUCE_N})

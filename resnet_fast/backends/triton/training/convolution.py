@@ -92,6 +92,7 @@ def dgrad(
     ``wt``: the packed weight; None to pack it here.
     """
     if wt is None:
+        assert grad.coefficients is not None  # a norm that is folded into the weight comes with ``wt``
         wt = pack.pack_dgrad(weight, grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
     launch = training_launch("conv_dgrad", spec, below is not None)
     return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, below_packed, add, add_strided, compact)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from ....calls import Norm
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning import configs
 from ....tuning.configs import Config
-from ....tuning.training_configs import CUDNN
-from ..problem import guarded
+from ....tuning.training_configs import CUDNN, is_training
+from ..problem import guarded, problem
 from . import batch_norm, conv_wgrad, convolution, cudnn_passes, norm_gradient
+from .folded_problem import FoldedProblem, folded_problem
 from .vectors import HI, INVSTD, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad
 
 
@@ -133,6 +135,7 @@ class TrainingProblem:
             act = self._normed(wide).relu().to(dtype)
         if self.launch.kernel == "conv_fwd":
             return F.conv2d(act, weight, None, *c.geometry())
+        assert self.grad.coefficients is not None and self.grad.y is not None
         a, b, shift = self.grad.coefficients.to(wide)
         dy = _over(a) * self.grad.g.to(wide) + _over(b) * self.grad.y.to(wide) + _over(shift)
         stride, padding, dilation, groups = c.geometry()
@@ -171,7 +174,14 @@ def _same_sums(found: Tensor, terms: Tensor) -> None:
         raise AssertionError(f"the sum of a channel is off by {worst:.2e} of its terms' magnitudes")
 
 
-def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0) -> TrainingProblem:
+def launch_problem(launch: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0) -> Any:
+    """Return the random tensors of a launch, of inference or of a training step."""
+    return training_problem(launch, device, seed) if is_training(launch) else problem(launch, device, seed)
+
+
+def training_problem(
+    launch: LaunchSpec, device: str | torch.device = "cpu", seed: int = 0
+) -> TrainingProblem | FoldedProblem:
     """Return a launch's random tensors, NHWC, with activations and gradients surrounded by NaN.
 
     Args:
@@ -179,6 +189,8 @@ def training_problem(launch: LaunchSpec, device: str | torch.device = "cpu", see
         device: where the tensors are.
         seed: the same seed gives the same tensors.
     """
+    if launch.folded:
+        return folded_problem(launch, device, seed)
     generator = torch.Generator(device).manual_seed(seed)
     c = launch.last
     dtype = getattr(torch, c.dtype)

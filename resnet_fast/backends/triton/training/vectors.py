@@ -64,11 +64,16 @@ class Act(NamedTuple):
 class Grad(NamedTuple):
     """The gradient of a raw output (N, C, Ho, Wo): ``g`` and the coefficients that turn it into dy.
 
-    ``batch``: the norm used the batch's statistics. Otherwise ``dy = A*g``, and ``y`` is not read.
+    ``batch``: the norm used the batch's statistics. Otherwise ``dy = A*g``, and ``y`` is not read. Without coefficients
+    the norm is folded into the weight (fold.py), and ``dy = g``.
     """
 
     g: Tensor
-    y: Tensor
-    coefficients: Tensor
-    packed: Tensor | None
-    batch: bool
+    y: Tensor | None = None
+    coefficients: Tensor | None = None
+    packed: Tensor | None = None
+    batch: bool = False
+
+    def vectors(self, packed: bool) -> Tensor | None:
+        """Return what a kernel reads g through; None where it takes it as it is."""
+        return self.packed if packed else self.coefficients

@@ -16,11 +16,17 @@ from tests.support.train_cases import case, fused, step
 pytestmark = pytest.mark.interpret
 
 
+def forget_plans() -> None:
+    from resnet_fast.backends.triton.training import chain, frozen_chain
+
+    chain._plans.clear()
+    frozen_chain._plans.clear()
+
+
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Run every pass as a program, launch by launch; the list holds each program, or the reason against it."""
     from resnet_fast.backends.triton import program, submission
-    from resnet_fast.backends.triton.training import chain
 
     made: list[Any] = []
 
@@ -29,21 +35,20 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         made.append(found)
         return found if isinstance(found, str) else found.replay
 
-    chain._plans.clear()
+    forget_plans()
     monkeypatch.setattr(submission, "planned", planned)
     yield made
-    chain._plans.clear()
+    forget_plans()
 
 
 def directly(run: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Return a step's results with the launchers run one by one."""
     from resnet_fast.backends.triton import submission
-    from resnet_fast.backends.triton.training import chain
 
     with monkeypatch.context() as patched:
         run_all = lambda self, key, launchers, leaves, numbers=(): launchers([*leaves, *numbers])  # noqa: E731
         patched.setattr(submission.Passes, "run", run_all)
-        chain._plans.clear()
+        forget_plans()
         return run()
 
 
@@ -58,10 +63,12 @@ CASES: dict[str, dict[str, Any]] = {
     "conv_bn_act": {"op": "conv_bn_act"},
     "residual": {"op": "conv_bn_act", "residual": True},
     "stem": {"op": "stem", "ci": 3, "co": 8, "k": 7, "stride": 2, "h": 9, "w": 8},
+    "frozen": {"op": "basic_block", "co": 24, "stride": 2, "h": 7, "batch_stats": False},
+    "frozen stem": {"op": "stem", "ci": 3, "co": 8, "k": 7, "stride": 2, "h": 9, "w": 8, "batch_stats": False},
 }
 
 
-QUICK = ("projection", "residual")
+QUICK = ("projection", "residual", "frozen")
 
 
 @pytest.mark.parametrize(
