@@ -4,7 +4,8 @@
 
 Nothing is launched and no GPU is needed: kernels can be compiled for a GPU that this machine lacks, so that an image
 ships with a filled cache. :mod:`.ready` does the same at the first call of inference on a GPU, and
-:func:`ready_to_train` at the first training step.
+:func:`ready_to_train` at the first training step of a net. A block that is trained by itself compiles each of its
+passes when it plans it (``backends/triton/submission.py``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ..current_device import numbered
 from ..dispatch import catalog, record, select
 from ..errors import BackendError, UserError
 from ..impl import Ahead, Impl, PlannedCall, Warmed
+from ..progress import OnProgress, announced, is_off, log
 from ..spec import Spec
-from .ready import OnProgress, announced, is_off, log
 from .run import autocast, planned_by
 from .specs import spec_of
 from .train import needs_gradient

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -230,3 +231,39 @@ def test_the_next_process_compiles_nothing(workers: str, tmp_path: Path, monkeyp
     assert done.returncode == 0, done.stderr
     compiled, launched = json.loads(done.stdout.splitlines()[-1])
     assert compiled == [] and launched >= 15
+
+
+FIRST_STEP = """
+import json, logging, os, threading
+from triton import knobs
+from resnet_fast.benchmarks import null_gpu
+null_gpu.install(compile_kernels=True)
+import tests.ops.test_warm as here
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+threads = []
+name = lambda: threading.current_thread().name
+knobs.compilation.listener = lambda src, cache_hit, **_: None if cache_hit else threads.append(name())
+here.train_a_block()
+print(json.dumps(threads), flush=True)
+os._exit(0)  # autograd's thread for the null GPU never ends
+"""
+
+
+def train_a_block() -> None:
+    """Run the first training step of a block that is in no net."""
+    block = resnet_fast.accelerate(BasicBlock(16, 16)).cuda()
+    x = torch.empty(2, 16, 8, 8, dtype=torch.bfloat16, device="cuda")
+    step(block, x.contiguous(memory_format=torch.channels_last), train=True)
+
+
+@compiler_only
+@pytest.mark.slow
+def test_a_block_outside_of_a_net_compiles_each_pass_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "RESNET_FAST_COMPILE_WORKERS": "2", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FIRST_STEP]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    threads = json.loads(done.stdout.splitlines()[-1])
+    assert len(threads) >= 8 and all(name.startswith("resnet-fast-compile") for name in threads)
+    lines = re.findall(r"compiled (\d+) kernels in", done.stderr)
+    assert len(lines) == 2 and sum(map(int, lines)) == len(threads)  # forward and backward pass

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,13 +25,11 @@ from typing import Any
 
 from ... import flags
 from ...errors import named
+from ...progress import OnProgress, announced, is_off
 from .launch import Launched
 
 WORKER_BYTES = 256 << 20
 """Memory to leave for each kernel that is in the compiler and its assembler."""
-
-OnProgress = Callable[[int, int, str], None]
-"""Called with the number of kernels done, the total number, and the one that was finished last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +208,27 @@ def compile_all(jobs: list[KernelJob], workers: int, on_progress: OnProgress | N
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
+
+
+_looked_up: set[str] = set()
+"""Texts of the jobs that were looked up in Triton's cache by :func:`ready`."""
+
+
+def ready(launches: Iterable[Launched], arch: int) -> None:
+    """Compile what launches need and Triton's cache lacks, several at a time, and say so.
+
+    A kernel that fails is left to its launch, which raises what the compiler says; so is every kernel where launches
+    shall compile their own.
+    """
+    from triton import knobs
+
+    if is_off() or knobs.compilation.always_compile:
+        return
+    jobs = [job for job, _ in jobs_of(launches, arch) if job.text not in _looked_up]
+    missing = [job for job in jobs if not is_stored(job)]
+    with announced() as progress:
+        compile_all(missing, worker_count(len(missing)), progress)
+    _looked_up.update(job.text for job in jobs)
 
 
 def _from_own_place(jobs: list[KernelJob]) -> list[KernelJob]:

@@ -1,10 +1,10 @@
 """Run a planned pass: its launches in one native call, or its launchers one by one with the reason.
 
-A pass is planned at its first call for a problem (:mod:`.program`). Triton compiles each kernel as it would for the
-launch itself, and the native library (csrc/ops/submit.cpp) gets function, grid, and each argument's bytes in the order
-that Triton's launcher passes them: the arguments that were not compiled in, then two scratch pointers. A later call
-allocates the results, writes the addresses of its tensors and its numbers, and submits everything, on PyTorch's current
-stream.
+A pass is planned at its first call for a problem (:mod:`.program`). Kernels that nothing has compiled before are then
+compiled, several at a time (:mod:`.compiling`), each as for the launch itself. The native library (csrc/ops/submit.cpp)
+gets function, grid, and each argument's bytes in the order that Triton's launcher passes them: the arguments that were
+not compiled in, then two scratch pointers. A later call allocates the results, writes the addresses of its tensors and
+its numbers, and submits everything, on PyTorch's current stream.
 
 The launchers run instead where that is impossible: in Triton's interpreter, without the native library, with cuDNN or a
 collective between the kernels, for a kernel that needs more than a plain launch (clusters, scratch memory), for
@@ -25,8 +25,8 @@ from triton import knobs
 
 from ... import flags, native
 from ...errors import BackendError
-from . import program
-from .launch import INTERPRETED
+from . import compiling, program
+from .launch import INTERPRETED, Launched
 from .program import Described, Number, Outputs, Place, PlannedLaunch, Program
 
 Launchers = Callable[[list[Any]], list[Any]]
@@ -145,9 +145,11 @@ def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = (),
 
 def bind(found: Program, library: Any, device: torch.device, fixed: Sequence[Tensor] = ()) -> Runner | str:
     """Compile a program's kernels for ``device``, the current one, and return what submits it."""
+    launches = [Launched(s.kernel, s.grid, tuple(map(_typed, s.arguments)), s.constants, None) for s in found.steps]
+    compiling.ready(launches, triton.runtime.driver.active.get_current_target().arch)
     rows, kernels = [], []
-    for step in found.steps:
-        compiled = step.kernel.run(*map(_typed, step.arguments), grid=step.grid, warmup=True, **step.constants)
+    for step, launched in zip(found.steps, launches, strict=True):
+        compiled = step.kernel.run(*launched.arguments, grid=step.grid, warmup=True, **step.constants)
         compiled._init_handles()
         row = _row(step, compiled, found.numbers)
         if isinstance(row, str):

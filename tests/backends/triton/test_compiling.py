@@ -66,6 +66,26 @@ def test_launches_that_need_the_same_kernel_are_one_job() -> None:
     assert len(jobs(call_of(4), call_of(4, channels=128))) > len(jobs(call_of(4)))
 
 
+def test_a_programs_kernels_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def compile_all(jobs: list[KernelJob], workers: int, on_progress: Any) -> dict[str, str]:
+        given.extend(job.name for job in jobs)
+        return {job.text: "no" for job in jobs}  # which their launches will say
+
+    monkeypatch.setattr(compiling, "_looked_up", set())
+    monkeypatch.setattr(compiling, "compile_all", compile_all)
+    with device.planned_for(target()):
+        made = ahead.launches_of(call_of(training=True))
+    monkeypatch.setenv("RESNET_FAST_COMPILE_WORKERS", "0")
+    compiling.ready(made, 90)
+    assert not given
+    monkeypatch.setenv("RESNET_FAST_COMPILE_WORKERS", "2")
+    for _ in range(2):
+        compiling.ready(made, 90)
+    assert len(given) == len(jobs(call_of(training=True)))
+
+
 def test_a_training_step_includes_its_backward_pass() -> None:
     names = [job.name for job in jobs(call_of(training=True))]
     assert {"conv_fwd_kernel", "conv_dgrad_kernel", "conv_wgrad_kernel", "block_end_bwd_kernel"} <= set(names)
