@@ -17,11 +17,13 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 
 from ... import flags, native
 from ...errors import BackendError
@@ -119,9 +121,10 @@ class Passes:
         self.ways.add(f"launched one by one, because {reason}")
 
 
-def _hooked() -> bool:
-    """Return whether somebody wants to hear of every launch."""
-    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+def _hooked(*names: str) -> bool:
+    """Return whether one of these hooks of Triton's is set; by default those of every launch."""
+    for name in names or ("launch_enter_hook", "launch_exit_hook"):
+        hook = getattr(knobs.runtime, name)
         if hook is not None and getattr(hook, "calls", True):
             return True
     return False
@@ -150,8 +153,7 @@ def bind(found: Program, library: Any, device: torch.device, fixed: Sequence[Ten
     rows, kernels = [], []
     for step, launched in zip(found.steps, launches, strict=True):
         compiled = step.kernel.run(*launched.arguments, grid=step.grid, warmup=True, **step.constants)
-        compiled._init_handles()
-        row = _row(step, compiled, found.numbers)
+        row = _row(step, compiled, _loaded(compiled), found.numbers)
         if isinstance(row, str):
             return row
         rows.append(row)
@@ -213,7 +215,32 @@ class _Pointer:
         return ()
 
 
-def _row(step: PlannedLaunch, compiled: Any, numbers: tuple[Number, ...]) -> tuple[Any, ...] | str:
+_functions: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""Compiled kernels whose code was loaded without a launcher of Triton's -> the driver's handle."""
+
+
+def _loaded(compiled: Any) -> int:
+    """Return the driver's handle of a compiled kernel, after loading its code on the current device.
+
+    Triton loads code together with a launcher of its own, which nothing calls here. Until version 3.6 that is a C
+    module for each signature, which a C compiler builds at its first use on a machine, one after another. So there the
+    code alone is loaded; if Triton launches the kernel later, it loads another copy.
+    """
+    makes_c = hasattr(nvidia, "make_launcher")
+    if compiled.module is not None or not makes_c or _hooked("kernel_load_start_hook", "kernel_load_end_hook"):
+        compiled._init_handles()
+        return int(compiled.function)
+    if compiled not in _functions:
+        about, driver = compiled.metadata, triton.runtime.driver.active
+        found = driver.utils.load_binary(compiled.name, compiled.kernel, about.shared, driver.get_current_device())
+        _, function, _, _, most = found
+        if 32 * about.num_warps > most:
+            raise triton.runtime.errors.OutOfResources(32 * about.num_warps, most, "threads")
+        _functions[compiled] = function
+    return _functions[compiled]
+
+
+def _row(step: PlannedLaunch, compiled: Any, function: int, numbers: tuple[Number, ...]) -> tuple[Any, ...] | str:
     """Return a launch of a compiled kernel as the library takes it, or why it cannot be one."""
     about = compiled.metadata
     obstacle = _obstacle(about)
@@ -229,7 +256,7 @@ def _row(step: PlannedLaunch, compiled: Any, numbers: tuple[Number, ...]) -> tup
         arguments += packed
     grid = (*step.grid, 1, 1)[:3]
     scratch = (b"\0" * 8, b"\0" * 8)
-    return about.name, compiled.function, grid, 32 * about.num_warps, about.shared, (*arguments, *scratch)
+    return about.name, function, grid, 32 * about.num_warps, about.shared, (*arguments, *scratch)
 
 
 def _obstacle(about: Any) -> str:
