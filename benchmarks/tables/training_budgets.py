@@ -208,6 +208,17 @@ def passes() -> dict[str, CapturedLaunch]:
         parameters = (norm.weight, norm.bias, None)
         norm_gradient.coefficients(grad, partials, v, parameters, "", counters[0], packing, reduction)
 
+    def finalized(*places: int) -> list[pack.Passenger]:
+        return [
+            batch_norm.finalization(partials, 128, n * 196, norm, None, norm.mean, v, True, counters[i]) for i in places
+        ]
+
+    def stem_finalized() -> list[pack.Passenger]:
+        narrow = torch.empty(64, device="meta")
+        norm = Norm(narrow, narrow, narrow, narrow, True, 0.1, 1e-5)
+        own = torch.empty(2, 400, 64, device="meta")
+        return [batch_norm.finalization(own, 128, n * 112**2, norm, None, norm.mean, stem_v, True, counters[0])]
+
     runs = {
         "statistics": lambda: cudnn_passes.statistics(y),
         "finalize": lambda: finalize(pack.NO_FORWARD),
@@ -216,11 +227,12 @@ def passes() -> dict[str, CapturedLaunch]:
         "coefficients": lambda: coefficients(pack.NO_DGRAD, conv_wgrad.NO_REDUCTION),
         "coefficients packing": lambda: coefficients(pack.dgrad_passenger(weight, bf16, conv, vector)[1], reduction),
         "apply_backward": lambda: cudnn_passes.apply_backward(Grad(y, z, _rows(3, 1024), None, True)),
-        "block_end": lambda: block_end.block_end(y, v, z, None, True),
-        "block_end projection": lambda: block_end.block_end(y, v, z, v, True),
+        "block_end": lambda: block_end.block_end(y, v, z, None, True, finalized(0)),
+        "block_end projection": lambda: block_end.block_end(y, v, z, v, True, finalized(0, 1)),
+        "block_end alone": lambda: block_end.block_end(y, v, None, None, True),
         "block_end_backward": lambda: block_end.block_end_backward(y, z, y, v, None, None, counters),
         "block_end_backward projection": lambda: block_end.block_end_backward(y, z, y, v, z, v, counters),
-        "pool_end": lambda: pool.pool_end(stem, stem_v, window),
+        "pool_end": lambda: pool.pool_end(stem, stem_v, window, stem_finalized()),
         "pool_end_backward": lambda: pool.pool_end_backward(pooled, stem, stem_v, window, counters),
         "pack_forward": lambda: pack.pack_forward(weight, bf16, conv, input_of(conv, True)),
         "pack_dgrad": lambda: pack.pack_dgrad(weight, bf16, conv, torch.empty(conv.co, device="meta")),

@@ -169,6 +169,11 @@ def product(conv: ConvSpec, config: Config, dtype: torch.dtype) -> dict[str, Any
     return arguments
 
 
+def at_most(registers: int) -> dict[str, Any]:
+    """Return the keyword arguments of a kernel that is compiled for up to ``registers`` per thread."""
+    return {} if INTERPRETED else {"maxnreg": registers}
+
+
 def common(spec: LaunchSpec, config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Return the keyword arguments of every convolution kernel of inference."""
     return {"RES": spec.residual, "RELU": spec.last.epilogue.relu, **product(spec.last, config, dtype)}

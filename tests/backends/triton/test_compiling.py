@@ -214,10 +214,10 @@ def test_a_training_config_that_does_not_compile_is_refused(monkeypatch: pytest.
 
 def test_a_pass_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no other config: planning again would end in the same kernel."""
-    given = fail(monkeypatch, "finalize_kernel")
+    given = fail(monkeypatch, "block_end_fwd_kernel")
     report = ahead.compile_ahead([call_of(training=True)], target)
-    assert [what for what, _ in report.failed] == ["finalize_kernel"]
-    assert given.count("finalize_kernel") == 1
+    assert [what for what, _ in report.failed] == ["block_end_fwd_kernel"]
+    assert given.count("block_end_fwd_kernel") == 1
 
 
 def test_batch_and_image_size_multiply_no_kernel() -> None:

@@ -17,8 +17,14 @@ Memory. ``arrive`` is a release of everything that the program has stored, and a
 there: a barrier of the program's threads comes before the atomic addition, and Triton passes its result on behind
 another one. L1 is not coherent, so what other programs of the launch stored is read past it (``cache_modifier=".cg"``).
 
-No deadlock. A program that waits has drawn its number from TICKET, and those it waits for have lower numbers: they
-have begun, and wait for nothing. How the GPU orders programs does not matter.
+No deadlock. How the GPU orders programs does not matter, in either of two ways:
+
+    numbered   A program's work is the number that it draws from TICKET. One that waits has a higher number than those
+               it waits for: they have begun, and wait for nothing. (finalize with packing, batch_norm.py)
+    claimed    A program's work is its place in the grid, as in other kernels. If what it needs is not ready, it first
+               draws numbers from TICKET and does the work of each, until none is left; then it waits. So whoever comes
+               first does the work, and it has all begun, in programs that wait for nothing before they have done it.
+               Once it is ready, a program costs one atomic, and none draws a number. (block_end.py, pool.py)
 """
 
 from __future__ import annotations
@@ -33,10 +39,13 @@ TICKET, READY, BLOCKS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 WIDTH = tl.constexpr(1024)
 
+ROW = 64
+"""A row's length is divisible by it, so that rows share no cache line."""
+
 
 def counters_for(like: Tensor, norms: int, blocks: int) -> Tensor:
-    """Return counters (norms, 2 + blocks) int32 for norms of up to ``blocks`` channel blocks, to be cleared."""
-    return like.new_empty((norms, 2 + blocks), dtype=torch.int32)
+    """Return counters (norms, 2 + blocks or more) int32 for norms of up to ``blocks`` channel blocks, to be cleared."""
+    return like.new_empty((norms, -(-(2 + blocks) // ROW) * ROW), dtype=torch.int32)
 
 
 @triton.jit
@@ -50,6 +59,12 @@ def clear_in_first_program(counters_ptr, counters):
 
 
 @triton.jit
+def draw(counter_ptr):
+    """Return the next number, from 0; no other program gets it."""
+    return tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def arrive(counter_ptr):
     """Return how many programs arrived before this one, after all its stores."""
     tl.debug_barrier()
@@ -57,7 +72,13 @@ def arrive(counter_ptr):
 
 
 @triton.jit
+def arrived(counter_ptr):
+    """Return how many programs have arrived; what they had stored by then can be read."""
+    return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+
+
+@triton.jit
 def wait(counter_ptr, programs):
     """Return when ``programs`` programs have arrived."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < programs:
+    while arrived(counter_ptr) < programs:
         pass

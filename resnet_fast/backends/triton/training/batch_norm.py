@@ -11,8 +11,8 @@ partials, or behind a convolution on cuDNN a pass, cudnn_passes.py. norm_gradien
 Saved bytes. Stock BatchNorm reads y twice and writes the result. Here nothing of that size moves: of a tile of 128 rows
 8 bytes per channel are read. At batch 256 ResNet-50 has at most 6,272 tiles, 12.8 MB in the widest norm.
 
-Saved launches: one per norm. Its programs merge the tiles, write the vectors, move the running statistics, and pack the
-weight of the next convolution, which needs FOLD:
+Saved launches: at most one per norm. Its programs merge the tiles, write the vectors, move the running statistics, and
+pack the weight of the next convolution, which needs FOLD:
 
     tiles t ->                     A program owns BLOCK_C channels and a chunk of CHUNK tiles, read BLOCK_T at a time.
     c [ . . . . | . . . . | . ]    A chunk's result is a partial too, of CHUNK times as many rows. The program that
@@ -21,6 +21,9 @@ weight of the next convolution, which needs FOLD:
             vectors, READY         and wait until all channel blocks are ready.
                |
         w = round(weight * FOLD)
+
+Behind a block's last norms comes no weight but the block's end. It finalizes them itself (``finalize_first``): a
+program of block_end.py or pool.py that finds them not ready takes what part of this work is left, then waits.
 
 Numerics. fp32. A mean is a small distance from a pivot among the data, and M2 a sum of squared distances from the mean:
 nothing cancels when |mean| >> std. Only the shape decides the order of sums, so the result is the same bits every time.
@@ -38,6 +41,9 @@ digits, and the second pass reads L1. The merge as the end of conv_fwd: docs/not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -47,13 +53,19 @@ from ....calls import Norm
 from ..launch import submit, upcasts
 from ..tiles import round_to, store_rounded
 from . import vectors as v
-from .arrival import BLOCKS, READY, TICKET, arrive
+from .arrival import BLOCKS, READY, TICKET, arrive, arrived, draw, wait
 from .conv_fwd import usable_centre
 from .pack import NO_FORWARD, Passenger, pack_forward_program
+
+NUMBERS = ("tiles", "chunks", "chunk", "rows", "count", "eps", "keep", "momentum")
+FINALIZATION_NUMBERS = (*NUMBERS, *(f"{name}_d" for name in NUMBERS))
+"""Arguments whose values kernels are not compiled for: of one norm, and of two."""
 
 CHUNK, LAST_TILES = 128, 256
 BLOCK_T, BLOCK_C = 128, 16
 """Tiles and channels of a merge; a thread has 16 loads, all in flight."""
+FIRST_T = 64
+"""Tiles of a merge within the end of a block, which has other values to hold."""
 
 CENTRE, MEAN, INVSTD = tl.constexpr(v.CENTRE), tl.constexpr(v.MEAN), tl.constexpr(v.INVSTD)
 SCALE, SHIFT, INV_COUNT = tl.constexpr(v.SCALE), tl.constexpr(v.SHIFT), tl.constexpr(v.INV_COUNT)
@@ -190,14 +202,14 @@ def _update(running_ptr, stride, value, keep, momentum, c, C: tl.constexpr):
 
 @triton.jit
 def finalize_program(
-    pid, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
-    vectors_ptr, clamp_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
-    GATHERED: tl.constexpr, AWAITED: tl.constexpr,
-    C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    pid, ready_ptr, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr,
+    mean_ptr, var_ptr, vectors_ptr, clamp_ptr,
+    tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+    GATHERED: tl.constexpr, C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merge ``chunk`` tiles of a channel block; the last program of a channel block merges the chunks and finalizes.
 
-    AWAITED: passengers of the launch wait for the vectors.
+    ``ready_ptr``: where each channel block arrives once its vectors are stored; None if the launch does not read them.
     """
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block, part = pid % blocks, pid // blocks
@@ -228,14 +240,64 @@ def finalize_program(
         if mean_ptr is not None:
             _update(mean_ptr, mean_stride, batch_mean, keep, momentum, c, C)
             _update(var_ptr, var_stride, batch_var, keep, momentum, c, C)
-        if AWAITED:
-            arrive(counters_ptr + READY)
+        if ready_ptr is not None:
+            arrive(ready_ptr)
 
 
-@triton.jit(do_not_specialize=["tiles", "chunks", "chunk", "rows", "count", "eps", "keep", "momentum"])
+@triton.jit
+def finalize_first(
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, vectors_ptr,
+    tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+    partials_d_ptr, merged_d_ptr, counters_d_ptr, gamma_d_ptr, beta_d_ptr, bias_d_ptr, centre_d_ptr, mean_d_ptr,
+    var_d_ptr, vectors_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
+    mean_stride_d, var_stride_d,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Do what no other program has begun of one or two norms' finalization, in a program that reads their vectors.
+
+    Return whether it was not ready; then :func:`wait_for_vectors` before reading the vectors.
+    """
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    expected: tl.constexpr = blocks if partials_d_ptr is None else 2 * blocks
+    early = arrived(counters_ptr + READY) < expected
+    if early:
+        own, every = blocks * chunks, blocks * chunks
+        if partials_d_ptr is not None:
+            every += blocks * chunks_d
+        number = draw(counters_ptr + TICKET)
+        while number < every:
+            if number < own:
+                finalize_program(
+                    number, counters_ptr + READY, partials_ptr, merged_ptr, counters_ptr,
+                    gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, vectors_ptr, None,
+                    tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+                    False, C, False, BLOCK_T, BLOCK_C,
+                )  # fmt: skip
+            else:
+                if partials_d_ptr is not None:
+                    finalize_program(
+                        number - own, counters_ptr + READY, partials_d_ptr, merged_d_ptr, counters_d_ptr,
+                        gamma_d_ptr, beta_d_ptr, bias_d_ptr, centre_d_ptr, mean_d_ptr, var_d_ptr, vectors_d_ptr, None,
+                        tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
+                        mean_stride_d, var_stride_d, False, C, False, BLOCK_T, BLOCK_C,
+                    )  # fmt: skip
+            number = draw(counters_ptr + TICKET)
+    return early
+
+
+@triton.jit
+def wait_for_vectors(early, counters_ptr, partials_d_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return once the vectors of :func:`finalize_first`, which returned ``early``, are ready."""
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    expected: tl.constexpr = blocks if partials_d_ptr is None else 2 * blocks
+    if early:
+        wait(counters_ptr + READY, expected)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def _finalize_kernel(
-    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
-    vectors_ptr, clamp_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, vectors_ptr,
+    tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride, clamp_ptr,
     weight_ptr, fold_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
     GATHERED: tl.constexpr, C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
@@ -243,24 +305,26 @@ def _finalize_kernel(
 ):  # fmt: skip
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     AWAITED: tl.constexpr = fold_ptr is not None
-    pid = tl.atomic_add(counters_ptr + TICKET, 1) if AWAITED else tl.program_id(0)
+    ready_ptr = counters_ptr + READY if AWAITED else None
+    pid = draw(counters_ptr + TICKET) if AWAITED else tl.program_id(0)
     if weight_ptr is None:
         finalize_program(
-            pid, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
-            vectors_ptr, clamp_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
-            GATHERED, AWAITED, C, UPCAST, BLOCK_T, BLOCK_C,
+            pid, ready_ptr, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr,
+            mean_ptr, var_ptr, vectors_ptr, clamp_ptr,
+            tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+            GATHERED, C, UPCAST, BLOCK_T, BLOCK_C,
         )  # fmt: skip
     else:
         if pid < blocks * chunks:
             finalize_program(
-                pid, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr,
+                pid, ready_ptr, partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr,
                 mean_ptr, var_ptr, vectors_ptr, clamp_ptr,
                 tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
-                GATHERED, AWAITED, C, UPCAST, BLOCK_T, BLOCK_C,
+                GATHERED, C, UPCAST, BLOCK_T, BLOCK_C,
             )  # fmt: skip
         else:
             pack_forward_program(
-                pid - blocks * chunks, counters_ptr + READY if AWAITED else None, blocks,
+                pid - blocks * chunks, ready_ptr, blocks,
                 weight_ptr, fold_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
                 CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, ROWS, WIDTH, UPCAST_W,
             )  # fmt: skip
@@ -349,21 +413,52 @@ def finalize(
     """
     if group:
         partials = _gathered(_own(partials, rows, count), group)
-    tiles, c = partials.shape[0 if group else 1], partials.shape[2]
-    chunks, chunk = (1, tiles) if group else chunks_of(tiles)
     vectors, clamp = out
+    own = finalization(partials, rows, count, norm, bias, centre, vectors, update, counters, bool(group))
+    submit(
+        _finalize_kernel, (own.programs + passenger.programs,), *own.arguments, clamp, *passenger.arguments,
+        GATHERED=bool(group), UPCAST=_upcasts(clamp), **own.constants, **passenger.constants,
+    )  # fmt: skip
+
+
+def finalization(
+    partials: Tensor,
+    rows: int,
+    count: int,
+    norm: Norm,
+    bias: Tensor | None,
+    centre: Tensor | None,
+    vectors: Tensor,
+    update: bool = False,
+    counters: Tensor | None = None,
+    gathered: bool = False,
+) -> Passenger:
+    """Return the programs that compute the vectors of a norm on the batch's statistics, for :func:`finalize_first`.
+
+    Arguments are those of :func:`finalize`. There is no clamp: the end of a block reads the vectors. ``gathered``:
+    ``partials`` are (processes, 3, C), of :func:`_gathered`.
+    """
+    tiles, c = partials.shape[0 if gathered else 1], partials.shape[2]
+    chunks, chunk = (1, tiles) if gathered else chunks_of(tiles)
     merged = partials.new_empty((2, chunks, c)) if chunks > 1 else None
     if counters is None:
         counters = partials.new_zeros(2 + blocks_of(c), dtype=torch.int32)
     running = norm[2:4] if update and norm.mean is not None and norm.var is not None else (None, None)
-    submit(
-        _finalize_kernel, (blocks_of(c) * chunks + passenger.programs,),
-        partials, merged, counters, *_dense(norm.weight, norm.bias, bias, centre), *running, vectors, clamp,
+    arguments = (
+        partials, merged, counters, *_dense(norm.weight, norm.bias, bias, centre), *running, vectors,
         tiles, chunks, chunk, rows, count, norm.eps, 1 - norm.momentum, norm.momentum,
-        *(1 if t is None else t.stride(0) for t in running), *passenger.arguments,
-        GATHERED=bool(group), C=c, UPCAST=_upcasts(clamp),
-        BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, **passenger.constants,
+        *(1 if t is None else t.stride(0) for t in running),
     )  # fmt: skip
+    return Passenger(blocks_of(c) * chunks, arguments, {"C": c, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C})
+
+
+_NO_FINALIZATION = (*[None] * 10, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 1, 1)
+
+
+def finalization_arguments(finalizations: Sequence[Passenger], norms: int = 2) -> tuple[Any, ...]:
+    """Return the arguments of :func:`finalize_first` for up to ``norms`` of :func:`finalization`; None for the rest."""
+    given = [*(f.arguments for f in finalizations), *[_NO_FINALIZATION] * (norms - len(finalizations))]
+    return tuple(argument for arguments in given for argument in arguments)
 
 
 def finalized(partials: Tensor, rows: int, count: int, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,10 @@ output into an activation, for the convolutions that run on cuDNN.
                                               [ dz ] [ z ] [ y ] [ yd ] -> [ g ]     + in registers, step by step
                                                                                      = once over the threads, at the end
 
+Saved launches. The vectors of the last norm, and of the projection's, need not be ready: programs that come first
+finalize them (batch_norm.py) in the order of arrival.py, and then wait with their rows of y and of the shortcut at
+hand. Programs that come later find them ready, by one atomic.
+
 Numerics: fp32 in the order scale, shift, add, ReLU, with one rounding at the store; PyTorch rounds after the norm and
 after the add. ReLU keeps NaN, and its gradient passes where z is NaN, as in ATen. Sums are of g as stored.
 
@@ -22,6 +26,8 @@ Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,6 +37,9 @@ from torch import Tensor
 from ..launch import submit, upcasts
 from ..tiles import relu, round_to
 from .arrival import clear_in_first_program
+from .batch_norm import BLOCK_C as MERGED_C
+from .batch_norm import FINALIZATION_NUMBERS, FIRST_T, finalization_arguments, finalize_first, wait_for_vectors
+from .pack import Passenger
 from .passes import (
     MEAN,
     SCALE,
@@ -46,23 +55,43 @@ from .passes import (
 )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", *FINALIZATION_NUMBERS])
 def _block_end_fwd_kernel(
     y_ptr, vectors_ptr, shortcut_ptr, shortcut_vectors_ptr, z_ptr, M,
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, own_ptr,
+    tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+    partials_d_ptr, merged_d_ptr, counters_d_ptr, gamma_d_ptr, beta_d_ptr, bias_d_ptr, centre_d_ptr, mean_d_ptr,
+    var_d_ptr, own_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
+    mean_stride_d, var_stride_d,
     C: tl.constexpr, RELU: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    MERGED_T: tl.constexpr, MERGED_C: tl.constexpr,
 ):  # fmt: skip
+    CACHE: tl.constexpr = "" if partials_ptr is None else ".cg"
+    if partials_ptr is not None:
+        early = finalize_first(
+            partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
+            own_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+            partials_d_ptr, merged_d_ptr, counters_d_ptr, gamma_d_ptr, beta_d_ptr, bias_d_ptr, centre_d_ptr, mean_d_ptr,
+            var_d_ptr, own_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
+            mean_stride_d, var_stride_d,
+            C, MERGED_T, MERGED_C,
+        )  # fmt: skip
     tile, c = channels_of_program(C, BLOCK_C)
     first = tile * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     mask = mask_of(row < M - first, c, C, BLOCK_C)
     start, at = first.to(tl.int64) * C, row[:, None] * C + c[None, :]
-    y = tl.load(y_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
-    z = y * vector(vectors_ptr, c, SCALE, C) + vector(vectors_ptr, c, SHIFT, C)
+    y = tl.load(y_ptr + start + at, mask=mask, other=0.0)
     if shortcut_ptr is not None:
-        shortcut = tl.load(shortcut_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        shortcut = tl.load(shortcut_ptr + start + at, mask=mask, other=0.0)
+    if partials_ptr is not None:
+        wait_for_vectors(early, counters_ptr, partials_d_ptr, C, MERGED_C)
+    z = y.to(tl.float32) * vector(vectors_ptr, c, SCALE, C, CACHE) + vector(vectors_ptr, c, SHIFT, C, CACHE)
+    if shortcut_ptr is not None:
+        shortcut = shortcut.to(tl.float32)
         if shortcut_vectors_ptr is not None:
-            scale, shift = vector(shortcut_vectors_ptr, c, SCALE, C), vector(shortcut_vectors_ptr, c, SHIFT, C)
-            shortcut = shortcut * scale + shift
+            scale = vector(shortcut_vectors_ptr, c, SCALE, C, CACHE)
+            shortcut = shortcut * scale + vector(shortcut_vectors_ptr, c, SHIFT, C, CACHE)
         z += shortcut
     if RELU:
         z = relu(z)
@@ -70,7 +99,12 @@ def _block_end_fwd_kernel(
 
 
 def block_end(
-    y: Tensor, vectors: Tensor, shortcut: Tensor | None, shortcut_vectors: Tensor | None, relu: bool
+    y: Tensor,
+    vectors: Tensor,
+    shortcut: Tensor | None,
+    shortcut_vectors: Tensor | None,
+    relu: bool,
+    finalizations: Sequence[Passenger] = (),
 ) -> Tensor:
     """Return z (N, C, H, W), dense NHWC.
 
@@ -80,12 +114,14 @@ def block_end(
         shortcut: added tensor (N, C, H, W), dense NHWC, or None.
         shortcut_vectors: (10, C) if the shortcut is raw too, otherwise None.
         relu: whether a ReLU follows.
+        finalizations: of :func:`batch_norm.finalization`, which compute those vectors that are not known yet.
     """
     z, tile = empty_image(y), tile_of(y, 4)
     submit(
         _block_end_fwd_kernel, grid_of(-(-rows_of(y) // tile[0]), y, tile[1]),
-        y, vectors, shortcut, shortcut_vectors, z, rows_of(y),
+        y, vectors, shortcut, shortcut_vectors, z, rows_of(y), *finalization_arguments(finalizations),
         C=y.shape[1], RELU=relu, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+        MERGED_T=FIRST_T, MERGED_C=MERGED_C,
     )  # fmt: skip
     return z
 

@@ -146,7 +146,9 @@ def _forward(call: Call, spec: Spec, save: str, update: bool, plan: StepPlan) ->
     x, main = call.x, len(spec.main)
     counters = _counters(x, call)
     packed, passenger = _packing(call, plan, 0, Act(x))
-    pack.launch(passenger, counters)
+    projection, passenger_d = _packing(call, plan, main, Act(x))
+    pack.launch([passenger, passenger_d], counters)
+    finalizations: list[pack.Passenger] = []
     raws: list[Tensor] = []
     vectors: list[Tensor] = []
     clamps: list[Tensor] = []
@@ -154,21 +156,27 @@ def _forward(call: Call, spec: Spec, save: str, update: bool, plan: StepPlan) ->
     for i, norm in enumerate(call.norms):
         y, partials, rows = _convolve(call, plan, i, act, packed)
         out = batch_norm.outputs(y.shape[1], y.dtype, y.device)
-        act = Act(y, *out) if i < main - 1 else Act(x)
-        packed, passenger = _packing(call, plan, i + 1, act)
-        bias, centre = _bias(call, i), _centre(call, plan, i)
-        if partials is None:
-            batch_norm.constant(norm, bias, centre, out)
-            pack.launch(passenger)
-        else:
-            own = None if counters is None else counters[i]
-            count = plan.specs[i].gemm_m
-            batch_norm.finalize(partials, rows, count, norm, bias, centre, out, norm.sync, update, own, passenger)
+        inner = i < main - 1
+        if inner:
+            act = Act(y, *out)
+            packed, passenger = _packing(call, plan, i + 1, act)
+            clamps.append(x.new_empty(0) if out[1] is None else out[1])
+        else:  # the block's end reads these vectors, and no convolution
+            out, act, packed, passenger = (out[0], None), Act(x), projection, pack.NO_FORWARD
         raws.append(y)
         vectors.append(out[0])
-        if i < main - 1:
-            clamps.append(x.new_empty(0) if out[1] is None else out[1])
-    z = _end(call, spec, x, raws, vectors)
+        bias, centre, count = _bias(call, i), _centre(call, plan, i), plan.specs[i].gemm_m
+        own = None if counters is None else counters[i]
+        if partials is None:
+            batch_norm.constant(norm, bias, centre, out)
+            pack.launch([passenger])
+        elif inner or norm.sync:
+            batch_norm.finalize(partials, rows, count, norm, bias, centre, out, norm.sync, update, own, passenger)
+        else:
+            finalizations.append(
+                batch_norm.finalization(partials, rows, count, norm, bias, centre, out[0], update, own)
+            )
+    z = _end(call, spec, x, raws, vectors, finalizations)
     if _recomputes(spec, save):
         raws[main - 1] = x.new_empty(0)
     return [z, *raws, *vectors, *clamps]
@@ -211,14 +219,17 @@ def _convolve(call: Call, plan: StepPlan, i: int, act: Act, packed: Packed | Non
     return convolution.forward(call.convs[i].weight, spec, config, act, centre, statistics, bias, packed)
 
 
-def _end(call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Tensor]) -> Tensor:
-    """Return the output, by norm, add and ReLU, or by norm, ReLU and max-pool."""
+def _end(
+    call: Call, spec: Spec, x: Tensor, raws: list[Tensor], vectors: list[Tensor], finalizations: list[pack.Passenger]
+) -> Tensor:
+    """Return the output, by norm, add and ReLU, or by norm, ReLU and max-pool; finalize the norms first."""
     if call.pool is not None:
-        return pool.pool_end(raws[0], vectors[0], call.pool)
+        return pool.pool_end(raws[0], vectors[0], call.pool, finalizations)
     if call.projection:
-        return block_end.block_end(raws[-2], vectors[-2], raws[-1], vectors[-1], call.relu)
+        return block_end.block_end(raws[-2], vectors[-2], raws[-1], vectors[-1], call.relu, finalizations)
     added = x if spec.shortcut == "identity" else call.added
-    return block_end.block_end(raws[-1], vectors[-1], None if added is None else nhwc(added), None, call.relu)
+    shortcut = None if added is None else nhwc(added)
+    return block_end.block_end(raws[-1], vectors[-1], shortcut, None, call.relu, finalizations)
 
 
 def statistics(call: Call, saved: list[Tensor]) -> list[tuple[Tensor, Tensor] | None]:

@@ -1,9 +1,14 @@
 """Check on a GPU that the programs of one launch hand results over to each other, as arrival.py arranges it.
 
 No interpreter shows the order in which multiprocessors see each other's memory. So before the first training step on a
-GPU, :func:`check` runs the two kernels that depend on it, at the size of ResNet-50's first stage with a batch of 256:
-49 chunks of tiles per channel block, and a packing that waits for all channel blocks. Each run has other numbers, so
-that a result of an earlier run, left in memory, is wrong.
+GPU, :func:`check` runs the kernels that depend on it, one for each way of waiting, at the size of ResNet-50's first
+stage with a batch of 256:
+
+    the last arrival goes on    finalize and coefficients: 49 chunks of tiles per channel block
+    numbered                    a packing that waits for all channel blocks of finalize
+    claimed                     a block's end that finalizes two norms first, in more programs than a GPU holds at once
+
+Each run has other numbers, so that a result of an earlier run, left in memory, is wrong.
 
 Where it fails, dispatch does not choose these kernels: ``auto`` trains with the reference and counts why, and a request
 for ``triton`` by name raises (:func:`.chain.trains_on`).
@@ -16,20 +21,23 @@ from torch import Tensor
 
 from ....calls import Norm
 from ....spec import ConvSpec
-from . import batch_norm, norm_gradient, pack
-from .vectors import FOLD, MEAN, THR
+from . import batch_norm, block_end, norm_gradient, pack
+from .vectors import FOLD, MEAN, SCALE, SHIFT, THR
 
 TILES, ROWS, CHANNELS, OUT = 6272, 128, 256, 512
 RUNS = 50
+PIXELS = 128 * 1024
+"""Rows of the block's end: 4,096 programs, of which a GPU with 132 multiprocessors holds 1,056 at once."""
 
 
-def check(device: torch.device, tiles: int = TILES, runs: int = RUNS) -> None:
-    """Run both kernels and compare with fp64.
+def check(device: torch.device, tiles: int = TILES, runs: int = RUNS, pixels: int = PIXELS) -> None:
+    """Run the kernels and compare with fp64.
 
     Args:
         device: a GPU, or the CPU in Triton's interpreter.
         tiles: tiles of ``ROWS`` rows.
         runs: number of runs with other numbers each.
+        pixels: rows of the block's end.
 
     Raises:
         AssertionError: a run gave a wrong result.
@@ -42,6 +50,7 @@ def check(device: torch.device, tiles: int = TILES, runs: int = RUNS) -> None:
     weight = random(OUT, CHANNELS, 1, 1)
     conv = ConvSpec(1, 8, 8, CHANNELS, OUT, 1, 1, (1, 1), (0, 0), (1, 1), 1, "float16", "nhwc")
     y = torch.zeros(1, CHANNELS, 1, 1, dtype=torch.float16, device=device)
+    image = random(1, pixels, 1, CHANNELS).half().permute(0, 3, 1, 2)
     for run in range(runs):
         norm = Norm(1 + random(CHANNELS).abs(), random(CHANNELS), None, None, True, 0.1, 1e-5)
         partials = torch.stack([random(tiles, CHANNELS) + run, ROWS * (1 + random(tiles, CHANNELS).abs())])
@@ -59,6 +68,23 @@ def check(device: torch.device, tiles: int = TILES, runs: int = RUNS) -> None:
         _, dbeta, _ = norm_gradient.coefficients(grad, sums, vectors, (norm.weight, norm.bias, None))
         assert dbeta is not None
         _compare(f"gradient of beta of run {run}", dbeta, sums[0].double().sum(0))
+        _check_end(run, image, partials, norm)
+
+
+def _check_end(run: int, image: Tensor, partials: Tensor, norm: Norm) -> None:
+    """Run a block's end with a projection: both branches are ``image``, their norms have other statistics each."""
+    statistics = partials, torch.stack([partials[0] * -2, partials[1]])
+    count = ROWS * partials.shape[1]
+    rows = [torch.full((10, CHANNELS), float("nan"), device=image.device) for _ in statistics]
+    finalizations = [
+        batch_norm.finalization(own, ROWS, count, norm, None, None, vectors)
+        for own, vectors in zip(statistics, rows, strict=True)
+    ]
+    z = block_end.block_end(image, rows[0], image, rows[1], True, finalizations)
+    for own, vectors in zip(statistics, rows, strict=True):
+        _compare(f"mean of a block's end of run {run}", vectors[MEAN], own[0].double().mean(0))
+    scale, shift = ((rows[0][row] + rows[1][row])[None, :, None, None] for row in (SCALE, SHIFT))
+    _compare(f"end of a block of run {run}", z, torch.relu(image * scale + shift).double())
 
 
 def _compare(what: str, found: Tensor, wanted: Tensor) -> None:

@@ -16,8 +16,8 @@ parameter once and writes it once, folded.
 Saved launches. Packing has few programs, so most weights travel as passengers of another launch, whose programs come
 first: a weight that needs FOLD with the finalize kernel of that norm (batch_norm.py), which it waits for while its
 first block of the parameter is on the way; a dgrad weight with the coefficients of the norm behind it
-(norm_gradient.py). Only a call's first weight has a launch of its own, which also clears the counters of the pass
-(arrival.py).
+(norm_gradient.py). Only the weights that read the call's input, the first and the projection's, have a launch of
+their own, which also clears the counters of the pass (arrival.py).
 
 Merged groups are block-diagonal: channels of another member of the merged group are masked as they are read, so no
 expanded copy of the parameter exists. wt of group g has rows [g*Ci/g, (g+1)*Ci/g), and the group's output channels as
@@ -35,6 +35,7 @@ Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -138,19 +139,31 @@ def pack_forward_program(
         tl.store(const_ptr + rows, 0.0 - tl.sum(total, 1), mask=rows < CO)
 
 
-@triton.jit(do_not_specialize=["counters"])
+@triton.jit(do_not_specialize=["counters", "programs"])
 def _pack_forward_kernel(
-    counters_ptr, counters, weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+    counters_ptr, counters, programs,
+    weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+    weight_d_ptr, vectors_d_ptr, w_d_ptr, const_d_ptr, stride_co_d, stride_ci_d, stride_r_d, stride_s_d,
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, UPCAST_W: tl.constexpr,
+    CI_D: tl.constexpr, CO_D: tl.constexpr, GROUPS_D: tl.constexpr, OWN_CI_D: tl.constexpr, OWN_CO_D: tl.constexpr,
+    R_D: tl.constexpr, S_D: tl.constexpr, ROWS_D: tl.constexpr, WIDTH_D: tl.constexpr, UPCAST_W_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     clear_in_first_program(counters_ptr, counters)
     if weight_ptr is not None:
-        pack_forward_program(
-            pid, None, 0, weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
-            CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, ROWS, WIDTH, UPCAST_W,
-        )  # fmt: skip
+        if pid < programs:
+            pack_forward_program(
+                pid, None, 0, weight_ptr, vectors_ptr, w_ptr, const_ptr, stride_co, stride_ci, stride_r, stride_s,
+                CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, ROWS, WIDTH, UPCAST_W,
+            )  # fmt: skip
+        else:
+            if weight_d_ptr is not None:
+                pack_forward_program(
+                    pid - programs, None, 0, weight_d_ptr, vectors_d_ptr, w_d_ptr, const_d_ptr,
+                    stride_co_d, stride_ci_d, stride_r_d, stride_s_d,
+                    CI_D, CO_D, GROUPS_D, OWN_CI_D, OWN_CO_D, R_D, S_D, ROWS_D, WIDTH_D, UPCAST_W_D,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -248,16 +261,21 @@ def pack_forward(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, act: Act | 
     """
     rows = act.vectors if act is not None and act.clamp is not None else None
     w, const, own = forward_passenger(weight, dtype, conv, rows)
-    launch(own)
+    launch([own])
     return w, const
 
 
-def launch(passenger: Passenger, counters: Tensor | None = None) -> None:
-    """Launch what :func:`forward_passenger` returned, where no other launch takes it along, and clear ``counters``."""
-    if passenger.programs or counters is not None:
-        count = 0 if counters is None else counters.numel()
-        programs = max(1, passenger.programs)
-        submit(_pack_forward_kernel, (programs,), counters, count, *passenger.arguments, **passenger.constants)
+def launch(passengers: Sequence[Passenger], counters: Tensor | None = None) -> None:
+    """Launch up to two of :func:`forward_passenger` that no other launch takes along, and clear ``counters``."""
+    wanted = [p for p in passengers if p.programs]
+    if not wanted and counters is None:
+        return
+    first, second = [*wanted, NO_FORWARD, NO_FORWARD][:2]
+    submit(
+        _pack_forward_kernel, (max(1, first.programs + second.programs),),
+        counters, 0 if counters is None else counters.numel(), first.programs, *first.arguments, *second.arguments,
+        **first.constants, **{f"{name}_D": value for name, value in second.constants.items()},
+    )  # fmt: skip
 
 
 def dgrad_passenger(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> tuple[Tensor, Passenger]:

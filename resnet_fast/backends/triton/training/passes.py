@@ -80,6 +80,6 @@ def mask_of(row_mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr):
-    """Load a row of ``vectors``, (1, BLOCK_C) fp32."""
-    return tl.load(vectors_ptr + ROW * C + c, mask=c < C, other=0.0)[None, :]
+def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr = ""):
+    """Load a row of ``vectors``, (1, BLOCK_C) fp32. CACHE: ".cg" for what programs of this launch stored."""
+    return tl.load(vectors_ptr + ROW * C + c, mask=c < C, other=0.0, cache_modifier=CACHE)[None, :]

@@ -28,6 +28,8 @@ rounded values. ReLU is the 0 that every maximum starts from.
 Backward: a window's winner is found as in PyTorch, on the rounded activations: the first maximum in row order, but the
 last NaN if there is any. The search starts from 0 too: if nothing is positive, no pixel wins. That is the ReLU's mask.
 
+Saved launches. The forward's first programs finalize the norm, as in block_end.py.
+
 Coordinates are clamped to the image instead of masked: a tap in the padding reads the window's nearest pixel inside
 again, which changes neither the maximum nor its first position, and saves a select per element.
 
@@ -40,19 +42,28 @@ Not taken: recomputing all windows of every pixel without a carry (2,600 instruc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....calls import Pool
-from ..launch import empty_nhwc, submit, upcasts
+from ..launch import at_most, empty_nhwc, submit, upcasts
 from ..tiles import round_to
 from .arrival import clear_in_first_program
+from .batch_norm import BLOCK_C as MERGED_C
+from .batch_norm import FIRST_T, NUMBERS, finalization_arguments, finalize_first, wait_for_vectors
+from .pack import Passenger
 from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
 PROGRAMS = 1024
 """Programs of a launch, if there are enough rows of cells; each repeats REACH - 1 rows of its neighbour."""
+
+
+REGISTERS = 72
+"""Of the forward kernel: with fewer, which ptxas would take, it spills on sm_90; with more, seven blocks do not fit."""
 
 
 @triton.jit
@@ -84,17 +95,29 @@ def _extended(best, row_best, r: tl.constexpr, KERNEL: tl.constexpr):
         return best
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "Hp", "Wp", "strip"])
+@triton.jit(do_not_specialize=["N", "H", "W", "Hp", "Wp", "strip", *NUMBERS])
 def _pool_end_fwd_kernel(
     y_ptr, vectors_ptr, z_ptr, N, H, W, Hp, Wp, strip,
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, own_ptr,
+    tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
     C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, MERGED_T: tl.constexpr, MERGED_C: tl.constexpr,
 ):  # fmt: skip
+    CACHE: tl.constexpr = "" if partials_ptr is None else ".cg"
+    if partials_ptr is not None:
+        early = finalize_first(
+            partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
+            own_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+            # a stem has one norm
+            None, None, None, None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 1, 1,
+            C, MERGED_T, MERGED_C,
+        )  # fmt: skip
+        wait_for_vectors(early, counters_ptr, None, C, MERGED_C)
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     _, strip_of_program, n, j, exists, c = _columns(N, Wp, C, BLOCK_M, BLOCK_C)
     image, pooled = n * (H * W * C), n * (Hp * Wp * C)
     c_mask = mask_of(tl.full((BLOCK_M,), True, dtype=tl.int1), c, C, BLOCK_C)
-    scale, shift = vector(vectors_ptr, c, SCALE, C), vector(vectors_ptr, c, SHIFT, C)
+    scale, shift = vector(vectors_ptr, c, SCALE, C, CACHE), vector(vectors_ptr, c, SHIFT, C, CACHE)
     zero = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)  # the least that ReLU leaves
     first = strip_of_program * strip
     # maxima so far of the windows that begin in the last REACH - 1 rows of cells, oldest first
@@ -132,17 +155,23 @@ def _strips(columns: int, rows: int, y: Tensor, tile: tuple[int, int]) -> tuple[
     return blocks * -(-rows // strip), strip
 
 
-def pool_end(y: Tensor, vectors: Tensor, pool: Pool) -> Tensor:
-    """Return z (N, C, Hp, Wp), dense NHWC, of raw y (N, C, H, W) and its vectors (10, C)."""
+def pool_end(y: Tensor, vectors: Tensor, pool: Pool, finalizations: Sequence[Passenger] = ()) -> Tensor:
+    """Return z (N, C, Hp, Wp), dense NHWC, of raw y (N, C, H, W) and its vectors (10, C).
+
+    ``finalizations``: of :func:`batch_norm.finalization`, which computes the vectors if they are not known yet.
+    """
     n, c, h, w = y.shape
     hp, wp = _pooled(h, pool), _pooled(w, pool)
     z = empty_nhwc(y, n, c, hp, wp)
     tile = tile_of(y, 1)
     tiles, strip = _strips(n * wp, hp, y, tile)
+    usual = pool.kernel <= 3 and pool.stride == 2  # others hold more windows at once
     submit(
         _pool_end_fwd_kernel, grid_of(tiles, y, tile[1]),
-        y, vectors, z, n, h, w, hp, wp, strip, C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
-        UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+        y, vectors, z, n, h, w, hp, wp, strip, *finalization_arguments(finalizations, 1),
+        C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
+        UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1], MERGED_T=FIRST_T, MERGED_C=MERGED_C,
+        **(at_most(REGISTERS) if usual else {}),
     )  # fmt: skip
     return z
 

@@ -425,7 +425,7 @@ def test_coefficients_pack_and_finish_a_wgrad(name: str, tiles: int) -> None:
 def test_the_first_launch_of_a_pass_clears_the_counters(channels: int, poisoned_outputs: None) -> None:
     like = torch.empty(2, 64, 4, 4)
     found = counters_for(like, 4, batch_norm.blocks_of(channels))
-    pack.launch(pack.NO_FORWARD, found)
+    pack.launch([], found)
     assert not found.any()
     for end in (
         lambda rows: block_end.block_end_backward(like, None, like, torch.ones(10, 64), None, None, rows),

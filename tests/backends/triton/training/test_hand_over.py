@@ -10,18 +10,19 @@ from resnet_fast.backends.triton.training import hand_over
 pytestmark = pytest.mark.interpret
 
 CPU = torch.device("cpu")
-TILES = 300  # more than one chunk
+TILES, PIXELS = 300, 100  # more than one chunk, more than one program
 
 
 def test_the_kernels_pass() -> None:
-    hand_over.check(CPU, TILES, runs=2)
+    hand_over.check(CPU, TILES, runs=2, pixels=PIXELS)
 
 
-@pytest.mark.parametrize("part", ["mean", "gradient of beta"])
+@pytest.mark.parametrize("part", ["mean", "gradient of beta", "end of a block"])
 def test_results_of_an_earlier_run_do_not(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the last program had read what an earlier launch left in memory."""
     module, name, at = {
         "mean": (hand_over.batch_norm, "finalize", 0),
+        "end of a block": (hand_over.block_end, "block_end", 1),
         "gradient of beta": (hand_over.norm_gradient, "coefficients", 1),
     }[part]
     plain, first = getattr(module, name), []
@@ -34,4 +35,4 @@ def test_results_of_an_earlier_run_do_not(part: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(module, name, stale)
     with pytest.raises(AssertionError, match=f"expected the {part} of run 1"):
-        hand_over.check(CPU, TILES, runs=2)
+        hand_over.check(CPU, TILES, runs=2, pixels=PIXELS)

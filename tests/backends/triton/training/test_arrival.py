@@ -1,0 +1,116 @@
+"""Launches whose programs wait for each other, with their programs in any order and taking turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fast.backends.triton.training import batch_norm, block_end, pool
+from resnet_fast.calls import Norm, Pool
+from tests.support import batch_norm_cases as cases
+from tests.support.interleaved import interleaved
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned_outputs")]
+
+POOL = Pool(3, 2, 1)
+CHANNELS, TILE = 72, 30
+
+
+@triton.jit
+def no_wait(counter_ptr, programs):
+    pass
+
+
+@triton.jit
+def nothing_left(counter_ptr):
+    return tl.atomic_add(counter_ptr, 1) + 1000
+
+
+def statistics(y: Tensor) -> Tensor:
+    """Return mean and M2 of tiles of ``TILE`` rows (2, tiles, C), as a convolution's epilogue computes them."""
+    tiles = y.float().permute(0, 2, 3, 1).flatten(0, 2).split(TILE)
+    return torch.stack([torch.stack([t.mean(0), t.var(0, False) * len(t)]) for t in tiles], 1)
+
+
+class End:
+    """The end of a block or of a stem: 7 programs, whose norms have 4 chunks of tiles and 5 channel blocks each."""
+
+    def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(3)
+        monkeypatch.setattr(batch_norm, "chunks_of", lambda tiles: (-(-tiles // 2), 2))
+        self.kind, c = kind, CHANNELS
+        self.ys = [cases.raw(2, c, 13, 8, torch.float16) for _ in range(2 if kind == "projection" else 1)]
+        self.partials = [statistics(y) for y in self.ys]
+        self.norms = [Norm(*cases.affine(c), torch.zeros(c), torch.ones(c), True, 0.1, cases.EPS) for _ in self.ys]
+
+    def copies(self) -> list[Norm]:
+        return [n._replace(mean=n.mean.clone(), var=n.var.clone()) for n in self.norms]
+
+    def in_one_launch(self) -> tuple[Tensor, list[Tensor], list[Norm]]:
+        """Return z, the vectors, and the norms with their new running statistics."""
+        norms, found = self.copies(), []
+        rows = [batch_norm.outputs(CHANNELS, torch.float32, torch.device("cpu"))[0] for _ in self.ys]
+        for y, partials, norm, out in zip(self.ys, self.partials, norms, rows, strict=True):
+            found.append(
+                batch_norm.finalization(partials, TILE, y.numel() // CHANNELS, norm, None, None, out, update=True)
+            )
+        return self.end(rows, found), rows, norms
+
+    def end(self, rows: list[Tensor], finalizations: Any = ()) -> Tensor:
+        if self.kind == "stem":
+            return pool.pool_end(self.ys[0], rows[0], POOL, finalizations)
+        shortcut = self.ys[1:] or [self.ys[0]]
+        shortcut_rows = rows[1:] or [None]
+        return block_end.block_end(self.ys[0], rows[0], shortcut[0], shortcut_rows[0], True, finalizations)
+
+    def alone(self) -> tuple[list[Tensor], list[Norm]]:
+        """Return the vectors of launches of their own, and the norms."""
+        norms, rows = self.copies(), []
+        for y, partials, norm in zip(self.ys, self.partials, norms, strict=True):
+            out = batch_norm.outputs(CHANNELS, torch.float32, torch.device("cpu"))
+            batch_norm.finalize(partials, TILE, y.numel() // CHANNELS, norm, None, None, out, update=True)
+            rows.append(out[0])
+        return rows, norms
+
+
+KINDS = ["identity", "projection", "stem"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_a_block_finalizes_its_norms(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever programs come first: the vectors and running statistics of finalize, and bits that do not change."""
+    end = End(kind, monkeypatch)
+    wanted, wanted_norms = end.alone()
+    z, rows, norms = end.in_one_launch()
+    for found, want in zip(rows, wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(norms, wanted_norms, strict=True):
+        torch.testing.assert_close((a.mean, a.var), (b.mean, b.var), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(a.mean, torch.zeros(CHANNELS))
+    assert torch.equal(z, end.end(rows))
+    for seed, resident in enumerate((1, 4)):
+        with interleaved(seed, resident):
+            again, again_rows, again_norms = end.in_one_launch()
+        assert torch.equal(again, z) and all(map(torch.equal, again_rows, rows))
+        assert all(torch.equal(a.mean, b.mean) for a, b in zip(again_norms, norms, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_missing_wait_shows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = End(kind, monkeypatch)
+    z = end.in_one_launch()[0]
+    monkeypatch.setattr(batch_norm, "wait", no_wait)
+    with interleaved(0, 5):
+        assert not torch.equal(end.in_one_launch()[0], z)
+
+
+def test_programs_that_only_wait_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = End("projection", monkeypatch)
+    monkeypatch.setattr(batch_norm, "draw", nothing_left)
+    with interleaved(0, 1), pytest.raises(Exception, match="1 programs wait"):
+        end.in_one_launch()
