@@ -200,13 +200,21 @@ def _proved(check: Callable[[torch.device], None], device: torch.device, table: 
 
     Raises:
         torch.OutOfMemoryError: the GPU's memory is full; nothing is kept.
+        BackendError: the check left the GPU in a state in which nothing can run.
     """
     with _lock:  # another thread may have proved it meanwhile
         found = table.proofs.of_subject(HAND_OVER)
         if found is None:
             with ThreadPoolExecutor(1) as pool:
                 found = pool.submit(_checked, check, device).result()
+            broken = _broken(device)
+            found = found or broken
             _keep_subject(table, HAND_OVER, found)
+            if broken:
+                raise BackendError(
+                    f"proving that {HAND_OVER} broke the CUDA context ({broken}); start the process again, where "
+                    "backend 'auto' trains with the reference"
+                )
     return found
 
 

@@ -208,6 +208,7 @@ def test_training_needs_one_proof_per_gpu_that_programs_hand_results_over(
 
     monkeypatch.setenv(flags.CACHE, str(tmp_path))
     monkeypatch.setattr(proofs, "obstacle", lambda device: ("", True))
+    monkeypatch.setattr(proofs, "_broken", lambda device: "")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     checked = []
 
@@ -227,9 +228,26 @@ def test_training_needs_one_proof_per_gpu_that_programs_hand_results_over(
     assert checked == [gpu]
 
 
+def test_a_hand_over_that_breaks_the_context_is_refused_in_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from resnet_fast.backends.triton import proofs
+
+    monkeypatch.setenv(flags.CACHE, str(tmp_path))
+    monkeypatch.setattr(proofs, "obstacle", lambda device: ("", True))
+    monkeypatch.setattr(proofs, "_broken", lambda device: "CUDA error: an illegal memory access")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(BackendError, match=r"broke the CUDA context \(CUDA error: .*; start the process again"):
+        proofs.hand_over(lambda device: None, gpu, Table("Some GPU"))
+    verdict, lasts = proofs.hand_over(pytest.fail, gpu, Table("Some GPU", proofs=proofs.load("Some GPU")))  # type: ignore[arg-type]
+    assert not verdict and lasts and "an illegal memory access" in verdict.reason
+
+
 def test_threads_prove_the_hand_over_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from resnet_fast.backends.triton import proofs
 
+    monkeypatch.setattr(proofs, "_broken", lambda device: "")
     monkeypatch.setenv(flags.CACHE, str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     both = threading.Barrier(2)
@@ -248,6 +266,7 @@ def test_a_full_memory_is_no_verdict_on_the_hand_over(monkeypatch: pytest.Monkey
 
     monkeypatch.setenv(flags.CACHE, str(tmp_path))
     monkeypatch.setattr(proofs, "obstacle", lambda device: ("", True))
+    monkeypatch.setattr(proofs, "_broken", lambda device: "")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     gpu, table = torch.device("cuda", 0), Table("Some GPU")
 
