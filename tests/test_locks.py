@@ -22,6 +22,7 @@ import resnet_fast
 from resnet_fast import parameter_cache
 from resnet_fast.backends.onednn import net as _  # noqa: F401 (its lock takes part)
 from resnet_fast.locks import ForkSafeLock, _all, load
+from tests.support.processes import LIMIT_S
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
@@ -30,7 +31,7 @@ pytestmark = [
 ]
 
 
-def in_child(work: Callable[[], object], seconds: float = 60) -> None:
+def in_child(work: Callable[[], object], seconds: float = LIMIT_S) -> None:
     """Run ``work`` in a forked child; it must end well and in time."""
     pid = os.fork()
     if pid == 0:
@@ -124,7 +125,7 @@ def test_a_fork_waits_for_an_import_of_the_package(tmp_path: Path, monkeypatch: 
     thread.start()
     while not hasattr(sys.modules.get("imported_late"), "started"):
         time.sleep(0.001)
-    in_child(lambda: load("imported_late").done, seconds=20)
+    in_child(lambda: load("imported_late").done, seconds=60)
     thread.join()
 
 
@@ -169,6 +170,6 @@ def test_workers_of_a_data_loader_run_a_net() -> None:
     with torch.no_grad():
         expected = torch.stack([net(torch.full((1, 3, 32, 32), float(i)))[0] for i in range(4)])
     with held(list(_all)):
-        loader = DataLoader(Features(net), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=60)
+        loader = DataLoader(Features(net), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=LIMIT_S)
         (found,) = list(loader)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

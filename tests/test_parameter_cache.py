@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import clear_derived, parameter_cache
-from tests.support.processes import in_threads
+from tests.support.processes import LIMIT_S, in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -339,7 +339,7 @@ def test_threads_share_one_entry() -> None:
 
 def test_two_entries_are_made_at_the_same_time() -> None:
     """One net's packing does not wait for another's."""
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=LIMIT_S)
     sources = [(torch.randn(3),), (torch.randn(3),)]
     in_threads(*(partial(parameter_cache.get, s, 0, lambda kept: meeting.wait() + 1) for s in sources))
     assert not meeting.broken

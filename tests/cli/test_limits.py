@@ -79,9 +79,9 @@ def test_a_number_beyond_the_machine_is_one_line_and_exit_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(limits, "available_memory", lambda: 50_000_000)
-    start = time.perf_counter()
+    start = time.process_time()
     code = cli.main(arguments)
     done = capsys.readouterr()
     assert (code, done.out, done.err.count("\n")) == (2, "", 1) and said in done.err
     assert not (tmp_path / "never" / "checkpoints").exists()
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60

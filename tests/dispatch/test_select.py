@@ -17,7 +17,7 @@ from resnet_fast.dispatch import catalog, record, select
 from resnet_fast.ops.specs import spec_of
 from resnet_fast.spec import ConvSpec, Epilogue
 from tests.support.op_cases import OPS, make
-from tests.support.processes import in_threads
+from tests.support.processes import LIMIT_S, in_threads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SPEC = ConvSpec(2, 9, 7, 8, 8, 3, 3, padding=(1, 1), epilogue=Epilogue(relu=True))
@@ -63,7 +63,7 @@ def test_use_backend_is_undone_by_an_exception_and_refuses_a_bad_name() -> None:
 
 
 def test_threads_have_different_backends() -> None:
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=LIMIT_S)
 
     def work(first: str, second: str) -> None:
         with use_backend(first):
@@ -82,7 +82,7 @@ def test_threads_have_different_backends() -> None:
 
 
 def test_a_backend_asked_for_in_one_thread_is_not_anothers() -> None:
-    inside, outside = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
+    inside, outside = threading.Barrier(2, timeout=LIMIT_S), threading.Barrier(2, timeout=LIMIT_S)
     p = make("conv_bn_act")
     reset_stats()
 

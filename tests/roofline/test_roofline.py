@@ -224,9 +224,9 @@ def test_resnet50_on_h100_is_memory_bound_layer_by_layer() -> None:
 @pytest.mark.alone
 def test_cpu_is_measured_once_and_soon() -> None:
     calibrate_cpu.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     device = calibrate_cpu()
-    assert time.perf_counter() - start < 5  # generous: a busy machine
+    assert time.process_time() - start < 5  # of one core, whatever else the machine does
     assert calibrate_cpu() is device
     assert device.bandwidth.origin == device.rate("float32").origin == "measured"
     assert 1e8 < device.bandwidth.value < 1e13

@@ -1,17 +1,34 @@
-"""What a run left in its log, and the function that draws its curves, which tests replace."""
+"""What a run left in its log, a run to be killed, and the function that draws its curves, which tests replace."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from resnet_fast.training import curves, runlog
+from resnet_fast.training.loop import train
+from resnet_fast.training.options import RunOptions, Tick, Watch
+from resnet_fast.training.recipe import Recipe
 
 Make = Callable[..., Any]
 draw_curves = curves.write_curves
 """The real one: see the fixture ``quick``."""
+
+AHEAD = 5
+"""Steps that a run to be killed may take beyond the one that its killer waits for."""
+
+
+def train_until_killed(chosen: Recipe, run: RunOptions, last: int) -> None:
+    """Train up to step ``last`` and wait there: on a busy machine a run would end before anybody kills it."""
+
+    def wait(tick: Tick) -> None:
+        while tick.step >= last:
+            time.sleep(60)
+
+    train(chosen, run, Watch(step=wait))
 
 
 def steps(out: Path, kind: str = "train") -> list[int]:

@@ -110,28 +110,30 @@ def test_a_part_without_its_unreadable_images(tmp_path: Path) -> None:
     assert len(nothing.images) == len(nothing.labels) == 0 and nothing.unreadable == ("bad.jpg",)
 
 
-@pytest.mark.alone
-def test_the_prefetcher_counts_the_time_it_waited() -> None:
+def test_the_prefetcher_counts_the_time_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(loader.time, "perf_counter", lambda: now)
+
     def slow() -> Iterator[Part]:
+        nonlocal now
         for i in range(3):
-            time.sleep(0.05)
+            now += 0.25
             yield Part(torch.full((1, 1, 1, 1), i, dtype=torch.uint8), torch.tensor([i]))
 
     parts = loader.Prefetcher(slow(), torch.device("cpu"))
     seen = []
     for part in parts:
         seen.append(int(part.labels))
-        time.sleep(0.1)
-    assert seen == [0, 1, 2] and 0.15 <= parts.waited_s < 0.15 + 3 * 0.1
+        now += 1.0  # a step
+    assert seen == [0, 1, 2] and parts.waited_s == 3 * 0.25
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("batch", [16, 64])
 def test_the_throughput_of_the_pipeline_alone(batch: int, tiny: Callable[..., Recipe]) -> None:
     found = loading.load_data(tiny())
-    start = time.perf_counter()
+    start = time.process_time()
     assert loader.throughput(found.train, BatchPlan(64, batch, 1, 0), 0, seconds=0.1) > 0
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5  # of one core, whatever else the machine does
 
 
 def test_data_in_memory_needs_no_workers_beside_a_cpu(tiny: Callable[..., Recipe]) -> None:

@@ -160,11 +160,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_a_file_that_no_recipe_should_be_is_one_line(content: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError) as refused:
         recipes.load_recipe(path)
     assert said in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("content", ["1: 2\n", "null: 1\n", "true: 1\n", "1.5: 1\n", "2001-01-01: 1\n"])

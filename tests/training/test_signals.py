@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ import pytest
 
 from resnet_fast.training import checkpoints
 from resnet_fast.training.loop import train
-from resnet_fast.training.options import RunOptions, RunResult, Tick, Watch
-from resnet_fast.training.recipe import Recipe
-from tests.support.runs import Make, assert_log_is_whole, steps
+from resnet_fast.training.options import RunResult, Tick, Watch
+from tests.support.runs import AHEAD, Make, assert_log_is_whole, steps, train_until_killed
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -60,11 +60,11 @@ def test_a_run_in_a_thread_leaves_signals_alone(tiny: Make, options: Make) -> No
     assert done.finished
 
 
-def child(chosen: Recipe, run: RunOptions) -> Any:
+def child(target: Callable[..., Any], *arguments: Any) -> Any:
     """A process that trains; its torch is imported already, once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resnet_fast.training.loop", "resnet_fast.models.registry", "sklearn.datasets"])
-    process = context.Process(target=train, args=(chosen, run))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -78,7 +78,7 @@ def wait_for(out: Path, step: int, process: Any, seconds: float = 120) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "length", "times"), [(0, 60, 7), (1, 30, 3)])
+@pytest.mark.parametrize(("workers", "length", "times"), [(0, 64, 7), (1, 32, 3)])
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     workers: int, length: int, times: int, tiny: Make, options: Make, left: Make, same: Make
 ) -> None:
@@ -88,8 +88,9 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
     reached, kills = 0, 0
     for seed in range(times):
         chance = random.Random(seed)
-        process = child(chosen, run)
-        wait_for(run.out, reached + chance.randint(1, 3), process)
+        wanted = reached + chance.randint(1, 3)
+        process = child(train_until_killed, chosen, run, wanted + AHEAD)
+        wait_for(run.out, wanted, process)
         time.sleep(chance.uniform(0, 0.2))
         process.kill()
         process.join()
@@ -98,7 +99,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
         place, meta, complaints = checkpoints.resume_point(run.out, "auto")
         assert place is not None and complaints == [] and 0 <= reached - meta["step"] <= 1
     assert kills == times and reached < length
-    process = child(chosen, run)
+    process = child(train, chosen, run)
     process.join()
     assert process.exitcode == 0
     same(left(run.out), left(whole.out))
