@@ -19,6 +19,8 @@ from .with_torch import define_ops
 
 if TYPE_CHECKING:
     from . import ops
+    from .blocks.mapping import BlockMapping
+    from .calls import Pool
     from .dispatch.explain import Explanation, explain
     from .dispatch.record import reset_stats, stats, strict
     from .dispatch.select import use_backend
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .models.accelerate import accelerate, restore
     from .models.factories import Factory
     from .models.freeze import freeze, unfreeze
+    from .models.register import register_block
     from .ops.warm import warm
     from .parameter_cache import clear as clear_derived
 
@@ -43,7 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "BlockMapping",
     "Explanation",
+    "Pool",
     "Tuned",
     "UserError",
     "Warmed",
@@ -53,6 +58,7 @@ __all__ = [
     "explain",
     "freeze",
     "ops",
+    "register_block",
     "reset_stats",
     "restore",
     "stats",
@@ -65,13 +71,16 @@ __all__ = [
 ]
 
 _LAZY = {
+    "BlockMapping": "blocks.mapping:BlockMapping",
     "Explanation": "dispatch.explain:Explanation",
+    "Pool": "calls:Pool",
     "Tuned": "dispatch.tune:Tuned",
     "Warmed": "impl:Warmed",
     "accelerate": "models.accelerate:accelerate",
     "clear_derived": "parameter_cache:clear",
     "explain": "dispatch.explain:explain",
     "freeze": "models.freeze:freeze",
+    "register_block": "models.register:register_block",
     "reset_stats": "dispatch.record:reset_stats",
     "restore": "models.accelerate:restore",
     "stats": "dispatch.record:stats",

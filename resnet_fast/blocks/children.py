@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Identity, SyncBatchNorm
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import parameter_cache
 from ..calls import Conv, Norm
 from ..spec import Pair
+from . import frozen_norms
 
 
 def child(m: nn.Module, name: str) -> Any:
@@ -61,8 +61,9 @@ def norm_record(norm: Any) -> Norm:
         return Norm()
     fields = norm.__dict__
     parameters, buffers = fields["_parameters"], fields["_buffers"]
-    if kind is FrozenBatchNorm2d:
-        return Norm(buffers["weight"], buffers["bias"], buffers["running_mean"], buffers["running_var"], eps=norm.eps)
+    if kind is not BatchNorm2d and kind is not SyncBatchNorm:
+        eps = frozen_norms.eps_of(norm)
+        return Norm(buffers["weight"], buffers["bias"], buffers["running_mean"], buffers["running_var"], eps=eps)
     weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     momentum, eps = fields["momentum"], fields["eps"]

@@ -9,17 +9,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import ReLU, SyncBatchNorm
+from torch.nn import BatchNorm2d, ReLU, SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import parameter_cache
 from ..dispatch import record, select
-from . import children, pristine
+from . import children, frozen_norms, pristine
 from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle, overridden_tensor, untraceable
 
 KNOWN: dict[type[nn.Module], type[Fused]] = {}
-"""Stock class -> its fused class, for every library whose fused blocks were imported."""
+"""Stock class -> its fused class, the first that was defined, for every library whose fused blocks were imported."""
 
 
 class StockMethod:
@@ -75,7 +74,7 @@ class Fused(nn.Module):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "stock_class" in cls.__dict__:  # FSDP2 derives a class of its own from ours
-            KNOWN[cls.stock_class] = cls
+            KNOWN.setdefault(cls.stock_class, cls)
             cls._methods_of = attrgetter(*cls.stock_methods, "__call__")
             cls._own_methods = cls._methods_of(cls)
             cls.watched = pristine.Watched(cls.stock_class, cls.stock_methods)
@@ -92,6 +91,15 @@ class Fused(nn.Module):
         """Forget the weights if PyTorch is about to swap them, which it refuses for weakly referenced tensors."""
         if torch.__future__.get_swap_module_params_on_conversion():
             parameter_cache.release(self.parameters())
+
+    @classmethod
+    def class_for(cls, m: nn.Module) -> type[Fused]:
+        """Return the fused class for a module of the stock class: this one, unless its layers ask for another.
+
+        Raises:
+            UserError: the module has not the layers that were registered for its class.
+        """
+        return cls
 
     def is_own(self) -> bool:
         """Return whether calling this module runs this class's code, not a subclass's or a replaced method."""
@@ -162,8 +170,10 @@ class Fused(nn.Module):
             if type(layer) is SyncBatchNorm:
                 groups.add(children.sync_group(layer))
         groups.discard("")
-        if not groups:
-            return ""
+        return self.group_obstacle(groups, x) if groups else ""
+
+    def group_obstacle(self, groups: set[str], x: Tensor) -> str:
+        """Return why the op cannot gather statistics in these process groups."""
         if len(groups) > 1:
             return "expected the block's SyncBatchNorm layers to share a process group, got several; it runs unfused"
         if not select.trains(x.device, x.dtype, self.backend):
@@ -194,9 +204,7 @@ class Fused(nn.Module):
         got = self.unlike_reference()
         if not got or select.requested(self.backend) != "auto":
             return ""
-        names = {"downsample", *(name for pair in self.layers for name in pair)} & self._modules.keys()
-        layers = [m for name in names if (m := self._modules[name]) is not None]
-        if not x.requires_grad and not any(p.requires_grad for m in layers for p in m.parameters()):
+        if not x.requires_grad and not any(p.requires_grad for m in self.op_layers() for p in m.parameters()):
             return ""
         if select.trains(x.device, x.dtype, self.backend):
             return ""
@@ -205,9 +213,15 @@ class Fused(nn.Module):
     def unlike_reference(self) -> str:
         """Return what the reference rounds in another order than this module's own layers; empty if nothing."""
         for _, norm in self.layers:
-            if type(self._modules.get(norm)) is FrozenBatchNorm2d:
-                return "FrozenBatchNorm2d"
+            layer = self._modules.get(norm)
+            if type(layer) is not BatchNorm2d and frozen_norms.is_frozen(layer):
+                return type(layer).__name__
         return ""
+
+    def op_layers(self) -> list[nn.Module]:
+        """Return the modules with the parameters of the op."""
+        names = {"downsample", *(name for pair in self.layers for name in pair)} & self._modules.keys()
+        return [m for name in names if (m := self._modules[name]) is not None]
 
     def parts(self, x: Tensor) -> tuple[Any, ...] | None:
         """Return this module as parts of a :class:`~resnet_fast.calls.NetCall`; None if it cannot be."""

@@ -15,6 +15,7 @@ from . import graph, held, unfused
 from . import stage as fused_stage
 from .children import child, counting_together, counts
 from .frozen import OF_ONE_NET, is_frozen, unfreeze
+from .frozen_norms import is_frozen as is_frozen_norm
 from .fused import Fused
 from .obstacles import is_altered, untraceable
 from .stem import Stem, side
@@ -226,7 +227,9 @@ class Net(Stem):
         """
         for m in self.modules():
             if m is not self and (
-                m.training or is_altered(m) or not (isinstance(m, Fused) or type(m) in self.per_image)
+                m.training
+                or is_altered(m)
+                or not (isinstance(m, Fused) or type(m) in self.per_image or is_frozen_norm(m))
             ):
                 return False
             if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None:

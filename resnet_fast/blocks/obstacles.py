@@ -15,8 +15,8 @@ from torch.nn import BatchNorm2d, Conv2d, Identity, Parameter, SyncBatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack as _function_modes
 from torch.utils._device import DeviceContext
-from torchvision.ops.misc import FrozenBatchNorm2d
 
+from . import frozen_norms
 from .children import geometry
 
 # Imports its parts at its first call. Done here: a process that forks while a thread is inside that import would leave
@@ -115,9 +115,9 @@ def _described(expected: str, got: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if name in re.findall(r"\w+", expected) else name
 
 
-def conv_obstacle(name: str, conv: Any) -> str:
-    """Return why this convolution cannot be part of a fused call."""
-    if type(conv) is not Conv2d or is_altered(conv):
+def conv_obstacle(name: str, conv: Any, kind: type[nn.Module] = Conv2d) -> str:
+    """Return why this convolution cannot be part of a fused call. ``kind``: the class that it must have."""
+    if type(conv) is not kind or is_altered(conv):
         return obstacle(f"{name} to be a plain Conv2d", conv)
     fields = conv.__dict__
     parameters = fields["_parameters"]
@@ -163,8 +163,8 @@ def norm_obstacle(name: str, norm: Any) -> str:
     """Return why this norm cannot be part of a fused call."""
     kind = type(norm)
     learns = kind is BatchNorm2d or kind is SyncBatchNorm
-    if not (learns or kind is FrozenBatchNorm2d or kind is Identity) or is_altered(norm):
-        return obstacle(f"{name} to be {NORMS}", norm)
+    if not (learns or kind is Identity or frozen_norms.is_frozen(norm)) or is_altered(norm):
+        return frozen_norms.unlike(name, norm) or obstacle(f"{name} to be {NORMS}", norm)
     if kind is Identity:
         return ""
     fields = norm.__dict__
@@ -180,7 +180,7 @@ def norm_obstacle(name: str, norm: Any) -> str:
         return _no_parameter(name, fields)
     if (mean is None) != (var is None):
         return f"expected {name} with both running_mean and running_var or neither, got one; it runs unfused"
-    eps = fields["eps"]
+    eps = fields["eps"] if learns else frozen_norms.eps_of(norm)
     if not (type(eps) is float or type(eps) is int) or not eps >= 0:
         return f"expected {name}'s eps to be a number of at least 0, got {eps!r}; it runs unfused"
     if not learns:

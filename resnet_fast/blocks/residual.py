@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import ops
 from ..calls import Call
+from . import frozen_norms
 from .children import child, conv_record, counting_together, counts, norm_record
 from .fused import Fused
 from .obstacles import conv_obstacle, is_altered, norm_obstacle
@@ -86,8 +86,8 @@ class ResidualBlock(Fused):
         parts = None if downsample is None else projection_parts(downsample)
         if downsample is not None and (parts is None or parts[0] is not None):
             return "a shortcut with another layer than its projection"
-        if parts is not None and type(parts[2]) is FrozenBatchNorm2d:
-            return "FrozenBatchNorm2d"
+        if parts is not None and frozen_norms.is_frozen(parts[2]):
+            return type(parts[2]).__name__
         return super().unlike_reference()
 
 

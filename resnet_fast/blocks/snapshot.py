@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import parameter_cache
-from . import pristine
+from . import frozen_norms, pristine
 from .frozen import OF_ONE_NET
 from .fused import Fused
 from .obstacles import is_altered
@@ -132,7 +132,7 @@ def _layer_obstacle(name: str, m: nn.Module, training: bool) -> str:
         return f"the forward of {name}'s class was replaced, which a replay would not run"
     if m.training and not training:
         return f"{name} is in training mode; call eval() on the whole net"
-    if not cls.__module__.startswith(_LIBRARIES):
+    if not cls.__module__.startswith(_LIBRARIES) and not frozen_norms.is_frozen(m):
         return f"{name} is a {cls.__module__}.{cls.__qualname__}, whose Python code a replay would not run"
     if training:
         return _training_obstacle(name, m)

@@ -37,12 +37,22 @@ class Sequential(nn.Sequential):
 
     def converts(self, x: Tensor) -> bool:
         """Return whether ``x`` is a plain NCHW tensor in inference, and a block's backend works in NHWC."""
-        if not ops.is_plain_inference(x) or self.training or x.dim() != 4:
-            return False
-        if not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        if not _is_plain_nchw(x) or self.training:
             return False
         fused = next((block for block in self if isinstance(block, Fused) and not block.unfusable()), None)
         return fused is not None and select.prefers_nhwc(x.device, fused.backend)
+
+
+def converts(x: Tensor, training: bool, backend: str) -> bool:
+    """Return whether a block in pieces should convert ``x`` once for all of them, in inference."""
+    return _is_plain_nchw(x) and not training and select.prefers_nhwc(x.device, backend)
+
+
+def _is_plain_nchw(x: Tensor) -> bool:
+    """Return whether ``x`` is a plain tensor (N, C, H, W) in that layout, outside of autograd."""
+    if not ops.is_plain_inference(x) or x.dim() != 4:
+        return False
+    return x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
 
 
 _own_forward = Sequential.forward

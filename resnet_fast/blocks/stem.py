@@ -36,12 +36,16 @@ class Stem(Fused):
         convs, norms = (conv_record(self.conv1),), (norm_record(self.bn1),)
         if not self.pooled:
             return Call("conv_bn_act", x, convs, norms)
-        pool: Any = self.maxpool
-        return Call("stem", x, convs, norms, pool=Pool(side(pool.kernel_size), side(pool.stride), side(pool.padding)))
+        return Call("stem", x, convs, norms, pool=pool_record(self.maxpool))
 
     def unfusable(self) -> str:
         reason = super().unfusable()
         return reason if reason or not self.pooled else pool_obstacle(child(self, "maxpool"))
+
+
+def pool_record(pool: Any) -> Pool:
+    """Return a pooling that has no :func:`pool_obstacle`."""
+    return Pool(side(pool.kernel_size), side(pool.stride), side(pool.padding))
 
 
 def pool_obstacle(pool: Any) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .. import parameter_cache
-from . import recorder
+from . import frozen_norms, recorder
 from .fused import Fused
 
 NetForward = Callable[[Any, Tensor], Tensor]
@@ -120,7 +119,7 @@ class _Shadow:
 
 def _is_still(m: nn.Module) -> bool:
     """Return whether training does not write to this layer's buffers."""
-    return not m.training or type(m) is FrozenBatchNorm2d
+    return not m.training or frozen_norms.is_frozen(m)
 
 
 def capture(

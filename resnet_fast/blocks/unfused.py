@@ -87,7 +87,7 @@ def _obstacle(m: nn.Module, accelerating: bool) -> tuple[str, str]:
     kind = type(m)
     base = next((c for c in kind.__mro__ if c in KNOWN), None)
     if base is None:
-        named = "a residual block of torchvision, timm or resnet_fast.paper_nets"
+        named = "a residual block of torchvision, timm or transformers, or one that register_block() describes"
         return ("block", f"expected {named}, got {_full(kind)}; it runs unfused") if _looks_residual(m) else ("", "")
     if hasattr(KNOWN[base], "stages"):  # a whole net is no block
         return "", ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -213,9 +214,12 @@ def _device(device: torch.device) -> tuple[devices.Device | None, str]:
 
 
 def _name(call: Call, names: dict[int, str]) -> str:
-    """Return the name of a call's layer: its convolution, or the module that contains its convolutions."""
-    conv = names.get(id(call.convs[0].weight), "?")
-    return conv.rsplit(".", 1)[0] if len(call.convs) > 1 else conv
+    """Return the name of a call's layer: its convolution, or the innermost module that contains its convolutions."""
+    convs = [names.get(id(conv.weight), "?").split(".") for conv in call.convs]
+    if len(convs) == 1:
+        return ".".join(convs[0])
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*convs, strict=False))]
+    return ".".join(shared or convs[0])
 
 
 def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple[str, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import nn
 
 from .. import flags
+from ..dispatch import record
 from ..errors import UserError
+from .known import fused_classes, is_registered
 
 if TYPE_CHECKING:
     from ..blocks.fused import Fused
@@ -22,24 +24,8 @@ OPTIONS = {"_resnet_fast_backend": "auto", "_resnet_fast_save": "raw"}
 """Attributes of a fused module that hold the options of ``accelerate``, with their defaults, which are not stored."""
 
 
-def fused_classes() -> dict[type[nn.Module], type[Fused]]:
-    """Return stock class -> fused class, for the libraries that are imported, as those of a model's classes are."""
-    from ..blocks import basic_block, bottleneck, net
-
-    fused: list[type[Fused]] = [basic_block.BasicBlock, bottleneck.Bottleneck, net.ResNet]
-    if "resnet_fast.paper_nets" in sys.modules:
-        from ..blocks import paper_nets
-
-        fused += [paper_nets.PlainBlock, paper_nets.CifarResNet]
-    if "timm.models.resnet" in sys.modules:
-        from ..blocks import timm
-
-        fused += [timm.BasicBlock, timm.Bottleneck, timm.ResNet]
-    return {cls.stock_class: cls for cls in fused}
-
-
 def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: str = "raw") -> M:
-    """Run the residual blocks of a torchvision or timm ResNet (or of a net built around them) as fused ops, in place.
+    """Run the residual blocks of a torchvision, timm or transformers ResNet (or of a net around them) as fused ops.
 
     Names, parameters, buffers, hooks and ``state_dict`` stay as they are. Only the classes of modules change, each to a
     subclass of its former class. A block that cannot be fused runs its stock layers, and :func:`resnet_fast.explain`
@@ -67,28 +53,30 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
     """
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
-    from ..blocks import frozen, stage, unfused
+    from ..blocks import frozen, frozen_norms, stage, unfused
+    from ..blocks.fused import Fused
 
     flags.check_backend(backend)
     if save not in SAVES:
         raise UserError(f"save as one of {', '.join(SAVES)}", repr(save), "'recompute' is slower and saves less")
     classes = fused_classes()
     nets = _whole_nets(model, classes, cuda_graph)
-    known = [m for m in model.modules() if type(m) in classes or type(m) in classes.values()]
-    if not known:
+    for module in model.modules():  # the answer is kept, for calls inside a compiler
+        frozen_norms.is_frozen(module)
+    chosen = _choose(model, classes)
+    if not chosen:
         raise UserError(
             f"a model with blocks of {_names(classes)}",
             f"{type(model).__name__} without any",
-            "subclasses with a forward of their own are not touched",
+            _without_blocks(model),
         )
     unfused.announce(model)
     unfused.forget(model)
-    for module in known:
-        module.__class__ = classes.get(type(module), type(module))
+    for module, cls in chosen:
+        module.__class__ = cls
         _set_options(module, backend, save)
-    fused = set(classes.values())
     for module in model.modules():
-        if type(module) is nn.Sequential and module and {type(block) for block in module} <= fused:
+        if type(module) is nn.Sequential and module and all(isinstance(block, Fused) for block in module):
             module.__class__ = stage.Sequential
     for net in nets:
         frozen.unfreeze(net, "accelerate()")
@@ -118,6 +106,38 @@ def restore(model: M) -> M:
             frozen.unfreeze(module)
             module.__class__ = module.stock_class  # type: ignore[assignment]
     return model
+
+
+def _choose(model: nn.Module, classes: dict[type[nn.Module], type[Fused]]) -> list[tuple[nn.Module, type[Fused]]]:
+    """Return the modules of known classes, each with the fused class that it gets."""
+    chosen = []
+    for m in model.modules():
+        stock_class = type(m).__dict__.get("stock_class", type(m))  # FSDP2's class of a fused module has none
+        if stock_class not in classes:
+            continue
+        try:
+            chosen.append((m, classes[stock_class].class_for(m)))
+        except UserError as wrong:
+            if is_registered(stock_class):
+                raise
+            # another release of a library whose blocks this package describes
+            record.fall_back(f"a {stock_class.__module__}.{stock_class.__qualname__} is not fused: {wrong}")
+    return chosen
+
+
+def _without_blocks(model: nn.Module) -> str:
+    """Return what to do about a model that has no block of a known class."""
+    from ..blocks.fused import KNOWN
+
+    if isinstance(model, torch.jit.ScriptModule):
+        return "TorchScript has compiled the modules away; call accelerate() before torch.jit.script or trace"
+    if isinstance(model, torch.fx.GraphModule):
+        return (
+            "a traced or exported graph has no blocks; call accelerate() before torch.fx, torch.export or a quantizer"
+        )
+    if any(hasattr(type(m), "set_requires_gradient_sync") and isinstance(m, tuple(KNOWN)) for m in model.modules()):
+        return "fully_shard() changed the classes of the blocks; call accelerate() before it"
+    return "subclasses with a forward of their own are not touched; describe other blocks with register_block()"
 
 
 def _whole_nets(model: nn.Module, classes: dict[type[nn.Module], type[Fused]], required: bool) -> list[nn.Module]:

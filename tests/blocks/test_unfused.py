@@ -117,7 +117,8 @@ def test_other_blocks_in_timms_net(name: str, kind: str, blocks: int) -> None:
     plain = timm.create_model(name, pretrained=False, num_classes=10).eval()
     resnet_fast.reset_stats()
     model = resnet_fast.accelerate(copy.deepcopy(plain))
-    expected = f"expected a residual block of torchvision, timm or resnet_fast.paper_nets, got {kind}; it runs unfused"
+    named = "a residual block of torchvision, timm or transformers, or one that register_block() describes"
+    expected = f"expected {named}, got {kind}; it runs unfused"
     assert resnet_fast.stats()["fallbacks"] == {f"{blocks} blocks of {kind} are not fused: {expected}": 1}
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -1,0 +1,121 @@
+"""Compare the description of a foreign block with what the block computes, on random numbers in float64.
+
+A mapping may forget a layer, order layers wrongly, or describe another release of a library. So a copy of the block
+with random weights runs its stock forward, and beside it each described layer by PyTorch's own functions, in eval and
+in training mode. Nothing is fused unless both agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calls import Pool
+from ..errors import named
+from .frozen_norms import HOOKS
+
+_SIZE = (12, 20)
+"""Height and width of the probe: even, so that strides and poolings agree however they round."""
+
+_RTOL = 1e-9
+"""Of the largest output. Sums of some thousand products round by about 1e-13; a forgotten layer changes everything."""
+
+_variants: dict[Any, tuple[str, str] | None] = {}
+
+
+def check(cls: Any, m: nn.Module) -> tuple[str, str] | None:
+    """Return what was expected and what came, if the mapping of ``cls`` is wrong for this stock module; else None.
+
+    Each variant of a class (types of its layers, its own plain attributes) is compared once.
+    """
+    kept = tuple((k, v) for k, v in sorted(m.__dict__.items()) if k != "training" and isinstance(v, (bool, str)))
+    layers = tuple((name, type(part), type(part).forward) for name, part in m.named_modules() if part is not m)
+    key = cls, kept, layers
+    if key not in _variants:
+        reason = compare(cls, m)
+        _variants[key] = None if not reason else tuple(reason.split(", got ", 1))  # type: ignore[assignment]
+    return _variants[key]
+
+
+def compare(cls: Any, m: nn.Module) -> str:
+    """Return why the mapping of ``cls`` does not describe ``m``; empty if it does."""
+    name = f"{cls.stock_class.__module__}.{cls.stock_class.__qualname__}"
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
+        block = _copy(cls, m)
+        reading = block._read()
+        if reading.reason:  # the call will say why
+            return ""
+        convs = [step for step in reading.steps if hasattr(step, "conv")]
+        x = torch.randn(2, convs[0].conv.in_channels, *_SIZE, dtype=torch.float64, device="cpu")
+        for training in (False, True):
+            block.train(training)
+            torch.manual_seed(0)
+            try:
+                want = cls.stock_class.forward(block, x.clone())
+            except Exception as error:
+                return f"expected {name} to run on an image of {_SIZE}, got {named(error)}"
+            torch.manual_seed(0)
+            try:
+                got = evaluate(reading, cls.mapping.residual, x.clone())
+            except Exception as error:
+                return f"expected {name} with the layers of its mapping, got {named(error)} from them"
+            if not isinstance(want, Tensor) or want.shape != got.shape:
+                shape = tuple(want.shape) if isinstance(want, Tensor) else f"a {type(want).__name__}"
+                return f"expected {name} to return {tuple(got.shape)} as its mapping says, got {shape}"
+            far = float((want - got).abs().max() / want.abs().max().clamp_min(1e-300))
+            if not far <= _RTOL:
+                mode = "training" if training else "eval"
+                return f"expected {name} to compute what its mapping says, got a difference of {far:.1e} in {mode} mode"
+    return ""
+
+
+def _copy(cls: Any, m: nn.Module) -> Any:
+    """Return a copy of the block on the CPU in float64 with random weights and without hooks."""
+    memo: dict[int, Any] = {}
+    for t in (*m.parameters(), *m.buffers()):
+        dtype = torch.float64 if t.is_floating_point() else t.dtype
+        fresh = torch.zeros(t.shape, dtype=dtype, device="cpu")
+        if t.is_floating_point():
+            if t.dim() > 1:
+                fresh.normal_(0, max(1, t.numel() // max(1, t.shape[0])) ** -0.5)
+            else:
+                fresh.uniform_(0.5, 1.5)
+        memo[id(t)] = nn.Parameter(fresh, False) if isinstance(t, nn.Parameter) else fresh
+    block = cls.__new__(cls)
+    fields = {name: value for name, value in m.__dict__.items() if not name.startswith("_resnet_fast")}
+    block.__dict__ = copy.deepcopy(fields, memo)
+    for part in block.modules():
+        for hooks in HOOKS:
+            getattr(part, hooks).clear()
+        if part is not block and hasattr(part, "stock_class"):
+            part.__class__ = part.stock_class
+    return block
+
+
+def evaluate(reading: Any, residual: bool, x: Tensor) -> Tensor:
+    """Return what a reading says, computed by PyTorch's own functions."""
+    y = x
+    for step in reading.steps:
+        if isinstance(step, Pool):
+            y = F.max_pool2d(y, *step)
+        elif isinstance(step, nn.Module):
+            y = step(y)
+        else:
+            y = _layer(step, y)
+    if not residual:
+        return y
+    shortcut = x if reading.before is None else reading.before(x)
+    if reading.projection is not None:
+        shortcut = _layer(reading.projection, shortcut)
+    y = y + shortcut
+    return F.relu(y) if reading.relu else y
+
+
+def _layer(piece: Any, x: Tensor) -> Tensor:
+    conv = piece.conv
+    y = piece.norm(F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+    return F.relu(y) if piece.relu else y
