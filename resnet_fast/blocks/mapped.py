@@ -27,6 +27,9 @@ from .mapping import BlockMapping, Form, LayerPath
 from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle
 from .stem import pool_obstacle, pool_record
 
+IDLE_IN_EVAL: set[type[nn.Module]] = {nn.Dropout, nn.Dropout2d}
+"""Modules that return their input in eval. A library's file adds its own."""
+
 _NO_NORM = nn.Identity()
 
 
@@ -146,7 +149,7 @@ class MappedBlock(Fused):
                 found = self._piece(step.conv, step.norm, step.act)
             elif isinstance(step, str):
                 found = at(self, step.split("."))
-                if found is None or (type(found) is nn.Identity and not is_altered(found)):
+                if found is None or (_does_nothing(found) and not is_altered(found)):
                     continue
                 if not isinstance(found, nn.Module):
                     found = obstacle(f"{step} to be a module", found)
@@ -288,6 +291,11 @@ class MappedBlock(Fused):
 
     def op_layers(self) -> list[nn.Module]:
         return [self]
+
+
+def _does_nothing(m: Any) -> bool:
+    """Return whether a module returns its input: an Identity, or a kind of dropout in eval."""
+    return type(m) is nn.Identity or (type(m) in IDLE_IN_EVAL and not m.training)
 
 
 def at(m: Any, path: Any) -> Any:

@@ -13,7 +13,7 @@ from ..calls import NetCall
 from ..dispatch import record, select
 from . import graph, held, unfused
 from . import stage as fused_stage
-from .children import child, counting_together, counts
+from .children import child, counting_together
 from .frozen import OF_ONE_NET, is_frozen, unfreeze
 from .frozen_norms import is_frozen as is_frozen_norm
 from .fused import Fused
@@ -152,9 +152,12 @@ class Net(Stem):
         None unless all of them are plain, no hook observes them, and none depends on the batch.
         """
         children = self._modules
-        if self.unfusable() or counts(children["bn1"]) or not fused_stage.is_own():
+        if self.unfusable() or not fused_stage.is_own():
             return None
-        found: list[Any] = [self.stem_call(x)]
+        stem = self.stem_parts(x)
+        if stem is None:
+            return None
+        found: list[Any] = [*stem]
         for name in self.stages:
             stage = child(self, name)
             if type(stage) not in STAGES or is_altered(stage):

@@ -37,7 +37,7 @@ def check(cls: Any, m: nn.Module) -> tuple[str, str] | None:
     key = cls, kept, layers
     if key not in _variants:
         reason = compare(cls, m)
-        _variants[key] = None if not reason else tuple(reason.split(", got ", 1))  # type: ignore[assignment]
+        _variants[key] = None if not reason else tuple(reason.removeprefix("expected ").split(", got ", 1))  # type: ignore[assignment]
     return _variants[key]
 
 
@@ -46,13 +46,13 @@ def compare(cls: Any, m: nn.Module) -> str:
     name = f"{cls.stock_class.__module__}.{cls.stock_class.__qualname__}"
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
         block = _copy(cls, m)
-        reading = block._read()
-        if reading.reason:  # the call will say why
-            return ""
-        convs = [step for step in reading.steps if hasattr(step, "conv")]
-        x = torch.randn(2, convs[0].conv.in_channels, *_SIZE, dtype=torch.float64, device="cpu")
         for training in (False, True):
             block.train(training)
+            reading = block._read()
+            if reading.reason:  # the call will say why
+                return ""
+            convs = [step for step in reading.steps if hasattr(step, "conv")]
+            x = torch.randn(2, convs[0].conv.in_channels, *_SIZE, dtype=torch.float64, device="cpu")
             torch.manual_seed(0)
             try:
                 want = cls.stock_class.forward(block, x.clone())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..calls import Call, Pool
-from .children import child, conv_record, norm_record
+from .children import child, conv_record, counts, norm_record
 from .fused import Fused
 from .obstacles import is_altered, obstacle
 
@@ -37,6 +37,13 @@ class Stem(Fused):
         if not self.pooled:
             return Call("conv_bn_act", x, convs, norms)
         return Call("stem", x, convs, norms, pool=pool_record(self.maxpool))
+
+    def stem_parts(self, x: Tensor) -> tuple[Call, ...] | None:
+        """Return the first layers as parts of a :class:`~resnet_fast.calls.NetCall`.
+
+        None if a norm counts batches, or a layer of them is not fused.
+        """
+        return None if counts(self._modules["bn1"]) else (self.stem_call(x),)
 
     def unfusable(self) -> str:
         reason = super().unfusable()

@@ -18,10 +18,11 @@ def net(name: str = "resnet18", **kwargs: object) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=10, **kwargs).eval()
 
 
-def test_stochastic_depth_stands_in_the_way_in_training_only() -> None:
+def test_stochastic_depth_keeps_a_block_from_being_one_op_in_training_only() -> None:
     block = resnet_fast.accelerate(net(drop_path_rate=0.5)).layer4[1]
-    assert block.unfusable() == ""
-    assert block.train().unfusable().startswith("expected drop_path to be absent in training, got DropPath")
+    x = torch.randn(1, 512, 2, 2)
+    assert block.unfusable() == "" and len(block.parts(x)) == 1
+    assert block.train().unfusable() == "" and block.parts(x) is None
 
 
 @pytest.mark.parametrize(
@@ -33,10 +34,26 @@ def test_an_addition_is_named(child: str, layer: nn.Module) -> None:
     assert block.unfusable().startswith(f"expected {child} to be absent, got {type(layer).__name__}")
 
 
-def test_a_deep_stem_runs_its_layers_and_the_blocks_fuse() -> None:
+def test_a_deep_stem_and_the_blocks_fuse() -> None:
     model = resnet_fast.accelerate(net("resnet10t"))
-    assert model.unfusable().startswith("expected conv1 to be a plain Conv2d, got Sequential")
     assert [block.unfusable() for stage in (model.layer1, model.layer2) for block in stage] == ["", ""]
+    assert [call.op for call in model.stem_parts(torch.randn(1, 3, 32, 32))] == ["conv_bn_act", "conv_bn_act", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("place", "layer", "reason"),
+    [
+        (1, nn.GroupNorm(1, 24), "expected conv1.1 to be BatchNorm2d"),
+        (5, nn.SiLU(), "expected conv1.5 to be a plain ReLU, got SiLU"),
+        (6, nn.Identity(), "expected conv1.6 to be a plain Conv2d, got Identity"),
+    ],
+)
+def test_another_layer_in_a_deep_stem_is_named(place: int, layer: nn.Module, reason: str) -> None:
+    model = resnet_fast.accelerate(net("resnet10t"))
+    model.conv1[place] = layer
+    assert model.unfusable().startswith(reason)
+    del model.conv1[place]
+    assert model.unfusable().startswith("expected conv1 to be a plain Conv2d, or seven plain layers, got Sequential")
 
 
 def test_tiles_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
