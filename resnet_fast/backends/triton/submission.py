@@ -23,7 +23,6 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia import driver as nvidia
 
 from ... import flags, native
 from ...errors import BackendError
@@ -226,6 +225,8 @@ def _loaded(compiled: Any) -> int:
     module for each signature, which a C compiler builds at its first use on a machine, one after another. So there the
     code alone is loaded; if Triton launches the kernel later, it loads another copy.
     """
+    from triton.backends.nvidia import driver as nvidia  # the interpreter also runs on a Triton without it
+
     makes_c = hasattr(nvidia, "make_launcher")
     if compiled.module is not None or not makes_c or _hooked("kernel_load_start_hook", "kernel_load_end_hook"):
         compiled._init_handles()

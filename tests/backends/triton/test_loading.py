@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.errors import OutOfResources
 
 from resnet_fast.backends.triton import submission
@@ -37,7 +38,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     active = SimpleNamespace(utils=SimpleNamespace(load_binary=load_binary), get_current_device=lambda: 3)
     monkeypatch.setattr(submission.triton.runtime, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(submission.nvidia, "make_launcher", None, raising=False)
+    monkeypatch.setattr(nvidia, "make_launcher", None, raising=False)
     yield found
     submission._functions.clear()
 
@@ -63,7 +64,7 @@ def test_otherwise_triton_loads_it(why: str, loads: list[Any], monkeypatch: pyte
     if why == "hook":  # a tool that wants to see the code as it is loaded
         monkeypatch.setattr(knobs.runtime, "kernel_load_end_hook", lambda *args: None)
     else:
-        monkeypatch.delattr(submission.nvidia, "make_launcher")
+        monkeypatch.delattr(nvidia, "make_launcher")
     compiled = Compiled()
     assert [submission._loaded(compiled) for _ in range(2)] == [77, 77]
     assert not loads and compiled.launchers == 1
