@@ -4,12 +4,13 @@
 
 Every shipped config of conv_fwd, conv_dgrad and conv_wgrad on sm_80, sm_90 and sm_100 in bfloat16, on the kinds of
 convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; the first config also with an exact
-prologue, in TF32 and in fp32. Of the kernels without products one launch each.
+prologue, in TF32 and in fp32. Of the launches with folded norms the two largest configs, because the others differ from
+those only in size. Of the kernels without products one launch each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -22,12 +23,15 @@ from resnet_fast.backends.triton.training import (
     conv_fwd,
     conv_wgrad,
     cudnn_passes,
+    fold,
+    fold_gradient,
     norm_gradient,
     pack,
     pool,
+    pool_winner,
 )
 from resnet_fast.backends.triton.training.vectors import Act, Grad
-from resnet_fast.calls import Norm, Pool
+from resnet_fast.calls import Conv, Norm, Pool
 from resnet_fast.spec import ITEMSIZE, ConvSpec, LaunchSpec
 from resnet_fast.tuning import shapes, training_configs
 from resnet_fast.tuning.configs import Config
@@ -60,6 +64,9 @@ block with a projection, whose dgrad adds the projection's at every second pixel
 PROLOGUE = ("1x1 behind", "3x3", "3x3/2", "3x3 groups", "3x3 narrow", "1x1 narrow")
 ONE_CONFIG = ("1x1 first",)
 """Their main loops are those of other layers."""
+
+FOLDED = ("3x3", "1x1 behind")
+"""Layers whose backward launches are also compiled with a folded norm: dgrad behind a ReLU, wgrad with its sums."""
 
 NO_DGRAD = ("7x7/2",)
 """An image needs no gradient."""
@@ -170,6 +177,28 @@ def conv_jobs(every: bool = True) -> Iterator[CompileJob]:
                     yield launched(name, wide, config)[0].job(arch, label_of(name, config, dtype))
 
 
+def folded_jobs(every: bool = True) -> Iterator[CompileJob]:
+    """Yield the compile jobs of launches with folded norms; ``every=False``: one config each, on sm_90."""
+    for layer in FOLDED:
+        conv = layers()[layer].with_(batch_stats=False)
+        for arch, gpu in GPUS.items() if every else ((90, GPUS[90]),):
+            for one in training_configs.folded_launches(conv, masked=True):
+                for config in training_configs.candidates(one, gpu, packed=False)[: 2 if every else 1]:
+                    yield _folded(one, config).job(arch, f"{one.kernel} {layer} folded, {config}")
+
+
+def _folded(one: LaunchSpec, config: Config) -> CapturedLaunch:
+    """Return a launch as frozen_chain.py makes it."""
+    conv, grad, x = one.last, Grad(gradient_of(one.last).g), input_of(one.last, False)
+    with capture() as found:
+        if one.kernel == "conv_wgrad":
+            conv_wgrad.products(one, config, grad, x, 132, sums=True)
+        else:
+            weight = torch.empty(conv.ci, conv.r, conv.s, conv.co, dtype=grad.g.dtype, device="meta")
+            conv_dgrad.conv_dgrad(one, config, weight, grad, x, False, None, None)
+    return found[0]
+
+
 def tf32_jobs() -> Iterator[CompileJob]:
     """Yield a compile job for every config of two layers in TF32 on sm_90; the table has one config each."""
     for name, one in launches().items():
@@ -219,7 +248,7 @@ def passes() -> dict[str, CapturedLaunch]:
         own = torch.empty(2, 400, 64, device="meta")
         return [batch_norm.finalization(own, 128, n * 112**2, norm, None, norm.mean, stem_v, True, counters[0])]
 
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "statistics": lambda: cudnn_passes.statistics(y),
         "finalize": lambda: finalize(pack.NO_FORWARD),
         "finalize packing": lambda: finalize(folded),
@@ -237,6 +266,7 @@ def passes() -> dict[str, CapturedLaunch]:
         "pack_forward": lambda: pack.pack_forward(weight, bf16, conv, input_of(conv, True)),
         "pack_dgrad": lambda: pack.pack_dgrad(weight, bf16, conv, torch.empty(conv.co, device="meta")),
     }
+    runs |= _folded_passes(conv, z, stem, pooled, window)
     found: dict[str, CapturedLaunch] = {}
     for name, run in runs.items():
         with capture() as made:
@@ -244,6 +274,26 @@ def passes() -> dict[str, CapturedLaunch]:
         found |= _distinct(name, made)
     found |= _distinct("conv_wgrad", launched("conv_wgrad 3x3", wgrad, tile)[1:])
     return found
+
+
+def _folded_passes(
+    spec: ConvSpec, z: Tensor, stem: Tensor, pooled: Tensor, window: Pool
+) -> dict[str, Callable[[], object]]:
+    """Return name -> run of the kernels without products of frozen_chain.py: on a block of three 3x3, and the stem."""
+    convs = [Conv(torch.empty(spec.co, spec.ci, 3, 3, device="meta"), None, *spec.geometry()) for _ in range(3)]
+    vector, specs = torch.empty(spec.co, device="meta"), [spec] * 3
+    norms = [Norm(vector, vector, vector, vector, False, 0.1, 1e-5)] * 3
+    vectors, p, q = _rows(3, spec.co), torch.empty(7, spec.co, spec.gemm_k, device="meta"), _rows(7, spec.co)
+    gradients = (convs[0].weight, vector, vector, None)
+    wanted = [fold_gradient.Wanted(spec, c.weight, vectors, p, q, *gradients) for c in convs]
+    won = torch.empty_like(pooled, dtype=torch.uint8)
+    return {
+        "fold": lambda: fold.fold(convs, norms, specs, False, False, z.dtype),
+        "transpose": lambda: fold.begin_backward(convs, specs, [vectors] * 3, [True] * 3, z, z),
+        "fold_gradient": lambda: fold_gradient.fold_gradients(wanted),
+        "pool_winner": lambda: pool_winner.pool_forward(stem, window),
+        "pool_winner_backward": lambda: pool_winner.pool_backward(pooled, won, 112, 112, window),
+    }
 
 
 def _distinct(name: str, made: list[CapturedLaunch]) -> dict[str, CapturedLaunch]:
@@ -255,6 +305,7 @@ def _distinct(name: str, made: list[CapturedLaunch]) -> dict[str, CapturedLaunch
 def jobs(every: bool = True) -> Iterator[CompileJob]:
     """Yield all compile jobs; ``every=False``: see :func:`conv_jobs`, and the passes on sm_90."""
     yield from conv_jobs(every)
+    yield from folded_jobs(every)
     for name, one in passes().items():
         yield from (one.job(arch, name) for arch in GPUS if every or arch == 90)
 

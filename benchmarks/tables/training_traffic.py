@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from resnet_fast.backends.triton.training import chain, pack
+from resnet_fast.backends.triton.training import chain, frozen_chain, pack
 from resnet_fast.calls import Call, Conv, Norm, Pool
 from resnet_fast.roofline import byte_model
 from resnet_fast.spec import ITEMSIZE, BlockSpec, ConvSpec
@@ -39,9 +39,12 @@ BATCH = 256
 
 ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS = "activations", "weights", "partial sums", "vectors"
 ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
-WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr"}
-PARTIAL_ARGUMENTS = {"partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "p_ptr", "q_ptr", "z_ptr"}
-"""z_ptr: in fp32, of a wgrad; the block's output has 16 bits."""
+WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr", "weight", "w", "wt", "dw"}
+PARTIAL_ARGUMENTS = {
+    "partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "p_ptr", "q_ptr", "z_ptr", "p", "q",
+}  # fmt: skip
+"""z_ptr: in fp32, of a wgrad; the block's output has 16 bits. Arguments of a launch for several convolutions are named
+without ``_ptr``, and with the number of the convolution."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class StepTraffic:
 
 def role(t: TensorTraffic) -> str:
     """Return what a kernel's argument holds. Split-K products are partial sums too."""
-    names = set(t.name.split("="))
+    names = {name.rstrip("0123456789").removesuffix("_") for name in t.name.split("=")}
     if names & WEIGHT_ARGUMENTS:
         return WEIGHTS
     if t.dtype != "float32" and len(t.shape) == 4:
@@ -124,6 +127,18 @@ def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -
         counts = stack.enter_context(count())
         z, saved, _ = chain.forward(call, spec, "raw", True)
         chain.backward(call, spec, saved, z, torch.randn_like(z), needs)
+    return summed(str(plan), counts)
+
+
+def frozen_step(spec: BlockSpec) -> StepTraffic:
+    """Run forward and backward of a block with frozen norms in the counting interpreter."""
+    spec = spec.with_(batch_stats=False, grad=True)
+    call = call_of(spec)
+    call = call._replace(norms=tuple(n._replace(batch_stats=False) for n in call.norms))
+    needs = [True, False, *[t is not None for t in call.leaves()[2:]]]
+    with count() as counts:
+        z, saved, plan = frozen_chain.forward(call, spec, "raw", True)
+        frozen_chain.backward(call, spec, saved, z, torch.randn_like(z), needs)
     return summed(str(plan), counts)
 
 

@@ -88,7 +88,10 @@ def channel_row(ptr, c, mask, ROW: tl.constexpr, C_ALL: tl.constexpr, EVEN: tl.c
 
 @triton.jit
 def next_tap(first, i, j, taps_w, CO: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return the step after channels ``first`` of tap (i, j); it is carried along because a division costs more."""
+    """Return the step after channels ``first`` of tap (i, j); it is carried along because a division costs more.
+
+    Without batch statistics a step has issue slots to spare, and divides: carried numbers spill there (sm_80, 3x3).
+    """
     first += BLOCK_K
     j = tl.where(first >= CO, j + 1, j)
     first = tl.where(first >= CO, 0, first)
@@ -155,8 +158,11 @@ def accumulate_gradient(
         outside = ~inside_bits(ho, Ho, row_mask, TAPS_H, -BACK_H) & 0xFFFF
         outside |= ~inside_bits(wo, Wo, row_mask, TAPS_W, -BACK_W) << HALF_WORD
     first, i, j = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    for _ in range(0, taps_h * taps_w * blocks):
+    for step in range(0, taps_h * taps_w * blocks):
         # channels ``first`` and on of tap (i, j)
+        if not BATCH and TAPS_H * TAPS_W > 1:
+            tap = step // blocks
+            first, i, j = step % blocks * BLOCK_K, tap // taps_w, tap % taps_w
         k = first + lane
         if not PADDED:
             inside = row_mask[:, None]
@@ -181,10 +187,10 @@ def accumulate_gradient(
             CO, C_OUT, PADDED, PACKED, BATCH, ALIGN, EVEN_K, BLOCK_K, UPCAST,
         )  # fmt: skip
         acc = multiply(a, b, acc, PRECISION, UPCAST)
-        if TAPS_H * TAPS_W > 1:
-            first, i, j = next_tap(first, i, j, taps_w, CO, BLOCK_K)
-        else:
+        if TAPS_H * TAPS_W == 1:
             first += BLOCK_K
+        elif BATCH:
+            first, i, j = next_tap(first, i, j, taps_w, CO, BLOCK_K)
     return acc
 
 

@@ -246,7 +246,7 @@ def _transpose_program(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit  # specialized for ``elements``: 16-byte accesses need to know that 16 divides it
 def _transpose_kernel(
     weight_0, vectors_0, wt_0, weight_1, vectors_1, wt_1, weight_2, vectors_2, wt_2, weight_3, vectors_3, wt_3,
     dz_ptr, z_ptr, g_ptr, elements,

@@ -50,8 +50,8 @@ _SCALE, _INVSTD, _CENTRE = tl.constexpr(SCALE), tl.constexpr(INVSTD), tl.constex
 WIDTH = 512
 """Most elements of a filter that a program takes at once."""
 
-ELEMENTS = 4096
-"""Elements of all splits that a program has in flight: 32 per thread."""
+ELEMENTS = 2048
+"""Elements of all splits that a program has in flight: 16 per thread."""
 
 
 class Wanted(NamedTuple):
@@ -98,7 +98,9 @@ def _gradient_program(
     for start in range(0, COLUMNS, WIDTH):
         k = start + tl.arange(0, WIDTH)
         ci = k % CI
-        own = (k < COLUMNS) & (ci // OWN_CI == co % GEMM_N // OWN_CO)
+        own = k < COLUMNS
+        if OWN_CI < CI:  # of other members of a merged group nothing is wanted
+            own = own & (ci // OWN_CI == co % GEMM_N // OWN_CO)
         # dWf = sum of P over the splits
         p = tl.zeros((WIDTH,), dtype=tl.float32)
         for first in range(0, splits, SPLITS):

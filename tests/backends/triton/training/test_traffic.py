@@ -57,3 +57,11 @@ def test_the_tables_last_stage_counts_the_same_again() -> None:
     rows = [r for r in json.loads(traffic.JSON.read_text())["rows"] if r["part"] == "r50.layer4.1"]
     spec, times = traffic.parts()["r50.layer4.1"]
     assert [vars(r) for r in traffic.rows_of("r50.layer4.1", times, spec, traffic.step(spec))] == rows
+
+
+def test_an_identity_block_with_frozen_norms_moves_58_inner_tensors() -> None:
+    """16 forward, 42 backward: 12 for the mask, 18 of the dgrads with the shortcut's gradient, 12 of the wgrads."""
+    spec = BLOCKS["identity"]
+    inner = 8 * 7 * 16 * 2
+    part = traffic.frozen_step(spec)
+    assert part.activations == 58 * inner, part.bytes
