@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .models.factories import Factory
     from .models.freeze import freeze, unfreeze
     from .models.register import register_block
+    from .models.report import ModelReport, report
     from .ops.warm import warm
     from .parameter_cache import clear as clear_derived
 
@@ -48,6 +49,7 @@ __all__ = [
     "BackendError",
     "BlockMapping",
     "Explanation",
+    "ModelReport",
     "Pool",
     "Tuned",
     "UserError",
@@ -59,6 +61,7 @@ __all__ = [
     "freeze",
     "ops",
     "register_block",
+    "report",
     "reset_stats",
     "restore",
     "stats",
@@ -73,6 +76,7 @@ __all__ = [
 _LAZY = {
     "BlockMapping": "blocks.mapping:BlockMapping",
     "Explanation": "dispatch.explain:Explanation",
+    "ModelReport": "models.report:ModelReport",
     "Pool": "calls:Pool",
     "Tuned": "dispatch.tune:Tuned",
     "Warmed": "impl:Warmed",
@@ -81,6 +85,7 @@ _LAZY = {
     "explain": "dispatch.explain:explain",
     "freeze": "models.freeze:freeze",
     "register_block": "models.register:register_block",
+    "report": "models.report:report",
     "reset_stats": "dispatch.record:reset_stats",
     "restore": "models.accelerate:restore",
     "stats": "dispatch.record:stats",

@@ -223,6 +223,18 @@ class Fused(nn.Module):
         names = {"downsample", *(name for pair in self.layers for name in pair)} & self._modules.keys()
         return [m for name in names if (m := self._modules[name]) is not None]
 
+    def own_modules(self) -> list[nn.Module]:
+        """Return the modules that this one answers for: itself, and not the blocks inside a net."""
+        return [self]
+
+    def op_convs(self) -> list[nn.Module]:
+        """Return the convolutions that run inside ops, of a module that is not :meth:`unfusable`."""
+        return [m for conv, _ in self.layers if (m := self._modules[conv]) is not None]
+
+    def op_name(self) -> str:
+        """Return what such a module runs as: one op, or ``pieces``."""
+        return self.op
+
     def parts(self, x: Tensor) -> tuple[Any, ...] | None:
         """Return this module as parts of a :class:`~resnet_fast.calls.NetCall`; None if it cannot be."""
         raise NotImplementedError

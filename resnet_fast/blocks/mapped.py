@@ -289,6 +289,12 @@ class MappedBlock(Fused):
                 return type(piece.norm).__name__
         return "" if reading.op(self.mapping.residual) else "a block in pieces"
 
+    def op_convs(self) -> list[nn.Module]:
+        return [piece.conv for piece in self.read().pieces()]
+
+    def op_name(self) -> str:
+        return self.read().op(self.mapping.residual) or "pieces"
+
     def op_layers(self) -> list[nn.Module]:
         return [self]
 

@@ -76,6 +76,11 @@ class ResidualBlock(Fused):
             convs, norms = tuple(map(conv_record, convs)), tuple(map(norm_record, norms))
         return Call(self.op, x, convs, norms, shortcut, projection=projection)
 
+    def op_convs(self) -> list[nn.Module]:
+        downsample = child(self, "downsample")
+        parts = None if downsample is None else projection_parts(downsample)
+        return super().op_convs() + ([] if parts is None else [parts[1]])
+
     def unlike_reference(self) -> str:
         """Return what the reference rounds in another order than the stock block; empty if nothing.
 

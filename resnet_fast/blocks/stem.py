@@ -38,6 +38,9 @@ class Stem(Fused):
             return Call("conv_bn_act", x, convs, norms)
         return Call("stem", x, convs, norms, pool=pool_record(self.maxpool))
 
+    def own_modules(self) -> list[nn.Module]:
+        return [m for name in ("conv1", "maxpool") if (m := self._modules.get(name)) is not None]
+
     def stem_parts(self, x: Tensor) -> tuple[Call, ...] | None:
         """Return the first layers as parts of a :class:`~resnet_fast.calls.NetCall`.
 

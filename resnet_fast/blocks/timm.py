@@ -110,6 +110,12 @@ class ResNet(Net, stock.ResNet):
                 reason = obstacle(f"{names[2]} to be a plain ReLU", act)
         return reason
 
+    def op_convs(self) -> list[nn.Module]:
+        return [conv for conv, _, _ in self.stem_layers()]
+
+    def op_name(self) -> str:
+        return "stem" if len(self.stem_layers()) == 1 and not pool_obstacle(child(self, "maxpool")) else "pieces"
+
     def sync_obstacle(self, x: Tensor) -> str:
         groups = {sync_group(norm) for _, norm, _ in self.stem_layers()} - {""}
         return self.group_obstacle(groups, x) if groups else ""
