@@ -4,8 +4,9 @@
 
 Every shipped config of conv_fwd, conv_dgrad and conv_wgrad on sm_80, sm_90 and sm_100 in bfloat16, on the kinds of
 convolution in ResNet-50 and ResNeXt-50 at batch 256, with a packed prologue; the first config also with an exact
-prologue, in TF32 and in fp32. Of the launches with folded norms the two largest configs, because the others differ from
-those only in size. Of the kernels without products one launch each.
+prologue, in TF32 and in fp32. A launch that takes passengers along in a step has them here too. Of the launches with
+folded norms the two largest configs, because the others differ from those only in size. Of the kernels without products
+one launch each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from resnet_fast.backends.triton.training import (
     pack,
     pool,
     pool_winner,
+    wgrad_sum,
 )
 from resnet_fast.backends.triton.training.vectors import Act, Grad
 from resnet_fast.calls import Conv, Norm, Pool
@@ -70,6 +72,9 @@ FOLDED = ("3x3", "1x1 behind")
 
 NO_DGRAD = ("7x7/2",)
 """An image needs no gradient."""
+
+SUM = ("1x1", "1x1 first", "1x1 wide")
+"""First convolutions: their wgrad and their dgrad finish the wgrad before. ``1x1/2``: its dgrad alone does."""
 
 
 @cache
@@ -131,9 +136,40 @@ def launched(name: str, one: LaunchSpec, config: Config) -> list[CapturedLaunch]
             _dgrad(name.removeprefix("conv_dgrad "), one, config, weight, x)
         else:
             weight = torch.empty(conv.co, conv.ci // conv.groups, conv.r, conv.s, device="meta")
-            _, reduction = conv_wgrad.conv_wgrad(one, config, gradient_of(conv), x, 132, weight)
-            conv_wgrad.reduce_splits(reduction)
+            passenger = _behind(name.removeprefix("conv_wgrad "), one, config)
+            _, reduction = conv_wgrad.conv_wgrad(one, config, gradient_of(conv), x, 132, weight, passenger)
+            wgrad_sum.reduce_splits(reduction)
     return found
+
+
+def _finish() -> pack.Passenger:
+    """Return the programs that finish a wgrad."""
+    one = launches()["conv_wgrad 1x1 behind"]
+    weight = torch.empty(one.last.co, one.last.ci, 1, 1, device="meta")
+    config = training_configs.candidates(one, GPUS[90], packed=True)[0]
+    with capture():
+        return conv_wgrad.conv_wgrad(one, config, gradient_of(one.last), input_of(one.last, True), 132, weight)[1]
+
+
+def _behind(layer: str, one: LaunchSpec, config: Config) -> pack.Passenger:
+    """Return what a wgrad takes along in a bottleneck; of its third convolution, there is no wgrad to finish yet."""
+    if not pack.takes_passengers(config) or not (one.prologue or layer in SUM):
+        return conv_wgrad.NO_PASSENGER
+    if layer in SUM:
+        return norm_gradient.without_norm(_finish())
+    second = one.last.r == 3
+    below = layers()["1x1" if second else "3x3"]
+    n, c, vector = below.n, below.co, torch.empty(below.co, device="meta")
+    y = _image(n, c, below.ho, below.wo, one.dtype)
+    grad = norm_gradient.gradient_of(y, y, True)
+    weight = torch.empty(c, below.ci, below.r, below.s, device="meta")
+    a = vector if config.packed else None
+    packing = pack.dgrad_passenger(weight, grad.g.dtype, below, a, pack.tile_behind(config.num_warps))[1]
+    partials, counters = torch.empty(2, 392, c, device="meta"), torch.empty(100, dtype=torch.int32, device="meta")
+    return norm_gradient.passenger(
+        grad, partials, _rows(10, c), (vector, vector, None), counters, packing,
+        _finish() if second else wgrad_sum.NO_REDUCTION,
+    )[1]  # fmt: skip
 
 
 def _dgrad(layer: str, one: LaunchSpec, config: Config, weight: Tensor, x: Act) -> None:
@@ -143,7 +179,11 @@ def _dgrad(layer: str, one: LaunchSpec, config: Config, weight: Tensor, x: Act) 
     add = torch.empty_like(x.y) if layer == "1x1" else None
     strided = (_image(conv.n, conv.ci, conv.h // 2, conv.w // 2, conv.dtype), (2, 2)) if layer == "1x1 first" else None
     packed = config.packed and below is not None
-    conv_dgrad.conv_dgrad(one, config, weight, gradient_of(conv), below, packed, add, strided, layer == "1x1/2")
+    takes = pack.takes_passengers(config) and layer in (*SUM, "1x1/2")
+    reduction = _finish() if takes else wgrad_sum.NO_REDUCTION
+    conv_dgrad.conv_dgrad(
+        one, config, weight, gradient_of(conv), below, packed, add, strided, layer == "1x1/2", reduction
+    )
 
 
 def cast(one: LaunchSpec, dtype: str, tf32: bool) -> LaunchSpec:
@@ -253,7 +293,7 @@ def passes() -> dict[str, CapturedLaunch]:
         "finalize": lambda: finalize(pack.NO_FORWARD),
         "finalize packing": lambda: finalize(folded),
         "constant": lambda: batch_norm.constant(norm, None, norm.mean, out),
-        "coefficients": lambda: coefficients(pack.NO_DGRAD, conv_wgrad.NO_REDUCTION),
+        "coefficients": lambda: coefficients(pack.NO_DGRAD, wgrad_sum.NO_REDUCTION),
         "coefficients packing": lambda: coefficients(pack.dgrad_passenger(weight, bf16, conv, vector)[1], reduction),
         "apply_backward": lambda: cudnn_passes.apply_backward(Grad(y, z, _rows(3, 1024), None, True)),
         "block_end": lambda: block_end.block_end(y, v, z, None, True, finalized(0)),

@@ -41,7 +41,8 @@ ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS = "activations", "weights", "partial sum
 ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
 WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr", "weight", "w", "wt", "dw"}
 PARTIAL_ARGUMENTS = {
-    "partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "p_ptr", "q_ptr", "z_ptr", "p", "q",
+    "partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "p_ptr", "q_ptr", "z_ptr",
+    "sum_p_ptr", "sum_q_ptr", "sum_z_ptr", "p", "q",
 }  # fmt: skip
 """z_ptr: in fp32, of a wgrad; the block's output has 16 bits. Arguments of a launch for several convolutions are named
 without ``_ptr``, and with the number of the convolution."""

@@ -305,15 +305,14 @@ def test_tuning_a_training_step_moves_no_statistic(tmp_path: Path) -> None:
 
 @pytest.mark.interpret
 def test_a_wrong_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_fast.backends.triton.training import conv_wgrad
+    from resnet_fast.backends.triton.training import conv_wgrad, wgrad_sum
 
     real = conv_wgrad.conv_wgrad
 
     def wrong(*args: Any) -> Any:
         dw, reduction = real(*args)
-        if reduction.programs:
-            conv_wgrad.reduce_splits(reduction)
-        return 1.01 * dw, conv_wgrad.NO_REDUCTION
+        wgrad_sum.reduce_splits(reduction)
+        return 1.01 * dw, wgrad_sum.NO_REDUCTION
 
     monkeypatch.setattr(conv_wgrad, "conv_wgrad", wrong)
     tuned = tuned_step(*training_block(), path=tmp_path / "t", only="conv_wgrad")

@@ -14,8 +14,9 @@ from torch import Tensor
 from resnet_fast import numerics
 from resnet_fast.backends.triton.problem import guarded
 from resnet_fast.backends.triton.training import vectors as v
-from resnet_fast.backends.triton.training.conv_wgrad import conv_wgrad, reduce_splits
+from resnet_fast.backends.triton.training.conv_wgrad import conv_wgrad
 from resnet_fast.backends.triton.training.vectors import Act
+from resnet_fast.backends.triton.training.wgrad_sum import reduce_splits
 from resnet_fast.spec import ConvSpec, LaunchSpec
 from resnet_fast.tuning.configs import Config
 from tests.support import dgrad_cases

@@ -329,7 +329,7 @@ def test_a_proof_of_a_training_launch_checks_all_that_it_computes(
 ) -> None:
     """Only what a step adds is wrong here, not the plain output: statistics, sums, the added gradient."""
     from resnet_fast.backends.triton import proofs
-    from resnet_fast.backends.triton.training import conv_wgrad, convolution
+    from resnet_fast.backends.triton.training import convolution, wgrad_sum
     from resnet_fast.backends.triton.training.problem import training_problem
 
     conv = ConvSpec(**SMALL, batch_stats=True, grad=True)  # type: ignore[arg-type]
@@ -350,9 +350,8 @@ def test_a_proof_of_a_training_launch_checks_all_that_it_computes(
 
         def more(*args: Any) -> Any:
             dw, reduction = weight(*args)
-            if reduction.programs:
-                conv_wgrad.reduce_splits(reduction)
-            return dw * 1.1, conv_wgrad.NO_REDUCTION
+            wgrad_sum.reduce_splits(reduction)
+            return dw * 1.1, wgrad_sum.NO_REDUCTION
 
         monkeypatch.setattr(convolution, "wgrad", more)
     elif wrong:

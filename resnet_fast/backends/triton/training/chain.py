@@ -7,6 +7,10 @@ r"""Run one training step of a call: forward and backward of a chain of convolut
                                   g3 --projection's dgrad--------------------------------(added)--^
                 g and y of each layer --wgrad--> dW                  sums --> dgamma, dbeta, and the next dgrad's dy
 
+Each dgrad runs before the wgrad of its layer, except the first. Then the sums that it gathered become coefficients in
+the launch of that wgrad, behind its tiles (norm_gradient.py). A wgrad leaves the addition of its splits to the next
+launch that takes it along: the wgrad below, and in the end the first dgrad.
+
 A convolution's prologue applies the norm and ReLU before it, and its epilogue computes the statistics of its output. A
 dgrad's prologue turns g into dy, and its epilogue applies the ReLU before it and computes the sums for that norm. So a
 layer writes its raw output once, and neither an activation nor dy. For each convolution and direction, the tuning table
@@ -28,6 +32,7 @@ from .... import flags
 from ....calls import Call, Conv, Norm
 from ....spec import ConvSpec, Spec, Verdict
 from ....tuning import launch_plan
+from ....tuning.configs import Config
 from ....tuning.launch_plan import TrainingConfigs
 from ....tuning.training_configs import CUDNN
 from ...layouts import in_layout
@@ -35,7 +40,7 @@ from .. import proofs
 from ..device import Target, device_of, place_of, planned_for, table_of, table_version
 from ..launch import nhwc
 from ..submission import Passes
-from . import batch_norm, block_end, conv_wgrad, convolution, hand_over, norm_gradient, pack, pool
+from . import batch_norm, block_end, conv_wgrad, convolution, hand_over, norm_gradient, pack, pool, wgrad_sum
 from .arrival import counters_for
 from .convolution import Packed
 from .problem import training_problem
@@ -316,25 +321,28 @@ class _Backward:
             batch = self.norms[last].batch_stats
             self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, batch)[0]
         g, sums, sums_of_projection = self.end(z, dz)
-        grad = self.grad(last, g, self.raws[last], sums)
-        if needs.convs[last].weight:
-            self.wgrad(last, grad)
+        grad = self.gradient_of(last, g, self.raws[last])
+        self.coefficients(last, grad, sums)
         dx_of_projection = None
         if sums_of_projection is not None:
-            dx_of_projection = self.projection(self.grad(self.main, g, self.raws[-1], sums_of_projection))
+            projected = self.gradient_of(self.main, g, self.raws[-1])
+            self.coefficients(self.main, projected, sums_of_projection)
+            dx_of_projection = self.projection(projected)
+            del projected
         dx: Tensor | None = None
-        for i in range(last, -1, -1):
-            if i < last and needs.convs[i].weight:
-                self.wgrad(i, grad)
-            if not self.passes_on(i):
+        for i in range(last, 0, -1):
+            below = self.dgrad_inner(i, grad) if self.passes_on(i) else None
+            self.wgrad(i, grad, below)
+            if below is None:
                 break
-            if i > 0:
-                grad = self.dgrad_inner(i, grad)
-            else:
+            grad = below[0]
+        else:
+            self.wgrad(0, grad)
+            if self.passes_on(0):
                 identity = g if self.spec.shortcut == "identity" else None
                 dx = self.dgrad_first(grad, identity, dx_of_projection)
         for reduction in self.pending:
-            conv_wgrad.reduce_splits(reduction)
+            wgrad_sum.reduce_splits(reduction)
         added = g if needs.added else None
         if added is not None and (added is dx or added is dz):
             added = added.clone()  # an op's outputs are its own
@@ -359,63 +367,107 @@ class _Backward:
         yd, vd = (self.raws[-1], self.vectors[-1]) if call.projection else (None, None)
         return block_end.block_end_backward(dz, masked, y, v, yd, vd, counters)
 
-    def grad(self, i: int, g: Tensor, y: Tensor, sums: Tensor) -> Grad:
-        """Return the gradient of raw output ``i``, and store the gradients of its norm's parameters and of the bias.
+    def gradient_of(self, i: int, g: Tensor, y: Tensor) -> Grad:
+        """Return the gradient of raw output ``i``, whose coefficients are not written yet."""
+        return norm_gradient.gradient_of(g, y, self.norms[i].batch_stats)
 
-        The launch packs the weight of this layer's dgrad, and finishes the oldest wgrad that is not finished.
+    def coefficients(self, i: int, grad: Grad, sums: Tensor) -> None:
+        """Launch the programs of :meth:`passenger`, and before them what adds up the sums of several processes."""
+        found = norm_gradient.coefficients(
+            grad, sums, self.vectors[i], self.parameters(i), self.norms[i].sync, self.counters_of(i),
+            self.packing(i, grad), self.take(),
+        )  # fmt: skip
+        self.gammas[i], self.betas[i], self.biases[i] = found
+
+    def passenger(self, i: int, grad: Grad, sums: Tensor, warps: int) -> pack.Passenger:
+        """Return what a launch of ``warps`` warps takes along.
+
+        Its programs write the coefficients of raw output ``i`` and the gradients of its norm and bias, pack the weight
+        of its dgrad, and finish the oldest wgrad that is not finished.
         """
+        found, programs = norm_gradient.passenger(
+            grad, sums, self.vectors[i], self.parameters(i), self.counters_of(i),
+            self.packing(i, grad, pack.tile_behind(warps)), self.take(),
+        )  # fmt: skip
+        self.gammas[i], self.betas[i], self.biases[i] = found
+        return programs
+
+    def parameters(self, i: int) -> norm_gradient.Parameters:
+        """Return gamma, beta and the bias of layer ``i``, where their gradients are wanted."""
         norm, needs = self.norms[i], self.needs
-        grad = norm_gradient.gradient_of(g, y, norm.batch_stats)
-        self.wts[i], packing = None, pack.NO_DGRAD
-        config = self.plan.chosen[i].dgrad
-        if self.passes_on(i) and config != CUDNN:
-            a = self.vectors[i][SCALE] if config.packed else None
-            self.wts[i], packing = pack.dgrad_passenger(self.weight(i), g.dtype, self.plan.specs[i], a)
-        reduction = self.pending.pop(0) if self.pending else conv_wgrad.NO_REDUCTION
         gamma = norm.weight if needs.norms[i].weight else None
         beta = norm.bias if needs.norms[i].bias else None
-        bias = self.convs[i].bias if needs.convs[i].bias else None
-        self.gammas[i], self.betas[i], self.biases[i] = norm_gradient.coefficients(
-            grad, sums, self.vectors[i], (gamma, beta, bias), norm.sync,
-            None if self.counters is None else self.counters[i], packing, reduction,
-        )  # fmt: skip
-        return grad
+        return gamma, beta, self.convs[i].bias if needs.convs[i].bias else None
+
+    def counters_of(self, i: int) -> Tensor | None:
+        return None if self.counters is None else self.counters[i]
+
+    def packing(self, i: int, grad: Grad, tile: int = pack.TILE) -> pack.Passenger:
+        """Return the programs that pack the weight of dgrad ``i``, if it runs on our kernel."""
+        config = self.plan.chosen[i].dgrad
+        if config == CUDNN or not self.passes_on(i):
+            return pack.NO_DGRAD
+        a = self.vectors[i][SCALE] if config.packed else None
+        weight, spec = self.weight(i), self.plan.specs[i]
+        self.wts[i], programs = pack.dgrad_passenger(weight, grad.g.dtype, spec, a, tile)
+        return programs
+
+    def take(self) -> pack.Passenger:
+        """Return the programs that finish the oldest wgrad that is not finished, for one launch to take along."""
+        return self.pending.pop(0) if self.pending else wgrad_sum.NO_REDUCTION
+
+    def taken_by(self, config: Config) -> pack.Passenger:
+        """Return what a launch with ``config`` takes along of :meth:`take`."""
+        return self.take() if pack.takes_passengers(config) else wgrad_sum.NO_REDUCTION
 
     def weight(self, i: int) -> Tensor:
         return self.convs[i].weight.detach()
 
-    def wgrad(self, i: int, grad: Grad) -> None:
-        """Store the gradient of weight ``i``, which a later launch finishes."""
+    def wgrad(self, i: int, grad: Grad, below: tuple[Grad, Tensor] | None = None) -> None:
+        """Store the gradient of weight ``i``, if it is wanted; a later launch finishes it.
+
+        ``below``: the gradient of raw output ``i - 1`` and its sums. Its coefficients are written in the same launch,
+        if our kernel runs and takes passengers, and no all-reduce comes first.
+        """
         spec, config = self.plan.specs[i], self.plan.chosen[i].wgrad
-        self.weights[i], reduction = convolution.wgrad(self.weight(i), spec, config, grad, self.below(i))
-        if reduction.programs:
-            self.pending.append(reduction)
+        wanted = self.needs.convs[i].weight
+        takes = wanted and pack.takes_passengers(config)
+        passenger = conv_wgrad.NO_PASSENGER
+        if below is not None and not (takes and not self.norms[i - 1].sync):
+            self.coefficients(i - 1, *below)
+        elif below is not None:
+            passenger = self.passenger(i - 1, *below, config.num_warps)
+        elif takes:
+            passenger = norm_gradient.without_norm(self.take())
+        if wanted:
+            self.weights[i], reduction = convolution.wgrad(self.weight(i), spec, config, grad, self.below(i), passenger)
+            if reduction.programs:
+                self.pending.append(reduction)
 
     def stock_dx(self, i: int, grad: Grad) -> Tensor:
         """Return dx of a convolution that reads the call's input, by cuDNN."""
         return nhwc(convolution.stock_backward(self.weight(i), self.plan.specs[i], grad, self.x, (True, False))[0])
 
-    def dgrad_inner(self, i: int, grad: Grad) -> Grad:
-        """Return the gradient of raw output ``i - 1`` from that of ``i``."""
+    def dgrad_inner(self, i: int, grad: Grad) -> tuple[Grad, Tensor]:
+        """Return the gradient of raw output ``i - 1`` from that of ``i``, without coefficients yet, and its sums."""
         chosen, below = self.plan.chosen[i], self.below(i)
         g, sums = convolution.dgrad_to(
             self.weight(i), self.plan.specs[i], chosen.dgrad, grad, below, chosen.fwd.packed, self.wts[i]
         )
-        return self.grad(i - 1, g, below.y, sums)
+        return self.gradient_of(i - 1, g, below.y), sums
 
     def projection(self, grad: Grad) -> tuple[Tensor, tuple[int, int] | None] | None:
         """Store dW of the projection, and return its dx: for every pixel, or for those that it reads."""
         i = self.main
-        if self.needs.convs[i].weight:
-            self.wgrad(i, grad)
+        self.wgrad(i, grad)
         if not self.needs.x:
             return None
-        spec = self.plan.specs[i]
-        if self.plan.chosen[i].dgrad == CUDNN:
+        spec, config = self.plan.specs[i], self.plan.chosen[i].dgrad
+        if config == CUDNN:
             return self.stock_dx(i, grad), None
         compact = (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0) and spec.stride != (1, 1)
         dx, _ = convolution.dgrad(
-            self.weight(i), spec, self.plan.chosen[i].dgrad, grad, compact=compact, wt=self.wts[i]
+            self.weight(i), spec, config, grad, compact=compact, wt=self.wts[i], reduction=self.taken_by(config)
         )
         return dx, spec.stride if compact else None
 
@@ -434,4 +486,7 @@ class _Backward:
         if projected is not None:
             dx, stride = projected
             add, strided = (dx, None) if stride is None else (None, (dx, stride))
-        return convolution.dgrad(self.weight(0), spec, config, grad, add=add, add_strided=strided, wt=self.wts[0])[0]
+        return convolution.dgrad(
+            self.weight(0), spec, config, grad, add=add, add_strided=strided, wt=self.wts[0],
+            reduction=self.taken_by(config),
+        )[0]  # fmt: skip

@@ -36,6 +36,9 @@ thread holds 16 bytes of a row, a column is in registers, and the rest is wide a
 Folded norms (fold.py). dy is g itself, the input below is an activation z, and the mask is z > 0: there are no vectors
 and no sums.
 
+Saved launches. The first dgrad of a call takes along the programs that add the splits of the last wgrad (wgrad_sum.py).
+They go behind its tiles; conv_wgrad.py says why.
+
 Numerics: tiles.py. Added tensors are summed in fp32, before the one rounding. Deterministic: no atomics.
 Limits: tuning/training_configs.py. Alone: ``TRITON_INTERPRET=1 python -m pytest
 tests/backends/triton/training/test_conv_dgrad.py``.
@@ -57,7 +60,9 @@ from ..launch import address_of, alignment, empty_nhwc, product, steps_of, submi
 from ..tiles import multiply, pixel_of_row, round_to, row_offset, tile_of_program
 from . import vectors
 from .conv_fwd import clamp, inside_bits
+from .pack import Passenger
 from .vectors import Act, Grad
+from .wgrad_sum import NO_REDUCTION, reduce_splits_program
 
 MEAN, SCALE, SHIFT = tl.constexpr(vectors.MEAN), tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
@@ -264,8 +269,8 @@ def taps_of_phase(
     return r, s, taps_h, taps_w
 
 
-@triton.jit(do_not_specialize=["tiles_m", "images", "H", "W", "Ho", "Wo", "Hs", "Ws"])
-def _conv_dgrad_kernel(
+@triton.jit
+def dgrad_program(
     g_ptr, y_ptr, wt_ptr, grad_ptr, outside_ptr, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr,
     dx_ptr, partials_ptr, tiles_m, images, H, W, Ho, Wo, Hs, Ws,
     CO: tl.constexpr, CI: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -276,6 +281,7 @@ def _conv_dgrad_kernel(
     ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Compute a tile of dx and its sums."""
     # tile (pid_m, pid_n) of group g; CO and CI count channels per group, C_OUT and C_IN all of them
     C_OUT: tl.constexpr = CO * GROUPS
     C_IN: tl.constexpr = CI * GROUPS
@@ -343,6 +349,42 @@ def _conv_dgrad_kernel(
         tl.store(out + row_offset(tiles_m * PHASES, C_IN), tl.sum(even_y + odd_y, 0), mask=ci_mask)
 
 
+@triton.jit(do_not_specialize=[
+    "tiles_m", "images", "H", "W", "Ho", "Wo", "Hs", "Ws", "own", "splits", "idle"
+])  # fmt: skip
+def _conv_dgrad_kernel(
+    g_ptr, y_ptr, wt_ptr, grad_ptr, outside_ptr, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr,
+    dx_ptr, partials_ptr, tiles_m, images, H, W, Ho, Wo, Hs, Ws, own,
+    sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr, sum_act_ptr, dw_ptr,
+    splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
+    CO: tl.constexpr, CI: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr,
+    INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr, ADD_H: tl.constexpr, ADD_W: tl.constexpr,
+    PADDED: tl.constexpr, PACKED: tl.constexpr, BATCH: tl.constexpr, BELOW_PACKED: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    P_CI: tl.constexpr, P_CO: tl.constexpr, P_GROUPS: tl.constexpr, P_OWN_CI: tl.constexpr, P_OWN_CO: tl.constexpr,
+    P_R: tl.constexpr, P_S: tl.constexpr, P_BATCH: tl.constexpr, P_PROLOGUE: tl.constexpr, P_PACKED: tl.constexpr,
+    P_PADDED: tl.constexpr, P_WINDOW: tl.constexpr, P_BLOCK_M: tl.constexpr, P_BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if sum_p_ptr is not None:  # noqa: SIM102 (the compiler decides the outer condition, the program the inner one)
+        if tl.program_id(0) >= own:
+            reduce_splits_program(
+                (tl.program_id(0) - own) * GROUPS + tl.program_id(1),
+                sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr, sum_act_ptr, dw_ptr,
+                splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s, P_CI, P_CO, P_GROUPS, P_OWN_CI,
+                P_OWN_CO, P_R, P_S, P_BATCH, P_PROLOGUE, P_PACKED, P_PADDED, P_WINDOW, P_BLOCK_M, P_BLOCK_N,
+            )  # fmt: skip
+            return
+    dgrad_program(
+        g_ptr, y_ptr, wt_ptr, grad_ptr, outside_ptr, add_ptr, strided_ptr, below_ptr, clamp_ptr, vectors_ptr,
+        dx_ptr, partials_ptr, tiles_m, images, H, W, Ho, Wo, Hs, Ws, CO, CI, GROUPS, R, S, STRIDE_H, STRIDE_W,
+        PAD_H, PAD_W, DIL_H, DIL_W, GCD_H, GCD_W, INVERSE_H, INVERSE_W, ADD_H, ADD_W, PADDED, PACKED, BATCH,
+        BELOW_PACKED, ALIGN, WIDE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )  # fmt: skip
+
+
 def conv_dgrad(
     launch: LaunchSpec,
     config: Config,
@@ -353,6 +395,7 @@ def conv_dgrad(
     add: Tensor | None,
     add_strided: tuple[Tensor, tuple[int, int]] | None,
     compact: bool = False,
+    reduction: Passenger = NO_REDUCTION,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gradient of a convolution's input, and sums by tile for the BatchNorm before it. Deterministic.
 
@@ -370,6 +413,7 @@ def conv_dgrad(
         add: (N, Ci, H, W), added everywhere, or None.
         add_strided: (N, Ci, Hs, Ws) and (sh, sw), added at every sh-th row and sw-th column, or None.
         compact: for a 1x1 with strides and without padding: compute dx of the pixels that it read only.
+        reduction: of :func:`conv_wgrad.conv_wgrad`, to take along.
 
     Returns:
         dx (N, Ci, H, W), or (N, Ci, Ho, Wo) if ``compact``, in the dtype of g; with a raw ``below`` also partials
@@ -389,18 +433,20 @@ def conv_dgrad(
     bases = () if outside is None else (address_of(g), address_of(outside))
     strided, (add_h, add_w) = add_strided or (None, (1, 1))
     geometry = [_phases(stride, dilation) for stride, dilation in zip(conv.stride, conv.dilation, strict=True)]
+    own = tiles * -(-ci // config.block_n)
     submit(
-        _conv_dgrad_kernel, (tiles * -(-ci // config.block_n), groups),
+        _conv_dgrad_kernel, (own + -(-reduction.programs // groups), groups),
         g, grad.y if grad.batch else None, wt, grad.vectors(config.packed), outside,
         add, strided, None if below is None else below.y,
         below.clamp if below is not None and below_packed else None, None if below is None else below.vectors,
         dx, partials, tiles_m, conv.n, conv.h, conv.w, conv.ho, conv.wo,
-        *((1, 1) if strided is None else strided.shape[2:]),
+        *((1, 1) if strided is None else strided.shape[2:]), own, *reduction.arguments,
         CO=co, CI=ci, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         GCD_H=geometry[0][0], GCD_W=geometry[1][0], INVERSE_H=geometry[0][1], INVERSE_W=geometry[1][1],
         ADD_H=add_h, ADD_W=add_w, PADDED=padded, PACKED=config.packed or launch.folded, BATCH=grad.batch,
         BELOW_PACKED=below_packed, ALIGN=alignment(g.element_size(), co * g.element_size(), *bases),
         WIDE=_wide(conv, config), BLOCK_N=config.block_n, GROUP_M=config.group_m, **product(conv, config, g.dtype),
+        **reduction.constants,
     )  # fmt: skip
     return dx, partials
 

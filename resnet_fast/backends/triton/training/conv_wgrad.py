@@ -22,9 +22,19 @@ gemm_k = N*Ho*Wo, which is long while the other two are short. So the pixels are
       ...       tile 0    tile 0    tile 0      \        other programs add the splits from the first to the last
                   +---->----+---->----+------> dW        and apply factors and corrections: no atomics
 
-Saved launches. The programs that add the splits travel with the next coefficients (norm_gradient.py); only a call's
-last wgrad needs a launch for them. They write dW in the parameter's dtype and strides, and of merged groups only what
-belongs to a filter's own group.
+Saved launches. The grid has further layers of programs behind the splits, for passengers: the coefficients of the norm
+below with the packing of its dgrad weight (norm_gradient.py), which need the dgrad of this layer and not this launch,
+and the addition of the splits of the wgrad before (wgrad_sum.py).
+
+    grid z    0 .. splits - 1                     splits ..
+              tiles x groups of one split         coefficients | packing | another dW | idle
+
+They go behind the tiles, because a tile takes ten times as long as a passenger. The GPU starts programs in order: short
+ones at the end fill the gaps that unequal tiles leave, and where all programs run at once, each multiprocessor has its
+share of the tiles before. In front they would delay some multiprocessors and hand their tiles to the others. A program
+holds registers and shared memory of the whole launch, so with whole tiles a multiprocessor runs one passenger at a
+time. Their tiles are as large as they need to be for it (pack.tile_behind), and a launch whose blocks per
+multiprocessor would become fewer takes none (pack.takes_passengers).
 
 Place of a pixel. It is carried along: a step adds BLOCK_K / STREAMS pixels as (images, rows, pixels), computed once,
 with one carry for each. A division per step and row would cost more time than the products leave.
@@ -52,6 +62,7 @@ Tried, compiled for sm_90 (issue slots per scheduler and K step of a 128x128x64 
     3x3 packed 482, exact 1,066; 1x1 with a prologue 398, 942. With the place of every row computed by division, selects
     for the padding, and the mean of z in the loop: about 1,600.
     64-bit row starts instead of 32-bit distances: 466, but 16 registers more, which spill on sm_80.
+    One grid axis for tiles, splits and passengers: their places are divided out of it, and 3x3 spills on sm_80.
     128x256x64: 0.72 of the tensor cycles instead of 0.89, and spills.
 """
 
@@ -69,15 +80,15 @@ from ....tuning.configs import Config
 from ....tuning.routes import MIN_CHANNELS, merged_groups
 from ....tuning.training_configs import gemm
 from ..launch import address_of, alignment, product, steps_of, submit
-from ..tiles import pixel_of_row, row_offset, store_rounded
-from . import vectors
+from ..tiles import pixel_of_row, row_offset
+from . import vectors, wgrad_sum
 from .conv_fwd import padding_excess
+from .norm_gradient import norm_program, without_norm
 from .pack import Passenger
 from .vectors import Act, Grad
 from .wgrad_tiles import (
     activation_tile,
     activation_vectors,
-    channel_vector,
     gradient_tile,
     gradient_vectors,
     next_places,
@@ -85,9 +96,9 @@ from .wgrad_tiles import (
     place_in_x,
 )
 
-FOLD, THR = tl.constexpr(vectors.FOLD), tl.constexpr(vectors.THR)
-LO, HI, THRESHOLD = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI), tl.constexpr(vectors.THRESHOLD)
-A, GAMMA = tl.constexpr(vectors.A), tl.constexpr(vectors.GAMMA)
+THRESHOLD = tl.constexpr(vectors.THRESHOLD)
+
+NO_PASSENGER = without_norm()
 
 ONES = tl.constexpr(8)
 """Columns of ones, as many as the narrowest product of the tensor cores has."""
@@ -167,8 +178,8 @@ def take_back_padding(
     return acc
 
 
-@triton.jit(do_not_specialize=["images", "H", "W", "Ho", "Wo", "per_stream", "per_split"])
-def _conv_wgrad_kernel(
+@triton.jit
+def wgrad_program(
     g_ptr, y_ptr, grad_ptr, x_ptr, act_ptr, p_ptr, q_ptr, z_ptr,
     images, H, W, Ho, Wo, x_stride_n, per_stream, per_split,
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -178,6 +189,7 @@ def _conv_wgrad_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Compute the partial sums of a tile over one split; programs of a split are neighbours."""
     # tile (co, column) of group g over one split; CI and CO count channels per group, C_IN and C_OUT all of them
     C_IN: tl.constexpr = CI * GROUPS
     C_OUT: tl.constexpr = CO * GROUPS
@@ -275,95 +287,51 @@ def _conv_wgrad_kernel(
             tl.store(q_ptr + (split * C_OUT + co)[:, None] + ones, sum_q, mask=co_mask[:, None] & (ones == 0))
 
 
-@triton.jit
-def reduce_splits_program(
-    pid, p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
-    stride_co, stride_ci, stride_r, stride_s,
-    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit(do_not_specialize=[
+    "images", "H", "W", "Ho", "Wo", "per_stream", "per_split", "all_splits",
+    "tiles", "chunks", "chunk", "packing", "splits", "idle",
+])  # fmt: skip
+def _conv_wgrad_kernel(
+    g_ptr, y_ptr, grad_ptr, x_ptr, act_ptr, p_ptr, q_ptr, z_ptr,
+    images, H, W, Ho, Wo, x_stride_n, per_stream, per_split, all_splits,
+    partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
+    dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk, packing,
+    weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+    sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr, sum_act_ptr, dw_ptr,
+    splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, WINDOW: tl.constexpr, LINEAR: tl.constexpr,
+    BATCH: tl.constexpr, PROLOGUE: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, STREAMS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HOSTS: tl.constexpr, N_C: tl.constexpr, N_BATCH: tl.constexpr, N_UPCAST: tl.constexpr, N_BLOCK_T: tl.constexpr,
+    N_BLOCK_C: tl.constexpr, N_CI: tl.constexpr, N_CO: tl.constexpr, N_GROUPS: tl.constexpr, N_OWN_CI: tl.constexpr,
+    N_OWN_CO: tl.constexpr, N_R: tl.constexpr, N_S: tl.constexpr, N_UPCAST_W: tl.constexpr, N_TILE: tl.constexpr,
+    N_P_CI: tl.constexpr, N_P_CO: tl.constexpr, N_P_GROUPS: tl.constexpr, N_P_OWN_CI: tl.constexpr,
+    N_P_OWN_CO: tl.constexpr, N_P_R: tl.constexpr, N_P_S: tl.constexpr, N_P_BATCH: tl.constexpr,
+    N_P_PROLOGUE: tl.constexpr, N_P_PACKED: tl.constexpr, N_P_PADDED: tl.constexpr, N_P_WINDOW: tl.constexpr,
+    N_P_BLOCK_M: tl.constexpr, N_P_BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits of a tile of dW, apply factors and corrections, and store what belongs to the filters' own group.
-
-    CI and CO count channels of a merged group, OWN_* those of a group before merging.
-    """
-    C_IN: tl.constexpr = CI * GROUPS
-    C_OUT: tl.constexpr = CO * GROUPS
-    COLUMNS: tl.constexpr = R * S * CI
-    tiles_m: tl.constexpr = (C_OUT + BLOCK_M - 1) // BLOCK_M
-    co = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = pid // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    g, within = co // CO, column % CI
-    ci = g[:, None] * CI + within[None, :]
-    own = (co % CO // OWN_CO)[:, None] == (within // OWN_CI)[None, :]
-    co_mask = co < C_OUT
-    mask = co_mask[:, None] & (column < COLUMNS)[None, :] & own
-    # P, Q and the mean of z: splits in order
-    p = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    q = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for split in range(0, splits):
-        at = row_offset(split * C_OUT + co, COLUMNS)[:, None] + column[None, :]
-        p += tl.load(p_ptr + at, mask=mask, other=0.0)
-        if PACKED and (BATCH or PROLOGUE):
-            q += tl.load(q_ptr + split * C_OUT + co, mask=co_mask, other=0.0)
-        if PACKED and BATCH:
-            z += tl.load(z_ptr + (split * GROUPS + g)[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
-    if PACKED:
-        if BATCH:
-            # without the ``idle`` rows: q = GAMMA, z = clamp(THRESHOLD) or clamp(0)
-            gamma = idle * channel_vector(grad_ptr, co, co_mask, GAMMA, C_OUT).to(tl.float32)
-            q -= gamma
-            if PROLOGUE:
-                still = (
-                    channel_vector(act_ptr, ci, mask, THRESHOLD, C_IN).to(tl.float32) if PADDED else tl.zeros_like(z)
-                )
-                lo = channel_vector(act_ptr, ci, mask, LO, C_IN).to(tl.float32)
-                hi = channel_vector(act_ptr, ci, mask, HI, C_IN).to(tl.float32)
-                p -= gamma[:, None] * (still if WINDOW and PADDED else tl.minimum(tl.maximum(still, lo), hi))
-            p -= q[:, None] * (z / splits)
-        elif PROLOGUE:
-            p -= q[:, None] * channel_vector(v_ptr, ci, mask, THR, C_IN)
-        p *= channel_vector(coefficients_ptr, co, co_mask, A, C_OUT)[:, None]
-        if PROLOGUE:
-            p *= channel_vector(v_ptr, ci, mask, FOLD, C_IN)
-    tap = column // CI
-    at = within % OWN_CI * stride_ci + tap // S * stride_r + tap % S * stride_s
-    store_rounded(dw_ptr + (row_offset(co, stride_co)[:, None] + at[None, :]), p, mask)
-
-
-@triton.jit(do_not_specialize=["splits", "idle"])
-def _reduce_splits_kernel(
-    p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
-    stride_co, stride_ci, stride_r, stride_s,
-    P_CI: tl.constexpr, P_CO: tl.constexpr, P_GROUPS: tl.constexpr, P_OWN_CI: tl.constexpr, P_OWN_CO: tl.constexpr,
-    P_R: tl.constexpr, P_S: tl.constexpr, P_BATCH: tl.constexpr, P_PROLOGUE: tl.constexpr, P_PACKED: tl.constexpr,
-    P_PADDED: tl.constexpr, P_WINDOW: tl.constexpr, P_BLOCK_M: tl.constexpr, P_BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    reduce_splits_program(
-        tl.program_id(0), p_ptr, q_ptr, z_ptr, coefficients_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr, splits, idle,
-        stride_co, stride_ci, stride_r, stride_s, P_CI, P_CO, P_GROUPS, P_OWN_CI, P_OWN_CO, P_R, P_S,
-        P_BATCH, P_PROLOGUE, P_PACKED, P_PADDED, P_WINDOW, P_BLOCK_M, P_BLOCK_N,
+    if HOSTS:  # noqa: SIM102 (the compiler decides the outer condition, the program the inner one)
+        if tl.program_id(2) >= all_splits:
+            layer = (tl.program_id(2) - all_splits) * GROUPS + tl.program_id(1)
+            norm_program(
+                layer * tl.num_programs(0) + tl.program_id(0),
+                partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr,
+                dbeta_ptr, dbias_ptr, tiles, chunks, chunk, packing, weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci,
+                stride_r, stride_s, sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr,
+                sum_act_ptr, dw_ptr, splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s, N_C, N_BATCH,
+                N_UPCAST, N_BLOCK_T, N_BLOCK_C, N_CI, N_CO, N_GROUPS, N_OWN_CI, N_OWN_CO, N_R, N_S, N_UPCAST_W, N_TILE,
+                N_P_CI, N_P_CO, N_P_GROUPS, N_P_OWN_CI, N_P_OWN_CO, N_P_R, N_P_S, N_P_BATCH, N_P_PROLOGUE, N_P_PACKED,
+                N_P_PADDED, N_P_WINDOW, N_P_BLOCK_M, N_P_BLOCK_N,
+            )  # fmt: skip
+            return
+    wgrad_program(
+        g_ptr, y_ptr, grad_ptr, x_ptr, act_ptr, p_ptr, q_ptr, z_ptr, images, H, W, Ho, Wo, x_stride_n, per_stream,
+        per_split, CI, CO, GROUPS, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, WINDOW, LINEAR, BATCH,
+        PROLOGUE, PACKED, SUMS, ALIGN, PRECISION, UPCAST, STREAMS, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-
-
-REDUCE_M, REDUCE_N = 16, 128
-"""Filters and columns of a program that adds splits."""
-
-_GEOMETRY = ("CI", "CO", "GROUPS", "OWN_CI", "OWN_CO", "R", "S")
-_KIND = ("BATCH", "PROLOGUE", "PACKED", "PADDED", "WINDOW")
-
-NO_REDUCTION = Passenger(
-    0,
-    (*[None] * 8, 0, 0, 1, 1, 1, 1),
-    {f"P_{name}": 1 for name in (*_GEOMETRY, "BLOCK_M", "BLOCK_N")} | {f"P_{name}": False for name in _KIND},
-)
-"""No wgrad to finish."""
-
-
-def reduce_splits(reduction: Passenger) -> None:
-    """Launch what :func:`conv_wgrad` left to do, where no other launch takes it along."""
-    submit(_reduce_splits_kernel, (reduction.programs,), *reduction.arguments, **reduction.constants)
 
 
 def streams_of(conv: ConvSpec) -> tuple[int, int]:
@@ -405,7 +373,15 @@ class Products(NamedTuple):
     z: Tensor | None
 
 
-def products(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int, sums: bool = False) -> Products:
+def products(
+    launch: LaunchSpec,
+    config: Config,
+    grad: Grad,
+    x: Act,
+    sms: int,
+    sums: bool = False,
+    passenger: Passenger = NO_PASSENGER,
+) -> Products:
     """Compute the partial sums of a wgrad. Arguments as of :func:`conv_wgrad`; ``sums``: compute ``q`` in any case."""
     conv, groups = launch.last, merged_groups(launch.last)
     ci, co, taps = conv.ci // groups, conv.co // groups, conv.r * conv.s
@@ -427,20 +403,28 @@ def products(launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int, s
     y = grad.y if grad.batch else None
     linear = taps == 1 and not padded and conv.stride == (1, 1) and x.y.stride(0) == conv.h * conv.w * conv.ci
     starts = [address_of(t) for t in (x.y, rows) if t is not None]
+    tiles = -(-co // config.block_m) * tiles_n
     submit(
-        _conv_wgrad_kernel, (-(-co // config.block_m) * tiles_n, groups, splits),
+        _conv_wgrad_kernel, (tiles, groups, splits + -(-passenger.programs // (tiles * groups))),
         grad.g, y, grad.vectors(packed), x.y, rows, p, q, z,
-        conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split,
+        conv.n, conv.h, conv.w, conv.ho, conv.wo, x.y.stride(0), images, per_split, splits, *passenger.arguments,
         CI=ci, CO=co, GROUPS=groups, R=conv.r, S=conv.s, **steps_of(conv),
         WINDOW=window, LINEAR=linear, BATCH=grad.batch, PROLOGUE=launch.prologue, PACKED=packed or launch.folded,
         SUMS=sums, ALIGN=alignment(size, ci * size, x.y.stride(0) * size, *starts),
         STREAMS=streams, WIDE=_wide(conv, x.y.stride(0)), BLOCK_N=config.block_n, **product(conv, config, x.y.dtype),
+        HOSTS=passenger.programs > 0, **passenger.named("N_"),
     )  # fmt: skip
     return Products(p, q, z)
 
 
 def conv_wgrad(
-    launch: LaunchSpec, config: Config, grad: Grad, x: Act, sms: int, weight: Tensor
+    launch: LaunchSpec,
+    config: Config,
+    grad: Grad,
+    x: Act,
+    sms: int,
+    weight: Tensor,
+    passenger: Passenger = NO_PASSENGER,
 ) -> tuple[Tensor, Passenger]:
     """Compute the gradient of a convolution's weight. Deterministic.
 
@@ -453,14 +437,15 @@ def conv_wgrad(
             ``clamp`` if ``config.packed``, otherwise through ``vectors``.
         sms: multiprocessors to fill.
         weight: the parameter (Co, Ci/groups, R, S).
+        passenger: of :func:`norm_gradient.passenger` or :func:`norm_gradient.without_norm`, to take along.
 
     Returns:
         dW in the dtype and strides of ``weight``, and the programs that write it from the splits: for another launch to
-        take along, or for :func:`reduce_splits`.
+        take along, or for :func:`wgrad_sum.reduce_splits`.
     """
     conv, groups, packed = launch.last, merged_groups(launch.last), config.packed
     ci, (streams, images) = conv.ci // groups, streams_of(conv)
-    p, q, z = products(launch, config, grad, x, sms)
+    p, q, z = products(launch, config, grad, x, sms, passenger=passenger)
     rows = (x.clamp if packed else x.vectors) if launch.prologue else None
     dw = torch.empty_like(weight)
     per_step = config.block_k // streams
@@ -471,6 +456,4 @@ def conv_wgrad(
     )  # fmt: skip
     own = (ci, conv.co // groups, groups, conv.ci // conv.groups, conv.co // conv.groups, conv.r, conv.s)
     kind = (grad.batch, launch.prologue, packed, max(conv.padding) > 0, ci < MIN_CHANNELS)
-    constants = {f"P_{name}": value for name, value in zip((*_GEOMETRY, *_KIND), (*own, *kind), strict=True)}
-    programs = -(-conv.co // REDUCE_M) * -(-p.shape[2] // REDUCE_N)
-    return dw, Passenger(programs, arguments, {**constants, "P_BLOCK_M": REDUCE_M, "P_BLOCK_N": REDUCE_N})
+    return dw, wgrad_sum.reduction(conv.co, p.shape[2], arguments, (*own, *kind))

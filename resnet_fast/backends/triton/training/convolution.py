@@ -23,7 +23,7 @@ from ....tuning.configs import Config
 from ....tuning.training_configs import CUDNN, training_launch
 from ..device import device_of
 from ..launch import nhwc
-from . import block_end, conv_dgrad, conv_fwd, conv_wgrad, cudnn_passes, pack
+from . import block_end, conv_dgrad, conv_fwd, conv_wgrad, cudnn_passes, pack, wgrad_sum
 from .pack import Passenger
 from .vectors import A, Act, Grad
 
@@ -86,6 +86,7 @@ def dgrad(
     add_strided: tuple[Tensor, tuple[int, int]] | None = None,
     compact: bool = False,
     wt: Tensor | None = None,
+    reduction: Passenger = wgrad_sum.NO_REDUCTION,
 ) -> tuple[Tensor, Tensor | None]:
     """Return dx by our kernel and, with ``below``, its sums; arguments as of :func:`conv_dgrad.conv_dgrad`.
 
@@ -95,7 +96,7 @@ def dgrad(
         assert grad.coefficients is not None  # a norm that is folded into the weight comes with ``wt``
         wt = pack.pack_dgrad(weight, grad.g.dtype, spec, grad.coefficients[A] if config.packed else None)
     launch = training_launch("conv_dgrad", spec, below is not None)
-    return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, below_packed, add, add_strided, compact)
+    return conv_dgrad.conv_dgrad(launch, config, wt, grad, below, below_packed, add, add_strided, compact, reduction)
 
 
 def dgrad_to(
@@ -119,17 +120,28 @@ def dgrad_to(
     return g, found
 
 
-def wgrad(weight: Tensor, spec: ConvSpec, config: Config, grad: Grad, x: Act) -> tuple[Tensor, Passenger]:
-    """Return dW in the dtype and strides of ``weight``, and the programs that are left to write it."""
+def wgrad(
+    weight: Tensor,
+    spec: ConvSpec,
+    config: Config,
+    grad: Grad,
+    x: Act,
+    passenger: Passenger = conv_wgrad.NO_PASSENGER,
+) -> tuple[Tensor, Passenger]:
+    """Return dW in the dtype and strides of ``weight``, and the programs that are left to write it.
+
+    ``passenger``: what our kernel takes along; cuDNN takes nothing.
+    """
     if config != CUDNN:
         launch, gpu = training_launch("conv_wgrad", spec, x.vectors is not None), device_of(grad.g.device).gpu
         assert gpu is not None
-        return conv_wgrad.conv_wgrad(launch, config, grad, x, gpu.sms, weight)
+        return conv_wgrad.conv_wgrad(launch, config, grad, x, gpu.sms, weight, passenger)
+    assert not passenger.programs
     dw = stock_backward(weight, spec, grad, materialised(x), (False, True))[1]
     # autograd accumulates into a tensor of the weight's strides
     if dw.dtype == weight.dtype and all(t.is_contiguous(memory_format=torch.channels_last) for t in (dw, weight)):
-        return dw.as_strided(weight.shape, weight.stride()), conv_wgrad.NO_REDUCTION
-    return torch.empty_like(weight).copy_(dw), conv_wgrad.NO_REDUCTION
+        return dw.as_strided(weight.shape, weight.stride()), wgrad_sum.NO_REDUCTION
+    return torch.empty_like(weight).copy_(dw), wgrad_sum.NO_REDUCTION
 
 
 def stock_backward(weight: Tensor, spec: ConvSpec, grad: Grad, x: Tensor, mask: tuple[bool, bool]) -> tuple[Any, Any]:

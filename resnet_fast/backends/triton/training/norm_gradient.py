@@ -12,9 +12,13 @@ Saved bytes. Stock BatchNorm reads g and y twice and writes dy. Here nothing of 
 
 Saved launches: one per norm, as in batch_norm.py. Two passengers travel behind its programs and wait for nothing: the
 packing of this convolution's weight for its dgrad (pack.py), because A is known since the forward pass, and the sum
-over the splits of the wgrad before (conv_wgrad.py).
+over the splits of the wgrad before (wgrad_sum.py).
 
-    [ sums: chunks x channel blocks, the last of a block writes its coefficients ][ wt = weight * A ][ dW of layer i+1 ]
+    [ sums: chunks x channel blocks, the last of a block writes its coefficients ][ wt = weight * A ][ dW of layer i+2 ]
+
+All of them need the dgrad of layer i+1, but not its wgrad. So they travel in turn behind the tiles of that wgrad
+(conv_wgrad.py), and have a launch of their own (:func:`coefficients`) only where no such wgrad of ours runs, or where
+an all-reduce comes first.
 
 Numerics: fp32, in an order that only the shape decides.
 Several processes. The sums are added up in launches of their own and all-reduced for A, B and C; dgamma and dbeta
@@ -34,9 +38,9 @@ from ..tiles import round_to, store_rounded
 from . import vectors as v
 from .arrival import BLOCKS, arrive
 from .batch_norm import BLOCK_C, BLOCK_T, CHUNK, LAST_TILES, blocks_of, chunks_of
-from .conv_wgrad import NO_REDUCTION, reduce_splits_program
-from .pack import NO_DGRAD, TILE, Passenger, pack_dgrad_program
+from .pack import NO_DGRAD, Passenger, pack_dgrad_program
 from .vectors import Grad
+from .wgrad_sum import NO_REDUCTION, reduce_splits_program
 
 MEAN, INVSTD = tl.constexpr(v.MEAN), tl.constexpr(v.INVSTD)
 SCALE, INV_COUNT = tl.constexpr(v.SCALE), tl.constexpr(v.INV_COUNT)
@@ -129,12 +133,12 @@ def coefficients_program(
             tl.store(packed_ptr + NEG_GAMMA * C + c, round_to(-gamma, dtype, UPCAST), mask=c_mask)
 
 
-@triton.jit(do_not_specialize=["tiles", "chunks", "chunk", "packing", "splits", "idle"])
-def _coefficients_kernel(
-    partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
+@triton.jit
+def norm_program(
+    pid, partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
     dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk, packing,
     weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
-    p_ptr, q_ptr, z_ptr, a_of_p_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr,
+    sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr, sum_act_ptr, dw_ptr,
     splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
     C: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
@@ -143,27 +147,60 @@ def _coefficients_kernel(
     P_R: tl.constexpr, P_S: tl.constexpr, P_BATCH: tl.constexpr, P_PROLOGUE: tl.constexpr, P_PACKED: tl.constexpr,
     P_PADDED: tl.constexpr, P_WINDOW: tl.constexpr, P_BLOCK_M: tl.constexpr, P_BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    own = (C + BLOCK_C - 1) // BLOCK_C * chunks
-    if pid < own:
-        coefficients_program(
-            pid, partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
-            dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk, C, BATCH, UPCAST, BLOCK_T, BLOCK_C,
-        )  # fmt: skip
-    elif pid < own + packing:
-        if weight_ptr is not None:
+    """Run program ``pid`` of a norm's: its coefficients, ``packing`` programs, or those of a wgrad's sum.
+
+    Further programs do nothing.
+    """
+    own = 0
+    if partials_ptr is not None:
+        own = (C + BLOCK_C - 1) // BLOCK_C * chunks
+        if pid < own:
+            coefficients_program(
+                pid, partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
+                dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk, C, BATCH, UPCAST, BLOCK_T, BLOCK_C,
+            )  # fmt: skip
+    if weight_ptr is not None:  # noqa: SIM102 (the compiler decides the outer condition, the program the inner one)
+        if (pid >= own) & (pid < own + packing):
             pack_dgrad_program(
                 pid - own, weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
                 CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, TILE, UPCAST_W,
             )  # fmt: skip
-    else:
-        if p_ptr is not None:
+    if sum_p_ptr is not None:
+        rows: tl.constexpr = (P_CO * P_GROUPS + P_BLOCK_M - 1) // P_BLOCK_M
+        columns: tl.constexpr = (P_R * P_S * P_CI + P_BLOCK_N - 1) // P_BLOCK_N
+        if (pid >= own + packing) & (pid < own + packing + rows * columns):
             reduce_splits_program(
-                pid - own - packing, p_ptr, q_ptr, z_ptr, a_of_p_ptr, grad_ptr, v_ptr, act_ptr, dw_ptr,
-                splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
+                pid - own - packing, sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr,
+                sum_act_ptr, dw_ptr, splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
                 P_CI, P_CO, P_GROUPS, P_OWN_CI, P_OWN_CO, P_R, P_S,
                 P_BATCH, P_PROLOGUE, P_PACKED, P_PADDED, P_WINDOW, P_BLOCK_M, P_BLOCK_N,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tiles", "chunks", "chunk", "packing", "splits", "idle"])
+def _coefficients_kernel(
+    partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
+    dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk, packing,
+    weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+    sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr, sum_act_ptr, dw_ptr,
+    splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
+    C: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, UPCAST_W: tl.constexpr, TILE: tl.constexpr,
+    P_CI: tl.constexpr, P_CO: tl.constexpr, P_GROUPS: tl.constexpr, P_OWN_CI: tl.constexpr, P_OWN_CO: tl.constexpr,
+    P_R: tl.constexpr, P_S: tl.constexpr, P_BATCH: tl.constexpr, P_PROLOGUE: tl.constexpr, P_PACKED: tl.constexpr,
+    P_PADDED: tl.constexpr, P_WINDOW: tl.constexpr, P_BLOCK_M: tl.constexpr, P_BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    norm_program(
+        tl.program_id(0), partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
+        dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk, packing,
+        weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+        sum_p_ptr, sum_q_ptr, sum_z_ptr, sum_coefficients_ptr, sum_grad_ptr, sum_v_ptr, sum_act_ptr, dw_ptr,
+        splits, idle, dw_stride_co, dw_stride_ci, dw_stride_r, dw_stride_s,
+        C, BATCH, UPCAST, BLOCK_T, BLOCK_C, CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, UPCAST_W, TILE,
+        P_CI, P_CO, P_GROUPS, P_OWN_CI, P_OWN_CO, P_R, P_S,
+        P_BATCH, P_PROLOGUE, P_PACKED, P_PADDED, P_WINDOW, P_BLOCK_M, P_BLOCK_N,
+    )  # fmt: skip
 
 
 def _sum(partials: Tensor, chunk: int) -> Tensor:
@@ -177,23 +214,27 @@ def _sum(partials: Tensor, chunk: int) -> Tensor:
     return out
 
 
+Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Gamma and beta of a norm and the bias of the convolution before it, (C,) each; None where no gradient is wanted."""
+
+
 def coefficients(
     grad: Grad,
     sums_partials: Tensor,
     vectors: Tensor,
-    parameters: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    parameters: Parameters = (None, None, None),
     group: str = "",
     counters: Tensor | None = None,
     packing: Passenger = NO_DGRAD,
     reduction: Passenger = NO_REDUCTION,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Parameters:
     """Compute the coefficients of a raw output's gradient, and the gradients of gamma, beta and a bias, in one launch.
 
     Args:
         grad: of :func:`gradient_of`: ``coefficients`` and ``packed`` are written.
         sums_partials: (2, tiles, C), sum g and sum g * (y - MEAN) of each tile.
         vectors: (10, C) of the norm.
-        parameters: gamma, beta and the bias of the convolution, (C,) each; None where no gradient is wanted.
+        parameters: whose gradients are wanted.
         group: name of the process group that normalises together; empty for this process alone.
         counters: (2 + blocks,) int32, zeros that this launch uses up; None to make them.
         packing: of :func:`pack.dgrad_passenger`.
@@ -209,20 +250,51 @@ def coefficients(
             partials = _sum(partials, CHUNK)
         own = _sum(partials, LAST_TILES)
         partials = _reduced(own, group)
+    found, programs = passenger(grad, partials, vectors, parameters, counters, packing, reduction, own)
+    submit(_coefficients_kernel, (programs.programs,), *programs.arguments, **programs.constants)
+    return found
+
+
+def passenger(
+    grad: Grad,
+    partials: Tensor,
+    vectors: Tensor,
+    parameters: Parameters,
+    counters: Tensor | None,
+    packing: Passenger,
+    reduction: Passenger,
+    own: Tensor | None = None,
+) -> tuple[Parameters, Passenger]:
+    """Return (the gradients of the parameters, the programs that write them and ``grad``), for a launch to take along.
+
+    Arguments as of :func:`coefficients`. ``own``: (2, 1, C), the sums of this process, if ``partials`` are those of all
+    processes.
+    """
     tiles, c = partials.shape[1:]
     chunks, chunk = chunks_of(tiles)
     merged = partials.new_empty((2, chunks, c)) if chunks > 1 else None
     if merged is not None and counters is None:
         counters = partials.new_zeros(2 + blocks_of(c), dtype=torch.int32)
     found = [None if p is None else torch.empty_like(p) for p in parameters]
-    submit(
-        _coefficients_kernel, (blocks_of(c) * chunks + packing.programs + reduction.programs,),
+    arguments = (
         partials, merged, counters, own, vectors, grad.coefficients, grad.packed, *found, tiles, chunks, chunk,
         packing.programs, *packing.arguments, *reduction.arguments,
-        C=c, BATCH=grad.batch, UPCAST=upcasts(grad.g.dtype), BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, TILE=TILE,
-        **packing.constants, **reduction.constants,
     )  # fmt: skip
-    return found[0], found[1], found[2]
+    constants = {"C": c, "BATCH": grad.batch, "UPCAST": upcasts(grad.g.dtype), "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C}
+    programs = blocks_of(c) * chunks + packing.programs + reduction.programs
+    return (found[0], found[1], found[2]), Passenger(
+        programs, arguments, {**constants, **packing.constants, **reduction.constants}
+    )
+
+
+def without_norm(reduction: Passenger = NO_REDUCTION) -> Passenger:
+    """Return the programs of :func:`passenger` with a wgrad's sum alone."""
+    constants = {"C": 1, "BATCH": False, "UPCAST": False, "BLOCK_T": 1, "BLOCK_C": 1}
+    return Passenger(
+        reduction.programs,
+        (*[None] * 10, 0, 0, 0, 0, *NO_DGRAD.arguments, *reduction.arguments),
+        {**constants, **NO_DGRAD.constants, **reduction.constants},
+    )
 
 
 def gradient_of(g: Tensor, y: Tensor, batch: bool) -> Grad:

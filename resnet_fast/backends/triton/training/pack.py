@@ -16,8 +16,8 @@ parameter once and writes it once, folded.
 Saved launches. Packing has few programs, so most weights travel as passengers of another launch, whose programs come
 first: a weight that needs FOLD with the finalize kernel of that norm (batch_norm.py), which it waits for while its
 first block of the parameter is on the way; a dgrad weight with the coefficients of the norm behind it
-(norm_gradient.py). Only the weights that read the call's input, the first and the projection's, have a launch of
-their own, which also clears the counters of the pass (arrival.py).
+(norm_gradient.py), often behind a wgrad (conv_wgrad.py). Only the weights that read the call's input, the first and
+the projection's, have a launch of their own, which also clears the counters of the pass (arrival.py).
 
 Merged groups are block-diagonal: channels of another member of the merged group are masked as they are read, so no
 expanded copy of the parameter exists. wt of group g has rows [g*Ci/g, (g+1)*Ci/g), and the group's output channels as
@@ -44,7 +44,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ....spec import ConvSpec
+from ....tuning.configs import Config
 from ....tuning.routes import merged_groups
+from ....tuning.training_configs import CUDNN
 from ..launch import submit, upcasts
 from ..tiles import round_to
 from . import vectors
@@ -60,7 +62,16 @@ PROGRAMS = 128
 """Programs to have, if there are as many filters, before a program takes several rows."""
 
 TILE = 32
-"""Side of a dgrad program's tile of channels."""
+"""Side of a dgrad program's tile of channels, for programs of four warps."""
+
+
+def tile_behind(warps: int) -> int:
+    """Return the side of a dgrad program's tile that gives each thread of ``warps`` warps 8 elements or more.
+
+    A multiprocessor holds one block of eight warps with a whole tile of products, and two or more of four. So with
+    half the blocks a block has twice the bytes in flight: 16 KB, which memory delivers in its latency.
+    """
+    return TILE if warps <= 4 else 2 * TILE
 
 
 class Passenger(NamedTuple):
@@ -75,6 +86,19 @@ class Passenger(NamedTuple):
     programs: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+
+    def named(self, prefix: str) -> dict[str, Any]:
+        """Return the compile-time arguments with ``prefix``, for a kernel that has arguments of the same names."""
+        return {prefix + name: value for name, value in self.constants.items()}
+
+
+def takes_passengers(config: Config) -> bool:
+    """Return whether a launch of conv_dgrad or conv_wgrad takes passengers without losing blocks per multiprocessor.
+
+    With small tiles, or with an exact prologue and four warps, the compiler gives all its programs more registers.
+    """
+    whole = config.num_warps == 8 or (config.packed and config.block_m * config.block_n >= 64 * 64)
+    return config != CUDNN and whole
 
 
 @triton.jit
@@ -170,16 +194,16 @@ def _pack_forward_kernel(
 def pack_dgrad_program(
     pid, weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Pack a tile of (co, ci) of a tap (r, s) of a merged group g, the slowest of the three."""
     GEMM_N: tl.constexpr = CO // GROUPS
-    tiles_co: tl.constexpr = (GEMM_N + BLOCK - 1) // BLOCK
-    tiles: tl.constexpr = tiles_co * ((CI + BLOCK - 1) // BLOCK)
+    tiles_co: tl.constexpr = (GEMM_N + TILE - 1) // TILE
+    tiles: tl.constexpr = tiles_co * ((CI + TILE - 1) // TILE)
     tile, tap, g = pid % tiles, pid // tiles % (R * S), pid // (tiles * R * S)
     r, s = tap // S, tap % S
-    co = tile % tiles_co * BLOCK + tl.arange(0, BLOCK)
-    ci = tile // tiles_co * BLOCK + tl.arange(0, BLOCK)
+    co = tile % tiles_co * TILE + tl.arange(0, TILE)
+    ci = tile // tiles_co * TILE + tl.arange(0, TILE)
     real = (co < GEMM_N)[:, None] & (ci < CI)[None, :]
     own = real & ((co // OWN_CO)[:, None] == (ci // OWN_CI)[None, :])
     rows = weight_ptr + (g * GEMM_N + co).to(tl.int64) * stride_co + (r * stride_r + s * stride_s)
@@ -196,18 +220,18 @@ def pack_dgrad_program(
 def _pack_dgrad_kernel(
     weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
     CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
-    R: tl.constexpr, S: tl.constexpr, UPCAST_W: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, UPCAST_W: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     pack_dgrad_program(
         tl.program_id(0), weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
-        CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, BLOCK, UPCAST_W,
+        CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, TILE, UPCAST_W,
     )  # fmt: skip
 
 
 _GEOMETRY = dict.fromkeys(("CI", "CO", "GROUPS", "OWN_CI", "OWN_CO", "R", "S"), 1) | {"UPCAST_W": False}
 
 NO_FORWARD = Passenger(0, (None, None, None, None, 1, 1, 1, 1), {**_GEOMETRY, "ROWS": 1, "WIDTH": 1})
-NO_DGRAD = Passenger(0, (None, None, None, 1, 1, 1, 1), _GEOMETRY)
+NO_DGRAD = Passenger(0, (None, None, None, 1, 1, 1, 1), {**_GEOMETRY, "TILE": 1})
 """Passengers of a launch that takes none along."""
 
 
@@ -278,13 +302,18 @@ def launch(passengers: Sequence[Passenger], counters: Tensor | None = None) -> N
     )  # fmt: skip
 
 
-def dgrad_passenger(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> tuple[Tensor, Passenger]:
-    """Return (wt, the programs that write it); arguments and results as of :func:`pack_dgrad`."""
+def dgrad_passenger(
+    weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None, tile: int = TILE
+) -> tuple[Tensor, Passenger]:
+    """Return (wt, the programs that write it); arguments and results as of :func:`pack_dgrad`.
+
+    ``tile``: side of a program's tile of channels; :func:`tile_behind` for a launch of other programs.
+    """
     weight, groups = weight.detach(), merged_groups(conv)
     ci, co = conv.ci // groups, conv.co // groups
     wt = weight.new_empty((conv.ci, conv.r, conv.s, co), dtype=dtype)
-    programs = -(-ci // TILE) * -(-co // TILE) * conv.r * conv.s * groups
-    return wt, Passenger(programs, (weight, a, wt, *weight.stride()), _geometry(conv, dtype))
+    programs = -(-ci // tile) * -(-co // tile) * conv.r * conv.s * groups
+    return wt, Passenger(programs, (weight, a, wt, *weight.stride()), {**_geometry(conv, dtype), "TILE": tile})
 
 
 def pack_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> Tensor:
@@ -300,5 +329,5 @@ def pack_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | N
         The weight (Ci, R, S, Co/merged groups), dense in ``dtype``.
     """
     wt, own = dgrad_passenger(weight, dtype, conv, a)
-    submit(_pack_dgrad_kernel, (own.programs,), *own.arguments, BLOCK=TILE, **own.constants)
+    submit(_pack_dgrad_kernel, (own.programs,), *own.arguments, **own.constants)
     return wt

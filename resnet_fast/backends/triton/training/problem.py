@@ -22,8 +22,9 @@ from ....tuning import configs
 from ....tuning.configs import Config
 from ....tuning.training_configs import CUDNN, is_training
 from ..problem import guarded, problem
-from . import batch_norm, conv_wgrad, convolution, cudnn_passes, norm_gradient
+from . import batch_norm, convolution, cudnn_passes, norm_gradient, pack, wgrad_sum
 from .folded_problem import FoldedProblem, folded_problem
+from .pack import Passenger
 from .vectors import HI, INVSTD, LO, MEAN, SCALE, SHIFT, THRESHOLD, Act, Grad
 
 
@@ -60,8 +61,7 @@ class TrainingProblem:
 
     def _wgrad(self, config: Config) -> Tensor:
         dw, reduction = convolution.wgrad(self.weight, self.spec, config, self.grad, self.x)
-        if reduction.programs:
-            conv_wgrad.reduce_splits(reduction)
+        wgrad_sum.reduce_splits(reduction)
         return dw
 
     def _is_packed(self, config: Config) -> bool:
@@ -112,10 +112,49 @@ class TrainingProblem:
             dx, _ = convolution.dgrad(self.weight, spec, config, self.grad, add=add)
             numerics.assert_close(dx, double + add.double(), eager + add, k)
             every = (slice(None), slice(None), slice(None, None, 2), slice(None, None, 2))
-            dx, _ = convolution.dgrad(self.weight, spec, config, self.grad, add_strided=(guarded(add[every]), (2, 2)))
+            p, dw, reduction = self._splits()
+            strided = guarded(add[every]), (2, 2)
+            dx, _ = convolution.dgrad(self.weight, spec, config, self.grad, add_strided=strided, reduction=reduction)
             padded = torch.zeros_like(add)
             padded[every] = add[every]
             numerics.assert_close(dx, double + padded.double(), eager + padded, k)
+            _same("a passenger's dW", dw.permute(0, 2, 3, 1).flatten(1), p.sum(0))
+        elif pack.takes_passengers(config):
+            self._check_passengers(config, double, eager)
+
+    def _splits(self) -> tuple[Tensor, Tensor, Passenger]:
+        """Return two splits of a dW (2, Co, columns), dW, and the programs that add them."""
+        co, ci, r, s = self.weight.shape
+        dw = torch.empty_like(self.weight)
+        p = torch.randn(2, co, r * s * ci, device=dw.device)
+        channels, kind = (ci, co, 1, ci, co, r, s), (False, False, False, False, False)
+        arguments = (p, *[None] * 6, dw, 2, 0, *dw.stride())
+        return p, dw, wgrad_sum.reduction(co, r * s * ci, arguments, (*channels, *kind))
+
+    def _check_passengers(self, config: Config, double: Tensor, eager: Tensor) -> None:
+        """Check dW of a launch with passengers, and what they write: another dW and, as in a step, the norm below."""
+        spec, x = self.spec, self.x
+        p, other, reduction = self._splits()
+        if x.vectors is None:
+            passenger = norm_gradient.without_norm(reduction)
+        else:
+            one, two = (norm_gradient.gradient_of(x.y, x.y, True) for _ in range(2))
+            partials = torch.randn(2, TILES_BELOW, spec.ci, device=x.y.device)
+            norm_gradient.coefficients(two, partials, x.vectors)
+            weight = torch.randn(spec.ci, spec.ci, 1, 1, device=x.y.device)
+            below = spec.with_(co=spec.ci, r=1, s=1, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+            a, tile = x.vectors[SCALE], pack.tile_behind(config.num_warps)
+            wt, packing = pack.dgrad_passenger(weight, x.y.dtype, below, a, tile)
+            _, passenger = norm_gradient.passenger(
+                one, partials, x.vectors, (None, None, None), None, packing, reduction
+            )
+        dw, rest = convolution.wgrad(self.weight, spec, config, self.grad, x, passenger)
+        wgrad_sum.reduce_splits(rest)
+        numerics.assert_close(dw.to(x.y.dtype), double, eager, self._products())
+        _same("a passenger's dW", other.permute(0, 2, 3, 1).flatten(1), p.sum(0))
+        if x.vectors is not None:
+            _same("a passenger's coefficients", one.coefficients, two.coefficients)
+            _same("a passenger's weight", wt.float(), pack.pack_dgrad(weight, x.y.dtype, below, a).float())
 
     def _check_statistics(self, y: Tensor, partials: Tensor, rows: int) -> None:
         """Check the mean and variance of the stored output ``y`` that a launch computed by tile."""
@@ -164,6 +203,17 @@ class TrainingProblem:
 
 FP32_SUM = 1e-3
 """Largest error of a channel's statistics or sums. A sum in fp32 by tiles is a thousand times better."""
+
+TILES_BELOW = 400
+"""Tiles of a passenger's sums: more than one chunk of a channel block."""
+
+
+def _same(what: str, found: Tensor | None, wanted: Tensor | None) -> None:
+    """Check what a passenger wrote against the same sums in another order."""
+    assert found is not None and wanted is not None
+    worst = ((found - wanted).norm() / wanted.norm()).item()
+    if not worst <= FP32_SUM:
+        raise AssertionError(f"{what} has a relative error of {worst:.2e}")
 
 
 def _same_sums(found: Tensor, terms: Tensor) -> None:

@@ -12,6 +12,7 @@ from ..tiles import round_to
 from . import vectors
 from .conv_dgrad import packed_gradient
 from .conv_fwd import activate, clamp
+from .wgrad_sum import channel_vector
 
 SCALE, SHIFT = tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 LO, HI = tl.constexpr(vectors.LO), tl.constexpr(vectors.HI)
@@ -131,12 +132,6 @@ def activation_tile(
         else:
             x = clamp(x, first, second, UPCAST)
     return x
-
-
-@triton.jit
-def channel_vector(ptr, c, mask, ROW: tl.constexpr, C_ALL: tl.constexpr):
-    """Load channels ``c`` of row ROW of the vectors."""
-    return tl.load(ptr + ROW * C_ALL + c, mask=mask, other=0.0)
 
 
 @triton.jit

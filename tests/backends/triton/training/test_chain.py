@@ -25,6 +25,14 @@ pytestmark = pytest.mark.interpret
 DTYPES = (torch.float32, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def passengers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every wgrad take passengers along, as the large tiles of ResNet-50 do; narrow layers have small tiles."""
+    from resnet_fast.backends.triton.training import pack
+
+    monkeypatch.setattr(pack, "takes_passengers", lambda config: config != CUDNN)
+
+
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Send the named directions ("fwd dgrad wgrad") to cuDNN and the others to our kernels."""
@@ -196,6 +204,21 @@ def test_recomputing_changes_no_bit(name: str) -> None:
 def test_two_runs_are_equal_bit_for_bit() -> None:
     p = case("bottleneck", torch.float16, co=16, stride=2)
     same(step(p, fused), step(p, fused))
+
+
+@pytest.mark.parametrize("name", ["bottleneck_stride2", "basic_block"])
+def test_passengers_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covers coefficients, packing and sums over splits in the launch of a wgrad or dgrad, and in their own."""
+    from resnet_fast.backends.triton.training import norm_gradient, pack
+
+    launched: list[int] = []
+    real = norm_gradient.coefficients
+    monkeypatch.setattr(norm_gradient, "coefficients", lambda *a, **k: launched.append(1) or real(*a, **k))
+    p = case(dtype=torch.float16, **CASES[name])
+    together, most = step(p, fused), len(launched)
+    monkeypatch.setattr(pack, "takes_passengers", lambda config: False)
+    same(step(p, fused), together)
+    assert len(launched) - most > most
 
 
 FROZEN: dict[str, tuple[Callable[[str], bool], dict[str, int]]] = {

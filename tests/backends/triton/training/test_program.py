@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -142,10 +142,9 @@ def bottleneck(ci: int, width: int, stride: int, size: int) -> Any:
     return Call("bottleneck", x, tuple(convs), tuple(norms), projection=projection)
 
 
-@pytest.mark.parametrize("ci,width,stride,size", [(64, 64, 1, 56), (256, 128, 2, 56), (1024, 256, 1, 14)])
-def test_a_program_holds_no_more_memory_than_its_launchers(
-    ci: int, width: int, stride: int, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[tuple[Any, int]]]]:
+    """Return a function from a call to (program, most bytes of its launchers) of its forward and backward pass."""
     from resnet_fast import devices
     from resnet_fast.backends.triton import launch, program, submission
     from resnet_fast.backends.triton.device import Target, planned_for
@@ -161,19 +160,38 @@ def test_a_program_holds_no_more_memory_than_its_launchers(
         given = [*program.meta(leaves), *[0.1] * numbers]
         with Allocated() as counted:
             launchers(given)
+        assert not isinstance(made, str), made
         found.append((made, counted.peak))
         return ""
 
+    def run(call: Any) -> list[tuple[Any, int]]:
+        needs = [True, False, *[t is not None for t in call.leaves()[2:]]]
+        with planned_for(Target(devices.gpu("h100"), Table("none"))):
+            spec = check(call, True)
+            z, saved, _ = chain.forward(call, spec, "raw", True)
+            chain.backward(call, spec, saved, z, torch.empty_like(z), needs)
+        assert len(found) == 2
+        return found
+
     monkeypatch.setattr(submission, "planned", planned)
-    call = bottleneck(ci, width, stride, size)
-    needs = [True, False, *[t is not None for t in call.leaves()[2:]]]
     before = launch._recording.get()
-    with planned_for(Target(devices.gpu("h100"), Table("none"))):
-        spec = check(call, True)
-        z, saved, _ = chain.forward(call, spec, "raw", True)
-        chain.backward(call, spec, saved, z, torch.empty_like(z), needs)
+    yield run
     launch._recording.set(before)
-    assert len(found) == 2
-    for made, peak in found:
-        assert not isinstance(made, str), made
+
+
+LAUNCHES = {(256, 64, 1, 56): (7, 8), (256, 128, 2, 56): (8, 11)}
+"""Of the forward and the backward pass of a bottleneck."""
+
+
+@pytest.mark.parametrize("ci,width,stride,size", LAUNCHES)
+def test_launches_of_a_bottleneck(ci: int, width: int, stride: int, size: int, passes: Any) -> None:
+    made = [len(program.steps) for program, _ in passes(bottleneck(ci, width, stride, size))]
+    assert tuple(made) == LAUNCHES[ci, width, stride, size]
+
+
+@pytest.mark.parametrize("ci,width,stride,size", [(64, 64, 1, 56), (256, 128, 2, 56), (1024, 256, 1, 14)])
+def test_a_program_holds_no_more_memory_than_its_launchers(
+    ci: int, width: int, stride: int, size: int, passes: Any
+) -> None:
+    for made, peak in passes(bottleneck(ci, width, stride, size)):
         assert made.nbytes <= peak
