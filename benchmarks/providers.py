@@ -34,6 +34,7 @@ from resnet_fast.spec import Verdict
 from .harness import graphed
 
 OURS, OURS_FROZEN, OURS_GRAPH = "resnet_fast", "resnet_fast-frozen", "resnet_fast, CUDA graph"
+OURS_INVARIANT = "resnet_fast-invariant"
 BEST_STOCK = "cuDNN fused ops, CUDA graph"
 
 
@@ -184,6 +185,22 @@ def _ours(model: nn.Module, x: Tensor, frozen: bool = False) -> PreparedCall:
     finally:
         packing_budget.COMPILE = before
     return PreparedCall(call, dtype_name(precision), note)
+
+
+def _in_mode(prepare: Prepare) -> Prepare:
+    """The same in batch-invariant mode, whose cost this shows."""
+
+    def invariant(model: nn.Module, x: Tensor) -> PreparedCall:
+        with resnet_fast.batch_invariant():
+            prepared = prepare(model, x)
+
+        def call() -> Tensor:
+            with resnet_fast.batch_invariant():
+                return prepared.call()
+
+        return replace(prepared, call=call)
+
+    return invariant
 
 
 def _frozen_verdict(model: nn.Module, dtype: torch.dtype, batch: int, device: str) -> Verdict:
@@ -401,6 +418,7 @@ INFERENCE = (
     Provider("compile", True, torch_verdict, _compiled(), compiles=True),
     Provider(OURS, False, _always, _ours),
     Provider(OURS_FROZEN, False, _frozen_verdict, functools.partial(_ours, frozen=True)),
+    Provider(OURS_INVARIANT, False, _always, _in_mode(_ours)),
     Provider("onnxruntime", False, _onnxruntime_verdict, _onnxruntime),
     Provider("openvino", False, _openvino_verdict, _openvino),
 )
@@ -418,6 +436,7 @@ GPU_INFERENCE = (
     Provider(BEST_STOCK, True, _GRAPHS, _in_graph(_cudnn_fused), "conv"),
     Provider(OURS, False, _always, _ours_on_triton()),
     Provider(OURS_GRAPH, False, _GRAPHS, _ours_on_triton(cuda_graph=True)),
+    Provider(OURS_INVARIANT, False, _always, _in_mode(_ours_on_triton())),
     Provider("torch.compile", True, _COMPILE, _compiled(freezing=False, calls=3), "conv", compiles=True),
     Provider(
         "torch.compile reduce-overhead, frozen", True, _COMPILE, _compiled("reduce-overhead", calls=3), "conv",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .dispatch.select import use_backend
     from .dispatch.tune import Tuned, tune
     from .impl import Warmed
+    from .invariance import batch_invariant
     from .models.accelerate import accelerate, restore
     from .models.factories import Factory
     from .models.freeze import freeze, unfreeze
@@ -56,6 +57,7 @@ __all__ = [
     "Warmed",
     "__version__",
     "accelerate",
+    "batch_invariant",
     "clear_derived",
     "explain",
     "freeze",
@@ -81,6 +83,7 @@ _LAZY = {
     "Tuned": "dispatch.tune:Tuned",
     "Warmed": "impl:Warmed",
     "accelerate": "models.accelerate:accelerate",
+    "batch_invariant": "invariance:batch_invariant",
     "clear_derived": "parameter_cache:clear",
     "explain": "dispatch.explain:explain",
     "freeze": "models.freeze:freeze",

@@ -74,6 +74,12 @@ BATCH_TILE = Flag(
     ("0", "1"),
     "1: on the CPU, large eval batches run in tiles that stay in the last-level cache",
 )
+BATCH_INVARIANT = Flag(
+    "RESNET_FAST_BATCH_INVARIANT",
+    "0",
+    ("0", "1"),
+    "1: in inference an image's result is the same, bit for bit, at any batch size and place in the batch; slower",
+)
 PROLOGUE = Flag(
     "RESNET_FAST_PROLOGUE",
     "packed",
@@ -106,7 +112,7 @@ COMPILE_WORKERS = Flag(
 )
 DEBUG = Flag("RESNET_FAST_DEBUG", "0", ("0", "1"), "1: the command line shows tracebacks")
 
-ALL = (BACKEND, STRICT, BATCH_TILE, PROLOGUE, PROVE, SUBMIT, COMPILE_WORKERS, EMULATE, DEBUG)
+ALL = (BACKEND, STRICT, BATCH_TILE, BATCH_INVARIANT, PROLOGUE, PROVE, SUBMIT, COMPILE_WORKERS, EMULATE, DEBUG)
 
 CACHE = "RESNET_FAST_CACHE"
 """Folder of measurements and proofs made here; by default ``resnet_fast`` in XDG_CACHE_HOME, or in ``~/.cache``."""

@@ -128,6 +128,8 @@ class Impl:
         tile: ``tile(largest, itemsize)`` returns how many images to send through a whole net at a time, where the
             largest activation of an image has ``largest`` elements; None to send all of them.
         ahead: name of an :class:`Ahead` module, if its kernels are compiled at their first launch.
+        batch_invariant: whether it computes an image alike in any batch where the spec is ``invariant``. Otherwise it
+            then gets one image at a time.
         announces: whether a profiler has to be told of its convolutions, which are no ATen operators.
     """
 
@@ -144,6 +146,7 @@ class Impl:
     trains: tuple[str, ...] = ()
     nhwc: bool = False
     tile: Callable[[int, int], int] | None = None
+    batch_invariant: bool = False
     announces: bool = False
     ahead: str = ""
 

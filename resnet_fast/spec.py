@@ -92,6 +92,7 @@ class ConvSpec(_HashedOnce):
     grad: bool = False  # autograd needs the graph of this call
     tf32: bool = False  # float32 products may round their operands to TF32 (10 mantissa bits)
     sync: bool = False  # the batch's statistics are those of all processes of a group (SyncBatchNorm)
+    invariant: bool = False  # an image's output must not depend on the batch (invariance.py)
 
     @property
     def op(self) -> str:
@@ -273,6 +274,10 @@ class BlockSpec(_HashedOnce):
     def sync(self) -> bool:
         return any(c.sync for c in self.convs)
 
+    @property
+    def invariant(self) -> bool:
+        return any(c.invariant for c in self.convs)
+
     def out_shape(self) -> tuple[int, int, int, int]:
         """Return (N, C, H, W) of the block's output."""
         return self.main[-1].out_shape()
@@ -350,6 +355,11 @@ class LaunchSpec(_HashedOnce):
         """Whether the epilogue reads a tensor of the output's shape."""
         return self.last.epilogue.add and self.projection is None
 
+    def with_batch(self, n: int) -> LaunchSpec:
+        """Return the same launch on ``n`` images."""
+        projection = self.projection and self.projection.with_(n=n)
+        return replace(self, convs=tuple(c.with_(n=n) for c in self.convs), projection=projection)
+
     def all_convs(self) -> tuple[ConvSpec, ...]:
         """Return the chain, then the projection if there is one."""
         return self.convs if self.projection is None else (*self.convs, self.projection)
@@ -426,6 +436,10 @@ class NetSpec(_HashedOnce):
     def sync(self) -> bool:
         return any(p.sync for p in self.parts)
 
+    @property
+    def invariant(self) -> bool:
+        return any(p.invariant for p in self.parts)
+
     def out_shape(self) -> tuple[int, int, int, int]:
         """Return (N, C, H, W) of the last part's output."""
         return self.parts[-1].out_shape()
@@ -454,6 +468,7 @@ def _mode(spec: ConvSpec) -> str:
     flags = (" batch-stats" if spec.batch_stats else "") + (" grad" if spec.grad else "")
     flags += " tf32" if spec.tf32 else ""
     flags += " sync" if spec.sync else ""
+    flags += " invariant" if spec.invariant else ""
     return f"{spec.dtype} {spec.layout}{flags}"
 
 

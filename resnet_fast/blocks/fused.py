@@ -110,12 +110,23 @@ class Fused(nn.Module):
         """Return whether one of ``inner_methods`` was replaced on this net or its class."""
         return bool(self.inner_methods) and not (self.is_own() and self.inner_methods.isdisjoint(self.__dict__))
 
+    def runs_for_tracer(self, x: Tensor) -> bool:
+        """Return whether this call must run the stock layers for a tracer or transform that cannot read our ops.
+
+        Raises:
+            BackendError: in batch-invariant mode, in eager code. An exported program is out of the mode's reach.
+        """
+        reason = untraceable(x)
+        if reason and not torch.compiler.is_compiling():
+            record.refuse_stock(reason)
+        return bool(reason)
+
     def runs_stock(self, x: Tensor) -> bool:
         """Return whether this call must run the stock layers. If so, count the reason; in strict mode raise it.
 
         Running the stock layers for a tracer or transform that cannot read our ops is no fallback.
         """
-        if untraceable(x):
+        if self.runs_for_tracer(x):
             return True
         reason = self.unfusable() or self.input_obstacle(x) or self.sync_obstacle(x) or self.cache_obstacle()
         quiet = not reason

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet as stock
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .. import ops
+from .. import invariance, ops
 from ..calls import NetCall
 from ..dispatch import record, select
-from . import graph, held, unfused
+from . import graph, head, held, unfused
 from . import stage as fused_stage
 from .children import child, counting_together
 from .frozen import OF_ONE_NET, is_frozen, unfreeze
@@ -90,10 +90,15 @@ class Net(Stem):
         if way is Way.LAYERS_NHWC or not ops.is_plain_inference(x):
             return self.layers_forward(x)
         parts, kept = (self.parts(x), None) if record.watched() else held.of(self, x)
+        frozen = kept is not None and is_frozen(self)
+        if invariance.is_on():
+            if parts is None:
+                return self.layers_forward(x)
+            known = None if kept is None else kept.known(parts)
+            return head.run(self, ops.infer_alike(NetCall(x, parts), self.backend, known, frozen))
         if parts is None:
             tile = self.independent_tile(x)
             return torch.cat([self.layers_forward(t) for t in x.split(tile)]) if tile else self.layers_forward(x)
-        frozen = kept is not None and is_frozen(self)
         for segment, tile in self.segments(parts, x) if x.shape[0] > 1 else [(parts, 1)]:
             known = None if kept is None else kept.known(segment)
             tiles = list(ops.infer_tiles(NetCall(x, segment), tile, self.backend, known, frozen))
@@ -112,13 +117,14 @@ class Net(Stem):
                 unfused.count(others)
             if self.__dict__.get(graph.FLAG):  # accelerate(model, cuda_graph=True)
                 return Way.REPLAY
-        if untraceable(x):  # a tracer or transform cannot read the ops
+        if self.runs_for_tracer(x):
             return Way.STOCK
         reason = self.watched.changed()
         if reason:  # somebody replaced a function that the ops skip
             record.stock(self, self.op, reason)
             return Way.STOCK
         if compiling:  # the compiler traces every block as its op
+            head.refuse_compiler()
             return Way.LAYERS
         if x.dim() != 4:  # an image without a batch; the layers report other shapes
             return Way.LAYERS
@@ -140,7 +146,7 @@ class Net(Stem):
             x = self.stem_forward(x)
             for name in self.stages:
                 x = getattr(self, name)(x)
-        return self.head_forward(x)
+        return head.run(self, x)
 
     def head_forward(self, x: Tensor) -> Tensor:
         """Run what follows the last stage: global average pooling and fc."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..calls import Call
+from . import head
 from .children import child, conv_record, counts, norm_record, sync_group
 from .frozen_norms import is_frozen
 from .fused import Fused, StockMethod
 from .mapped import IDLE_IN_EVAL, at, fused_class
 from .mapping import BlockMapping, LayerPath
 from .net import Net
-from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle, untraceable
+from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle
 from .residual import ResidualBlock
 from .stem import pool_obstacle, pool_record, side
 
@@ -157,14 +158,14 @@ class ResNet(Net, stock.ResNet):
         return -(-h // stride) * -(-w // stride) * max(*[c.out_channels for c in convs], max(blocks) // shrink)
 
     def layers_forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return head.run(self, self.forward_features(x))
 
     def head_forward(self, x: Tensor) -> Tensor:
         return self.forward_head(x)
 
     def fused_features(self, x: Tensor) -> Tensor:
         """Return the feature map after the stem and the stages."""
-        if untraceable(x) or self.watched.changed():
+        if self.runs_for_tracer(x) or self.watched.changed():
             return stock.ResNet.forward_features(self, x)
         x = self.stem_forward(x)
         stages = [getattr(self, name) for name in self.stages]

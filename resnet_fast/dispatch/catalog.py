@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from .. import flags, float32
+from .. import flags, float32, invariance
 from ..impl import Impl
 from ..locks import load
 from ..spec import Verdict
@@ -69,7 +69,7 @@ def fingerprint() -> tuple[bool, ...]:
 
     It changes when a user switches oneDNN off, for instance.
     """
-    return (*[b.available().ok for b in loaded()], float32.products_are_tf32())
+    return (*[b.available().ok for b in loaded()], float32.products_are_tf32(), invariance.is_on())
 
 
 def availability() -> dict[str, Verdict]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .. import devices
+from .. import devices, invariance
 from ..calls import Call
 from ..errors import UserError
 from ..roofline import cpu_ceilings, floors
@@ -150,7 +150,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     floors = [row.floor_ms for row in rows if row.floor_ms is not None]
     if floors:
         notes = (*notes, f"sum of the floors above: {sum(floors):.3f} ms")
-    return Explanation(tuple(rows), str(first.device), ceilings, (*notes, *_untouched(model, tape)))
+    return Explanation(tuple(rows), str(first.device), ceilings, (*notes, *_mode(tape), *_untouched(model, tape)))
 
 
 def _put_back(buffer: Tensor, before: Tensor) -> None:
@@ -220,6 +220,18 @@ def _name(call: Call, names: dict[int, str]) -> str:
         return ".".join(convs[0])
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*convs, strict=False))]
     return ".".join(shared or convs[0])
+
+
+def _mode(tape: list[record.Ran | record.Stock]) -> tuple[str, ...]:
+    """Return what batch-invariant mode changed, if it is on."""
+    if not invariance.is_on():
+        return ()
+    impls = {event.choice.impl for event in tape if isinstance(event, record.Ran)}
+    whole = sorted({i.backend for i in impls if i.batch_invariant})
+    singly = sorted({i.backend for i in impls if not i.batch_invariant})
+    changes = [f"{name} gets one image at a time, packs at once and compiles no graph" for name in singly]
+    changes += [f"{name} runs whole batches with kernels and configs that do not follow the batch" for name in whole]
+    return (f"batch-invariant mode: {'; '.join(changes)}",)
 
 
 def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple[str, ...]:

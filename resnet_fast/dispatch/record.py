@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import flags
+from .. import flags, invariance
 from ..calls import Call, NetCall
 from ..errors import BackendError
 from ..impl import Choice
@@ -74,14 +74,28 @@ def stock(module: Any, op: str, reason: str, quiet: bool = False) -> None:
     """Count a module that runs its stock forward.
 
     Does nothing while a compiler traces, because that would count traces, not calls. ``quiet``: log at INFO level.
+
+    Raises:
+        BackendError: in strict and in batch-invariant mode.
     """
     if torch.compiler.is_compiling() or _muted.get():
         return
+    refuse_stock(f"{op} would run its stock layers: {reason}")
     fall_back(f"{op} runs its stock layers: {reason}", quiet)
     count(op, "stock")
     recording = _tape.get()
     if recording is not None:
         recording.append(Stock(module, reason, op))
+
+
+def refuse_stock(reason: str) -> None:
+    """Raise in batch-invariant mode, in which layers outside of the ops must not run on a batch.
+
+    Raises:
+        BackendError: the mode is on; ``reason`` says what would run instead of the ops.
+    """
+    if invariance.is_on():
+        raise BackendError(f"batch-invariant mode: expected layers that run as our ops; {reason}; {invariance.TODO}")
 
 
 def fall_back(text: str, quiet: bool = False) -> None:

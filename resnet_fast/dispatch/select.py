@@ -83,6 +83,30 @@ def _refuse_training(op: str, device: torch.device, wanted: str) -> tuple[tuple[
     return tuple(refusals), every
 
 
+def runs_batches_alike(call: Call | NetCall, spec: Spec | NetSpec, one: Choice, backend: str) -> bool:
+    """Return whether a call in batch-invariant mode runs as a whole; otherwise image by image.
+
+    Args:
+        call: the call.
+        spec: its problem.
+        one: the choice for one of its images.
+        backend: as for :func:`choose`.
+
+    Raises:
+        BackendError: the batch is too large for the backend that runs its images, or the backend cannot run them.
+    """
+    if not one.impl.batch_invariant:
+        return False
+    whole = choose(spec, call.x.device, backend)
+    if whole.impl.backend != one.impl.backend:
+        why = dict(whole.refused).get(one.impl.backend, "")
+        raise BackendError(
+            f"batch-invariant mode: expected {one.impl.backend!r}, which runs one image, to run {spec}, got a refusal "
+            f"({why}); use smaller batches"
+        )
+    return True
+
+
 @lru_cache(maxsize=8192)
 def _choose(
     spec: Spec | NetSpec,
@@ -214,6 +238,11 @@ def _for_nets(device: torch.device, backend: str) -> Impl:
         if wanted == impl.backend or (wanted == "auto" and catalog.works(impl.backend)):
             return impl
     return _reference("net")
+
+
+def runs_whole_batches(device: torch.device, backend: str) -> bool:
+    """Return whether a net in batch-invariant mode runs its batch as a whole, where its backend takes the problem."""
+    return _for_nets(device, backend).batch_invariant
 
 
 def prefers_nhwc(device: torch.device, backend: str) -> bool:

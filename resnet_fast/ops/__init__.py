@@ -1,7 +1,7 @@
 """The ops ``torch.ops.resnet_fast.{conv_bn_act, bottleneck, basic_block, stem}``, defined by this import."""
 
 from . import basic_block, bottleneck, conv_bn_act, stem
-from .infer import Known, infer_tiles
+from .infer import Known, infer_alike, infer_tiles
 from .run import is_plain_inference, run
 from .warm import ready_to_train
 
@@ -10,6 +10,7 @@ __all__ = [
     "basic_block",
     "bottleneck",
     "conv_bn_act",
+    "infer_alike",
     "infer_tiles",
     "is_plain_inference",
     "ready_to_train",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import float32
+from .. import float32, invariance
 from ..calls import Conv, Norm
 from ..errors import UserError
 from ..spec import ConvSpec, Epilogue, Spec
@@ -95,10 +95,21 @@ def check_conv(at: LayerInput, conv: Conv, norm: Norm, epilogue: Epilogue, grad:
     spec = ConvSpec(
         n, h, w, c, co, r, s, conv.stride, conv.padding, conv.dilation, conv.groups,
         str(at.dtype).removeprefix("torch."), "nhwc" if "nhwc" in (at.layout, layout_of(conv.weight)) else "nchw",
-        epilogue, norm.batch_stats, grad, float32.rounds(at.device, at.dtype), bool(norm.sync),
+        epilogue, norm.batch_stats, grad, float32.rounds(at.device, at.dtype), bool(norm.sync), invariance.is_on(),
     )  # fmt: skip
+    _check_invariant(spec, where)
     _check_output(spec, where)
     return spec
+
+
+def _check_invariant(spec: ConvSpec, where: str) -> None:
+    """Check that a call in batch-invariant mode is inference: training sums over the batch."""
+    if spec.invariant and (spec.batch_stats or spec.grad):
+        got = "statistics of the batch" if spec.batch_stats else "a call that autograd records"
+        raise UserError(
+            f"{where}: inference in batch-invariant mode", got,
+            f"call model.eval() and use torch.inference_mode(); to train, {invariance.TODO}",
+        )  # fmt: skip
 
 
 def _check_weight(at: LayerInput, conv: Conv, where: str) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import packing_budget, parameter_cache
+from .. import invariance, packing_budget, parameter_cache
 from ..calls import Call, NetCall
 from ..dispatch import catalog, record, select
 from ..impl import Choice, Impl
@@ -95,6 +96,8 @@ class Known:
 
 def infer(call: Call, backend: str) -> Tensor:
     """Return the result of a call without autograd."""
+    if invariance.is_on():
+        return infer_alike(call, backend)
     found = prepared(call, backend)
     return select.execute(call, found.spec, found.choice, found.state)
 
@@ -112,6 +115,49 @@ def infer_tiles(
         if found is None or found.spec.n != x.shape[0]:
             found = prepared(part, backend, max(1, call.x.shape[0] // tile), known, frozen)
         yield select.execute(part, found.spec, found.choice, found.state)
+
+
+def infer_alike(call: Call | NetCall, backend: str, known: Known | None = None, frozen: bool = False) -> Tensor:
+    """Return the result of ``call`` in batch-invariant mode: as a whole, or image by image.
+
+    ``known`` and ``frozen``: as for :func:`prepared`.
+
+    Raises:
+        BackendError: the batch is too large for the backend that runs its images.
+    """
+    x = call.x
+    first = _image(call, 0)
+    spec: Spec | NetSpec = spec_of(first, grad=False)
+    choice = select.choose(spec, x.device, backend)
+    if select.runs_batches_alike(call, spec_of(call, grad=False), choice, backend):
+        return _execute(_alike(call), backend, 1, known, frozen)
+    out, layout = spec.out_shape()[1:], torch.channels_last if spec.layout == "nhwc" else torch.contiguous_format
+    y = torch.empty((x.shape[0], *out), dtype=x.dtype, device=x.device, memory_format=layout)
+    for i in range(x.shape[0]):
+        image = first if i == 0 else _image(call, i)
+        y[i : i + 1] = _execute(_alike(image), backend, x.shape[0], known, frozen)
+    return y
+
+
+def _execute(call: Call | NetCall, backend: str, times: int, known: Known | None, frozen: bool) -> Tensor:
+    found = prepared(call, backend, times, known, frozen)
+    return select.execute(call, found.spec, found.choice, found.state)
+
+
+def _image(call: Any, i: int) -> Any:
+    """Return the call on one image of its batch; on an empty batch if it has none."""
+    image = call._replace(x=call.x[i : i + 1])
+    if call.op == "net" or call.added is None:
+        return image
+    return image._replace(added=call.added[i : i + 1])
+
+
+def _alike(call: Any) -> Any:
+    """Return the call with its activations as :func:`~resnet_fast.invariance.alike` returns them."""
+    call = call._replace(x=invariance.alike(call.x))
+    if call.op == "net" or call.added is None:
+        return call
+    return call._replace(added=invariance.alike(call.added))
 
 
 def prepared(
@@ -177,7 +223,7 @@ def _new(
     earlier = [found.state for found in same if found.choice.impl is impl]
     work = packing_budget.of_stock_call(spec.flops(), len(spec.convs)) if upkeep else 0.0
     named = select.requested(backend) != "auto"
-    at_once = named or packing_budget.is_at_once() or record.watched() or record.is_strict()
+    at_once = named or spec.invariant or packing_budget.is_at_once() or record.watched() or record.is_strict()
     if upkeep and not at_once:
         if entry.notes is None:
             entry.notes = packing_budget.PackingBudget(packing_budget.PACK * upkeep.elements(call, spec, []))

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
+from .. import invariance
 from ..calls import Call
 from ..dispatch import select
 from . import train
-from .infer import prepared
+from .infer import infer_alike, prepared
 from .op import OPS
 
 Planner = Callable[[Call, str, str], Tensor]
@@ -61,6 +62,8 @@ def run(call: Call, backend: str, save: str = "raw") -> Tensor:
 def _run_plain(call: Call, backend: str, save: str) -> Tensor:
     graph = torch.is_grad_enabled() and train.needs_gradient(call)
     if not graph and not call.batch_stats:
+        if invariance.is_on():
+            return infer_alike(call, backend)
         found = prepared(call, backend)
         return select.execute(call, found.spec, found.choice, found.state)
     if profiler._is_profiler_enabled:  # it shows the op

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import float32
+from .. import float32, invariance
 from ..calls import Call, NetCall
 from ..spec import NetSpec, Spec
 from .check import LayerInput, check_x
@@ -29,7 +29,8 @@ def spec_of(call: Call | NetCall, grad: bool) -> Any:
 def key_of(call: Call | NetCall, grad: bool) -> tuple[Any, ...]:
     """Return all that :func:`check` looks at: shapes, strides, dtypes, devices, the numbers of the call, and flags."""
     x = call.x
-    key: list[Any] = [grad, float32.products_are_tf32(), x.shape, x.dtype, x.device, x.stride(), call.numbers()]
+    switches = grad, float32.products_are_tf32(), invariance.is_on()
+    key: list[Any] = [switches, x.shape, x.dtype, x.device, x.stride(), call.numbers()]
     for part in call.parts:
         for conv in part.convs:
             weight = conv.weight

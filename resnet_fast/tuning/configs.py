@@ -256,6 +256,8 @@ def _splits_apply(launch: LaunchSpec, config: Config, gpu: Gpu) -> Verdict:
     """Refuse to split the K steps where the tiles alone fill half of the GPU, or a split would be too short."""
     if config.splits == 1:
         return YES
+    if launch.last.invariant:
+        return Verdict.no("a launch of any batch for split-K", "one whose config must not follow it", "do not split")
     if not on_tensor_cores(launch):
         return Verdict.no("16-bit tensors or TF32 for split-K", launch.dtype, "do not split")
     if launch.projection is not None:
@@ -321,9 +323,10 @@ def judged(launch: LaunchSpec, gpu: Gpu) -> tuple[tuple[Config, Verdict], ...]:
 def stock_candidates(launch: LaunchSpec) -> tuple[Config, ...]:
     """Return PyTorch's own ways to run the launch, for a stem including its max-pool.
 
-    A chain or a fused projection has none: its parts are launches of other routes.
+    A chain or a fused projection has none: its parts are launches of other routes. An ``invariant`` launch has none
+    either, because cuDNN chooses its algorithm by the batch.
     """
-    if len(launch.convs) > 1 or launch.projection is not None:
+    if len(launch.convs) > 1 or launch.projection is not None or launch.last.invariant:
         return ()
     epilogue = launch.last.epilogue
     return (Config("cudnn"), Config("cudnn_fused")) if epilogue.relu else (Config("cudnn"),)

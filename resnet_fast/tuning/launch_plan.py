@@ -22,7 +22,7 @@ from ..errors import BackendError
 from ..spec import ConvSpec, LaunchSpec, Spec
 from . import configs, heuristic, proofs, stock_model, training_configs
 from .configs import Config
-from .routes import LaunchRoute, folded_routes, routes
+from .routes import LaunchRoute, folded_routes, planned, routes
 from .tables import Table, user_file
 from .training_configs import CUDNN, folded_launches, training_launch
 
@@ -39,6 +39,7 @@ class LaunchPlan:
         others: the routes that lost, by name, with their seconds.
         note: why a faster config was left out; empty if none was.
         refused: configs of its launches that could not be compiled, with the reason.
+        batch: images that the configs and seconds are for, where these do not follow the batch; 0 where they do.
     """
 
     route: LaunchRoute
@@ -48,6 +49,7 @@ class LaunchPlan:
     others: tuple[tuple[str, float], ...] = ()
     note: str = ""
     refused: tuple[str, ...] = ()
+    batch: int = 0
 
     @property
     def chosen(self) -> tuple[tuple[LaunchSpec, Config], ...]:
@@ -58,9 +60,14 @@ class LaunchPlan:
         steps = " | ".join(f"{launch.kernel} {config}" for launch, config in self.chosen)
         how = "measured" if self.measured else "modelled"
         lost = "".join(f", {fusion} {seconds * 1e6:.1f}" for fusion, seconds in self.others)
+        batch = f" at batch {self.batch}, configs of any batch" if self.batch else ""
         note = f"; {self.note}" if self.note else ""
         refused = refused_text(self.refused)
-        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost}){refused}{note}"
+        return f"{self.route.fusion}: {steps} ({self.seconds * 1e6:.1f} us {how}{lost}{batch}){refused}{note}"
+
+    def of(self, spec: Spec) -> LaunchPlan:
+        """Return the plan with the launches of ``spec``, which differs from the planned problem in its batch only."""
+        return replace(self, route=next(r for r in routes(spec) if r.fusion == self.route.fusion))
 
 
 def _may_run(launch: LaunchSpec, config: Config, table: Table, hopeful: bool) -> bool:
@@ -103,6 +110,8 @@ def fastest_modelled(
 def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = False) -> LaunchPlan:
     """Return the fastest known way to run ``spec`` on ``device``.
 
+    The configs of an ``invariant`` problem are those of :func:`~.routes.planned`: the same at any batch size.
+
     Args:
         spec: a convolution or a block of inference.
         device: a GPU with known ceilings.
@@ -113,7 +122,8 @@ def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = Fals
         BackendError: tuning refused every config of a launch in every route.
     """
     found = []
-    for route in routes(spec):
+    problem = planned(spec)
+    for route in routes(problem):
         known = [fastest_measured(launch, device, table, hopeful) for launch in route.launches]
         picks = [
             k or fastest_modelled(launch, device, table, hopeful)
@@ -122,10 +132,10 @@ def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = Fals
         best = [p for p in picks if p is not None]
         if len(best) < len(picks):
             continue  # a chain too wide for every config, or a launch that failed with each of its configs
-        seconds = sum(s for _, s in best) + _pooling(spec, route, device)
+        seconds = sum(s for _, s in best) + _pooling(problem, route, device)
         found.append(LaunchPlan(route, tuple(c for c, _ in best), seconds, None not in known))
     if not found:
-        refused = tuple(dict.fromkeys(t for r in routes(spec) for one in r.launches for t in table.refusals(one)))
+        refused = tuple(dict.fromkeys(t for r in routes(problem) for one in r.launches for t in table.refusals(one)))
         raise BackendError(
             f"no kernel for {spec} passed its check on {table.gpu}{refused_text(refused)}; use another backend, or "
             f"delete {user_file(table.gpu)} and tune again"
@@ -135,7 +145,8 @@ def plan_launches(spec: Spec, device: Device, table: Table, hopeful: bool = Fals
     fastest = min(found, key=lambda c: c.seconds)
     others = tuple((c.route.fusion, c.seconds) for c in found if c is not fastest)
     refused = tuple(text for launch in fastest.route.launches for text in table.refusals(launch))
-    return replace(fastest, others=others, refused=refused)
+    plan = replace(fastest, others=others, refused=refused)
+    return replace(plan, batch=problem.n).of(spec) if spec.invariant else plan
 
 
 def refused_text(refused: tuple[str, ...]) -> str:
@@ -146,7 +157,7 @@ def refused_text(refused: tuple[str, ...]) -> str:
 def stock_seconds(spec: Spec, device: Device, table: Table) -> float | None:
     """Return the seconds of ``spec`` on PyTorch's kernels alone; None where they were not measured."""
     sums = []
-    for route in routes(spec):
+    for route in routes(planned(spec)):
         times = [[table.times(launch).get(name) for name in configs.STOCK] for launch in route.launches]
         least = [min((us for us in group if us is not None), default=None) for group in times]
         best = [us * 1e-6 for us in least if us is not None]

@@ -7,7 +7,7 @@ from ..devices import Device
 from ..spec import LaunchSpec, Spec
 from . import configs, heuristic, training_configs
 from .configs import Config
-from .routes import folded_routes, routes
+from .routes import folded_routes, planned, routes
 from .time_model import predict_seconds
 from .training_configs import is_training
 
@@ -41,7 +41,6 @@ def launches_of(spec: Spec, device: Device) -> tuple[LaunchSpec, ...]:
     if spec.grad or spec.batch_stats:
         found = training_configs.training_launches(spec)
     if not spec.batch_stats:
-        found += tuple(
-            launch for route in (folded_routes(spec) if spec.grad else routes(spec)) for launch in route.launches
-        )
+        of = folded_routes(spec) if spec.grad else routes(planned(spec))
+        found += tuple(launch for route in of for launch in route.launches)
     return tuple(launch for launch in dict.fromkeys(found) if candidates(launch, device))

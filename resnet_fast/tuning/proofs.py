@@ -38,17 +38,15 @@ SIDE = 64
 def small(launch: LaunchSpec) -> LaunchSpec:
     """Return the launch with at most :data:`BATCH` images of at most :data:`SIDE` pixels: the problem of a proof.
 
-    A chain keeps its height and width, which its convolutions and its projection share.
+    A chain keeps its height and width, which its convolutions and its projection share. The verdict on an ``invariant``
+    launch holds for any batch.
     """
-    if len(launch.convs) == 1 and launch.projection is None:
-        conv = launch.last.with_(n=min(launch.n, BATCH))
-        cropped = conv.with_(h=min(conv.h, SIDE), w=min(conv.w, SIDE))
-        return replace(launch, convs=(cropped if min(cropped.out_shape()) > 0 else conv,))
-    return replace(
-        launch,
-        convs=tuple(c.with_(n=min(c.n, BATCH)) for c in launch.convs),
-        projection=launch.projection and launch.projection.with_(n=min(launch.n, BATCH)),
-    )
+    launch = launch.with_batch(BATCH if launch.last.invariant else min(launch.n, BATCH))
+    if len(launch.convs) > 1 or launch.projection is not None:
+        return launch
+    conv = launch.last
+    cropped = conv.with_(h=min(conv.h, SIDE), w=min(conv.w, SIDE))
+    return replace(launch, convs=(cropped,)) if min(cropped.out_shape()) > 0 else launch
 
 
 def at_first_use(launch: LaunchSpec) -> bool:

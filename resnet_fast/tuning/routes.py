@@ -29,6 +29,10 @@ STEM_STEP = 64
 """Longest filter row of the stem kernel: filter width times input channels, as a power of two."""
 
 
+PLANNED_BATCH = 32
+"""Images for which an ``invariant`` problem is planned, whatever its batch: its configs must not follow the batch."""
+
+
 @dataclass(frozen=True)
 class LaunchRoute:
     """One way to run a problem. ``fusion`` is conv, proj, tail or stem, a row of the table above."""
@@ -75,6 +79,11 @@ def kernel_for(conv: ConvSpec) -> str:
     if (conv.r, conv.s) == (3, 3) and conv.ci // merged_groups(conv) >= MIN_CHANNELS:
         return "conv_bn_act_3x3"
     return "conv_bn_act"
+
+
+def planned(spec: Spec) -> Spec:
+    """Return the problem that ``spec`` is planned as: itself, or for an ``invariant`` one that of PLANNED_BATCH."""
+    return spec.with_(n=PLANNED_BATCH) if spec.invariant else spec
 
 
 def launch(conv: ConvSpec) -> LaunchSpec:

@@ -30,6 +30,7 @@ def net() -> nn.Module:
         "eager-nhwc",
         "folded-nhwc",
         "resnet_fast",
+        "resnet_fast-invariant",
         pytest.param("compile", marks=pytest.mark.slow),
         pytest.param("onnxruntime", marks=pytest.mark.slow),
         pytest.param("openvino", marks=pytest.mark.slow),

@@ -7,7 +7,8 @@ import pytest
 from resnet_fast import devices
 from resnet_fast.errors import BackendError
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
-from resnet_fast.tuning import configs, heuristic, launch_plan, proofs, shapes
+from resnet_fast.tuning import configs, heuristic, launch_plan, launches, proofs, shapes
+from resnet_fast.tuning import routes as routes_module
 from resnet_fast.tuning.routes import LaunchRoute, launch, routes
 from resnet_fast.tuning.tables import Table
 
@@ -181,3 +182,32 @@ def test_str_lists_the_kernels() -> None:
     kernels = [f"{one.kernel} {names(one)[0]}" for one in ROUTES["tail"].launches]
     assert text == f"tail: {kernels[0]} | {kernels[1]} (20.0 us measured)"
     assert str(choose(CONV)).endswith(" us modelled)") and "\n" not in str(choose(CONV))
+
+
+def test_an_invariant_problem_has_one_plan_for_every_batch() -> None:
+    """Its configs split no K steps and are none of PyTorch's, and only its launches follow the batch."""
+    for problem in [PROBLEMS["r50.conv1"], *BLOCKS.values()]:
+        plans = [
+            launch_plan.plan_launches(problem.with_(n=n, invariant=True), H100, Table(H100.name), hopeful=True)
+            for n in (1, 2, 33, 512)
+        ]
+        assert len({(plan.route.fusion, plan.configs) for plan in plans}) == 1
+        assert not any(c.splits > 1 or c.stock for c in plans[0].configs)
+        assert [one.n for plan in plans for one in plan.route.launches[:1]] == [1, 2, 33, 512]
+        assert plans[0].seconds == plans[-1].seconds and "at batch 32, configs of any batch" in str(plans[0])
+    plain = [choose(BLOCK.with_(n=n)).configs for n in (1, 512)]
+    assert plain[0] != plain[1]  # what the mode changes
+
+
+def test_an_invariant_problem_uses_what_was_measured_and_proved_for_any_batch() -> None:
+    problem = CONV.with_(n=1, invariant=True)
+    (one,) = {proofs.small(launch(problem.with_(n=n))) for n in (1, 2, 64)}
+    assert one.n == proofs.BATCH
+    (measured,) = launches.launches_of(problem, H100)
+    assert measured.n == routes_module.PLANNED_BATCH
+    name = names(measured)[-1]
+    entry = measured, {name: 3.0}
+    for n in (1, 64):
+        plan = choose(problem.with_(n=n), entry)
+        assert plan.measured and str(plan.configs[0]) == name
+    assert not choose(CONV, entry).measured  # without the mode other configs compete

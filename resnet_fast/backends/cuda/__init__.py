@@ -57,7 +57,18 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
 def _impl(op: str, module: str) -> Impl:
     # In the emulator below the reference: slower than anything, and only for those who ask for it by name.
     rank, devices = (-2, ("cuda", "cpu")) if EMULATED else (10, ("cuda",))
-    return Impl(op, "cuda", rank, _supports, f"{__name__}.{module}", devices, recent_gpu, prepares=True, nhwc=True)
+    return Impl(
+        op,
+        "cuda",
+        rank,
+        _supports,
+        f"{__name__}.{module}",
+        devices,
+        recent_gpu,
+        prepares=True,
+        nhwc=True,
+        batch_invariant=True,
+    )
 
 
 IMPLS = (

@@ -126,7 +126,8 @@ def run(call: NetCall, spec: NetSpec, state: NetState) -> Tensor | Verdict:
     """Return the last block's output."""
     dtype = compute_dtype(call.x.dtype)
     x = nhwc(call.x, dtype)
-    if state.graph is None and not state.fails and dtype in COMPILED:
+    # a graph may round otherwise than its parts, and a batch would bring its compilation nearer
+    if state.graph is None and not state.fails and dtype in COMPILED and not spec.invariant:
         _try_to_compile(call, x, spec, state)
     parts = state.parts  # another thread may compile and drop them meanwhile
     y: Any = x

@@ -94,6 +94,7 @@ def _impl(op: str, module: str, training: str = "") -> Impl:
         training=training,
         trains=DTYPES if training else (),
         nhwc=True,
+        batch_invariant=True,
         ahead="" if _interpreted() else f"{__name__}.ahead",
     )
 

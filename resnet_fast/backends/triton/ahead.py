@@ -23,7 +23,7 @@ from ...current_device import numbered
 from ...errors import BackendError
 from ...impl import PlannedCall, Warmed
 from ...tuning import launches as tuned_launches
-from ...tuning import tables
+from ...tuning import routes, tables
 from . import device, net, plan
 from .compiling import KernelJob, OnProgress, compile_all, is_stored, jobs_of, worker_count
 from .device import Target
@@ -135,7 +135,7 @@ def _refuse(target: Target, planned: Iterable[PlannedCall], made: list[Launched]
         for part in call.spec.parts
         for launch in tuned_launches.launches_of(part, target.device)
     }
-    found = [(launch, config) for conv, config in tiles for launch in known if launch.last == conv]
+    found = [(launch, config) for conv, config in tiles for launch in known if launch.last == routes.planned(conv)]
     found = [(launch, config) for launch, config in found if launch.kernel == config.kernel]
     for launch, config in found:
         tables.refuse(target.table.gpu, launch, config, reason)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ... import folding
 from ...calls import Call
+from ...locks import ForkSafeLock
 from ...spec import LaunchSpec, Spec
 from ...tuning.configs import Config
 from ...tuning.launch_plan import LaunchPlan, plan_launches
-from ...tuning.routes import merged_groups
+from ...tuning.routes import merged_groups, planned
 from ..layouts import in_layout
 from . import proofs
-from .device import device_of, place_of, table_of
+from .device import device_of, place_of, table_of, table_version
 from .launch import FoldedWeights, arrivals, nhwc
 from .launchers import LAUNCHERS, Launcher, pack, parameters
 from .problem import problem
@@ -103,7 +104,26 @@ def prepare(call: Call, spec: Spec, earlier: list[TritonState]) -> TritonState:
 
 
 def _plan(spec: Spec, device: torch.device) -> LaunchPlan:
-    """Return the fastest plan whose configs are proved on ``device`` or need no proof."""
+    """Return the fastest plan whose configs are proved on ``device`` or need no proof.
+
+    An ``invariant`` problem keeps its plan until a table is written: a proof that becomes possible between two batch
+    sizes must not give them different configs.
+    """
+    if not spec.invariant:
+        return _settled(spec, device)
+    with _planning:
+        return _kept_plan(planned(spec), device, table_version(device)).of(spec)
+
+
+_planning = ForkSafeLock()  # two threads might settle on different plans
+
+
+@lru_cache(maxsize=4096)
+def _kept_plan(spec: Spec, device: torch.device, version: object) -> LaunchPlan:
+    return _settled(spec, device)
+
+
+def _settled(spec: Spec, device: torch.device) -> LaunchPlan:
     gpu, table = device_of(device), table_of(device)
     chosen, note, _ = proofs.settled(
         lambda hopeful: plan_launches(spec, gpu, table, hopeful),

@@ -97,3 +97,32 @@ net(torch.randn(2, 3, 32, 32).to(torch.bfloat16))
 """
     done = run(program=program)
     assert "backend 'cuda' cannot run" in done.stderr and "expected a call without autograd" in done.stderr
+
+
+INVARIANT = """
+import torch
+import resnet_fast
+from resnet_fast.calls import Call, Conv, Norm
+from torchvision.models.resnet import Bottleneck
+
+def alike(run, x):
+    with torch.inference_mode(), resnet_fast.batch_invariant(), resnet_fast.use_backend("cuda"):
+        return torch.equal(run(x)[-2:], torch.cat([run(x[-2:-1].clone()), run(x[-1:].clone())]))
+
+# 72 channels of 17 images of 32x32 pixels fill an H100 with wide tiles; one image gets narrow ones
+weight = (torch.randn(72, 40, 1, 1) / 6).half()
+conv = Conv(weight, None, (1, 1), (0, 0), (1, 1), 1)
+wide = alike(lambda x: resnet_fast.ops.run(Call("conv_bn_act", x, (conv,), (Norm(),)), "cuda"),
+             torch.randn(17, 40, 32, 32).half())
+shortcut = torch.nn.Sequential(torch.nn.Conv2d(64, 256, 1, bias=False), torch.nn.BatchNorm2d(256))
+block = Bottleneck(64, 64, downsample=shortcut).eval().half()
+whole = alike(resnet_fast.accelerate(torch.nn.Sequential(block), "cuda"), torch.randn(3, 64, 9, 7).half())
+print(wide, whole, resnet_fast.stats()["calls"])
+"""
+
+
+def test_images_are_computed_alike_in_any_batch() -> None:
+    """Wide tiles and narrow ones add in one order, and a tile of pixels is within an image."""
+    done = run(program=INVARIANT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("True True") and "reference" not in done.stdout
