@@ -9,7 +9,8 @@ problem. In this mode each backend fixes it for one image:
 * a backend with ``Impl.batch_invariant`` (our own GPU kernels) runs the whole batch. Its kernels add the products of
   an output in one order at any batch size, and their plan does not follow the batch either;
 * any other backend (oneDNN, PyTorch) gets one image at a time, so that each image is the same problem;
-* pooling and classifier of a net follow one of the two ways (:mod:`resnet_fast.blocks.head`).
+* pooling and classifier of a net follow one of the two ways (:mod:`resnet_fast.blocks.head`);
+* other layers between ops (squeeze-and-excitation, a shortcut of its own) get one image at a time.
 
 The mode is a field of every spec and part of every key, so that switching it takes effect at once. It applies to
 inference: what autograd records, batch statistics, tracers and stock layers raise. docs/notes/batch-invariance.md has
@@ -18,7 +19,7 @@ the measurements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -62,3 +63,15 @@ def alike(x: Tensor) -> Tensor:
     """
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return x if dense and (x.is_meta or x.data_ptr() % ALIGNMENT == 0) else x.clone()
+
+
+def singly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``function(x)``; in the mode one image at a time, for layers that PyTorch runs.
+
+    Args:
+        function: layers that treat each image (N, ...) by itself.
+        x: a batch (N, ...).
+    """
+    if torch.compiler.is_compiling() or not is_on() or not x.shape[0]:
+        return function(x)
+    return torch.cat([function(alike(image)) for image in x.split(1)])

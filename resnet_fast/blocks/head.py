@@ -63,9 +63,7 @@ def run(net: Any, x: Tensor) -> Tensor:
         )
     if _is_plain(net) and select.runs_whole_batches(x.device, net.backend):
         return _classified(net.fc, _mean(x), net.backend)
-    if not x.shape[0]:
-        return net.head_forward(x)
-    return torch.cat([net.head_forward(invariance.alike(image)) for image in x.split(1)])
+    return invariance.singly(net.head_forward, x)
 
 
 def _is_plain(net: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import invariance, ops
 from ..calls import Call, Pool
 from ..errors import UserError
 from . import frozen_norms, probe, stage
@@ -233,7 +233,7 @@ class MappedBlock(Fused):
     def _shortcut(self, x: Tensor, reading: Reading) -> Tensor:
         """Return the shortcut of ``x``, computed by itself."""
         if reading.before is not None:
-            x = reading.before(x)
+            x = invariance.singly(reading.before, x)
         return x if reading.projection is None else self._run_piece(x, reading.projection._replace(relu=False))
 
     def _in_pieces(self, x: Tensor, reading: Reading) -> Tensor:
@@ -256,7 +256,7 @@ class MappedBlock(Fused):
             elif isinstance(step, Pool):
                 y = F.max_pool2d(y, *step)
             elif step is not None:
-                y = step(y)
+                y = invariance.singly(step, y)
         if shortcut is None:
             return y
         y = y + shortcut

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import invariance, ops
 from ..calls import Call
 from . import frozen_norms
 from .children import child, conv_record, counting_together, counts, norm_record
@@ -34,12 +34,12 @@ class ResidualBlock(Fused):
         if downsample is not None:
             parts = projection_parts(downsample)
             if parts is None:
-                shortcut = downsample(x)
+                shortcut = invariance.singly(downsample, x)
             elif parts[0] is None:
                 projection = True
                 layers.append(parts[1:])
             else:
-                pooled, conv, norm = parts[0](x), conv_record(parts[1]), norm_record(parts[2])
+                pooled, conv, norm = invariance.singly(parts[0], x), conv_record(parts[1]), norm_record(parts[2])
                 shortcut = ops.run(Call("conv_bn_act", pooled, (conv,), (norm,), relu=False), self.backend)
         return ops.run(self.block_call(x, layers, projection, shortcut), self.backend, self.save)
 

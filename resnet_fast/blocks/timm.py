@@ -9,7 +9,7 @@ from timm.models import resnet as stock
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
-from .. import ops
+from .. import invariance, ops
 from ..calls import Call
 from . import head
 from .children import child, conv_record, counts, norm_record, sync_group
@@ -133,7 +133,7 @@ class ResNet(Net, stock.ResNet):
         calls = self._stem_calls(x)
         for call in calls:
             x = ops.run(call._replace(x=x), self.backend)
-        return x if calls[-1].pool else self.maxpool(x)
+        return x if calls[-1].pool else invariance.singly(self.maxpool, x)
 
     def stem_parts(self, x: Tensor) -> tuple[Call, ...] | None:
         if any([counts(norm) for _, norm, _ in self.stem_layers()]):

@@ -162,6 +162,17 @@ def test_other_ways_to_call_a_net(one_thread: None) -> None:
     assert 3 in sizes  # a hook sees the batch
 
 
+def test_stock_layers_inside_fused_blocks_get_single_images(one_thread: None) -> None:
+    """A shortcut that no op computes, and timm's squeeze-and-excitation."""
+    timm = pytest.importorskip("timm")
+    own = nets.basic().eval()
+    own.layer4[0].downsample = nn.Sequential(nn.Conv2d(256, 512, 1, stride=2), nn.GroupNorm(4, 512))
+    for net in (own, randomize(timm.create_model("seresnet18")).eval()):
+        resnet_fast.accelerate(net)
+        with resnet_fast.batch_invariant():
+            assert not _differing(net, torch.randn(4, 3, 40, 40), (4,))
+
+
 def test_what_is_no_inference_raises() -> None:
     net, x = resnet_fast.accelerate(_cifar()), torch.randn(2, 3, 8, 8)
     with resnet_fast.batch_invariant():
