@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.interpreter import quicken
-
 # Kineto reads it when a process profiles for the first time, whichever test that is in; benchmarks/memory.py says why.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -56,11 +54,6 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
-
-
-def pytest_configure() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -52,7 +52,7 @@ def test_a_replayed_step_costs_less_than_stock(found: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.skipif(isinstance(native.submitter(), str), reason="needs the native library")
+@pytest.mark.skipif(isinstance(native.submitter(), str), reason=str(native.submitter()))
 @pytest.mark.parametrize(("case", "limit"), [("train-amp", 2.5), ("train-bf16", 2.5), ("infer-bf16", 1.5)])
 def test_a_step_is_submitted_natively(found: dict[str, Any], case: str, limit: float) -> None:
     """1.5 to 1.7 times stock's time in training and 0.8 in inference; 3.7 and 1.9 when Python launches each kernel."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fast
-from tests.support.interpreter import quicken
 from tests.support.train_nets import cifar, exact_step, fewest_programs, images, loss_of, twin
 
 pytestmark = [pytest.mark.interpret, pytest.mark.slow]
@@ -82,7 +81,6 @@ def sharded_step(net: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]
 def worker(rank: int, folder: str) -> None:
     """Run every step of this file in one process of two, and save the results to a file."""
     torch.set_num_threads(1)
-    quicken()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SPLIT))
     net, x, labels = problem()
     mine = share(rank)

@@ -25,6 +25,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 if INTERPRETED:
     interpreter.repair()
+    interpreter.quicken()
 
 
 ZEROS = 128
