@@ -172,6 +172,34 @@ def _gpu(arch: int, sms: int, l2_mib: int, clock: float, l2_width: int, width_so
     return Gpu(arch, sms, shared_kib * KIB, (shared_kib - 1) * KIB, 65536, threads, l2_mib * MIB, l2, LAUNCH, boost)
 
 
+# Surety of the products' figures: what each was compared with, in November 2026. The maker's own documents could be
+# read in copies and quotations only, apart from NVIDIA's pages on the H100 PCIe and on Blackwell Ultra. "Driver": the
+# CUDA driver of such a GPU printed it. "Clock": the published dense bfloat16 rate is multiprocessors * operations a
+# clock (_FLOP_PER_CLOCK) * this boost clock, to 0.3 %. What no line names, the L2's widths and the caches of a B300
+# above all, was not confirmed.
+#
+#   h100      sure: multiprocessors, L2, shared memory, bandwidth, rates (a copy of the data sheet). Clock: wrong, below
+#   h200      sure: multiprocessors, bandwidth, rates (two sources). L2: unsure. Clock: as the H100's
+#   a100      sure: multiprocessors, clock, L2, bandwidth, rates (two sources, clock)
+#   b200      sure: multiprocessors, rates, bandwidth (one source, clock); L2 (NVIDIA's tuning guide, quoted)
+#   rtx4090   sure: multiprocessors, rate (one source, clock)
+#   h100pcie  sure: multiprocessors, L2, bandwidth (NVIDIA's page), rates (a copy of the data sheet). Clock: two sources
+#             have 1.755 GHz; the rate is that of 1.62 GHz
+#   gh200     sure: 96 GB of memory (two sources). Bandwidth: unsure. The rest is the H100's and H200's, by the chip
+#   h20       sure: multiprocessors (driver), L2, shared memory, bandwidth (a user's port, which measured a copy of 3.71
+#             TB/s), bfloat16, TF32, float64 and int8 (two sources). float8: unsure. Clock: unknown, for the rate is
+#             limited
+#   l40s      sure: multiprocessors (driver), bandwidth, clock, rates (a copy of the data sheet: its bfloat16 rate is
+#             that of 2.49 GHz, its TF32 rate that of 2.52). L2: unsure. The L40 of the same chip has 96 MB (a paper), a
+#             data base has 48 MB for the L40S
+#   rtx5090   sure: multiprocessors, clock, L2, bandwidth, rate (two sources, clock)
+#   b300      sure: multiprocessors (two users; NVIDIA's 160 are the full chip's), bfloat16 (NVIDIA's code, from its
+#             data sheet). Bandwidth: NVIDIA writes "up to 8 TB/s" of the chip. int8: unsure, sources differ by a factor
+#             of 30
+#
+# The Hopper SXM parts' clock of 1.755 GHz is the PCIe card's. Their rate is that of 1.83 GHz, which two sources give as
+# the boost clock. With it the modelled L2 and shared-memory rates rise by 4 %, and with them every table and note that
+# was made from the H100's. They must change together, so it stays as it is here.
 _A100_WIDTH = "5,120 bytes a clock (NVIDIA A100 white paper)"
 _H100_WIDTH = f"the A100's width, {_A100_WIDTH}"
 
@@ -229,8 +257,8 @@ GH200 = Device(
 
 H20 = Device(
     "NVIDIA H20",
-    bandwidth=_copy(4.0e12, "NVIDIA H20 data sheet, 96 GB of HBM3"),
-    rates=_rates("NVIDIA H20 data sheet, dense", 148, 74, 1, 296, 296),
+    bandwidth=_copy(4.0e12, "as sellers of the H20 with 96 GB of HBM3 give it, for want of a public data sheet"),
+    rates=_rates("as sellers of the H20 give them, dense, for want of a public data sheet", 148, 74, 1, 296, 296),
     gpu=_gpu(90, 78, 60, 1.755e9, 5120, _H100_WIDTH),
 )
 
