@@ -80,7 +80,10 @@ def ragged(precision: str = "bfloat16") -> dict[str, tuple[LaunchSpec, ...]]:
 
 
 def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
-    """Return every direction of convolutions that no tile divides, with a raw input and with a finished one."""
+    """Return every direction of convolutions that no tile divides, with a raw input and with a finished one.
+
+    Then dgrad and wgrad with a folded norm.
+    """
     convs = (
         conv(72, 136, 1),
         conv(40, 48, 1, stride=2),
@@ -91,22 +94,28 @@ def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
         conv(5, 72, 5, stride=2),
         conv(16, 24, 3),
     )
-    found = (
+    found = [
         LaunchSpec(kernel, (c.with_(batch_stats=True, grad=True),), prologue=prologue)
         for kernel in training_configs.KERNELS
         for c in convs
         for prologue in (True, False)
-    )
+    ]
+    folded = (training_configs.folded_launches(c.with_(grad=True), masked) for c in convs for masked in (True, False))
+    found += dict.fromkeys(launch for pair in folded for launch in pair)
     return tuple(in_precision(launch, precision) for launch in found)
 
 
 def real_training(batch: int = 2) -> tuple[LaunchSpec, ...]:
-    """Return every launch of a training step of ResNet-50 once; the image needs no gradient."""
-    stem, *blocks = specs("resnet50", batch, train=True).values()
-    found = [launch for launch in training_configs.training_launches(stem) if launch.kernel != "conv_dgrad"]
-    return tuple(
-        dict.fromkeys([*found, *(launch for block in blocks for launch in training_configs.training_launches(block))])
-    )
+    """Return every launch of a training step of ResNet-50 once, with batch statistics and backward with folded norms.
+
+    The image needs no gradient.
+    """
+    found: list[LaunchSpec] = []
+    for batch_stats in (True, False):
+        stem, *blocks = (spec.with_(batch_stats=batch_stats) for spec in specs("resnet50", batch, train=True).values())
+        found += [launch for launch in training_configs.training_launches(stem) if launch.kernel != "conv_dgrad"]
+        found += [launch for block in blocks for launch in training_configs.training_launches(block)]
+    return tuple(dict.fromkeys(found))
 
 
 def specs(

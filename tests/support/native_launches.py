@@ -83,7 +83,7 @@ def main() -> None:
     import triton
 
     from resnet_fast.backends.triton import submission
-    from resnet_fast.backends.triton.training import chain
+    from resnet_fast.backends.triton.training import chain, frozen_chain
 
     launcher, library = Launcher(), native.submitter()
     utils: Any = triton.runtime.driver.active.utils
@@ -115,7 +115,7 @@ def main() -> None:
     for net, shape in nets():
         run(net, shape)
     infer(resnet50(), (1, 3, 64, 64))
-    passes = [plan.passes for plan in chain._plans.values()]
+    passes = [plan.passes for plan in (*chain._plans.values(), *frozen_chain._plans.values())]
     ways = sorted({way for one in passes for way in one.ways})
     variants = max(len(one.runners) for one in passes)
     print(json.dumps({"compared": compared, "ways": ways, "variants": variants}), flush=True)
@@ -124,10 +124,13 @@ def main() -> None:
 
 def nets() -> list[tuple[torch.nn.Module, tuple[int, ...]]]:
     """Return blocks and a net with the shapes of their inputs."""
-    frozen = Bottleneck(64, 16)
-    frozen.bn2.eval()
-    return [(Bottleneck(64, 16), (2, 64, 8, 8)), (frozen, (2, 64, 8, 8)), (BasicBlock(32, 32), (2, 32, 7, 5)),
-            (resnet18(), (2, 3, 64, 64))]  # fmt: skip
+    mixed, frozen = Bottleneck(64, 16), resnet18()
+    mixed.bn2.eval()
+    for m in frozen.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval()
+    return [(Bottleneck(64, 16), (2, 64, 8, 8)), (mixed, (2, 64, 8, 8)), (BasicBlock(32, 32), (2, 32, 7, 5)),
+            (resnet18(), (2, 3, 64, 64)), (frozen, (2, 3, 64, 64))]  # fmt: skip
 
 
 def run(net: torch.nn.Module, shape: tuple[int, ...]) -> None:

@@ -26,6 +26,7 @@ def test_every_launch_is_that_of_tritons_launcher() -> None:
         "_finalize_kernel",
         "_block_end_fwd_kernel",
     }
+    kernels |= {"_fold_kernel", "_transpose_kernel", "_fold_gradient_kernel", "_pool_fwd_kernel", "_pool_bwd_kernel"}
     kernels |= {"_conv_bn_act_1x1_fwd_kernel", "_conv_bn_act_1x1_descriptor_fwd_kernel", "_conv_bn_act_3x3_fwd_kernel"}
     assert kernels <= set(found["compared"])
     assert found["ways"] == ["launches submitted in one native call"]
