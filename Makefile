@@ -19,8 +19,9 @@ PARALLEL = $(PYTEST) -n 2 --dist worksteal
 INTERPRETED = TRITON_INTERPRET=1 $(PARALLEL)
 # Tests that read the clock or start several processes run after the others, one at a time.
 ALONE = $(PYTEST)
-# The files with a test of that mark: pytest need not import the others.
+# The files with a test of that mark, or of both: pytest need not import the others.
 marked = $(shell grep -rl "mark\.$(1)\b" tests --include="test_*.py")
+slow_and = $(filter $(call marked,$(1)),$(call marked,slow))
 
 BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') benchmarks/null_gpu.cpp
@@ -70,9 +71,9 @@ test: $(VENV)/.stamp-dev
 	$(ALONE) -m "alone and not slow" $(call marked,alone)
 
 test-slow: $(VENV)/.stamp-dev
-	$(PARALLEL) -m "slow and not interpret and not alone"
-	$(INTERPRETED) -m "interpret and slow" $(call marked,interpret)
-	$(ALONE) -m "alone and slow" $(call marked,alone)
+	$(PARALLEL) -m "slow and not interpret and not alone" $(call marked,slow)
+	$(INTERPRETED) -m "interpret and slow" $(call slow_and,interpret)
+	$(ALONE) -m "alone and slow" $(call slow_and,alone)
 
 # Without the Triton kernels: tracing the interpreter more than doubles its time.
 coverage: $(VENV)/.stamp-dev
