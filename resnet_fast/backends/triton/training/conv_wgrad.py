@@ -343,7 +343,8 @@ def streams_of(conv: ConvSpec) -> tuple[int, int]:
 def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
     """Return (splits, pixels of a stream per split): about two programs per multiprocessor, with at least four K steps.
 
-    Distances within a program are 32-bit, so very large images get more splits.
+    Of the numbers just below and above two, the one that takes less time where a multiprocessor runs one program after
+    another: docs/notes/wgrad-splits.md. Distances within a program are 32-bit, so very large images get more splits.
     """
     conv = launch.last
     rows, columns, _, products = gemm(launch)
@@ -353,7 +354,9 @@ def splits_of(launch: LaunchSpec, config: Config, sms: int) -> tuple[int, int]:
     steps = -(-images * per_image // per_step)
     far = max(conv.h * conv.w * conv.ci, per_image * conv.co)
     most = max(1, ((1 << 31) - 1) // far - 2) * per_image // per_step
-    splits = max(1, min(-(-2 * sms // tiles), steps // 4), -(-steps // most))
+    few = max(1, 2 * sms // tiles)
+    wanted = min((few, few + 1), key=lambda splits: -(-tiles * splits // sms) / splits)
+    splits = max(1, min(wanted, steps // 4), -(-steps // most))
     per_split = -(-steps // splits)
     return -(-steps // per_split), per_split * per_step
 

@@ -116,6 +116,14 @@ def test_splits_of_a_large_launch() -> None:
     assert (per_split + 2 * 112 * 112) * 64 < 1 << 31 and splits * per_split >= 1024 * 112 * 112
 
 
+@pytest.mark.parametrize("co,ci,k,size,splits", [(256, 256, 3, 14, 7), (1024, 256, 1, 14, 16), (512, 512, 3, 7, 2)])
+def test_splits_fill_whole_rounds(co: int, ci: int, k: int, size: int, splits: int) -> None:
+    """36, 16 and 144 whole tiles: 252 and 256 programs take two rounds of 132; no number near 264 does for the last."""
+    whole = Config("conv_wgrad", 128, 128, 64, num_warps=8)
+    launch = LaunchSpec("conv_wgrad", (conv(ci, co, k, n=256, h=size, w=size),))
+    assert module.splits_of(launch, whole, 132)[0] == splits
+
+
 def test_streams_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """64-bit distances between streams change no bit; they are taken where a batch spans 2^31 elements."""
     c = case(conv(24, 20, 3, n=5), "packed")
