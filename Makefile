@@ -29,13 +29,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
 BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"
 
-.PHONY: help demo test test-slow coverage dev lint format clean gpu-check gpu-tune gpu-bench
+.PHONY: help demo test test-slow coverage dev docs lint format clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
 	@echo "make test       install, then run the quick tests; make test-slow runs the others"
 	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
+	@echo "make docs       build the documentation site, build/docs/index.html"
 	@echo "make lint       ruff, mypy, import-linter, clang-format; make format rewrites the files"
 	@echo "make gpu-check  on a GPU: cold start, host time, build, gpu tests, every config, whole nets; BUDGET=500 seconds"
 	@echo "make gpu-tune   on a GPU: fill its table of measured kernels, resnet_fast/tuning/tables/<gpu>.json"
@@ -80,6 +81,11 @@ coverage: $(VENV)/.stamp-dev
 	$(PARALLEL) -m "not slow and not interpret" --cov --cov-report=term
 
 dev: $(VENV)/.stamp-dev
+
+# A warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.stamp-dev
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/doctrees . build/docs
+	@echo "open build/docs/index.html"
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,84 @@
+"""Run the Python code of the pages, with what each page leaves to its reader.
+
+A block that cannot run everywhere says so in its first line, where a reader sees it: ``# needs a GPU``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+import resnet_fast
+from resnet_fast import native
+from resnet_fast.benchmarks import emulation
+from resnet_fast.io.weight_facts import Facts
+from resnet_fast.models import registry
+from resnet_fast.tools import exporting
+from tests.support.bottleneck_cases import block
+
+NEEDS = re.compile(r"# needs (.*)")
+GPU = "a GPU"
+GPU_AND_NETWORK = "a GPU and a network"
+Names = dict[str, Any]
+
+
+def needs(code: str) -> str:
+    """Return what the first line of a block says that it needs, empty for nothing."""
+    found = NEEDS.match(code)
+    return found[1] if found else ""
+
+
+def is_here(need: str) -> bool:
+    """Return whether a test has it. None has a network."""
+    return need == GPU and torch.cuda.is_available()
+
+
+def a_net_in_training() -> Names:
+    images, labels = torch.randn(2, 3, 64, 64, device="cuda"), torch.tensor([0, 1], device="cuda")
+    return {
+        "resnet_fast": resnet_fast, "torch": torch, "model": resnet18(), "images": images, "labels": labels,
+        "criterion": torch.nn.CrossEntropyLoss(),
+    }  # fmt: skip
+
+
+def a_bottleneck() -> Names:
+    if not native.status():
+        pytest.skip(native.status().reason)
+    made = block(1, 8, 8, 256, 64, 256, torch.bfloat16)
+    b1, b2, b3 = made.biases
+    return {"x": made.x, "weights": made.packed(), "b1": b1, "b2": b2, "b3": b3, "emulation": emulation}
+
+
+def exported_files() -> Names:
+    """Write net.pt2 and net.onnx to the current folder."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    facts = Facts("cifar_resnet20", 16, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    net = registry.build("cifar_resnet20", num_classes=2).eval()
+    for name in ("net.pt2", "net.onnx"):
+        exporting.export(net, facts, Path(name))
+    return {"json": json, "onnxruntime": onnxruntime, "torch": torch, "x": torch.randn(1, 3, 16, 16).numpy()}
+
+
+GIVEN: dict[str, Callable[[], Names]] = {
+    "docs/training.md": a_net_in_training,
+    "docs/cuda-kernels.md": a_bottleneck,
+    "docs/trained-weights.md": exported_files,
+}
+"""Page -> the names that its text takes as known."""
+
+
+def run(page: str, blocks: list[str]) -> Names:
+    """Run the blocks of a page in order, as one program, and return the names that they defined."""
+    names = GIVEN.get(page, dict)()
+    for code in blocks:
+        exec(compile(code, page, "exec"), names)
+    return names
