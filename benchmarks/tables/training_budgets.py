@@ -288,6 +288,17 @@ def passes() -> dict[str, CapturedLaunch]:
         own = torch.empty(2, 400, 64, device="meta")
         return [batch_norm.finalization(own, 128, n * 112**2, norm, None, norm.mean, stem_v, True, counters[0])]
 
+    arrivals = torch.empty(norm_gradient.arrivals_of(1024), dtype=torch.int32, device="meta")
+
+    def finish(y: Tensor, like: Tensor) -> norm_gradient.Finish:
+        return norm_gradient.finish_of(norm_gradient.gradient_of(y, y, True), (like, like, None))
+
+    def block_end_backward(norms: int) -> None:
+        finishes = [finish(y, vector) for _ in range(norms)]
+        packings = [pack.dgrad_passenger(weight, bf16, conv, vector)[1] for _ in range(norms)]
+        yd, vd = (z, v) if norms == 2 else (None, None)
+        block_end.block_end_backward(y, z, y, v, yd, vd, counters, None, finishes, arrivals, packings)
+
     runs: dict[str, Callable[[], object]] = {
         "statistics": lambda: cudnn_passes.statistics(y),
         "finalize": lambda: finalize(pack.NO_FORWARD),
@@ -299,10 +310,13 @@ def passes() -> dict[str, CapturedLaunch]:
         "block_end": lambda: block_end.block_end(y, v, z, None, True, finalized(0)),
         "block_end projection": lambda: block_end.block_end(y, v, z, v, True, finalized(0, 1)),
         "block_end alone": lambda: block_end.block_end(y, v, None, None, True),
-        "block_end_backward": lambda: block_end.block_end_backward(y, z, y, v, None, None, counters),
-        "block_end_backward projection": lambda: block_end.block_end_backward(y, z, y, v, z, v, counters),
+        "block_end_backward": lambda: block_end_backward(1),
+        "block_end_backward projection": lambda: block_end_backward(2),
+        "block_end_backward alone": lambda: block_end.block_end_backward(y, z, y, v, None, None),
         "pool_end": lambda: pool.pool_end(stem, stem_v, window, stem_finalized()),
-        "pool_end_backward": lambda: pool.pool_end_backward(pooled, stem, stem_v, window, counters),
+        "pool_end_backward": lambda: pool.pool_end_backward(
+            pooled, stem, stem_v, window, counters, None, [finish(stem, torch.empty(64, device="meta"))], arrivals
+        ),
         "pack_forward": lambda: pack.pack_forward(weight, bf16, conv, input_of(conv, True)),
         "pack_dgrad": lambda: pack.pack_dgrad(weight, bf16, conv, torch.empty(conv.co, device="meta")),
     }

@@ -39,9 +39,21 @@ BATCH = 256
 
 ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS = "activations", "weights", "partial sums", "vectors"
 ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
-WEIGHT_ARGUMENTS = {"weight_ptr", "w_ptr", "wt_ptr", "dw_ptr", "weight", "w", "wt", "dw"}
+WEIGHT_ARGUMENTS = {
+    "weight_ptr",
+    "w_ptr",
+    "wt_ptr",
+    "dw_ptr",
+    "weight_d_ptr",
+    "w_d_ptr",
+    "wt_d_ptr",
+    "weight",
+    "w",
+    "wt",
+    "dw",
+}
 PARTIAL_ARGUMENTS = {
-    "partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "p_ptr", "q_ptr", "z_ptr",
+    "partials_ptr", "partials_d_ptr", "out_ptr", "own_ptr", "merged_ptr", "merged_d_ptr", "p_ptr", "q_ptr", "z_ptr",
     "sum_p_ptr", "sum_q_ptr", "sum_z_ptr", "p", "q",
 }  # fmt: skip
 """z_ptr: in fp32, of a wgrad; the block's output has 16 bits. Arguments of a launch for several convolutions are named

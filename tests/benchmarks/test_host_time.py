@@ -11,7 +11,7 @@ import pytest
 
 from resnet_fast import native
 
-LAUNCHES = {"train-amp": 263, "train-bf16": 263, "train-graph": 0, "infer-bf16": 43}
+LAUNCHES = {"train-amp": 242, "train-bf16": 242, "train-graph": 0, "infer-bf16": 43}
 """The most launches of Triton kernels per step."""
 
 

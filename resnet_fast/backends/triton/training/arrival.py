@@ -9,9 +9,13 @@ r"""Order the programs of one launch: who arrives last at a counter, and who wai
 So one launch does the work of two or three, and its result does not depend on which program is last.
 
 Counters. A pass (forward or backward) of a call has one row of int32 per norm: TICKET, READY, then one per channel
-block. The pass's first launch sets all to 0, and each row is used by one launch of the pass. Nothing is kept between
-passes: passes on other streams have other memory, a CUDA graph's replay clears its own, and a pass that failed leaves
-nothing behind.
+block. The pass's first launch sets all to 0, and each row is used by one launch of the pass. Passes on other streams
+have other memory, a CUDA graph's replay clears its own, and a pass that failed leaves nothing behind.
+
+The backward pass begins with the end of the block, which counts arrivals itself. No launch before it can clear these
+counters, so the forward pass does, and saves them with its other tensors. The end leaves zeros: the program that
+arrives last sets its counter to 0. So a second backward pass of the same graph finds zeros too, on the same stream, as
+autograd runs it; what a saved-tensor hook brings back is zeros as well.
 
 Memory. ``arrive`` is a release of everything that the program has stored, and an acquire of what others released
 there: a barrier of the program's threads comes before the atomic addition, and Triton passes its result on behind
@@ -43,9 +47,18 @@ ROW = 64
 """A row's length is divisible by it, so that rows share no cache line."""
 
 
-def counters_for(like: Tensor, norms: int, blocks: int) -> Tensor:
-    """Return counters (norms, 2 + blocks or more) int32 for norms of up to ``blocks`` channel blocks, to be cleared."""
-    return like.new_empty((norms, -(-(2 + blocks) // ROW) * ROW), dtype=torch.int32)
+def counters_for(like: Tensor, norms: int, blocks: int, arrivals: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return counters to be cleared, int32: all, then as parts of them (norms, 2 + blocks or more) and (arrivals,).
+
+    Args:
+        like: a tensor on the device.
+        norms: rows, one for each norm of the pass.
+        blocks: the most channel blocks of a norm.
+        arrivals: further counters, for the end of a block in the backward pass.
+    """
+    row, first = -(-(2 + blocks) // ROW) * ROW, -(-arrivals // ROW) * ROW
+    every = like.new_empty(first + norms * row, dtype=torch.int32)
+    return every, every[first:].view(norms, row), every[:arrivals]
 
 
 @triton.jit

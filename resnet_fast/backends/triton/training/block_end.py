@@ -17,7 +17,8 @@ output into an activation, for the convolutions that run on cuDNN.
 
 Saved launches. The vectors of the last norm, and of the projection's, need not be ready: programs that come first
 finalize them (batch_norm.py) in the order of arrival.py, and then wait with their rows of y and of the shortcut at
-hand. Programs that come later find them ready, by one atomic.
+hand. Programs that come later find them ready, by one atomic. Backward, the last programs to arrive turn the sums into
+coefficients (norm_gradient.py), and programs behind them pack the weights of the dgrads that follow (pack.py).
 
 Numerics: fp32 in the order scale, shift, add, ReLU, with one rounding at the store; PyTorch rounds after the norm and
 after the add. ReLU keeps NaN, and its gradient passes where z is NaN, as in ATen. Sums are of g as stored.
@@ -39,7 +40,8 @@ from ..tiles import relu, round_to
 from .arrival import clear_in_first_program
 from .batch_norm import BLOCK_C as MERGED_C
 from .batch_norm import FINALIZATION_NUMBERS, FIRST_T, finalization_arguments, finalize_first, wait_for_vectors
-from .pack import Passenger
+from .norm_gradient import SUMMED, Finish, finish_arguments, finish_last
+from .pack import NO_DGRAD, Passenger, pack_dgrad_program
 from .passes import (
     MEAN,
     SCALE,
@@ -58,10 +60,10 @@ from .passes import (
 @triton.jit(do_not_specialize=["M", *FINALIZATION_NUMBERS])
 def _block_end_fwd_kernel(
     y_ptr, vectors_ptr, shortcut_ptr, shortcut_vectors_ptr, z_ptr, M,
-    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, own_ptr,
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, found_ptr,
     tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
     partials_d_ptr, merged_d_ptr, counters_d_ptr, gamma_d_ptr, beta_d_ptr, bias_d_ptr, centre_d_ptr, mean_d_ptr,
-    var_d_ptr, own_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
+    var_d_ptr, found_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
     mean_stride_d, var_stride_d,
     C: tl.constexpr, RELU: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     MERGED_T: tl.constexpr, MERGED_C: tl.constexpr,
@@ -70,9 +72,9 @@ def _block_end_fwd_kernel(
     if partials_ptr is not None:
         early = finalize_first(
             partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
-            own_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+            found_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
             partials_d_ptr, merged_d_ptr, counters_d_ptr, gamma_d_ptr, beta_d_ptr, bias_d_ptr, centre_d_ptr, mean_d_ptr,
-            var_d_ptr, own_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
+            var_d_ptr, found_d_ptr, tiles_d, chunks_d, chunk_d, rows_d, count_d, eps_d, keep_d, momentum_d,
             mean_stride_d, var_stride_d,
             C, MERGED_T, MERGED_C,
         )  # fmt: skip
@@ -126,13 +128,15 @@ def block_end(
     return z
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "steps", "counters"])
-def _block_end_bwd_kernel(
+@triton.jit
+def _block_end_bwd_program(
     dz_ptr, z_ptr, y_ptr, vectors_ptr, yd_ptr, shortcut_vectors_ptr, g_ptr, partials_ptr, partials_d_ptr,
-    counters_ptr, counters, M, tiles, steps,
-    C: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    arrivals_ptr, M, tiles, steps, chunks, chunk,
+    merged_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
+    merged_d_ptr, coefficients_d_ptr, packed_d_ptr, dgamma_d_ptr, dbeta_d_ptr, dbias_d_ptr,
+    C: tl.constexpr, BATCH: tl.constexpr, BATCH_D: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMMED_T: tl.constexpr,
 ):  # fmt: skip
-    clear_in_first_program(counters_ptr, counters)
     tile, c = channels_of_program(C, BLOCK_C)
     first = tile * steps * BLOCK_M
     rows = min(M - first, steps * BLOCK_M)
@@ -167,6 +171,60 @@ def _block_end_bwd_kernel(
     if yd_ptr is not None:
         tl.store(partials_d_ptr + out, total, mask=c_mask)
         tl.store(partials_d_ptr + tiles * C + out, tl.sum(sum_d, axis=0), mask=c_mask)
+    if coefficients_ptr is not None:
+        tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        finish_last(
+            tile, tl.program_id(0) % tiles_c, c, tiles, chunks, chunk, arrivals_ptr,
+            partials_ptr, merged_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
+            partials_d_ptr, merged_d_ptr, shortcut_vectors_ptr, coefficients_d_ptr, packed_d_ptr,
+            dgamma_d_ptr, dbeta_d_ptr, dbias_d_ptr,
+            C, BATCH, BATCH_D, UPCAST, SUMMED_T, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "steps", "chunks", "chunk", "counters", "packing"])
+def _block_end_bwd_kernel(
+    dz_ptr, z_ptr, y_ptr, vectors_ptr, yd_ptr, shortcut_vectors_ptr, g_ptr, partials_ptr, partials_d_ptr,
+    counters_ptr, counters, arrivals_ptr, M, tiles, steps, chunks, chunk,
+    merged_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
+    merged_d_ptr, coefficients_d_ptr, packed_d_ptr, dgamma_d_ptr, dbeta_d_ptr, dbias_d_ptr,
+    packing, weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+    weight_d_ptr, a_d_ptr, wt_d_ptr, stride_co_d, stride_ci_d, stride_r_d, stride_s_d,
+    C: tl.constexpr, BATCH: tl.constexpr, BATCH_D: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMMED_T: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, GROUPS: tl.constexpr, OWN_CI: tl.constexpr, OWN_CO: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, UPCAST_W: tl.constexpr, TILE: tl.constexpr,
+    D_CI: tl.constexpr, D_CO: tl.constexpr, D_GROUPS: tl.constexpr, D_OWN_CI: tl.constexpr, D_OWN_CO: tl.constexpr,
+    D_R: tl.constexpr, D_S: tl.constexpr, D_UPCAST_W: tl.constexpr, D_TILE: tl.constexpr,
+):  # fmt: skip
+    clear_in_first_program(counters_ptr, counters)
+    own = tiles * ((C + BLOCK_C - 1) // BLOCK_C)
+    pid = tl.program_id(0)
+    if pid < own:
+        _block_end_bwd_program(
+            dz_ptr, z_ptr, y_ptr, vectors_ptr, yd_ptr, shortcut_vectors_ptr, g_ptr, partials_ptr, partials_d_ptr,
+            arrivals_ptr, M, tiles, steps, chunks, chunk,
+            merged_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
+            merged_d_ptr, coefficients_d_ptr, packed_d_ptr, dgamma_d_ptr, dbeta_d_ptr, dbias_d_ptr,
+            C, BATCH, BATCH_D, UPCAST, BLOCK_M, BLOCK_C, SUMMED_T,
+        )  # fmt: skip
+    elif pid < own + packing:
+        if weight_ptr is not None:
+            pack_dgrad_program(
+                pid - own, weight_ptr, a_ptr, wt_ptr, stride_co, stride_ci, stride_r, stride_s,
+                CI, CO, GROUPS, OWN_CI, OWN_CO, R, S, TILE, UPCAST_W,
+            )  # fmt: skip
+    else:
+        if weight_d_ptr is not None:
+            pack_dgrad_program(
+                pid - own - packing, weight_d_ptr, a_d_ptr, wt_d_ptr, stride_co_d, stride_ci_d, stride_r_d, stride_s_d,
+                D_CI, D_CO, D_GROUPS, D_OWN_CI, D_OWN_CO, D_R, D_S, D_TILE, D_UPCAST_W,
+            )  # fmt: skip
+
+
+def gradient_memory(dz: Tensor, z: Tensor | None) -> Tensor:
+    """Return where g is written: memory like ``dz``, which is g itself without a mask ``z``."""
+    return dz if z is None else empty_image(dz)
 
 
 def block_end_backward(
@@ -177,6 +235,10 @@ def block_end_backward(
     yd: Tensor | None,
     shortcut_vectors: Tensor | None,
     counters: Tensor | None = None,
+    g: Tensor | None = None,
+    finishes: Sequence[Finish] = (),
+    arrivals: Tensor | None = None,
+    packings: Sequence[Passenger] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the gradient of a block's end, and the sums for the BatchNorms that it includes.
 
@@ -188,19 +250,29 @@ def block_end_backward(
         yd: raw output of the projection, or None.
         shortcut_vectors: (10, C) of its norm, or None.
         counters: int32 of the launches behind this one, set to 0 (arrival.py), or None.
+        g: where to write g, of :func:`gradient_memory`; None to allocate it.
+        finishes: of :func:`norm_gradient.finish_of`, for y and yd, whose coefficients are written too; or none.
+        arrivals: with ``finishes``, zeros (:func:`norm_gradient.arrivals_of`,) int32, which are zeros again afterwards.
+        packings: up to two of :func:`pack.dgrad_passenger`, which this launch takes along.
 
     Returns:
         g (N, C, H, W), partial sums (2, tiles, C) fp32 for y, and the same for yd or None.
     """
     c, tile = y.shape[1], tile_of(y, 1)
     steps, tiles = walk(y, tile)
-    g = dz if z is None else empty_image(dz)
+    if g is None:
+        g = gradient_memory(dz, z)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
     partials_d = None if yd is None else torch.empty_like(partials)
+    finish, batch = finish_arguments(finishes, tiles, partials, 2)
+    first, second = [*(p for p in packings if p.programs), NO_DGRAD, NO_DGRAD][:2]
+    programs = grid_of(tiles, y, tile[1])[0] + first.programs + second.programs
     submit(
-        _block_end_bwd_kernel, grid_of(tiles, y, tile[1]),
+        _block_end_bwd_kernel, (programs,),
         dz, z, y, vectors, yd, shortcut_vectors, None if z is None else g, partials, partials_d,
-        counters, 0 if counters is None else counters.numel(), rows_of(y), tiles, steps,
-        C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+        counters, 0 if counters is None else counters.numel(), arrivals, rows_of(y), tiles, steps, *finish,
+        first.programs, *first.arguments, *second.arguments,
+        C=c, UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1], SUMMED_T=max(1, SUMMED // tile[1]),
+        **batch, **first.constants, **second.named("D_"),
     )  # fmt: skip
     return g, partials, partials_d

@@ -43,6 +43,7 @@ from ..submission import Passes
 from . import batch_norm, block_end, conv_wgrad, convolution, hand_over, norm_gradient, pack, pool, wgrad_sum
 from .arrival import counters_for
 from .convolution import Packed
+from .passes import empty_image
 from .problem import training_problem
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, SCALE, Act, Grad
 
@@ -119,7 +120,7 @@ def forward(call: Call, spec: Spec, save: str, update: bool) -> tuple[Tensor, li
     """Return (output, saved, plan); with ``update``, move the running statistics.
 
     ``saved``: raw outputs of the convolutions, then the vectors of the norms, then the clamps of the norms that a
-    convolution reads through, in the order of the call.
+    convolution reads through, in the order of the call, then zeros for the backward pass to count in.
     """
     plan = plan_of(spec, call.x.device)
     images = [None if t is None else nhwc(t) for t in (call.x, call.added)]
@@ -149,10 +150,10 @@ def with_tensors(call: Call, tensors: list[Any], momenta: list[Any]) -> Call:
 def _forward(call: Call, spec: Spec, save: str, update: bool, plan: StepPlan) -> list[Tensor]:
     """Return the output in NHWC and what is saved."""
     x, main = call.x, len(spec.main)
-    counters = _counters(x, call)
+    every, counters, arrivals = _counters(x, call, norm_gradient.arrivals_of(spec.main[-1].co))
     packed, passenger = _packing(call, plan, 0, Act(x))
     projection, passenger_d = _packing(call, plan, main, Act(x))
-    pack.launch([passenger, passenger_d], counters)
+    pack.launch([passenger, passenger_d], every)
     finalizations: list[pack.Passenger] = []
     raws: list[Tensor] = []
     vectors: list[Tensor] = []
@@ -184,7 +185,7 @@ def _forward(call: Call, spec: Spec, save: str, update: bool, plan: StepPlan) ->
     z = _end(call, spec, x, raws, vectors, finalizations)
     if _recomputes(spec, save):
         raws[main - 1] = x.new_empty(0)
-    return [z, *raws, *vectors, *clamps]
+    return [z, *raws, *vectors, *clamps, x.new_empty(0, dtype=torch.int32) if arrivals is None else arrivals]
 
 
 def _recomputes(spec: Spec, save: str) -> bool:
@@ -192,11 +193,12 @@ def _recomputes(spec: Spec, save: str) -> bool:
     return save == "recompute" and len(spec.main) > 1
 
 
-def _counters(x: Tensor, call: Call) -> Tensor | None:
-    """Return a row of counters per norm (arrival.py), to be cleared; None if no norm needs them."""
+def _counters(x: Tensor, call: Call, arrivals: int = 0) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return all counters of a pass, to be cleared: a row per norm, and ``arrivals`` more; None if none is needed."""
     if not call.batch_stats:
-        return None
-    return counters_for(x, len(call.norms), max(batch_norm.blocks_of(c.weight.shape[0]) for c in call.convs))
+        return None, None, None
+    blocks = max(batch_norm.blocks_of(c.weight.shape[0]) for c in call.convs)
+    return counters_for(x, len(call.norms), blocks, arrivals)
 
 
 def _packing(call: Call, plan: StepPlan, i: int, act: Act) -> tuple[Packed | None, pack.Passenger]:
@@ -255,7 +257,9 @@ def shapes(call: Call, spec: Spec, save: str) -> list[tuple[tuple[int, ...], tor
         raws[last] = ((0,), dtype, "")
     narrow = dtype.itemsize == 2
     clamps = [((3, c.co) if narrow else (0,), dtype, "") for c in spec.main[:last]]
-    return [*raws, *(((10, c.co), torch.float32, "") for c in spec.convs), *clamps]
+    arrivals = norm_gradient.arrivals_of(spec.main[last].co) if call.batch_stats else 0
+    vectors = [((10, c.co), torch.float32, "") for c in spec.convs]
+    return [*raws, *vectors, *clamps, ((arrivals,), torch.int32, "")]
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -295,13 +299,14 @@ class _Backward:
         count, self.main = len(self.convs), len(spec.main)
         self.raws = saved[:count]
         self.vectors = saved[count : 2 * count]
-        self.clamps = [c if c.numel() else None for c in saved[2 * count :]]
+        self.clamps = [c if c.numel() else None for c in saved[2 * count : -1]]
+        self.arrivals = saved[-1] if saved[-1].numel() else None
         self.x = call.x
         self.weights: list[Tensor | None] = [None] * count
         self.biases: list[Tensor | None] = [None] * count
         self.gammas: list[Tensor | None] = [None] * count
         self.betas: list[Tensor | None] = [None] * count
-        self.counters = _counters(self.x, call)
+        self.every, self.counters, _ = _counters(self.x, call)
         self.wts: list[Tensor | None] = [None] * count
         self.pending: list[pack.Passenger] = []
 
@@ -320,15 +325,8 @@ class _Backward:
             # with statistics: the same code as in the forward pass, which is compiled and, where needed, proved
             batch = self.norms[last].batch_stats
             self.raws[last] = convolution.forward(self.weight(last), spec, config, self.below(last), centre, batch)[0]
-        g, sums, sums_of_projection = self.end(z, dz)
-        grad = self.gradient_of(last, g, self.raws[last])
-        self.coefficients(last, grad, sums)
-        dx_of_projection = None
-        if sums_of_projection is not None:
-            projected = self.gradient_of(self.main, g, self.raws[-1])
-            self.coefficients(self.main, projected, sums_of_projection)
-            dx_of_projection = self.projection(projected)
-            del projected
+        g, (grad, *of_projection) = self.end(z, dz)
+        dx_of_projection = self.projection(of_projection.pop()) if of_projection else None
         dx: Tensor | None = None
         for i in range(last, 0, -1):
             below = self.dgrad_inner(i, grad) if self.passes_on(i) else None
@@ -357,15 +355,37 @@ class _Backward:
         below = range(i) if i < self.main else ()
         return self.needs.x or any(self.wanted(j) for j in below)
 
-    def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradient of the sum at the end of the chain, and its sums for each raw output in it."""
-        call, last, counters = self.call, self.main - 1, self.counters
-        y, v = self.raws[last], self.vectors[last]
-        if call.pool is not None:
-            return *pool.pool_end_backward(dz, y, v, call.pool, counters), None
+    def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Grad]]:
+        """Return the gradient of the sum at the end of the chain, and that of each raw output in it.
+
+        The launch writes their coefficients too, and packs the weights of their dgrads, if no all-reduce comes first.
+        """
+        call, last = self.call, self.main - 1
+        ends = [last, self.main] if call.projection else [last]
         masked = z if call.relu else None
-        yd, vd = (self.raws[-1], self.vectors[-1]) if call.projection else (None, None)
-        return block_end.block_end_backward(dz, masked, y, v, yd, vd, counters)
+        g = block_end.gradient_memory(dz, masked) if call.pool is None else empty_image(self.raws[last])
+        grads = [self.gradient_of(i, g, self.raws[i]) for i in ends]
+        finishes, packings = [], []
+        if self.arrivals is not None and not any(self.norms[i].sync and self.norms[i].batch_stats for i in ends):
+            for i, grad in zip(ends, grads, strict=True):
+                finishes.append(norm_gradient.finish_of(grad, self.parameters(i)))
+                self.gammas[i], self.betas[i], self.biases[i] = finishes[-1].found
+                if call.pool is None:
+                    packings.append(self.packing(i, grad))
+        y, v, arrivals = self.raws[last], self.vectors[last], self.arrivals
+        sums: Sequence[Tensor | None]
+        if call.pool is not None:
+            _, *sums = pool.pool_end_backward(dz, y, v, call.pool, self.every, g, finishes, arrivals)
+        else:
+            yd, vd = (self.raws[-1], self.vectors[-1]) if call.projection else (None, None)
+            _, *sums = block_end.block_end_backward(
+                dz, masked, y, v, yd, vd, self.every, g, finishes, arrivals, packings
+            )
+        if not finishes:
+            for i, grad, own in zip(ends, grads, sums, strict=False):
+                assert own is not None
+                self.coefficients(i, grad, own)
+        return g, grads
 
     def gradient_of(self, i: int, g: Tensor, y: Tensor) -> Grad:
         """Return the gradient of raw output ``i``, whose coefficients are not written yet."""

@@ -4,7 +4,8 @@ No interpreter shows the order in which multiprocessors see each other's memory.
 GPU, :func:`check` runs the kernels that depend on it, one for each way of waiting, at the size of ResNet-50's first
 stage with a batch of 256:
 
-    the last arrival goes on    finalize and coefficients: 49 chunks of tiles per channel block
+    the last arrival goes on    finalize and coefficients: 49 chunks of tiles per channel block; the end of a block,
+                                backward: 32 chunks of 32 walks, and counters that the next run finds at 0 again
     numbered                    a packing that waits for all channel blocks of finalize
     claimed                     a block's end that finalizes two norms first, in more programs than a GPU holds at once
 
@@ -26,8 +27,8 @@ from .vectors import FOLD, MEAN, SCALE, SHIFT, THR
 
 TILES, ROWS, CHANNELS, OUT = 6272, 128, 256, 512
 RUNS = 50
-PIXELS = 128 * 1024
-"""Rows of the block's end: 4,096 programs, of which a GPU with 132 multiprocessors holds 1,056 at once."""
+PIXELS = 64 * 1024
+"""Rows of the block's end: 2,048 programs, of which a GPU with 132 multiprocessors holds 1,056 at once."""
 
 
 def check(device: torch.device, tiles: int = TILES, runs: int = RUNS, pixels: int = PIXELS) -> None:
@@ -51,6 +52,7 @@ def check(device: torch.device, tiles: int = TILES, runs: int = RUNS, pixels: in
     conv = ConvSpec(1, 8, 8, CHANNELS, OUT, 1, 1, (1, 1), (0, 0), (1, 1), 1, "float16", "nhwc")
     y = torch.zeros(1, CHANNELS, 1, 1, dtype=torch.float16, device=device)
     image = random(1, pixels, 1, CHANNELS).half().permute(0, 3, 1, 2)
+    arrivals = torch.zeros(norm_gradient.arrivals_of(CHANNELS), dtype=torch.int32, device=device)
     for run in range(runs):
         norm = Norm(1 + random(CHANNELS).abs(), random(CHANNELS), None, None, True, 0.1, 1e-5)
         partials = torch.stack([random(tiles, CHANNELS) + run, ROWS * (1 + random(tiles, CHANNELS).abs())])
@@ -68,10 +70,10 @@ def check(device: torch.device, tiles: int = TILES, runs: int = RUNS, pixels: in
         _, dbeta, _ = norm_gradient.coefficients(grad, sums, vectors, (norm.weight, norm.bias, None))
         assert dbeta is not None
         _compare(f"gradient of beta of run {run}", dbeta, sums[0].double().sum(0))
-        _check_end(run, image, partials, norm)
+        _check_end(run, image, partials, norm, arrivals)
 
 
-def _check_end(run: int, image: Tensor, partials: Tensor, norm: Norm) -> None:
+def _check_end(run: int, image: Tensor, partials: Tensor, norm: Norm, arrivals: Tensor) -> None:
     """Run a block's end with a projection: both branches are ``image``, their norms have other statistics each."""
     statistics = partials, torch.stack([partials[0] * -2, partials[1]])
     count = ROWS * partials.shape[1]
@@ -85,6 +87,16 @@ def _check_end(run: int, image: Tensor, partials: Tensor, norm: Norm) -> None:
         _compare(f"mean of a block's end of run {run}", vectors[MEAN], own[0].double().mean(0))
     scale, shift = ((rows[0][row] + rows[1][row])[None, :, None, None] for row in (SCALE, SHIFT))
     _compare(f"end of a block of run {run}", z, torch.relu(image * scale + shift).double())
+    dz = image + (1 + run)
+    g = block_end.gradient_memory(dz, z)
+    finishes = [
+        norm_gradient.finish_of(norm_gradient.gradient_of(g, image, True), (norm.weight, norm.bias, None)) for _ in rows
+    ]
+    block_end.block_end_backward(dz, z, image, rows[0], image, rows[1], None, g, finishes, arrivals)
+    total = torch.where(z > 0, dz, 0).double().sum((0, 2, 3))
+    for finish in finishes:
+        assert finish.found[1] is not None
+        _compare(f"gradient of beta at a block's end of run {run}", finish.found[1], total)
 
 
 def _compare(what: str, found: Tensor, wanted: Tensor) -> None:

@@ -20,6 +20,13 @@ All of them need the dgrad of layer i+1, but not its wgrad. So they travel in tu
 (conv_wgrad.py), and have a launch of their own (:func:`coefficients`) only where no such wgrad of ours runs, or where
 an all-reduce comes first.
 
+A block's last norms have no launch either: the end of the block, which computes their sums, finishes them
+(``finish_last``). Walks are long, so an arrival per program costs little:
+
+    walks of a channel block   [ . . . . | . . . . | . . ]   each program stores its sums and arrives at its chunk
+                                   \         |       /        the last of a chunk adds it up and arrives at the block
+                                        coefficients         the last chunk's adds up the chunks
+
 Numerics: fp32, in an order that only the shape decides.
 Several processes. The sums are added up in launches of their own and all-reduced for A, B and C; dgamma and dbeta
 remain those of this process, for DDP to average.
@@ -27,6 +34,9 @@ Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +49,7 @@ from . import vectors as v
 from .arrival import BLOCKS, arrive
 from .batch_norm import BLOCK_C, BLOCK_T, CHUNK, LAST_TILES, blocks_of, chunks_of
 from .pack import NO_DGRAD, Passenger, pack_dgrad_program
+from .passes import channel_block
 from .vectors import Grad
 from .wgrad_sum import NO_REDUCTION, reduce_splits_program
 
@@ -46,6 +57,13 @@ MEAN, INVSTD = tl.constexpr(v.MEAN), tl.constexpr(v.INVSTD)
 SCALE, INV_COUNT = tl.constexpr(v.SCALE), tl.constexpr(v.INV_COUNT)
 A, B, CONSTANT = tl.constexpr(v.A), tl.constexpr(v.B), tl.constexpr(v.C)
 BETA_HI, BETA_LO = tl.constexpr(v.BETA_HI), tl.constexpr(v.BETA_LO)
+SUMMED = 2048
+"""Elements of a step of a sum at the end of a block: 16 per thread, as in a launch of its own."""
+
+LEAST_CHUNK, MOST_CHUNKS = 32, tl.constexpr(64)
+ARRIVALS = tl.constexpr(MOST_CHUNKS.value + 1)
+"""Tiles of a chunk and chunks at the end of a block; its counters per channel block, one per chunk and one for all."""
+
 GAMMA, NEG_GAMMA = tl.constexpr(v.GAMMA), tl.constexpr(v.NEG_GAMMA)
 
 
@@ -79,6 +97,46 @@ def _sum_kernel(
 
 
 @triton.jit
+def store_coefficients(
+    one, two, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, c,
+    C: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store what follows from both sums of all rows, and dgamma, dbeta and dbias from those of this process."""
+    c_mask = c < C
+    own_one, own_two = one, two
+    if own_ptr is not None:
+        own_one = tl.load(own_ptr + c, mask=c_mask, other=0.0)
+        own_two = tl.load(own_ptr + C + c, mask=c_mask, other=0.0)
+    invstd = tl.load(vectors_ptr + INVSTD * C + c, mask=c_mask, other=0.0)
+    a = tl.load(vectors_ptr + SCALE * C + c, mask=c_mask, other=0.0)
+    if dgamma_ptr is not None:
+        store_rounded(dgamma_ptr + c, invstd * own_two, c_mask)
+    if dbeta_ptr is not None:
+        store_rounded(dbeta_ptr + c, own_one, c_mask)
+    if dbias_ptr is not None:
+        store_rounded(dbias_ptr + c, tl.zeros_like(a) if BATCH else a * own_one, c_mask)
+    # dy = a * (g + beta * y + gamma)
+    beta, gamma = tl.zeros_like(a), tl.zeros_like(a)
+    if BATCH:
+        inv_count = tl.load(vectors_ptr + INV_COUNT * C + c, mask=c_mask, other=0.0)
+        s1, s2 = one * inv_count, two * invstd * inv_count
+        beta = -invstd * s2
+        gamma = -beta * tl.load(vectors_ptr + MEAN * C + c, mask=c_mask, other=0.0) - s1
+    tl.store(coefficients_ptr + A * C + c, a, mask=c_mask)
+    tl.store(coefficients_ptr + B * C + c, a * beta, mask=c_mask)
+    tl.store(coefficients_ptr + CONSTANT * C + c, a * gamma, mask=c_mask)
+    if packed_ptr is not None:
+        dtype: tl.constexpr = packed_ptr.dtype.element_ty
+        # dy is 0 where a is 0, and a coefficient that overflows 16 bit must not turn it into NaN
+        beta, gamma = tl.where(a == 0.0, 0.0, beta), tl.where(a == 0.0, 0.0, gamma)
+        hi = round_to(beta, dtype, UPCAST)
+        tl.store(packed_ptr + BETA_HI * C + c, hi, mask=c_mask)
+        tl.store(packed_ptr + BETA_LO * C + c, round_to(beta - hi.to(tl.float32), dtype, UPCAST), mask=c_mask)
+        tl.store(packed_ptr + GAMMA * C + c, round_to(gamma, dtype, UPCAST), mask=c_mask)
+        tl.store(packed_ptr + NEG_GAMMA * C + c, round_to(-gamma, dtype, UPCAST), mask=c_mask)
+
+
+@triton.jit
 def coefficients_program(
     pid, partials_ptr, merged_ptr, counters_ptr, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr,
     dgamma_ptr, dbeta_ptr, dbias_ptr, tiles, chunks, chunk,
@@ -100,37 +158,73 @@ def coefficients_program(
         if last:
             one, two = _summed(merged_ptr, 0, chunks, chunks, c, C, BLOCK_T, BLOCK_C, ".cg")
     if last:
-        own_one, own_two = one, two
-        if own_ptr is not None:
-            own_one = tl.load(own_ptr + c, mask=c_mask, other=0.0)
-            own_two = tl.load(own_ptr + C + c, mask=c_mask, other=0.0)
-        invstd = tl.load(vectors_ptr + INVSTD * C + c, mask=c_mask, other=0.0)
-        a = tl.load(vectors_ptr + SCALE * C + c, mask=c_mask, other=0.0)
-        if dgamma_ptr is not None:
-            store_rounded(dgamma_ptr + c, invstd * own_two, c_mask)
-        if dbeta_ptr is not None:
-            store_rounded(dbeta_ptr + c, own_one, c_mask)
-        if dbias_ptr is not None:
-            store_rounded(dbias_ptr + c, tl.zeros_like(a) if BATCH else a * own_one, c_mask)
-        # dy = a * (g + beta * y + gamma)
-        beta, gamma = tl.zeros_like(a), tl.zeros_like(a)
-        if BATCH:
-            inv_count = tl.load(vectors_ptr + INV_COUNT * C + c, mask=c_mask, other=0.0)
-            s1, s2 = one * inv_count, two * invstd * inv_count
-            beta = -invstd * s2
-            gamma = -beta * tl.load(vectors_ptr + MEAN * C + c, mask=c_mask, other=0.0) - s1
-        tl.store(coefficients_ptr + A * C + c, a, mask=c_mask)
-        tl.store(coefficients_ptr + B * C + c, a * beta, mask=c_mask)
-        tl.store(coefficients_ptr + CONSTANT * C + c, a * gamma, mask=c_mask)
-        if packed_ptr is not None:
-            dtype: tl.constexpr = packed_ptr.dtype.element_ty
-            # dy is 0 where a is 0, and a coefficient that overflows 16 bit must not turn it into NaN
-            beta, gamma = tl.where(a == 0.0, 0.0, beta), tl.where(a == 0.0, 0.0, gamma)
-            hi = round_to(beta, dtype, UPCAST)
-            tl.store(packed_ptr + BETA_HI * C + c, hi, mask=c_mask)
-            tl.store(packed_ptr + BETA_LO * C + c, round_to(beta - hi.to(tl.float32), dtype, UPCAST), mask=c_mask)
-            tl.store(packed_ptr + GAMMA * C + c, round_to(gamma, dtype, UPCAST), mask=c_mask)
-            tl.store(packed_ptr + NEG_GAMMA * C + c, round_to(-gamma, dtype, UPCAST), mask=c_mask)
+        store_coefficients(
+            one, two, own_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, c,
+            C, BATCH, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    partials_ptr, tiles, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, c,
+    C: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    one, two = _summed(partials_ptr, 0, tiles, tiles, c, C, BLOCK_T, BLOCK_C, ".cg")
+    store_coefficients(
+        one, two, None, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, c, C, BATCH, UPCAST
+    )
+
+
+@triton.jit
+def _merge(
+    partials_ptr, merged_ptr, part, first, end, tiles, chunks, c,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    one, two = _summed(partials_ptr, first, end, tiles, c, C, BLOCK_T, BLOCK_C, ".cg")
+    out = merged_ptr + part * C + c
+    tl.store(out, one, mask=c < C)
+    tl.store(out + chunks * C, two, mask=c < C)
+
+
+@triton.jit
+def finish_last(
+    tile, block, c, tiles, chunks, chunk, arrivals_ptr,
+    partials_ptr, merged_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
+    partials_d_ptr, merged_d_ptr, vectors_d_ptr, coefficients_d_ptr, packed_d_ptr, dgamma_d_ptr, dbeta_d_ptr,
+    dbias_d_ptr,
+    C: tl.constexpr, BATCH: tl.constexpr, BATCH_D: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Arrive with the stored sums of a tile, for one or two norms; the last program of a channel block finishes them.
+
+    The last of a chunk of tiles adds them up, the last chunk's adds up the chunks and stores the coefficients. Counters
+    that have served are 0 again. ``block``: of BLOCK_C channels.
+    """
+    part = tile // chunk
+    first = part * chunk
+    end = min(first + chunk, tiles)
+    own_ptr = arrivals_ptr + block * ARRIVALS
+    if arrive(own_ptr + part) == end - first - 1:
+        tl.store(own_ptr + part, 0)
+        last = True
+        if merged_ptr is not None:
+            _merge(partials_ptr, merged_ptr, part, first, end, tiles, chunks, c, C, BLOCK_T, BLOCK_C)
+            if partials_d_ptr is not None:
+                _merge(partials_d_ptr, merged_d_ptr, part, first, end, tiles, chunks, c, C, BLOCK_T, BLOCK_C)
+            last = arrive(own_ptr + MOST_CHUNKS) == chunks - 1
+        if last:
+            tl.store(own_ptr + MOST_CHUNKS, 0)
+            _finish(
+                partials_ptr if merged_ptr is None else merged_ptr, chunks if merged_ptr is not None else tiles,
+                vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, c,
+                C, BATCH, UPCAST, BLOCK_T, BLOCK_C,
+            )  # fmt: skip
+            if partials_d_ptr is not None:
+                _finish(
+                    partials_d_ptr if merged_ptr is None else merged_d_ptr, chunks if merged_ptr is not None else tiles,
+                    vectors_d_ptr, coefficients_d_ptr, packed_d_ptr, dgamma_d_ptr, dbeta_d_ptr, dbias_d_ptr, c,
+                    C, BATCH_D, UPCAST, BLOCK_T, BLOCK_C,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -295,6 +389,48 @@ def without_norm(reduction: Passenger = NO_REDUCTION) -> Passenger:
         (*[None] * 10, 0, 0, 0, 0, *NO_DGRAD.arguments, *reduction.arguments),
         {**constants, **NO_DGRAD.constants, **reduction.constants},
     )
+
+
+class Finish(NamedTuple):
+    """What the end of a block stores of one norm, for :func:`finish_last`.
+
+    Attributes:
+        grad: the gradient whose coefficients are written.
+        found: dgamma, dbeta and the bias's gradient, to be written; None where they are not wanted.
+    """
+
+    grad: Grad
+    found: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def finish_of(grad: Grad, parameters: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Finish:
+    """Return what a norm's end stores; arguments as of :func:`coefficients`."""
+    gamma, beta, bias = (None if p is None else torch.empty_like(p) for p in parameters)
+    return Finish(grad, (gamma, beta, bias))
+
+
+def finish_arguments(
+    finishes: Sequence[Finish], tiles: int, like: Tensor, norms: int
+) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    """Return what :func:`finish_last` takes of up to ``norms`` norms over sums of ``tiles`` tiles like ``like``.
+
+    Chunks and their length, then per norm the memory for merged sums, the coefficients twice and the gradients; and
+    BATCH of each norm.
+    """
+    chunk = max(LEAST_CHUNK, -(-tiles // MOST_CHUNKS.value))
+    chunks = -(-tiles // chunk)
+    arguments: list[Any] = [chunks, chunk]
+    for finish in finishes:
+        merged = like.new_empty((2, chunks, like.shape[2])) if chunks > 1 else None
+        arguments += [merged, finish.grad.coefficients, finish.grad.packed, *finish.found]
+    arguments += [None] * (6 * (norms - len(finishes)))
+    batch = [*(f.grad.batch for f in finishes), False, False]
+    return tuple(arguments), {"BATCH": batch[0], "BATCH_D": batch[1]}
+
+
+def arrivals_of(channels: int) -> int:
+    """Return the counters that the end of a block of ``channels`` channels needs, and leaves 0."""
+    return -(-channels // channel_block(channels)) * ARRIVALS.value
 
 
 def gradient_of(g: Tensor, y: Tensor, batch: bool) -> Grad:

@@ -31,12 +31,16 @@ def rows_of(t: Tensor) -> int:
 def tile_of(t: Tensor, accesses: int) -> tuple[int, int]:
     """Return (BLOCK_M, BLOCK_C) such that every thread holds ``accesses`` runs of 16 bytes of a tile.
 
-    BLOCK_C is the power of two that divides the channels of ``t``, if it is at least 32, so that no lane is idle.
+    BLOCK_C is :func:`channel_block`.
     """
-    c = t.shape[1]
-    divides = c & -c
-    channels = min(128, divides if divides >= 32 else triton.next_power_of_2(c))
+    channels = channel_block(t.shape[1])
     return max(1, THREADS * accesses * 16 // t.element_size() // channels), channels
+
+
+def channel_block(c: int) -> int:
+    """Return the power of two that divides ``c`` channels, if it is at least 32, so that no lane is idle; up to 128."""
+    divides = c & -c
+    return min(128, divides if divides >= 32 else triton.next_power_of_2(c))
 
 
 def grid_of(tiles: int, t: Tensor, block_c: int) -> tuple[int]:

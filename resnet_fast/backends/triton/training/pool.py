@@ -28,7 +28,8 @@ rounded values. ReLU is the 0 that every maximum starts from.
 Backward: a window's winner is found as in PyTorch, on the rounded activations: the first maximum in row order, but the
 last NaN if there is any. The search starts from 0 too: if nothing is positive, no pixel wins. That is the ReLU's mask.
 
-Saved launches. The forward's first programs finalize the norm, as in block_end.py.
+Saved launches. The forward's first programs finalize the norm, and the backward's last ones write its coefficients, as
+in block_end.py.
 
 Coordinates are clamped to the image instead of masked: a tap in the padding reads the window's nearest pixel inside
 again, which changes neither the maximum nor its first position, and saves a select per element.
@@ -55,6 +56,7 @@ from ..tiles import round_to
 from .arrival import clear_in_first_program
 from .batch_norm import BLOCK_C as MERGED_C
 from .batch_norm import FIRST_T, NUMBERS, finalization_arguments, finalize_first, wait_for_vectors
+from .norm_gradient import SUMMED, Finish, finish_arguments, finish_last
 from .pack import Passenger
 from .passes import MEAN, SCALE, SHIFT, channels_of_program, empty_image, grid_of, mask_of, tile_of, vector
 
@@ -98,7 +100,7 @@ def _extended(best, row_best, r: tl.constexpr, KERNEL: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "H", "W", "Hp", "Wp", "strip", *NUMBERS])
 def _pool_end_fwd_kernel(
     y_ptr, vectors_ptr, z_ptr, N, H, W, Hp, Wp, strip,
-    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, own_ptr,
+    partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr, found_ptr,
     tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
     C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, MERGED_T: tl.constexpr, MERGED_C: tl.constexpr,
@@ -107,7 +109,7 @@ def _pool_end_fwd_kernel(
     if partials_ptr is not None:
         early = finalize_first(
             partials_ptr, merged_ptr, counters_ptr, gamma_ptr, beta_ptr, bias_ptr, centre_ptr, mean_ptr, var_ptr,
-            own_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
+            found_ptr, tiles, chunks, chunk, rows, count, eps, keep, momentum, mean_stride, var_stride,
             # a stem has one norm
             None, None, None, None, None, None, None, None, None, None, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 1, 1,
             C, MERGED_T, MERGED_C,
@@ -221,12 +223,16 @@ def _received(grad, winner, dz, k: tl.constexpr, left: tl.constexpr, KERNEL: tl.
         return grad
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "Hp", "Wp", "cells_h", "cells_w", "strip", "tiles", "counters"])
+@triton.jit(
+    do_not_specialize=["N", "H", "W", "Hp", "Wp", "cells_h", "cells_w", "strip", "tiles", "counters", "chunks", "chunk"]
+)
 def _pool_end_bwd_kernel(
-    dz_ptr, y_ptr, vectors_ptr, g_ptr, partials_ptr, counters_ptr, counters,
-    N, H, W, Hp, Wp, cells_h, cells_w, strip, tiles,
+    dz_ptr, y_ptr, vectors_ptr, g_ptr, partials_ptr, counters_ptr, counters, arrivals_ptr,
+    N, H, W, Hp, Wp, cells_h, cells_w, strip, tiles, chunks, chunk,
+    merged_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
     C: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BATCH: tl.constexpr, BATCH_D: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMMED_T: tl.constexpr,
 ):  # fmt: skip
     REACH: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     PIXELS: tl.constexpr = STRIDE * STRIDE
@@ -273,10 +279,25 @@ def _pool_end_bwd_kernel(
     out = partials_ptr + tile * C + c
     tl.store(out, tl.sum(sum_g, axis=0), mask=c < C)
     tl.store(out + tiles * C, tl.sum(sum_y, axis=0), mask=c < C)
+    if coefficients_ptr is not None:
+        tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        finish_last(
+            tile, tl.program_id(0) % tiles_c, c, tiles, chunks, chunk, arrivals_ptr,
+            partials_ptr, merged_ptr, vectors_ptr, coefficients_ptr, packed_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr,
+            None, None, None, None, None, None, None, None,  # a stem has one norm
+            C, BATCH, BATCH_D, UPCAST, SUMMED_T, BLOCK_C,
+        )  # fmt: skip
 
 
 def pool_end_backward(
-    dz: Tensor, y: Tensor, vectors: Tensor, pool: Pool, counters: Tensor | None = None
+    dz: Tensor,
+    y: Tensor,
+    vectors: Tensor,
+    pool: Pool,
+    counters: Tensor | None = None,
+    g: Tensor | None = None,
+    finishes: Sequence[Finish] = (),
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradient of the stem's end.
 
@@ -286,20 +307,23 @@ def pool_end_backward(
         vectors: (10, C) of its norm.
         pool: the max-pool.
         counters: int32 of the launches behind this one, set to 0 (arrival.py), or None.
+        g: where to write g, like y; None to allocate it.
+        finishes, arrivals: as of :func:`block_end.block_end_backward`, for y.
 
     Returns:
         g (N, C, H, W), the gradient of the norm's output, and partial sums (2, tiles, C) fp32 of g and g * (y - MEAN).
     """
     n, c, h, w = y.shape
     cells_h, cells_w = ((size - 1 + pool.padding) // pool.stride + 1 for size in (h, w))
-    g, tile = empty_image(y), tile_of(y, 1)
+    g, tile = empty_image(y) if g is None else g, tile_of(y, 1)
     tiles, strip = _strips(n * cells_w, cells_h, y, tile)
     partials = y.new_empty((2, tiles, c), dtype=torch.float32)
+    finish, batch = finish_arguments(finishes, tiles, partials, 1)
     submit(
         _pool_end_bwd_kernel, grid_of(tiles, y, tile[1]),
-        dz, y, vectors, g, partials, counters, 0 if counters is None else counters.numel(),
-        n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip, tiles,
+        dz, y, vectors, g, partials, counters, 0 if counters is None else counters.numel(), arrivals,
+        n, h, w, _pooled(h, pool), _pooled(w, pool), cells_h, cells_w, strip, tiles, *finish,
         C=c, KERNEL=pool.kernel, STRIDE=pool.stride, PAD=pool.padding,
-        UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1],
+        UPCAST=upcasts(y.dtype), BLOCK_M=tile[0], BLOCK_C=tile[1], SUMMED_T=max(1, SUMMED // tile[1]), **batch,
     )  # fmt: skip
     return g, partials

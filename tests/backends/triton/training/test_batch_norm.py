@@ -424,14 +424,14 @@ def test_coefficients_pack_and_finish_a_wgrad(name: str, tiles: int) -> None:
 @pytest.mark.parametrize("channels", [3, 2048])
 def test_the_first_launch_of_a_pass_clears_the_counters(channels: int, poisoned_outputs: None) -> None:
     like = torch.empty(2, 64, 4, 4)
-    found = counters_for(like, 4, batch_norm.blocks_of(channels))
+    found, *_ = counters_for(like, 4, batch_norm.blocks_of(channels), 70)
     pack.launch([], found)
     assert not found.any()
     for end in (
         lambda rows: block_end.block_end_backward(like, None, like, torch.ones(10, 64), None, None, rows),
         lambda rows: pool.pool_end_backward(torch.ones(2, 64, 2, 2), like, torch.ones(10, 64), Pool(2, 2, 0), rows),
     ):
-        found = counters_for(like, 4, batch_norm.blocks_of(channels))
+        found, *_ = counters_for(like, 4, batch_norm.blocks_of(channels), 70)
         end(found)
         assert not found.any()
 
