@@ -6,13 +6,17 @@ counts positions. A record holds no decision; its Spec decides what runs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .spec import Pair
+
+record: Callable[[type[Any], Sequence[Any]], Any] = tuple.__new__
+"""``record(Conv, fields)`` makes a record of all its fields in their order. A named tuple's own constructor is a Python
+function that takes several times as long, and a training step makes hundreds of records."""
 
 
 class Conv(NamedTuple):
@@ -148,23 +152,29 @@ class Call(NamedTuple):
         In this order: ``x``, ``added``, and of each layer the convolution's weights, then their biases, the norms'
         weights, and their biases.
         """
-        convs, norms = self.convs, self.norms
-        return (
-            self.x,
-            self.added,
-            *[c.weight for c in convs],
-            *[c.bias for c in convs],
-            *[n.weight for n in norms],
-            *[n.bias for n in norms],
-        )
+        weights, biases, *_ = zip(*self.convs, strict=True)
+        gammas, betas, *_ = zip(*self.norms, strict=True)
+        return (self.x, self.added, *weights, *biases, *gammas, *betas)
 
     def with_leaves(self, leaves: Sequence[Any]) -> Call:
         """Return the call with other values in the order of :meth:`leaves`, and without running statistics."""
-        x, added, *rest = leaves
         count = len(self.convs)
-        convs = [Conv(rest[i], rest[count + i], *c[2:]) for i, c in enumerate(self.convs)]
-        norms = [Norm(rest[2 * count + i], rest[3 * count + i], None, None, *n[4:]) for i, n in enumerate(self.norms)]
-        return Call(self.op, x, tuple(convs), tuple(norms), added, *self[5:])
+        weights, biases, gammas, betas = [leaves[i : i + count] for i in range(2, 2 + 4 * count, count)]
+        convs = [
+            record(Conv, (weight, bias, *conv[2:]))
+            for conv, weight, bias in zip(self.convs, weights, biases, strict=True)
+        ]
+        norms = [
+            record(Norm, (gamma, beta, None, None, *norm[4:]))
+            for norm, gamma, beta in zip(self.norms, gammas, betas, strict=True)
+        ]
+        call: Call = record(Call, (self.op, leaves[0], tuple(convs), tuple(norms), leaves[1], *self[5:]))
+        return call
+
+    def with_inputs(self, x: Tensor, added: Tensor | None) -> Call:
+        """Return the call with other activations."""
+        call: Call = record(Call, (self.op, x, self.convs, self.norms, added, *self[5:]))
+        return call
 
 
 class NetCall(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -75,3 +76,14 @@ def test_paths_that_cannot_be_meant_are_errors(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RESNET_FAST_LIBRARY", str(tmp_path / "absent.so"))
     with pytest.raises(UserError, match="expected RESNET_FAST_LIBRARY to name a file"):
         flags.LIBRARY_FILE.read()
+
+
+def test_a_switch_is_read_at_each_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RESNET_FAST_STRICT", raising=False)
+    assert not flags.STRICT.enabled()
+    monkeypatch.setenv("RESNET_FAST_STRICT", "1")
+    assert flags.STRICT.enabled()
+    monkeypatch.delenv("RESNET_FAST_STRICT")
+    assert not flags.STRICT.enabled()
+    monkeypatch.setattr(os, "environ", {"RESNET_FAST_STRICT": "1"})
+    assert flags.STRICT.enabled()

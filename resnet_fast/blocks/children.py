@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Identity, SyncBatchNorm
 
 from .. import parameter_cache
-from ..calls import Conv, Norm
+from ..calls import Conv, Norm, record
 from ..spec import Pair
 from . import frozen_norms
 
@@ -48,7 +48,8 @@ def conv_record(conv: Any) -> Conv:
     parameters = fields["_parameters"]
     pairs = geometry(fields)
     assert pairs is not None
-    return Conv(parameters["weight"], parameters["bias"], *pairs, fields["groups"])
+    made: Conv = record(Conv, (parameters["weight"], parameters["bias"], *pairs, fields["groups"]))
+    return made
 
 
 def norm_record(norm: Any) -> Norm:
@@ -75,7 +76,9 @@ def norm_record(norm: Any) -> Norm:
         momentum = _count_batch(norm, momentum)
     else:
         mean = var = None
-    return Norm(weight, bias, mean, var, True, momentum or 0.0, eps, sync_group(norm) if kind is SyncBatchNorm else "")
+    group = sync_group(norm) if kind is SyncBatchNorm else ""
+    made: Norm = record(Norm, (weight, bias, mean, var, True, momentum or 0.0, eps, group))
+    return made
 
 
 def _count_batch(norm: Any, momentum: float | None) -> float | None:

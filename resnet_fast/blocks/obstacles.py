@@ -28,7 +28,7 @@ NORMS = "BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d or Identity"
 
 def untraceable(x: Any) -> str:
     """Return why a call with this input must run the stock layers: a tracer or transform that cannot read our ops."""
-    if isinstance(x, torch.fx.Proxy):
+    if type(x) is not Tensor and isinstance(x, torch.fx.Proxy):
         return "torch.fx traces the stock layers, so that the nodes have torchvision's names"
     if torch.compiler.is_exporting():
         return "torch.export records the stock layers, which quantizers and other runtimes know"

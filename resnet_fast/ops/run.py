@@ -81,9 +81,11 @@ def _run_op(call: Call, backend: str, save: str) -> Tensor:
 def autocast(call: Call, dtype: torch.dtype) -> Call:
     """Return the call with float32 activations in ``dtype``. Weights stay as they are: folding rounds them once."""
     x, added = call.x, call.added
+    if x.dtype == torch.float32:
+        x = x.to(dtype)
     if added is not None and added.dtype == torch.float32:
-        call = call._replace(added=added.to(dtype))
-    return call._replace(x=x.to(dtype)) if x.dtype == torch.float32 else call
+        added = added.to(dtype)
+    return call if x is call.x and added is call.added else call.with_inputs(x, added)
 
 
 def is_plain(x: Tensor) -> bool:

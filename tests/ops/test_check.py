@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast.calls import Call
+from resnet_fast.calls import Call, Conv, Norm
 from resnet_fast.errors import UserError
 from resnet_fast.ops.check import layout_of
 from resnet_fast.ops.specs import check, spec_of
@@ -257,3 +257,11 @@ def test_layout_of_is_what_a_convolution_returns(shape: tuple[int, ...], layout:
     t = lay_out(torch.randn(shape), layout)
     expected = "nhwc" if suggest_memory_format(t) == torch.channels_last and t.numel() else "nchw"
     assert layout_of(t) == expected
+
+
+def test_equal_specs_of_different_calls_are_one_object() -> None:
+    """A frozen net and a trained one, weights in fp32 and in fp16: what is looked up by a spec compares identities."""
+    x, weight = torch.randn(1, 16, 4, 4).half(), torch.randn(8, 16, 1, 1)
+    convs = [Conv(w, None, (1, 1), (0, 0), (1, 1), 1) for w in (weight, weight.half())]
+    found = [spec_of(Call("conv_bn_act", x, (conv,), (Norm(),)), grad=False) for conv in convs]
+    assert found[0] is found[1]
