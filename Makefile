@@ -24,7 +24,7 @@ marked = $(shell grep -rl "mark\.$(1)\b" tests --include="test_*.py")
 slow_and = $(filter $(call marked,$(1)),$(call marked,slow))
 
 BUILD_INPUTS := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') benchmarks/null_gpu.cpp
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') $(wildcard benchmarks/*.cpp)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
 BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast.benchmarks import null_gpu
 from resnet_fast.blocks import recorder
+from resnet_fast.blocks.net import Net
 
 IMAGE = 64
 """Height and width of an image, in pixels."""
@@ -45,6 +47,7 @@ class HostCase:
         amp: run inside bfloat16 autocast.
         batch: images.
         graph: replay our net from CUDA graphs.
+        frozen: promise that our net does not change.
     """
 
     train: bool
@@ -52,6 +55,7 @@ class HostCase:
     amp: bool
     batch: int
     graph: bool = False
+    frozen: bool = False
 
 
 CASES = {
@@ -112,18 +116,27 @@ class NullRecorder(recorder.Recorder):
         """Nothing runs."""
 
 
-def step_of(model: nn.Module, case: HostCase) -> Step:
-    """Return a function that runs one step of ``model``, a net on the CPU, on the null GPU."""
-    model = model.to(case.dtype).cuda().to(memory_format=torch.channels_last).train(case.train)
+def phases_of(model: nn.Module, case: HostCase) -> dict[str, Step]:
+    """Return the phases of one step of ``model`` on the null GPU, by name and in their order.
+
+    ``model`` is on the CPU, or on ``meta``: no kernel reads its weights.
+    """
+    model = model.to(case.dtype).to_empty(device="cuda").to(memory_format=torch.channels_last).train(case.train)
+    if case.frozen and isinstance(model, Net):
+        resnet_fast.freeze(model)
     x = torch.empty(case.batch, 3, IMAGE, IMAGE, dtype=case.dtype, device="cuda")
     x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.empty(case.batch, dtype=torch.long, device="cuda")
     parameters = list(model.parameters())
 
-    def train() -> None:
+    waiting: list[Tensor] = []
+
+    def forward() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=case.amp):
-            loss = F.cross_entropy(model(x).float(), labels)
-        loss.backward()
+            waiting.append(F.cross_entropy(model(x).float(), labels))
+
+    def backward() -> None:
+        waiting.pop().backward()
         for p in parameters:
             p.grad = None
 
@@ -131,16 +144,28 @@ def step_of(model: nn.Module, case: HostCase) -> Step:
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=case.amp):
             model(x)
 
-    return train if case.train else infer
+    return {"forward": forward, "backward": backward} if case.train else {"inference": infer}
+
+
+def nets(name: str, case: HostCase) -> tuple[nn.Module, nn.Module]:
+    """Return the accelerated and the stock net ``name``, without memory."""
+    from torchvision import models
+
+    setattr(recorder, "Recorder", NullRecorder)  # noqa: B010 (in place of a class that needs a device)
+    with torch.device("meta"):
+        ours, stock = models.get_model(name), models.get_model(name)
+    return resnet_fast.accelerate(ours, cuda_graph=case.graph), stock
 
 
 def steps(name: str, case: HostCase) -> tuple[Step, Step]:
     """Return the steps of the accelerated and of the stock net ``name``."""
-    from torchvision import models
+    ours, stock = (tuple(phases_of(net, case).values()) for net in nets(name, case))
+    return partial(_run, ours), partial(_run, stock)
 
-    setattr(recorder, "Recorder", NullRecorder)  # noqa: B010 (in place of a class that needs a device)
-    ours = resnet_fast.accelerate(models.get_model(name), cuda_graph=case.graph)
-    return step_of(ours, case), step_of(models.get_model(name), case)
+
+def _run(phases: tuple[Step, ...]) -> None:
+    for phase in phases:
+        phase()
 
 
 def measure(ours: Step, stock: Step, rounds: int) -> HostTime:

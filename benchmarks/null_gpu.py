@@ -11,19 +11,17 @@ PyTorch spends most of its host time there, so a ratio to it is an upper bound.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import itertools
 import os
-import warnings
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from resnet_fast import native
+from resnet_fast.benchmarks import extension
 
 SOURCE = Path(__file__).with_name("null_gpu.cpp")
 NAME = "NVIDIA H100 80GB HBM3"
@@ -65,7 +63,7 @@ def install(compile_kernels: bool = False) -> None:
     os.environ["RESNET_FAST_PROVE"] = "0"  # kernels that compute nothing prove nothing
     os.environ["TORCH_AUTOGRAD_SHUTDOWN_WAIT_LIMIT"] = "0"
     _replace_queries()
-    _library = ctypes.CDLL(str(_built()))
+    _library = ctypes.CDLL(str(extension.built(SOURCE)))
     _replace_driver(compile_kernels)
     submitter = native.submitter()
     if not isinstance(submitter, str):
@@ -86,30 +84,6 @@ def launch_address() -> int:
     """Return the address of a C function that stands for the driver's ``cuLaunchKernelEx``, for native launches."""
     assert _library is not None
     return ctypes.cast(_library.null_gpu_launch, ctypes.c_void_p).value or 0
-
-
-def _built() -> Path:
-    """Build the library where PyTorch keeps extensions, unless it is there.
-
-    Its name there follows the source and torch's version, since torch's own cache tells neither apart: another
-    version's library lacks symbols. Nothing is locked, and the file appears whole: a build that is killed leaves the
-    next ones nothing to wait for.
-    """
-    from torch.utils import cpp_extension
-
-    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    kept = folder / f"resnet_fast_null_gpu_{key}.so"
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as place, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            built = cpp_extension.load(
-                "resnet_fast_null_gpu", [str(SOURCE)], extra_cflags=["-O2", "-w"], build_directory=place,
-                with_cuda=False, is_python_module=False,
-            )  # fmt: skip
-            os.replace(built, kept)
-    return kept
 
 
 def _replace_queries() -> None:

@@ -402,7 +402,8 @@ def test_native_wheel_is_built_and_loads(checkout: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "program", ["gpu.check", "gpu.tune", "gpu.bench", "tables.traffic", "tables.cuda_budgets", "host_time"]
+    "program",
+    ["gpu.check", "gpu.tune", "gpu.bench", "tables.traffic", "tables.cuda_budgets", "host_time", "host_instructions"],
 )
 def test_programs_of_a_wheel_work_or_name_what_they_need(program: str, checkout: Path, tmp_path: Path) -> None:
     """They never take the folder of installed packages for a checkout and look for tests or docs there."""
@@ -414,11 +415,11 @@ def test_programs_of_a_wheel_work_or_name_what_they_need(program: str, checkout:
         sys.executable,
         "-m",
         f"resnet_fast.benchmarks.{program}",
-        *(["--help"] if program == "host_time" else []),
+        *(["--help"] if program.startswith("host_") else []),
     ]
     environment = {**os.environ, "PYTHONPATH": str(site), "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=120)
-    if program == "host_time":
+    if program.startswith("host_"):
         assert done.returncode == 0, done.stderr
     else:
         assert done.returncode != 0 and re.search(r"expected a checkout .*got the installed package in", done.stderr)
