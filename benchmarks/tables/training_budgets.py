@@ -67,7 +67,7 @@ PROLOGUE = ("1x1 behind", "3x3", "3x3/2", "3x3 groups", "3x3 narrow", "1x1 narro
 ONE_CONFIG = ("1x1 first",)
 """Their main loops are those of other layers."""
 
-FOLDED = ("3x3", "1x1 behind")
+FOLDED = ("3x3", "1x1 behind", "3x3 narrow")
 """Layers whose backward launches are also compiled with a folded norm: dgrad behind a ReLU, wgrad with its sums."""
 
 NO_DGRAD = ("7x7/2",)
