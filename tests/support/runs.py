@@ -12,6 +12,7 @@ from resnet_fast.training import curves, runlog
 from resnet_fast.training.loop import train
 from resnet_fast.training.options import RunOptions, Tick, Watch
 from resnet_fast.training.recipe import Recipe
+from tests.support.processes import LIMIT_S
 
 Make = Callable[..., Any]
 draw_curves = curves.write_curves
@@ -25,8 +26,9 @@ def train_until_killed(chosen: Recipe, run: RunOptions, last: int) -> None:
     """Train up to step ``last`` and wait there: on a busy machine a run would end before anybody kills it."""
 
     def wait(tick: Tick) -> None:
-        while tick.step >= last:
-            time.sleep(60)
+        if tick.step >= last:
+            time.sleep(LIMIT_S)
+            raise TimeoutError(f"nobody killed the run at step {tick.step} within {LIMIT_S} s")
 
     train(chosen, run, Watch(step=wait))
 
