@@ -5,7 +5,8 @@
 
 The steps are those of :mod:`.host_time` on a GPU that computes nothing (:mod:`.null_gpu`), run under valgrind
 (:mod:`.callgrind`). The host code of cuDNN and of the driver is missing, and so is that of an optimizer. Stock PyTorch
-spends most of its host time in the first two and we launch without the first, so a ratio to stock is an upper bound.
+spends most of its host time in the first two. We launch without the first and make no more launches, so the ratio of a
+step that launches its kernels is an upper bound. That of a replayed graph is none: its one launch is the driver's.
 An instruction is no unit of time: Python's take longer than those of C++, because more of them miss the caches.
 
 The case of the CPU runs on the CPU itself, with a small image. Only Python's own instructions are counted there: what
@@ -222,8 +223,10 @@ def table(counts: Counts) -> str:
 
 
 MISSING = (
-    "In thousands of instructions, counted. The host code of cuDNN, cuBLAS, the driver and an optimizer is missing, "
-    "most of it stock's, so each ratio of a GPU case is an upper bound. Python's cyclic garbage collection is left out."
+    "In thousands of instructions, counted. Missing are the host code of cuDNN and cuBLAS, which is stock's, "
+    "the driver's part of every launch of both, and an optimizer. So the ratio of a step that launches its "
+    "kernels is an upper bound; that of a replayed graph is none, because its one launch is the driver's. "
+    "Python's cyclic garbage collection is left out."
 )
 
 
