@@ -293,7 +293,9 @@ class MappedBlock(Fused):
         return [piece.conv for piece in self.read().pieces()]
 
     def op_name(self) -> str:
-        return self.read().op(self.mapping.residual) or "pieces"
+        reading = self.read()
+        one = self.op == "stem" and len(reading.pieces()) == 1 and _pools(reading.steps[-1])
+        return reading.op(self.mapping.residual) or ("stem" if one else "pieces")
 
     def op_layers(self) -> list[nn.Module]:
         return [self]

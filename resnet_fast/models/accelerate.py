@@ -29,8 +29,9 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
 
     Names, parameters, buffers, hooks and ``state_dict`` stay as they are. Only the classes of modules change, each to a
     subclass of its former class. A block that cannot be fused runs its stock layers, and :func:`resnet_fast.explain`
-    gives the reason. Blocks of other classes (subclasses, other libraries' residual blocks) are left alone. This is
-    logged once per class and counted at each call of the net.
+    gives the reason. Blocks of other classes (subclasses, other libraries' residual blocks) are left alone, unless
+    :func:`resnet_fast.register_block` describes them. They are logged once per class and counted at each call of the
+    net. :func:`resnet_fast.report` tells the share of the model that is fused.
 
     Call it again to change an option.
 
@@ -47,8 +48,9 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
         ``model`` itself.
 
     Raises:
-        UserError: ``model`` is no module or has no known residual block, ``backend`` or ``save`` is unknown, or
-            ``cuda_graph`` is set for a model without a whole net.
+        UserError: ``model`` is no module or has no known residual block, a block is not as ``register_block`` described
+            it, ``backend`` or ``save`` is unknown, or ``cuda_graph`` is set for a model without a whole net. Nothing is
+            changed then.
         BackendError: in strict mode, ``model`` has a residual block of another class. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):

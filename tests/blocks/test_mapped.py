@@ -24,13 +24,12 @@ from tests.support import nets
 def registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Register the described blocks, and forget at the end what a test registers."""
     monkeypatch.setattr(known, "_registered", {})
-    before = dict(fused.KNOWN)
     register_block(foreign.NormInside, foreign.NORM_INSIDE)
     register_block(foreign.NormInsideStem, foreign.NORM_INSIDE_STEM)
     register_block(foreign.Plain, foreign.PLAIN)
     yield
-    fused.KNOWN.clear()
-    fused.KNOWN.update(before)
+    for cls in known._registered:
+        fused.KNOWN.pop(cls)
 
 
 def inside_net() -> nn.Module:
