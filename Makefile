@@ -82,9 +82,9 @@ coverage: $(VENV)/.stamp-dev
 
 dev: $(VENV)/.stamp-dev
 
-# A warning, such as a link that leads nowhere, is an error.
+# A warning, such as a link that leads nowhere, is an error. All pages are read again (-E): some hold docstrings and results.
 docs: $(VENV)/.stamp-dev
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/doctrees . build/docs
+	$(BIN)/python -m sphinx -q -E -a -W --keep-going -c docs/site -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
 
 lint: $(VENV)/.stamp-dev

@@ -51,6 +51,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     home = (out / first[1]).read_text(encoding="utf-8")
     sidebar = home.partition('class="sidebar-tree"')[2].partition("</ul></div>")[0]
     assert all(f'href="{page}"' in sidebar for page in ("start.html", "faq.html", "../CHANGELOG.html", "limits.html"))
+    assert "limits.md" not in text(out / first[1])  # links show titles
     for page in out.rglob("*.html"):  # opened from disk: nothing is fetched, and no link leads to a Markdown file
         own = page.read_text(encoding="utf-8")
         assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', own), page.name

@@ -48,11 +48,11 @@ suppress_warnings = ["myst.header"]  # a page of tables may begin with a third-l
 
 
 def fill(app: Sphinx, name: str, source: list[str]) -> None:
-    """Add to a page what only the site can show, and remove what it cannot: links to folders of the source."""
+    """Add to a page what only the site can show, titles in links, and no links to folders of the source."""
     page = ROOT / f"{name}.md"
     text = re.sub(r"<!-- site: (\w+) -->", lambda found: pages.GENERATED[found[1]](), source[0])
     text = pages.without_links_to_folders(text, page)
-    source[0] = text + pages.navigation(text, page)
+    source[0] = pages.with_titles(text) + pages.navigation(text, page)
 
 
 def redirect(app: Sphinx, error: Exception | None) -> None:

@@ -34,6 +34,16 @@ def without_links_to_folders(text: str, page: Path) -> str:
     return LINK.sub(lambda found: found[1] if (page.parent / found[2]).is_dir() else found[0], text)
 
 
+def with_titles(text: str) -> str:
+    """Show a page's title in place of its file's name in links: ``[x.md](x.md)`` becomes ``[](x.md)``."""
+
+    def link(found: re.Match[str]) -> str:
+        named = found[1].removesuffix(".md") == Path(found[2]).stem and found[2].endswith(".md")
+        return f"[]({found[2]}{found[3] or ''})" if named and found[1] != "README" else found[0]
+
+    return LINK.sub(link, text)
+
+
 def navigation(text: str, page: Path) -> str:
     """Return hidden tables of contents of an index: one for each section of docs/README.md, one of another README.md.
 
@@ -54,14 +64,15 @@ def navigation(text: str, page: Path) -> str:
             own = [path for path in own if path.parent == page.parent]
         shown.update(own)
         title = f":caption: {caption}\n" if caption else ""
-        entries = "\n".join(os.path.relpath(path.with_suffix(""), page.parent) for path in own)
+        names = [os.path.relpath(path.with_suffix(""), page.parent) for path in own]
+        entries = "\n".join("Overview <../README>" if name == "../README" else name for name in names)
         if entries:
             tables.append(f"```{{toctree}}\n:hidden:\n{title}\n{entries}\n```\n")
     return "\n" + "\n".join(tables)
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = [list(header), ["---"] * len(list(header)), *rows]
+def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
