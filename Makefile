@@ -59,7 +59,7 @@ $(VENV)/.stamp-demo: $(BUILD_INPUTS) | $(VENV)/.stamp-torch
 # Includes all that the demo needs, hence both stamps. nvidia-cutlass for its headers alone, which a test of layouts
 # compiles; what it depends on is for a GPU.
 $(VENV)/.stamp-dev: $(BUILD_INPUTS) | $(VENV)/.stamp-torch
-	$(INSTALL) --no-build-isolation -e ".[dev,bench,train,peers]"
+	$(INSTALL) --no-build-isolation -e ".[dev,docs,bench,train,peers]"
 	$(INSTALL) --no-deps nvidia-cutlass
 	@touch $(VENV)/.stamp-demo $@
 
