@@ -40,9 +40,16 @@ def test_json_follows_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_timm_names_the_blocks_that_run_stock(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("timm")
+    found = rows(capsys, "skresnet18", "--timm", "--image", "32")
+    assert {(row["op"], row["backend"]) for row in found} == {("stem", "onednn"), ("block", "stock")}
+    assert "expected a residual block of" in found[1]["why_not"]["fused"]
+    assert "SelectiveKernelBasic" in found[1]["why_not"]["fused"]
+
+
+def test_timm_names_the_pieces_of_a_block_around_a_foreign_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
     found = rows(capsys, "seresnet18", "--timm", "--image", "32")
-    assert {(row["op"], row["backend"]) for row in found} == {("stem", "onednn"), ("basic_block", "stock")}
-    assert "expected se to be absent" in found[1]["why_not"]["fused"]
+    assert {(row["op"], row["backend"]) for row in found} == {("stem", "onednn"), ("conv_bn_act", "onednn")}
 
 
 @pytest.mark.parametrize(

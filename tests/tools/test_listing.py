@@ -62,4 +62,6 @@ def test_timm_nets_say_how_many_blocks_run_fused() -> None:
     assert "resnet18" in names and "seresnet18" in listing.timm_names(("seresnet18",))
     (plain,) = listing.timm_entries(["resnet18"])
     assert (plain.params, plain.macs, plain.blocks, plain.fused) == (11_689_512, 1_814_073_344, 8, 8)
-    assert list(listing.timm_entries(["seresnet18"])) == []  # squeeze-and-excitation in every block
+    (excited,) = listing.timm_entries(["seresnet18"])  # its blocks run fused around squeeze-and-excitation
+    assert (excited.blocks, excited.fused) == (8, 8)
+    assert list(listing.timm_entries(["resnet50_gn"])) == []  # GroupNorm in every block
