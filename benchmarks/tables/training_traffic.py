@@ -162,7 +162,9 @@ def _zero_forward(
     return w, None if rows is None else weight.new_zeros(conv.co), pack.NO_FORWARD
 
 
-def _zero_dgrad(weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None) -> tuple[Tensor, pack.Passenger]:
+def _zero_dgrad(
+    weight: Tensor, dtype: torch.dtype, conv: ConvSpec, a: Tensor | None, tile: int
+) -> tuple[Tensor, pack.Passenger]:
     wt = weight.new_zeros((conv.ci, conv.r, conv.s, conv.co // merged_groups(conv)), dtype=dtype)
     return wt, pack.NO_DGRAD
 

@@ -230,7 +230,7 @@ def test_the_next_process_compiles_nothing(workers: str, tmp_path: Path, monkeyp
     done = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     compiled, launched = json.loads(done.stdout.splitlines()[-1])
-    assert compiled == [] and launched >= 15
+    assert compiled == [] and launched >= 10  # a pass of one block each, without and with gradients
 
 
 FIRST_STEP = """
