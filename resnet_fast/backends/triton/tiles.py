@@ -129,6 +129,15 @@ def finish_tile(
 
 
 @triton.jit
+def load_optional(ptr, c, c_mask, absent: tl.constexpr):
+    """Load a parameter as fp32; ``absent`` if there is none."""
+    if ptr is None:
+        return tl.zeros_like(c).to(tl.float32) + absent
+    else:
+        return tl.load(ptr + c, mask=c_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def steps_of_split(steps, SPLITS: tl.constexpr):
     """Return (first, end) of this program's K steps; the splits of a tile differ by at most one step."""
     split = tl.program_id(2)

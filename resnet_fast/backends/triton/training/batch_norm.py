@@ -51,7 +51,7 @@ from torch import Tensor
 
 from ....calls import Norm
 from ..launch import submit, upcasts
-from ..tiles import round_to, store_rounded
+from ..tiles import load_optional, round_to, store_rounded
 from . import vectors as v
 from .arrival import BLOCKS, READY, TICKET, arrive, arrived, draw, wait
 from .conv_fwd import usable_centre
@@ -137,22 +137,13 @@ def _merge_kernel(
 
 
 @triton.jit
-def _optional(ptr, c, c_mask, absent: tl.constexpr):
-    """Load a parameter as fp32; ``absent`` if there is none."""
-    if ptr is None:
-        return tl.zeros_like(c).to(tl.float32) + absent
-    else:
-        return tl.load(ptr + c, mask=c_mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _store_vectors(
     centre, mean, var, inv_count, batch_mean, batch_var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c,
     C: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Store all rows of ``vectors`` and of ``clamp`` from the statistics of y."""
     c_mask = c < C
-    gamma, beta = _optional(gamma_ptr, c, c_mask, 1.0), _optional(beta_ptr, c, c_mask, 0.0)
+    gamma, beta = load_optional(gamma_ptr, c, c_mask, 1.0), load_optional(beta_ptr, c, c_mask, 0.0)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     scale = gamma * invstd
     shift = beta - mean * scale
@@ -185,11 +176,11 @@ def _store_vectors(
 @triton.jit
 def _centre(centre_ptr, bias_ptr, c, C: tl.constexpr):
     """Return (what the convolution subtracted before its one rounding, its bias); see conv_fwd.py."""
-    bias = _optional(bias_ptr, c, c < C, 0.0)
+    bias = load_optional(bias_ptr, c, c < C, 0.0)
     if centre_ptr is None:
         return tl.zeros_like(bias), bias
     else:
-        return usable_centre(_optional(centre_ptr, c, c < C, 0.0) - bias), bias
+        return usable_centre(load_optional(centre_ptr, c, c < C, 0.0) - bias), bias
 
 
 @triton.jit
@@ -337,7 +328,7 @@ def _constant_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre, bias = _centre(centre_ptr, bias_ptr, c, C)
-    given, var = _optional(mean_ptr, c, c < C, 0.0), _optional(var_ptr, c, c < C, 1.0)
+    given, var = load_optional(mean_ptr, c, c < C, 0.0), load_optional(var_ptr, c, c < C, 1.0)
     mean = given - centre - bias
     _store_vectors(centre, mean, var, 0.0, given, var, gamma_ptr, beta_ptr, eps, vectors_ptr, clamp_ptr, c, C, UPCAST)
 

@@ -43,6 +43,7 @@ from ..submission import Passes
 from . import batch_norm, block_end, conv_wgrad, convolution, hand_over, norm_gradient, pack, pool, wgrad_sum
 from .arrival import counters_for
 from .convolution import Packed
+from .gradients import BackwardPass
 from .passes import empty_image
 from .problem import training_problem
 from .vectors import BATCH_MEAN, BATCH_VAR, CENTRE, SCALE, Act, Grad
@@ -286,26 +287,18 @@ def backward(
     return (*[None if t is None else in_layout(t, spec.layout) for t in (dx, added)], *others)
 
 
-class _Backward:
-    """One backward pass: the tensors that the forward pass saved, and the gradients computed so far.
-
-    ``needs``: a record like the call, with True in place of each tensor whose gradient is wanted.
-    """
+class _Backward(BackwardPass):
+    """One backward pass: the tensors that the forward pass saved, and the gradients computed so far."""
 
     def __init__(self, call: Call, spec: Spec, plan: StepPlan, saved: list[Tensor], needs: Sequence[bool]) -> None:
-        self.call, self.spec, self.plan = call, spec, plan
-        self.needs: Any = call.with_leaves(needs)
-        self.convs, self.norms = call.convs, call.norms
-        count, self.main = len(self.convs), len(spec.main)
+        super().__init__(call, spec, needs)
+        self.plan, self.convs, self.norms = plan, call.convs, call.norms
+        count = self.count
         self.raws = saved[:count]
         self.vectors = saved[count : 2 * count]
         self.clamps = [c if c.numel() else None for c in saved[2 * count : -1]]
         self.arrivals = saved[-1] if saved[-1].numel() else None
         self.x = call.x
-        self.weights: list[Tensor | None] = [None] * count
-        self.biases: list[Tensor | None] = [None] * count
-        self.gammas: list[Tensor | None] = [None] * count
-        self.betas: list[Tensor | None] = [None] * count
         self.every, self.counters, _ = _counters(self.x, call)
         self.wts: list[Tensor | None] = [None] * count
         self.pending: list[pack.Passenger] = []
@@ -318,7 +311,7 @@ class _Backward:
 
     def run(self, z: Tensor, dz: Tensor) -> list[Tensor | None]:
         """Return the gradients in NHWC, from the output ``z`` and its gradient ``dz``."""
-        needs, last = self.needs, self.main - 1
+        last = self.main - 1
         if not self.raws[last].numel():
             centre = self.vectors[last][CENTRE]  # as the forward pass subtracted it; the running mean has changed since
             spec, config = self.plan.specs[last], self.plan.chosen[last].fwd
@@ -341,19 +334,7 @@ class _Backward:
                 dx = self.dgrad_first(grad, identity, dx_of_projection)
         for reduction in self.pending:
             wgrad_sum.reduce_splits(reduction)
-        added = g if needs.added else None
-        if added is not None and (added is dx or added is dz):
-            added = added.clone()  # an op's outputs are its own
-        return [dx, added, *self.weights, *self.biases, *self.gammas, *self.betas]
-
-    def wanted(self, i: int) -> bool:
-        """Return whether a gradient of a parameter of layer ``i`` is wanted."""
-        return any([*self.needs.convs[i][:2], *self.needs.norms[i][:2]])
-
-    def passes_on(self, i: int) -> bool:
-        """Return whether a gradient of the input of convolution ``i`` is wanted."""
-        below = range(i) if i < self.main else ()
-        return self.needs.x or any(self.wanted(j) for j in below)
+        return self.found(dx, g, dz)
 
     def end(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Grad]]:
         """Return the gradient of the sum at the end of the chain, and that of each raw output in it.

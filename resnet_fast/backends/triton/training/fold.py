@@ -44,7 +44,7 @@ from ....calls import Conv, Norm
 from ....spec import ConvSpec
 from ....tuning.routes import merged_groups
 from ..launch import submit, upcasts
-from ..tiles import round_to
+from ..tiles import load_optional, round_to
 from .pack import BLOCK, PROGRAMS, TILE, filter_elements, load_filters, pack_dgrad_program
 from .passes import THREADS, empty_image
 
@@ -69,21 +69,12 @@ class Folded(NamedTuple):
 
 
 @triton.jit
-def _optional(ptr, c, c_mask, absent: tl.constexpr):
-    """Load a parameter as fp32; ``absent`` if there is none."""
-    if ptr is None:
-        return tl.zeros_like(c).to(tl.float32) + absent
-    else:
-        return tl.load(ptr + c, mask=c_mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _norm_of_filters(gamma_ptr, beta_ptr, mean_ptr, var_ptr, bias_ptr, eps, co, mask):
     """Return (scale, invstd, centre, const) of filters ``co``."""
-    invstd = tl.div_rn(1.0, tl.sqrt_rn(_optional(var_ptr, co, mask, 1.0) + eps))
-    scale = _optional(gamma_ptr, co, mask, 1.0) * invstd
-    centre = _optional(mean_ptr, co, mask, 0.0) - _optional(bias_ptr, co, mask, 0.0)
-    return scale, invstd, centre, _optional(beta_ptr, co, mask, 0.0) - centre * scale
+    invstd = tl.div_rn(1.0, tl.sqrt_rn(load_optional(var_ptr, co, mask, 1.0) + eps))
+    scale = load_optional(gamma_ptr, co, mask, 1.0) * invstd
+    centre = load_optional(mean_ptr, co, mask, 0.0) - load_optional(bias_ptr, co, mask, 0.0)
+    return scale, invstd, centre, load_optional(beta_ptr, co, mask, 0.0) - centre * scale
 
 
 @triton.jit

@@ -47,6 +47,7 @@ from ..launch import FoldedWeights, arrivals, nhwc
 from ..launchers import LAUNCHERS
 from ..submission import Passes
 from . import chain, conv_dgrad, conv_wgrad, fold, fold_gradient, pool_winner
+from .gradients import BackwardPass
 from .problem import launch_problem
 from .vectors import Act, Grad
 
@@ -182,8 +183,8 @@ def backward(
     return (*[None if t is None else in_layout(t, spec.layout) for t in (dx, added)], *others)
 
 
-class _FoldedBackward:
-    """One backward pass. ``needs``: a record like the call, with True in place of each tensor whose gradient is wanted.
+class _FoldedBackward(BackwardPass):
+    """One backward pass.
 
     ``inputs``: what each convolution read; of the residual branch, then of the projection.
     """
@@ -191,19 +192,14 @@ class _FoldedBackward:
     def __init__(
         self, call: Call, spec: Spec, configs: FoldedConfigs, saved: list[Tensor], needs: Sequence[bool]
     ) -> None:
-        self.call, self.spec, self.configs = call, spec, configs
-        self.needs: Any = call.with_leaves(needs)
-        self.count, self.main = len(call.convs), len(spec.main)
+        super().__init__(call, spec, needs)
+        self.configs = configs
         inner = self.main - 1
         self.inputs = [call.x, *saved[:inner], *[call.x] * call.projection]
         self.vectors = saved[inner : inner + self.count]
         self.won = saved[-1]
         self.launches = [folded_launches(c, 0 < i < self.main) for i, c in enumerate(spec.convs)]
         self.sums: list[fold_gradient.Wanted] = []
-        self.weights: list[Tensor | None] = [None] * self.count
-        self.biases: list[Tensor | None] = [None] * self.count
-        self.gammas: list[Tensor | None] = [None] * self.count
-        self.betas: list[Tensor | None] = [None] * self.count
 
     def run(self, z: Tensor, dz: Tensor) -> list[Tensor | None]:
         """Return the gradients in NHWC, from the output ``z`` and its gradient ``dz``."""
@@ -226,19 +222,7 @@ class _FoldedBackward:
                     add, strided = projected
                 dx = self.dgrad(0, grad, wts[0], None, add, strided)
         fold_gradient.fold_gradients(self.sums)
-        added = g if self.needs.added else None
-        if added is not None and (added is dx or added is dz):
-            added = added.clone()  # an op's outputs are its own
-        return [dx, added, *self.weights, *self.biases, *self.gammas, *self.betas]
-
-    def wanted(self, i: int) -> bool:
-        """Return whether a gradient of a parameter of layer ``i`` is wanted."""
-        return any([*self.needs.convs[i][:2], *self.needs.norms[i][:2]])
-
-    def passes_on(self, i: int) -> bool:
-        """Return whether a gradient of the input of convolution ``i`` is wanted."""
-        below = range(i) if i < self.main else ()
-        return self.needs.x or any(self.wanted(j) for j in below)
+        return self.found(dx, g, dz)
 
     def begin(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return the gradient in front of the last ReLU, and the weights of the dgrads that will run."""
