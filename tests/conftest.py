@@ -12,9 +12,11 @@ import pytest
 # Kineto reads it when a process profiles for the first time, whichever test that is in; benchmarks/memory.py says why.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, which the tests of signals send.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background has them ignore Ctrl-C, and nohup has them ignore a hang-up. The tests
+# of signals send both.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
