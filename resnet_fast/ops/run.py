@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
-from .. import invariance
 from ..calls import Call
-from ..dispatch import select
 from . import train
-from .infer import infer_alike, prepared
+from .infer import infer
 from .op import OPS
 
 Planner = Callable[[Call, str, str], Tensor]
@@ -62,10 +60,7 @@ def run(call: Call, backend: str, save: str = "raw") -> Tensor:
 def _run_plain(call: Call, backend: str, save: str) -> Tensor:
     graph = torch.is_grad_enabled() and train.needs_gradient(call)
     if not graph and not call.batch_stats:
-        if invariance.is_on():
-            return infer_alike(call, backend)
-        found = prepared(call, backend)
-        return select.execute(call, found.spec, found.choice, found.state)
+        return infer(call, backend)
     if profiler._is_profiler_enabled:  # it shows the op
         return _run_op(call, backend, save)
     return train.run(call, train.Options(backend, save, call.sync), graph)
