@@ -17,7 +17,7 @@ PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL = $(PYTEST) -n 2 --dist worksteal
 # Triton decides at import whether it compiles or interprets, so kernels run in the interpreter in processes of their own.
 INTERPRETED = TRITON_INTERPRET=1 $(PARALLEL)
-# Tests that read the clock or start several processes run after the others, one at a time.
+# Tests that read the clock run after the others, one at a time.
 ALONE = $(PYTEST)
 # The files with a test of that mark, or of both: pytest need not import the others.
 marked = $(shell grep -rl "mark\.$(1)\b" tests --include="test_*.py")

@@ -39,7 +39,6 @@ def test_the_table_has_every_case() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.skipif(bool(callgrind.obstacle()), reason=callgrind.obstacle())
 @pytest.mark.skipif(isinstance(native.submitter(), str), reason="needs the native library")
 @pytest.mark.skipif(bool(table.other_versions(TABLE)), reason=f"a table of {table.other_versions(TABLE)}")

@@ -158,7 +158,6 @@ def four(folder: Path, two: dict[str, Path]) -> dict[str, Path]:
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one_that_accumulates(
     parallel: str, two: dict[str, Path], alone: Callable[..., Path]
@@ -169,7 +168,6 @@ def test_two_processes_equal_one_that_accumulates(
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_sharded_checkpoint_is_one_file_per_process(two: dict[str, Path]) -> None:
     newest = checkpoints.found(two["fsdp"])[0]
     meta = checkpoints.read_meta(newest)
@@ -182,7 +180,6 @@ def test_sharded_checkpoint_is_one_file_per_process(two: dict[str, Path]) -> Non
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_sharded_run_goes_on_in_one_plain_process(two: dict[str, Path], alone: Callable[..., Path]) -> None:
     worker.run(two["fsdp-to-one"], {"accumulate": 2, "ema": 0.5}, {"resume": "auto"})
     assert_same(two["fsdp-to-one"], alone(2, ema=0.5))
@@ -190,7 +187,6 @@ def test_sharded_run_goes_on_in_one_plain_process(two: dict[str, Path], alone: C
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_two_processes_then_one_then_four_equal_one_run(four: dict[str, Path], alone: Callable[..., Path]) -> None:
     """With accumulate 2, 4 and 1: four parts throughout."""
     assert_same(four["ddp-4-parts"], alone(4, "-short", steps=6))
@@ -198,7 +194,6 @@ def test_two_processes_then_one_then_four_equal_one_run(four: dict[str, Path], a
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize("name", ["fsdp-4-parts", "ddp-to-fsdp"])
 def test_four_shards_go_on_from_two_processes(name: str, four: dict[str, Path], alone: Callable[..., Path]) -> None:
     """From a sharded checkpoint, and from the whole one that DDP writes."""
@@ -207,7 +202,6 @@ def test_four_shards_go_on_from_two_processes(name: str, four: dict[str, Path], 
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_frozen_stages_stay_as_they_came_however_a_net_is_spread(tmp_path: Path, alone: Callable[..., Path]) -> None:
     """With averaged weights, under DDP and FSDP, where frozen parameters are not sharded; stopped and gone on with."""
     torch.manual_seed(1)
@@ -228,7 +222,6 @@ def test_frozen_stages_stay_as_they_came_however_a_net_is_spread(tmp_path: Path,
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_three_processes_leave_out_a_batch_that_is_too_small(tmp_path: Path, alone: Callable[..., Path]) -> None:
     """Batches of 32 are cut into 11, 11 and 10 images; five images are too few for three BatchNorms."""
     code, said = spread(3, tmp_path, [{"out": tmp_path / "three"}])
@@ -240,7 +233,6 @@ def test_three_processes_leave_out_a_batch_that_is_too_small(tmp_path: Path, alo
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("parallel", "kind", "reason"),
     [
@@ -298,7 +290,6 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="pr
 @needs_gloo
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.alone
 def test_killed_process_restarts_the_job_from_its_checkpoint(tmp_path: Path, alone: Callable[..., Path]) -> None:
     """Process 1 gets SIGKILL; torchrun starts both again, and the result is that of a run in which nothing happened."""
     out = tmp_path / "killed"
@@ -315,7 +306,6 @@ def test_killed_process_restarts_the_job_from_its_checkpoint(tmp_path: Path, alo
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> None:
     """As a scheduler ends a job. The same command goes on from there."""
     out = tmp_path / "stopped"
@@ -338,7 +328,6 @@ def test_sigterm_to_torchrun_saves_one_step_of_all_processes(tmp_path: Path) -> 
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_mistake_ends_all_processes_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     job = start(2, *command_line(tmp_path, "--steps=3"))
@@ -363,7 +352,6 @@ sys.exit(main())
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_mistake_of_all_is_reported_by_the_first_one_however_late_it_starts(tmp_path: Path) -> None:
     """The other one finds it before, holds it back, and is ended once the first one has said it."""
     (tmp_path / "late.py").write_text(LATE_FIRST)
