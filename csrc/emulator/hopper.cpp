@@ -110,7 +110,7 @@ void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
   for (const BulkCopy::Piece& piece : pieces) {
     for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g) {
       expect_fenced(now->history[g], g * kGranule, "copies to", where);
-      expect_read_fenced(now->history[g], g * kGranule, where);
+      expect_reads_fenced(now->history[g], g * kGranule, where);
     }
     check_write(piece.at, kChunk, where, kInFlight, Kind::kBulkRead);
     std::memset(now->shared + piece.at, 0xff, kChunk);
@@ -186,10 +186,13 @@ void expect_fenced(const History& h, uint32_t at, const char* doing, Where where
                   " wrote at " + site_text(h.write_site) + " without a fence_async after it");
 }
 
-void expect_read_fenced(const History& h, uint32_t at, Where where) {
-  if (h.plain_reader < 0 || now->threads[h.plain_reader].async.fences != h.reader_fences) return;
-  fail(where, "copies to shared memory byte " + std::to_string(at) + " that " + thread_text(h.plain_reader) +
-                  " read without a fence_async after it");
+void expect_reads_fenced(const History& h, uint32_t at, Where where) {
+  for (int32_t i = h.reads; i >= 0; i = now->reads[i].next) {
+    const Read& read = now->reads[i];
+    if (read.plain_thread < 0 || now->threads[read.plain_thread].async.fences != read.fences) continue;
+    fail(where, "copies to shared memory byte " + std::to_string(at) + " that " + thread_text(read.plain_thread) +
+                    " read without a fence_async after it");
+  }
 }
 
 void start_block_of_hopper() {

@@ -49,12 +49,12 @@ void product_kernel(const RF_GRID_CONSTANT Product p) {
   mbarrier_wait(barrier, 0);
 
   float d[kColumns / 8][4] = {};
+  uint32_t a[kSteps][4];
   const int of_group = thread % kWarpgroup, lane = lane_index();
   if (thread < kWarpgroup) {
     wgmma_fence(d);
     for (int k = 0; k < kSteps; ++k) wgmma<T>(d, wgmma_operand(a_at + k * 32), wgmma_operand(b_at + k * 32), k > 0);
   } else {
-    uint32_t a[kSteps][4];
     for (int k = 0; k < kSteps; ++k)
       ldmatrix_x4(a[k], a_at + swizzled128(of_group / kWarp * 16 + a_address_row(lane), k * 2 + a_address_chunk(lane)));
     wgmma_fence(d);

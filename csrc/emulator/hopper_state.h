@@ -53,6 +53,14 @@ struct Chain {
 struct Product {
   std::shared_ptr<Chain> chain;
   std::vector<uint32_t> a, b;  // addresses of 16-byte chunks, two per row; a is empty if it comes from registers
+  std::array<uint32_t*, resnet_fast::kWarp * 4> registers{};  // of a, by thread
+};
+
+// A register of operand a of products in flight. Until the last of them is waited for it is poison.
+struct Held {
+  uint32_t* word;
+  uint32_t value;
+  int products;
 };
 using Products = std::vector<std::shared_ptr<Product>>;
 
@@ -69,6 +77,7 @@ struct Asynchronous {
   bool registers_fenced = false;
   Products issued;
   std::vector<Products> groups;
+  std::vector<Held> held;
   bool waits = false;
   uint32_t barrier = 0;
 };

@@ -40,6 +40,16 @@ void refuse_in_flight(const History& h, uint32_t at, Where where, const char* do
                     " is in flight: wait for it first");
 }
 
+// Gives the notes of a granule's reads back.
+void drop_reads(History& h) {
+  while (h.reads >= 0) {
+    const int32_t i = h.reads;
+    h.reads = now->reads[i].next;
+    now->reads[i].next = now->free_read;
+    now->free_read = i;
+  }
+}
+
 }  // namespace
 
 void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
@@ -54,18 +64,17 @@ void check_write(uint32_t at, int bytes, Where where, State state, Kind kind) {
                       ", an operand of a wgmma that is in flight: wait for it first");
     if (h.writer >= 0 && !ordered(h.writer, h.write_time))
       race(where, g * kGranule, "writes", "wrote", h.writer, h.write_site);
-    if (h.reader >= 0) {
-      const bool other_lane = h.several_lanes && h.reader / kWarp == me / kWarp && h.read_time >= time;
-      if (other_lane || !ordered(h.reader, h.read_time)) race(where, g * kGranule, "writes", "read", h.reader, -1);
+    for (int32_t i = h.reads; i >= 0; i = now->reads[i].next) {
+      const Read& read = now->reads[i];
+      const bool other_lane = read.several_lanes && read.thread / kWarp == me / kWarp && read.time >= time;
+      if (other_lane || !ordered(read.thread, read.time)) race(where, g * kGranule, "writes", "read", read.thread, -1);
     }
-    if (h.other_reader >= 0 && !ordered(h.other_reader, h.other_read_time))
-      race(where, g * kGranule, "writes", "read", h.other_reader, -1);
+    drop_reads(h);
     h.writer = static_cast<int16_t>(me);
     h.write_time = time;
     h.write_site = static_cast<int16_t>(site);
     h.state = state;
     h.fences = self().async.fences;
-    h.plain_reader = -1;
   }
 }
 
@@ -92,23 +101,33 @@ void check_read(uint32_t at, int bytes, Where where) {
       fail(where, "reads shared memory byte " + std::to_string(g * kGranule) + ", which nobody has written");
     }
     if (!ordered(h.writer, h.write_time)) race(where, g * kGranule, "reads", "wrote", h.writer, h.write_site);
-    note_read(h, me, time);
-    h.plain_reader = static_cast<int16_t>(me);
-    h.reader_fences = self().async.fences;
+    Read& read = note_read(h, me, time);
+    read.plain_thread = static_cast<int16_t>(me);
+    read.fences = self().async.fences;
   }
 }
 
-void note_read(History& h, int me, uint32_t time) {
-  if (h.reader < 0 || h.reader / kWarp == me / kWarp) {
-    h.several_lanes =
-        (h.several_lanes && h.read_time == time) || (h.read_time == time && h.reader >= 0 && h.reader != me);
-  } else {
-    h.other_reader = h.reader;
-    h.other_read_time = h.read_time;
-    h.several_lanes = false;
+// Notes a read at `time` as the last one of the thread's warp, and returns the note.
+Read& note_read(History& h, int me, uint32_t time) {
+  int32_t i = h.reads;
+  while (i >= 0 && now->reads[i].thread / kWarp != me / kWarp) i = now->reads[i].next;
+  if (i < 0) {
+    i = now->free_read;
+    if (i < 0) {
+      i = static_cast<int32_t>(now->reads.size());
+      now->reads.emplace_back();
+    } else {
+      now->free_read = now->reads[i].next;
+      now->reads[i] = {};
+    }
+    now->reads[i].next = h.reads;
+    h.reads = i;
   }
-  h.reader = static_cast<int16_t>(me);
-  h.read_time = time;
+  Read& read = now->reads[i];
+  read.several_lanes = read.time == time && (read.several_lanes || (read.thread >= 0 && read.thread != me));
+  read.thread = static_cast<int16_t>(me);
+  read.time = time;
+  return read;
 }
 
 void join_clocks() {
@@ -214,6 +233,7 @@ void cp_async_wait(int pending, Where where) {
       for (uint32_t g = copy.at / kGranule; g < (copy.at + sizeof(copy.data)) / kGranule; ++g) {
         now->history[g].state = kWritten;
         now->history[g].write_time = time;
+        now->history[g].fences = me.async.fences;  // an earlier fence_async has not seen these bytes
       }
     }
   }

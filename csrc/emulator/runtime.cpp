@@ -267,6 +267,8 @@ void start_block(int block) {
   now->runnable.clear();
   std::memset(now->shared, 0xff, now->grid.shared);  // NaN in every format
   std::fill(now->history.begin(), now->history.end(), History{});
+  now->reads.clear();
+  now->free_read = -1;
   for (int t = 0; t < now->grid.threads; ++t) {
     now->threads[t] = Thread{};
     now->threads[t].index = t;
@@ -364,12 +366,16 @@ void ldmatrix(uint32_t* r, int matrices, uint32_t at, Where where) {
     check_bounds(at, 16, where);
     check_read(at, 16, where);
   }
+  expect_free(r, matrices, "ldmatrix writes", where);
   self().async.registers_fenced = false;
   LoadMatrix argument{r, matrices, at};
   collective(matrices == 4 ? "ldmatrix_x4" : "ldmatrix_x2", &argument, where, run_ldmatrix);
 }
 
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, float (*widened)(uint16_t), Where where) {
+  expect_free(a, 4, "mma reads", where);
+  expect_free(b, 2, "mma reads", where);
+  expect_free(d, 4, "mma writes", where);
   Multiply argument{d, a, b, widened};
   collective("mma_m16n8k16", &argument, where, run_mma);
 }

@@ -105,17 +105,25 @@ struct Warp {
 
 enum State : uint8_t { kUnwritten, kWritten, kInFlight };
 
-// The history of two bytes of shared memory: the last write, and the last reads by two different warps.
+// The last read of a granule by one warp since the last write.
+struct Read {
+  uint32_t time = 0;
+  int32_t next = -1;  // index of another warp's in Launch::reads
+  int16_t thread = -1;
+  bool several_lanes = false;  // more than one lane read it at this time
+  int16_t plain_thread = -1;   // the last thread that read these bytes itself; wgmma does not count
+  uint32_t fences = 0;         // fence_async calls of that thread before the read
+};
+
+// The history of two bytes of shared memory: the last write, and each warp's last read since.
 struct History {
-  uint32_t write_time = 0, read_time = 0, other_read_time = 0;
-  int16_t writer = -1, reader = -1, other_reader = -1;
+  uint32_t write_time = 0;
+  int16_t writer = -1;
   int16_t write_site = -1;
   State state = kUnwritten;
-  bool several_lanes = false;  // more than one lane of the last reader's warp read it
-  uint16_t operand_of = 0;     // warps with a product in flight that reads it
-  uint32_t fences = 0;         // fence_async calls of the writer before the write
-  int16_t plain_reader = -1;   // the last thread that read these bytes itself since the write; wgmma does not count
-  uint32_t reader_fences = 0;  // fence_async calls of that thread before the read
+  uint16_t operand_of = 0;  // warps with a product in flight that reads it
+  uint32_t fences = 0;      // fence_async calls of the writer before the write
+  int32_t reads = -1;       // the first of a list in Launch::reads
 };
 
 struct Buffer {
@@ -149,6 +157,8 @@ struct Launch {
   std::vector<unsigned char> shared_storage;
   unsigned char* shared = nullptr;
   std::vector<History> history;
+  std::vector<Read> reads;
+  int32_t free_read = -1;  // the first of a list in `reads`
   Fiber scheduler;
   std::string fault;
   Hopper hopper;
@@ -182,14 +192,17 @@ Buffer* buffer_of(const void* p);
 
 // hopper.cpp: fails where an asynchronous access meets a write without a fence_async, or a copy meets such a read.
 void expect_fenced(const History& h, uint32_t at, const char* doing, Where where);
-void expect_read_fenced(const History& h, uint32_t at, Where where);
+void expect_reads_fenced(const History& h, uint32_t at, Where where);
+
+// wgmma.cpp: fails if one of these registers of this thread is operand a of a product in flight.
+void expect_free(const void* registers, int words, const char* doing, Where where);
 
 // memory.cpp: the rules of shared memory.
 uint32_t time_of(int warp);
 void check_bounds(uint32_t at, int bytes, Where where);
 void check_read(uint32_t at, int bytes, Where where);
 void check_write(uint32_t at, int bytes, Where where, State state, Kind kind);
-void note_read(History& h, int me, uint32_t time);
+Read& note_read(History& h, int me, uint32_t time);
 bool ordered(int thread, uint32_t time);
 bool ordered_for(int warp, int thread, uint32_t time);
 void race(Where where, uint32_t at, const char* mine, const char* theirs, int thread, int site);

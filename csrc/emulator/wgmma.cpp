@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include <resnet_fast/fragments.h>
 
@@ -64,8 +65,9 @@ void end_read(uint32_t at, int thread, uint32_t time) {
   }
 }
 
-// The content of an accumulator while its product is in flight: NaN.
-constexpr uint32_t kInFlightFloat = 0xffffffffu;
+// The content of a register while a product in flight reads or writes it: NaN in every format.
+constexpr uint32_t kPoison = 0xffffffffu;
+constexpr int kWordsOfA = 4;  // of one thread
 
 // Fails where a thread's accumulators changed since the product was issued: the thread wrote them, or they went out of
 // scope.
@@ -73,8 +75,32 @@ void expect_untouched(const float* d, int count, Where where) {
   for (int i = 0; i < count; ++i) {
     uint32_t word;
     std::memcpy(&word, &d[i], sizeof(word));
-    if (word != kInFlightFloat) fail(where, "the accumulators of this wgmma were written before it was waited for");
+    if (word != kPoison) fail(where, "the accumulators of this wgmma were written before it was waited for");
   }
+}
+
+// Returns the value of a register of operand a for a product that is issued, and poisons the register. Products in
+// flight may share it.
+uint32_t hold(Thread& thread, uint32_t* word, Where where) {
+  for (Held& held : thread.async.held) {
+    if (held.word != word) continue;
+    if (*word != kPoison)
+      fail(where, "a register of operand a was written before the wgmma that reads it was waited for");
+    held.products += 1;
+    return held.value;
+  }
+  thread.async.held.push_back({word, *word, 1});
+  return std::exchange(*word, kPoison);
+}
+
+// Gives a register of operand a back after a wait.
+void let_go(Thread& thread, uint32_t* word, Where where) {
+  auto& all = thread.async.held;
+  const auto held = std::find_if(all.begin(), all.end(), [&](const Held& h) { return h.word == word; });
+  if (*word != kPoison) fail(where, "the registers of operand a of this wgmma were written before it was waited for");
+  if (--held->products > 0) return;
+  *word = held->value;
+  all.erase(held);
 }
 
 template <typename F>
@@ -133,9 +159,13 @@ void multiply(Warpgroup& group, int first_thread, Where where) {
   for (int t = 0; first.a != nullptr && t < kWarpgroup; ++t) {
     if (!now->threads[first_thread + t].async.registers_fenced)
       fail(where, "a wgmma takes operand a from registers with no wgmma_fence after the last ldmatrix");
-    for (int i = 0; i < 8; ++i)
-      a[t / kWarp * 16 + resnet_fast::a_row(t % kWarp, i / 2)][resnet_fast::a_k(t % kWarp, i / 2) + i % 2] =
-          first.widened(static_cast<uint16_t>(argument(t).a[i / 2] >> 16 * (i % 2)));
+    product->registers[t] = argument(t).a;
+    for (int w = 0; w < kWordsOfA; ++w) {
+      const uint32_t pair = hold(now->threads[first_thread + t], argument(t).a + w, where);
+      for (int i = 0; i < 2; ++i)
+        a[t / kWarp * 16 + resnet_fast::a_row(t % kWarp, w)][resnet_fast::a_k(t % kWarp, w) + i] =
+            first.widened(static_cast<uint16_t>(pair >> 16 * i));
+    }
   }
   for (int column = 0; column < first.columns; ++column)
     for (int k = 0; k < kDepth; ++k) b[column][k] = number_at(product->b, column, k, first.widened);
@@ -149,7 +179,7 @@ void multiply(Warpgroup& group, int first_thread, Where where) {
       value = sum;
     }
   for (int t = 0; t < kWarpgroup; ++t) {
-    std::memset(product->chain->d[t], 0xff, product->chain->each * sizeof(float));  // kInFlightFloat
+    std::memset(product->chain->d[t], 0xff, product->chain->each * sizeof(float));  // kPoison
     now->threads[first_thread + t].async.issued.push_back(product);
     now->threads[first_thread + t].where = where;
   }
@@ -185,6 +215,13 @@ void wgmma(Wgmma argument, Where where) {
   yield_from(me.index);
 }
 
+void expect_free(const void* registers, int words, const char* doing, Where where) {
+  const auto* first = static_cast<const uint32_t*>(registers);
+  for (const Held& held : self().async.held)
+    if (held.word >= first && held.word < first + words)
+      fail(where, std::string(doing) + " registers of operand a of a wgmma that is in flight: wait for it first");
+}
+
 void wgmma_fence() {
   self().async.registers_fenced = true;
 }
@@ -215,6 +252,8 @@ void wgmma_wait(int pending) {
   for (const auto& product : done) {
     if (self_lane() == 0)
       for_chunks_of_warp(*product, thread / kWarp, [&](uint32_t at) { end_read(at, me.index, time_of(self_warp())); });
+    if (uint32_t* words = product->registers[thread])
+      for (int w = 0; w < kWordsOfA; ++w) let_go(me, words + w, me.where);
     const Chain& chain = *product->chain;
     if (goes_on(product->chain) || std::count(written.begin(), written.end(), &chain)) continue;
     written.push_back(&chain);

@@ -204,19 +204,23 @@ RF_DEVICE void conv2(const Place& at) {
   using T = typename V::T;
   float acc[kColumns2 / 8][4];
   begin_with(acc, V::kBias + (kMid + at.group * kColumns2) * 4, at.lane);
-  uint32_t rows[2][2][4];
+  uint32_t rows[2][2][4], between[2][4];  // both are in use until their products are waited for
   load_rows<V>(rows[0], at, 0, 0);
 #pragma unroll
   for (int i = 0; i < 3 * kStepMmas; ++i) {
     const int s = i / kStepMmas, k = i % kStepMmas;
     const auto& now = rows[i % 2];
-    const uint32_t between[4] = {now[0][1], now[1][0], now[0][3], now[1][2]};
+    auto& middle = between[i % 2];
+    middle[0] = now[0][1];
+    middle[1] = now[1][0];
+    middle[2] = now[0][3];
+    middle[3] = now[1][2];
     const auto weights = [&](int r) {
       return wgmma_operand(V::kW2 + (r * 3 + s) * kStepBytes + at.group * kColumns2 * kRowBytes + k * kOperandBytes);
     };
     wgmma_fence(acc);
     wgmma<T>(acc, now[0], weights(0), true);
-    wgmma<T>(acc, between, weights(1), true);
+    wgmma<T>(acc, middle, weights(1), true);
     wgmma<T>(acc, now[1], weights(2), true);
     wgmma_commit();
     if (i + 1 < 3 * kStepMmas) {

@@ -259,6 +259,27 @@ BUGS = {
         r"copies to shared memory byte \d+ that .* read without a fence_async after it",
         check_ring,
     ),
+    "reads of the first of two warps not fenced": Planted(
+        edit(
+            "    store_global(static_cast<char*>(p.out) + i, load_shared<Vec16>(at + i));\n",
+            """    store_global(static_cast<char*>(p.out) + i, load_shared<Vec16>(at + i));
+  fence_async();
+  for (int warp = 0; warp < 2; ++warp) {
+    sync_block();
+    if (warp_index() == warp) load_shared<Vec16>(at + lane_index() * 16);
+    if (warp_index() == 1) fence_async();
+  }
+  sync_block();
+  if (thread_index() == 64) {
+    mbarrier_expect(barrier, p.bytes);
+    tensor_load(at, p.map, 0, 0, 0, 0, barrier);
+  }
+  mbarrier_wait(barrier, 1);
+""",
+        ),
+        r"copies to shared memory byte \d+ that thread \d+ \(warp 0, lane \d+\) read without a fence_async after it",
+        check_box,
+    ),
     "place given back too early": Planted(
         edit("    const uint32_t word", "    mbarrier_arrive(empty(place));\n    const uint32_t word"),
         r"no barrier orders|in flight|arrives at the mbarrier|waits for ever|read without",
@@ -301,6 +322,22 @@ BUGS = {
         r"multiplies shared memory byte \d+ that thread \d+ .* wrote at .* without a fence_async after it",
         check_wgmma,
     ),
+    "fenced before the copies have landed": Planted(
+        edit(
+            """store_shared(a_at + swizzled128(row, chunk), load_global<Vec16>(static_cast<const char*>(p.a) + i * 16));
+  }
+""",
+            """cp_async16(a_at + swizzled128(row, chunk), static_cast<const char*>(p.a) + i * 16);
+  }
+  cp_async_commit();
+  fence_async();
+  cp_async_wait<0>();
+  if (thread < 0)
+""",
+        ),
+        r"multiplies shared memory byte \d+ that thread \d+ .* wrote at .* without a fence_async after it",
+        check_wgmma,
+    ),
     "written and not synchronised": Planted(
         edit("  sync_block();\n", ""), "nobody has written|no barrier orders the two|nobody initialised", check_wgmma
     ),
@@ -323,6 +360,33 @@ BUGS = {
     ),
     "operand a not fenced": Planted(
         edit("    wgmma_fence(d);\n", "", count=1), "no wgmma_fence after the last ldmatrix", check_wgmma
+    ),
+    "registers of operand a loaded again": Planted(
+        edit("  wgmma_commit();\n", "  wgmma_commit();\n  if (thread >= kWarpgroup) ldmatrix_x4(a[0], a_at);\n"),
+        "ldmatrix writes registers of operand a of a wgmma that is in flight",
+        check_wgmma,
+    ),
+    "registers of operand a written": Planted(
+        edit("  wgmma_commit();\n", "  wgmma_commit();\n  a[0][0] = 0;\n"),
+        "the registers of operand a of this wgmma were written before it was waited for",
+        check_wgmma,
+    ),
+    "registers of operand a written between two products": Planted(
+        edit("wgmma<T>(d, a[k],", "a[0][0] += 1, wgmma<T>(d, a[0],"),
+        "a register of operand a was written before the wgmma that reads it was waited for",
+        check_wgmma,
+    ),
+    "registers of operand a read": Planted(
+        edit(
+            "  wgmma_commit();\n  wgmma_wait<0>(d);\n",
+            """  wgmma_commit();
+  const uint32_t early = a[0][0];
+  wgmma_wait<0>(d);
+  if (thread >= kWarpgroup) d[0][0] += number::widened<T>(early & 0xffff) - number::widened<T>(a[0][0] & 0xffff);
+""",
+        ),
+        None,
+        check_wgmma,
     ),
     "operand overwritten": Planted(
         edit("  wgmma_commit();\n", "  wgmma_commit();\n  store_shared(b_at + thread * 4, 0);\n"),
@@ -352,6 +416,18 @@ def test_bug(what: str, emulator: Path) -> None:
     if bug.report is not None and "leaves block" not in bug.report:
         assert re.match(rf"{FILE}:\d+: ", str(error.value))
         assert re.search(r"block 0 of 1, thread \d+ \(warp \d, lane \d+\)", str(error.value))
+
+
+@pytest.mark.slow
+def test_products_in_flight_share_registers_of_operand_a(emulator: Path) -> None:
+    twice = edit(
+        "for (int k = 0; k < kSteps; ++k) wgmma<T>(d, a[k], wgmma_operand(b_at + k * 32), true);",
+        """for (int i = -1; i < kSteps; ++i) {
+      const int k = i < 0 ? 0 : i;
+      wgmma<T>(d, a[k], wgmma_operand(b_at + k * 32), i > 0);
+    }""",
+    )
+    check_wgmma(emulation.load(emulation.build(edits=[twice])))
 
 
 def test_the_report_of_a_wait_names_its_line(emulator: Path) -> None:

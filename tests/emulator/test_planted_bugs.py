@@ -174,6 +174,10 @@ ON_HOPPER = {
         hopper("kHaloPixels * kRowBytes);", "kHaloPixels * kRowBytes + 16);"), "waits for ever"
     ),
     "registers read before the products are there": Planted(hopper("  wgmma_wait<0>(acc);\n", "", 2), "waited for"),
+    "operand a loaded while products read it": Planted(
+        hopper("      wgmma_wait<1>();  // the products that read the registers loaded next\n", ""),
+        "ldmatrix writes registers of operand a of a wgmma that is in flight",
+    ),
     "operand a overwritten": Planted(hopper("wgmma_fence(acc);\n", "\n", 1), "wgmma_fence"),
     "descriptor in the middle of the pattern": Planted(
         hopper("kSecondRow = 40", "kSecondRow = 44"), "does not|do not start where"

@@ -8,13 +8,12 @@
 //                 a thread waits for it; exit from the kernel before that; a map of the other mode; a first pixel or an
 //                 offset outside the range of im2col
 //   wgmma         four warps at different lines or with different operands; a descriptor of an unknown mode; registers
-//                 without a wgmma_fence; operands or accumulators written before the wait. Until the wait the
-//                 accumulators are NaN
+//                 without a wgmma_fence; operands, accumulators or registers of operand a written before the wait.
+//                 Until the wait these registers are NaN, so they must be in scope then
 //   proxies       bulk copies and wgmma that meet a thread's write without a fence_async; bulk copies that meet a
 //                 thread's read without one
 //
-// Not checked: registers of operand a that change before the wait (ptxas orders those); a warp of which some lanes
-// arrive or wait for the others without a sync_warp.
+// Not checked: a warp of which some lanes arrive or wait for the others without a sync_warp.
 #pragma once
 
 #include <emulator/runtime.h>
@@ -50,7 +49,7 @@ void im2col_load(uint32_t at, const resnet_fast::TensorMap& map, const int* firs
 struct Wgmma {
   float* d;
   int columns;
-  const uint32_t* a;  // its registers, or nullptr and the descriptor
+  uint32_t* a;  // its registers, or nullptr and the descriptor
   uint64_t a_descriptor, b_descriptor;
   bool accumulate;
   float (*widened)(uint16_t);
@@ -127,7 +126,9 @@ void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool accumulate, RF_HE
 template <typename T, int kTiles>
 void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, RF_HERE) {
   static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32, "32, 64, 128 or 256 columns");
-  emulator::wgmma({&d[0][0], kTiles * 8, a, 0, b, accumulate, &number::widened<T>}, {file, line});
+  // A reference to const that the kernel may have bound to its registers; the registers themselves are not const.
+  emulator::wgmma({&d[0][0], kTiles * 8, const_cast<uint32_t*>(a), 0, b, accumulate, &number::widened<T>},
+                  {file, line});
 }
 
 }  // namespace resnet_fast
