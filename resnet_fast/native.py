@@ -3,6 +3,7 @@
 - ``_C``: ops over libtorch.
 - ``_host``: facts about the CPU, without torch.
 - ``_emulator``: the CUDA kernels compiled for the CPU, without torch.
+- ``_ptx``: the machine that runs compiled kernels on the CPU, without torch.
 
 The package works without any of them. If one is missing or does not load, the cause is kept as a :class:`Verdict`;
 :func:`require`, ``explain()`` and the environment report give the same sentence. Importing this module loads nothing.
@@ -26,13 +27,16 @@ from .spec import Verdict
 LIBRARY = "resnet_fast._C"
 HOST = "resnet_fast._host"
 EMULATOR = "resnet_fast._emulator"
+PTX = "resnet_fast._ptx"
 
 SUBMIT = "submit(program, addresses, numbers, device, stream)"
 """What the library's function says of itself. One that takes other arguments belongs to another version."""
 
 _HOW_TO_BUILD = {
     LIBRARY: "run `pip install --no-build-isolation .` in a clone, with torch 2.11 or newer and a C++ compiler",
-    **dict.fromkeys((HOST, EMULATOR), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"),
+    **dict.fromkeys(
+        (HOST, EMULATOR, PTX), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"
+    ),
 }
 
 
@@ -156,6 +160,20 @@ def emulator() -> Any:
     module, ops = _require(EMULATOR), require()
     _install(ops, module.kernels_address())
     return module
+
+
+def ptx_status() -> Verdict:
+    """Return whether the module of the PTX machine is loaded, or why it is not."""
+    return _load(PTX)[1]
+
+
+def ptx() -> Any:
+    """Return the module of the PTX machine; :mod:`resnet_fast.tools.ptx_machine` describes it.
+
+    Raises:
+        BackendError: there is no such module.
+    """
+    return _require(PTX)
 
 
 @cache

@@ -5,8 +5,8 @@
 //   sink(on) -> None                  keep launches instead of submitting them, for tests and for counting
 //   sunk() -> list                    those kept since the last call: (name, grid, threads, shared, arguments as bytes)
 //
-//   stand_in(address) -> None         submit to this function, of cuLaunchKernelEx's signature, and not to the driver;
-//                                     0: to the driver
+//   stand_in(launch, encode=0) -> None  submit to these functions, of the signatures of cuLaunchKernelEx and of
+//                                     cuTensorMapEncodeTiled, and not to the driver; 0 and 0: to the driver
 //
 // An argument is `bytes` (a value as the kernel reads it), (place,) for an fp32 number of the call, (buffer, offset)
 // for a pointer, or (buffer, offset, type, swizzle, shape, strides in bytes, box, fill, bytes of an element) for a
@@ -58,6 +58,8 @@ struct LaunchConfig {
 };
 
 using LaunchFunction = int (*)(const LaunchConfig*, void*, void**, void**);
+using EncodeFunction = int (*)(void*, int, std::uint32_t, void*, const std::uint64_t*, const std::uint64_t*,
+                               const std::uint32_t*, const std::uint32_t*, int, int, int, int);
 
 // The driver's functions, by the signatures of cuda.h; handles are pointers, enumerations are int.
 struct Driver {
@@ -68,8 +70,7 @@ struct Driver {
   int (*push)(void*);
   int (*pop)(void**);
   int (*retain)(void**, int);
-  int (*encode)(void*, int, std::uint32_t, void*, const std::uint64_t*, const std::uint64_t*, const std::uint32_t*,
-                const std::uint32_t*, int, int, int, int);
+  EncodeFunction encode;
 };
 
 #if defined(__unix__)
@@ -107,6 +108,7 @@ const Driver& driver() {
 }
 
 std::atomic<LaunchFunction> stand_in{nullptr};
+std::atomic<EncodeFunction> encode_stand_in{nullptr};
 
 std::string error_text(int code) {
   const char* text = nullptr;
@@ -286,9 +288,12 @@ void encode(const Map& map, std::uint64_t address, unsigned char* out, const std
   constexpr std::uint32_t kOnes[kMaxRank] = {1, 1, 1, 1, 1};
   constexpr int kNoInterleave = 0, kPromote128Bytes = 2, kLastMisreading = 13010;
   constexpr std::uint64_t kBit = std::uint64_t{1} << 21, kSmall = 128 * 1024;
-  check(driver().encode(out, map.type, map.rank, reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)),
-                        map.shape, map.strides, map.box, kOnes, kNoInterleave, map.swizzle, kPromote128Bytes, map.fill),
+  const EncodeFunction other = encode_stand_in;
+  const EncodeFunction function = other == nullptr ? driver().encode : other;
+  check(function(out, map.type, map.rank, reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)), map.shape,
+                 map.strides, map.box, kOnes, kNoInterleave, map.swizzle, kPromote128Bytes, map.fill),
         "describing a tensor of " + name);
+  if (other != nullptr) return;
   static const int version = [] {
     int found = 0;
     check(driver().version(&found), "asking for the driver's version");
@@ -309,7 +314,7 @@ class Block {
   explicit Block(const Program& program)
       : values_(program.most_bytes + kMapBytes),
         pointers_(program.most_arguments),
-        driverless_(sink_on || stand_in != nullptr) {
+        mapless_(sink_on || (stand_in != nullptr && encode_stand_in == nullptr)) {
     const std::size_t past = reinterpret_cast<std::uintptr_t>(values_.data()) % kMapBytes;
     start_ = values_.data() + (past == 0 ? 0 : kMapBytes - past);
   }
@@ -323,7 +328,7 @@ class Block {
       if (argument.number >= 0) std::memcpy(at, &given.numbers[argument.number], sizeof(float));
       if (argument.buffer < 0) continue;
       const std::uint64_t address = given.addresses[argument.buffer] + argument.offset;
-      if (argument.map < 0 || driverless_) {
+      if (argument.map < 0 || mapless_) {
         std::memcpy(at, &address, sizeof(address));
       } else {
         encode(launch.maps[argument.map], address, at, launch.name);
@@ -352,7 +357,7 @@ class Block {
   std::vector<unsigned char> values_;
   std::vector<void*> pointers_;
   unsigned char* start_ = nullptr;
-  bool driverless_;  // nothing can make a tensor map; its address stands for it
+  bool mapless_;  // nothing can make a tensor map; its address stands for it
 };
 
 void submit_all(const Program& program, const Given& given, int device, void* stream) {
@@ -464,9 +469,13 @@ PyObject* set_sink(PyObject*, PyObject* on) {
   Py_RETURN_NONE;
 }
 
-PyObject* set_stand_in(PyObject*, PyObject* address) {
+PyObject* set_stand_in(PyObject*, PyObject* addresses) {
   return guarded([&]() -> PyObject* {
-    stand_in = reinterpret_cast<LaunchFunction>(static_cast<std::uintptr_t>(word_of(address)));
+    const Py_ssize_t count = PyTuple_Size(addresses);
+    if (count != 1 && count != 2) throw std::runtime_error("expected stand_in(launch) or stand_in(launch, encode)");
+    const std::uint64_t encoder = count == 2 ? word_of(item(addresses, 1)) : 0;
+    stand_in = reinterpret_cast<LaunchFunction>(static_cast<std::uintptr_t>(word_of(item(addresses, 0))));
+    encode_stand_in = reinterpret_cast<EncodeFunction>(static_cast<std::uintptr_t>(encoder));
     Py_RETURN_NONE;
   });
 }
@@ -505,8 +514,8 @@ PyMethodDef* submission_methods() {
        "divisible by 16"},
       {"sink", set_sink, METH_O, "sink(on): keep launches instead of submitting them"},
       {"sunk", take_sunk, METH_NOARGS, "sunk() -> the launches kept since the last call"},
-      {"stand_in", set_stand_in, METH_O,
-       "stand_in(address): submit to this function instead of the driver; 0: to the driver"},
+      {"stand_in", set_stand_in, METH_VARARGS,
+       "stand_in(launch, encode=0): submit to these functions instead of the driver; 0: to the driver"},
       {nullptr, nullptr, 0, nullptr},
   };
   return methods;

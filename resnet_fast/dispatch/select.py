@@ -83,6 +83,12 @@ def _refuse_training(op: str, device: torch.device, wanted: str) -> tuple[tuple[
     return tuple(refusals), every
 
 
+def forget() -> None:
+    """Choose anew at the next call of every problem, because what CPU tensors can run on has changed."""
+    for known in (catalog.ranked, catalog.prepares, catalog.compiles, _choose):
+        known.cache_clear()
+
+
 def runs_batches_alike(call: Call | NetCall, spec: Spec | NetSpec, one: Choice, backend: str) -> bool:
     """Return whether a call in batch-invariant mode runs as a whole; otherwise image by image.
 

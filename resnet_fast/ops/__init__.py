@@ -1,6 +1,8 @@
 """The ops ``torch.ops.resnet_fast.{conv_bn_act, bottleneck, basic_block, stem}``, defined by this import."""
 
-from . import basic_block, bottleneck, conv_bn_act, stem
+from .. import parameter_cache
+from ..dispatch import select
+from . import basic_block, bottleneck, conv_bn_act, stem, train
 from .infer import Known, infer_alike, infer_tiles
 from .run import is_plain_inference, run
 from .warm import ready_to_train
@@ -10,6 +12,7 @@ __all__ = [
     "basic_block",
     "bottleneck",
     "conv_bn_act",
+    "forget_decisions",
     "infer_alike",
     "infer_tiles",
     "is_plain_inference",
@@ -17,3 +20,10 @@ __all__ = [
     "run",
     "stem",
 ]
+
+
+def forget_decisions() -> None:
+    """Choose backends and pack parameters anew, because what CPU tensors can run on has changed."""
+    select.forget()
+    train.forget()
+    parameter_cache.clear()

@@ -116,6 +116,11 @@ def _decide(call: Call, options: Options, graph: bool) -> Decision:
     return found
 
 
+def forget() -> None:
+    """Decide anew about the next call of every kind."""
+    _decisions.clear()
+
+
 def run(call: Call, options: Options, graph: bool) -> Tensor:
     """Run a call on tensors with memory of their own. ``graph``: whether autograd needs its graph."""
     decision = _decide(call, options, graph)

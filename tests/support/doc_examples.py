@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock
 
 import resnet_fast
 from resnet_fast import native
@@ -22,6 +23,7 @@ from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
 from resnet_fast.tools import exporting
 from tests.support.bottleneck_cases import block
+from tests.support.toy_kernels import copy_kernel
 
 NEEDS = re.compile(r"# needs (.*)")
 GPU = "a GPU"
@@ -56,6 +58,17 @@ def a_bottleneck() -> Names:
     return {"x": made.x, "weights": made.packed(), "b1": b1, "b2": b2, "b3": b3, "emulation": emulation}
 
 
+def a_launch_and_a_block() -> Names:
+    if not native.ptx_status():
+        pytest.skip(native.ptx_status().reason)
+    images = torch.randn(1, 32, 6, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    block = resnet_fast.accelerate(BasicBlock(32, 32).to(images.dtype).eval().requires_grad_(False))
+    return {
+        "kernel": copy_kernel, "grid": (2,), "x": torch.randn(1500), "y": torch.empty(1500), "n": 1500, "block": block,
+        "images": images, "use_backend": resnet_fast.use_backend,
+    }  # fmt: skip
+
+
 def exported_files() -> Names:
     """Write net.pt2 and net.onnx to the current folder."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -71,6 +84,7 @@ def exported_files() -> Names:
 GIVEN: dict[str, Callable[[], Names]] = {
     "docs/training.md": a_net_in_training,
     "docs/cuda-kernels.md": a_bottleneck,
+    "docs/ptx-machine.md": a_launch_and_a_block,
     "docs/trained-weights.md": exported_files,
 }
 """Page -> the names that its text takes as known."""

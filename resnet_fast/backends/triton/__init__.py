@@ -11,7 +11,8 @@ BatchNorm is folded in fp32, activations are NHWC. Training, with batch statisti
 training/, where chain.py is the loop, or frozen_chain.py if no norm uses batch statistics.
 
 On a machine without a GPU the kernels run in Triton's interpreter: start the process with ``TRITON_INTERPRET=1``. They
-then accept CPU tensors when they are asked for by name; ``auto`` never chooses the interpreter.
+then accept CPU tensors when they are asked for by name; ``auto`` never chooses the interpreter. As compiled for a GPU
+they run on CPU tensors where a stand-in is present (:mod:`resnet_fast.stand_in`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import cache
 
 import torch
 
+from ... import stand_in
 from ...impl import Impl
 from ...spec import YES, NetSpec, Spec, Verdict
 from ..refusals import dtype_among, recent_gpu, recent_gpus
@@ -61,7 +63,17 @@ def available() -> Verdict:
     found = _triton()
     if not found:
         return found
-    return Verdict.yes("in Triton's interpreter, on CPU tensors") if _interpreted() else _gpu()
+    if _interpreted():
+        return Verdict.yes("in Triton's interpreter, on CPU tensors")
+    machine = stand_in.present()
+    return _gpu() if machine is None else Verdict.yes(f"compiled for {machine.gpu}, on CPU tensors")
+
+
+def _accepts(device: torch.device) -> Verdict:
+    """Accept a recent GPU, and a CPU where the interpreter or a stand-in runs the kernels."""
+    if device.type == "cpu" and not _interpreted() and stand_in.present() is None:
+        return Verdict.no("a tensor on cuda", "one on cpu", "move the model and its input")
+    return recent_gpu(device)
 
 
 def _supports(spec: Spec | NetSpec) -> Verdict:
@@ -81,15 +93,15 @@ def _supports(spec: Spec | NetSpec) -> Verdict:
 
 def _impl(op: str, module: str, training: str = "") -> Impl:
     # In the interpreter below the reference: slower than anything, and only for those who ask for it by name.
-    rank, devices = (-1, ("cuda", "cpu")) if _interpreted() else (20, ("cuda",))
+    rank = -1 if _interpreted() else 20
     return Impl(
         op,
         "triton",
         rank,
         _supports,
         f"{__name__}.{module}",
-        devices,
-        recent_gpu,
+        ("cuda", "cpu"),
+        _accepts,
         prepares=True,
         training=training,
         trains=DTYPES if training else (),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import devices
+from ... import devices, stand_in
 from ...calls import NetCall
 from ...current_device import numbered
 from ...errors import BackendError
@@ -33,12 +33,16 @@ from .launch import Launched, recording
 def target_of(gpu: str | None, here: torch.device) -> Callable[[], Target]:
     """Return a function that describes the GPU called ``gpu``, or the one that ``here`` is or that is current.
 
+    On a CPU that is the GPU that a stand-in stands for.
+
     Raises:
         BackendError: no GPU here and none named. UserError: an unknown name.
     """
     if gpu is not None:
         known = devices.gpu(gpu)
         return lambda: Target(known, tables.load(known.name))
+    if here.type == "cpu" and stand_in.present() is not None:
+        return lambda: Target(device.device_of(here), device.table_of(here), here)
     if not torch.cuda.is_available():
         names = ", ".join(devices.gpus())
         raise BackendError(f"expected a GPU to compile for, got none; name one of {names}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ... import devices
+from ... import devices, stand_in
 from ...devices import Device
 from ...tuning import tables
 from . import proofs
@@ -62,6 +62,12 @@ def forget_tables() -> None:
     measured.cache_clear()
 
 
+def forget_devices() -> None:
+    """Ask again which GPU each device is, because a stand-in came or went."""
+    present.cache_clear()
+    forget_tables()
+
+
 def place_of(device: torch.device) -> torch.device:
     """Return where launches on ``device`` will run: for ``meta`` the target's place, ``meta`` itself if it has none."""
     return device if device.type != "meta" else _planned()[0].at or device
@@ -70,7 +76,8 @@ def place_of(device: torch.device) -> torch.device:
 def device_of(device: torch.device) -> Device:
     """Return the ceilings of ``device``: a known GPU's, or what an unknown one's driver reports.
 
-    The interpreter gets the plans of an H100, so that tests run what an H100 would run.
+    The interpreter gets the plans of an H100, so that tests run what an H100 would run, and a stand-in those of the GPU
+    that it stands for.
     """
     return _planned()[0].device if device.type == "meta" else present(device)
 
@@ -85,6 +92,9 @@ def present(device: torch.device) -> Device:
     """Return :func:`device_of` of a GPU of this machine."""
     if INTERPRETED:
         return devices.gpu("h100")
+    machine = stand_in.present() if device.type == "cpu" else None
+    if machine is not None:
+        return devices.gpu(machine.gpu)
     properties = torch.cuda.get_device_properties(device)
     known = devices.detect(properties.name)
     return known or devices.unknown_gpu(
@@ -105,5 +115,7 @@ def measured(device: torch.device) -> tables.Table:
     """Return :func:`table_of` of a GPU of this machine."""
     if INTERPRETED:
         return tables.Table("Triton interpreter")
+    if device.type == "cpu":
+        return tables.load(present(device).name)
     name = torch.cuda.get_device_name(device)
     return replace(tables.load(name), proofs=proofs.load(name))

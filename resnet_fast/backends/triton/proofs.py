@@ -177,7 +177,7 @@ def hand_over(check: Callable[[torch.device], None], device: torch.device, table
         The verdict, a yes with the reason where no proof can run now; and whether it lasts. Otherwise ask again at the
         next call.
     """
-    if device.type != "cuda":  # the interpreter runs one program after another
+    if device.type != "cuda":  # interpreter and stand-in run one program after another
         return YES, True
     refusal = table.proofs.of_subject(HAND_OVER)
     if refusal is None:

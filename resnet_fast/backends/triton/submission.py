@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +25,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from ... import flags, native
+from ... import flags, native, stand_in
 from ...errors import BackendError
 from . import compiling, program
 from .launch import INTERPRETED, Launched
@@ -99,7 +100,9 @@ class Passes:
                 if results is not None:
                     return results
                 self._launched_singly("a tensor's address is not divisible by 16")
-        found: list[Any] = launchers([*leaves, *fixed(), *numbers]) if singly is None else singly(leaves)
+        machine = stand_in.present()
+        with nullcontext() if machine is None else machine.one_pass():
+            found: list[Any] = launchers([*leaves, *fixed(), *numbers]) if singly is None else singly(leaves)
         return found
 
     def _planned(self, key: Any, launchers: Launchers, leaves: list[Any], fixed: Fixed, numbers: int) -> Runner | None:
@@ -174,7 +177,8 @@ class _Native:
     ) -> None:
         self.program, self.device, self.submit, self.fixed, self.kernels = found, device, library.submit, fixed, kernels
         self.handle = library.program(rows)
-        self.index = torch.cuda.current_device() if device.index is None else device.index
+        self.index = triton.runtime.driver.active.get_current_device() if device.index is None else device.index
+        self.machine = stand_in.present()
         self.stream = triton.runtime.driver.active.get_current_stream
         first = found.leaves - len(fixed)
         self.read = [i for i in found.read if i < first]
@@ -189,12 +193,16 @@ class _Native:
         fresh, arena = found.allocate(self.device)
         addresses += [t.data_ptr() for t in fresh]
         addresses.append(arena.data_ptr())
+        if self.machine is not None:
+            self.machine.lend([*[leaves[i] for i in self.read], *self.fixed], [*fresh, arena])
         numbers = [number.of(given) for number in found.numbers]
         try:
             if not self.submit(self.handle, addresses, numbers, self.index, self.stream(self.index)):
                 return None
         except RuntimeError as error:
-            raise BackendError(f"expected to launch Triton's kernels on {self.device}, got an error {error}") from None
+            fault = None if self.machine is None else self.machine.fault()
+            text = f"expected to launch Triton's kernels on {self.device}, got an error {error}"
+            raise fault or BackendError(text) from None
         return found.results([*leaves, *self.fixed], fresh)
 
 
@@ -227,7 +235,7 @@ def _loaded(compiled: Any) -> int:
     """
     from triton.backends.nvidia import driver as nvidia  # the interpreter also runs on a Triton without it
 
-    makes_c = hasattr(nvidia, "make_launcher")
+    makes_c = hasattr(nvidia, "make_launcher") and stand_in.present() is None
     if compiled.module is not None or not makes_c or _hooked("kernel_load_start_hook", "kernel_load_end_hook"):
         compiled._init_handles()
         return int(compiled.function)
