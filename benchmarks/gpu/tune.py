@@ -44,21 +44,26 @@ class Group:
     dtype: str = "bfloat16"
     image: int | None = None
     train: bool = False
+    frozen: bool = False
 
     def __str__(self) -> str:
-        return f"{self.net} {self.dtype} batch {self.batch}" + (" training" if self.train else "")
+        kind = " training" + (" with frozen norms" if self.frozen else "") if self.train else ""
+        return f"{self.net} {self.dtype} batch {self.batch}{kind}"
 
     def specs(self) -> dict[str, ConvSpec | BlockSpec]:
-        return cases_of.specs(self.net, self.batch, self.dtype, self.image, self.train)
+        found = cases_of.specs(self.net, self.batch, self.dtype, self.image, self.train)
+        return {name: spec.with_(batch_stats=False) for name, spec in found.items()} if self.frozen else found
 
 
 def groups(settings: Settings) -> tuple[Group, ...]:
-    """List ResNet-50 at batch 256, inference and training, then other batches, then other nets, large batches first."""
+    """List ResNet-50 at batch 256, inference and training, with frozen norms also at batch 8, then other batches, then
+    other nets, large batches first."""
     if settings.quick:
         return (Group("cifar_resnet20", 1, "float32", 8),)
     (first, *others), (large, *batches) = NETS, BATCHES
     return (
         *(Group(first, large, train=train) for train in (False, True)),
+        *(Group(first, batch, train=True, frozen=True) for batch in (large, 8)),
         *(Group(first, batch) for batch in batches),
         *(Group(net, batch) for batch in BATCHES for net in others),
         *(Group(net, large, train=True) for net in others),

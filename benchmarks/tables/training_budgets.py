@@ -20,12 +20,14 @@ from torch import Tensor
 from resnet_fast.backends.triton.training import (
     batch_norm,
     block_end,
+    channel_sums,
     conv_dgrad,
     conv_fwd,
     conv_wgrad,
     cudnn_passes,
     fold,
     fold_gradient,
+    folded_convolution,
     norm_gradient,
     pack,
     pool,
@@ -338,13 +340,15 @@ def _folded_passes(
     vector, specs = torch.empty(spec.co, device="meta"), [spec] * 3
     norms = [Norm(vector, vector, vector, vector, False, 0.1, 1e-5)] * 3
     vectors, p, q = _rows(3, spec.co), torch.empty(7, spec.co, spec.gemm_k, device="meta"), _rows(7, spec.co)
+    sums = folded_convolution.Sums(p, q)
     gradients = (convs[0].weight, vector, vector, None)
-    wanted = [fold_gradient.Wanted(spec, c.weight, vectors, p, q, *gradients) for c in convs]
+    wanted = [fold_gradient.Wanted(spec, c.weight, vectors, sums, *gradients) for c in convs]
     won = torch.empty_like(pooled, dtype=torch.uint8)
     return {
         "fold": lambda: fold.fold(convs, norms, specs, False, False, z.dtype),
         "transpose": lambda: fold.begin_backward(convs, specs, [vectors] * 3, [True] * 3, z, z),
         "fold_gradient": lambda: fold_gradient.fold_gradients(wanted),
+        "channel_sums": lambda: channel_sums.channel_sums(z),
         "pool_winner": lambda: pool_winner.pool_forward(stem, window),
         "pool_winner_backward": lambda: pool_winner.pool_backward(pooled, won, 112, 112, window),
     }

@@ -102,9 +102,10 @@ def _number(value: float | None) -> str:
 
 
 def explain(model: nn.Module, x: Any) -> Explanation:
-    """Run ``model(x)`` once without autograd, in the mode it is in, and report every block of an accelerated net.
+    """Run ``model(x)`` once, in the mode it is in, and report every block of an accelerated net.
 
-    Buffers (running statistics) and random state are restored, so a model in training mode may be explained too.
+    A model in training mode is explained as its training runs it: with autograd, unless the caller has switched it off.
+    Buffers (running statistics) and random state are restored.
 
     Args:
         model: a module that :func:`resnet_fast.accelerate` has been called on.
@@ -124,7 +125,8 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     modules = {id(m): name for name, m in model.named_modules()}
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     random_devices = [first.device] if first.device.type == "cuda" else []
-    with record.tape() as tape, torch.no_grad(), torch.random.fork_rng(devices=random_devices):
+    graph = model.training and torch.is_grad_enabled()
+    with record.tape() as tape, torch.set_grad_enabled(graph), torch.random.fork_rng(devices=random_devices):
         try:
             model(x)
         finally:

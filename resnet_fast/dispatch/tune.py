@@ -28,7 +28,7 @@ from ..devices import Device
 from ..errors import BackendError, UserError
 from ..io import safe_files
 from ..spec import LaunchSpec, Spec
-from ..tuning import configs, launch_plan, launches, proofs, tables, training_configs
+from ..tuning import configs, launch_plan, launches, proofs, routes, tables, training_configs
 from ..tuning.configs import Config
 from ..tuning.shapes import unknown_name
 from . import catalog, record, select, timing
@@ -235,7 +235,7 @@ def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tup
 
     model = gpus.device_of(device)
     if any(spec.grad or spec.batch_stats for spec in specs):
-        return _step_us([launch for spec in specs for launch in _step_launches(spec, model, table)], table)
+        return _step_us(specs, model, table)
     tuned = [launch_plan.plan_launches(spec, model, table) for spec in specs]
     stock = [s for s in (launch_plan.stock_seconds(spec, model, table) for spec in specs) if s is not None]
     known = all(c.measured for c in tuned)
@@ -245,21 +245,31 @@ def _net_us(specs: list[Spec], device: torch.device, table: tables.Table) -> tup
     )
 
 
-def _step_launches(spec: Spec, model: Device, table: tables.Table) -> list[LaunchSpec]:
-    """Return the launches of a training step: with folded norms the forward pass is one of several routes."""
+def _step_us(specs: list[Spec], model: Device, table: tables.Table) -> tuple[float | None, float | None]:
+    """Return the same for a training step, with every direction of each convolution."""
+    ours, theirs = ([one for spec in specs for one in _step_launches(spec, model, table, s)] for s in (False, True))
+    times, stock = ([_known_times(table, one) for one in every] for every in (ours, theirs))
+    least = [min((t[name] for name in configs.STOCK if name in t), default=None) for t in stock]
+    return (
+        sum(min(t.values()) for t in times) if all(times) else None,
+        None if None in least else sum(us for us in least if us is not None),
+    )
+
+
+def _step_launches(spec: Spec, model: Device, table: tables.Table, stock: bool) -> list[LaunchSpec]:
+    """Return the launches of a training step: with folded norms the forward pass is one of several routes.
+
+    ``stock``: of the route that PyTorch's kernels can run.
+    """
     if spec.batch_stats:
         return list(launches.launches_of(spec, model))
+    if stock:
+        return [*routes.folded_routes(spec)[0].launches, *training_configs.training_launches(spec)]
     return [launch for launch, _ in launch_plan.plan_folded(spec, model, table, hopeful=True).chosen(spec)]
 
 
-def _step_us(every: list[LaunchSpec], table: tables.Table) -> tuple[float | None, float | None]:
-    """Return the same for a training step, with every direction of each convolution."""
-    times = [{name: us for name, us in table.times(launch).items() if us is not None} for launch in every]
-    stock = [t[training_configs.CUDNN.kernel] for t in times if training_configs.CUDNN.kernel in t]
-    return (
-        sum(min(t.values()) for t in times) if all(times) else None,
-        sum(stock) if len(stock) == len(every) else None,
-    )
+def _known_times(table: tables.Table, launch: LaunchSpec) -> dict[str, float]:
+    return {name: us for name, us in table.times(launch).items() if us is not None}
 
 
 def tune_launches(

@@ -15,6 +15,7 @@ Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..devices import Device
@@ -24,7 +25,7 @@ from . import configs, heuristic, proofs, stock_model, training_configs
 from .configs import Config
 from .routes import LaunchRoute, folded_routes, planned, routes
 from .tables import Table, user_file
-from .training_configs import CUDNN, folded_launches, training_launch
+from .training_configs import CUDNN, training_launch
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,29 @@ def fastest_measured(
     return min(usable, key=lambda pair: pair[1]) if usable else None
 
 
+def fastest_of_ours(
+    launch: LaunchSpec, device: Device, table: Table, hopeful: bool = False
+) -> tuple[Config, float] | None:
+    """Return the model's fastest config that the table does not refuse, and its seconds; None where none is left."""
+    refused = {name for name, us in table.times(launch).items() if us is None}
+    return next(
+        (
+            pick
+            for pick in heuristic.rank(launch, device)
+            if str(pick[0]) not in refused and _may_run(launch, pick[0], table, hopeful)
+        ),
+        None,
+    )
+
+
 def fastest_modelled(
     launch: LaunchSpec, device: Device, table: Table, hopeful: bool = False
 ) -> tuple[Config, float] | None:
-    """Return the models' fastest candidate that the table does not refuse, and its seconds; None where none is left."""
-    refused = {name for name, us in table.times(launch).items() if us is None}
-
-    def may_run(config: Config) -> bool:
-        return str(config) not in refused and _may_run(launch, config, table, hopeful)
-
-    ours = next((pick for pick in heuristic.rank(launch, device) if may_run(pick[0])), None)
-    stock = stock_model.fastest(launch, device)
-    if stock is None or not may_run(stock[0]):
+    """Return the same, or PyTorch's kernel where its model sees it clearly faster and the table does not refuse it."""
+    ours, stock = fastest_of_ours(launch, device, table, hopeful), stock_model.fastest(launch, device)
+    if stock is None or not _may_run(launch, stock[0], table, hopeful):
+        return ours
+    if table.times(launch).get(str(stock[0]), 0) is None:
         return ours
     return stock if ours is None or stock[1] * stock_model.MARGIN < ours[1] else ours
 
@@ -184,13 +196,15 @@ def _pooling(problem: Spec, route: LaunchRoute, device: Device) -> float:
 class TrainingConfigs:
     """The configs of one convolution's three launches; ``CUDNN`` for a launch that runs on PyTorch's kernels.
 
-    ``refused``: configs that could not be compiled, with the reason.
+    ``refused``: configs that could not be compiled, with the reason. ``stock``: why PyTorch's kernels run a launch, for
+    each that they run.
     """
 
     fwd: Config
     dgrad: Config
     wgrad: Config
     refused: tuple[str, ...] = ()
+    stock: tuple[str, ...] = ()
 
     def chosen(self, conv: ConvSpec, prologue: bool) -> tuple[tuple[LaunchSpec, Config], ...]:
         """Return each launch of ``conv`` with its config; ``prologue`` as of :func:`plan_training`."""
@@ -198,7 +212,8 @@ class TrainingConfigs:
         return tuple(zip(launches, (self.fwd, self.dgrad, self.wgrad), strict=True))
 
     def __str__(self) -> str:
-        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad)) + refused_text(self.refused)
+        reasons = "".join(f"; {reason}" for reason in self.stock)
+        return " / ".join(str(c) for c in (self.fwd, self.dgrad, self.wgrad)) + refused_text(self.refused) + reasons
 
 
 def plan_training(
@@ -215,8 +230,9 @@ def plan_training(
         hopeful: whether configs that need a proof compete before they were tried.
     """
     launches = [training_launch(kernel, conv, prologue) for kernel in training_configs.KERNELS]
-    fwd, dgrad, wgrad = (_fastest_training(launch, device, table, packed, hopeful) for launch in launches)
-    return TrainingConfigs(fwd, dgrad, wgrad, tuple(text for launch in launches for text in table.refusals(launch)))
+    picked = fwd, dgrad, wgrad = [_fastest_training(one, device, table, packed, hopeful) for one in launches]
+    refused = tuple(text for launch in launches for text in table.refusals(launch))
+    return TrainingConfigs(fwd, dgrad, wgrad, refused, stock_reasons(zip(launches, picked, strict=True), table))
 
 
 def _fastest_training(launch: LaunchSpec, device: Device, table: Table, packed: bool, hopeful: bool) -> Config:
@@ -234,13 +250,14 @@ def _fastest_training(launch: LaunchSpec, device: Device, table: Table, packed: 
 
 @dataclass(frozen=True)
 class FoldedConfigs:
-    """The configs of a training step whose norms are folded into the weights. All kernels are ours.
+    """The configs of a training step whose norms are folded into the weights.
 
     Attributes:
         route: the launches of the forward pass.
-        forward: a config for each of them.
-        dgrads, wgrads: a config for each convolution.
+        forward: a config for each of them, maybe one of PyTorch's kernels.
+        dgrads, wgrads: a config for each convolution; ``CUDNN`` for a launch that runs on PyTorch's kernels.
         refused: configs that could not be compiled, with the reason.
+        stock: why PyTorch's kernels run a launch, for each that they run.
     """
 
     route: LaunchRoute
@@ -248,6 +265,7 @@ class FoldedConfigs:
     dgrads: tuple[Config, ...]
     wgrads: tuple[Config, ...]
     refused: tuple[str, ...] = ()
+    stock: tuple[str, ...] = ()
 
     def chosen(self, spec: Spec) -> tuple[tuple[LaunchSpec, Config], ...]:
         """Return each launch of ``spec`` with its config."""
@@ -258,61 +276,55 @@ class FoldedConfigs:
     def __str__(self) -> str:
         steps = " | ".join(f"{one.kernel} {c}" for one, c in zip(self.route.launches, self.forward, strict=True))
         backward = " | ".join(f"{d} / {w}" for d, w in zip(self.dgrads, self.wgrads, strict=True))
-        return f"{self.route.fusion}: {steps}; dgrad / wgrad: {backward}{refused_text(self.refused)}"
+        reasons = "".join(f"; {reason}" for reason in self.stock)
+        return f"{self.route.fusion}: {steps}; dgrad / wgrad: {backward}{refused_text(self.refused)}{reasons}"
 
 
 def plan_folded(spec: Spec, device: Device, table: Table, hopeful: bool = False) -> FoldedConfigs:
-    """Return the fastest known way to train ``spec``, whose norms all have constant statistics, on our kernels.
+    """Return the fastest known way to train ``spec``, whose norms all have constant statistics.
+
+    As in :func:`plan_training`, PyTorch's kernels run where they were measured faster, or nothing of ours is left. Not
+    where they are only modelled faster, because a pass with one of them is launched one by one.
 
     Args:
         spec: a convolution or a block of a training step.
         device: a GPU with known ceilings.
         table: what was measured and proved on it.
         hopeful: whether configs that need a proof compete before they were tried.
-
-    Raises:
-        BackendError: tuning or the compiler refused every config of a launch.
     """
+    found: list[tuple[float, bool, LaunchRoute, tuple[Config, ...]]] = []
+    for route in folded_routes(spec):
+        known = [fastest_measured(one, device, table, hopeful) for one in route.launches]
+        picks = [
+            k or fastest_of_ours(one, device, table, hopeful) or _left_to_stock(one)
+            for k, one in zip(known, route.launches, strict=True)
+        ]
+        best = [pick for pick in picks if pick is not None]
+        if len(best) == len(picks):
+            found.append((sum(s for _, s in best), None not in known, route, tuple(c for c, _ in best)))
+    complete = [pick for pick in found if pick[1]]
+    _, _, route, forward = min(complete or found, key=lambda pick: pick[0])
+    backward = training_configs.training_launches(spec)
+    picked = [_fastest_training(one, device, table, False, hopeful) for one in backward]
+    plan = FoldedConfigs(route, forward, tuple(picked[::2]), tuple(picked[1::2]))
+    refused = tuple(text for one in (*route.launches, *backward) for text in table.refusals(one))
+    return replace(plan, refused=refused, stock=stock_reasons(plan.chosen(spec), table))
 
-    def fastest(one: LaunchSpec) -> tuple[Config, float, bool] | None:
-        assert device.gpu is not None
-        times = table.times(one)
-        if training_configs.is_training(one):
-            every: tuple[Config, ...] = training_configs.admitted(one, device.gpu, packed=False)
-        else:
-            every = configs.candidates(one, device.gpu)
-        usable = [c for c in every if _may_run(one, c, table, hopeful) and times.get(str(c), 0) is not None]
-        measured = [(us, i) for i, c in enumerate(usable) if (us := times.get(str(c))) is not None]
-        if measured:
-            us, i = min(measured)
-            return usable[i], us * 1e-6, True
-        if training_configs.is_training(one):
-            left_out = frozenset(c for c in every if c not in usable)
-            ranked = heuristic.rank_training(one, device, False, left_out)
-        else:
-            ranked = tuple(pick for pick in heuristic.rank(one, device) if pick[0] in usable)
-        return (*ranked[0], False) if ranked else None
 
-    def found(launches: tuple[LaunchSpec, ...]) -> list[tuple[Config, float, bool]]:
-        picks = [(one, fastest(one)) for one in launches]
-        for one, pick in picks:
-            if pick is None:
-                raise BackendError(
-                    f"no kernel for {one} passed its check on {table.gpu}{refused_text(table.refusals(one))}; use "
-                    f"another backend, or delete {user_file(table.gpu)} and tune again"
-                )
-        return [pick for _, pick in picks if pick is not None]
+def _left_to_stock(launch: LaunchSpec) -> tuple[Config, float] | None:
+    """Return PyTorch's kernels, in no time known, for a launch that nothing of ours can run; None if they cannot."""
+    return (CUDNN, float("inf")) if CUDNN in configs.stock_candidates(launch) else None
 
-    routes_of = [(route, found(route.launches)) for route in folded_routes(spec)]
-    if any(all(measured for _, _, measured in picks) for _, picks in routes_of):
-        routes_of = [(route, picks) for route, picks in routes_of if all(measured for _, _, measured in picks)]
-    route, forward = min(routes_of, key=lambda pair: sum(seconds for _, seconds, _ in pair[1]))
-    backward = [found(folded_launches(c, 0 < i < len(spec.main))) for i, c in enumerate(spec.convs)]
-    every = (*route.launches, *training_configs.training_launches(spec))
-    return FoldedConfigs(
-        route,
-        tuple(config for config, _, _ in forward),
-        tuple(dgrad[0] for dgrad, _ in backward),
-        tuple(wgrad[0] for _, wgrad in backward),
-        tuple(text for one in every for text in table.refusals(one)),
-    )
+
+def stock_reasons(chosen: Iterable[tuple[LaunchSpec, Config]], table: Table) -> tuple[str, ...]:
+    """Return why PyTorch's kernels run a launch, for each of ``chosen`` that they run."""
+    return tuple(_stock_reason(launch, config, table) for launch, config in chosen if config.stock)
+
+
+def _stock_reason(launch: LaunchSpec, config: Config, table: Table) -> str:
+    times = table.times(launch)
+    own = min((us for name, us in times.items() if us is not None and name not in configs.STOCK), default=None)
+    us = times.get(str(config))
+    compared = us is not None and own is not None
+    why = f"{us:.1f} us measured, ours {own:.1f}" if compared else "no config of ours is left"
+    return f"{config} runs {launch}: {why}"

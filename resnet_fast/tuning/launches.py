@@ -19,9 +19,7 @@ def candidates(launch: LaunchSpec, device: Device) -> tuple[Config, ...]:
     """Return every config that the rules admit, and PyTorch's own kernels where they are an alternative."""
     assert device.gpu is not None
     if is_training(launch):
-        if launch.folded:
-            return training_configs.measurable(launch, device.gpu, packed=False)
-        packed = flags.PROLOGUE.read() == "packed"
+        packed = not launch.folded and flags.PROLOGUE.read() == "packed"
         return (*training_configs.measurable(launch, device.gpu, packed), training_configs.CUDNN)
     return (*configs.candidates(launch, device.gpu), *configs.stock_candidates(launch))
 

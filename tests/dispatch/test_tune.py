@@ -16,7 +16,7 @@ import resnet_fast
 from resnet_fast import BackendError, UserError, devices
 from resnet_fast.dispatch import catalog
 from resnet_fast.dispatch import tune as tuning
-from resnet_fast.spec import Verdict
+from resnet_fast.spec import LaunchSpec, Verdict
 from resnet_fast.tuning import configs, launch_plan, proofs, shapes, tables, training_configs
 from resnet_fast.tuning.routes import launch
 
@@ -293,6 +293,39 @@ def test_a_table_decides_per_convolution_and_direction(step: tuning.Tuned) -> No
     }
     found = launch_plan.plan_training(fwd.last, True, H100, tables.Table(INTERPRETER, times), packed=True)
     assert found.fwd == training_configs.CUDNN == found.wgrad and found.dgrad.kernel == "conv_dgrad"
+
+
+@pytest.mark.interpret
+def test_a_frozen_step_is_measured_beside_pytorchs_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, dgrad and wgrad; cuDNN's fused kernel is refused where there is none. The next step runs the fastest."""
+    from resnet_fast.backends.triton import device
+    from resnet_fast.backends.triton.training import frozen_chain
+
+    every = tuning.launches.candidates
+
+    def few(one: LaunchSpec, model: devices.Device) -> tuple[configs.Config, ...]:
+        found = every(one, model)
+        return (next(c for c in found if not c.stock), *(c for c in found if c.stock))
+
+    monkeypatch.setattr(tuning.launches, "candidates", few)
+    net, x = training_block()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    tuned = tuned_step(net, x, path=tmp_path / "t")
+    assert (tuned.measured, tuned.left) == (6, 0) and {c for _, c, _ in tuned.refused} == {"cudnn_fused"}
+    assert [one.folded for one in tuned.launches].count(True) == 4
+    assert all(tuned.table.times(one)["cudnn"] is not None for one in tuned.launches)
+    rows = tuned.rows()
+    assert tuned.net_us == pytest.approx(sum(row.us or 0 for row in rows))
+    assert tuned.net_stock_us == pytest.approx(sum(row.stock_us or 0 for row in rows))
+    monkeypatch.setattr(frozen_chain, "table_of", lambda _: tuned.table)  # of the interpreter none is read
+    device.forget_tables()
+    with torch.autocast("cpu", torch.float16):
+        (told,) = {row.detail for row in resnet_fast.explain(net, x).rows if row.backend == "triton"}
+    for row, one in zip(rows, tuned.launches, strict=True):
+        assert (f"cudnn runs {one}: {row.stock_us:.1f} us measured, ours" in told) == (row.best == "cudnn"), told
+    assert any(row.best == "cudnn" for row in rows)  # beside an interpreter
 
 
 @pytest.mark.interpret

@@ -371,3 +371,8 @@ def test_explain_lists_the_configs_of_a_training_step(dtype: torch.dtype) -> Non
     assert ("packed" in row.detail) == (dtype == torch.float16)
     assert row.detail in str(found)
     assert all(torch.equal(t, before[name]) for name, t in net.named_buffers())
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+        (row,) = explain(net, torch.randn(2, 16, 4, 3)).rows
+    assert row.detail.startswith("training with folded norms, forward conv: ")

@@ -7,10 +7,12 @@ import pytest
 from resnet_fast import devices
 from resnet_fast.errors import BackendError
 from resnet_fast.spec import BlockSpec, ConvSpec, LaunchSpec
-from resnet_fast.tuning import configs, heuristic, launch_plan, launches, proofs, shapes
+from resnet_fast.tuning import configs, heuristic, launch_plan, launches, proofs, shapes, training_configs
 from resnet_fast.tuning import routes as routes_module
-from resnet_fast.tuning.routes import LaunchRoute, launch, routes
+from resnet_fast.tuning.launch_plan import FoldedConfigs
+from resnet_fast.tuning.routes import LaunchRoute, folded_routes, launch, routes
 from resnet_fast.tuning.tables import Table
+from resnet_fast.tuning.training_configs import admitted, training_launches
 
 H100 = devices.gpu("h100")
 PROBLEMS = shapes.problems("resnet50", 32, dtype="bfloat16")
@@ -211,3 +213,50 @@ def test_an_invariant_problem_uses_what_was_measured_and_proved_for_any_batch() 
         plan = choose(problem.with_(n=n), entry)
         assert plan.measured and str(plan.configs[0]) == name
     assert not choose(CONV, entry).measured  # without the mode other configs compete
+
+
+FROZEN = BLOCK.with_(grad=True)
+FORWARD, BACKWARD = folded_routes(FROZEN)[0].launches, training_launches(FROZEN)
+
+
+def folded(*entries: tuple[LaunchSpec, dict[str, float | None]]) -> FoldedConfigs:
+    return launch_plan.plan_folded(FROZEN, H100, table(*entries), hopeful=True)
+
+
+def test_a_frozen_step_takes_pytorchs_kernel_where_it_was_measured_faster() -> None:
+    """Per launch, forward and backward, and the plan says which and why."""
+    entries = []
+    for i, one in enumerate((*FORWARD, *BACKWARD)):
+        ours = str(launches.candidates(one, H100)[0])
+        entries.append((one, {ours: 20.0, "cudnn": 10.0 + 20.0 * (i % 2), "cudnn_fused": 30.0}))
+    plan = folded(*entries)
+    assert plan.route.fusion == "conv"
+    for i, (one, config) in enumerate(plan.chosen(FROZEN)):
+        assert config.stock == (i % 2 == 0)
+        assert (f"cudnn runs {one}: 10.0 us measured, ours 20.0" in str(plan)) == config.stock
+    assert len(plan.stock) == len(entries) // 2
+
+
+def test_a_frozen_step_without_measurements_is_ours() -> None:
+    """Also where the model of PyTorch's kernels would say otherwise: they break the native submission of a pass."""
+    few = FROZEN.with_(n=8)
+    inference = launch_plan.plan_launches(few.with_(grad=False), H100, Table(H100.name), hopeful=True)
+    assert any(c.stock for c in inference.configs)
+    plan = launch_plan.plan_folded(few, H100, Table(H100.name), hopeful=True)
+    assert not any(config.stock for _, config in plan.chosen(few)) and not plan.stock
+
+
+def test_a_frozen_step_with_nothing_of_ours_left_runs_on_pytorchs_kernels() -> None:
+    assert H100.gpu is not None
+    joined = folded_routes(FROZEN)[-1].launches[-1]
+    refused = [(one, {str(c): None for c in configs.candidates(one, H100.gpu)}) for one in (*FORWARD, joined)]
+    refused += [(one, {str(c): None for c in admitted(one, H100.gpu, packed=False)}) for one in BACKWARD]
+    plan = folded(*refused)
+    assert all(config == training_configs.CUDNN for _, config in plan.chosen(FROZEN))
+    assert "no config of ours is left" in str(plan)
+
+
+def test_tuning_measures_pytorchs_kernels_for_a_frozen_step() -> None:
+    for one in launches.launches_of(FROZEN, H100):
+        stock = [c for c in launches.candidates(one, H100) if c.stock]
+        assert bool(stock) == (one.projection is None), one

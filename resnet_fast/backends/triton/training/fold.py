@@ -32,7 +32,7 @@ Alone: ``TRITON_INTERPRET=1 python -m pytest tests/backends/triton/training/test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ from ....calls import Conv, Norm
 from ....spec import ConvSpec
 from ....tuning.routes import merged_groups
 from ..launch import submit, upcasts
-from ..tiles import load_optional, round_to
+from ..tiles import load_optional, round_to, store_rounded
 from .pack import BLOCK, PROGRAMS, TILE, filter_elements, load_filters, pack_dgrad_program
 from .passes import THREADS, empty_image
 
@@ -61,7 +61,10 @@ NOTHING = (0,) * 13
 
 
 class Folded(NamedTuple):
-    """A folded convolution: ``w`` for the forward kernels, ``const`` (Co) fp32, and ``vectors`` (3, Co) fp32."""
+    """A folded convolution: ``w`` for the forward kernels, ``const`` (Co), and ``vectors`` (3, Co) fp32.
+
+    ``const`` is fp32 for our kernels. PyTorch's take it in the dtype of ``w``.
+    """
 
     w: Tensor
     const: Tensor
@@ -101,7 +104,7 @@ def _fold_program(
     if JOINED:
         _, _, _, more = _norm_of_filters(gamma_2, beta_2, mean_2, var_2, bias_2, eps_2, rows, rows < CO)
         const += more
-    tl.store(const_ptr + rows, const, mask=rows < CO)
+    store_rounded(const_ptr + rows, const, rows < CO)
     tl.store(vectors_ptr + _SCALE * CO + rows, scale, mask=rows < CO)
     tl.store(vectors_ptr + _INVSTD * CO + rows, invstd, mask=rows < CO)
     tl.store(vectors_ptr + _CENTRE * CO + rows, centre, mask=rows < CO)
@@ -177,7 +180,7 @@ def _order(count: int, projection: bool) -> list[int]:
 
 def fold(
     convs: Sequence[Conv], norms: Sequence[Norm], specs: Sequence[ConvSpec], projection: bool, joined: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, stock: Collection[int] = (),
 ) -> list[Folded]:  # fmt: skip
     """Fold the norms of a call into its weights, in one launch.
 
@@ -186,6 +189,7 @@ def fold(
         projection: whether the last of them is on the shortcut.
         joined: whether its constant is added to that of the residual branch's last convolution.
         dtype: of the activations.
+        stock: the places of those that PyTorch's kernels run.
 
     Returns:
         A folded convolution for each.
@@ -193,11 +197,12 @@ def fold(
     found = []
     arguments: list[Any] = []
     parts, programs = [], []
-    for conv, spec in zip(convs, specs, strict=True):
+    for i, (conv, spec) in enumerate(zip(convs, specs, strict=True)):
         new = conv.weight.new_empty
         shape = (spec.co, spec.r, spec.s, spec.ci // merged_groups(spec))
         vectors = new((3, spec.co), dtype=torch.float32)
-        found.append(Folded(new(shape, dtype=dtype), new(spec.co, dtype=torch.float32), vectors))
+        const = new(spec.co, dtype=dtype if i in stock else torch.float32)
+        found.append(Folded(new(shape, dtype=dtype), const, vectors))
     for i in _order(len(convs), projection):
         if i < 0:
             arguments += [*[None] * 6, 0.0, None, None, None]

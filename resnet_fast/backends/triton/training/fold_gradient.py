@@ -1,6 +1,6 @@
 r"""Gradients of the parameters behind folded weights: the splits of each wgrad, added up and multiplied out.
 
-With g the gradient of a folded convolution's output, conv_wgrad.py leaves for every split of the pixels
+With g the gradient of a folded convolution's output, folded_convolution.py leaves for every split of the pixels
 
     P[co, k] = sum_m g[m, co] * x[m, k]          k = (r, s, ci), the gradient of the folded weight
     Q[co]    = sum_m g[m, co]
@@ -17,7 +17,8 @@ The last line is BatchNorm's sum over pixels without the raw output y, because t
     sum_m g[m] * conv[m] = sum_m g[m] * sum_k x[m, k] * weight[k] = sum_k weight[k] * sum_m g[m] * x[m, k]
 
 So nothing of y's size is kept or read for gamma: P is there for dW, and a filter has far fewer elements than a channel
-has pixels. It needs a wgrad also where only gamma, beta or a bias is trained.
+has pixels. It needs a wgrad also where gamma is trained and the weight is not; docs/notes/frozen-training.md counts the
+other ways. Where neither is trained, there is no P.
 
       P, a split      k ->                   one program per filter: WIDTH elements of SPLITS splits at once, then the
       +-------------------------+            next splits, then the next WIDTH. So a filter's sum for gamma stays in the
@@ -40,10 +41,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ....spec import ConvSpec
-from ....tuning.routes import merged_groups
 from ..launch import submit
 from ..tiles import store_rounded
 from .fold import CENTRE, INVSTD, PARTS, SCALE
+from .folded_convolution import Sums
 
 _SCALE, _INVSTD, _CENTRE = tl.constexpr(SCALE), tl.constexpr(INVSTD), tl.constexpr(CENTRE)
 
@@ -61,16 +62,14 @@ class Wanted(NamedTuple):
         conv: the convolution.
         weight: the parameter (Co, Ci/groups, R, S).
         vectors: (3, Co) of :func:`.fold.fold`.
-        p: (splits, Co, R*S*Ci/merged groups) fp32.
-        q: (splits, Co) fp32; None where only ``dw`` is wanted.
+        sums: P and Q of their splits, :class:`.folded_convolution.Sums`.
         dw, dgamma, dbeta, dbias: what to write, in the dtype of each parameter; None where it is not wanted.
     """
 
     conv: ConvSpec
     weight: Tensor
     vectors: Tensor
-    p: Tensor
-    q: Tensor | None
+    sums: Sums
     dw: Tensor | None
     dgamma: Tensor | None
     dbeta: Tensor | None
@@ -79,10 +78,10 @@ class Wanted(NamedTuple):
 
 @triton.jit
 def _gradient_program(
-    co, weight_ptr, vectors_ptr, p_ptr, q_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, splits,
+    co, weight_ptr, vectors_ptr, p_ptr, q_ptr, dw_ptr, dgamma_ptr, dbeta_ptr, dbias_ptr, splits, sums,
     GEOMETRY: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of filter ``co``."""
+    """Write the gradients of filter ``co``, from ``splits`` of P and ``sums`` of Q."""
     CI: tl.constexpr = GEOMETRY[0]
     CO: tl.constexpr = GEOMETRY[1]
     GEMM_N: tl.constexpr = GEOMETRY[1] // GEOMETRY[2]
@@ -95,29 +94,32 @@ def _gradient_program(
     scale = tl.load(vectors_ptr + _SCALE * CO + co)
     by_gamma = tl.zeros((WIDTH,), dtype=tl.float32)
     part = tl.arange(0, SPLITS)
-    for start in range(0, COLUMNS, WIDTH):
-        k = start + tl.arange(0, WIDTH)
-        ci = k % CI
-        own = k < COLUMNS
-        if OWN_CI < CI:  # of other members of a merged group nothing is wanted
-            own = own & (ci // OWN_CI == co % GEMM_N // OWN_CO)
-        # dWf = sum of P over the splits
-        p = tl.zeros((WIDTH,), dtype=tl.float32)
-        for first in range(0, splits, SPLITS):
-            rows = ((first + part).to(tl.int64) * CO + co) * COLUMNS
-            mask = (first + part < splits)[:, None] & own[None, :]
-            p += tl.sum(tl.load(p_ptr + (rows[:, None] + k[None, :]), mask=mask, other=0.0), 0)
-        r, s = k // (S * CI), k // CI % S
-        if dw_ptr is not None:
-            at = co.to(tl.int64) * GEOMETRY[13] + (ci % OWN_CI * GEOMETRY[14] + r * GEOMETRY[15] + s * GEOMETRY[16])
-            store_rounded(dw_ptr + at, p * scale, own)
-        if dgamma_ptr is not None:
-            at = co.to(tl.int64) * GEOMETRY[9] + (ci % OWN_CI * GEOMETRY[10] + r * GEOMETRY[11] + s * GEOMETRY[12])
-            by_gamma += p * tl.load(weight_ptr + at, mask=own, other=0.0).to(tl.float32)
+    if p_ptr is not None:
+        for start in range(0, COLUMNS, WIDTH):
+            k = start + tl.arange(0, WIDTH)
+            ci = k % CI
+            own = k < COLUMNS
+            if OWN_CI < CI:  # of other members of a merged group nothing is wanted
+                own = own & (ci // OWN_CI == co % GEMM_N // OWN_CO)
+            # dWf = sum of P over the splits
+            p = tl.zeros((WIDTH,), dtype=tl.float32)
+            for first in range(0, splits, SPLITS):
+                rows = ((first + part).to(tl.int64) * CO + co) * COLUMNS
+                mask = (first + part < splits)[:, None] & own[None, :]
+                p += tl.sum(tl.load(p_ptr + (rows[:, None] + k[None, :]), mask=mask, other=0.0).to(tl.float32), 0)
+            r, s = k // (S * CI), k // CI % S
+            if dw_ptr is not None:
+                at = co.to(tl.int64) * GEOMETRY[13] + (ci % OWN_CI * GEOMETRY[14] + r * GEOMETRY[15] + s * GEOMETRY[16])
+                store_rounded(dw_ptr + at, p * scale, own)
+            if dgamma_ptr is not None:
+                at = co.to(tl.int64) * GEOMETRY[9] + (ci % OWN_CI * GEOMETRY[10] + r * GEOMETRY[11] + s * GEOMETRY[12])
+                by_gamma += p * tl.load(weight_ptr + at, mask=own, other=0.0).to(tl.float32)
     if q_ptr is not None:
-        total = tl.zeros((SPLITS,), dtype=tl.float32)
-        for first in range(0, splits, SPLITS):
-            total += tl.load(q_ptr + (first + part) * CO + co, mask=first + part < splits, other=0.0)
+        SUMS: tl.constexpr = GEOMETRY[17]
+        row = tl.arange(0, SUMS)
+        total = tl.zeros((SUMS,), dtype=tl.float32)
+        for first in range(0, sums, SUMS):
+            total += tl.load(q_ptr + (first + row) * CO + co, mask=first + row < sums, other=0.0)
         q = tl.sum(total, 0)
         if dgamma_ptr is not None:
             invstd, centre = tl.load(vectors_ptr + _INVSTD * CO + co), tl.load(vectors_ptr + _CENTRE * CO + co)
@@ -128,33 +130,40 @@ def _gradient_program(
             store_rounded(dbias_ptr + co, scale * q, None)
 
 
-@triton.jit(do_not_specialize=["splits_0", "splits_1", "splits_2", "splits_3"])
+@triton.jit(do_not_specialize=[
+    "splits_0", "sums_0", "splits_1", "sums_1", "splits_2", "sums_2", "splits_3", "sums_3",
+])  # fmt: skip
 def _fold_gradient_kernel(
-    weight_0, vectors_0, p_0, q_0, dw_0, dgamma_0, dbeta_0, dbias_0, splits_0,
-    weight_1, vectors_1, p_1, q_1, dw_1, dgamma_1, dbeta_1, dbias_1, splits_1,
-    weight_2, vectors_2, p_2, q_2, dw_2, dgamma_2, dbeta_2, dbias_2, splits_2,
-    weight_3, vectors_3, p_3, q_3, dw_3, dgamma_3, dbeta_3, dbias_3, splits_3,
+    weight_0, vectors_0, p_0, q_0, dw_0, dgamma_0, dbeta_0, dbias_0, splits_0, sums_0,
+    weight_1, vectors_1, p_1, q_1, dw_1, dgamma_1, dbeta_1, dbias_1, splits_1, sums_1,
+    weight_2, vectors_2, p_2, q_2, dw_2, dgamma_2, dbeta_2, dbias_2, splits_2, sums_2,
+    weight_3, vectors_3, p_3, q_3, dw_3, dgamma_3, dbeta_3, dbias_3, splits_3, sums_3,
     PART_0: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr, PART_3: tl.constexpr,
     END_0: tl.constexpr, END_1: tl.constexpr, END_2: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < END_0:
-        _gradient_program(pid, weight_0, vectors_0, p_0, q_0, dw_0, dgamma_0, dbeta_0, dbias_0, splits_0, PART_0)
+        _gradient_program(
+            pid, weight_0, vectors_0, p_0, q_0, dw_0, dgamma_0, dbeta_0, dbias_0, splits_0, sums_0, PART_0
+        )  # fmt: skip
     elif pid < END_1:
-        if p_1 is not None:
+        if vectors_1 is not None:
             _gradient_program(
-                pid - END_0, weight_1, vectors_1, p_1, q_1, dw_1, dgamma_1, dbeta_1, dbias_1, splits_1, PART_1
-            )
+                pid - END_0, weight_1, vectors_1, p_1, q_1, dw_1, dgamma_1, dbeta_1, dbias_1, splits_1, sums_1,
+                PART_1,
+            )  # fmt: skip
     elif pid < END_2:
-        if p_2 is not None:
+        if vectors_2 is not None:
             _gradient_program(
-                pid - END_1, weight_2, vectors_2, p_2, q_2, dw_2, dgamma_2, dbeta_2, dbias_2, splits_2, PART_2
-            )
+                pid - END_1, weight_2, vectors_2, p_2, q_2, dw_2, dgamma_2, dbeta_2, dbias_2, splits_2, sums_2,
+                PART_2,
+            )  # fmt: skip
     else:
-        if p_3 is not None:
+        if vectors_3 is not None:
             _gradient_program(
-                pid - END_2, weight_3, vectors_3, p_3, q_3, dw_3, dgamma_3, dbeta_3, dbias_3, splits_3, PART_3
-            )
+                pid - END_2, weight_3, vectors_3, p_3, q_3, dw_3, dgamma_3, dbeta_3, dbias_3, splits_3, sums_3,
+                PART_3,
+            )  # fmt: skip
 
 
 def fold_gradients(wanted: Sequence[Wanted]) -> None:
@@ -165,18 +174,23 @@ def fold_gradients(wanted: Sequence[Wanted]) -> None:
     parts: list[tuple[int, ...]] = []
     ends: list[int] = []
     for one in wanted:
-        conv, groups = one.conv, merged_groups(one.conv)
-        columns = one.p.shape[2]
-        width = min(WIDTH, triton.next_power_of_2(columns))
-        splits = max(1, min(ELEMENTS // width, triton.next_power_of_2(one.p.shape[0])))
+        conv, (p, q) = one.conv, one.sums
+        columns, splits = (0, 0) if p is None else (p.shape[2], p.shape[0])
+        sums = 0 if q is None else q.shape[0]
+        # of merged groups, or of the convolution's own
+        ci = columns // (conv.r * conv.s) if columns else conv.ci // conv.groups
+        groups = conv.ci // ci
+        width = min(WIDTH, triton.next_power_of_2(max(1, columns)))
+        at_once = min(ELEMENTS // width, triton.next_power_of_2(max(1, splits)))
+        sums_at_once = min(ELEMENTS, triton.next_power_of_2(max(1, sums)))
         to = one.weight if one.dw is None else one.dw
-        own = (conv.ci // groups, conv.co, groups, conv.ci // conv.groups, conv.co // conv.groups, conv.r, conv.s)
-        parts.append((*own, width, splits, *one.weight.stride(), *to.stride()))
+        own = (ci, conv.co, groups, conv.ci // conv.groups, conv.co // conv.groups, conv.r, conv.s)
+        parts.append((*own, width, at_once, *one.weight.stride(), *to.stride(), sums_at_once))
         gradients = (one.dw, one.dgamma, one.dbeta, one.dbias)
-        arguments += [one.weight.detach(), one.vectors, one.p, one.q, *gradients, one.p.shape[0]]
+        arguments += [one.weight.detach(), one.vectors, p, q, *gradients, splits, sums]
         ends.append((ends[-1] if ends else 0) + conv.co)
     missing = PARTS - len(parts)
-    arguments += [*[None] * 8, 0] * missing
+    arguments += [*[None] * 8, 0, 0] * missing
     parts += [(0,) * len(parts[0])] * missing
     ends += [ends[-1]] * missing
     submit(

@@ -17,10 +17,8 @@ from ....calls import Conv
 from ....spec import ConvSpec, LaunchSpec
 from ....tuning import configs
 from ....tuning.configs import Config
-from ..device import device_of
 from ..problem import guarded
-from . import conv_dgrad, conv_wgrad, fold, fold_gradient
-from .vectors import Act, Grad
+from . import fold, fold_gradient, folded_convolution
 
 
 @dataclass
@@ -44,22 +42,19 @@ class FoldedProblem:
         return lambda: self._dx(config)
 
     def _dx(
-        self, config: Config, add: Tensor | None = None, strided: tuple[Tensor, tuple[int, int]] | None = None
+        self, config: Config, add: Tensor | None = None, strided: folded_convolution.Strided | None = None
     ) -> Tensor:
         conv = Conv(self.weight, None, *self.spec.geometry())
-        (wt,), g = fold.begin_backward([conv], [self.spec], [self.vectors], [True], self.g, None)
-        assert wt is not None
-        below = Act(self.x) if self.launch.prologue else None
-        return conv_dgrad.conv_dgrad(self.launch, config, wt, Grad(g), below, False, add, strided)[0]
+        ours = [not config.stock]
+        (wt,), g = fold.begin_backward([conv], [self.spec], [self.vectors], ours, self.g, None)
+        return folded_convolution.dgrad(self.launch, config, conv, self.vectors, wt, g, self.x, add, strided)
 
     def _gradients(self, config: Config, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return dW, and with ``affine`` the gradients of gamma and beta."""
-        gpu = device_of(self.g.device).gpu
-        assert gpu is not None
-        p, q, _ = conv_wgrad.products(self.launch, config, Grad(self.g), Act(self.x), gpu.sms, sums=affine)
+        sums = folded_convolution.wgrad(self.launch, config, self.weight, self.g, self.x, True, affine)
         dw, dgamma, dbeta = torch.empty_like(self.weight), *torch.empty_like(self.vectors[:2])
         gamma, beta = (dgamma, dbeta) if affine else (None, None)
-        wanted = fold_gradient.Wanted(self.spec, self.weight, self.vectors, p, q, dw, gamma, beta, None)
+        wanted = fold_gradient.Wanted(self.spec, self.weight, self.vectors, sums, dw, gamma, beta, None)
         fold_gradient.fold_gradients([wanted])
         return dw, dgamma, dbeta
 

@@ -22,8 +22,11 @@ Launches of a bottleneck with the identity: 1 + 3 forward, 1 + 3 + 3 + 1 backwar
     forward     fold, conv1, conv2, conv3
     backward    mask and fold, then wgrad and dgrad of each convolution, then the sums over the splits of all wgrads
 
-A gradient that nobody wants is not computed: a wgrad for its weight, gamma, beta and bias together, a dgrad for the
-input and all that is in front of it.
+A gradient that nobody wants is not computed: a wgrad for its weight and gamma together, the sums of g without its
+products for beta and bias, a dgrad for the input and all that is in front of it.
+
+For each launch the tuning table may select PyTorch's kernel instead (tuning/launch_plan.py), in the backward pass with
+the passes of folded_convolution.py around it.
 """
 
 from __future__ import annotations
@@ -46,10 +49,9 @@ from ..device import Target, device_of, place_of, planned_for, table_of, table_v
 from ..launch import FoldedWeights, arrivals, nhwc
 from ..launchers import LAUNCHERS
 from ..submission import Passes
-from . import chain, conv_dgrad, conv_wgrad, fold, fold_gradient, pool_winner
+from . import chain, fold, fold_gradient, folded_convolution, pool_winner
 from .gradients import BackwardPass
 from .problem import launch_problem
-from .vectors import Act, Grad
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ def _forward(call: Call, spec: Spec, configs: FoldedConfigs) -> list[Tensor]:
     """Return the output in NHWC and what is saved."""
     x, main, route = call.x, len(spec.main), configs.route
     joined = route.fusion == "proj"
-    folded = fold.fold(call.convs, call.norms, spec.convs, call.projection, joined, x.dtype)
     steps = tuple(zip(route.launches, configs.forward, strict=True))
-    counters = arrivals(steps, x)
     order = [*([main] if call.projection and not joined else []), *range(main)]
+    stock = [i for i, config in zip(order, configs.forward, strict=True) if config.stock]
+    folded = fold.fold(call.convs, call.norms, spec.convs, call.projection, joined, x.dtype, stock)
+    counters = arrivals(steps, x)
     y, shortcut, kept = x, call.added, []
     for i, (launch, config) in zip(order, steps, strict=True):
         split = {} if config.splits == 1 else {"arrivals": counters}
@@ -215,18 +218,19 @@ class _FoldedBackward(BackwardPass):
             if not self.passes_on(i):
                 break
             if i > 0:
-                grad = self.dgrad(i, grad, wts[i], Act(self.inputs[i]))
+                grad = self.dgrad(i, grad, wts[i])
             else:
                 add, strided = g if self.spec.shortcut == "identity" else None, None
                 if projected is not None:
                     add, strided = projected
-                dx = self.dgrad(0, grad, wts[0], None, add, strided)
+                dx = self.dgrad(0, grad, wts[0], add, strided)
         fold_gradient.fold_gradients(self.sums)
         return self.found(dx, g, dz)
 
     def begin(self, z: Tensor, dz: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the gradient in front of the last ReLU, and the weights of the dgrads that will run."""
-        call, wanted = self.call, [self.passes_on(i) for i in range(self.count)]
+        """Return the gradient in front of the last ReLU, and the weights of the dgrads that our kernels will run."""
+        call, dgrads = self.call, self.configs.dgrads
+        wanted = [self.passes_on(i) and not dgrads[i].stock for i in range(self.count)]
         masked = z if call.relu and call.pool is None else None
         wts, g = fold.begin_backward(call.convs, self.spec.convs, self.vectors, wanted, dz, masked)
         if call.pool is not None:
@@ -245,36 +249,35 @@ class _FoldedBackward(BackwardPass):
             torch.empty_like(t) if flag and t is not None else None for t, flag in zip(tensors, flags, strict=True)
         ]
         self.weights[i], self.gammas[i], self.betas[i], self.biases[i] = found
-        gpu = device_of(g.device).gpu
-        assert gpu is not None
         launch, config = self.launches[i][1], self.configs.wgrads[i]
-        p, q, _ = conv_wgrad.products(launch, config, Grad(g), Act(self.inputs[i]), gpu.sms, sums=any(flags[1:]))
-        self.sums.append(fold_gradient.Wanted(self.spec.convs[i], conv.weight, self.vectors[i], p, q, *found))
+        products, sums = flags[0] or flags[1], any(flags[1:])
+        given = folded_convolution.wgrad(launch, config, conv.weight, g, self.inputs[i], products, sums)
+        self.sums.append(fold_gradient.Wanted(self.spec.convs[i], conv.weight, self.vectors[i], given, *found))
 
     def dgrad(
         self,
         i: int,
         g: Tensor,
         wt: Tensor | None,
-        below: Act | None,
         add: Tensor | None = None,
-        strided: tuple[Tensor, tuple[int, int]] | None = None,
+        strided: folded_convolution.Strided | None = None,
         compact: bool = False,
     ) -> Tensor:
-        """Return the gradient of the input of convolution ``i``; arguments as of :func:`.conv_dgrad.conv_dgrad`."""
-        assert wt is not None
-        launch, config = self.launches[i][0], self.configs.dgrads[i]
-        return conv_dgrad.conv_dgrad(launch, config, wt, Grad(g), below, False, add, strided, compact)[0]
+        """Return the gradient of the input of convolution ``i``; arguments as of :func:`.folded_convolution.dgrad`."""
+        launch, config, conv = self.launches[i][0], self.configs.dgrads[i], self.call.convs[i]
+        return folded_convolution.dgrad(
+            launch, config, conv, self.vectors[i], wt, g, self.inputs[i], add, strided, compact
+        )
 
     def projection(
         self, g: Tensor, wt: Tensor | None
-    ) -> tuple[Tensor | None, tuple[Tensor, tuple[int, int]] | None] | None:
+    ) -> tuple[Tensor | None, folded_convolution.Strided | None] | None:
         """Launch the projection's wgrad, and return its dx for every pixel, or for those that it reads."""
         i = self.main
         self.wgrad(i, g)
         if not self.needs.x:
             return None
-        spec = self.spec.convs[i]
-        compact = (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0) and spec.stride != (1, 1)
-        dx = self.dgrad(i, g, wt, None, compact=compact)
+        spec, ours = self.spec.convs[i], not self.configs.dgrads[i].stock
+        compact = ours and (spec.r, spec.s) == (1, 1) and spec.padding == (0, 0) and spec.stride != (1, 1)
+        dx = self.dgrad(i, g, wt, compact=compact)
         return (None, (dx, spec.stride)) if compact else (dx, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import devices
-from resnet_fast.tuning import training_configs
-from resnet_fast.tuning.training_configs import folded_launches
+from resnet_fast.tuning import launch_plan, training_configs
+from resnet_fast.tuning.launch_plan import FoldedConfigs
+from resnet_fast.tuning.routes import folded_routes
+from resnet_fast.tuning.training_configs import CUDNN, folded_launches
 from tests.support import train_cases, train_nets
 from tests.support.dgrad_cases import GEOMETRIES
 from tests.support.op_cases import OPS
@@ -43,6 +46,29 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+@pytest.fixture
+def send(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Send the named directions ("fwd dgrad wgrad") of a call's convolutions to PyTorch's kernels."""
+    from resnet_fast.backends.triton.training import frozen_chain
+
+    real = launch_plan.plan_folded
+
+    def choose(names: str) -> None:
+        def plan(spec: Any, *args: Any) -> FoldedConfigs:
+            own = real(spec, *args)
+            if "fwd" in names:
+                route = folded_routes(spec)[0]
+                own = replace(own, route=route, forward=(CUDNN,) * len(route.launches))
+            every = {f"{name}s": (CUDNN,) * len(spec.convs) for name in ("dgrad", "wgrad") if name in names}
+            return replace(own, **every)
+
+        frozen_chain._plans.clear()
+        monkeypatch.setattr(launch_plan, "plan_folded", plan)
+
+    yield choose
+    frozen_chain._plans.clear()
+
+
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bottleneck": (torch.float16, {"op": "bottleneck"}),
     "bottleneck in bfloat16": (torch.bfloat16, {"op": "bottleneck", "co": 12, "projection": True}),
@@ -65,6 +91,47 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 def test_a_step_is_within_the_budget(name: str) -> None:
     dtype, options = CASES[name]
     check(case(dtype=dtype, batch_stats=False, **options))
+
+
+STOCK: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "all with biases": ("fwd dgrad wgrad", torch.float16, {"op": "bottleneck", "co": 16, "stride": 2, "bias": True}),
+    "all with groups": ("fwd dgrad wgrad", torch.float16, {"op": "bottleneck", "ci": 32, "co": 32, "groups": 8}),
+    "all in bfloat16": ("fwd dgrad wgrad", torch.bfloat16, {"op": "basic_block", "co": 16}),
+    "all in fp32": ("fwd dgrad wgrad", torch.float32, {"op": "basic_block", "co": 24, "stride": 2, "h": 7}),
+    "all behind a given shortcut": ("fwd dgrad wgrad", torch.float16, {"op": "bottleneck", "co": 16, "residual": True}),
+    "forward": ("fwd", torch.float16, {"op": "bottleneck", "co": 12, "projection": True}),
+    "dgrad": ("dgrad", torch.float16, {"op": "bottleneck", "co": 16, "stride": 2, "h": 7}),
+    "wgrad": ("wgrad", torch.float16, {"op": "basic_block", "layout": "nchw", "co": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_step_with_launches_of_pytorch_is_within_the_budget(
+    name: str, send: Callable[[str], None], launches: Counter[str]
+) -> None:
+    directions, dtype, options = STOCK[name]
+    send(directions)
+    check(case(dtype=dtype, batch_stats=False, **options))
+    ran = {kernel.removesuffix("_fwd") for kernel in launches}
+    kernels = {"fwd": "conv_bn_act_1x1 conv_bn_act_3x3", "dgrad": "conv_dgrad", "wgrad": "conv_wgrad"}
+    for direction, of in kernels.items():
+        assert bool(ran & set(of.split())) == (direction not in directions), (direction, ran)
+
+
+def test_a_stem_with_launches_of_pytorch(send: Callable[[str], None]) -> None:
+    send("fwd wgrad")
+    options: dict[str, Any] = {"op": "stem", "ci": 3, "co": 8, "k": 7, "stride": 2, "h": 9, "w": 8, "pool": (3, 2, 1)}
+    steps = (case(dtype=torch.float16, batch_stats=False, **options) for _ in range(100))
+    check(next(p for p in steps if pooled_gap(p) > 4e-3))
+
+
+def test_nan_shows_with_launches_of_pytorch_too(send: Callable[[str], None]) -> None:
+    send("fwd dgrad wgrad")
+    p = case("basic_block", batch_stats=False, co=16)
+    p.x[1, 3, 2, 2] = float("nan")
+    ours, torchs = step(p, fused), step(p, stock)
+    for name, t in torchs.items():
+        assert torch.equal(ours[name].isnan(), t.isnan()), name
 
 
 @pytest.mark.parametrize("pool,dtype", [((3, 2, 1), torch.float16), ((2, 2, 0), torch.float32)])
@@ -96,13 +163,13 @@ def test_a_proof_covers_what_a_step_adds(kernel: str, monkeypatch: pytest.Monkey
     config = training_configs.admitted(launch, H100, packed=False)[-1]
     random = folded_problem.folded_problem(launch)
     random.check(config)
-    module = getattr(folded_problem, kernel)
+    module = getattr(folded_problem.folded_convolution, kernel)
     name = "products" if kernel == "conv_wgrad" else "conv_dgrad"
     real = getattr(module, name)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         if kernel == "conv_dgrad":
-            return real(*args[:-1], None)
+            return real(*args[:7], None, *args[8:])
         found = real(*args, **kwargs)
         return found if found.q is None else found._replace(q=found.q * 1.01)
 
@@ -119,7 +186,7 @@ WANTED: dict[str, tuple[Callable[[str], bool], dict[str, int]]] = {
     ),
     "x": (lambda name: name == "x", {"conv_dgrad": 2, "conv_wgrad": 4}),
     "all but x": (lambda name: name != "x", {"conv_dgrad": 4}),
-    "all but the last beta": (lambda name: name != "beta2", {"conv_wgrad": 1}),
+    "all but the last beta": (lambda name: name != "beta2", {"channel_sums": 1}),
     "all below the second": (lambda name: name == "x" or name[-1] in "0", {"conv_dgrad": 1, "conv_wgrad": 3}),
 }
 
@@ -129,10 +196,46 @@ def test_what_needs_no_gradient_is_not_computed(name: str, launches: Counter[str
     without, expected = WANTED[name]
     p = case("bottleneck", batch_stats=False, co=16, stride=2)
     found = step(p, fused, without)
-    assert {k: n for k, n in launches.items() if k in ("conv_dgrad", "conv_wgrad")} == expected
+    assert {k: n for k, n in launches.items() if k in ("conv_dgrad", "conv_wgrad", "channel_sums")} == expected
     truth = step(p.to(train_cases.WIDE), lambda q: q.eager(), without, train_cases.cotangent(found["y"]))
     for key, t in truth.items():
         torch.testing.assert_close(found[key].double(), t, rtol=1e-4, atol=1e-4)
+
+
+def test_a_constant_alone_needs_no_wgrad(launches: Counter[str]) -> None:
+    """beta and bias: the sums of g are enough. With gamma the products are needed, and dW is not written."""
+    p = case("bottleneck", batch_stats=False, co=16, stride=2, bias=True)
+
+    def without(name: str) -> bool:
+        return not name.startswith(("beta", "bias"))
+
+    found = step(p, fused, without)
+    assert launches["channel_sums"] == 4 and launches["fold_gradient"] == 1 and not launches["conv_wgrad"]
+    truth = step(p.to(train_cases.WIDE), lambda q: q.eager(), without, train_cases.cotangent(found["y"]))
+    for key, t in truth.items():
+        torch.testing.assert_close(found[key].double(), t, rtol=1e-4, atol=1e-4)
+    launches.clear()
+    step(p, fused, lambda name: not name.startswith("gamma"))
+    assert launches["conv_wgrad"] == 4 and not launches["channel_sums"]
+
+
+def test_sums_of_many_walks() -> None:
+    """More than a program adds at once, with channels that no block divides."""
+    from resnet_fast.backends.triton.training import channel_sums, fold_gradient
+    from resnet_fast.backends.triton.training.folded_convolution import Sums
+
+    conv = GEOMETRIES["1x1_whole_blocks"].with_(ci=16, co=20)
+    g = torch.randn(3, 20, 31, 29).contiguous(memory_format=torch.channels_last)
+    q = channel_sums.channel_sums(g)
+    assert len(q) > 1
+    torch.testing.assert_close(q.double().sum(0), g.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+    many = torch.randn(2 * fold_gradient.ELEMENTS + 3, 20)
+    vectors, dbeta = torch.rand(3, 20), torch.empty(20)
+    weight = torch.randn(20, 16, 1, 1)
+    fold_gradient.fold_gradients(
+        [fold_gradient.Wanted(conv, weight, vectors, Sums(None, many), None, None, dbeta, None)]
+    )
+    torch.testing.assert_close(dbeta.double(), many.double().sum(0), rtol=1e-5, atol=1e-4)
 
 
 def test_launches_of_a_block(launches: Counter[str]) -> None:
