@@ -8,44 +8,14 @@
 namespace emulator {
 namespace {
 
-int wavefronts(const uint64_t* address, uint32_t active, int bytes, int first, int lanes) {
-  std::array<std::array<uint64_t, kWarp>, kBanks> words;
-  std::array<int, kBanks> filled{};
-  int most = 0;
-  for (int lane = first; lane < first + lanes; ++lane) {
-    if (!(active >> lane & 1)) continue;
-    for (uint64_t word = address[lane] / kWord; word * kWord < address[lane] + bytes; ++word) {
-      auto& bank = words[word % kBanks];
-      int& n = filled[word % kBanks];
-      bool known = false;
-      for (int i = 0; i < n; ++i) known |= bank[i] == word;
-      if (!known) bank[n++] = word;
-      most = std::max(most, n);
-    }
-  }
-  return most;
-}
-
-// The number of lanes whose accesses of this width the banks serve together: 128 bytes in all.
-int lanes_per_phase(int bytes) {
-  return bytes == 16 ? 8 : bytes == 8 ? 16 : 32;
-}
-
 void count_global(SiteCount& site, const Gathered& g, Kind kind) {
   const bool write = kind == Kind::kGlobalWrite;
-  std::array<uint64_t, 2 * kWarp> sectors;
-  int n = 0;
-  uint64_t asked = 0;
+  const Sectors all = sectors(g.address.data(), g.active);
+  const uint64_t asked = static_cast<uint64_t>(__builtin_popcount(g.active)) * g.bytes;
   Buffer* buffer = nullptr;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(g.active >> lane & 1)) continue;
-    asked += g.bytes;
-    const uint64_t sector = g.address[lane] / kSector;
-    bool known = false;
-    for (int i = n - 1; i >= 0 && !known; --i) known = sectors[i] == sector;
-    if (known) continue;
-    sectors[n++] = sector;
-    Buffer* b = buffer_of(reinterpret_cast<const void*>(g.address[lane]));
+  for (int i = 0; i < all.count; ++i) {
+    const uint64_t sector = all.sector[i];
+    Buffer* b = buffer_of(reinterpret_cast<const void*>(g.address[all.lane[i]]));
     if (b == nullptr) continue;
     buffer = b;
     uint8_t& touched = b->touched[sector - b->first_sector];
@@ -63,7 +33,7 @@ void count_global(SiteCount& site, const Gathered& g, Kind kind) {
     }
   }
   if (buffer) (write ? buffer->count.bytes_written : buffer->count.bytes_read) += asked;
-  site.units += n;
+  site.units += all.count;
   site.least += (asked + kSector - 1) / kSector;
 }
 
@@ -93,12 +63,9 @@ SiteCount& count_of(int site) {
 }
 
 void count_shared(SiteCount& site, const uint64_t* address, uint32_t active, int bytes) {
-  const int lanes = lanes_per_phase(bytes);
-  for (int first = 0; first < kWarp; first += lanes) {
-    const int units = wavefronts(address, active, bytes, first, lanes);
-    site.units += units;
-    site.least += units > 0;
-  }
+  const Wavefronts fronts = wavefronts(address, active, bytes);
+  site.units += fronts.units;
+  site.least += fronts.least;
 }
 
 Buffer* buffer_of(const void* p) {

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include <emulator/box.h>
+
 #include "state.h"
 
 namespace emulator {
@@ -14,11 +16,10 @@ namespace {
 using resnet_fast::Im2colBox;
 using resnet_fast::kBarrierBytes;
 using resnet_fast::kRowBytes;
-using resnet_fast::kSwizzleBytes;
 using resnet_fast::TensorBox;
 using resnet_fast::TensorMap;
 
-constexpr int kChunk = 16;
+constexpr int kChunk = kChunkBytes;
 constexpr int kNumber = 2;  // bytes of a tensor's element
 
 std::string text_of_barrier(uint32_t at) {
@@ -45,13 +46,10 @@ Barrier& barrier_at(uint32_t at, Where where) {
 
 // Ends the phase of the mbarrier if no arrivals and no bytes are missing.
 void end_phase(uint32_t at, Barrier& b, Where where) {
-  if (b.missing > 0) return;
-  if (b.bytes < 0)
+  if (b.overfull())
     fail(where, std::to_string(-b.bytes) + " bytes more have come to " + text_of_barrier(at) + " than phase " +
                     std::to_string(b.phase) + " expected");
-  if (b.bytes > 0) return;
-  b.phase += 1;
-  b.missing = b.arrivals;
+  if (!b.advance()) return;
   join(b.over, b.arrived);
   b.over[kMaxWarps + b.slot] = b.phase;
   for (int thread : std::exchange(b.waiters, {})) release(thread);
@@ -75,7 +73,7 @@ void land(uint32_t at, Barrier& b) {
       std::memcpy(now->shared + piece.at, &piece.data, kChunk);
       for (uint32_t g = piece.at / kGranule; g < (piece.at + kChunk) / kGranule; ++g) now->history[g].state = kWritten;
     }
-    b.bytes -= static_cast<int64_t>(copy.pieces.size()) * kChunk;
+    b.complete(static_cast<int64_t>(copy.pieces.size()) * kChunk);
     end_phase(at, b, copy.where);
   }
 }
@@ -126,50 +124,46 @@ void issue(std::vector<BulkCopy::Piece> pieces, uint32_t barrier, Where where) {
   if (!b.waiters.empty()) land(barrier, b);
 }
 
+TiledTensor tiled(const TensorBox& box) {
+  TiledTensor t;
+  t.start = reinterpret_cast<uintptr_t>(box.start);
+  std::copy(box.size, box.size + TensorBox::kRank, t.size);
+  std::copy(box.stride, box.stride + TensorBox::kRank, t.stride);
+  std::copy(box.box, box.box + TensorBox::kRank, t.box);
+  t.rank = TensorBox::kRank;
+  t.element = kNumber;
+  t.pitch = box.swizzle ? kRowBytes : kChunk;
+  return t;
+}
+
 // Collects the rows of a box in the order of shared memory, and checks and counts the reads for them.
 struct Rows {
   uint32_t at;
-  const TensorBox& box;
+  TiledTensor tensor;
   Where where;
-  uint32_t row = 0;
   std::vector<BulkCopy::Piece> pieces{};
 
-  Rows(uint32_t at, const TensorBox& box, Where where) : at(at), box(box), where(where) {
-    const uint32_t alignment = box.swizzle ? kSwizzleBytes : kRowBytes;
-    if (at % alignment != 0)
+  Rows(uint32_t at, const TensorBox& box, Where where) : at(at), tensor(tiled(box)), where(where) {
+    if (at % tensor.alignment() != 0)
       fail(where, "a box's place, shared memory byte " + std::to_string(at) + ", is not a multiple of " +
-                      std::to_string(alignment));
+                      std::to_string(tensor.alignment()));
   }
 
-  bool inside(int dimension, int64_t i) const {
-    return i >= 0 && i < static_cast<int64_t>(box.size[dimension]);
-  }
-
-  // Adds the row of the pixel at these coordinates; zeros outside the tensor.
-  void add(int64_t c0, int64_t c1, int64_t c2, int64_t c3) {
-    const int row_bytes = static_cast<int>(box.box[0]) * kNumber, each = kChunk / kNumber;
-    const bool present = inside(1, c1) && inside(2, c2) && inside(3, c3);
-    const auto* from = static_cast<const unsigned char*>(box.start);
-    if (present) {
-      from += c1 * static_cast<int64_t>(box.stride[1]) + c2 * static_cast<int64_t>(box.stride[2]) +
-              c3 * static_cast<int64_t>(box.stride[3]);
-      const int64_t first = std::max<int64_t>(c0, 0);
-      const int64_t end = std::min<int64_t>(c0 + int64_t{box.box[0]}, static_cast<int64_t>(box.size[0]));
-      if (first < end) read_global(from + first * kNumber, static_cast<int>(end - first) * kNumber, where);
+  // Adds a row; zeros outside the tensor.
+  void add(const BoxRow& row) {
+    std::vector<unsigned char> bytes(tensor.row_bytes());
+    if (row.first < row.end) {
+      const auto* from = reinterpret_cast<const unsigned char*>(row.address);
+      const int present = static_cast<int>(row.end - row.first) * kNumber;
+      read_global(from, present, where);
+      std::memcpy(bytes.data() + row.first * kNumber, from, present);
     }
-    for (int chunk = 0; chunk < row_bytes / kChunk; ++chunk) {
-      const uint32_t place = box.swizzle ? resnet_fast::swizzled128(static_cast<int>(row), chunk)
-                                         : row * row_bytes + static_cast<uint32_t>(chunk) * kChunk;
-      check_bounds(at + place, kChunk, where);
-      BulkCopy::Piece piece{at + place, {}};
-      for (int i = 0; i < each; ++i) {
-        const int64_t c = c0 + int64_t{chunk} * each + i;
-        if (present && inside(0, c))
-          std::memcpy(reinterpret_cast<unsigned char*>(&piece.data) + i * kNumber, from + c * kNumber, kNumber);
-      }
+    for (uint32_t chunk = 0; chunk < bytes.size() / kChunk; ++chunk) {
+      BulkCopy::Piece piece{at + tensor.place(row.row, chunk), {}};
+      check_bounds(piece.at, kChunk, where);
+      std::memcpy(&piece.data, bytes.data() + chunk * kChunk, kChunk);
       pieces.push_back(piece);
     }
-    row += 1;
   }
 };
 
@@ -232,8 +226,8 @@ void mbarrier_init(uint32_t at, int arrivals, Where where) {
   if (arrivals < 1) fail(where, text_of_barrier(at) + " would wait for nobody");
   check_write(at, kBarrierBytes, where, kWritten, Kind::kSharedWrite);
   Barrier b;
+  static_cast<Phases&>(b) = Phases(arrivals);
   b.slot = static_cast<int>(all.size());
-  b.arrivals = b.missing = arrivals;
   b.initialised_by = self().index;
   b.site = now->sites.id(where, Kind::kSharedWrite);
   all[at] = b;
@@ -250,20 +244,20 @@ void fence_async() {
 
 void mbarrier_arrive(uint32_t at, int bytes, Where where) {
   Barrier& b = barrier_at(at, where);
-  if (b.missing == 0)
+  if (!b.takes(1))
     fail(where, "arrives at " + text_of_barrier(at) + ", where all " + std::to_string(b.arrivals) + " of phase " +
                     std::to_string(b.phase) + " have arrived and " + std::to_string(b.bytes) + " bytes are missing");
   Clock& mine = now->warps[self_warp()].clock;
   join(b.arrived, mine);
   mine[self_warp()] += 1;
-  b.missing -= 1;
-  b.bytes += bytes;
+  b.arrive(1);
+  b.expect(bytes);
   end_phase(at, b, where);
 }
 
 void mbarrier_wait(uint32_t at, int parity, Where where) {
   Barrier& b = barrier_at(at, where);
-  while (static_cast<int>(b.phase & 1) == (parity & 1)) {
+  while (!b.ended(parity)) {
     const uint32_t phase = b.phase;
     land(at, b);
     if (b.phase != phase) continue;
@@ -278,21 +272,11 @@ void mbarrier_wait(uint32_t at, int parity, Where where) {
 
 resnet_fast::Status encode(const TensorMap& map) {
   const TensorBox& box = map.box.x;
-  resnet_fast::Status status = nullptr;
+  resnet_fast::Status status = refused(tiled(box), map.im2col ? Im2colBox::kMaxPixels : 256);
   const auto refuse = [&](bool when, const char* what) {
     if (when && status == nullptr) status = what;
   };
-  refuse(reinterpret_cast<uintptr_t>(box.start) % 16 != 0, "a tensor's start is not aligned to 16 bytes");
-  refuse(box.stride[0] != kNumber, "a tensor's innermost dimension is not dense");
-  for (int i = 0; i < TensorBox::kRank; ++i) {
-    refuse(box.size[i] == 0 || box.size[i] > uint64_t{1} << 32, "a tensor's dimension is none or too large");
-    refuse(i > 0 && (box.stride[i] % 16 != 0 || box.stride[i] >= uint64_t{1} << 40), "a stride is not of 16 bytes");
-    const uint32_t most = map.im2col && i == 1 ? Im2colBox::kMaxPixels : 256;
-    refuse(box.box[i] == 0 || box.box[i] > most, "a box's dimension is none or too large");
-  }
-  const uint32_t row = box.box[0] * kNumber;
-  refuse(row % 16 != 0, "a box's rows are not of 16 bytes");
-  refuse(box.swizzle && row != kRowBytes, "a swizzled box's rows are not of 128 bytes");
+  refuse(box.swizzle && box.box[0] * kNumber != kRowBytes, "a swizzled box's rows are not of 128 bytes");
   for (int i = 0; map.im2col && i < 2; ++i) {
     const Im2colBox& windows = map.box;
     const auto of_a_byte = [](int corner) { return corner >= -128 && corner <= 127; };
@@ -320,12 +304,8 @@ void bulk_load(uint32_t at, const void* p, int bytes, uint32_t barrier, Where wh
 
 void tensor_load(uint32_t at, const TensorMap& map, const int* corner, uint32_t barrier, Where where) {
   if (map.im2col) fail(where, "a tensor_load with the map of an Im2colBox");
-  const TensorBox& box = map.box.x;
-  Rows rows(at, box, where);
-  for (uint32_t i3 = 0; i3 < box.box[3]; ++i3)
-    for (uint32_t i2 = 0; i2 < box.box[2]; ++i2)
-      for (uint32_t i1 = 0; i1 < box.box[1]; ++i1)
-        rows.add(corner[0], corner[1] + int64_t{i1}, corner[2] + int64_t{i2}, corner[3] + int64_t{i3});
+  Rows rows(at, map.box.x, where);
+  for_rows(rows.tensor, corner, [&](const BoxRow& row) { rows.add(row); });
   issue(std::move(rows.pieces), barrier, where);
 }
 
@@ -346,7 +326,8 @@ void im2col_load(uint32_t at, const TensorMap& map, const int* first, const int*
   }
   Rows rows(at, box.x, where);
   for (uint32_t i = 0; i < box.x.box[1]; ++i) {
-    rows.add(first[0], pixel[0] + offset[0], pixel[1] + offset[1], image);
+    const int64_t coordinates[] = {first[0], pixel[0] + offset[0], pixel[1] + offset[1], image};
+    rows.add(row_at(rows.tensor, i, coordinates));
     pixel[0] += box.step[0];
     if (pixel[0] <= last_of(box, 0)) continue;
     pixel[0] = box.lower[0];

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <emulator/phases.h>
 #include <emulator/runtime.h>
 #include <resnet_fast/device.h>
 
@@ -21,12 +22,8 @@ constexpr int kMaxBarriers = 24;
 constexpr int kClocks = kMaxWarps + kMaxBarriers;
 using Clock = std::array<uint32_t, kClocks>;
 
-struct Barrier {
+struct Barrier : Phases {
   int slot = 0;
-  int arrivals = 0;   // per phase
-  int missing = 0;    // arrivals, in this phase
-  int64_t bytes = 0;  // expected in this phase and not yet arrived
-  uint32_t phase = 0;
   int initialised_by = 0, site = 0;
   bool fenced = false;
   Clock arrived{}, over{};  // the joined clocks of threads that arrived in this phase, and in finished phases

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <sstream>
 
+#include <emulator/product.h>
 #include <resnet_fast/fragments.h>
 
 #if defined(__x86_64__)
@@ -244,9 +245,7 @@ void run_mma(Warp& warp, Where) {
         b[resnet_fast::b_k(lane, w) + i][resnet_fast::b_column(lane)] = m.widened(m.b[w] >> 16 * i & 0xffff);
     for (int i = 0; i < 4; ++i) d[resnet_fast::d_row(lane, i)][resnet_fast::d_column(lane, i)] = m.d[i];
   }
-  for (int row = 0; row < 16; ++row)
-    for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+  multiply_add(d[0], a[0], b[0], 16, 8, 16);
   for (int lane = 0; lane < kWarp; ++lane) {
     auto& m = *static_cast<Multiply*>(warp.arguments[lane]);
     for (int i = 0; i < 4; ++i) m.d[i] = d[resnet_fast::d_row(lane, i)][resnet_fast::d_column(lane, i)];

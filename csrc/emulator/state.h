@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <emulator/banks.h>
 #include <emulator/runtime.h>
 #include <resnet_fast/device.h>
 
@@ -20,7 +21,6 @@ using resnet_fast::Access;
 using resnet_fast::kWarp;
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr int kSector = 32, kBanks = 32, kWord = 4;
 constexpr int kGranule = 2;  // bytes of shared memory per history
 
 struct Site {

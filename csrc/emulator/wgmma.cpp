@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include <emulator/operand.h>
+#include <emulator/product.h>
 #include <resnet_fast/fragments.h>
 
 #include "state.h"
@@ -16,29 +18,20 @@ namespace {
 using resnet_fast::kWarpgroup;
 
 constexpr int kRows = 64, kDepth = 16;
-constexpr int kChunk = 16, kChunks = kDepth * 2 / kChunk;  // bytes of a chunk; chunks of an operand's row
-constexpr int kGroupRows = 8;
+constexpr int kChunk = kChunkBytes, kChunks = kDepth * 2 / kChunk;  // chunks of an operand's row
 constexpr int kWavefront = 128;
 
-// Returns the byte addresses of an operand's chunks, two per row. The eight rows of a group are a swizzle pitch apart,
-// and groups are a stride apart. Without a swizzle, 8 x 16 bytes are contiguous and the other half of k is a leading
-// stride away.
+// Returns the byte addresses of an operand's chunks, two per row.
 std::vector<uint32_t> chunks_of(uint64_t descriptor, int rows, Where where) {
-  const auto field = [&](int bit, int bits) { return static_cast<uint32_t>(descriptor >> bit & ((1u << bits) - 1)); };
-  const uint32_t start = field(0, 14) << 4, leading = field(16, 14) << 4, stride = field(32, 14) << 4;
-  const uint32_t mode = field(62, 2), pitch = mode == 0 ? kChunk : 256u >> mode;  // 1: 128 bytes, 2: 64, 3: 32
-  if (mode != 0 && (start % (kGroupRows * pitch) >= pitch || stride % (kGroupRows * pitch) != 0 || field(49, 3) != 0))
-    fail(where, "a descriptor's rows, from shared memory byte " + std::to_string(start) + " in groups " +
-                    std::to_string(stride) + " bytes apart, do not start where the swizzle's pattern does");
+  const Operand operand(descriptor);
+  if (!operand.starts_with_pattern())
+    fail(where, "a descriptor's rows, from shared memory byte " + std::to_string(operand.start) + " in groups " +
+                    std::to_string(operand.stride) + " bytes apart, do not start where the swizzle's pattern does");
   std::vector<uint32_t> chunks;
   for (int row = 0; row < rows; ++row)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t at = start + row / kGroupRows * stride + row % kGroupRows * pitch;
-      at += mode == 0 ? chunk * leading : static_cast<uint32_t>(chunk) * kChunk;
-      // Bits 4, 5 and 6 xor bits 7, 8 and 9; fewer of them for a narrower pitch.
-      if (mode != 0) at ^= (at >> 7 & (pitch / kChunk - 1)) << 4;
-      check_bounds(at, kChunk, where);
-      chunks.push_back(at);
+      chunks.push_back(operand.along(row, chunk));
+      check_bounds(chunks.back(), kChunk, where);
     }
   return chunks;
 }
@@ -153,7 +146,8 @@ void multiply(Warpgroup& group, int first_thread, Where where) {
   for (int w = 0; w < kWarpgroup / kWarp; ++w)
     for_chunks_of_warp(*product, w, [&](uint32_t at) { begin_read(at, first_thread / kWarp + w, where); });
 
-  std::vector<std::array<float, kDepth>> a(kRows), b(first.columns);
+  std::vector<std::array<float, kDepth>> a(kRows);
+  std::vector<float> b(kDepth * first.columns);
   for (int row = 0; first.a == nullptr && row < kRows; ++row)
     for (int k = 0; k < kDepth; ++k) a[row][k] = number_at(product->a, row, k, first.widened);
   for (int t = 0; first.a != nullptr && t < kWarpgroup; ++t) {
@@ -168,16 +162,12 @@ void multiply(Warpgroup& group, int first_thread, Where where) {
     }
   }
   for (int column = 0; column < first.columns; ++column)
-    for (int k = 0; k < kDepth; ++k) b[column][k] = number_at(product->b, column, k, first.widened);
+    for (int k = 0; k < kDepth; ++k) b[k * first.columns + column] = number_at(product->b, column, k, first.widened);
 
   product->chain = chain_of(group, first_thread, where);
-  for (int row = 0; row < kRows; ++row)
-    for (int column = 0; column < first.columns; ++column) {
-      float& value = product->chain->value[row * first.columns + column];
-      float sum = first.accumulate ? value : 0.0f;
-      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
-      value = sum;
-    }
+  std::vector<float>& d = product->chain->value;
+  if (!first.accumulate) std::fill(d.begin(), d.end(), 0.0f);
+  multiply_add(d.data(), a[0].data(), b.data(), kRows, first.columns, kDepth);
   for (int t = 0; t < kWarpgroup; ++t) {
     std::memset(product->chain->d[t], 0xff, product->chain->each * sizeof(float));  // kPoison
     now->threads[first_thread + t].async.issued.push_back(product);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include <emulator/product.h>
 #include <emulator/runtime.h>
 
 #define RF_DEVICE inline
@@ -108,52 +109,36 @@ struct Bfloat16 {};
 
 namespace number {
 
-inline uint32_t bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-inline float from_bits(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
+using emulator::bits_of;
+using emulator::float_of;
 
 inline uint16_t to_bfloat16(float f) {
-  const uint32_t u = bits(f);
+  const uint32_t u = bits_of(f);
   if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
 
 inline uint16_t to_half(float f) {
-  const uint32_t u = bits(f);
+  const uint32_t u = bits_of(f);
   const uint32_t sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return 0x7fff;
   if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
   if (magnitude < 0x38800000u) {  // below the smallest normal number: in units of 2^-24, rounded by the addition
-    const float scaled = from_bits(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (bits(scaled) - bits(0.5f)));
+    const float scaled = float_of(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bits_of(scaled) - bits_of(0.5f)));
   }
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13));
-}
-
-inline float from_half(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);
-  const float magnitude =
-      rest >= 0x400u ? from_bits((rest << 13) + 0x38000000u) : static_cast<float>(rest) * 5.9604644775390625e-8f;
-  return from_bits(sign | bits(magnitude));
 }
 
 template <typename T>
 float widened(uint16_t raw);
 template <>
 inline float widened<Half>(uint16_t raw) {
-  return from_half(raw);
+  return emulator::float_of_half(raw);
 }
 template <>
 inline float widened<Bfloat16>(uint16_t raw) {
-  return from_bits(static_cast<uint32_t>(raw) << 16);
+  return emulator::float_of_bfloat16(raw);
 }
 
 inline float larger(float a, float b) {

@@ -1,0 +1,77 @@
+// The arithmetic of tensor cores, and the fragments that resnet_fast/fragments.h does not have.
+//
+// A tensor core multiplies exactly and adds in fp32, in an order and with a rounding that NVIDIA does not specify. Here
+// the products are added one after another, k ascending, to the accumulator; each addition rounds to nearest even.
+// Products of 16-bit numbers and of TF32 have at most 22 significant bits, so fp32 holds them exactly, apart from
+// underflow. The distance to the exact sum is then at most depth * 2^-24 * sum |a b| (+ |d|), and a tensor core that
+// truncates stays within twice of that: compare within depth * 2^-23.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace emulator {
+
+inline float float_of(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t bits_of(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float float_of_bfloat16(uint16_t raw) {
+  return float_of(static_cast<uint32_t>(raw) << 16);
+}
+
+inline float float_of_half(uint16_t raw) {
+  const uint32_t sign = (raw & 0x8000u) << 16, rest = raw & 0x7fffu;
+  if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | rest << 13);
+  const float magnitude =
+      rest >= 0x400u ? float_of((rest << 13) + 0x38000000u) : static_cast<float>(rest) * 5.9604644775390625e-8f;
+  return float_of(sign | bits_of(magnitude));
+}
+
+// A tensor core reads the upper 19 bits of a TF32 operand and ignores the others.
+inline float float_of_tf32(uint32_t raw) {
+  return float_of(raw & 0xffffe000u);
+}
+
+// d (rows, columns) += a (rows, depth) . b (depth, columns), all dense and fp32; columns is a multiple of 8.
+inline void multiply_add(float* d, const float* a, const float* b, int rows, int columns, int depth) {
+  constexpr int kBlock = 8;  // columns that a compiler keeps in vector registers
+  for (int block = 0; block < columns; block += kBlock)
+    for (int row = 0; row < rows; ++row) {
+      float sum[kBlock];
+      float* to = d + row * columns + block;
+      std::memcpy(sum, to, sizeof(sum));
+      for (int k = 0; k < depth; ++k) {
+        const float factor = a[row * depth + k];
+        const float* other = b + k * columns + block;
+        for (int i = 0; i < kBlock; ++i) sum[i] += factor * other[i];
+      }
+      std::memcpy(to, sum, sizeof(sum));
+    }
+}
+
+// The 32-bit operands of mma.m16n8k8 (PTX ISA, "Matrix fragments for mma.m16n8k8"): each word is one k.
+//
+//   a (16 x 8)   a0 = row g, k q      a1 = row g + 8, k q      a2 = row g, k q + 4      a3 = row g + 8, k q + 4
+//   b (8 x 8)    b0 = k q, b1 = k q + 4 of column g            d as in fragments.h
+constexpr int a_row32(int lane, int word) {
+  return lane / 4 + 8 * (word & 1);
+}
+constexpr int a_k32(int lane, int word) {
+  return lane % 4 + 4 * (word >> 1);
+}
+constexpr int b_column32(int lane) {
+  return lane / 4;
+}
+constexpr int b_k32(int lane, int word) {
+  return lane % 4 + 4 * word;
+}
+
+}  // namespace emulator
