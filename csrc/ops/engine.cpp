@@ -6,6 +6,14 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+// Raise what a call into libtorch returned as an error. The headers of newer versions pass on its text (out of memory,
+// say); those of the oldest supported one name the call alone.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define RF_TORCH_CALL(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define RF_TORCH_CALL(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace resnet_fast::ops {
 namespace {
 
@@ -50,7 +58,7 @@ Call::Call(const char* op, const Tensor& x) : op_(op), cuda_(x.is_cuda()), index
     if (torch::stable::accelerator::getCurrentDeviceIndex() != index_) guard_.emplace(index_);
     kernels_ = &resnet_fast::kernels();
     check(kernels_->device(&device_), "asking for the device's properties");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &device_.stream));
+    RF_TORCH_CALL(aoti_torch_get_current_cuda_stream(index_, &device_.stream));
     expect(device_.arch >= 80, "a GPU of compute capability 8.0 or later", "use another backend", device_.arch / 10,
            ".", device_.arch % 10);
 #else
@@ -117,10 +125,10 @@ const Kernels& any_kernels(const char* op) {
 Tensor empty_nhwc(const Tensor& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   const int64_t sizes[4] = {n, c, h, w}, strides[4] = {h * w * c, 1, w * c, c};
   int32_t dtype = 0, kind = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &kind));
+  RF_TORCH_CALL(aoti_torch_get_dtype(x.get(), &dtype));
+  RF_TORCH_CALL(aoti_torch_get_device_type(x.get(), &kind));
   AtenTensorHandle made = nullptr;  // torch::stable::empty looks the operator up by its name at every call
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, kind, x.get_device(), &made));
+  RF_TORCH_CALL(aoti_torch_empty_strided(4, sizes, strides, dtype, kind, x.get_device(), &made));
   return Tensor(made);
 }
 
