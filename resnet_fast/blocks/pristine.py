@@ -95,7 +95,9 @@ def is_own(owner: Any, name: str, function: Any) -> bool:
 def _wrote(holder: type, function: Any) -> bool:
     if not isinstance(function, types.FunctionType):
         return False
-    written_there = function.__globals__ is vars(sys.modules[holder.__module__])
+    names, module = function.__globals__, sys.modules.get(holder.__module__)
+    # Code that runpy or exec ran may have the name of a module that is not loaded.
+    written_there = names.get("__name__") == holder.__module__ if module is None else names is vars(module)
     return written_there and function.__qualname__ == f"{holder.__qualname__}.{function.__name__}"
 
 

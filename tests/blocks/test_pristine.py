@@ -365,6 +365,17 @@ def test_a_class_of_the_same_name_is_named_in_full() -> None:
     assert obstacles.obstacle("relu to be a plain ReLU", None).endswith("got None; it runs unfused")
 
 
+def test_a_class_of_code_that_no_loaded_module_holds() -> None:
+    """runpy and exec leave such classes: their own functions are theirs, and another's is not."""
+    names: dict[str, Any] = {"__name__": "not.loaded", "nn": nn}
+    exec("class Own(nn.Module):\n    def forward(self, x):\n        return x", names)
+    own = names["Own"]
+    assert pristine.is_own(own, "forward", own.forward)
+    other = types.FunctionType(own.forward.__code__, {"__name__": "elsewhere"}, "forward")
+    other.__qualname__ = own.forward.__qualname__
+    assert not pristine.is_own(own, "forward", other)
+
+
 class Shifted(torch.overrides.TorchFunctionMode):
     """Changes what ReLU returns."""
 
