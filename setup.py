@@ -31,7 +31,9 @@ from typing import Any
 import setuptools
 from packaging.specifiers import SpecifierSet
 from scikit_build_core import program_search
+from scikit_build_core.errors import FailedLiveProcessError
 from scikit_build_core.setuptools import wrapper
+from setuptools.command.build import build
 
 TORCH_MINIMUM = (2, 11)  # the stable ABI that CMakeLists.txt targets
 CMAKE = SpecifierSet(">=3.25")
@@ -183,8 +185,30 @@ def packages() -> list[str]:
     return own + [f"resnet_fast.{name}" for name in setuptools.find_packages(include=["benchmarks", "benchmarks.*"])]
 
 
+class FreshBuild(build):
+    """setuptools' build, without the files of an earlier one: the wheel would hold them too.
+
+    A module that was removed since could still be imported, and a pure wheel would hold an old native library.
+    """
+
+    def run(self) -> None:
+        if Path(self.build_base) in Path(self.build_lib).parents:  # not a folder that --build-lib names
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        try:
+            super().run()
+        except FailedLiveProcessError as error:  # its traceback would push what CMake said out of sight
+            raise SystemExit(
+                f"expected to build the compiled parts of resnet_fast, got '{error}' for the reason above; "
+                "RESNET_FAST_BUILD_NATIVE=0 builds the package without them"
+            ) from None
+
+
 def main() -> None:
-    arguments: dict[str, Any] = {"packages": packages(), "package_dir": {"resnet_fast.benchmarks": "benchmarks"}}
+    arguments: dict[str, Any] = {
+        "packages": packages(),
+        "package_dir": {"resnet_fast.benchmarks": "benchmarks"},
+        "cmdclass": {"build": FreshBuild},
+    }
     torch = native_folder()
     host = host_wanted()
     if torch is None and not host:

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 import pytest
 
 import resnet_fast
+from tests.release import artifacts, contents
+from tests.release.artifacts import ReleaseError, build
 from tests.support import ROOT
 from tests.support.processes import run_python
 
@@ -31,34 +32,15 @@ else:
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-BUILD = """
-import json, sys
-import build_backend as backend
-target, *wanted = sys.argv[1:]  # setuptools rewrites sys.argv
-print("BUILT", json.dumps([getattr(backend, f"build_{what}")(target) for what in wanted]))
-"""
-
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of the sources, so that a build leaves nothing in the tree under test."""
-    target = tmp_path / "checkout"
-    skip = shutil.ignore_patterns(".*", "__pycache__", "*.so", "build", "dist", "*.egg-info", "results")
-    shutil.copytree(ROOT, target, symlinks=True, ignore=skip)
-    return target
-
-
-def build(checkout: Path, *what: str, ok: bool = True, **switches: str) -> Any:
-    """Build in the copy; return the paths of the files, or stdout and stderr of a build that must fail."""
     pytest.importorskip("scikit_build_core")
-    target = checkout / "dist"
-    target.mkdir(exist_ok=True)
-    done = run_python(BUILD, target, *what, cwd=checkout, env={**os.environ, **switches}, timeout=600)
-    assert (done.returncode == 0) == ok, done.stdout[-4000:] + done.stderr[-4000:]
-    if not ok:
-        return done.stdout + done.stderr
-    names = json.loads(re.findall("^BUILT (.*)$", done.stdout, re.MULTILINE)[-1])
-    return [target / name for name in names]
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git here, which lists the sources")
+    artifacts.copy_sources(tmp_path / "checkout")
+    return tmp_path / "checkout"
 
 
 def load(path: Path) -> ModuleType:
@@ -343,29 +325,37 @@ def test_architectures_keep_hoppers_kernel_or_say_that_they_do_not(
     assert ("without the whole-block kernel of Hopper" in said) == warns
 
 
-def test_pure_wheel_and_sdist_are_complete(checkout: Path) -> None:
+STALE = ("resnet_fast/_C.abi3.so", "resnet_fast/_emulator.cpython-311-x86_64-linux-gnu.so", "resnet_fast/gone.py")
+"""What work in a checkout leaves: native modules in place, and in setuptools' folder those and removed modules."""
+
+
+def test_pure_wheel_and_sdist_hold_what_they_should_and_nothing_else(checkout: Path) -> None:
+    left = [checkout / folder / name for folder in (".", "build/lib") for name in STALE]
+    left = [path for path in left if path != checkout / "resnet_fast/gone.py"]  # there it would be a new module
+    left += [checkout / "tests" / "__pycache__" / "test_spec.cpython-311.pyc", checkout / "csrc" / "_C.so"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     wheel, sdist = build(checkout, "wheel", "sdist", RESNET_FAST_BUILD_NATIVE="0")
     assert wheel.name == f"resnet_fast-{resnet_fast.__version__}-py3-none-any.whl"
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    for folder, prefix in (("resnet_fast", "resnet_fast"), ("benchmarks", "resnet_fast/benchmarks")):
-        files = [*(checkout / folder).rglob("*.py"), *(checkout / folder / "tuning").rglob("*.json")]
-        files += (checkout / folder).rglob("*.yaml")
-        expected = {f"{prefix}/{path.relative_to(checkout / folder).as_posix()}" for path in files}
-        assert expected and expected <= inside
-    assert "resnet_fast/py.typed" in inside
-    assert not any(name.startswith("tests") for name in inside)
-    with tarfile.open(sdist) as archive:
-        packed = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "resnet_fast", "benchmarks", "tests"):
-        kinds = (".py", ".cpp", ".cu", ".h", ".yaml")
-        sources = [path for path in (checkout / folder).rglob("*") if path.suffix in kinds]
-        assert {path.relative_to(checkout).as_posix() for path in sources} <= packed
-    assert {"CMakeLists.txt", "setup.py", "build_backend.py", "pyproject.toml", "Makefile"} <= packed
-    assert {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/README.md"} <= packed
+    assert contents.differences(contents.in_wheel(wheel), contents.of_wheel(contents.sources(), native=False)) == []
+    assert contents.differences(contents.in_sdist(sdist), contents.of_sdist(contents.sources())) == []
+    held = contents.in_wheel(wheel)
+    assert {
+        "resnet_fast/py.typed",
+        "resnet_fast/benchmarks/null_gpu.cpp",
+        "resnet_fast/training/recipes/digits.yaml",
+    } <= held
+    assert "csrc/kernels/include/resnet_fast/kernels.h" in contents.in_sdist(sdist)
     about = f"resnet_fast-{resnet_fast.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-        assert "License-Expression: Apache-2.0" in archive.read(f"{about}/METADATA").decode().splitlines()
+        said = archive.read(f"{about}/METADATA").decode().splitlines()
+    assert {"License-Expression: Apache-2.0", "License-File: LICENSE", "Requires-Python: >=3.10"} <= set(said)
+
+
+def test_an_installed_program_asks_for_a_checkout_and_torch_stays(checkout: Path) -> None:
+    (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="0")
     zipfile.ZipFile(wheel).extractall(checkout / "site")
     site = {**os.environ, "PYTHONPATH": str(checkout / "site")}
     code = "from resnet_fast.benchmarks import checkout; checkout.require('this program')"
@@ -437,11 +427,8 @@ def test_host_module_ties_the_wheel_to_this_python(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_cuda_that_was_asked_for_and_is_missing_fails(checkout: Path) -> None:
-    said = build(
-        checkout,
-        "wheel",
-        ok=False,
-        RESNET_FAST_BUILD_CUDA="1",
-        CUDACXX="/nonexistent/nvcc",
-    )
-    assert "expected to build the CUDA half" in " ".join(said.split())
+    with pytest.raises(ReleaseError) as failed:
+        build(checkout, "wheel", RESNET_FAST_BUILD_CUDA="1", CUDACXX="/nonexistent/nvcc")
+    said = " ".join(str(failed.value).split())
+    assert "expected to build the CUDA half" in said
+    assert said.endswith("RESNET_FAST_BUILD_NATIVE=0 builds the package without them") and "Traceback" not in said
