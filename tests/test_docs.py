@@ -6,7 +6,6 @@ import ast
 import contextlib
 import io
 import re
-import runpy
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -133,13 +132,6 @@ def test_what_a_block_may_need() -> None:
     said = {doc_examples.needs(body) for page in PAGES for body in blocks(page, "python")} - {""}
     assert said <= {doc_examples.GPU, doc_examples.GPU_AND_NETWORK}
     assert set(doc_examples.GIVEN) <= {name(page) for page in PAGES if blocks(page, "python")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=name)
-def test_example_runs(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(example), run_name="__main__")
-    assert capsys.readouterr().out.strip()
 
 
 def test_every_public_name_is_described() -> None:
