@@ -2,6 +2,7 @@
 //
 //   kernels_address()   address of the table that csrc/ops calls; resnet_fast/native.py passes it to csrc/ops
 //   configure(...)      sets the emulated device, and the seed of the order of threads
+//   divert(function)    has a Python function execute launches in the emulator's place, None: the emulator again
 //   take_counters()     returns the counts of the launches since the last call, one dictionary each
 //   fragments(), probe_ldmatrix()   layouts, which tests compare with CuTe's; for Hopper's see hopper_bindings.cpp
 
@@ -97,7 +98,39 @@ py::dict to_dict(const emulator::Counters& c) {
 }
 
 void configure(uint64_t seed, int arch, int sms, int shared) {
-  emulator::settings() = {{arch, sms, shared, 0, nullptr}, seed};
+  emulator::settings() = {{arch, sms, shared, 0, nullptr}, seed, emulator::settings().executor};
+}
+
+// What executes launches in the emulator's place. Never destroyed: Python may have ended before.
+py::object& executor() {
+  static py::object& kept = *new py::object(py::none());
+  return kept;
+}
+
+resnet_fast::Status call_executor(const emulator::Diverted& launch) {
+  static thread_local std::string report;
+  const py::gil_scoped_acquire held;
+  py::list tensors;
+  for (int i = 0; i < launch.count; ++i) {
+    const emulator::Tensor& t = launch.tensors[i];
+    tensors.append(
+        py::make_tuple(t.name, reinterpret_cast<uintptr_t>(t.start), t.bytes, t.access == resnet_fast::Access::kWrite));
+  }
+  try {
+    const py::object found =
+        executor()(launch.kernel, py::make_tuple(launch.blocks, launch.threads, launch.shared),
+                   py::bytes(static_cast<const char*>(launch.params), launch.params_bytes), tensors);
+    if (found.is_none()) return nullptr;
+    report = py::cast<std::string>(found);
+  } catch (const std::exception& error) {
+    report = error.what();
+  }
+  return report.c_str();
+}
+
+void divert(const py::object& function) {
+  executor() = function;
+  emulator::settings().executor = function.is_none() ? nullptr : call_executor;
 }
 
 // Coordinates by lane and register: (row, column) for the accumulator, (row or column, k) for operands.
@@ -163,6 +196,9 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
       "Address of the table of kernels.");
   m.def("configure", &configure, py::arg("seed") = 0, py::arg("arch") = 90, py::arg("sms") = 132,
         py::arg("shared") = 227 * 1024, "Set the emulated device and the seed of the order of threads and blocks.");
+  m.def("divert", &divert, py::arg("function"),
+        "Have function(kernel, (blocks, threads, shared), parameters, [(tensor, address, bytes, written)]) execute "
+        "launches, which returns None or a report; None: the emulator.");
   m.def(
       "take_counters",
       [] {

@@ -61,11 +61,14 @@ def a_bottleneck() -> Names:
 def a_launch_and_a_block() -> Names:
     if not native.ptx_status():
         pytest.skip(native.ptx_status().reason)
-    images = torch.randn(1, 32, 6, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    block = resnet_fast.accelerate(BasicBlock(32, 32).to(images.dtype).eval().requires_grad_(False))
+    photo = torch.randn(1, 32, 6, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    net = resnet_fast.accelerate(BasicBlock(32, 32).to(photo.dtype).eval().requires_grad_(False))
+    made = block(1, 8, 8, 256, 64, 256, torch.bfloat16)
+    b1, b2, b3 = made.biases
     return {
-        "kernel": copy_kernel, "grid": (2,), "x": torch.randn(1500), "y": torch.empty(1500), "n": 1500, "block": block,
-        "images": images, "use_backend": resnet_fast.use_backend,
+        "kernel": copy_kernel, "grid": (2,), "x": torch.randn(1500), "y": torch.empty(1500), "n": 1500, "block": net,
+        "photo": photo, "use_backend": resnet_fast.use_backend, "images": made.x, "weights": made.packed(), "b1": b1,
+        "b2": b2, "b3": b3,
     }  # fmt: skip
 
 

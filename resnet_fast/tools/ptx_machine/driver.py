@@ -41,6 +41,7 @@ class LoadedKernel:
         maps: Triton's description of the tensor maps among its parameters, or None.
         scratch: bytes of scratch memory per block: global, and of a profiler.
         cluster: blocks of a cluster along each axis.
+        title: its name for people; empty if that is ``name``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LoadedKernel:
     maps: Any
     scratch: tuple[int, int]
     cluster: tuple[int, int, int]
+    title: str = ""
 
 
 _handles = itertools.count(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,7 +220,8 @@ class PtxMachine:
         arguments.check(kernel.name, self.declared(kernel), packed)
         if 0 in grid:
             return
-        launched = PtxLaunch(kernel.name, grid, threads, shared, words, tuple(packed))
+        title = kernel.title or kernel.name
+        launched = PtxLaunch(title, grid, threads, shared, words, tuple(packed))
         try:
             report = self._module(kernel).launch(
                 kernel.name, grid, (threads, 1, 1), shared, packed, (memory or self.memory).checked,
@@ -228,7 +229,7 @@ class PtxMachine:
             )  # fmt: skip
         except self.engine.Fault as found:
             raise PtxFault(found, str(launched)) from None
-        self.launches.append(PtxLaunch(kernel.name, grid, threads, shared, words, tuple(packed), report))
+        self.launches.append(replace(launched, report=report))
 
     def _module(self, kernel: LoadedKernel) -> Any:
         found = self._modules.get(kernel.text)

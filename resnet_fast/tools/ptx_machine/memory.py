@@ -8,12 +8,12 @@ PyTorch's own operators write there counts as written. Outside a pass every byte
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,18 +34,21 @@ class Memory:
     def add(self, t: Tensor, name: str, written: bool = True) -> None:
         """Register the whole storage of ``t``, once. ``written``: whether its bytes have values."""
         storage = t.untyped_storage()
-        start, nbytes = storage.data_ptr(), storage.nbytes()
+        dtype = str(t.dtype).removeprefix("torch.")
+        label = f"{name} ({dtype} {tuple(t.shape)}, {storage.nbytes()} bytes)"
+        self.add_range(storage.data_ptr(), storage.nbytes(), label, written)
+        self._held.append(storage)
+
+    def add_range(self, start: int, nbytes: int, label: str, written: bool = True, writable: bool = True) -> None:
+        """Register ``nbytes`` bytes from the address ``start`` on, once, under a name for reports."""
         if nbytes == 0 or self._at(start) is not None:
             return
-        dtype = str(t.dtype).removeprefix("torch.")
-        label = f"{name} ({dtype} {tuple(t.shape)}, {nbytes} bytes)"
         if not written:
-            _bytes(t).fill_(UNWRITTEN)
-        self.checked.add(start, nbytes, label, written=written, writable=True)
+            ctypes.memset(start, UNWRITTEN, nbytes)
+        self.checked.add(start, nbytes, label, written=written, writable=writable)
         place = bisect_right(self._starts, start)
         self._starts.insert(place, start)
         self._names.insert(place, (nbytes, label))
-        self._held.append(storage)
 
     def _at(self, address: int) -> int | None:
         place = bisect_right(self._starts, address) - 1
@@ -72,11 +75,6 @@ class Memory:
         """Register what PyTorch allocates inside the ``with`` as unwritten, and what its operators write there."""
         with _Allocations(self):
             yield
-
-
-def _bytes(t: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 
 class _Allocations(TorchDispatchMode):

@@ -24,10 +24,15 @@ namespace resnet_fast {
 
 constexpr bool kHopper = true, kHopperBuilt = true;
 
-struct TensorMap {
+// Of the size and alignment of CUtensorMap, so that a kernel's parameters have the layout that they have on a GPU, and
+// with a mark by which another executor of the launch finds it there.
+struct alignas(64) TensorMap {
+  static constexpr uint32_t kMark = 0x70616d74;
   Im2colBox box;
   bool im2col;  // else box.x alone
+  uint32_t mark = kMark;
 };
+static_assert(sizeof(TensorMap) == 128, "the size of CUtensorMap");
 
 }  // namespace resnet_fast
 

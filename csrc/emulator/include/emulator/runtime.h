@@ -90,22 +90,37 @@ void cp_async_wait(int pending, Where where);
 void ldmatrix(uint32_t* r, int matrices, uint32_t at, Where where);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, float (*widened)(uint16_t), Where where);
 
-// The GPU that launchers believe to be on, and the seed of the next launch's order of threads and blocks.
-struct Settings {
-  resnet_fast::Device device{90, 132, 227 * 1024, 0, nullptr};
-  uint64_t seed = 0;
-};
-Settings& settings();
-
-// Counters of the launches since the last call, in their order.
-std::vector<Counters> take_counters();
-
 struct Tensor {
   std::string name;
   const unsigned char* start;
   size_t bytes;
   resnet_fast::Access access;
 };
+
+// A launch for another executor of the same kernel: its name, its grid, the bytes of its parameter, and its tensors.
+struct Diverted {
+  const char* kernel;
+  int blocks, threads, shared;
+  const void* params;
+  uint64_t params_bytes;
+  const Tensor* tensors;
+  int count;
+};
+
+// Executes a launch in the emulator's place. Returns nullptr, or a report that stays valid until the next launch.
+using Executor = resnet_fast::Status (*)(const Diverted& launch);
+
+// The GPU that launchers believe to be on, the seed of the next launch's order of threads and blocks, and what executes
+// launches in the emulator's place, if anything.
+struct Settings {
+  resnet_fast::Device device{90, 132, 227 * 1024, 0, nullptr};
+  uint64_t seed = 0;
+  Executor executor = nullptr;
+};
+Settings& settings();
+
+// Counters of the launches since the last call, in their order.
+std::vector<Counters> take_counters();
 
 // Runs `body` as every thread of every block. Returns nullptr, or the report of a fault, which stays valid until the
 // next launch.
@@ -128,7 +143,12 @@ resnet_fast::Status launch(const resnet_fast::Grid& grid, const Params& params) 
   params.tensors([&](const char* tensor, const void* start, size_t bytes, resnet_fast::Access access) {
     if (start != nullptr) tensors.push_back({tensor, static_cast<const unsigned char*>(start), bytes, access});
   });
-  return execute(name_of<kKernel>().c_str(), grid, std::move(tensors), [&] { kKernel(params); });
+  const char* kernel = name_of<kKernel>().c_str();
+  if (const Executor other = settings().executor) {
+    return other({kernel, grid.blocks, grid.threads, grid.shared, &params, sizeof(Params), tensors.data(),
+                  static_cast<int>(tensors.size())});
+  }
+  return execute(kernel, grid, std::move(tensors), [&] { kKernel(params); });
 }
 
 }  // namespace emulator
