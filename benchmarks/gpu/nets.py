@@ -142,6 +142,7 @@ class NetCase:
     def _row(self, rows: dict[str, Row], skipped: dict[str, str], errors: dict[str, str]) -> Row:
         kind = "training" if self.training else "inference"
         row: Row = {"status": "measured", "net": self.net, "batch": self.batch, "kind": kind}
+        row["image"] = self.image or shapes.arch(self.net).image
         row |= {"precision": f"AMP {self.dtype}" if self.training else self.dtype}
         row |= {"peers": rows, "skipped": skipped, "errors": errors}
         row["note"] = ", ".join(f"{name} {part['images_per_s']:,.0f}" for name, part in rows.items()) + " img/s"
@@ -183,6 +184,7 @@ def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str,
     row: Row = {"status": "measured", "batch": batch, "conv": name, "times": times, "launch": str(launch)}
     row |= {"config": str(config or "none admitted"), "config_from": source, "us": us, "errors": errors}
     row |= {"floor_us": round(floor.seconds * 1e6, 3), "bound": floor.bound, "floor_origin": floor.origin}
+    row |= {"flops": floor.flops, "nbytes": floor.nbytes}
     said = ", ".join(f"{n} {q[1]:.1f}" for n, q in us.items()) + f" us; floor {row['floor_us']:.1f}"
     if config is not None:
         modelled, ours = time_model.predict_seconds(launch, config, device) * 1e6, us["ours"][1]

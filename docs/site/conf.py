@@ -55,13 +55,14 @@ def fill(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = pages.with_titles(text) + pages.navigation(text, page)
 
 
-def redirect(app: Sphinx, error: Exception | None) -> None:
-    """Write index.html, which a reader opens, at the top of the site."""
+def add_pages(app: Sphinx, error: Exception | None) -> None:
+    """Write index.html, which a reader opens, at the top of the site, and the report page."""
     if error is None and app.builder.name == "html":
         shutil.copy(HERE / "index.html", Path(app.outdir) / "index.html")
+        (Path(app.outdir) / "docs" / pages.REPORT).write_text(pages.report_page(), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", fill)
-    app.connect("build-finished", redirect)
+    app.connect("build-finished", add_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

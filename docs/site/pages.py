@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+REPORT = "report.html"
+"""The report page, beside the page of performance."""
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -116,11 +118,20 @@ def performance() -> str:
     return "\n".join([gpus(), traffic(), machine_code(), experiments()])
 
 
+def report_page() -> str:
+    """Return the report page: the committed result files, and what was counted on the host."""
+    from resnet_fast.benchmarks import page
+
+    return page.build([ROOT / "benchmarks" / "results", ROOT / "docs" / "tables" / "host-instructions.json"])
+
+
 def gpus() -> str:
     reports = sorted((ROOT / "benchmarks" / "results").glob("*/report.md"))
-    text = "## Measured on GPUs\n\n"
+    text = (
+        f'## Measured on GPUs\n\n<a href="{REPORT}">The benchmark report</a> shows every result file on one page.\n\n'
+    )
     if not reports:
-        return text + "There is no result file: none of the kernels has been timed on a GPU yet.\n"
+        return text + "So far they hold stock PyTorch's times. None of our kernels has been timed on a GPU yet.\n"
     for report in reports:
         body = re.sub(r"^(#+)", r"\1##", report.read_text(encoding="utf-8"), flags=re.MULTILINE)
         text += f"### {report.parent.name}\n\n{body}\n\n"

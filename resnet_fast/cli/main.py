@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "resnet_fast.cli.train:train",
     "reproduce": "resnet_fast.cli.reproduce:reproduce",
     "bench": "resnet_fast.cli.bench:bench",
+    "report": "resnet_fast.cli.report:report",
     "explain": "resnet_fast.cli.explain:explain",
     "tune": "resnet_fast.cli.tune:tune",
     "warm": "resnet_fast.cli.warm:warm",

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from resnet_fast import devices, numerics
-from resnet_fast.benchmarks import providers
+from resnet_fast.benchmarks import page, providers
 from resnet_fast.benchmarks.gpu import bench, cases, check, first_contact, nets, report, tune, worker
 from resnet_fast.benchmarks.gpu import session as sessions
 from resnet_fast.benchmarks.gpu.session import BudgetClock, GpuCase, Session, Settings, Store
@@ -97,6 +97,8 @@ def expect_results(out: Path, name: str) -> list[dict[str, Any]]:
     assert {"torch", "triton", "gpu", "driver", "commit"} <= known.keys()
     assert (name == "bench") == ("ceilings" in known)
     assert (out / "report.md").read_text().startswith("# Triton interpreter")
+    shown = page.build([out])
+    assert "Triton interpreter" in shown and ("cifar_resnet20" in shown or name == "check")
     return found
 
 
