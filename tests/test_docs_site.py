@@ -12,7 +12,7 @@ import pytest
 
 import resnet_fast
 from resnet_fast.tuning.shapes import ARCHS
-from tests.support import ROOT
+from tests.support import ROOT, browser
 from tests.support.processes import run_python
 
 SITE = ROOT / "docs" / "site"
@@ -28,13 +28,20 @@ def text(page: Path) -> str:
     return html.unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site; a warning fails."""
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package)
-    done = run_python(BUILD, ROOT, tmp_path)
+    folder = tmp_path_factory.mktemp("site")
+    done = run_python(BUILD, ROOT, folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    out = tmp_path / "html"
+    return folder / "html"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(site: Path) -> None:
+    out = site
     first = re.search(r'url=([^"]+)', (out / "index.html").read_text())
     assert first is not None and (out / first[1]).is_file()
 
@@ -48,6 +55,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     performance = text(out / "docs" / "performance.html")
     assert "stock, plan train-eager" in performance and "cifar_resnet110" in performance and "sm_90" in performance
 
+    assert 'href="report.html"' in (out / "docs" / "performance.html").read_text(encoding="utf-8")
+    assert "25,700" in text(out / "docs" / "report.html")
+
     home = (out / first[1]).read_text(encoding="utf-8")
     sidebar = home.partition('class="sidebar-tree"')[2].partition("</ul></div>")[0]
     assert all(f'href="{page}"' in sidebar for page in ("start.html", "faq.html", "../CHANGELOG.html", "limits.html"))
@@ -57,6 +67,27 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', own), page.name
         links = re.findall(r'<a [^>]*href="([^"#:]+)[#"]', own)
         assert [link for link in links if not (page.parent / link).is_file()] == [], page.name
+
+
+@pytest.mark.slow
+def test_no_page_scrolls_sideways(site: Path, tmp_path: Path) -> None:
+    """Every page at the widths of a phone and of a desktop; the report page's charts can be read at both."""
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 60
+    assert browser.faults(browser.layouts(pages, (375, 1440), tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_the_check_of_layouts_can_fail(tmp_path: Path) -> None:
+    charts = (
+        '<svg class="chart" width="300" height="40"><text x="9" y="20">one</text><text x="15" y="22">two</text></svg>'
+    )
+    bad = {"wide": '<div style="width:400px">x</div>', "empty": "", "word": f"<p>{'x' * 90}</p>", "chart": charts}
+    for name, body in bad.items():
+        (tmp_path / f"{name}.html").write_text(f"<!DOCTYPE html><body>{body}</body>")
+    rows = browser.layouts([tmp_path / f"{name}.html" for name in bad], (375,), tmp_path)
+    found = browser.faults(rows)
+    assert len(found) == 4 and "408 wide" in found[0] and "empty" in found[1] and "['two', 'one']" in found[3]
 
 
 def test_pictures_are_those_that_the_program_draws(capsys: pytest.CaptureFixture[str]) -> None:
