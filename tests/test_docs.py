@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -31,6 +32,19 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def fences(text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield every fenced block as CommonMark has it: what stands before the fence, the fence, the text behind it."""
+    opened: tuple[str, str, str] | None = None
+    for line in text.splitlines():
+        found = re.match(r"([ \t>*+-]*)(`{3,}|~{3,})(.*)$", line)
+        if found and opened is None:
+            opened = (found[1], found[2], found[3].strip())
+            yield opened
+        elif found and opened and found[2].startswith(opened[1]) and not found[3].strip():
+            opened = None
+    assert opened is None, "a block without an end"
+
+
 def blocks(page: Path, language: str) -> list[str]:
     return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
 
@@ -44,10 +58,15 @@ def quoted(page: Path) -> list[str]:
     return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose(page))]
 
 
+def shell_lines(page: Path) -> list[str]:
+    """Return the lines of the page's commands, a continued one joined, without comments."""
+    joined = (re.sub(r"\\\n\s*", " ", body) for body in blocks(page, "bash"))
+    return [line for body in joined for line in (re.sub(r"(^|\s+)#.*", "", raw) for raw in body.splitlines()) if line]
+
+
 def commands(page: Path) -> Iterator[str]:
     """Return the arguments of every command line of the program, in code blocks and in text."""
-    lines = [line for body in blocks(page, "") for line in re.sub(r"\\\n\s*", " ", body).splitlines()]
-    for line in [*lines, *quoted(page)]:
+    for line in [*shell_lines(page), *quoted(page)]:
         if (found := PROGRAM.match(line)) and not re.search(r"resnet-fast: ", line):
             yield line[found.end() :]
 
@@ -127,6 +146,69 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         pytest.skip(f"{len(code)} blocks ran, the others need {', '.join(sorted(lacking))}")
 
 
+@pages
+def test_no_block_escapes(page: Path) -> None:
+    """Each block is one that the tests see: Python, which runs; commands, which run or have a reason; or plain text."""
+    content = page.read_text(encoding="utf-8")
+    assert {fence for fence in fences(content)} <= {("", "```", kind) for kind in ("python", "bash", "text")}
+    assert [kind for _, _, kind in fences(content)] == [kind for kind, _ in FENCE.findall(content)]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "```\na\n```", "```py\na\n```", "~~~python\na\n~~~", "- ```python\n  a\n  ```", "> ```bash\n> a\n> ```",
+        "```sh\na\n```", "````python\na\n````", "```python x=1\na\n```", "```{code-block} python\na\n```",
+        "```python\na\n````\n```text\nb\n```",
+    ],
+)  # fmt: skip
+def test_check_of_blocks_can_fail(block: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"# A\n\n{block}\n")
+    with pytest.raises(AssertionError):
+        test_no_block_escapes(tmp_path / "page.md")
+
+
+@pages
+def test_a_command_runs_or_has_a_reason(page: Path) -> None:
+    """A command without a reason is one of the program, which test_commands_of_a_page_run runs."""
+    for line in shell_lines(page):
+        assert len(doc_examples.reasons(line)) == (0 if runs(line) else 1), line
+        for module in re.findall(r"-m (resnet_fast[\w.]*)", line):
+            assert importlib.util.find_spec(module), line
+        assert [word for word in re.findall(r"\btests/[\w/.]+", line) if not (ROOT / word).exists()] == []
+
+
+def runs(line: str) -> bool:
+    return line.startswith("resnet-fast ") and not doc_examples.reasons(line)
+
+
+def test_every_reason_has_a_command() -> None:
+    lines = [line for page in PAGES for line in shell_lines(page)]
+    assert [p for p in doc_examples.NOT_RUN if not any(re.fullmatch(p, line) for line in lines)] == []
+    assert set(doc_examples.FILES) <= {name(page) for page in PAGES if any(map(runs, shell_lines(page)))}
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs each command of each page once, in an empty folder, or in one with the files that the page speaks of."""
+    monkeypatch.setenv(flags.CACHE, str(tmp_path / "cache"))
+    seen: set[str] = set()
+    for page in PAGES:
+        lines = [line for line in dict.fromkeys(shell_lines(page)) if runs(line) and line not in seen]
+        seen.update(lines)
+        folder = tmp_path / name(page).replace("/", "-")
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        if lines and name(page) in doc_examples.FILES:
+            doc_examples.FILES[name(page)]()
+        for line in lines:
+            capsys.readouterr()
+            code = cli.main(shlex.split(line)[1:])
+            said = capsys.readouterr()
+            assert code == 0 and (said.out + said.err).strip(), f"{line}: {said.err}"
+    assert len(seen) >= 8
+
+
 def test_what_a_block_may_need() -> None:
     """A reason not to run a block is one of few: no page leaves the test by a comment of its own."""
     said = {doc_examples.needs(body) for page in PAGES for body in blocks(page, "python")} - {""}
@@ -174,11 +256,27 @@ def anchors(page: Path) -> set[str]:
     return {slug if at == 0 else f"{slug}-{at}" for slug, count in seen.items() for at in range(count)}
 
 
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+EXTERNAL = re.compile(
+    r"https://(?!localhost)[a-z0-9-]+(\.[a-z0-9-]+)+(:\d+)?(/[\w./~%+@=-]*)?(\?[\w=&%.+-]+)?(#[\w/.=-]+)?"
+)
+
+
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    """Follows links and pictures, to files and to anchors."""
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if link.startswith(("http://", "https://")):
+    """Follows links and pictures to files and anchors; of an address elsewhere only the form is checked.
+
+    Other ways to write a link, which would not be followed, are refused.
+    """
+    text = prose(page)
+    plain = re.sub(r"`[^`]*`", "", text)
+    assert text.count("](") == len(LINK.findall(text)), "a link with a title or a blank"
+    assert not re.search(r"^\s*\[[^\]]+\]:\s|\]\[|<a\b|<img\b|<https?:", plain, re.MULTILINE), (
+        "another way to write a link"
+    )
+    for link in LINK.findall(text):
+        if ":" in link:
+            assert EXTERNAL.fullmatch(link), link
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path) if path else page
@@ -186,13 +284,24 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("link", ["nothing.md", "#twice-2", "#shell", "nothing.png"])
+@pytest.mark.parametrize(
+    "link",
+    ["nothing.md", "#twice-2", "#shell", "nothing.png", "http://a.org", "https://a", "https://a.org/b,", "ftp://a.org"],
+)
 def test_check_of_links_can_fail(link: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Twice\n## `Twice`\n[a](#twice) [b](page.md#twice-1)\n```\n# shell\n```\n")
     test_links_lead_somewhere(page)
     page.write_text(page.read_text() + f"[c]({link})\n")
     with pytest.raises(AssertionError, match=re.escape(link)):
+        test_links_lead_somewhere(page)
+
+
+@pytest.mark.parametrize("text", ['[a](page.md "x")', "[a][b]", "[b]: page.md", '<a href="x">a</a>', "<https://a.org>"])
+def test_a_link_that_nobody_follows_is_refused(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# A\n{text}\n")
+    with pytest.raises(AssertionError, match=r"a link with|another way"):
         test_links_lead_somewhere(page)
 
 
@@ -220,8 +329,7 @@ def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+)(?= .*:|:)", (ROOT / "Makefile").read_text(), re.MULTILINE))
     phony = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
     targets |= set(phony.split()[1:])
-    lines = [line for body in blocks(page, "") for line in body.splitlines()]
-    for line in [*lines, *quoted(page)]:
+    for line in [*shell_lines(page), *quoted(page)]:
         if found := re.match(r"make ([\w-]+)", line):
             assert found[1] in targets, line
 
@@ -250,7 +358,7 @@ def test_install_page_names_the_build_tools() -> None:
     makefile = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("BUILD_TOOLS"))
     tools = set(shlex.split(makefile.partition(":=")[2]))
     for page in (ROOT / "README.md", ROOT / "docs" / "install.md"):
-        lines = [line for body in blocks(page, "") for line in body.splitlines() if "scikit-build-core" in line]
+        lines = [line for line in shell_lines(page) if "scikit-build-core" in line]
         assert [set(shlex.split(line)[2:]) for line in lines] == [tools]
 
 

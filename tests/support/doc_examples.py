@@ -1,6 +1,7 @@
-"""Run the Python code of the pages, with what each page leaves to its reader.
+"""Run the Python code and the commands of the pages, with what each page leaves to its reader.
 
-A block that cannot run everywhere says so in its first line, where a reader sees it: ``# needs a GPU``.
+A Python block that cannot run everywhere says so in its first line, where a reader sees it: ``# needs a GPU``. A
+command that is not run has its reason in :data:`NOT_RUN`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
 import resnet_fast
 from resnet_fast import native
 from resnet_fast.benchmarks import emulation
+from resnet_fast.cli import main as cli
 from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
 from resnet_fast.tools import exporting
@@ -91,6 +94,41 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "docs/trained-weights.md": exported_files,
 }
 """Page -> the names that its text takes as known."""
+
+
+NOT_RUN = {
+    r"make [\w-]+": "installs, or runs other tests; that the target exists is tested",
+    r"\.ci/run": "runs everything, these tests included",
+    r"pip install .+": "changes the environment; tests/test_packaging.py builds and installs the package",
+    r"(TRITON_INTERPRET=1 )?\.venv/bin/python -m pytest .+": "runs other tests; that its files exist is tested",
+    r"(\.venv/bin/)?python -m resnet_fast\.benchmarks\..+": "takes minutes; that the module exists is tested",
+    r"resnet-fast bench .+": "takes minutes; tests/cli/test_bench.py runs it on a small net",
+    r"resnet-fast train( .+)?": "takes minutes or needs data; tests/training trains, also to the end",
+    r"torchrun .+": "needs eight GPUs; tests/training/test_distributed.py runs several processes",
+    r"resnet-fast reproduce all .+": "takes hours; tests/cli/test_reproduce.py runs a shorter one",
+    r"resnet-fast validate .+ --data-path /data/imagenet": "needs ImageNet",
+}
+"""Commands of ``bash`` blocks that no test runs as printed, and why."""
+
+
+def reasons(command: str) -> list[str]:
+    """Return why a command is not run; empty for one that is."""
+    return [why for pattern, why in NOT_RUN.items() if re.fullmatch(pattern, command)]
+
+
+def a_trained_run() -> None:
+    """Write what the commands of trained-weights.md read: photos/ and a run in out/train/run."""
+    from resnet_fast.io import images
+
+    Path("photos").mkdir()
+    for photo in images.load((), limit=2):
+        small = Image.fromarray(photo.pixels[:, ::8, ::8].permute(1, 2, 0).numpy())
+        small.save(f"photos/{Path(photo.name).stem}.png")
+    assert cli.main(["train", "--steps", "2", "--out", "out/train/run"]) == 0
+
+
+FILES: dict[str, Callable[[], None]] = {"docs/trained-weights.md": a_trained_run}
+"""Page -> what writes the files that its commands read, into the current folder."""
 
 
 def run(page: str, blocks: list[str]) -> Names:

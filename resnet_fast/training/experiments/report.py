@@ -222,7 +222,7 @@ def _repeat(runs: Sequence[Run], command: str) -> list[str]:
     return [
         "## To repeat it",
         "",
-        "```",
+        "```bash",
         command,
         "```",
         "",
