@@ -17,6 +17,9 @@ LINK = "resnet_fast/benchmarks"
 NOT_PACKED = {".gitignore", LINK}
 """Sources that belong to a checkout alone."""
 
+RESULTS = "benchmarks/results/"
+"""What was measured: for the documentation, which a wheel does not hold either."""
+
 EGG_INFO = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
 DIST_INFO = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
 
@@ -36,7 +39,7 @@ def sources() -> set[str]:
 def of_wheel(names: set[str], native: bool) -> set[str]:
     """Return what a wheel of these sources holds, with or without the native library."""
     own = {name for name in names if name.startswith("resnet_fast/") and name != LINK}
-    own |= {f"resnet_fast/{name}" for name in names if name.startswith("benchmarks/")}
+    own |= {f"resnet_fast/{n}" for n in names if n.startswith("benchmarks/") and not n.startswith(RESULTS)}
     about = {f"resnet_fast-{resnet_fast.__version__}.dist-info/{name}" for name in DIST_INFO}
     return own | about | ({LIBRARY} if native else set())
 
