@@ -1,0 +1,31 @@
+// The families of opcodes, and which file understands them. families.cpp has the table.
+#pragma once
+
+#include "instruction.h"
+
+namespace ptx {
+
+// integer.cpp
+Form decode_integer(Modifiers& m);
+// bits.cpp: logic, shifts, bit fields, permutations
+Form decode_bits(Modifiers& m);
+// floating.cpp
+Form decode_floating(Modifiers& m);
+// compare.cpp: setp, set, selp, slct, min, max
+Form decode_compare(Modifiers& m);
+// convert.cpp: cvt
+Form decode_convert(Modifiers& m);
+// move.cpp: mov, cvta, isspacep
+Form decode_move(Modifiers& m);
+// access.cpp: ld, st, prefetch
+Form decode_access(Modifiers& m);
+// atomic.cpp: atom, red
+Form decode_atomic(Modifiers& m);
+// branches.cpp: bra, brx, ret, exit, trap
+Form decode_branch(Modifiers& m);
+// lanes.cpp: shfl, vote, match, redux, elect, activemask
+Form decode_lanes(Modifiers& m);
+// barriers.cpp: bar, barrier, membar, fence
+Form decode_barrier(Modifiers& m);
+
+}  // namespace ptx
