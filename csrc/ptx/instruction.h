@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <string>
 #include <vector>
@@ -17,11 +18,14 @@ struct Warp;
 // Executes an instruction for the lanes of `warp.active`.
 using Run = void (*)(Warp& warp, const Instruction& i);
 
+// The number that all constants and special registers have: they are always defined.
+constexpr int32_t kConstantRegister = 0;
+
 // A place in the register file. Constants and special registers have places too, so an operand that is read always has
 // lanes. For an operand [a + 16], the place of `a`, and 16 in `plus`. An operand that must be a constant: only `plus`.
 struct Slot {
   uint32_t at = 0;
-  int32_t reg = -1;  // number of the register, whose written lanes are Warp::written[reg]
+  int32_t reg = kConstantRegister;  // number of the register, whose written lanes are Warp::written[reg]
   int64_t plus = 0;
   Type type = Type::kNone;  // of the register
   bool negated = false;     // !p
@@ -72,11 +76,14 @@ struct Want {
   Type type = Type::kNone;  // kNone: any register; a constant then has 64 bits
   bool optional = false;    // may be left out, together with all that follow
   bool any_width = false;   // the register may be wider than `type`, as for ld, st and cvt
+  bool split = false;       // the elements of a vector share the bits of `type`, as for mov
 };
 
 // How an opcode is executed. `run` is null if the opcode is not understood.
 struct Form {
   Run run = nullptr;
+  Run plain = nullptr;  // in place of `run` if no operand is a vector
+  Run exact = nullptr;  // in place of `run` if every register is as wide as its type
   std::vector<Want> wants;
   Type type = Type::kNone, other_type = Type::kNone;
   uint32_t flags = 0;
@@ -94,9 +101,11 @@ class Modifiers {
   const char* take_one(std::initializer_list<const char*> words);  // the one that was there, or ""
   Type take_type();                                                // takes the first word that names a type, or kNone
   bool empty() const;
+  // All words; words_[0] is the name, and those taken are empty.
   const std::vector<std::string>& left() const {
     return words_;
-  }  // words_[0] is the name; taken words are empty
+  }
+
  private:
   std::vector<std::string> words_;
 };
@@ -123,18 +132,26 @@ struct Program {
   std::vector<Parameter> parameters;
   int parameter_bytes = 0;
   uint32_t file_bytes = 0;              // of a warp's registers
-  std::vector<uint8_t> initial;         // the part of them that holds constants, at the beginning
-  int32_t constants = 0;                // registers below this number hold constants
+  std::vector<uint8_t> initial;         // the beginning of them: constants, and special registers
   std::map<std::string, Slot> special;  // the special registers that are read, by name
   int64_t static_shared = 0;
-  int64_t dynamic_shared_at = 0;
-  int64_t local_bytes = 0;             // of a lane
-  std::vector<uint8_t> constant_bank;  // .global and .const variables with initial values
+  int shared_align = 1;
+  int64_t local_bytes = 0;          // of a lane
+  std::vector<uint64_t> variables;  // memory of .global and .const variables
+  int64_t variable_bytes = 0;
+  int maximum_threads[3] = {0, 0, 0}, required_threads[3] = {0, 0, 0};
   const Text* text = nullptr;
+
+  // "conv_fwd.py:254", or "" if the compiler did not say.
+  std::string source(const Instruction& i) const;
 };
 
 // Resolves the operands of a kernel. Throws Error with the line of what it does not understand.
 Program decode(const Text& text, const Function& kernel);
+
+// What decode.cpp adds itself: a jump, and the end of a kernel or function.
+void run_branch(Warp& warp, const Instruction& i);
+void run_exit(Warp& warp, const Instruction& i);
 
 // Sets Instruction::meet of every branch.
 void find_meeting_points(std::vector<Instruction>& instructions);

@@ -49,17 +49,16 @@ struct Counters {
 
 // One of the sixteen barriers of a block.
 struct NamedBarrier {
-  int expected = 0;  // threads; 0: all that are alive
-  int arrived = 0;
-  uint32_t generation = 0;
-  uint32_t warps = 0;  // that wait or arrived
-  uint32_t popc = 0;   // barrier.red: lanes whose predicate holds
-  bool all = true, any = false;
-  uint32_t result_popc = 0;
-  bool result_all = true, result_any = false;
+  int expected = 0;         // threads; 0: all that are alive
+  int arrived = 0;          // threads, in whole warps
+  uint32_t warps = 0;       // that arrived
+  uint32_t generation = 0;  // how often it was completed
+  Clock past{};             // of the warps that arrived
   const Instruction* first = nullptr;
   int first_warp = 0;
-  std::vector<int> arrivals;  // warps whose past is ordered before those that wait
+  int count = 0;  // barrier.red: lanes whose predicate holds, and lanes in all
+  int lanes = 0;
+  int last_count = 0, last_lanes = 0;  // of the completed generation
 };
 
 // Asynchronous operations of a block: asynchronous.h.

@@ -20,6 +20,8 @@ using Clock = std::array<uint32_t, kClocks>;
 constexpr int kGranule = 2;  // bytes of shared memory per history
 constexpr int kBanks = 32, kWord = 4;
 
+constexpr int8_t kSeveralLanes = -2, kAtomic = -3;
+
 enum State : uint8_t {
   kUnwritten,
   kWritten,
@@ -32,7 +34,7 @@ enum State : uint8_t {
 struct History {
   uint32_t write_time = 0, read_time = 0, other_read_time = 0;
   int16_t writer = -1, reader = -1, other_reader = -1;
-  int8_t write_lane = -1, read_lane = -1;  // read_lane -2: several lanes of the last reader
+  int8_t write_lane = -1, read_lane = -1;  // kSeveralLanes: of the last reader; kAtomic: the last write was an update
   State state[kGranule] = {kUnwritten, kUnwritten};
   int32_t write_line = 0, read_line = 0;
   uint16_t operand_of = 0;     // products in flight that read it
@@ -59,10 +61,16 @@ class SharedMemory {
   void check_bounds(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align);
   // Returns whether all bytes are defined. Bytes that nobody wrote, or that are in flight, are a finding.
   bool check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
-  void check_write(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, State state);
+  // `data`, if the bytes are written at once: lanes of one instruction may write the same values to the same bytes.
+  void check_write(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, State state, const void* data);
 
-  // What happened before is ordered before what these warps do next, as at a barrier; bit w is warp w.
-  void join(uint32_t warps, uint32_t arrivals);
+  // An atomic update: ordered by nothing against others of its kind, but against plain accesses.
+  void check_update(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
+
+  // Adds a warp's past to a barrier's, and a barrier's past to that of a warp that waited for it.
+  void join_into(Clock& past, int warp) const;
+  void learn(int warp, const Clock& past);
+  // A new component of the warp's own clock: what its lanes did before is ordered before what they do next.
   void advance(int warp) {
     clock[warp][warp] += 1;
   }
@@ -73,6 +81,9 @@ class SharedMemory {
   std::vector<uint32_t> fences;  // by thread: proxy fences so far
 
  private:
+  void note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now);
+  void race(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const char* did, int other,
+            int line);
   std::vector<unsigned char> storage_;
   unsigned char* data_ = nullptr;
   int64_t bytes_ = 0;

@@ -1,0 +1,286 @@
+// ld, st and prefetch, and the checks that all accesses share.
+
+#include "access.h"
+
+#include <cstring>
+
+#include "apply.h"
+#include "families.h"
+
+namespace ptx {
+namespace {
+
+constexpr int kWindowBits = 56;
+
+Space space_of(uint64_t address) {
+  switch (address >> kWindowBits) {
+    case 0:
+      return Space::kGlobal;
+    case kSharedWindow >> kWindowBits:
+      return Space::kShared;
+    case kLocalWindow >> kWindowBits:
+      return Space::kLocal;
+    default:
+      return Space::kParameter;
+  }
+}
+
+uint8_t* reach_global(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes, Use use, bool& defined) {
+  GlobalMemory& memory = *w.launch->memory;
+  Allocation* a = memory.find(address, bytes);
+  const bool write = use != Use::kRead;
+  const bool inside = a != nullptr && address % bytes == 0 && (!write || a->writable);
+  if (!inside) w.fail(i, lane, memory.refused(address, bytes, write));
+  if (use != Use::kWrite && !a->written.empty() && !GlobalMemory::is_written(*a, address, bytes)) {
+    w.finding(i, lane, memory.refused(address, bytes, write, true));
+    defined = false;
+  }
+  if (write) GlobalMemory::mark_written(*a, address, bytes);
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+uint8_t* reach_local(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes, Use use, bool write_defined,
+                     bool& defined) {
+  const auto size = static_cast<uint64_t>(w.launch->program->local_bytes);
+  if (address + bytes > size || address % bytes != 0)
+    w.fail(i, lane,
+           "accesses " + std::to_string(bytes) + " bytes at byte " + std::to_string(address) +
+               " of local memory, of which a lane has " + std::to_string(size));
+  const size_t at = lane * size + address;
+  if (use != Use::kWrite)
+    for (int b = 0; b < bytes; ++b) defined &= w.local_written[at + b] != 0;
+  if (use != Use::kRead) std::memset(w.local_written.data() + at, write_defined, bytes);
+  return w.local.data() + at;
+}
+
+uint8_t* reach_parameter(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes, Use use) {
+  const uint64_t at = address - kParameterWindow;
+  std::vector<uint8_t>& parameters = w.launch->parameters;
+  if (use != Use::kRead) w.fail(i, lane, "writes to a parameter of the kernel");
+  if (address < kParameterWindow || at + bytes > parameters.size() || at % bytes != 0)
+    w.fail(i, lane,
+           "reads " + std::to_string(bytes) + " bytes at byte " + std::to_string(at) +
+               " of the parameters, which have " + std::to_string(parameters.size()));
+  return parameters.data() + at;
+}
+
+}  // namespace
+
+void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int bytes, Use use, uint32_t written,
+           const uint8_t* data, Reached& out) {
+  w.require(i, base, "the address");
+  out.defined = w.active;
+  const bool wide = lane_bytes(base.type) == 8;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(w.active >> lane & 1)) continue;
+    uint64_t address = (wide ? w.in<uint64_t>(base)[lane] : w.in<uint32_t>(base)[lane]) + base.plus;
+    Space at = space;
+    if (space == Space::kGeneric || space == Space::kParameter) at = space_of(address);
+    if (at != space && at == Space::kShared) address -= kSharedWindow;
+    if (at != space && at == Space::kLocal) address -= kLocalWindow;
+    const uint32_t bit = 1u << lane;
+    bool defined = true;
+    out.address[lane] = address;
+    if (at == Space::kGlobal) {
+      out.global |= bit;
+      if (use != Use::kRead && !(written & bit))
+        w.finding(i, lane,
+                  "stores a value to global memory that was never written, or comes from something that was not");
+      out.at[lane] = reach_global(w, i, lane, address, bytes, use, defined);
+    } else if (at == Space::kShared) {
+      out.shared |= bit;
+      if (!wide) address = static_cast<uint32_t>(address);
+      SharedMemory& shared = w.block->shared;
+      shared.check_bounds(w, i, lane, static_cast<int64_t>(address), bytes, bytes);
+      out.at[lane] = shared.data() + address;
+      out.address[lane] = address;
+      const auto byte = static_cast<int64_t>(address);
+      if (use == Use::kUpdate) shared.check_update(w, i, lane, byte, bytes);
+      if (use == Use::kRead) defined = shared.check_read(w, i, lane, byte, bytes);
+      if (use == Use::kWrite) {
+        const uint8_t* value = data == nullptr ? nullptr : data + lane * bytes;
+        shared.check_write(w, i, lane, byte, bytes, written & bit ? kWritten : kUndefined, value);
+        if (value != nullptr) std::memcpy(out.at[lane], value, bytes);
+      }
+    } else if (at == Space::kLocal) {
+      out.local |= bit;
+      out.at[lane] = reach_local(w, i, lane, address, bytes, use, written & bit, defined);
+    } else {
+      out.at[lane] = reach_parameter(w, i, lane, address, bytes, use);
+    }
+    if (!defined) out.defined &= ~bit;
+  }
+  if (out.global) {
+    LineCount& line = w.launch->line(i);
+    line.instructions += 1;
+    line.sectors += w.launch->memory->count(out.address.data(), out.global, bytes, use != Use::kRead);
+    line.ideal_sectors += (__builtin_popcount(out.global) * bytes + kSector - 1) / kSector;
+  }
+  if (out.shared) {
+    LineCount& line = w.launch->line(i);
+    const Rounds rounds = bank_rounds(out.address.data(), out.shared, bytes);
+    line.instructions += 1;
+    line.wavefronts += rounds.wavefronts;
+    line.ideal += rounds.ideal;
+  }
+}
+
+namespace {
+
+// One element of each lane's access, widened to 64 bits and stored as wide as the register is.
+void put_element(Warp& w, const Instruction& i, const Slot& slot, const uint64_t* values, uint32_t defined) {
+  if (slot.absent) return;
+  const auto store = [&](auto narrow) {
+    decltype(narrow) out[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) out[lane] = static_cast<decltype(narrow)>(values[lane]);
+    w.put(i, slot, out, defined);
+  };
+  switch (lane_bytes(slot.type)) {
+    case 2:
+      return store(uint16_t{});
+    case 4:
+      return store(uint32_t{});
+    default:
+      return store(uint64_t{});
+  }
+}
+
+template <class T>
+void run_load(Warp& w, const Instruction& i) {
+  const int elements = i.part[0].count, bytes = static_cast<int>(sizeof(T)) * elements;
+  Reached r;
+  reach(w, i, i.at(1), static_cast<Space>(i.flags), bytes, Use::kRead, 0, nullptr, r);
+  for (int e = 0; e < elements; ++e) {
+    uint64_t values[kWarp] = {};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(w.active >> lane & 1)) continue;
+      T value;
+      std::memcpy(&value, r.at[lane] + e * sizeof(T), sizeof(T));
+      values[lane] = static_cast<uint64_t>(static_cast<int64_t>(value));  // signed types are widened with their sign
+    }
+    put_element(w, i, i.at(0, e), values, r.defined);
+  }
+}
+
+template <class T>
+void run_store(Warp& w, const Instruction& i) {
+  const int elements = i.part[1].count, bytes = static_cast<int>(sizeof(T)) * elements;
+  constexpr int kMost = 32;
+  alignas(16) uint8_t data[kWarp * kMost];
+  uint32_t defined = kAllLanes;
+  for (int e = 0; e < elements; ++e) {
+    const Slot& slot = i.at(1, e);
+    defined &= w.defined(i, slot);
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const T value = static_cast<T>(w.value(slot, lane));
+      std::memcpy(data + lane * bytes + e * sizeof(T), &value, sizeof(T));
+    }
+  }
+  Reached r;
+  reach(w, i, i.at(0), static_cast<Space>(i.flags), bytes, Use::kWrite, defined, data, r);
+  for (int lane = 0; lane < kWarp; ++lane)
+    if (w.active >> lane & 1) std::memcpy(r.at[lane], data + lane * bytes, bytes);
+}
+
+void run_prefetch(Warp&, const Instruction&) {
+}
+
+void run_policy(Warp& w, const Instruction& i) {
+  const uint64_t zero[kWarp] = {};
+  w.put(i, i.at(0), zero, kAllLanes);
+}
+
+template <template <class> class F>
+Run by_width(Type type) {
+  switch (type) {
+    case Type::kB8:
+    case Type::kU8:
+      return F<uint8_t>::kRun;
+    case Type::kS8:
+      return F<int8_t>::kRun;
+    case Type::kB16:
+    case Type::kU16:
+    case Type::kF16:
+    case Type::kBF16:
+      return F<uint16_t>::kRun;
+    case Type::kS16:
+      return F<int16_t>::kRun;
+    case Type::kS32:
+      return F<int32_t>::kRun;
+    case Type::kPred:
+    case Type::kNone:
+    case Type::kB128:
+      return nullptr;
+    default:
+      return bytes_of(type) == 4 ? F<uint32_t>::kRun : F<uint64_t>::kRun;
+  }
+}
+
+template <class T>
+struct Load {
+  static constexpr Run kRun = run_load<T>;
+};
+template <class T>
+struct Store {
+  static constexpr Run kRun = run_store<T>;
+};
+
+}  // namespace
+
+Space take_space(Modifiers& m) {
+  if (m.take("global") || m.take("const")) return Space::kGlobal;
+  if (m.take("shared") || m.take("shared::cta") || m.take("shared::cluster")) return Space::kShared;
+  if (m.take("local")) return Space::kLocal;
+  if (m.take("param") || m.take("param::entry") || m.take("param::func")) return Space::kParameter;
+  return Space::kGeneric;
+}
+
+void take_hints(Modifiers& m) {
+  m.take_one({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"});
+  m.take_one({"cta", "cluster", "gpu", "sys"});
+  m.take_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"});
+  m.take("nc");
+  m.take_one({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate"});
+  m.take_one({"L2::evict_last", "L2::evict_first", "L2::evict_normal"});
+  m.take_one({"L2::64B", "L2::128B", "L2::256B"});
+}
+
+Form decode_access(Modifiers& m) {
+  Form f;
+  const std::string& name = m.name();
+  if (name == "prefetch" || name == "prefetchu" || name == "applypriority" || name == "discard") {
+    take_space(m);
+    m.take_one({"L1", "L2", "L2::evict_last", "L2::evict_normal"});
+    f.run = run_prefetch;
+    f.wants = {{Want::kMemory}};
+    return f;
+  }
+  if (name == "createpolicy") {
+    if (!m.take("fractional")) return f;
+    m.take_one({"L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"});
+    m.take_one({"L2::evict_first", "L2::evict_unchanged"});
+    m.take("b64");
+    f.run = run_policy;
+    f.wants = {{Want::kWrite, Type::kB64}, {Want::kRead, Type::kF32, true}};
+    return f;
+  }
+  const bool hint = m.take("L2::cache_hint");
+  const Space space = take_space(m);
+  take_hints(m);
+  const std::string vector = m.take_one({"v2", "v4", "v8"});
+  const Type type = m.take_type();
+  f.flags = static_cast<uint32_t>(space);
+  const int bytes = bytes_of(type) * (vector.empty() ? 1 : vector[1] - '0');
+  if (bytes > 32) return f;
+  if (name == "st") {
+    f.run = by_width<Store>(type);
+    f.wants = {{Want::kMemory}, {Want::kReadMany, type, false, true}};
+  } else {
+    f.run = by_width<Load>(type);
+    f.wants = {{Want::kWriteMany, type, false, true}, {Want::kMemory}};
+  }
+  if (hint) f.wants.push_back({Want::kRead, Type::kB64});
+  return f;
+}
+
+}  // namespace ptx

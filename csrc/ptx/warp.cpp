@@ -1,0 +1,70 @@
+// A warp's reports.
+
+#include "warp.h"
+
+#include "machine.h"
+
+namespace ptx {
+namespace {
+
+Finding finding_of(const Warp& w, const Instruction& i, int lane, const std::string& what) {
+  const Program& p = *w.launch->program;
+  Finding f;
+  f.kernel = p.name;
+  f.what = what;
+  f.source = p.source(i);
+  f.opcode = p.opcodes[i.opcode];
+  f.line = i.line;
+  f.block = w.block->index;
+  f.warp = w.index;
+  f.lane = lane;
+  return f;
+}
+
+constexpr size_t kMostFindings = 1000;
+
+}  // namespace
+
+void Warp::finding(const Instruction& i, int lane, const std::string& what) {
+  Finding f = finding_of(*this, i, lane, what);
+  if (launch->strict) throw Fault(std::move(f));
+  if (launch->findings.size() < kMostFindings) launch->findings.push_back(std::move(f));
+}
+
+void Warp::fail(const Instruction& i, int lane, const std::string& what) {
+  launch->stopped = true;
+  throw Fault(finding_of(*this, i, lane, what));
+}
+
+void Warp::used_while_pending(const Instruction& i, const Slot& s) {
+  finding(i, first_lane(pending[s.reg] & active),
+          "uses register " + launch->program->registers[s.reg] +
+              ", which a product in flight still reads or writes: wait for it first");
+}
+
+void Warp::undefined(const Instruction& i, const Slot& s, const char* what) {
+  finding(i, first_lane(active & ~written[s.reg]),
+          std::string(what) + ", register " + launch->program->registers[s.reg] +
+              ", holds no defined value: it was never written, or comes from something that was not");
+}
+
+void Warp::require_together(const Instruction& i) {
+  if (active != alive)
+    finding(i, first_lane(alive & ~active),
+            "lanes part at an instruction that all lanes of a warp must execute together; this one does not");
+}
+
+uint64_t Warp::value(const Slot& s, int lane) const {
+  switch (lane_bytes(s.type)) {
+    case 0:
+      return mask(s) >> lane & 1;
+    case 2:
+      return in<uint16_t>(s)[lane];
+    case 4:
+      return in<uint32_t>(s)[lane];
+    default:
+      return in<uint64_t>(s)[lane];
+  }
+}
+
+}  // namespace ptx
