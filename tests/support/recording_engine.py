@@ -29,7 +29,7 @@ class Module:
                 align, kind, label, count = found.groups()
                 nbytes = BYTES[kind] * int(count or 1)
                 params.append((label, kind, nbytes, int(align or nbytes)))
-        self.kernels = {name: SimpleNamespace(params=params)}
+        self.kernels = {name: {"params": params}}
 
     def launch(self, kernel: str, grid: Any, block: Any, shared: int, params: Any, memory: Any, **options: Any) -> Any:
         return SimpleNamespace(counters={}, memory=memory, options=options)

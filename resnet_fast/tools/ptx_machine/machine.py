@@ -202,7 +202,7 @@ class PtxMachine:
 
     def declared(self, kernel: LoadedKernel) -> Any:
         """Return (name, type, bytes, alignment) of each parameter that the PTX of a kernel declares."""
-        return self._module(kernel).kernels[kernel.name].params
+        return self._module(kernel).kernels[kernel.name]["params"]
 
     def run(
         self,
