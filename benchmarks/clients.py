@@ -128,6 +128,14 @@ def _mask_former() -> nn.Module:
     return _of("transformers", "MaskFormerForInstanceSegmentation")(config)
 
 
+def _uper_net() -> nn.Module:
+    backbone = _of("transformers", "ResNetConfig")(**_RESNET, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = _of("transformers", "UperNetConfig")(
+        backbone_config=backbone, hidden_size=32, pool_scales=[1, 2], auxiliary_in_channels=64, auxiliary_channels=16
+    )
+    return _of("transformers", "UperNetForSemanticSegmentation")(config)
+
+
 def _boxes(m: Any, x: Tensor) -> list[Tensor]:
     out = m(pixel_values=x)
     return [out.logits, out.pred_boxes]
@@ -150,13 +158,14 @@ def _act() -> nn.Module:
 
 
 def _diffusion() -> nn.Module:
-    """LeRobot's diffusion policy encodes images by torchvision's ResNet-18 without pooling and head."""
+    """LeRobot's diffusion policy and VQ-BeT encode images by torchvision's ResNet-18 without pooling and head."""
     return nn.Sequential(*list(_of("torchvision.models", "resnet18")().children())[:-2])
 
 
 CLIENTS = (
     Client("Faster R-CNN ResNet-50 FPN", "torchvision", _detector("fasterrcnn_resnet50_fpn"), _features),
     Client("RetinaNet ResNet-50 FPN", "torchvision", _detector("retinanet_resnet50_fpn"), _features),
+    Client("FCOS ResNet-50 FPN", "torchvision", _detector("fcos_resnet50_fpn"), _features),
     Client("Mask R-CNN ResNet-50 FPN", "torchvision", _detector("maskrcnn_resnet50_fpn"), _features),
     Client("Keypoint R-CNN ResNet-50 FPN", "torchvision", _detector("keypointrcnn_resnet50_fpn"), _features),
     Client("FCN ResNet-50", "torchvision", _segmenter("fcn_resnet50"), _segmentation),
@@ -180,14 +189,17 @@ CLIENTS = (
     Client("RT-DETR, ResNet-D", "transformers", _rt_detr("RTDetr"), _backbone_of_rt_detr),
     Client("RT-DETRv2, ResNet-D", "transformers", _rt_detr("RTDetrV2"), _backbone_of_rt_detr),
     Client("MaskFormer, ResNet", "transformers", _mask_former, lambda m, x: [m(x).masks_queries_logits], 64),
+    Client("UperNet, ResNet", "transformers", _uper_net, lambda m, x: [m(x).logits], 64),
     Client("Unet, resnet34", "segmentation_models_pytorch", _smp("Unet", "resnet34"), _output),
     Client("DeepLabV3Plus, resnet18", "segmentation_models_pytorch", _smp("DeepLabV3Plus", "resnet18"), _output),
     Client("Unet, tu-resnet26d", "segmentation_models_pytorch", _smp("Unet", "tu-resnet26d"), _output),
+    Client("Unet, se_resnet50", "segmentation_models_pytorch", _smp("Unet", "se_resnet50"), _output),
     Client("ResNet-26-D", "timm", lambda: _of("timm", "create_model")("resnet26d"), _output),
     Client("SE-ResNet-18", "timm", lambda: _of("timm", "create_model")("seresnet18"), _output),
+    Client("SE-ResNet-50-T", "timm", lambda: _of("timm", "create_model")("seresnet50t"), _output),
     Client("ResNet-18 with blur", "timm", lambda: _of("timm", "create_model")("resnetblur18"), _output),
     Client("ACT's image encoder", "lerobot", _act, lambda m, x: [m(x)["feature_map"]]),
-    Client("Diffusion Policy's image encoder", "lerobot", _diffusion, _output),
+    Client("Diffusion Policy's and VQ-BeT's image encoder", "lerobot", _diffusion, _output),
 )
 
 

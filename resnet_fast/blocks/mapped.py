@@ -31,6 +31,7 @@ IDLE_IN_EVAL: set[type[nn.Module]] = {nn.Dropout, nn.Dropout2d}
 """Modules that return their input in eval. A library's file adds its own."""
 
 _NO_NORM = nn.Identity()
+_CORRECT = "correct the mapping in register_block()"
 
 
 class Piece(NamedTuple):
@@ -110,15 +111,21 @@ class MappedBlock(Fused):
     def class_for(cls, m: nn.Module) -> type[Fused]:
         for path in cls.mapping.required():
             if not _exists(m, path):
-                raise UserError(
-                    f"a {cls.stock_class.__qualname__} with the attribute {path}",
-                    "one without it",
-                    "correct the mapping in register_block()",
-                )
+                raise cls._lacks(path)
         reason = probe.check(cls, m)
         if reason:
-            raise UserError(*reason, "correct the mapping in register_block()")
+            head = "" if cls.mapping.shortcut is None else cls.mapping.shortcut[0][0].partition(".")[0]
+            if head and not hasattr(m, head):  # the shortcut was taken as x, which may be the mistake
+                raise cls._lacks(head)
+            raise UserError(*reason, _CORRECT)
+        kinds = cls._kinds(m)
+        if not isinstance(kinds, str):
+            cls.checked[kinds] = ""  # what a compiler meets is what was compared here
         return cls
+
+    @classmethod
+    def _lacks(cls, path: str) -> UserError:
+        return UserError(f"a {cls.stock_class.__qualname__} with the attribute {path}", "one without it", _CORRECT)
 
     def unfusable(self) -> str:
         return self.watched.changed() or self.read().reason
@@ -128,18 +135,28 @@ class MappedBlock(Fused):
         reading = self._read()
         if reading.reason:
             return reading
-        key = []
-        for path in (*self._containers, *self._shortcut_containers()):
-            container = at(self, path)
-            if is_altered(container):
-                return Reading(obstacle(f"{'.'.join(path)} to be a plain module", container))
-            key.append((type(container), type(container).forward))
-        found = self.checked.get(tuple(key))
+        kinds = self._kinds(self)
+        if isinstance(kinds, str):
+            return Reading(kinds)
+        found = self.checked.get(kinds)
         if found is None:
             if torch.compiler.is_compiling():
                 return Reading("expected containers that a call or accelerate() has seen, got others; it runs unfused")
-            found = self.checked[tuple(key)] = probe.compare(type(self), self)
+            # not type(self): FSDP2 derives a class of its own from ours
+            found = self.checked[kinds] = probe.compare(fused_class(self.stock_class, self.mapping), self)
         return Reading(found) if found else reading
+
+    @classmethod
+    def _kinds(cls, m: nn.Module) -> tuple[Any, ...] | str:
+        """Return the classes of the containers in a stock or fused block, or why one of them may not be passed by."""
+        found = []
+        form = _form(cls.mapping, m)
+        for path in (*cls._containers, *(() if form is None or len(form) == 1 else _containers_of(form[-2:]))):
+            container = at(m, path)
+            if container is not None and is_altered(container):
+                return obstacle(f"{'.'.join(path)} to be a plain module", container)
+            found.append((type(container), getattr(type(container), "forward", None)))
+        return tuple(found)
 
     def _read(self) -> Reading:
         steps: list[Any] = []
@@ -163,7 +180,7 @@ class MappedBlock(Fused):
             return Reading(relu)
         before: Any = None
         projection: Any = None
-        form = self._form()
+        form = _form(self.mapping, self)
         if form is not None:
             if len(form) != 2:
                 before = at(self, form[0].split("."))
@@ -202,23 +219,6 @@ class MappedBlock(Fused):
         if type(layer) is not nn.ReLU or is_altered(layer):
             return obstacle(f"{act} to be a plain ReLU", layer)
         return True
-
-    def _form(self) -> Form | None:
-        """Return the form of the shortcut that this instance has; None if the shortcut is ``x``."""
-        forms = self.mapping.shortcut
-        if forms is None:
-            return None
-        first = at(self, (forms[0][0].partition(".")[0],))
-        if first is None or (type(first) is nn.Identity and not is_altered(first)):
-            return None
-        for form in forms:
-            if all([at(self, path.split(".")) is not None for path in form]):
-                return form
-        return forms[0]
-
-    def _shortcut_containers(self) -> list[tuple[str, ...]]:
-        form = self._form()
-        return [] if form is None else _containers_of(form[-2:] if len(form) > 1 else ())
 
     def _whole(self, x: Tensor, reading: Reading, op: str) -> Tensor:
         shortcut = None if reading.before is None else self._shortcut(x, reading)
@@ -301,9 +301,28 @@ class MappedBlock(Fused):
         return [self]
 
 
+def _form(mapping: BlockMapping, m: nn.Module) -> Form | None:
+    """Return the form of the shortcut that an instance has; None if the shortcut is ``x``."""
+    forms = mapping.shortcut
+    if forms is None:
+        return None
+    first = at(m, (forms[0][0].partition(".")[0],))
+    if first is None or (_is_empty(first) and not is_altered(first)):
+        return None
+    for form in forms:
+        if all([at(m, path.split(".")) is not None for path in form]):
+            return form
+    return forms[0]
+
+
 def _does_nothing(m: Any) -> bool:
-    """Return whether a module returns its input: an Identity, or a kind of dropout in eval."""
-    return type(m) is nn.Identity or (type(m) in IDLE_IN_EVAL and not m.training)
+    """Return whether a module returns its input: as :func:`_is_empty` says, or as a kind of dropout in eval."""
+    return _is_empty(m) or (type(m) in IDLE_IN_EVAL and not m.training)
+
+
+def _is_empty(m: Any) -> bool:
+    """Return whether a module is an Identity or a Sequential without layers."""
+    return type(m) is nn.Identity or (type(m) is nn.Sequential and not m._modules)
 
 
 def at(m: Any, path: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ class LayerPath(NamedTuple):
 Step = LayerPath | str | Pool
 """A layer that is fused, the path of a module that runs by itself, or a max-pooling that the forward calls."""
 
+_NAME = re.compile(r"\w+|-\d+")
+"""Of a child. CLIP numbers the pooling before a shortcut's convolution -1."""
+
 Form = tuple[str, ...]
 """Paths of a shortcut: a module that runs by itself, (conv, norm), or (pool, conv, norm)."""
 
@@ -48,8 +52,8 @@ class BlockMapping:
             :class:`LayerPath`), the path of another module (squeeze-and-excitation, blur, dropout), which runs by
             itself and may be None or an Identity in some instances, or a :class:`~resnet_fast.calls.Pool`.
         shortcut: a path, ``(conv, norm)``, ``(pool, conv, norm)``, or a list of these, of which the first applies
-            whose paths all exist. A lone path is a module that runs by itself. Where the first path leads to None or
-            an Identity, and where ``shortcut`` is None, the shortcut is ``x``.
+            whose paths all exist. A lone path is a module that runs by itself. The shortcut is ``x`` where ``shortcut``
+            is None, and in a block whose attribute of that name is absent, None, an Identity or an empty Sequential.
         activation: the activation after the sum, as in a layer.
         residual: False for a stem: there is no sum, and neither ``shortcut`` nor ``activation``.
 
@@ -85,10 +89,7 @@ class BlockMapping:
         found: list[Any] = []
         for step in self.main:
             found += step if isinstance(step, LayerPath) else [step]
-        found.append(self.activation)
-        if self.shortcut:
-            found.append(self.shortcut[0][0].partition(".")[0])
-        return [path for path in found if isinstance(path, str)]
+        return [path for path in (*found, self.activation) if isinstance(path, str)]
 
 
 def _step(step: Any) -> Step:
@@ -130,6 +131,6 @@ def _activation(act: Any) -> Activation:
 
 
 def _path(path: Any) -> str:
-    if isinstance(path, str) and path and all(part.isidentifier() or part.isdigit() for part in path.split(".")):
+    if isinstance(path, str) and all(_NAME.fullmatch(part) for part in path.split(".")):
         return path
     raise UserError("a path of attribute names with dots between", repr(path), 'for example "layer.0.convolution"')

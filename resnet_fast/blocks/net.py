@@ -128,6 +128,8 @@ class Net(Stem):
             return Way.LAYERS
         if x.dim() != 4:  # an image without a batch; the layers report other shapes
             return Way.LAYERS
+        if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return Way.LAYERS  # a DTensor has no rule for some operations in channels_last
         if self.has_other_methods():  # a replaced method runs between the layers
             return Way.LAYERS
         device, backend = x.device, self.backend

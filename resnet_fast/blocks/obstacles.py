@@ -152,10 +152,14 @@ def _no_parameter(name: str, fields: dict[str, Any]) -> str:
             got = fields["_parameters"].get(tensor, fields["_buffers"].get(tensor, _TENSORS))
         if got is _TENSORS:
             return f"expected {name}'s {tensor} to be a plain parameter or None, got none; it runs unfused"
-        if tensor in fields or (type(got) is not Parameter and got is not None):
+        is_buffer = tensor in fields["_buffers"]
+        if tensor in fields or (
+            type(got) is not Parameter and got is not None and not (is_buffer and type(got) is Tensor)
+        ):
             kind = type(got)
             what = f"{kind.__module__}.{kind.__qualname__}"
-            return f"expected {name}'s {tensor} to be a plain parameter, got {what}; it runs unfused"
+            plain = "buffer" if is_buffer else "parameter"
+            return f"expected {name}'s {tensor} to be a plain {plain}, got {what}; it runs unfused"
     return f"expected {name}'s weight to be a plain parameter, got None; it runs unfused"
 
 
@@ -178,6 +182,9 @@ def norm_obstacle(name: str, norm: Any) -> str:
         return f"expected {name}'s {missing.args[0]} to be a plain parameter or buffer, got none; it runs unfused"
     if len(fields) != _FIELDS.get(kind) and any([t in fields for t in _TENSORS]):
         return _no_parameter(name, fields)
+    for t in (mean, var) if learns else (weight, bias, mean, var):
+        if type(t) is not Tensor and t is not None and type(t) is not Parameter and not torch.compiler.is_compiling():
+            return _no_parameter(name, fields)
     if (mean is None) != (var is None):
         return f"expected {name} with both running_mean and running_var or neither, got one; it runs unfused"
     eps = fields["eps"] if learns else frozen_norms.eps_of(norm)

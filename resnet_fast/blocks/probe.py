@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..calls import Pool
 from ..errors import named
-from .frozen_norms import HOOKS
 
 _SIZE = (12, 20)
 """Height and width of the probe: even, so that strides and poolings agree however they round."""
@@ -85,12 +84,15 @@ def _copy(cls: Any, m: nn.Module) -> Any:
             else:
                 fresh.uniform_(0.5, 1.5)
         memo[id(t)] = nn.Parameter(fresh, False) if isinstance(t, nn.Parameter) else fresh
-    block = cls.__new__(cls)
+    for part in m.modules():
+        for key, value in part.__dict__.items():
+            # hooks, and what a sharded module keeps, its process group for one, under a key that is no name
+            if isinstance(value, dict) and ("hooks" in key or not key.isidentifier()):
+                memo[id(value)] = type(value)()
+    block = memo[id(m)] = cls.__new__(cls)
     fields = {name: value for name, value in m.__dict__.items() if not name.startswith("_resnet_fast")}
     block.__dict__ = copy.deepcopy(fields, memo)
     for part in block.modules():
-        for hooks in HOOKS:
-            getattr(part, hooks).clear()
         if part is not block and hasattr(part, "stock_class"):
             part.__class__ = part.stock_class
     return block

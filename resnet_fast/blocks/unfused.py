@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..dispatch import record
@@ -85,9 +86,12 @@ def announce(model: nn.Module) -> None:
 def _obstacle(m: nn.Module, accelerating: bool) -> tuple[str, str]:
     """Return the op and the reason for a module that is not fused; two empty strings if it is no residual block."""
     kind = type(m)
+    if isinstance(m, torch.jit.ScriptModule):
+        got = f"one that TorchScript compiled, {m.original_name}; it runs unfused"
+        return ("block", f"expected a block in Python, got {got}") if m.original_name in _names() else ("", "")
     base = next((c for c in kind.__mro__ if c in KNOWN), None)
     if base is None:
-        named = "a residual block of torchvision, timm or transformers, or one that register_block() describes"
+        named = "a residual block of a library that accelerate() knows, or one that register_block() describes"
         return ("block", f"expected {named}, got {_full(kind)}; it runs unfused") if _looks_residual(m) else ("", "")
     if hasattr(KNOWN[base], "stages"):  # a whole net is no block
         return "", ""
@@ -106,6 +110,11 @@ def _looks_residual(m: nn.Module) -> bool:
     on_shortcut = {id(part) for s in shortcuts for part in s.modules()}
     inner = [part for part in m.modules() if id(part) not in on_shortcut]
     return sum(isinstance(part, nn.Conv2d) for part in inner) > 1 and not any(isinstance(p, Fused) for p in inner)
+
+
+def _names() -> set[str]:
+    """Return the short names of the stock blocks, which is all that TorchScript keeps of a class."""
+    return {cls.__name__ for cls, fused in KNOWN.items() if not hasattr(fused, "stages")}
 
 
 def _full(kind: type) -> str:

@@ -129,6 +129,7 @@ def _choose(model: nn.Module, classes: dict[type[nn.Module], type[Fused]]) -> li
 
 def _without_blocks(model: nn.Module) -> str:
     """Return what to do about a model that has no block of a known class."""
+    from ..blocks import unfused
     from ..blocks.fused import KNOWN
 
     if isinstance(model, torch.jit.ScriptModule):
@@ -139,7 +140,9 @@ def _without_blocks(model: nn.Module) -> str:
         )
     if any(hasattr(type(m), "set_requires_gradient_sync") and isinstance(m, tuple(KNOWN)) for m in model.modules()):
         return "fully_shard() changed the classes of the blocks; call accelerate() before it"
-    return "subclasses with a forward of their own are not touched; describe other blocks with register_block()"
+    found = _names({type(each.module()) for each in unfused.find(model)})
+    blocks = f"its blocks ({found})" if found else "its blocks"
+    return f"describe {blocks} with register_block() if they are residual; subclasses of known ones are not touched"
 
 
 def _whole_nets(model: nn.Module, classes: dict[type[nn.Module], type[Fused]], required: bool) -> list[nn.Module]:
@@ -157,7 +160,7 @@ def _whole_nets(model: nn.Module, classes: dict[type[nn.Module], type[Fused]], r
     return nets
 
 
-def _names(classes: Iterable[type[nn.Module]]) -> str:
+def _names(classes: Iterable[type]) -> str:
     return ", ".join(sorted({f"{c.__module__}.{c.__qualname__}" for c in classes}))
 
 

@@ -31,6 +31,10 @@ def fused_classes() -> dict[type[nn.Module], type[Fused]]:
         from ..blocks import mapped, transformers
 
         fused += [mapped.fused_class(*described) for described in transformers.mappings().items()]
+    if any(name.endswith("senet") for name in sys.modules):
+        from ..blocks import mapped, senet
+
+        fused += [mapped.fused_class(*described) for described in senet.mappings().items()]
     return {cls.stock_class: cls for cls in fused} | _registered
 
 

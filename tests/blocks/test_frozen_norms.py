@@ -145,6 +145,62 @@ def test_looking_changes_nothing() -> None:
     assert not norm.training and norm.eps == 1e-3
 
 
+def write(norm: Any) -> None:
+    norm.running_var.mul_(3)
+    norm.bias.add_(1)
+
+
+def negate(norm: Any) -> None:
+    norm.running_var[2].neg_()
+
+
+def replace(norm: Any) -> None:
+    norm.running_mean = torch.linspace(-1, 1, 8)
+
+
+def without_memory(norm: Any) -> None:
+    norm.to("meta")
+
+
+def of_another_size(norm: Any) -> None:
+    norm.weight = torch.ones(3)
+
+
+@pytest.mark.parametrize("edit", [write, negate, replace])
+@pytest.mark.parametrize("norm", [Constant, Attribute, FrozenBatchNorm2d])
+def test_edited_buffers_count_from_the_next_call(norm: Any, edit: Any) -> None:
+    stock, accelerated = nets.twin(net(norm))
+    with torch.no_grad():
+        before = accelerated(X)
+        for model in (stock, accelerated):
+            edit(model[0].bn1)
+        torch.testing.assert_close(accelerated(X), stock(X), rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert not torch.equal(before, accelerated(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_buffers_moved_with_the_model(dtype: torch.dtype) -> None:
+    stock, accelerated = nets.twin(net(Constant))
+    with torch.no_grad():
+        accelerated(X)
+    nets.assert_close_to_eager(accelerated.to(dtype), stock.to(dtype), X.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda norm: norm.double(), r"BatchNorm tensors of one dtype.*got float64"),
+        (without_memory, r"BatchNorm weight on cpu, where x is, got .*meta"),
+        (of_another_size, r"BatchNorm weight of shape \(8,\), got \(3,\)"),
+    ],
+)
+def test_a_norm_moved_by_itself_is_named(edit: Any, message: str) -> None:
+    accelerated = nets.twin(net(FrozenBatchNorm2d))[1]
+    edit(accelerated[0].bn1)
+    with torch.no_grad(), pytest.raises(resnet_fast.UserError, match=message):
+        accelerated(X)
+
+
 @pytest.mark.parametrize(
     "other", [nn.BatchNorm2d(3), nn.Identity(), nn.Conv2d(3, 3, 1), None, F.relu, FrozenBatchNorm2d]
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import BlockMapping, UserError, register_block
-from resnet_fast.blocks import fused
+from resnet_fast.blocks import fused, mapped
 from resnet_fast.models import known
 from tests.support import foreign_blocks as foreign
 from tests.support import nets
@@ -27,6 +27,7 @@ def registrations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     register_block(foreign.NormInside, foreign.NORM_INSIDE)
     register_block(foreign.NormInsideStem, foreign.NORM_INSIDE_STEM)
     register_block(foreign.Plain, foreign.PLAIN)
+    register_block(foreign.Cifar, foreign.CIFAR)
     yield
     for cls in known._registered:
         fused.KNOWN.pop(cls)
@@ -53,11 +54,15 @@ NETS = [
     (inside_net, {"stem/onednn": 1, "bottleneck/onednn": 2}),
     (plain_net, {"basic_block/onednn": 2, "conv_bn_act/onednn": 1}),
     (lambda: plain_net(gate=True), {"basic_block/onednn": 1, "conv_bn_act/onednn": 3}),
+    (
+        lambda: nn.Sequential(foreign.Cifar(3, 8), foreign.Cifar(8, 8), foreign.Cifar(8, 8, keep=False)),
+        {"basic_block/onednn": 3, "conv_bn_act/onednn": 1},
+    ),
 ]
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("build", "expected"), NETS, ids=["norm inside", "pooled shortcut", "gate"])
+@pytest.mark.parametrize(("build", "expected"), NETS, ids=["norm inside", "pooled shortcut", "gate", "no shortcut"])
 def test_equal_to_the_stock_block(build: Any, expected: dict[str, int]) -> None:
     """In fp32 close to fp64, and with the reference bit for bit: outputs, gradients and running statistics."""
     stock, accelerated = nets.twin(nets.randomize(build()))
@@ -96,6 +101,7 @@ def test_a_pickle_brings_its_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compilers_and_tracers() -> None:
     """torch.compile keeps the ops in one graph; export and trace record the stock layers."""
     torch._dynamo.reset()
+    mapped.fused_class(foreign.Plain, foreign.PLAIN).checked.clear()
     stock, accelerated = nets.twin(nets.randomize(plain_net(gate=True)))
     ops: list[str] = []
 

@@ -127,6 +127,19 @@ def test_every_kind_of_hook_alters_a_layer(register: str) -> None:
     assert not obstacles.is_altered(layer)
 
 
+class Described(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+def test_a_buffer_of_another_class(norm: Any, buffer: str) -> None:
+    layer = norm(4)
+    setattr(layer, buffer, getattr(layer, buffer).as_subclass(Described))
+    want = f"expected bn1's {buffer} to be a plain buffer, got {__name__}.Described; it runs unfused"
+    assert obstacles.norm_obstacle("bn1", layer) == want
+
+
 def test_a_state_dict_hook_does_not_alter_a_layer() -> None:
     layer = conv()
     layer.register_state_dict_post_hook(lambda *args: None)

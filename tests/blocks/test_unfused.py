@@ -30,6 +30,24 @@ def net() -> nn.Module:
     return model
 
 
+def test_a_block_in_torchscript_is_named() -> None:
+    model = stock.ResNet(stock.BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
+    model.layer1 = torch.jit.script(model.layer1)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = model(x)
+        resnet_fast.accelerate(model)
+        resnet_fast.reset_stats()
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    (reason,) = resnet_fast.stats()["fallbacks"]
+    assert reason.endswith("expected a block in Python, got one that TorchScript compiled, BasicBlock; it runs unfused")
+
+
+def test_a_model_whose_blocks_are_all_unknown_names_them() -> None:
+    with pytest.raises(resnet_fast.UserError, match=rf"describe its blocks \({Doubled.__module__}\.Doubled\) with"):
+        resnet_fast.accelerate(nn.Sequential(Doubled(8, 8), Doubled(8, 8)))
+
+
 REASON = (
     f"expected torchvision.models.resnet.BasicBlock itself, got its subclass {Doubled.__module__}.Doubled; "
     "it runs unfused"
@@ -117,7 +135,7 @@ def test_other_blocks_in_timms_net(name: str, kind: str, blocks: int) -> None:
     plain = timm.create_model(name, pretrained=False, num_classes=10).eval()
     resnet_fast.reset_stats()
     model = resnet_fast.accelerate(copy.deepcopy(plain))
-    named = "a residual block of torchvision, timm or transformers, or one that register_block() describes"
+    named = "a residual block of a library that accelerate() knows, or one that register_block() describes"
     expected = f"expected {named}, got {kind}; it runs unfused"
     assert resnet_fast.stats()["fallbacks"] == {f"{blocks} blocks of {kind} are not fused: {expected}": 1}
     x = torch.randn(1, 3, 64, 64)

@@ -18,6 +18,21 @@ MODULE = {"lerobot": "torchvision"}
 """LeRobot's encoders are built from torchvision as its source does; its own package needs a robot's libraries."""
 
 
+QUICK = {"timm", "transformers", "segmentation_models_pytorch"}
+"""Packages of a development install whose clients are small, but for those of LARGE."""
+
+LARGE = {"Unet, resnet34", "Unet, tu-resnet26d", "Unet, se_resnet50", "SE-ResNet-50-T"}
+
+
+def marked(client: clients.Client) -> object:
+    quick = client.package in QUICK and client.name not in LARGE
+    return client if quick else pytest.param(client, marks=pytest.mark.slow)
+
+
+def name(client: clients.Client) -> str:
+    return client.name
+
+
 def documented() -> dict[str, tuple[int, int]]:
     """Return client -> (fused, all) from the table of the page."""
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]* \| (\d+) of (\d+) \|", PAGE, re.MULTILINE)
@@ -28,12 +43,20 @@ def test_the_page_lists_every_client() -> None:
     assert list(documented()) == [client.name for client in clients.CLIENTS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("client", clients.CLIENTS, ids=lambda client: client.name)
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("client", [marked(c) for c in clients.CLIENTS], ids=name)
 def test_a_client_is_fused_as_the_page_says(client: clients.Client) -> None:
     pytest.importorskip(MODULE.get(client.package, client.package))
     outcome = clients.check(client)
     assert (outcome.report.fused, outcome.report.convs) == documented()[client.name]
+
+
+def test_the_quick_tests_have_their_packages() -> None:
+    """In a development install none of them is skipped."""
+    extra = re.search(r"^dev = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert extra is not None
+    installed = {word.replace("-", "_") for word in re.findall(r'"([\w-]+)', extra[1])}
+    assert installed >= QUICK
 
 
 @pytest.mark.interpret

@@ -13,6 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import resnet_fast
+from resnet_fast.blocks import fused, mapped
+from resnet_fast.models import known
+from tests.support import foreign_blocks as foreign
 from tests.support import nets
 from tests.support.nets import Checkpointed, twin
 
@@ -63,6 +66,38 @@ def test_fully_sharded() -> None:
         grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
         outs.append((out.detach(), grads, model.eval()(x).detach()))
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_a_described_block_is_sharded_before_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2's class cannot be built anew, and the first call compares the description with a copy of the block."""
+    from torch.distributed.fsdp import fully_shard
+
+    monkeypatch.setattr(known, "_registered", {})
+    monkeypatch.setattr(fused, "KNOWN", dict(fused.KNOWN))
+    resnet_fast.register_block(foreign.Plain, foreign.PLAIN)
+    stock, accelerated = nets.twin(nets.randomize(foreign.Plain(3, 8)))
+    mapped.fused_class(foreign.Plain, foreign.PLAIN).checked.clear()
+    x = torch.randn(2, 3, 16, 16)
+    out = fully_shard(accelerated.train())(x)
+    nets.assert_equal(out.detach(), stock.train()(x).detach())
+
+
+@pytest.mark.usefixtures("gloo")
+def test_distributed_weights() -> None:
+    """A net of DTensors runs the stock layers, in the stock net's layout, and says why."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    stock, accelerated = (distribute_module(m, mesh) for m in nets.twin(nets.basic()))
+    x = distribute_tensor(torch.randn(2, 3, 32, 32), mesh, [Replicate()])
+    resnet_fast.reset_stats()
+    with torch.no_grad():
+        nets.assert_equal(accelerated(x).to_local(), stock(x).to_local())
+    got = "got torch.distributed.tensor.DTensor"
+    assert all("weight to be a plain parameter, " + got in text for text in resnet_fast.stats()["fallbacks"])
+    assert set(resnet_fast.stats()["calls"]) == {"basic_block/stock", "stem/stock"}
 
 
 @pytest.mark.parametrize("train", [True, False])

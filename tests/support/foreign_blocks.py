@@ -100,6 +100,27 @@ class Plain(nn.Module):
         return self.act(y + self.proj(features))
 
 
+class Cifar(nn.Module):
+    """A basic block as many nets for CIFAR have it: its shortcut is an empty Sequential, or is not there."""
+
+    def __init__(self, inside: int, out: int, keep: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        if keep or inside != out:
+            self.skip = nn.Sequential()
+        if inside != out:
+            self.skip.add_module("-1", nn.AvgPool2d(1))
+            self.skip.add_module("0", nn.Conv2d(inside, out, 1, bias=False))
+            self.skip.add_module("1", nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (self.skip(x) if hasattr(self, "skip") else x))
+
+
+CIFAR = BlockMapping([("conv1", "bn1", F.relu), ("conv2", "bn2")], ("skip.-1", "skip.0", "skip.1"), F.relu)
+
 PLAIN = BlockMapping(
     [("body.0.0", "body.0.1", "body.0.2"), ("body.1.0", "body.1.1"), "gate"],
     [("proj.0", "proj.1", "proj.2"), ("proj.0", "proj.1")],
