@@ -49,7 +49,11 @@ _imports = threading.RLock()
 
 
 def load(name: str) -> ModuleType:
-    """Import a module of the package during a call; a fork in another thread waits until it is there."""
+    """Import a module of the package during a call; a fork in another thread waits until it is there.
+
+    Args:
+        name: the whole name, which starts with the name that the package was loaded under.
+    """
     with _imports:
         return importlib.import_module(name)
 

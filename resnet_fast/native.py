@@ -24,10 +24,10 @@ from .errors import BackendError
 from .locks import load
 from .spec import Verdict
 
-LIBRARY = "resnet_fast._C"
-HOST = "resnet_fast._host"
-EMULATOR = "resnet_fast._emulator"
-PTX = "resnet_fast._ptx"
+LIBRARY = f"{__package__}._C"
+HOST = f"{__package__}._host"
+EMULATOR = f"{__package__}._emulator"
+PTX = f"{__package__}._ptx"
 
 SUBMIT = "submit(program, addresses, numbers, device, stream)"
 """What the library's function says of itself. One that takes other arguments belongs to another version."""

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from . import pristine
+from .pristine import FrozenBatchNorm2d
 
 TENSORS = ("weight", "bias", "running_mean", "running_var")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

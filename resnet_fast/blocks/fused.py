@@ -116,10 +116,7 @@ class Fused(nn.Module):
         Raises:
             BackendError: in batch-invariant mode, in eager code. An exported program is out of the mode's reach.
         """
-        reason = untraceable(x)
-        if reason and not torch.compiler.is_compiling():
-            record.refuse_stock(reason)
-        return bool(reason)
+        return runs_for_tracer(x)
 
     def runs_stock(self, x: Tensor) -> bool:
         """Return whether this call must run the stock layers. If so, count the reason; in strict mode raise it.
@@ -165,13 +162,7 @@ class Fused(nn.Module):
 
         Its class observes each operation, or it is an image without a batch, which all layers but BatchNorm2d take.
         """
-        if type(x) is not Tensor:
-            reason = overridden_tensor(x)
-            if reason:
-                return reason
-        if x.dim() != 3 or any(isinstance(self._modules[norm], _BatchNorm) for _, norm in self.layers):
-            return ""
-        return f"expected a batch of images (N, C, H, W), got one of shape {tuple(x.shape)}; it runs unfused"
+        return image_obstacle(x, any(isinstance(self._modules[norm], _BatchNorm) for _, norm in self.layers))
 
     def sync_obstacle(self, x: Tensor) -> str:
         """Return why the op cannot gather the statistics of this block's SyncBatchNorm layers."""
@@ -185,41 +176,15 @@ class Fused(nn.Module):
 
     def group_obstacle(self, groups: set[str], x: Tensor) -> str:
         """Return why the op cannot gather statistics in these process groups."""
-        if len(groups) > 1:
-            return "expected the block's SyncBatchNorm layers to share a process group, got several; it runs unfused"
-        if not select.trains(x.device, x.dtype, self.backend):
-            got = f"SyncBatchNorm in training on {x.device.type} {x.dtype}, which no available training kernels serve"
-            return f"expected BatchNorm2d, or Triton's training kernels, got {got}; it runs unfused"
-        return ""
+        return group_obstacle(groups, x, self.backend)
 
     def cache_obstacle(self) -> str:
-        """Return why nothing that inference derives from the weights can be kept.
-
-        FSDP2 frees a unit's weights after a call and gathers others at the same address, with the same version counter.
-        """
-        if not hasattr(type(self), "set_requires_gradient_sync"):
-            return ""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return ""
-        return "expected weights that stay in memory, got FSDP2's, freed after each call; in inference it runs unfused"
+        """Return why nothing that inference derives from the weights can be kept."""
+        return cache_obstacle(self)
 
     def gradient_obstacle(self, x: Tensor) -> str:
-        """Return why the op's gradients would differ from the stock layers' in the last bit.
-
-        Without training kernels the reference runs. It computes BatchNorm in the order of operations of ``batch_norm``,
-        which is not FrozenBatchNorm2d's. This is no obstacle where nothing needs a gradient, or where a backend was
-        requested by name.
-        """
-        if torch.compiler.is_compiling():  # it orders sums as it likes, and cannot trace the choice of a backend
-            return ""
-        got = self.unlike_reference()
-        if not got or select.requested(self.backend) != "auto":
-            return ""
-        if not x.requires_grad and not any(p.requires_grad for m in self.op_layers() for p in m.parameters()):
-            return ""
-        if select.trains(x.device, x.dtype, self.backend):
-            return ""
-        return f"expected layers that the reference reproduces bit for bit in training, got {got}; it runs unfused"
+        """Return why the op's gradients would differ from the stock layers' in the last bit."""
+        return gradient_obstacle(x, self.unlike_reference, self.op_layers, self.backend)
 
     def unlike_reference(self) -> str:
         """Return what the reference rounds in another order than this module's own layers; empty if nothing."""
@@ -259,3 +224,71 @@ class Fused(nn.Module):
     def save(self) -> str:
         """What training keeps for the backward pass, as ``accelerate(model, save=...)`` asked for."""
         return self.__dict__.get("_resnet_fast_save", "raw")
+
+
+def runs_for_tracer(x: Tensor) -> bool:
+    """Return whether a call with this input must run the stock layers: see :meth:`Fused.runs_for_tracer`."""
+    reason = untraceable(x)
+    if reason and not torch.compiler.is_compiling():
+        record.refuse_stock(reason)
+    return bool(reason)
+
+
+def image_obstacle(x: Tensor, batch_norm: bool) -> str:
+    """Return why this input needs the stock layers. ``batch_norm``: whether one of them refuses a single image."""
+    if type(x) is not Tensor:
+        reason = overridden_tensor(x)
+        if reason:
+            return reason
+    if x.dim() != 3 or batch_norm:
+        return ""
+    return f"expected a batch of images (N, C, H, W), got one of shape {tuple(x.shape)}; it runs unfused"
+
+
+def group_obstacle(groups: set[str], x: Tensor, backend: str) -> str:
+    """Return why the op cannot gather statistics in these process groups."""
+    if len(groups) > 1:
+        return "expected the block's SyncBatchNorm layers to share a process group, got several; it runs unfused"
+    if not select.trains(x.device, x.dtype, backend):
+        got = f"SyncBatchNorm in training on {x.device.type} {x.dtype}, which no available training kernels serve"
+        return f"expected BatchNorm2d, or Triton's training kernels, got {got}; it runs unfused"
+    return ""
+
+
+def cache_obstacle(m: nn.Module) -> str:
+    """Return why nothing that inference derives from the weights of ``m`` can be kept.
+
+    FSDP2 frees a unit's weights after a call and gathers others at the same address, with the same version counter.
+    """
+    if not hasattr(type(m), "set_requires_gradient_sync"):
+        return ""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters()):
+        return ""
+    return "expected weights that stay in memory, got FSDP2's, freed after each call; in inference it runs unfused"
+
+
+def gradient_obstacle(
+    x: Tensor, unlike_reference: Callable[[], str], layers: Callable[[], list[nn.Module]], backend: str
+) -> str:
+    """Return why the op's gradients would differ from the stock layers' in the last bit.
+
+    Without training kernels the reference runs. It computes BatchNorm in the order of operations of ``batch_norm``,
+    which is not FrozenBatchNorm2d's. This is no obstacle where nothing needs a gradient, or where a backend was
+    requested by name.
+
+    Args:
+        x: the input.
+        unlike_reference: returns what the reference rounds in another order; empty if nothing.
+        layers: returns the modules with the parameters of the op.
+        backend: a name of :data:`resnet_fast.flags.BACKENDS`.
+    """
+    if torch.compiler.is_compiling():  # it orders sums as it likes, and cannot trace the choice of a backend
+        return ""
+    got = unlike_reference()
+    if not got or select.requested(backend) != "auto":
+        return ""
+    if not x.requires_grad and not any(p.requires_grad for m in layers() for p in m.parameters()):
+        return ""
+    if select.trains(x.device, x.dtype, backend):
+        return ""
+    return f"expected layers that the reference reproduces bit for bit in training, got {got}; it runs unfused"

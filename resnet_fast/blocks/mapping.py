@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -65,6 +65,8 @@ class BlockMapping:
     shortcut: tuple[Form, ...] | None = None
     activation: Activation = None
     residual: bool = True
+    containers: tuple[tuple[str, ...], ...] = field(init=False, compare=False, repr=False)
+    """Paths of the modules on the way to the layers of ``main``."""
 
     def __init__(self, main: Any, shortcut: Any = None, activation: Any = None, residual: bool = True):
         steps = tuple(map(_step, main)) if isinstance(main, (list, tuple)) else ()
@@ -76,6 +78,8 @@ class BlockMapping:
         object.__setattr__(self, "shortcut", _forms(shortcut))
         object.__setattr__(self, "activation", _activation(activation))
         object.__setattr__(self, "residual", bool(residual))
+        paths = [path for layer in self.layers() for path in layer if isinstance(path, str)]
+        object.__setattr__(self, "containers", tuple(containers_of(paths)))
         if not residual and (shortcut is not None or activation is not None):
             got = f"shortcut={shortcut!r}, activation={activation!r}"
             raise UserError("neither shortcut nor activation where residual is False", got, "put the layers into main")
@@ -84,12 +88,28 @@ class BlockMapping:
         """Return the layers of the main branch."""
         return [step for step in self.main if isinstance(step, LayerPath)]
 
+    def op(self) -> str:
+        """Return the name under which reports count a block of this description that runs its stock layers."""
+        if not self.residual:
+            return "stem"
+        return {2: "basic_block", 3: "bottleneck"}.get(len(self.layers()), "conv_bn_act")
+
     def required(self) -> list[str]:
         """Return the paths that every instance must have, though they may lead to None."""
         found: list[Any] = []
         for step in self.main:
             found += step if isinstance(step, LayerPath) else [step]
         return [path for path in (*found, self.activation) if isinstance(path, str)]
+
+
+def containers_of(paths: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the paths of the modules on the way to these, each once."""
+    found: dict[tuple[str, ...], None] = {}
+    for path in paths:
+        parts = tuple(path.split("."))
+        for end in range(1, len(parts)):
+            found[parts[:end]] = None
+    return list(found)
 
 
 def _step(step: Any) -> Step:

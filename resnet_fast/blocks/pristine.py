@@ -16,7 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
+
+try:
+    from torchvision.ops.misc import FrozenBatchNorm2d
+except ModuleNotFoundError as missing:
+    if (missing.name or "").partition(".")[0] != "torchvision":
+        raise
+
+    class FrozenBatchNorm2d(nn.Module):  # type: ignore[no-redef]
+        """Stands for torchvision's in a package of the hub that runs without torchvision: no layer is one."""
+
+        def forward(self, x: Any) -> Any:
+            raise NotImplementedError
+
 
 _OWNERS: dict[str, Any] = {
     "Module": nn.Module,

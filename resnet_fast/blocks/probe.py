@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from ..calls import Pool
 from ..errors import named
+from . import described
+from .mapping import BlockMapping
+from .obstacles import is_altered, obstacle
 
 _SIZE = (12, 20)
 """Height and width of the probe: even, so that strides and poolings agree however they round."""
@@ -35,31 +38,69 @@ def check(cls: Any, m: nn.Module) -> tuple[str, str] | None:
     layers = tuple((name, type(part), type(part).forward) for name, part in m.named_modules() if part is not m)
     key = cls, kept, layers
     if key not in _variants:
-        reason = compare(cls, m)
+        reason = compare(cls.stock_class, cls.mapping, m)
         _variants[key] = None if not reason else tuple(reason.removeprefix("expected ").split(", got ", 1))  # type: ignore[assignment]
     return _variants[key]
 
 
-def compare(cls: Any, m: nn.Module) -> str:
-    """Return why the mapping of ``cls`` does not describe ``m``; empty if it does."""
-    name = f"{cls.stock_class.__module__}.{cls.stock_class.__qualname__}"
+def kinds(mapping: BlockMapping, m: nn.Module) -> tuple[Any, ...] | str:
+    """Return what the containers of a stock or fused block are, or why one of them may not be passed by."""
+    found: list[Any] = []
+    for path in described.containers(m, mapping):
+        container = described.at(m, path)
+        if container is None:
+            found.append(None)
+            continue
+        if is_altered(container):
+            return obstacle(f"{'.'.join(path)} to be a plain module", container)
+        # The names of its children, too: a Sequential may have got another layer.
+        found.append((type(container), type(container).forward, tuple(container._modules)))
+    return tuple(found)
+
+
+def unlike(
+    stock_class: type[nn.Module], mapping: BlockMapping, m: nn.Module, checked: dict[Any, str], believed: bool = False
+) -> str:
+    """Return why the mapping does not describe ``m`` with the containers that it has now; empty if it does.
+
+    Args:
+        stock_class: the class whose forward counts.
+        checked: what was found for each kind of container; a new kind is compared and kept.
+        believed: in a compiler, which cannot compare, take an unknown kind as described if it has no other children.
+    """
+    key = kinds(mapping, m)
+    if isinstance(key, str):
+        return key
+    found = checked.get(key)
+    if found is not None:
+        return found
+    if torch.compiler.is_compiling():
+        unseen = "expected containers that a call or accelerate() has seen, got others; it runs unfused"
+        return "" if believed and described.is_complete(m, mapping) else unseen
+    found = checked[key] = compare(stock_class, mapping, m)
+    return found
+
+
+def compare(stock_class: type[nn.Module], mapping: BlockMapping, m: nn.Module) -> str:
+    """Return why the mapping does not describe ``m``, of this class or a fused one; empty if it does."""
+    name = f"{stock_class.__module__}.{stock_class.__qualname__}"
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
-        block = _copy(cls, m)
+        block = _copy(stock_class, m)
         for training in (False, True):
             block.train(training)
-            reading = block._read()
+            reading = described.read(block, mapping)
             if reading.reason:  # the call will say why
                 return ""
             convs = [step for step in reading.steps if hasattr(step, "conv")]
             x = torch.randn(2, convs[0].conv.in_channels, *_SIZE, dtype=torch.float64, device="cpu")
             torch.manual_seed(0)
             try:
-                want = cls.stock_class.forward(block, x.clone())
+                want = stock_class.forward(block, x.clone())
             except Exception as error:
                 return f"expected {name} to run on an image of {_SIZE}, got {named(error)}"
             torch.manual_seed(0)
             try:
-                got = evaluate(reading, cls.mapping.residual, x.clone())
+                got = evaluate(reading, mapping.residual, x.clone())
             except Exception as error:
                 return f"expected {name} with the layers of its mapping, got {named(error)} from them"
             if not isinstance(want, Tensor) or want.shape != got.shape:
@@ -72,7 +113,7 @@ def compare(cls: Any, m: nn.Module) -> str:
     return ""
 
 
-def _copy(cls: Any, m: nn.Module) -> Any:
+def _copy(stock_class: type[nn.Module], m: nn.Module) -> Any:
     """Return a copy of the block on the CPU in float64 with random weights and without hooks."""
     memo: dict[int, Any] = {}
     for t in (*m.parameters(), *m.buffers()):
@@ -89,8 +130,10 @@ def _copy(cls: Any, m: nn.Module) -> Any:
             # hooks, and what a sharded module keeps, its process group for one, under a key that is no name
             if isinstance(value, dict) and ("hooks" in key or not key.isidentifier()):
                 memo[id(value)] = type(value)()
-    block = memo[id(m)] = cls.__new__(cls)
-    fields = {name: value for name, value in m.__dict__.items() if not name.startswith("_resnet_fast")}
+    block: Any = stock_class.__new__(stock_class)
+    memo[id(m)] = block
+    # Without a forward of its own, which a layer of the hub is to a module.
+    fields = {k: v for k, v in m.__dict__.items() if k != "forward" and not k.startswith("_resnet_fast")}
     block.__dict__ = copy.deepcopy(fields, memo)
     for part in block.modules():
         if part is not block and hasattr(part, "stock_class"):

@@ -13,9 +13,10 @@ from .. import invariance, ops
 from ..calls import Call
 from . import head
 from .children import child, conv_record, counts, norm_record, sync_group
+from .described import IDLE_IN_EVAL, at
 from .frozen_norms import is_frozen
 from .fused import Fused, StockMethod
-from .mapped import IDLE_IN_EVAL, at, fused_class
+from .mapped import fused_class
 from .mapping import BlockMapping, LayerPath
 from .net import Net
 from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle

@@ -33,6 +33,7 @@ _SHORTCUTS: list[Form] = [
     ("shortcut",),
 ]
 
+BASIC, BOTTLENECK = _block(2), _block(3)
 STEM = BlockMapping([_layer("embedder"), "pooler"], residual=False)
 DEEP_STEM = BlockMapping([*[_layer(f"embedder.{i}") for i in range(3)], "pooler"], residual=False)
 
@@ -42,7 +43,7 @@ def mappings() -> dict[type[nn.Module], BlockMapping]:
     found = {}
     for module, prefix in LIBRARIES.items():
         stem = DEEP_STEM if prefix == "RTDetrResNet" else STEM
-        for name, mapping in (("BasicLayer", _block(2)), ("BottleNeckLayer", _block(3)), ("Embeddings", stem)):
+        for name, mapping in (("BasicLayer", BASIC), ("BottleNeckLayer", BOTTLENECK), ("Embeddings", stem)):
             cls = getattr(sys.modules.get(module), prefix + name, None)
             if cls is not None:
                 found[cls] = mapping

@@ -20,12 +20,14 @@ from ..impl import Impl
 from ..locks import load
 from ..spec import Verdict
 
+_PACKAGE = __name__.rpartition(".dispatch.")[0]
+
 NAMES = tuple(name for name in flags.BACKENDS if name != "auto")
 
 
 @cache
 def _load(name: str) -> ModuleType:
-    return load(f"resnet_fast.backends.{name}")
+    return load(f"{_PACKAGE}.backends.{name}")
 
 
 @cache

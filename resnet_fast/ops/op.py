@@ -6,9 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..calls import Call
 from ..spec import Spec
 from .check import LayerInput
+
+NAMESPACE = __name__.rpartition(".ops.")[0].replace(".", "_")
+"""``resnet_fast``, where the ops are defined. A package that :mod:`resnet_fast.hub` builds has another name."""
+
+DEFINED = getattr(torch.ops, NAMESPACE)
+"""``torch.ops.resnet_fast``, which :mod:`.register` fills."""
 
 
 @dataclass(frozen=True)

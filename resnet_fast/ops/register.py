@@ -29,7 +29,7 @@ from ..dispatch import select
 from ..errors import UserError
 from . import train
 from .infer import infer
-from .op import OPS, Op
+from .op import DEFINED, NAMESPACE, OPS, Op
 
 _log = logging.getLogger("torch.utils.flop_counter")
 # Importing it warns if Triton is missing; importing this package must not.
@@ -38,14 +38,14 @@ from torch.utils.flop_counter import register_flop_formula  # noqa: E402
 
 _log.disabled = _before
 
-LIBRARY = torch.library.Library("resnet_fast", "DEF")
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register(op: Op) -> None:
     """Define ``resnet_fast::NAME`` with every rule it needs."""
     OPS[op.name] = op
     LIBRARY.define(f"{op.name}({op.schema}, {train.OPTIONS_SCHEMA}) -> Tensor")
-    packet = getattr(torch.ops.resnet_fast, op.name)
+    packet = getattr(DEFINED, op.name)
     bound = train.binder(op, packet.default)
 
     def on_backend(*args: Any) -> Tensor:
@@ -70,7 +70,7 @@ def register(op: Op) -> None:
     LIBRARY.impl(op.name, on_autograd, "Autograd", with_keyset=True)
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         LIBRARY.impl(op.name, _autocast_rule(packet.default, device), key)
-    torch.library.register_fake(f"resnet_fast::{op.name}", on_fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}", on_fake, lib=LIBRARY)
     register_flop_formula(packet)(op.flops)
 
 

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad, profiler
 from ..calls import Call
 from . import train
 from .infer import infer
-from .op import OPS
+from .op import DEFINED, OPS
 
 Planner = Callable[[Call, str, str], Tensor]
 """Called with a call on meta tensors, its backend and what training keeps; returns an output without memory."""
@@ -70,7 +70,7 @@ def _run_op(call: Call, backend: str, save: str) -> Tensor:
     if call.x.is_meta and (plan := _planner.get()) is not None:
         return plan(call, backend, save)
     flat = OPS[call.op].flatten(call)
-    return getattr(torch.ops.resnet_fast, call.op)(*flat, backend, save, call.sync)
+    return getattr(DEFINED, call.op)(*flat, backend, save, call.sync)
 
 
 def autocast(call: Call, dtype: torch.dtype) -> Call:

@@ -31,7 +31,7 @@ from ..dispatch import catalog, record, select
 from ..errors import BackendError
 from ..impl import Choice
 from ..spec import Spec
-from .op import OPS, Op
+from .op import DEFINED, NAMESPACE, OPS, Op
 from .specs import check, key_of, spec_of
 
 
@@ -192,12 +192,12 @@ class _ThroughOps(NamedTuple):
 
     def forward(self, call: Call) -> tuple[Tensor, list[Tensor]]:
         """Return the output and the tensors that the backward pass needs."""
-        op = getattr(torch.ops.resnet_fast, f"{self.op}_train").default
+        op = getattr(DEFINED, f"{self.op}_train").default
         return op(*OPS[self.op].flatten(call), *self.options)
 
     def backward(self, call: Call, dy: Tensor, y: Tensor, saved: list[Tensor], needs: list[bool]) -> Sequence[Any]:
         """Return the gradients of ``call.leaves()``."""
-        op = getattr(torch.ops.resnet_fast, f"{self.op}_backward").default
+        op = getattr(DEFINED, f"{self.op}_backward").default
         return op(dy, y, saved, *OPS[self.op].flatten(call), *self.options, needs=needs)
 
 
@@ -333,8 +333,8 @@ def define(library: torch.library.Library, op: Op) -> None:
     library.define(
         f"{name}_backward(Tensor dy, Tensor y, Tensor[] saved, {schema}, {OPTIONS_SCHEMA}, *, bool[] needs) -> Tensor[]"
     )
-    forward_op = getattr(torch.ops.resnet_fast, f"{name}_train").default
-    backward_op = getattr(torch.ops.resnet_fast, f"{name}_backward").default
+    forward_op = getattr(DEFINED, f"{name}_train").default
+    backward_op = getattr(DEFINED, f"{name}_backward").default
     bound = binder(op, forward_op)
 
     def train(*args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -381,8 +381,8 @@ def define(library: torch.library.Library, op: Op) -> None:
     library.impl(f"{name}_train", train_autograd, "Autograd")
     library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     library.impl(f"{name}_backward", backward_autograd, "Autograd")
-    torch.library.register_fake(f"resnet_fast::{name}_train", train_fake, lib=library)
-    torch.library.register_fake(f"resnet_fast::{name}_backward", backward_fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}_train", train_fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}_backward", backward_fake, lib=library)
 
 
 def _chosen(call: Call, spec: Spec, options: Options) -> Choice:
@@ -393,7 +393,7 @@ def _chosen(call: Call, spec: Spec, options: Options) -> Choice:
         because = f" because of {choice.fell_back}" if choice.fell_back else ""
         raise BackendError(
             f"expected a backend with training kernels of its own, got {backend!r}{because}; call "
-            f"torch.ops.resnet_fast.{op}, which lets autograd record what that backend does"
+            f"torch.ops.{NAMESPACE}.{op}, which lets autograd record what that backend does"
         )
     return choice
 
