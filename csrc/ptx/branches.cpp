@@ -15,6 +15,7 @@ void next_path(Warp& w) {
     w.pc = p.pc;
     w.meet = p.meet;
     w.path = p.lanes;
+    w.held = p.held;
     return;
   }
   w.path = 0;
@@ -23,7 +24,7 @@ void next_path(Warp& w) {
 
 // The present path parts: `lanes` of it go to `pc`, or are where they meet already.
 void part(Warp& w, int32_t pc, int32_t meet, uint32_t lanes) {
-  if (pc != meet && lanes != 0) w.below.push_back({pc, meet, lanes});
+  if (pc != meet && lanes != 0) w.below.push_back({pc, meet, lanes, 0});
 }
 
 void run_branch_indexed(Warp& w, const Instruction& i) {
@@ -44,7 +45,7 @@ void run_branch_indexed(Warp& w, const Instruction& i) {
       w.pc = i.targets[target];
       return;
     }
-  if (i.meet != w.meet) w.below.push_back({i.meet, w.meet, w.path});
+  if (i.meet != w.meet) w.below.push_back({i.meet, w.meet, w.path, 0});
   part(w, w.pc, i.meet, stay);
   for (size_t target = 0; target < lanes.size(); ++target) part(w, i.targets[target], i.meet, lanes[target]);
   next_path(w);
@@ -66,7 +67,7 @@ void run_branch(Warp& w, const Instruction& i) {
     return;
   }
   if (i.target == w.pc) return;
-  if (i.meet != w.meet) w.below.push_back({i.meet, w.meet, w.path});
+  if (i.meet != w.meet) w.below.push_back({i.meet, w.meet, w.path, 0});
   // Which side goes first is free, so the seed decides.
   if (w.launch->draw(2)) {
     part(w, w.pc, i.meet, other);
@@ -90,6 +91,19 @@ void run_exit(Warp& w, const Instruction&) {
 
 void meet_again(Warp& w) {
   next_path(w);
+}
+
+// Lanes that parted for good, because one side leaves the kernel, do not meet before the end. So a path that comes to
+// an instruction where lanes wait for each other lets those beside it run first: they may leave, or come to where this
+// one waits. Returns false if none is left that could.
+bool let_others_first(Warp& w) {
+  if (w.held == w.alive) return false;  // they have run since, and nobody left
+  size_t place = w.below.size();
+  while (place > 0 && w.below[place - 1].meet == w.meet) --place;
+  if (place == w.below.size()) return false;
+  w.below.insert(w.below.begin() + static_cast<int64_t>(place), {w.pc, w.meet, w.path, w.alive});
+  next_path(w);
+  return true;
 }
 
 Form decode_branch(Modifiers& m) {

@@ -296,6 +296,8 @@ class Decoder {
     i.flags = form.flags;
     i.number = form.number;
     i.opcode = opcode(s.opcode);
+    i.collective = s.opcode.find(".sync") != std::string::npos || s.opcode.find(".aligned") != std::string::npos ||
+                   s.opcode.rfind("bar", 0) == 0;
     if (!s.guard.empty()) set_guard(frame, s, i, s.guard, s.guard_negated);
     firsts_.push_back(out_.slots.size());
     size_t n = 0;
@@ -331,14 +333,17 @@ class Decoder {
       case Want::kWrite:
         return add(value(frame, s, want, w, want.kind == Want::kWrite));
       case Want::kReadMany:
-      case Want::kWriteMany:
+      case Want::kWriteMany: {
+        const size_t elements = w.kind == Written::kVector ? w.parts.size() : 1;
+        if (want.count != 0 && elements != want.count)
+          fail(s.line, "expected " + std::to_string(want.count) + " registers in an operand of " + s.opcode + ", got " +
+                           std::to_string(elements));
         if (w.kind != Written::kVector) return add(value(frame, s, want, w, want.kind == Want::kWriteMany));
-        {
-          Want element = want;
-          if (want.split) element.type = share_of(s, want.type, w.parts.size());
-          for (const Written& part : w.parts) add(value(frame, s, element, part, want.kind == Want::kWriteMany));
-        }
+        Want element = want;
+        if (want.split) element.type = share_of(s, want.type, w.parts.size());
+        for (const Written& part : w.parts) add(value(frame, s, element, part, want.kind == Want::kWriteMany));
         return;
+      }
       case Want::kPair:
         if (w.kind == Written::kPair) {
           Want second = want;

@@ -119,6 +119,14 @@ double evaluate(Op op, uint32_t flags, double a, double b, double c) {
   return 0;
 }
 
+// Rounded down, a sum that is exactly zero is -0, unless both of its parts are +0.
+double sum_rounded_down(Op op, double sum, double a, double b, double c) {
+  if (sum != 0 || op > Op::kFma || op == Op::kMul) return sum;
+  const double first = op == Op::kFma ? a * b : a, second = op == Op::kFma ? c : op == Op::kSub ? -b : b;
+  const bool both = first == 0 && second == 0 && !std::signbit(first) && !std::signbit(second);
+  return both ? 0.0 : -0.0;
+}
+
 // ---- f32 ----
 
 template <class F>
@@ -187,7 +195,9 @@ void run_32(Warp& w, const Instruction& i) {
       b = flushed(b);
       c = flushed(c);
     }
-    float value = float_of(evaluate(op, flags, a, b, c), round);
+    double exact = evaluate(op, flags, a, b, c);
+    if (round == Round::kDown) exact = sum_rounded_down(op, exact, a, b, c);
+    float value = float_of(exact, round);
     if (flags & kFtz) value = flushed(value);
     return flags & kSat ? saturated(value) : value;
   });
@@ -204,7 +214,9 @@ void run_pair_32(Warp& w, const Instruction& i) {
         const auto value = bit_cast<float>(static_cast<uint32_t>(v >> half));
         return flags & kFtz ? flushed(value) : value;
       };
-      float value = float_of(evaluate(op, flags, part(a), part(b), part(c)), round);
+      double exact = evaluate(op, flags, part(a), part(b), part(c));
+      if (round == Round::kDown) exact = sum_rounded_down(op, exact, part(a), part(b), part(c));
+      float value = float_of(exact, round);
       if (flags & kFtz) value = flushed(value);
       out |= uint64_t{bit_cast<uint32_t>(value)} << half;
     }

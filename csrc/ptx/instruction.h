@@ -45,6 +45,7 @@ struct Instruction {
   Part part[kMaxParts];        // by operand
   uint8_t parts = 0;
   bool guarded = false, guard_negated = false;
+  bool collective = false;  // lanes wait here for each other: .sync, .aligned, bar
   uint32_t guard_at = 0;
   int32_t guard_reg = -1;
   Type type = Type::kNone, other_type = Type::kNone;  // as the family sets them
@@ -77,6 +78,7 @@ struct Want {
   bool optional = false;    // may be left out, together with all that follow
   bool any_width = false;   // the register may be wider than `type`, as for ld, st and cvt
   bool split = false;       // the elements of a vector share the bits of `type`, as for mov
+  uint16_t count = 0;       // elements that a vector must have; 0: any number
 };
 
 // How an opcode is executed. `run` is null if the opcode is not understood.

@@ -43,6 +43,7 @@ namespace ptx {
 
 // branches.cpp
 void meet_again(Warp& w);
+bool let_others_first(Warp& w);
 
 namespace {
 
@@ -197,6 +198,7 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
     w.carry = 0;
     w.pc = 0;
     w.meet = -1;
+    w.held = 0;
     w.below.clear();
     w.done = false;
     w.wait = Wait{};
@@ -225,8 +227,10 @@ void run_warp(Launch& l, Warp& w) {
       meet_again(w);
       continue;
     }
-    const int32_t at = w.pc++;
+    const int32_t at = w.pc;
     const Instruction& i = code[at];
+    if (i.collective && w.path != w.alive && let_others_first(w)) continue;
+    ++w.pc;
     w.active = w.path;
     if (i.guarded) {
       if (w.path & ~w.written[i.guard_reg]) {

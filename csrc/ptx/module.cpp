@@ -268,6 +268,14 @@ PYBIND11_MODULE(_ptx, m) {
       .def("add", &ptx::GlobalMemory::add, py::arg("address"), py::arg("bytes"), py::arg("name"),
            py::arg("written") = true, py::arg("writable") = true,
            "Add host memory. Bytes that are not `written` yet may not be read before a kernel writes them.")
+      .def(
+          "write",
+          [](ptx::GlobalMemory& memory, uint64_t address, uint64_t bytes) {
+            ptx::Allocation* a = memory.find(address, bytes);
+            if (a == nullptr) throw py::value_error("expected bytes of one allocation");
+            ptx::GlobalMemory::mark_written(*a, address, bytes);
+          },
+          py::arg("address"), py::arg("bytes"), "Note that the host has written these bytes.")
       .def("remove", &ptx::GlobalMemory::remove, py::arg("address"), "Take the allocation at this address away.")
       .def(
           "unwritten",

@@ -61,7 +61,7 @@ class SharedMemory {
   void check_bounds(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align);
   // Returns whether all bytes are defined. Bytes that nobody wrote, or that are in flight, are a finding.
   bool check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
-  // `data`, if the bytes are written at once: lanes of one instruction may write the same values to the same bytes.
+  // `data`, if the bytes are written at once: nothing needs to order writes of the same values to the same bytes.
   void check_write(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, State state, const void* data);
 
   // An atomic update: ordered by nothing against others of its kind, but against plain accesses.

@@ -17,6 +17,7 @@ struct Launch;
 struct Path {
   int32_t pc = 0, meet = -1;
   uint32_t lanes = 0;
+  uint32_t held = 0;  // the lanes that were alive when this path last let others go first
 };
 
 // What a warp waits for. The scheduler asks `ready` whenever it could run the warp.
@@ -45,6 +46,7 @@ struct Warp {
 
   uint32_t active = 0;  // lanes that execute the present instruction: of this path, and its guard holds
   uint32_t path = 0;    // lanes of the present path
+  uint32_t held = 0;    // Path::held of the present path
   uint32_t alive = 0;   // lanes that have not left the kernel
   uint32_t carry = 0;   // the condition code of add.cc, by lane
   int32_t pc = 0;       // the next instruction; a branch sets it
