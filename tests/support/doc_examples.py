@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,8 +134,17 @@ FILES: dict[str, Callable[[], None]] = {"docs/trained-weights.md": a_trained_run
 
 
 def run(page: str, blocks: list[str]) -> Names:
-    """Run the blocks of a page in order, as one program, and return the names that they defined."""
-    names = GIVEN.get(page, dict)()
-    for code in blocks:
-        exec(compile(code, page, "exec"), names)
+    """Run the blocks of a page in order, as one program, and return the names that they defined.
+
+    They run inside a module, as a reader's program does: classes that they define belong to it.
+    """
+    module = types.ModuleType(re.sub(r"\W", "_", page))
+    names = vars(module)
+    names.update(GIVEN.get(page, dict)())
+    sys.modules[module.__name__] = module
+    try:
+        for code in blocks:
+            exec(compile(code, page, "exec"), names)
+    finally:
+        del sys.modules[module.__name__]
     return names
