@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..dispatch import catalog, record, select
 from ..impl import Choice, Impl
 from ..spec import NetSpec, Spec
 from .ready import ready
-from .specs import spec_of
+from .specs import key_of, spec_of
 
 BLOCK_SIZES, NET_SIZES = 8, 3
 """Number of input sizes to keep for backends that do not count the memory of their states."""
@@ -126,17 +126,46 @@ def infer_alike(call: Call | NetCall, backend: str, known: Known | None = None, 
         BackendError: the batch is too large for the backend that runs its images.
     """
     x = call.x
-    first = _image(call, 0)
-    spec: Spec | NetSpec = spec_of(first, grad=False)
-    choice = select.choose(spec, x.device, backend)
-    if select.runs_batches_alike(call, spec_of(call, grad=False), choice, backend):
+    # everything that decides is in the key, as in that of a spec
+    key = key_of(call, False), select.requested(backend), catalog.fingerprint()
+    way = _ways.get(key)
+    if way is None:
+        way = _decide_alike(call, backend)
+        if len(_ways) >= KEEP:
+            _ways.clear()
+        _ways[key] = way
+    if way.whole:
         return _execute(_alike(call), backend, 1, known, frozen)
-    out, layout = spec.out_shape()[1:], torch.channels_last if spec.layout == "nhwc" else torch.contiguous_format
-    y = torch.empty((x.shape[0], *out), dtype=x.dtype, device=x.device, memory_format=layout)
-    for i in range(x.shape[0]):
-        image = first if i == 0 else _image(call, i)
-        y[i : i + 1] = _execute(_alike(image), backend, x.shape[0], known, frozen)
+    n = x.shape[0]
+    y = torch.empty((n, *way.out), dtype=x.dtype, device=x.device, memory_format=way.layout)
+    one = known  # of every image, which differ in their values alone
+    for i in range(n):
+        image = _alike(_image(call, i))
+        if one is None and catalog.prepares(x.device) and not image.batch_stats:
+            one = Known(image)
+        y[i : i + 1] = _execute(image, backend, n, one, frozen)
     return y
+
+
+class _Alike(NamedTuple):
+    """How calls run in batch-invariant mode: as a ``whole``, or by images with outputs of this shape and layout."""
+
+    whole: bool
+    out: tuple[int, ...]
+    layout: torch.memory_format
+
+
+KEEP = 4096
+_ways: dict[Any, _Alike] = {}
+
+
+def _decide_alike(call: Call | NetCall, backend: str) -> _Alike:
+    """Choose for one image, and for the whole batch where that backend may run it."""
+    spec: Spec | NetSpec = spec_of(_image(call, 0), grad=False)
+    choice = select.choose(spec, call.x.device, backend)
+    whole = select.runs_batches_alike(call, spec_of(call, grad=False), choice, backend)
+    layout = torch.channels_last if spec.layout == "nhwc" else torch.contiguous_format
+    return _Alike(whole, tuple(spec.out_shape()[1:]), layout)
 
 
 def _execute(call: Call | NetCall, backend: str, times: int, known: Known | None, frozen: bool) -> Tensor:

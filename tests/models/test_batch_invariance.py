@@ -16,6 +16,7 @@ from resnet_fast import invariance, parameter_cache
 from resnet_fast.blocks import head
 from resnet_fast.dispatch import catalog, select
 from resnet_fast.errors import BackendError, UserError
+from resnet_fast.ops import infer
 from resnet_fast.paper_nets import CifarResNet
 from resnet_fast.spec import YES, Verdict
 from tests.support import nets
@@ -104,6 +105,7 @@ def test_a_batch_that_its_backend_refuses_is_an_error(monkeypatch: pytest.Monkey
         ),
     )
     net = resnet_fast.accelerate(_cifar())
+    monkeypatch.setattr(infer, "_ways", {})
     select._choose.cache_clear()
     try:
         with torch.inference_mode(), resnet_fast.batch_invariant():
@@ -162,15 +164,55 @@ def test_other_ways_to_call_a_net(one_thread: None) -> None:
     assert 3 in sizes  # a hook sees the batch
 
 
-def test_stock_layers_inside_fused_blocks_get_single_images(one_thread: None) -> None:
-    """A shortcut that no op computes, and timm's squeeze-and-excitation."""
+class Squeeze(nn.Module):
+    """Squeeze-and-excitation with linear layers, as in its paper: matrix products whose rows are the batch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, channels // 4), nn.ReLU(), nn.Linear(channels // 4, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale: Tensor = self.layers(x.mean((2, 3))).sigmoid()
+        return x * scale[:, :, None, None]
+
+
+def _squeezing() -> nn.Module:
+    """Return timm's ResNet-18 whose last block squeezes, accelerated; 512 channels show each order of a sum."""
     timm = pytest.importorskip("timm")
+    net = randomize(timm.create_model("seresnet18", num_classes=10)).eval()
+    net.layer4[1].se = Squeeze(512)
+    return resnet_fast.accelerate(net)
+
+
+def test_stock_layers_inside_fused_blocks_get_single_images(one_thread: None) -> None:
+    """A shortcut that no op computes, and squeeze-and-excitation."""
     own = nets.basic().eval()
     own.layer4[0].downsample = nn.Sequential(nn.Conv2d(256, 512, 1, stride=2), nn.GroupNorm(4, 512))
-    for net in (own, randomize(timm.create_model("seresnet18")).eval()):
-        resnet_fast.accelerate(net)
+    for net in (resnet_fast.accelerate(own), _squeezing()):
         with resnet_fast.batch_invariant():
             assert not _differing(net, torch.randn(4, 3, 40, 40), (4,))
+
+
+def test_a_squeeze_that_gets_the_batch_is_found_out(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """The planted bug: layers between ops get the batch."""
+    net = _squeezing()
+    stage, x = net.layer4, torch.randn(5, 256, 3, 3)
+    with resnet_fast.batch_invariant():
+        assert not _differing(stage, x, (5,))
+        monkeypatch.setattr(invariance, "singly", lambda function, x: function(x))
+        assert _differing(stage, x, (5,))
+
+
+def test_a_call_like_an_earlier_one_is_not_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the batch nor of an image: what was decided and prepared is looked up."""
+    net, x = resnet_fast.accelerate(_cifar()), torch.randn(3, 3, 8, 8)
+    with torch.inference_mode(), resnet_fast.batch_invariant():
+        before = net(x)
+        for name in ("spec_of", "_decide_alike"):
+            monkeypatch.setattr(infer, name, lambda *_: pytest.fail("decided again"))
+        assert torch.equal(net(x), before)
+        monkeypatch.undo()
+        assert net(x[:2]).shape == (2, 10)
 
 
 def test_what_is_no_inference_raises() -> None:
