@@ -29,8 +29,9 @@ STEM_STEP = 64
 """Longest filter row of the stem kernel: filter width times input channels, as a power of two."""
 
 
-PLANNED_BATCH = 32
-"""Images for which an ``invariant`` problem is planned, whatever its batch: its configs must not follow the batch."""
+PLANNED_PIXELS, PLANNED_IMAGES = 16384, (8, 48)
+"""Output pixels for which an ``invariant`` problem is planned, and the least and most images that may have them. Its
+configs must not follow the batch, but may follow the size of an image."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,14 @@ def kernel_for(conv: ConvSpec) -> str:
 
 
 def planned(spec: Spec) -> Spec:
-    """Return the problem that ``spec`` is planned as: itself, or for an ``invariant`` one that of PLANNED_BATCH."""
-    return spec.with_(n=PLANNED_BATCH) if spec.invariant else spec
+    """Return the problem that ``spec`` is planned as: itself, or for an ``invariant`` one that of a fixed batch.
+
+    The batch has about PLANNED_PIXELS output pixels: a layer of small images is planned for more of them.
+    """
+    if not spec.invariant:
+        return spec
+    last, (least, most) = spec.main[-1], PLANNED_IMAGES
+    return spec.with_(n=min(most, max(least, -(-PLANNED_PIXELS // (last.ho * last.wo)))))
 
 
 def launch(conv: ConvSpec) -> LaunchSpec:

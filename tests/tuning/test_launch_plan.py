@@ -196,7 +196,8 @@ def test_an_invariant_problem_has_one_plan_for_every_batch() -> None:
         assert len({(plan.route.fusion, plan.configs) for plan in plans}) == 1
         assert not any(c.splits > 1 or c.stock for c in plans[0].configs)
         assert [one.n for plan in plans for one in plan.route.launches[:1]] == [1, 2, 33, 512]
-        assert plans[0].seconds == plans[-1].seconds and "at batch 32, configs of any batch" in str(plans[0])
+        images = routes_module.planned(problem.with_(invariant=True)).n
+        assert plans[0].seconds == plans[-1].seconds and f"at batch {images}, configs of any batch" in str(plans[0])
     plain = [choose(BLOCK.with_(n=n)).configs for n in (1, 512)]
     assert plain[0] != plain[1]  # what the mode changes
 
@@ -206,7 +207,7 @@ def test_an_invariant_problem_uses_what_was_measured_and_proved_for_any_batch() 
     (one,) = {proofs.small(launch(problem.with_(n=n))) for n in (1, 2, 64)}
     assert one.n == proofs.BATCH
     (measured,) = launches.launches_of(problem, H100)
-    assert measured.n == routes_module.PLANNED_BATCH
+    assert measured.n == routes_module.planned(problem).n == 48
     name = names(measured)[-1]
     entry = measured, {name: 3.0}
     for n in (1, 64):
@@ -260,3 +261,12 @@ def test_tuning_measures_pytorchs_kernels_for_a_frozen_step() -> None:
     for one in launches.launches_of(FROZEN, H100):
         stock = [c for c in launches.candidates(one, H100) if c.stock]
         assert bool(stock) == (one.projection is None), one
+
+
+def test_an_invariant_problem_is_planned_for_a_batch_that_follows_its_images() -> None:
+    """Large images for few, small ones for many, whatever the batch."""
+    names = "r50.layer1.1", "r50.layer2.1", "r50.layer3.1", "r50.layer4.1"
+    for n in (1, 512):
+        found = [routes_module.planned(BLOCKS[name].with_(n=n, invariant=True)).n for name in names]
+        assert found == [8, 21, 48, 48]
+        assert routes_module.planned(BLOCKS["r50.layer1.1"].with_(n=n)).n == n
