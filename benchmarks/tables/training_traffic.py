@@ -42,6 +42,7 @@ ROLES = (ACTIVATIONS, WEIGHTS, PARTIALS, VECTORS)
 WEIGHT_ARGUMENTS = {
     "weight_ptr",
     "w_ptr",
+    "wp_ptr",
     "wt_ptr",
     "dw_ptr",
     "weight_d_ptr",
@@ -143,12 +144,12 @@ def step(spec: ConvSpec | BlockSpec, batch: int = BATCH, packing: bool = True) -
     return summed(str(plan), counts)
 
 
-def frozen_step(spec: BlockSpec) -> StepTraffic:
-    """Run forward and backward of a block with frozen norms in the counting interpreter."""
+def frozen_step(spec: ConvSpec | BlockSpec) -> StepTraffic:
+    """Run forward and backward of a block or stem with frozen norms in the counting interpreter."""
     spec = spec.with_(batch_stats=False, grad=True)
     call = call_of(spec)
     call = call._replace(norms=tuple(n._replace(batch_stats=False) for n in call.norms))
-    needs = [True, False, *[t is not None for t in call.leaves()[2:]]]
+    needs = [call.op != "stem", False, *[t is not None for t in call.leaves()[2:]]]
     with count() as counts:
         z, saved, plan = frozen_chain.forward(call, spec, "raw", True)
         frozen_chain.backward(call, spec, saved, z, torch.randn_like(z), needs)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv3x3
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import numerics
@@ -49,6 +50,25 @@ def imagenet(block: type[BasicBlock | Bottleneck]) -> ResNet:
     net.layer3 = net.layer4 = nn.Sequential()
     net.fc = nn.Linear(planes * block.expansion, CLASSES)
     return _untidy(net)  # type: ignore[return-value]
+
+
+def freeze_norms(net: Any, kind: str) -> Any:
+    """Put every norm of ``net`` in eval mode, or replace it with torchvision's FrozenBatchNorm2d, and return the net.
+
+    Args:
+        net: a module with BatchNorm2d layers.
+        kind: ``eval mode`` or ``FrozenBatchNorm2d``.
+    """
+    for name, child in net.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            freeze_norms(child, kind)
+        elif kind == "eval mode":
+            child.eval()
+        else:
+            norm = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            norm.load_state_dict(child.state_dict())
+            setattr(net, name, norm)
+    return net
 
 
 def cifar(channels: int = 3, classes: int = CLASSES, blocks: int = 1) -> CifarResNet:

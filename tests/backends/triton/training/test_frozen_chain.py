@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.resnet import Bottleneck
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import devices
@@ -301,13 +300,8 @@ def test_nan_shows_where_it_shows_in_torch(op: str) -> None:
 @pytest.mark.parametrize("frozen", [pytest.param("eval mode", marks=pytest.mark.slow), "FrozenBatchNorm2d"])
 def test_a_net_trains_as_in_torch(frozen: str) -> None:
     """Three steps of a small ResNet with bottlenecks; with FrozenBatchNorm2d its stem is frozen, as in detectors."""
-    net = train_nets.imagenet(Bottleneck)
-    if frozen == "eval mode":
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.eval()
-    else:
-        net = _with_frozen_norms(net)
+    net = train_nets.freeze_norms(train_nets.imagenet(Bottleneck), frozen)
+    if frozen != "eval mode":
         net.conv1.requires_grad_(False)
     x, labels = train_nets.images(2, 9, 8)
     resnet_fast.reset_stats()
@@ -329,15 +323,3 @@ def test_a_net_trains_as_in_torch(frozen: str) -> None:
     assert exact.norm() > 0
     assert (ours - exact).norm() <= 2 * (eager - exact).norm() + 1e-6 * exact.norm()
     assert {f"{op}/triton": 3 * count for op, count in (("bottleneck", 2), ("stem", 1))}.items() <= calls.items()
-
-
-def _with_frozen_norms(net: nn.Module) -> Any:
-    """Return ``net`` with torchvision's FrozenBatchNorm2d in place of each norm."""
-    for name, child in net.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            norm = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            norm.load_state_dict(child.state_dict())
-            setattr(net, name, norm)
-        else:
-            _with_frozen_norms(child)
-    return net
