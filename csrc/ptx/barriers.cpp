@@ -133,6 +133,7 @@ Form decode_barrier(Modifiers& m) {
   Form f;
   const std::string& name = m.name();
   if (name == "membar" || name == "fence") {
+    if (f = decode_proxy_fence(m); f.run != nullptr) return f;
     const bool proxy = name == "membar" && m.take("proxy");
     m.take_one({"sc", "acq_rel", "acquire", "release"});
     const std::string scope = m.take_one({"cta", "cluster", "gl", "gpu", "sys"});

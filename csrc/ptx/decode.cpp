@@ -394,6 +394,7 @@ class Decoder {
 
   void memory(Frame& frame, const Statement& s, const Want& want, const Written& w) {
     if (w.kind != Written::kMemory) fail(s.line, "expected an address in [] in " + s.opcode);
+    const size_t first = out_.slots.size();
     Want address;
     Slot base = value(frame, s, address, w.parts[0], false);
     if (base.type == Type::kPred || (bytes_of(base.type) != 4 && bytes_of(base.type) != 8))
@@ -409,6 +410,10 @@ class Decoder {
         for (const Written& part : w.parts[i].parts) add(value(frame, s, further, part, false));
       }
     }
+    const size_t elements = out_.slots.size() - first;
+    if (want.count != 0 && elements != want.count)
+      fail(s.line, "expected " + std::to_string(want.count) + " registers in [] of " + s.opcode + ", got " +
+                       std::to_string(elements));
   }
 
   Slot value(Frame& frame, const Statement& s, const Want& want, const Written& w, bool written) {

@@ -26,6 +26,11 @@ Family family_named(const std::string& word) {
     add(decode_branch, {"bra", "brx", "ret", "exit", "trap", "brkpt", "nanosleep", "griddepcontrol"});
     add(decode_lanes, {"shfl", "vote", "match", "redux", "elect", "activemask"});
     add(decode_barrier, {"bar", "barrier", "membar", "fence"});
+    add(decode_ldmatrix, {"ldmatrix", "stmatrix"});
+    add(decode_mma, {"mma"});
+    add(decode_wgmma, {"wgmma"});
+    add(decode_cp, {"cp"});
+    add(decode_mbarrier, {"mbarrier"});
     return all;
   }();
   const auto found = kFamilies.find(word);

@@ -28,4 +28,15 @@ Form decode_lanes(Modifiers& m);
 // barriers.cpp: bar, barrier, membar, fence
 Form decode_barrier(Modifiers& m);
 
+// matrix.cpp: ldmatrix, stmatrix; mma
+Form decode_ldmatrix(Modifiers& m);
+Form decode_mma(Modifiers& m);
+// wgmma.cpp
+Form decode_wgmma(Modifiers& m);
+// copies.cpp: cp
+Form decode_cp(Modifiers& m);
+// mbarrier.cpp: mbarrier; the fences between proxies
+Form decode_mbarrier(Modifiers& m);
+Form decode_proxy_fence(Modifiers& m);
+
 }  // namespace ptx

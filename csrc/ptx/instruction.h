@@ -78,7 +78,7 @@ struct Want {
   bool optional = false;    // may be left out, together with all that follow
   bool any_width = false;   // the register may be wider than `type`, as for ld, st and cvt
   bool split = false;       // the elements of a vector share the bits of `type`, as for mov
-  uint16_t count = 0;       // elements that a vector must have; 0: any number
+  uint16_t count = 0;       // elements that a vector, or what is in [], must have; 0: any number
 };
 
 // How an opcode is executed. `run` is null if the opcode is not understood.

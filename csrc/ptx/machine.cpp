@@ -35,6 +35,8 @@
 
 #include "machine.h"
 
+#include "asynchronous.h"
+
 #include <algorithm>
 #include <numeric>
 #include <sstream>
@@ -180,7 +182,6 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
   b.index = {static_cast<int>(number % l.grid[0]), static_cast<int>(number / l.grid[0] % l.grid[1]),
              static_cast<int>(number / l.grid[0] / l.grid[1])};
   b.barriers.fill(NamedBarrier{});
-  b.asynchronous.reset();
   b.shared.start(p.static_shared + l.dynamic_shared, static_cast<int>(b.warps.size()));
   const int64_t threads = product(l.threads);
   for (size_t n = 0; n < b.warps.size(); ++n) {
@@ -206,6 +207,7 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
     w.local_written.assign(static_cast<size_t>(p.local_bytes) * kWarp, 0);
     for (const auto& [name, slot] : p.special) set_special(l, w, name, slot);
   }
+  start_asynchronous(b);
 }
 
 void check_limit(Launch& l, Warp& w, const Instruction& i) {
@@ -285,7 +287,7 @@ void run_block(Launch& l, Storage& storage, int64_t number) {
       }
     }
     if (ready.empty()) {
-      if (waiting == nullptr) return;
+      if (waiting == nullptr) break;
       waiting->fail(*waiting->wait.at, -1, stuck(b));
     }
     Warp& w = *ready[l.draw(ready.size())];
@@ -296,6 +298,8 @@ void run_block(Launch& l, Storage& storage, int64_t number) {
       next_tick = l.counters.instructions + kTickEvery;
     }
   }
+  if (const std::string left = left_in_flight(b); !left.empty())
+    b.warps[0].finding(l.program->instructions.back(), -1, "the block ends while " + left);
 }
 
 }  // namespace

@@ -246,7 +246,11 @@ py::handle ptx_error, ptx_fault;
 
 }  // namespace
 
+// tensor_map.cpp
+void bind_tensor_map(pybind11::module_& m);
+
 PYBIND11_MODULE(_ptx, m) {
+  bind_tensor_map(m);
   m.doc() = "Compiled kernels, as PTX text, on the CPU: every access checked and counted.";
   ptx_error = make_error(m, "PtxError", "Text or a launch that this machine does not accept: .kernel, .line.");
   ptx_fault = make_error(m, "Fault",

@@ -1,4 +1,4 @@
-// The rules of shared memory: bounds, written bytes, and accesses that no barrier orders.
+// The rules of shared memory: bounds, written bytes, accesses that no barrier orders, and proxies that no fence orders.
 
 #include "shared.h"
 
@@ -17,10 +17,12 @@ std::string component_text(int component) {
                                : "a copy that mbarrier " + std::to_string(component - kMaxWarps) + " counts";
 }
 
-bool all_written(const History& h, int64_t first, int64_t end) {
-  for (int64_t byte = first; byte < end; ++byte)
-    if (h.state[byte % kGranule] != kWritten) return false;
-  return true;
+std::string byte_text(int64_t byte) {
+  return " shared memory byte " + std::to_string(byte);
+}
+
+std::string line_text(int line) {
+  return line > 0 ? " at line " + std::to_string(line) : "";
 }
 
 }  // namespace
@@ -32,9 +34,15 @@ void SharedMemory::start(int64_t bytes, int warps) {
   data_ = storage_.data() + (kStorageAlign - at % kStorageAlign) % kStorageAlign;
   std::memset(data_, 0xff, static_cast<size_t>(bytes));  // NaN in every format
   history_.assign(static_cast<size_t>(bytes / kGranule) + 1, History{});
+  reads_.clear();
+  free_read_ = -1;
+  asynchronous_.clear();
+  units_.assign(static_cast<size_t>(bytes / kUnit) + 1, -1);
+  links_.clear();
+  free_link_ = -1;
   clock.assign(warps, Clock{});
   for (int w = 0; w < warps; ++w) clock[w][w] = 1;
-  fences.assign(static_cast<size_t>(warps) * kWarp, 0);
+  fences_.assign(static_cast<size_t>(warps) * kWarp, 0);
 }
 
 void SharedMemory::join_into(Clock& past, int warp) const {
@@ -45,41 +53,69 @@ void SharedMemory::learn(int warp, const Clock& past) {
   for (int i = 0; i < kClocks; ++i) clock[warp][i] = std::max(clock[warp][i], past[i]);
 }
 
+// What the warp knows of other warps is fenced from now on. Of its own accesses only those before its last barrier are:
+// other lanes may not have come to the fence. Each lane's count says the rest.
+void SharedMemory::fence(int warp, uint32_t lanes) {
+  Clock& mine = clock[warp];
+  for (int other = 0; other < kMaxWarps; ++other)
+    mine[kFenced + other] = std::max(mine[kFenced + other], mine[other] - (other == warp ? 1 : 0));
+  for (int lane = 0; lane < kWarp; ++lane) fences_[warp * kWarp + lane] += lanes >> lane & 1;
+}
+
+bool SharedMemory::is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const {
+  return clock[w.index][kFenced + warp] >= time || (lane >= 0 && fences_[warp * kWarp + lane] != fences);
+}
+
 void SharedMemory::check_bounds(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align) {
   if (at < 0 || at + bytes > bytes_)
     w.fail(i, lane,
            "accesses shared memory bytes " + std::to_string(at) + " to " + std::to_string(at + bytes) +
                " of a block that has " + std::to_string(bytes_));
   if (at % align != 0)
-    w.fail(i, lane,
-           "accesses shared memory byte " + std::to_string(at) + ", which is not aligned to " + std::to_string(align) +
-               " bytes");
+    w.fail(i, lane, "accesses" + byte_text(at) + ", which is not aligned to " + std::to_string(align) + " bytes");
 }
 
 void SharedMemory::race(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const char* did,
                         int other, int line) {
   const bool same = other == w.index;
   w.finding(i, lane,
-            std::string(does) + " shared memory byte " + std::to_string(byte) + ", which " +
-                (same ? "another lane of this warp" : component_text(other)) + " " + did +
-                (line > 0 ? " at line " + std::to_string(line) : "") + ", and no " +
-                (same ? "bar.warp.sync" : "barrier") + " orders the two");
+            does + byte_text(byte) + ", which " + (same ? "another lane of this warp" : component_text(other)) + " " +
+                did + line_text(line) + ", and no " + (same ? "bar.warp.sync" : "barrier") + " orders the two");
 }
 
+// ---- reads ----
+
 void SharedMemory::note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now) {
-  if (h.reader == w.index || h.reader < 0) {
-    h.read_lane =
-        h.reader >= 0 && h.read_time == now && h.read_lane != lane ? kSeveralLanes : static_cast<int8_t>(lane);
-  } else {
-    h.other_reader = h.reader;
-    h.other_read_time = h.read_time;
-    h.read_lane = static_cast<int8_t>(lane);
+  int32_t n = h.reads;
+  while (n >= 0 && reads_[n].warp != w.index) n = reads_[n].next;
+  if (n < 0) {
+    n = free_read_;
+    if (n < 0) {
+      n = static_cast<int32_t>(reads_.size());
+      reads_.emplace_back();
+    } else {
+      free_read_ = reads_[n].next;
+      reads_[n] = Read{};
+    }
+    reads_[n].next = h.reads;
+    reads_[n].warp = static_cast<int16_t>(w.index);
+    h.reads = n;
   }
-  h.reader = static_cast<int16_t>(w.index);
-  h.read_time = now;
-  h.read_line = i.line;
-  h.plain_reader = static_cast<int16_t>(w.index * kWarp + lane);
-  h.reader_fences = fences[w.index * kWarp + lane];
+  Read& read = reads_[n];
+  read.several = read.time == now && (read.several || read.lane != lane);
+  read.time = now;
+  read.line = i.line;
+  read.lane = static_cast<int8_t>(lane);
+  read.fences = fences_[w.index * kWarp + lane];
+}
+
+void SharedMemory::drop_reads(History& h) {
+  while (h.reads >= 0) {
+    const int32_t n = h.reads;
+    h.reads = reads_[n].next;
+    reads_[n].next = free_read_;
+    free_read_ = n;
+  }
 }
 
 bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
@@ -91,12 +127,11 @@ bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t a
          ++byte) {
       const State state = h.state[byte % kGranule];
       defined &= state == kWritten;
-      if (state == kUnwritten)
-        w.finding(i, lane, "reads shared memory byte " + std::to_string(byte) + ", which nobody has written");
+      if (state == kUnwritten) w.finding(i, lane, "reads" + byte_text(byte) + ", which nobody has written");
       if (state == kInFlight)
         w.finding(i, lane,
-                  "reads shared memory byte " + std::to_string(byte) +
-                      ", which a copy in flight will write: wait for it first");
+                  "reads" + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
+                      ": wait for it first");
     }
     if (bytes == 1) continue;
     if (h.writer >= 0) {
@@ -109,98 +144,222 @@ bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t a
   return defined;
 }
 
+// ---- writes ----
+
+void SharedMemory::check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does,
+                               const History& h) {
+  const uint32_t now = clock[w.index][w.index];
+  for (int32_t n = h.reads; n >= 0; n = reads_[n].next) {
+    const Read& read = reads_[n];
+    const bool other_lane = read.warp == w.index && (read.several || read.lane != lane) && read.time >= now;
+    if (other_lane || !ordered(w.index, read.warp, read.time))
+      race(w, i, lane, byte, does, "read", read.warp, read.line);
+  }
+}
+
+void SharedMemory::check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
+  for (int64_t unit = at / kUnit; unit <= (at + bytes - 1) / kUnit; ++unit) {
+    for (int32_t link = units_[unit]; link >= 0; link = links_[link].next) {
+      const AsyncRead& read = asynchronous_[links_[link].number];
+      for (int n = 0; n < read.warps; ++n) {
+        const int warp = read.first_warp + n;
+        const std::string who = std::string(read.what) + line_text(read.line);
+        if (!(read.done >> n & 1)) {
+          w.finding(i, lane, "writes" + byte_text(at) + ", which " + who + " still reads: wait for it first");
+          break;
+        }
+        if (!ordered(w.index, warp, read.time[n]))
+          w.finding(i, lane,
+                    "writes" + byte_text(at) + ", which " + who + " of warp " + std::to_string(warp) +
+                        " read, and no barrier orders the two");
+      }
+    }
+    if (at > unit * kUnit || at + bytes < (unit + 1) * kUnit) continue;  // the other bytes are still read
+    while (units_[unit] >= 0) {
+      const int32_t link = units_[unit];
+      units_[unit] = links_[link].next;
+      links_[link].next = free_link_;
+      free_link_ = link;
+    }
+  }
+}
+
 void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, State state,
                                const void* data) {
   const uint32_t now = clock[w.index][w.index];
+  check_asynchronous_reads(w, i, lane, at, bytes);
   for (int64_t granule = at / kGranule; granule <= (at + bytes - 1) / kGranule; ++granule) {
     History& h = history_[granule];
     const int64_t first = std::max(at, granule * kGranule), end = std::min(at + bytes, (granule + 1) * kGranule);
-    if (h.operand_of > 0)
-      w.finding(i, lane,
-                "writes shared memory byte " + std::to_string(first) +
-                    ", an operand of a product in flight: wait for it first");
     if (bytes > 1) {
       if (h.writer >= 0) {
         const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
         if (other_lane || !ordered(w.index, h.writer, h.write_time)) {
           // Compilers let all threads that hold the same value store it: whichever comes last changes nothing.
-          const bool same_bytes = data != nullptr && state == kWritten && all_written(h, first, end) &&
+          const bool same_bytes = data != nullptr && state == kWritten &&
+                                  is_defined(first, static_cast<int>(end - first)) &&
                                   std::memcmp(data_ + first, static_cast<const char*>(data) + (first - at),
                                               static_cast<size_t>(end - first)) == 0;
           if (!same_bytes) race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
         }
       }
-      if (h.reader >= 0) {
-        const bool other_lane = h.reader == w.index && h.read_lane != lane && h.read_time >= now;
-        if (other_lane || !ordered(w.index, h.reader, h.read_time))
-          race(w, i, lane, first, "writes", "read", h.reader, h.read_line);
-      }
-      if (h.other_reader >= 0 && !ordered(w.index, h.other_reader, h.other_read_time))
-        race(w, i, lane, first, "writes", "read", h.other_reader, 0);
+      check_reads(w, i, lane, first, "writes", h);
+      drop_reads(h);
     }
     for (int64_t byte = first; byte < end; ++byte) {
       if (h.state[byte % kGranule] == kInFlight)
         w.finding(i, lane,
-                  "writes shared memory byte " + std::to_string(byte) +
-                      ", which a copy in flight will write: wait for it first");
+                  "writes" + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
+                      ": wait for it first");
       h.state[byte % kGranule] = state;
     }
     h.writer = static_cast<int16_t>(w.index);
     h.write_time = now;
     h.write_lane = static_cast<int8_t>(lane);
     h.write_line = i.line;
-    h.write_fences = fences[w.index * kWarp + lane];
-    h.plain_reader = -1;
+    h.write_fences = fences_[w.index * kWarp + lane];
+    h.atomic = false;
   }
 }
 
 void SharedMemory::check_update(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
   const uint32_t now = clock[w.index][w.index];
+  check_asynchronous_reads(w, i, lane, at, bytes);
   for (int64_t granule = at / kGranule; granule < (at + bytes) / kGranule; ++granule) {
     History& h = history_[granule];
-    if (h.state[0] == kUnwritten)
-      w.finding(i, lane,
-                "updates shared memory byte " + std::to_string(granule * kGranule) + ", which nobody has written");
+    const int64_t byte = granule * kGranule;
+    if (h.state[0] == kUnwritten) w.finding(i, lane, "updates" + byte_text(byte) + ", which nobody has written");
     if (h.state[0] == kInFlight)
-      w.finding(i, lane,
-                "updates shared memory byte " + std::to_string(granule * kGranule) +
-                    ", which a copy in flight will write: wait for it first");
-    if (h.write_lane != kAtomic && h.writer >= 0) {
+      w.finding(i, lane, "updates" + byte_text(byte) + ", which a copy in flight will write: wait for it first");
+    if (!h.atomic && h.writer >= 0) {
       const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
       if (other_lane || !ordered(w.index, h.writer, h.write_time))
-        race(w, i, lane, granule * kGranule, "updates", "wrote", h.writer, h.write_line);
+        race(w, i, lane, byte, "updates", "wrote", h.writer, h.write_line);
     }
-    if (h.reader >= 0 && !ordered(w.index, h.reader, h.read_time))
-      race(w, i, lane, granule * kGranule, "updates", "read", h.reader, h.read_line);
+    check_reads(w, i, lane, byte, "updates", h);
     h.writer = static_cast<int16_t>(w.index);
     h.write_time = now;
-    h.write_lane = kAtomic;
+    h.write_lane = static_cast<int8_t>(lane);
     h.write_line = i.line;
-    h.plain_reader = -1;
+    h.write_fences = fences_[w.index * kWarp + lane];
+    h.atomic = true;
+    drop_reads(h);
   }
 }
 
-Rounds bank_rounds(const uint64_t* address, uint32_t lanes, int bytes) {
-  // The banks serve 128 bytes at a time: quarters of a warp for 16 bytes each, halves for 8.
-  const int together = bytes == 16 ? 8 : bytes == 8 ? 16 : 32;
-  Rounds rounds;
-  for (int first = 0; first < kWarp; first += together) {
-    std::array<std::array<uint64_t, kWarp>, kBanks> words;
-    std::array<int, kBanks> filled{};
-    int most = 0;
-    for (int lane = first; lane < first + together; ++lane) {
-      if (!(lanes >> lane & 1)) continue;
-      for (uint64_t word = address[lane] / kWord; word * kWord < address[lane] + bytes; ++word) {
-        auto& bank = words[word % kBanks];
-        int& n = filled[word % kBanks];
-        if (std::find(bank.begin(), bank.begin() + n, word) == bank.begin() + n) bank[n++] = word;
-        most = std::max(most, n);
-      }
+// ---- asynchronous accesses ----
+
+void SharedMemory::begin_copy(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int component,
+                              uint32_t time) {
+  const auto unfenced = [&](int64_t byte, int warp, int other, const char* did, int line) {
+    w.finding(i, lane,
+              "copies to" + byte_text(byte) + ", which warp " + std::to_string(warp) + " lane " +
+                  std::to_string(other) + " " + did + line_text(line) + ", and no fence.proxy.async follows that");
+  };
+  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
+    const History& h = history(byte);
+    if (h.writer >= 0 && h.writer < kMaxWarps && !is_fenced(w, h.writer, h.write_lane, h.write_time, h.write_fences))
+      unfenced(byte, h.writer, h.write_lane, "wrote", h.write_line);
+    for (int32_t n = h.reads; n >= 0; n = reads_[n].next) {
+      const Read& read = reads_[n];
+      if (!is_fenced(w, read.warp, read.lane, read.time, read.fences))
+        unfenced(byte, read.warp, read.lane, "read", read.line);
     }
-    rounds.wavefronts += most;
-    rounds.ideal += most > 0;
   }
-  return rounds;
+  check_write(w, i, lane, at, bytes, kInFlight, nullptr);
+  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
+    history(byte).writer = static_cast<int16_t>(component);
+    history(byte).write_time = time;
+  }
+}
+
+void SharedMemory::set_state(int64_t at, int bytes, State state) {
+  for (int64_t byte = at; byte < at + bytes; ++byte) history(byte).state[byte % kGranule] = state;
+}
+
+void SharedMemory::finish_write(const Warp& w, int lane, int64_t at, int bytes) {
+  set_state(at, bytes, kWritten);
+  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
+    History& h = history(byte);
+    h.write_time = clock[w.index][w.index];
+    h.write_fences = fences_[w.index * kWarp + lane];
+  }
+}
+
+int32_t SharedMemory::begin_reads(int first_warp, int warps, int32_t line, const char* what) {
+  AsyncRead read{};
+  read.first_warp = static_cast<int16_t>(first_warp);
+  read.warps = static_cast<int16_t>(warps);
+  read.line = line;
+  read.what = what;
+  asynchronous_.push_back(read);
+  return static_cast<int32_t>(asynchronous_.size()) - 1;
+}
+
+// Later reads of the same warps end later, so that the last one stands for all.
+void SharedMemory::add_read(int32_t number, int64_t at) {
+  const AsyncRead& read = asynchronous_[number];
+  int32_t& first = units_[at / kUnit];
+  for (int32_t link = first; link >= 0; link = links_[link].next) {
+    const AsyncRead& other = asynchronous_[links_[link].number];
+    if (other.first_warp != read.first_warp || other.warps != read.warps) continue;
+    links_[link].number = number;
+    return;
+  }
+  int32_t link = free_link_;
+  if (link < 0) {
+    link = static_cast<int32_t>(links_.size());
+    links_.emplace_back();
+  } else {
+    free_link_ = links_[link].next;
+  }
+  links_[link] = {number, first};
+  first = link;
+}
+
+void SharedMemory::end_reads(int32_t number, int warp) {
+  AsyncRead& read = asynchronous_[number];
+  const int n = warp - read.first_warp;
+  read.done |= 1u << n;
+  read.time[n] = clock[warp][warp];
+}
+
+bool SharedMemory::is_defined(int64_t at, int bytes) const {
+  for (int64_t byte = at; byte < at + bytes; ++byte)
+    if (history_[byte / kGranule].state[byte % kGranule] != kWritten) return false;
+  return true;
+}
+
+bool SharedMemory::collect(Warp& w, const Instruction& i, int64_t at, int bytes, const char* does,
+                           std::vector<Needed>& needed) {
+  bool defined = true;
+  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
+    const History& h = history(byte);
+    for (int n = 0; n < kGranule; ++n) {
+      defined &= h.state[n] == kWritten;
+      if (h.state[n] == kUnwritten) w.finding(i, -1, does + byte_text(byte + n) + ", which nobody has written");
+      if (h.state[n] == kInFlight)
+        w.finding(i, -1,
+                  does + byte_text(byte + n) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
+                      ": wait for it first");
+    }
+    if (h.writer < 0) continue;
+    if (!needed.empty() && needed.back().writer == h.writer && needed.back().lane == h.write_lane &&
+        needed.back().time == h.write_time && needed.back().fences == h.write_fences)
+      continue;
+    needed.push_back({h.write_time, h.write_fences, static_cast<uint32_t>(byte), h.write_line, h.writer, h.write_lane});
+  }
+  return defined;
+}
+
+void SharedMemory::check_needed(Warp& w, const Instruction& i, const char* does, const std::vector<Needed>& needed) {
+  for (const Needed& n : needed) {
+    if (!ordered(w.index, n.writer, n.time)) race(w, i, -1, n.byte, does, "wrote", n.writer, n.line);
+    if (n.writer < kMaxWarps && !is_fenced(w, n.writer, n.lane, n.time, n.fences))
+      w.finding(i, -1,
+                does + byte_text(n.byte) + ", which warp " + std::to_string(n.writer) + " lane " +
+                    std::to_string(n.lane) + " wrote" + line_text(n.line) + ", and no fence.proxy.async follows that");
+  }
 }
 
 }  // namespace ptx

@@ -1,4 +1,12 @@
 // Shared memory of a block, and the history of its bytes: who wrote and read them, and which of that is ordered.
+//
+// Order. Each warp has a vector clock, with a component for each warp, one for each mbarrier, which counts the phases
+// that it has finished and so what its copies wrote, and one for each warp's accesses that a fence.proxy.async has
+// followed. A barrier joins the clocks of those who pass it.
+//
+// Proxies. Threads reach shared memory through the generic proxy, wgmma and bulk copies through the asynchronous one.
+// What a thread wrote or read is seen in order by the other proxy only if a fence.proxy.async lies between: by the
+// thread itself, or by one that a barrier orders after it (PTX ISA, "Causality order").
 #pragma once
 
 #include <array>
@@ -6,21 +14,20 @@
 #include <string>
 #include <vector>
 
+#include <emulator/banks.h>
+
 namespace ptx {
 
 struct Warp;
 struct Instruction;
 
-constexpr int kMaxWarps = 32;
-// Each mbarrier has a component of the vector clocks after those of the warps.
-constexpr int kMaxMbarriers = 64;
-constexpr int kClocks = kMaxWarps + kMaxMbarriers;
+constexpr int kMaxWarps = 32, kMaxMbarriers = 64;
+constexpr int kFenced = kMaxWarps + kMaxMbarriers;  // the first component of what was fenced
+constexpr int kClocks = kFenced + kMaxWarps;
 using Clock = std::array<uint32_t, kClocks>;
 
 constexpr int kGranule = 2;  // bytes of shared memory per history
-constexpr int kBanks = 32, kWord = 4;
-
-constexpr int8_t kSeveralLanes = -2, kAtomic = -3;
+constexpr int kUnit = 16;    // bytes that an asynchronous read takes at a time
 
 enum State : uint8_t {
   kUnwritten,
@@ -29,18 +36,32 @@ enum State : uint8_t {
   kInFlight,   // an asynchronous copy will write it
 };
 
-// The last write, and the last reads by two different warps. A clock's component is a warp, or kMaxWarps + an mbarrier
-// for what asynchronous copies write.
+// The last read of a granule by the threads of one warp since the last write.
+struct Read {
+  uint32_t time = 0, fences = 0;  // fences: of the lane, before the read
+  int32_t next = -1;              // the read of another warp
+  int32_t line = 0;
+  int16_t warp = -1;
+  int8_t lane = -1;
+  bool several = false;  // lanes read it at this time
+};
+
+// The last write of a granule, and the reads since.
 struct History {
-  uint32_t write_time = 0, read_time = 0, other_read_time = 0;
-  int16_t writer = -1, reader = -1, other_reader = -1;
-  int8_t write_lane = -1, read_lane = -1;  // kSeveralLanes: of the last reader; kAtomic: the last write was an update
+  uint32_t write_time = 0, write_fences = 0;  // fences: of the lane, before the write
+  int32_t write_line = 0, reads = -1;
+  int16_t writer = -1;  // a warp, or kMaxWarps + the mbarrier that counts the copy
+  int8_t write_lane = -1;
+  bool atomic = false;  // the write was an update
   State state[kGranule] = {kUnwritten, kUnwritten};
-  int32_t write_line = 0, read_line = 0;
-  uint16_t operand_of = 0;     // products in flight that read it
-  uint32_t write_fences = 0;   // fences of the writer before the write, generic to asynchronous
-  int16_t plain_reader = -1;   // the last thread that read it itself since the write
-  uint32_t reader_fences = 0;  // fences of that thread before the read
+};
+
+// A write that must be ordered before an asynchronous read.
+struct Needed {
+  uint32_t time, fences, byte;
+  int32_t line;
+  int16_t writer;
+  int8_t lane;
 };
 
 class SharedMemory {
@@ -63,9 +84,28 @@ class SharedMemory {
   bool check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
   // `data`, if the bytes are written at once: nothing needs to order writes of the same values to the same bytes.
   void check_write(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, State state, const void* data);
-
-  // An atomic update: ordered by nothing against others of its kind, but against plain accesses.
+  // An atomic update. Updates need no order among each other.
   void check_update(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
+
+  // An asynchronous copy begins: a write by `component`, at `time` of its clock.
+  void begin_copy(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int component, uint32_t time);
+  void set_state(int64_t at, int bytes, State state);
+  bool is_defined(int64_t at, int bytes) const;
+  // A cp.async is there: from now on it is a write by its lane.
+  void finish_write(const Warp& w, int lane, int64_t at, int bytes);
+
+  // An asynchronous read by `warps` warps (at most four) from `first_warp` on, until each has waited. Returns its
+  // number.
+  int32_t begin_reads(int first_warp, int warps, int32_t line, const char* what);
+  void add_read(int32_t number, int64_t at);  // kUnit bytes
+  void end_reads(int32_t number, int warp);
+  // Checks that bytes can be read by it, and adds the writes that must be ordered before. Returns whether all are
+  // defined.
+  bool collect(Warp& w, const Instruction& i, int64_t at, int bytes, const char* does, std::vector<Needed>& needed);
+  void check_needed(Warp& w, const Instruction& i, const char* does, const std::vector<Needed>& needed);
+
+  // A fence.proxy.async by these lanes.
+  void fence(int warp, uint32_t lanes);
 
   // Adds a warp's past to a barrier's, and a barrier's past to that of a warp that waited for it.
   void join_into(Clock& past, int warp) const;
@@ -77,23 +117,48 @@ class SharedMemory {
   bool ordered(int warp, int component, uint32_t time) const {
     return component == warp || clock[warp][component] >= time;
   }
-  std::vector<Clock> clock;      // by warp
-  std::vector<uint32_t> fences;  // by thread: proxy fences so far
+  std::vector<Clock> clock;  // by warp
 
  private:
+  struct AsyncRead {
+    int16_t first_warp, warps;
+    uint32_t done = 0;  // a bit for each
+    std::array<uint32_t, 4> time{};
+    int32_t line;
+    const char* what;
+  };
+  struct Link {
+    int32_t number, next;
+  };
+
   void note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now);
+  void drop_reads(History& h);
+  bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
+  void check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const History& h);
+  void check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
   void race(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const char* did, int other,
             int line);
+
   std::vector<unsigned char> storage_;
   unsigned char* data_ = nullptr;
   int64_t bytes_ = 0;
   std::vector<History> history_;
+  std::vector<Read> reads_;
+  int32_t free_read_ = -1;
+  std::vector<AsyncRead> asynchronous_;
+  std::vector<int32_t> units_;  // by unit: the first of its links
+  std::vector<Link> links_;
+  int32_t free_link_ = -1;
+  std::vector<uint32_t> fences_;  // by thread: proxy fences so far
 };
 
 // Rounds through the banks that an instruction takes: the lanes' addresses, bytes each. `ideal`: without conflicts.
 struct Rounds {
   int wavefronts = 0, ideal = 0;
 };
-Rounds bank_rounds(const uint64_t* address, uint32_t lanes, int bytes);
+inline Rounds bank_rounds(const uint64_t* address, uint32_t lanes, int bytes) {
+  const emulator::Wavefronts all = emulator::wavefronts(address, lanes, bytes);
+  return {all.units, all.least};
+}
 
 }  // namespace ptx

@@ -115,10 +115,7 @@ struct TensorMapBytes {
 static_assert(sizeof(TensorMapBytes) <= kTensorMapBytes, "a tensor map is a parameter of 128 bytes");
 
 inline void encode(const TiledTensor& tensor, unsigned char* to) {
-  TensorMapBytes map;
-  std::memset(&map, 0, sizeof(map));
-  map.mark = TensorMapBytes::kMark;
-  map.tensor = tensor;
+  const TensorMapBytes map{TensorMapBytes::kMark, tensor};
   std::memset(to, 0, kTensorMapBytes);
   std::memcpy(to, &map, sizeof(map));
 }

@@ -1,0 +1,145 @@
+// Operations that go on while their warp does: cp.async, bulk copies, wgmma. And the mbarriers that count copies.
+//
+// Each has a beginning, when it is checked, and an end, when its warp waits for it. In between, bytes that it will
+// write are in flight (State::kInFlight, and NaN), bytes that it reads are noted by SharedMemory::add_read, and
+// registers that it reads or writes are pending (Warp::pending). Results are computed at the beginning, for nobody may
+// look before the end.
+//
+//   cp.async        ends at cp.async.wait_group of its thread. It belongs to the generic proxy: a later wgmma or bulk
+//   copy
+//                   of the same bytes needs a fence.proxy.async after the wait
+//   bulk copy       to shared memory: ends with the phase of its mbarrier, and counts as written by it. To global
+//   memory:
+//                   its read of shared memory ends at cp.async.bulk.wait_group of its thread
+//   wgmma           ends at wgmma.wait_group of each of the four warps. A warp computes its own 16 rows when it comes
+//   to
+//                   the instruction; what all four must agree on is kept with the first that came (Product)
+//
+// Not checked: that an mbarrier's initialisation was fenced. Within a block compilers rely on the barrier after it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <emulator/phases.h>
+
+#include "machine.h"
+
+namespace ptx {
+
+constexpr int kWarpsOfGroup = 4;
+
+// Bytes of shared memory that a copy writes.
+struct Piece {
+  static constexpr int kMostBytes = 16;
+  uint32_t at = 0;
+  uint8_t bytes = 0, lane = 0;
+  std::array<uint8_t, kMostBytes> data{};
+};
+
+struct Mbarrier : emulator::Phases {
+  int slot = 0;             // of the clocks, after the warps
+  uint32_t before = 0;      // phases of earlier mbarriers in this slot
+  int32_t line = 0;         // of its initialisation
+  Clock arrived{}, over{};  // joined clocks of those who arrived in this phase, and in finished phases
+  uint32_t time() const {   // of what this phase's copies write
+    return before + phase + 1;
+  }
+};
+
+// A copy to shared memory that an mbarrier counts.
+struct BulkCopy {
+  uint32_t mbarrier = 0, phase = 0;
+  const Instruction* at = nullptr;
+  Warp* warp = nullptr;
+  std::vector<Piece> pieces;
+};
+
+// What the four warps of a warpgroup must agree on in their n-th wgmma, and what the first of them has read for all.
+struct Product {
+  const Instruction* at = nullptr;
+  int first_warp = 0, warps = 0;  // warps: that have come
+  uint64_t a_descriptor = 0, b_descriptor = 0;
+  bool accumulates = false;
+  std::vector<float> a, b;  // (64, depth), if it is in shared memory; (depth, columns)
+  std::vector<bool> undefined_rows,
+      undefined_columns;                          // of a in shared memory, and of b: those with an undefined value
+  std::vector<Needed> needed[kWarpsOfGroup + 1];  // of each warp's rows of a, and of b
+  int32_t reads = -1;                             // SharedMemory::begin_reads
+};
+
+// The registers of a product in flight.
+struct InFlight {
+  std::shared_ptr<Product> product;
+  std::vector<int32_t> accumulators, operand;
+};
+
+// The uses of a register by products in flight.
+struct RegisterUse {
+  int accumulates = 0, reads = 0;
+  int32_t shape = 0;  // Instruction::number of the products that accumulate
+};
+
+struct OfWarp {
+  std::vector<Piece> copies;  // of cp.async, not committed
+  std::deque<std::vector<Piece>> copy_groups;
+  std::vector<int32_t> stores;  // reads of bulk copies to global memory, not committed
+  std::deque<std::vector<int32_t>> store_groups;
+  std::vector<InFlight> products;  // not committed
+  std::deque<std::vector<InFlight>> product_groups;
+  std::vector<RegisterUse> uses;  // by register
+  uint64_t wgmmas = 0;            // so far
+  bool fenced = false;            // a wgmma.fence was executed
+  // The values of registers of products at the last wgmma.fence, or after the product that wrote them since: those that
+  // differ were written by other instructions. By register: its place in `snapshot`, or -1.
+  std::vector<int32_t> kept_at;
+  std::vector<uint32_t> snapshot;
+};
+
+struct OfGroup {
+  std::deque<std::shared_ptr<Product>> products;
+  uint64_t finished = 0;  // products that all four warps have come to, and that left `products`
+};
+
+struct Asynchronous {
+  std::vector<OfWarp> warps;
+  std::vector<OfGroup> groups;
+  std::vector<Slot> product_registers;     // all that a wgmma of this kernel names
+  std::map<uint32_t, Mbarrier> mbarriers;  // by address
+  std::array<uint32_t, kMaxMbarriers> phases{};
+  std::array<bool, kMaxMbarriers> taken{};
+  std::vector<BulkCopy> copies;
+};
+
+// A fresh block; and what of it is still in flight when all warps have left, or "".
+void start_asynchronous(Block& b);
+std::string left_in_flight(Block& b);
+
+// wgmma.cpp: gives the registers of products a place for the values that they have at a wgmma.fence.
+void start_products(Block& b);
+
+inline OfWarp& of(Warp& w) {
+  return w.block->asynchronous->warps[w.index];
+}
+
+// mbarrier.cpp: the mbarrier at an address of a lane, or a failure.
+Mbarrier& mbarrier_at(Warp& w, const Instruction& i, int lane, uint64_t at);
+// Issues a copy whose pieces are checked and in flight.
+void issue(Warp& w, const Instruction& i, int lane, uint64_t mbarrier, std::vector<Piece> pieces);
+
+// An address operand's value in a lane.
+inline uint64_t address_of(const Warp& w, const Slot& s, int lane) {
+  const uint64_t base = lane_bytes(s.type) == 8 ? w.in<uint64_t>(s)[lane] : w.in<uint32_t>(s)[lane];
+  return base + static_cast<uint64_t>(s.plus);
+}
+// An address in shared memory: of 32 bits, or a generic one.
+inline uint32_t shared_address_of(const Warp& w, const Slot& s, int lane) {
+  return static_cast<uint32_t>(address_of(w, s, lane));
+}
+
+}  // namespace ptx

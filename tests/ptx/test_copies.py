@@ -1,0 +1,454 @@
+"""cp.async, bulk copies of tensors, mbarriers and fences against NumPy, and mistakes with them."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.ptx import HEAD, module
+
+SIZES = {"u8": 1, "bf16": 2, "f32": 4, "u64": 8}
+
+
+def run(text: str, arrays: list[np.ndarray], *, threads: int = 128, seed: int = 0) -> Any:
+    from resnet_fast import _ptx
+
+    memory = _ptx.Memory()
+    for i, array in enumerate(arrays):
+        memory.add(array.ctypes.data, array.nbytes, str(i))
+    packed = [struct.pack("Q", array.ctypes.data) for array in arrays]
+    return module(text).launch("k", (1, 1, 1), (threads, 1, 1), 0, packed, memory, seed=seed, limit=1_000_000)
+
+
+def expect_fault(report: str, *arguments: Any, **options: Any) -> None:
+    from resnet_fast import _ptx
+
+    with pytest.raises(_ptx.Fault, match=report):
+        run(*arguments, **options)
+
+
+# ---- cp.async ----
+
+
+def copies(bytes_: int, level: str = "ca") -> str:
+    """Thread t copies elements t and t + 128 of P0, in two groups, P1[t] bytes of each; and stores them to P2."""
+    registers = {4: "%x0", 8: "{%x0, %x1}", 16: "{%x0, %x1, %x2, %x3}"}[bytes_]
+    kind = {4: "b32", 8: "v2.b32", 16: "v4.b32"}[bytes_]
+    copy = f"cp.async.{level}.shared.global [%s+{{0}}], [%p0+{{0}}], {bytes_}, %n;\ncp.async.commit_group;\n"
+    text = f"""{HEAD}.visible .entry k(.param .u64 P0, .param .u64 P1, .param .u64 P2)
+{{
+.reg .b64 %p<3>, %o;
+.reg .b32 %t, %s, %n, %x<4>, %i;
+.reg .pred %q;
+.shared .align 128 .b8 memory[{256 * bytes_}];
+ld.param.u64 %p0, [P0]; ld.param.u64 %p1, [P1]; ld.param.u64 %p2, [P2];
+mov.u32 %t, %tid.x;
+mul.wide.u32 %o, %t, 4; add.s64 %p1, %p1, %o;
+mul.wide.u32 %o, %t, {bytes_}; add.s64 %p0, %p0, %o; add.s64 %p2, %p2, %o;
+mov.u32 %s, memory; mad.lo.s32 %s, %t, {bytes_}, %s;
+ld.global.b32 %n, [%p1];
+"""
+    text += copy.format(0) + copy.format(128 * bytes_)
+    text += f"cp.async.wait_group 1;\nld.shared.{kind} {registers}, [%s];\nst.global.{kind} [%p2], {registers};\n"
+    text += "cp.async.wait_group 0;\nbar.sync 0;\n"
+    text += f"xor.b32 %s, %s, {bytes_};\n" + "xor.b32 %i, %t, 1;\nsub.s32 %i, %i, %t;\n"
+    text += (
+        f"ld.shared.{kind} {registers}, [%s+{128 * bytes_}];\nmul.wide.s32 %o, %i, {bytes_};\nadd.s64 %p2, %p2, %o;\n"
+    )
+    text += f"st.global.{kind} [%p2+{128 * bytes_}], {registers};\n"
+    return text + "ret;\n}\n"
+
+
+@pytest.mark.parametrize(("bytes_", "level"), [(4, "ca"), (8, "ca"), (16, "ca"), (16, "cg")])
+def test_copies_of_a_thread(bytes_: int, level: str) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (256, bytes_), dtype=np.uint8)
+    sizes = np.resize(np.array([0, bytes_, bytes_ // 4], np.uint32), 128)
+    out = np.zeros_like(x)
+    report = run(copies(bytes_, level), [x, sizes, out])
+    expected = np.where(np.arange(bytes_) < np.tile(sizes, 2)[:, None], x, 0)
+    np.testing.assert_array_equal(out, expected)
+    assert report.counters["events"]["cp_async"] == 2 * 4
+
+
+COPY_MISTAKES = {
+    "no wait": ("cp.async.wait_group 1;\n", "", "reads shared memory byte .* which a copy in flight will write"),
+    "a group too few": ("wait_group 1", "wait_group 2", "which a copy in flight will write"),
+    "read of another thread's": ("bar.sync 0;\n", "", "another lane of this warp wrote|no barrier orders the two"),
+    "never waited for": ("cp.async.wait_group 0;\nbar.sync 0;\n", "ret;\n", "block ends while a cp.async of warp"),
+    "written while in flight": (
+        "cp.async.wait_group 1;\n",
+        "st.shared.b32 [%s], %t;\ncp.async.wait_group 1;\n",
+        "writes shared memory byte .* which a copy in flight will write",
+    ),
+    "twice to one place": ("[%s+2048]", "[%s+0]", "which a copy in flight will write"),
+    "not aligned": ("[%p0+2048]", "[%p0+2056]", "aligned"),
+    "outside of the tensor": ("[%p0+2048]", "[%p0+4096]", "outside"),
+    "more bytes than the copy has": ("ld.global.b32 %n, [%p1];", "mov.u32 %n, 17;", "takes 17 bytes for a copy of 16"),
+    "commit by some lanes": (
+        "cp.async.commit_group;\ncp.async.wait",
+        "setp.ne.u32 %q, %t, 5;\n@%q cp.async.commit_group;\ncp.async.wait",
+        "parted from others at a cp.async.commit_group",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", COPY_MISTAKES)
+def test_mistake_with_copies(what: str) -> None:
+    old, new, report = COPY_MISTAKES[what]
+    text = copies(16)
+    assert old in text
+    x = np.zeros((256, 16), np.uint8)
+    expect_fault(report, text.replace(old, new, 1), [x, np.full(128, 16, np.uint32), np.zeros_like(x)])
+
+
+def test_bytes_that_a_copy_does_not_take_may_be_anywhere() -> None:
+    text = copies(16).replace("[%p0+2048]", "[%p0+4096]")
+    x = np.zeros((256, 16), np.uint8)
+    run(text, [x, np.zeros(128, np.uint32), np.full_like(x, 7)])
+
+
+# ---- bulk copies of tensors ----
+
+
+def box_kernel(rank: int, box_bytes: int, stages: int = 2, mode: str = "shared::cta.global.mbarrier") -> str:
+    """Load the box at a corner into two places, one after the other, each with its mbarrier; store both as they lie."""
+    corner = ", ".join(f"%c{i}" for i in range(rank))
+    step = -(-box_bytes // 1024) * 1024
+    text = f"""{HEAD}.visible .entry k(.param .align 64 .b8 M[128], .param .u64 CORNER, .param .u64 OUT)
+{{
+.reg .b64 %m, %p<3>, %o;
+.reg .b32 %t, %s, %x<4>, %c<5>, %i, %y, %at;
+.reg .pred %q, %one, %done;
+.shared .align 1024 .b8 memory[{stages * step}];
+.shared .align 8 .b64 bars[{stages}];
+ld.param.u64 %p0, [CORNER]; ld.param.u64 %p1, [OUT];
+mov.b64 %m, M; cvta.param.u64 %m, %m;
+mov.u32 %t, %tid.x; mov.u32 %s, memory; mov.u32 %y, bars;
+setp.eq.u32 %one, %t, 0;
+"""
+    text += "".join(f"ld.global.b32 %c{i}, [%p0+{4 * i}];\n" for i in range(rank))
+    for n in range(stages):
+        text += f"@%one mbarrier.init.shared::cta.b64 [%y+{8 * n}], 1;\n"
+    text += "bar.sync 0;\n"
+    for n in range(stages):
+        text += f"@%one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%y+{8 * n}], {box_bytes};\n"
+        text += f"add.s32 %at, %s, {n * step};\n"
+        text += (
+            f"@%one cp.async.bulk.tensor.{rank}d.{mode}::complete_tx::bytes [%at], [%m, {{{corner}}}], [%y+{8 * n}];\n"
+        )
+    text += "mul.wide.u32 %o, %t, 4; add.s64 %p1, %p1, %o;\nshl.b32 %x1, %t, 2; add.s32 %s, %s, %x1;\n"
+    for n in range(stages):
+        text += f"wait{n}:\nmbarrier.try_wait.parity.shared::cta.b64 %done, [%y+{8 * n}], 0;\n@!%done bra wait{n};\n"
+        text += f"mov.u32 %i, {n * step};\nmov.b64 %p2, %p1;\nloop{n}:\nadd.s32 %at, %s, %i;\n"
+        text += f"sub.s32 %x2, %i, {n * step};\nadd.s32 %x2, %x2, %x1;\nsetp.lt.u32 %q, %x2, {box_bytes};\n"
+        text += "@%q ld.shared.b32 %x0, [%at];\n@%q st.global.b32 [%p2], %x0;\n"
+        text += f"add.s32 %i, %i, 512; add.s64 %p2, %p2, 512;\nsetp.lt.u32 %q, %i, {n * step + box_bytes};\n"
+        text += f"@%q bra loop{n};\n"
+        text += f"add.s64 %p1, %p1, {box_bytes};\n"
+    text += "bar.sync 0;\n"
+    for n in range(stages):
+        text += f"@%one mbarrier.inval.shared::cta.b64 [%y+{8 * n}];\n"
+    return text + "ret;\n}\n"
+
+
+class Box:
+    """A tensor, innermost dimension last, and a box of it at a corner, innermost first."""
+
+    def __init__(self, shape, box, corner, dtype="bf16", swizzle=0, fill="zero") -> None:
+        from resnet_fast import _ptx
+
+        rng = np.random.default_rng(0)
+        self.x = rng.integers(0, 256, (*shape, SIZES[dtype]), dtype=np.uint8)
+        self.box, self.corner, self.swizzle, self.fill = box, np.array(corner, np.int32), swizzle, fill
+        self.bytes = int(np.prod(box)) * SIZES[dtype]
+        sizes = list(shape[::-1])
+        strides = [self.x.strides[-2 - d] for d in range(1, len(shape))]
+        self.map = _ptx.tensor_map(self.x.ctypes.data, dtype, sizes, strides, list(box), swizzle=swizzle, fill=fill)
+        self.out = np.zeros((2, self.bytes), np.uint8)
+
+    def text(self) -> str:
+        return box_kernel(len(self.box), self.bytes)
+
+    def run(self, text: str | None = None, seed: int = 0) -> Any:
+        from resnet_fast import _ptx
+
+        memory = _ptx.Memory()
+        for name, array in (("x", self.x), ("corner", self.corner), ("out", self.out)):
+            memory.add(array.ctypes.data, array.nbytes, name)
+        addresses = [struct.pack("Q", array.ctypes.data) for array in (self.corner, self.out)]
+        return module(text or self.text()).launch(
+            "k", (1, 1, 1), (128, 1, 1), 0, [self.map, *addresses], memory, seed=seed, limit=1_000_000
+        )
+
+    def expected(self) -> np.ndarray:
+        """The box in the layout of shared memory: padded by PyTorch's pad, its chunks exchanged row by row."""
+        pads = [(int(max(b, 0)) + 8,) * 2 for b in self.box]
+        x = torch.from_numpy(self.x)
+        value = 255 if self.fill == "nan" else 0
+        padded = torch.nn.functional.pad(x, [0, 0, *(p for pad in pads for p in pad)], value=value).numpy()
+        window = tuple(
+            slice(c + pad[0], c + pad[0] + b) for c, b, pad in zip(self.corner, self.box, pads, strict=True)
+        )[::-1]
+        flat = padded[window].reshape(-1, 16)
+        if not self.swizzle:
+            return flat.reshape(-1)
+        at = np.arange(len(flat)) * 16
+        moved = np.zeros_like(flat)
+        moved[(at ^ (at >> 7 & (self.swizzle // 16 - 1)) << 4) // 16] = flat
+        return moved.reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "corner", "dtype", "swizzle", "fill"),
+    [
+        ((40, 64), (64, 16), (0, 8), "bf16", 128, "zero"),
+        ((40, 64), (64, 16), (0, 32), "bf16", 128, "zero"),
+        ((40, 64), (32, 16), (48, -3), "bf16", 64, "nan"),
+        ((40, 64), (16, 16), (-8, 30), "bf16", 32, "zero"),
+        ((40, 64), (16, 8), (60, 39), "f32", 0, "zero"),
+        ((2, 6, 7, 64), (64, 4, 4, 1), (0, -1, -1, 1), "bf16", 128, "zero"),
+        ((3, 6, 7, 32), (32, 3, 2, 2), (0, 5, 5, 2), "u8", 32, "zero"),
+        ((3, 4, 16), (16, 2, 2), (0, 3, 2), "u64", 128, "zero"),
+        ((2, 2, 2, 3, 8), (8, 3, 2, 2, 2), (0, 0, 1, 0, -1), "f32", 0, "zero"),
+    ],
+    ids=str,
+)
+def test_boxes(shape, box, corner, dtype, swizzle, fill) -> None:
+    b = Box(shape, box, corner, dtype, swizzle, fill)
+    for seed in range(2):
+        report = b.run(seed=seed)
+        for place in b.out:
+            np.testing.assert_array_equal(place, b.expected())
+        b.out[:] = 0
+    assert report.counters["events"]["bulk_copies"] == 2
+    assert report.counters["events"]["bulk_bytes"] == 2 * b.bytes
+
+
+EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%y+0], 2048;"
+WAIT0 = "wait0:\nmbarrier.try_wait.parity.shared::cta.b64 %done, [%y+0], 0;\n@!%done bra wait0;\n"
+BOX_MISTAKES = {
+    "no wait": (WAIT0, "", "which a copy in flight will write|which nobody has written"),
+    "wrong parity": (
+        "[%y+0], 0;\n@!%done",
+        "[%y+0], 1;\n@!%done",
+        "which a copy in flight will write|which nobody has written",
+    ),
+    "wait for the other mbarrier": ("%done, [%y+0]", "%done, [%y+8]", "which a copy in flight will write"),
+    "nobody arrives": (f"@%one {EXPECT}\n", "", "no warp can go on: .* the end of a phase of an mbarrier"),
+    "more bytes expected": (EXPECT, EXPECT.replace("2048", "2064"), "no warp can go on"),
+    "fewer bytes expected": (
+        EXPECT,
+        EXPECT.replace("2048", "2032"),
+        "16 bytes more have come to the mbarrier at shared memory byte \\d+ than phase 0 expected",
+    ),
+    "an arrival too many": (
+        f"@%one {EXPECT}\n",
+        f"@%one {EXPECT}\n@%one mbarrier.arrive.shared::cta.b64 _, [%y+0];\n",
+        "arrives at the mbarrier .* where 0 of 1 arrivals of phase 0",
+    ),
+    "not initialised": ("@%one mbarrier.init.shared::cta.b64 [%y+0], 1;\n", "", "which nobody has initialised"),
+    "initialised twice": (
+        "@%one mbarrier.init.shared::cta.b64 [%y+8], 1;\n",
+        "@%one mbarrier.init.shared::cta.b64 [%y+0], 1;\n",
+        "again, with no mbarrier.inval before",
+    ),
+    "not synchronised": ("bar.sync 0;\n", "", "nobody has initialised|no barrier orders the two"),
+    "overwritten": ("bar.sync 0;\n", "@%one st.shared.b64 [%y+0], 0;\nbar.sync 0;\n", "which was overwritten at line"),
+    "invalidated too early": (
+        "bar.sync 0;\n@%one mbarrier.inval",
+        "@%one mbarrier.inval",
+        "which nobody has initialised|no barrier orders|no warp can go on",
+    ),
+    "in flight when the block ends": (
+        "mul.wide.u32 %o, %t, 4;",
+        "ret;\nmul.wide.u32 %o, %t, 4;",
+        "ends while a bulk copy",
+    ),
+    "between the swizzle's rows": ("add.s32 %at, %s, 0;", "add.s32 %at, %s, 128;", "is not a multiple of 1024"),
+    "written before, and not fenced": (
+        "bar.sync 0;\n",
+        "st.shared.b32 [%s], 0;\nbar.sync 0;\n".replace("st", "@%one st"),
+        "copies to shared memory byte 1024, which warp 0 lane 0 wrote at line .* no fence.proxy.async follows",
+    ),
+    "read before, and not fenced": (
+        "bar.sync 0;\n",
+        """setp.eq.u32 %q, %t, 70;
+@%q st.shared.b32 [%s], 0;
+fence.proxy.async.shared::cta;
+bar.sync 0;
+setp.lt.u32 %q, %t, 64;
+@%q ld.shared.b32 %x0, [%s];
+setp.gt.u32 %q, %t, 31;
+@%q fence.proxy.async.shared::cta;
+bar.sync 0;
+""",
+        "copies to shared memory byte 1024, which warp 0 lane 31 read at line .* no fence.proxy.async follows",
+    ),
+    "another rank": ("tensor.2d", "tensor.3d", "dimensions of a tensor map that has 2"),
+    "not a tensor map": ("cvta.param.u64 %m, %m;", "mov.b64 %m, %p0;", "tensor map"),
+}
+
+
+@pytest.mark.parametrize("what", BOX_MISTAKES)
+def test_mistake_with_a_box(what: str) -> None:
+    from resnet_fast import _ptx
+
+    old, new, report = BOX_MISTAKES[what]
+    b = Box((40, 64), (64, 16), (0, 8), swizzle=128)
+    text = b.text()
+    assert old in text
+    text = text.replace(old, new, 1)
+    if what == "another rank":
+        text = text.replace("{%c0, %c1}", "{%c0, %c1, %c1}", 1)
+    with pytest.raises(_ptx.Fault, match=report):
+        b.run(text)
+
+
+def test_what_was_fenced_may_be_overwritten() -> None:
+    b = Box((40, 64), (64, 16), (0, 8), swizzle=128)
+    before = "st.shared.b32 [%s], 0;\nfence.proxy.async.shared::cta;\nbar.sync 0;\n".replace("st", "@%one st", 1)
+    b.run(b.text().replace("bar.sync 0;\n", before, 1))
+    np.testing.assert_array_equal(b.out[0], b.expected())
+
+
+def test_a_box_is_stored() -> None:
+    """From shared memory to the tensor; what lies outside is left out."""
+    b = Box((40, 64), (64, 16), (0, 30), swizzle=128)
+    text = b.text()
+    start = text.index("bar.sync 0;\n@%one mbarrier.inval")
+    store = """fence.proxy.async.shared::cta;
+bar.sync 0;
+add.s32 %c1, %c1, -20;
+mov.u32 %s, memory;
+@%one cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%m, {%c0, %c1}], [%s];
+cp.async.bulk.commit_group;
+cp.async.bulk.wait_group.read 0;
+"""
+    from resnet_fast import _ptx
+
+    before = b.x.copy()
+    b.run(text[:start] + store + text[start:])
+    expected = before.copy()
+    expected[10:20], expected[20:26] = before[30:40], 0
+    np.testing.assert_array_equal(b.x, expected)
+    overwrite = "@%one st.shared.b32 [%s], 0;\n"
+    with pytest.raises(_ptx.Fault, match=r"which a bulk copy at line .* still reads: wait for it first"):
+        b.run(text[:start] + store.replace("cp.async.bulk.commit", overwrite + "cp.async.bulk.commit") + text[start:])
+    written = "@%one st.shared.b32 [%at], 0;\n"
+    unfenced = store.replace("fence.proxy.async.shared::cta;\n", "mov.u32 %at, memory;\nbar.sync 0;\n" + written)
+    with pytest.raises(
+        _ptx.Fault, match=r"copies shared memory byte 1024, which warp 0 lane 0 wrote .* no fence.proxy"
+    ):
+        b.run(text[:start] + unfenced + text[start:])
+
+
+@pytest.mark.parametrize(
+    ("change", "report"),
+    [
+        ({"address": 8}, "start is not aligned"),
+        ({"strides": [24]}, "a stride is not of 16 bytes"),
+        ({"box": [65, 300]}, "a box's dimension is none or too large"),
+        ({"box": [7, 16]}, "a box's rows are not of 16 bytes"),
+        ({"box": [128, 16], "swizzle": 128}, "rows are longer than its swizzle"),
+        ({"swizzle": 48}, "a swizzle is not of 32, 64 or 128 bytes"),
+        ({"dtype": "f8"}, "expected a dtype of a tensor map, got f8"),
+        ({"fill": "one"}, "expected fill to be zero or nan, got one"),
+        ({"strides": []}, "expected 1 to 5 sizes, one stride fewer"),
+    ],
+    ids=str,
+)
+def test_tensor_maps_that_are_refused(change: dict[str, Any], report: str) -> None:
+    from resnet_fast import _ptx
+
+    arguments = {"address": 0, "dtype": "bf16", "shape": [64, 40], "strides": [128], "box": [64, 16]} | change
+    with pytest.raises(ValueError, match=report):
+        _ptx.tensor_map(**arguments)
+
+
+# ---- mbarriers between warps ----
+
+RING = f"""{HEAD}.visible .entry k(.param .u64 X, .param .u64 Y, .param .u64 UNUSED)
+{{
+.reg .b64 %p<2>, %o, %state;
+.reg .b32 %t, %i, %s, %v, %par, %full, %empty;
+.reg .pred %q, %one, %done, %more;
+.shared .align 16 .b8 memory[128];
+.shared .align 8 .b64 bars[2];
+ld.param.u64 %p0, [X]; ld.param.u64 %p1, [Y];
+mov.u32 %t, %tid.x; mov.u32 %full, bars; add.s32 %empty, %full, 8;
+setp.eq.u32 %one, %t, 0;
+@%one mbarrier.init.shared.b64 [%full], 32;
+@%one mbarrier.init.shared.b64 [%empty], 32;
+bar.sync 0;
+and.b32 %v, %t, 31; shl.b32 %v, %v, 2; mov.u32 %s, memory; add.s32 %s, %s, %v;
+mul.wide.u32 %o, %v, 1; add.s64 %p0, %p0, %o; add.s64 %p1, %p1, %o;
+mov.u32 %i, 0; mov.u32 %par, 0;
+setp.gt.u32 %q, %t, 31;
+@%q bra take;
+give:
+setp.eq.u32 %q, %i, 0;
+@%q bra first;
+xor.b32 %v, %par, 1;
+free:
+mbarrier.try_wait.parity.shared.b64 %done, [%empty], %v;
+@!%done bra free;
+first:
+ld.global.b32 %v, [%p0]; st.shared.b32 [%s], %v;
+mbarrier.arrive.shared.b64 %state, [%full];
+add.s64 %p0, %p0, 128; add.s32 %i, %i, 1; xor.b32 %par, %par, 1;
+setp.lt.u32 %more, %i, 6;
+@%more bra give;
+ret;
+take:
+ready:
+mbarrier.try_wait.parity.shared.b64 %done, [%full], %par;
+@!%done bra ready;
+ld.shared.b32 %v, [%s]; add.s32 %v, %v, %v; st.global.b32 [%p1], %v;
+mbarrier.arrive.release.cta.shared::cta.b64 _, [%empty], 1;
+add.s64 %p1, %p1, 128; add.s32 %i, %i, 1; xor.b32 %par, %par, 1;
+setp.lt.u32 %more, %i, 6;
+@%more bra take;
+ret;
+}}
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_place_goes_round_between_warps(seed: int) -> None:
+    x = np.arange(6 * 32, dtype=np.uint32)
+    y = np.zeros_like(x)
+    run(RING, [x, y, np.zeros(1, np.uint32)], threads=64, seed=seed)
+    np.testing.assert_array_equal(y, 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "report"),
+    [
+        ("xor.b32 %v, %par, 1;", "mov.u32 %v, %par;", "no warp can go on|no barrier orders|arrives at the mbarrier"),
+        ("mbarrier.arrive.release.cta.shared::cta.b64 _, [%empty], 1;\n", "", "no warp can go on"),
+        ("@!%done bra free;\n", "", None),
+        (
+            "free:\nmbarrier.try_wait.parity.shared.b64 %done, [%empty], %v;\n@!%done bra free;\n",
+            "",
+            "no barrier orders|no warp can go on",
+        ),
+        (
+            "ready:\nmbarrier.try_wait.parity.shared.b64 %done, [%full], %par;\n@!%done bra ready;\n",
+            "",
+            "nobody has written|no barrier orders",
+        ),
+        ("[%full], 32;", "[%full], 16;", "no barrier orders|arrives at the mbarrier|no warp can go on"),
+    ],
+)
+def test_mistakes_with_mbarriers(old: str, new: str, report: str | None) -> None:
+    assert old in RING
+    x = np.arange(6 * 32, dtype=np.uint32)
+    arguments = (RING.replace(old, new, 1), [x, np.zeros_like(x), np.zeros(1, np.uint32)])
+    if report is None:  # here a try_wait comes back when the phase is over
+        run(*arguments, threads=64)
+    else:
+        expect_fault(report, *arguments, threads=64)
