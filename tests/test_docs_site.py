@@ -62,11 +62,15 @@ def test_the_site_builds_without_a_warning(site: Path) -> None:
     sidebar = home.partition('class="sidebar-tree"')[2].partition("</ul></div>")[0]
     assert all(f'href="{page}"' in sidebar for page in ("start.html", "faq.html", "../CHANGELOG.html", "limits.html"))
     assert "limits.md" not in text(out / first[1])  # links show titles
-    for page in out.rglob("*.html"):  # opened from disk: nothing is fetched, and no link leads to a Markdown file
-        own = page.read_text(encoding="utf-8")
+    pages = {page.resolve(): page.read_text(encoding="utf-8") for page in out.rglob("*.html")}
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', own)) for page, own in pages.items()}
+    for page, own in pages.items():  # opened from disk: nothing is fetched, and no link leads to a Markdown file
         assert not re.search(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', own), page.name
         links = re.findall(r'<a [^>]*href="([^"#:]+)[#"]', own)
         assert [link for link in links if not (page.parent / link).is_file()] == [], page.name
+        marked = re.findall(r'<a [^>]*href="([^"#:]*)#([^"]+)"', own)
+        targets = [((page.parent / link).resolve() if link else page, html.unescape(anchor)) for link, anchor in marked]
+        assert [(to.name, anchor) for to, anchor in targets if anchor not in anchors.get(to, ())] == [], page.name
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
     nets        ResNet-50 inference, every competitor in one interleaved run per batch
     convs       every convolution of ResNet-50 as one launch: ours, cuDNN's two forms, the roofline
     training    a step with SGD, and its peak of memory
+    profiles    the kernels of such a step, stock's and ours
     compiled    torch.compile, which takes most of a minute to prepare each time, and the best of the others
 
 Every measured number comes with the model's prediction and the prediction's error.
@@ -22,7 +23,7 @@ import torch
 from resnet_fast.tuning import shapes
 
 from .. import providers
-from . import ceilings, nets, report
+from . import ceilings, nets, profiles, report
 from .session import GpuCase, Settings, begin, settings_from, update_environment
 from .worker import WorkerPool
 
@@ -52,6 +53,7 @@ def _measured(settings: Settings) -> Iterator[GpuCase]:
         yield from list(_convs(settings, net, 1, "float32", 8))[:3]
         step = nets.NetCase(settings, net, 2, STEPS, training=True, image=8)
         yield GpuCase(f"training {net} batch 2", step, limit_s=60)
+        yield from _profiles(settings, net, 2, 8)
         yield _compiled(settings, 1, "reduce-overhead", net)
         return
     for batch in (256, 1):
@@ -59,6 +61,7 @@ def _measured(settings: Settings) -> Iterator[GpuCase]:
     for batch in (256, 1):
         yield from _convs(settings, NET, batch, "bfloat16", None)
     yield _training(settings, 256)
+    yield from _profiles(settings, NET, 256, None)
     yield _compiled(settings, 256, "reduce-overhead")
     yield _compiled(settings, 1, "reduce-overhead")
     for batch in (128, 32, 8):
@@ -88,6 +91,12 @@ def _inference(settings: Settings, batch: int) -> GpuCase:
 def _training(settings: Settings, batch: int) -> GpuCase:
     step = nets.NetCase(settings, NET, batch, STEPS, training=True)
     return GpuCase(f"training {NET} batch {batch}", step, limit_s=120, needs_s=20)
+
+
+def _profiles(settings: Settings, net: str, batch: int, image: int | None) -> Iterator[GpuCase]:
+    for peer in STEPS:
+        run = partial(profiles.profile_case, settings, net, batch, peer, image)
+        yield GpuCase(f"profile training {net} batch {batch}, {peer.name}", run, limit_s=90, needs_s=15)
 
 
 def _compiled(settings: Settings, batch: int, mode: str, net: str = NET) -> GpuCase:

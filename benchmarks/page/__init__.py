@@ -12,7 +12,7 @@ from pathlib import Path
 from resnet_fast import __version__
 
 from .. import provenance
-from . import markup, results, sections
+from . import markup, results, sections, steps
 
 TITLE = "resnet_fast: benchmark report"
 
@@ -38,7 +38,7 @@ def build(folders: Sequence[Path], date: str = "", commit: str = "") -> str:
     parts = [
         ("peers", "Ours against each peer", sections.peers(found)),
         ("roofline", "Roofline", sections.roofline(found)),
-        ("steps", "Where a step's time goes", sections.steps(found)),
+        ("steps", "Where a step's time goes", steps.steps(found)),
         ("history", "History", sections.history(found)),
         ("checks", "Checks and failures", sections.checks(found)),
         ("origins", "Where the figures come from", sections.origins(found)),

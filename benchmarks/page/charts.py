@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDE, NARROW = (1040.0, 480.0), (343.0, 360.0)
+WIDE, NARROW = 1040.0, 343.0
+HEIGHTS = {"roofline": (480.0, 360.0), "history": (300.0, 260.0)}
+"""Wide and narrow; all in the page's pixels."""
+
 COLOURS = 7
 """Classes s0 ... s6 of the style; s0 is for ours."""
 
@@ -47,7 +50,7 @@ class Frame:
     log_y: bool
     left: float = 54.0
     right: float = 12.0
-    top: float = 28.0
+    top: float = 34.0
     bottom: float = 44.0
 
     def across(self, value: float) -> float:
@@ -92,10 +95,10 @@ def legend(series: Sequence[Series]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def both(title: str, draw: Callable[[float, float], str]) -> str:
+def both(title: str, heights: tuple[float, float], draw: Callable[[float, float], str]) -> str:
     """Return the picture in both sizes; ``draw(width, height)`` returns its parts."""
     out = []
-    for kind, (width, height) in (("wide", WIDE), ("narrow", NARROW)):
+    for kind, width, height in zip(("wide", "narrow"), (WIDE, NARROW), heights, strict=True):
         out.append(
             f'<svg class="chart {kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
             f"{draw(width, height)}</svg>"
@@ -139,8 +142,9 @@ def _grid(frame: Frame, xs: Sequence[tuple[float, str]], ys: Sequence[float], x_
         out.append(f'<path class="grid" d="M{x:.1f} {frame.top:.1f}V{low:.1f}"/>')
         out.append(f'<text class="soft" x="{x:.1f}" y="{low + 18:.1f}" text-anchor="middle">{escape(text)}</text>')
     middle = (frame.left + right) / 2
-    out.append(f'<text x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">{escape(x_title)}</text>')
-    out.append(f'<text x="4" y="16">{escape(y_title)}</text>')
+    if x_title:
+        out.append(f'<text x="{middle:.1f}" y="{frame.height - 6:.1f}" text-anchor="middle">{escape(x_title)}</text>')
+    out.append(f'<text x="4" y="14">{escape(y_title)}</text>')
     return out
 
 
@@ -156,7 +160,10 @@ def _marks(frame: Frame, series: Series) -> list[str]:
 def _along(
     text: str, start: tuple[float, float], end: tuple[float, float], marks: Sequence[tuple[float, float]]
 ) -> str:
-    """Return a text above a line, at the part of the line that is farthest from all marks."""
+    """Return a text above a line, at the part of the line that is farthest from all marks; nothing where none is free.
+
+    What the text says is in the caption of the picture too.
+    """
     (ax, ay), (bx, by) = start, end
     angle = math.atan2(by - ay, bx - ax)
     half = 3.6 * len(text) / math.hypot(bx - ax, by - ay)  # of the line's length that half of the text takes
@@ -168,6 +175,8 @@ def _along(
         return min((math.dist(mark, spot) for mark in marks for spot in spots), default=0.0)
 
     at = max(tries, key=free)
+    if free(at) < 8:
+        return ""
     x, y = ax + at * (bx - ax) + 8 * math.sin(angle), ay + at * (by - ay) - 8 * math.cos(angle)
     turned = f"rotate({math.degrees(angle):.1f} {x:.1f} {y:.1f})"
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" transform="{turned}">{escape(text)}</text>'
@@ -191,7 +200,7 @@ def roofline(title: str, bandwidth: float, rate: float, series: Sequence[Series]
         frame = Frame(width, height, x, (y[0] / 1e12, y[1] / 1e12), True, True)
         ticks_x = [(value, number(value)) for value in decades(*x)]
         ticks_y = decades(y[0] / 1e12, y[1] / 1e12)
-        if width < WIDE[0]:
+        if width < WIDE:
             ticks_x = [tick for tick in ticks_x if f"{tick[0]:e}"[0] == "1"] or ticks_x
         parts = _grid(frame, ticks_x, ticks_y, "operations per byte (FLOP/B)", "TFLOP/s")
         start = max(x[0], y[0] / bandwidth)
@@ -212,7 +221,7 @@ def roofline(title: str, bandwidth: float, rate: float, series: Sequence[Series]
             parts += _marks(frame, scaled)
         return "".join(parts)
 
-    return both(title, draw)
+    return both(title, HEIGHTS["roofline"], draw)
 
 
 def history(title: str, dates: Sequence[str], series: Sequence[Series], y_title: str) -> str:
@@ -220,17 +229,17 @@ def history(title: str, dates: Sequence[str], series: Sequence[Series], y_title:
     ticks = even(max(mark.y for one in series for mark in one.marks))
 
     def draw(width: float, height: float) -> str:
-        frame = Frame(width, min(height, 340), (-0.3, len(dates) - 0.7), (0.0, ticks[-1]), False, False, right=18.0)
-        most = 4 if width < WIDE[0] else 10
+        frame = Frame(width, height, (-0.3, len(dates) - 0.7), (0.0, ticks[-1]), False, False, right=18.0, bottom=26.0)
+        most = 4 if width < WIDE else 10
         every = math.ceil(len(dates) / most)
         shown = [(float(i), dates[i][:10]) for i in range(0, len(dates), every)]
-        if width < WIDE[0]:
+        if width < WIDE:
             shown = [(i, text[2:]) for i, text in shown]
-        parts = [f'<g transform="translate(0 {height - frame.height:g})">', *_grid(frame, shown, ticks, "", y_title)]
+        parts = _grid(frame, shown, ticks, "", y_title)
         for one in series:
             line = "L".join(f"{frame.across(m.x):.1f} {frame.down(m.y):.1f}" for m in one.marks)
             parts.append(f'<path class="path s{one.colour}" d="M{line}"/>')
             parts += _marks(frame, one)
-        return "".join(parts) + "</g>"
+        return "".join(parts)
 
-    return both(title, draw)
+    return both(title, HEIGHTS["history"], draw)

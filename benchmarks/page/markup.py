@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from .results import Run
+
 MARK = '<meta name="generator" content="resnet-fast report">'
 """What tells our page from another file that must not be replaced."""
 
@@ -15,6 +17,19 @@ LABELS = {
     "modelled": "a prediction from counts and a device's ceilings; nobody measured it",
     "simulated": "a kernel run without its GPU: right or wrong, never a time",
 }
+
+
+NONE = "&ndash;"
+"""The cell of a figure that there is not."""
+
+
+def commit_text(commit: str) -> str:
+    return f"commit {commit[:10]}" if commit else "no commit recorded"
+
+
+def origin(run: Run, commit: str, date: str) -> str:
+    """Return device, versions, commit and date of a figure as one text."""
+    return "; ".join(filter(None, (run.device, run.versions_text, commit_text(commit), date[:10])))
 
 
 def style() -> str:

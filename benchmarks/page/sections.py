@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from . import charts, markup, modelled
 from .charts import Mark, Series
-from .markup import label, paragraph, table
-from .results import HostInstructions, MeasuredCell, PeerTime, ResultSet, Run, StepProfile, devices_of
-
-NONE = "&ndash;"
+from .markup import NONE, commit_text, label, origin, paragraph, table
+from .results import MeasuredCell, PeerTime, ResultSet, Run, devices_of
 
 
 def peers(results: ResultSet) -> str:
@@ -58,9 +55,8 @@ def _cell_table(cell: MeasuredCell) -> str:
     rows += [("", [escape(peer), "", NONE, NONE, NONE, NONE, NONE, escape(why)]) for peer, why in cell.missing]
     size = f", {cell.image}x{cell.image}" if cell.image else ""
     what = f"{cell.net}{size}, {cell.precision}, batch {cell.batch}"
-    origin = ", ".join(filter(None, (cell.run.versions_text, _commit(cell.commit), cell.date[:10])))
     plain = f"{cell.kind} {cell.net} batch {cell.batch}"
-    caption = f"{label('measured')} {escape(what)}. {escape(cell.run.device)}; {escape(origin)}."
+    caption = f"{label('measured')} {escape(what)}. {escape(origin(cell.run, cell.commit, cell.date))}."
     if cell.kind in cell.case and cell.case != plain:
         caption += f" Case: {escape(cell.case)}."
     if model:
@@ -94,10 +90,6 @@ def _time_cells(time: PeerTime, best: PeerTime | None, fastest: float) -> list[s
 
 def _bar(kind: str, share: float) -> str:
     return f'<span class="b {kind}" style="width:{100 * share:.1f}%" aria-hidden="true"></span>'
-
-
-def _commit(commit: str) -> str:
-    return f"commit {commit[:10]}" if commit else "no commit recorded"
 
 
 def roofline(results: ResultSet) -> str:
@@ -146,7 +138,7 @@ def _scatter(results: ResultSet, run: Run) -> str:
     tabular = table(f"Points of the picture. {escape(run.device)}.", headings, rows, (2, 3, 4), (5,))
     caption = (
         f"{label('measured')} ceilings: copy {bandwidth / 1e12:.2f} TB/s, bfloat16 products {rate / 1e12:.0f} TFLOP/s. "
-        f"{escape(run.device)}; {escape(run.versions_text)}; {escape(_commit(run.commit))}, {escape(run.date[:10])}."
+        f"{escape(origin(run, run.commit, run.date))}."
     )
     picture = charts.roofline(title, bandwidth, rate, series) + charts.legend(series)
     heading = f"<h3>{escape(run.device)}</h3>"
@@ -194,111 +186,6 @@ def _launch_series(results: ResultSet, run: Run) -> list[Series]:
     return [Series(*names[side], tuple(marks)) for side, marks in sides.items() if marks]
 
 
-CATEGORIES = (
-    ("BatchNorm", "batch_norm"),
-    ("max-pool", "max_pool|maxpool"),
-    (
-        "convolutions",
-        "wgrad|dgrad|fprop|nvjet|xmma|[Ii]mplicit_?[Gg]emm|gemm|AddPadding|conv|bottleneck|basic_block|stem",
-    ),
-    ("residual adds", "CUDAFunctor_add"),
-    ("ReLU", "clamp|threshold|BinaryFunctor<"),
-    ("ends of blocks", "block_end"),
-    ("copies and fills", "copy|[Mm]emset|[Mm]emcpy|fill"),
-)
-"""What a kernel does, by a pattern in its name; the first that is found counts."""
-
-OTHERS, REST = "other kernels", "not listed: shorter kernels and idle time"
-ORDER = (*(name for name, _ in CATEGORIES), OTHERS, REST)
-
-
-def category(kernel: str) -> str:
-    """Return what a kernel of a profile does, by its name."""
-    return next((name for name, pattern in CATEGORIES if re.search(pattern, kernel)), OTHERS)
-
-
-def parts_of(profile: StepProfile, step_ms: float | None) -> dict[str, tuple[float, int]]:
-    """Return milliseconds and launches by category; the rest of ``step_ms`` is :data:`REST`."""
-    found: dict[str, tuple[float, int]] = {}
-    for kernel, launches, us in profile.kernels:
-        name = category(kernel)
-        ms, count = found.get(name, (0.0, 0))
-        found[name] = ms + us / 1e3, count + launches
-    listed = sum(ms for ms, _ in found.values())
-    if step_ms is not None and step_ms > listed:
-        found[REST] = step_ms - listed, 0
-    return found
-
-
-def steps(results: ResultSet) -> str:
-    """Return where a step's time goes: profiles of kernels, ours by the model, and instructions on the host."""
-    out = [_profile(results, one) for one in results.profiles]
-    out += [_host(one) for one in results.hosts]
-    return "\n".join(out) or paragraph("No profile of a step is in these folders.")
-
-
-def _profile(results: ResultSet, profile: StepProfile) -> str:
-    run = profile.run
-    alike = [
-        c for c in results.cells if (c.run, c.kind, c.net, c.batch) == (run, profile.of, profile.net, profile.batch)
-    ]
-    step_ms = next((t.ms for c in alike for t in c.times if t.peer == profile.peer), None)
-    bars = [(profile.peer, "measured", parts_of(profile, step_ms))]
-    ours_measured = any(t.ours for c in alike for t in c.times)
-    if profile.of == "training" and not ours_measured:
-        model = modelled.training_seconds(profile.net, profile.batch, run.device)
-        grouped: dict[str, tuple[float, int]] = {}
-        for kernel, seconds in model.items():
-            name = category(kernel)
-            grouped[name] = grouped.get(name, (0.0, 0))[0] + seconds * 1e3, 0
-        if grouped:
-            bars.append((modelled.PEER, "modelled", grouped))
-    longest = max(sum(ms for ms, _ in parts.values()) for _, _, parts in bars)
-    pictures, rows = [], []
-    for peer, how, parts in bars:
-        total = sum(ms for ms, _ in parts.values())
-        spans = "".join(
-            f'<span class="f{ORDER.index(name)}" style="width:{100 * parts[name][0] / longest:.2f}%" '
-            f'title="{escape(name)}: {parts[name][0]:.1f} ms">'
-            + (f"<b>{escape(name)}</b>" if parts[name][0] > 0.08 * longest else "")
-            + "</span>"
-            for name in ORDER
-            if name in parts
-        )
-        pictures.append(
-            f'<div>{escape(peer)} {label(how)} {total:.1f} ms</div><div class="stack {how}" role="img" '
-            f'aria-label="{escape(peer)}, {how}: {total:.1f} ms by kind of kernel, as in the table below">{spans}</div>'
-        )
-        for name in sorted(parts, key=lambda n: -parts[n][0]):
-            ms, launches = parts[name]
-            key = f'<span class="key f{ORDER.index(name)}" aria-hidden="true"></span>'
-            cells = [key + escape(name), f"{escape(peer)} {label(how)}", f"{ms:.2f}", f"{100 * ms / total:.0f} %"]
-            rows.append(("modelled" if how == "modelled" else "", [*cells, str(launches or "") or NONE]))
-    what = f"A {profile.of} step of {profile.net} at batch {profile.batch}"
-    origin = f"{run.device}; {run.versions_text}; {_commit(run.commit)}, {run.date[:10]}"
-    caption = f"{escape(what)}. {escape(origin)}. {escape(profile.note).capitalize()}."
-    if len(bars) > 1:
-        caption += f" Ours: {escape(modelled.TRAINING)}. BatchNorm, ReLU and adds run inside its convolutions."
-    tabular = table(escape(what), ("kind of kernel", "path", "ms", "share", "launches"), rows, (2, 3, 4), ())
-    return f"<h3>{escape(what)}</h3>" + markup.figure("".join(pictures), caption) + tabular
-
-
-def _host(host: HostInstructions) -> str:
-    rows = [
-        ("", [escape(case), f"{ours / 1e6:,.1f}", f"{stock / 1e6:,.1f}", f"{ours / stock:.2f}"])
-        for case, ours, stock in host.steps
-    ]
-    caption = (
-        f"{label('counted')} millions of instructions of a step on the host, on a GPU that computes nothing. Those of "
-        "cuDNN, cuBLAS and the driver are missing, and they are stock's: the ratio of a step that launches its kernels "
-        "is an upper bound, that of a replayed graph is none. "
-        f"{escape(host.run.device)}; {escape(host.run.versions_text)}."
-    )
-    return "<h3>Instructions on the host</h3>" + table(
-        caption, ("step", "ours", "stock", "ours / stock"), rows, (1, 2, 3)
-    )
-
-
 def history(results: ResultSet) -> str:
     """Return images per second over dates, per device, net and batch."""
     groups: dict[tuple[str, str, str, str, int], list[MeasuredCell]] = {}
@@ -320,7 +207,7 @@ def history(results: ResultSet) -> str:
             best, mine = (_fastest(cells, ours) for ours in (False, True))
             what = f"{kind}, {net}, {precision}, batch {batch}"
             first = cells[0]
-            origin = ", ".join(filter(None, (first.run.versions_text, _commit(first.commit))))
+            versions = f"{first.run.versions_text}, {commit_text(first.commit)}"
             rows.append(
                 (
                     "",
@@ -330,7 +217,7 @@ def history(results: ResultSet) -> str:
                         escape(first.date[:10] or "not recorded"),
                         best,
                         mine,
-                        escape(origin),
+                        escape(versions),
                     ],
                 )
             )
@@ -359,11 +246,11 @@ def _over_dates(where: tuple[str, str, str, str, int], cells: Sequence[MeasuredC
             for time in cell.times:
                 if time.peer != name:
                     continue
-                origin = f"{cell.date[:10] or 'no date'}, {_commit(cell.commit)}, {cell.run.versions_text}"
+                when = f"{cell.date[:10] or 'no date'}, {commit_text(cell.commit)}, {cell.run.versions_text}"
                 marks.append(
-                    Mark(dates.index(cell.date), time.images_per_s, f"{name}: {time.images_per_s:,.0f}, {origin}")
+                    Mark(dates.index(cell.date), time.images_per_s, f"{name}: {time.images_per_s:,.0f}, {when}")
                 )
-                rows.append(("ours" if time.ours else "", [escape(name), escape(origin), f"{time.images_per_s:,.0f}"]))
+                rows.append(("ours" if time.ours else "", [escape(name), escape(when), f"{time.images_per_s:,.0f}"]))
         colour = 0 if name not in others else 1 + others.index(name) % (charts.COLOURS - 1)
         series.append(Series(name, colour, tuple(marks)))
     what = f"{kind}, {net}, {precision}, batch {batch}"

@@ -81,7 +81,7 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
 BEGINS = {
     "check": ["cold start ", "host ", "second device ", "build", "config ", "net "],
     "tune": ["tune "],
-    "bench": ["ceiling ", "inference ", "conv ", "training ", "compiled "],
+    "bench": ["ceiling ", "inference ", "conv ", "training ", "profile training ", "compiled "],
 }
 
 

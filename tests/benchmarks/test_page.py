@@ -14,7 +14,7 @@ import pytest
 
 from resnet_fast.benchmarks import page, report
 from resnet_fast.benchmarks.compare import BenchReport, InferenceRow
-from resnet_fast.benchmarks.page import charts, modelled, results, sections
+from resnet_fast.benchmarks.page import charts, markup, modelled, results, steps
 from resnet_fast.benchmarks.train import TrainingRow
 from resnet_fast.cli import report as cli_report
 from resnet_fast.errors import UserError
@@ -112,7 +112,7 @@ def test_the_entry_and_the_models_calibration_are_the_same_figures() -> None:
             (batch, rate) for (k, batch, peer), rate in times.items() if (k, peer) == (kind, path)
         }
     (profile,) = found.profiles
-    parts = sections.parts_of(profile, None)
+    parts = steps.parts_of(profile, None)
     seconds = prediction.PROFILE_S
     for name, kernels in (
         ("BatchNorm", [("bn_stats",), ("bn",), ("bn_reduce",), ("bn_grad",)]),
@@ -121,13 +121,13 @@ def test_the_entry_and_the_models_calibration_are_the_same_figures() -> None:
         ("max-pool", [("maxpool",), ("maxpool_grad",)]),
     ):
         assert parts[name][0] / 1e3 == pytest.approx(sum(seconds[key] for key in kernels), rel=1e-6), name
-    assert sections.OTHERS not in parts
+    assert steps.OTHERS not in parts
 
 
 def test_the_rest_of_a_step_is_named() -> None:
     (profile,) = results.read([H100]).profiles
-    assert sum(ms for ms, _ in sections.parts_of(profile, 63.7852).values()) == pytest.approx(63.7852)
-    assert sections.REST not in sections.parts_of(profile, 1.0)  # a step that is shorter than its kernels has no rest
+    assert sum(ms for ms, _ in steps.parts_of(profile, 63.7852).values()) == pytest.approx(63.7852)
+    assert steps.REST not in steps.parts_of(profile, 1.0)  # a step that is shorter than its kernels has no rest
 
 
 @pytest.mark.parametrize(
@@ -249,12 +249,12 @@ def test_what_bench_writes(tmp_path: Path) -> None:
     origin = {"cpu": "A CPU", "threads": 2, "date": "2026-01-02T03:04:05+00:00", "image_size": 224, "torch": "2.14.1"}
     content = report.to_json(BenchReport(rows, {}, origin | {"command": "resnet-fast bench", "commit": "c" * 40}))
     (tmp_path / "bench.json").write_text(content)
-    steps = [
+    trained = [
         TrainingRow("resnet50", name, "bfloat16", 16, "cpu", name != "resnet_fast", "float32", loss_first=5.0,
                     loss_difference=away, peak_mib=512.0, **{k: v for k, v in ran.items() if k != "samples"})  # type: ignore[arg-type]
         for name, away in (("eager-nhwc", 0.0), ("resnet_fast", 3e-4))
     ]  # fmt: skip
-    (tmp_path / "step.json").write_text(report.to_json(BenchReport(steps, {}, origin, TrainingRow)))  # type: ignore[arg-type]
+    (tmp_path / "step.json").write_text(report.to_json(BenchReport(trained, {}, origin, TrainingRow)))  # type: ignore[arg-type]
     text = page.build([tmp_path])
     table = [cells for _, cells in Reader(text).rows]
     assert ["eager-nhwc", "", "2.000 (1.500–2.500)", "500", "1.00 (best stock)", "1.0e-05 of fp64's norm", ""] in table
@@ -299,12 +299,53 @@ def test_names_of_a_file_are_text_not_markup(tmp_path: Path) -> None:
         ("_conv_wgrad_kernel", "convolutions"),
         ("block_end_fwd", "ends of blocks"),
         ("void at::native::batch_norm_transform_input_channels_last_kernel<c10::BFloat16>", "BatchNorm"),
-        ("multi_tensor_apply_kernel", sections.OTHERS),
+        ("multi_tensor_apply_kernel", steps.OTHERS),
         ("Memset (Device)", "copies and fills"),
     ],
 )
 def test_what_a_kernel_does_is_read_from_its_name(kernel: str, kind: str) -> None:
-    assert sections.category(kernel) == kind
+    assert steps.category(kernel) == kind
+
+
+def test_each_of_our_kernels_has_a_kind() -> None:
+    folder = ROOT / "resnet_fast" / "backends" / "triton"
+    names = {
+        name for path in folder.rglob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert len(names) > 20 and [name for name in names if steps.category(name) == steps.OTHERS] == []
+
+
+def test_paths_of_one_step_share_a_picture(tmp_path: Path) -> None:
+    rows = entry(tmp_path)
+    ours = next(row for row in rows if row.get("kind") == "profile") | {"peer": "resnet_fast, AMP bfloat16"}
+    ours |= {
+        "case": "profile of ours",
+        "kernels": [["_conv_fwd_kernel", 53, 9000.0], ["_block_end_fwd_kernel", 16, 1000.0]],
+    }
+    write(tmp_path, [*rows, ours])
+    part = page.build([tmp_path]).partition('id="steps"')[2].partition("</section>")[0]
+    assert part.count('class="stack measured"') == 2 and "stack modelled" not in part  # ours is measured there
+    cells = [row for _, row in Reader(part.replace("</section>", "")[part.index("<h3>") :]).rows]
+    assert ["convolutions", "resnet_fast, AMP bfloat16 measured", "9.00", "90 %", "53"] in cells
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb``, as WCAG 2 defines it."""
+    parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_texts_and_marks_stand_out_in_light_and_dark() -> None:
+    """WCAG's 4.5 for text; the colours of marks too, because names stand on them in the page's colour."""
+    schemes = re.findall(r":root \{(.*?)\}", markup.style(), re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        found = dict(re.findall(r"--(\w+): (#\w{6});", scheme))
+        for back in ("page", "panel"):
+            for name in ("text", "soft", "link", *(f"c{i}" for i in range(charts.COLOURS))):
+                dark, light = sorted((luminance(found[name]), luminance(found[back])))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, back)
 
 
 def test_axes_have_round_values() -> None:
