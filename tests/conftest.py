@@ -58,8 +58,26 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "run the tests marked interpret on kernels compiled for sm_80 or sm_90, in the PTX machine"
+    parser.addoption("--compiled-for", type=int, choices=(80, 90), help=what)
+    parser.addoption("--schedule-seed", type=int, default=0, help="of the order of warps in the PTX machine")
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    arch = request.config.getoption("--compiled-for")
+    if arch is None or not request.node.get_closest_marker("interpret"):
+        yield
+        return
+    from resnet_fast.tools.ptx_machine import ptx_machine
+
+    with ptx_machine(arch, seed=request.config.getoption("--schedule-seed")):
+        yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1" and config.getoption("--compiled-for") is None:
         for item in items:
             if item.get_closest_marker("interpret"):
                 item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 before triton is imported"))
