@@ -1,9 +1,9 @@
 """List the competitors: how each one turns a model and its input into a callable, and what it does not support.
 
 ``INFERENCE`` and ``TRAINING`` are those of ``resnet-fast bench``, ``GPU_INFERENCE`` and ``GPU_TRAINING`` those of the
-GPU commands. A provider's model is a plain module in eval mode, NCHW, on the input's device and in its dtype; the input
-is (N, C, H, W). It works on its own copy. Its verdict carries a sentence in both cases: why not, or what to know about
-the number.
+GPU commands; :mod:`.runtimes` has other libraries' runtimes for a GPU. A provider's model is a plain module in eval
+mode, NCHW, on the input's device and in its dtype; the input is (N, C, H, W). It works on its own copy. Its verdict
+carries a sentence in both cases: why not, or what to know about the number.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _installed(packages: tuple[str, ...]) -> Verdict:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Exporters print progress and deprecation notices of their own into the middle of the table."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -236,7 +236,7 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> PreparedCall:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "model.onnx"
         torch.onnx.export(copy.deepcopy(model), (x,), path, dynamo=True, verbose=False)
         options = onnxruntime.SessionOptions()
@@ -263,7 +263,7 @@ def _openvino(model: nn.Module, x: Tensor) -> PreparedCall:
     import openvino as ov
 
     array = x.float().contiguous()
-    with _quiet():
+    with quiet():
         converted = ov.convert_model(copy.deepcopy(model).float(), example_input=array)
     converted.reshape(list(array.shape))
     hint = "bf16" if x.dtype == torch.bfloat16 else "f32"
@@ -303,25 +303,29 @@ class CudnnFused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         m: Any = self.model
-        x = m.maxpool(_conv_relu(x, m.conv1))
+        x = m.maxpool(self.conv_relu(x, m.conv1))
         for layer in (m.layer1, m.layer2, m.layer3, m.layer4):
             for block in layer.children():
                 parts = dict(block.named_children())
                 shortcut = parts["downsample"].get_submodule("0")(x) if "downsample" in parts else x
                 *inner, last = [parts[name] for name in ("conv1", "conv2", "conv3") if name in parts]
                 for conv in inner:
-                    x = _conv_relu(x, conv)
-                x = torch.cudnn_convolution_add_relu(x, last.weight, shortcut, 1.0, last.bias, *_geometry(last))
+                    x = self.conv_relu(x, conv)
+                x = self.conv_add_relu(x, last, shortcut)
         out: Tensor = m.fc(torch.flatten(m.avgpool(x), 1))
         return out
+
+    def conv_relu(self, x: Tensor, conv: Any) -> Tensor:
+        """Return relu(conv(x))."""
+        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_geometry(conv))
+
+    def conv_add_relu(self, x: Tensor, conv: Any, added: Tensor) -> Tensor:
+        """Return relu(conv(x) + added)."""
+        return torch.cudnn_convolution_add_relu(x, conv.weight, added, 1.0, conv.bias, *_geometry(conv))
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
     return conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def _conv_relu(x: Tensor, conv: Any) -> Tensor:
-    return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_geometry(conv))
 
 
 def _cudnn_fused(model: nn.Module, x: Tensor) -> PreparedCall:
@@ -339,7 +343,7 @@ def _ours_on_triton(**options: Any) -> Prepare:
     return prepare
 
 
-def _in_graph(prepare: Prepare) -> Prepare:
+def in_graph(prepare: Prepare) -> Prepare:
     """The same, recorded once as a CUDA graph."""
 
     def recorded(model: nn.Module, x: Tensor) -> PreparedCall:
@@ -431,9 +435,9 @@ GPU_INFERENCE = (
     replace(_NCHW, name="eager NCHW"),
     replace(_NHWC, name="eager NHWC"),
     replace(_FOLDED_NHWC, name="folded NHWC"),
-    Provider("folded NHWC, CUDA graph", True, _GRAPHS, _in_graph(_folded), "separate"),
+    Provider("folded NHWC, CUDA graph", True, _GRAPHS, in_graph(_folded), "separate"),
     Provider("cuDNN fused ops", True, _on_gpu("cuDNN needs a GPU"), _cudnn_fused, "conv"),
-    Provider(BEST_STOCK, True, _GRAPHS, _in_graph(_cudnn_fused), "conv"),
+    Provider(BEST_STOCK, True, _GRAPHS, in_graph(_cudnn_fused), "conv"),
     Provider(OURS, False, _always, _ours_on_triton()),
     Provider(OURS_GRAPH, False, _GRAPHS, _ours_on_triton(cuda_graph=True)),
     Provider(OURS_INVARIANT, False, _always, _in_mode(_ours_on_triton())),

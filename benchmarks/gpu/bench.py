@@ -6,6 +6,7 @@
     training    a step with SGD, and its peak of memory
     profiles    the kernels of such a step, stock's and ours
     compiled    torch.compile, which takes most of a minute to prepare each time, and the best of the others
+    runtimes    TensorRT, Torch-TensorRT and cuDNN's frontend where they are installed, in bf16 and fp16, and the same
 
 Every measured number comes with the model's prediction and the prediction's error.
 """
@@ -22,7 +23,7 @@ import torch
 
 from resnet_fast.tuning import shapes
 
-from .. import providers
+from .. import providers, runtimes
 from . import ceilings, nets, profiles, report
 from .session import GpuCase, Settings, begin, settings_from, update_environment
 from .worker import WorkerPool
@@ -55,6 +56,7 @@ def _measured(settings: Settings) -> Iterator[GpuCase]:
         yield GpuCase(f"training {net} batch 2", step, limit_s=60)
         yield from _profiles(settings, net, 2, 8)
         yield _compiled(settings, 1, "reduce-overhead", net)
+        yield _runtimes(settings, 1, "float32", net)
         return
     for batch in (256, 1):
         yield _inference(settings, batch)
@@ -72,8 +74,12 @@ def _measured(settings: Settings) -> Iterator[GpuCase]:
     yield GpuCase(f"training {NET} batch 256, with torch.compile", step, limit_s=240, needs_s=120)
     for batch in (256, 1):
         yield _compiled(settings, batch, "default")
+    for batch in (256, 1):
+        yield _runtimes(settings, batch, "bfloat16")
     for batch in (32, 128):
         yield _compiled(settings, batch, "reduce-overhead")
+    for batch in (256, 1):
+        yield _runtimes(settings, batch, "float16")
 
 
 def _stock_only(settings: Settings) -> Iterator[GpuCase]:
@@ -108,6 +114,20 @@ def _compiled(settings: Settings, batch: int, mode: str, net: str = NET) -> GpuC
     dtype = "float32" if settings.quick else "bfloat16"
     work = nets.NetCase(settings, net, batch, wanted, dtype=dtype, image=image)
     return GpuCase(f"compiled {mode} {net} batch {batch}", work, limit_s=200, needs_s=75)
+
+
+def _runtimes(settings: Settings, batch: int, dtype: str, net: str = NET) -> GpuCase:
+    """Other libraries' runtimes, eager PyTorch, which their outputs are compared with, and the anchors.
+
+    Where none is installed, the row is their reasons, and nothing else is measured again for it.
+    """
+    wanted, needs_s = list(runtimes.RUNTIMES), 5.0
+    if runtimes.any_installed():
+        needs_s = 120.0  # to build an engine
+        anchors = [p for p in providers.GPU_INFERENCE if p.name in providers.ANCHORS]
+        wanted = [providers.GPU_INFERENCE[0], *wanted, *anchors]
+    work = nets.NetCase(settings, net, batch, wanted, dtype=dtype, image=8 if settings.quick else None)
+    return GpuCase(f"runtimes {net} batch {batch}, {dtype}", work, limit_s=300, needs_s=needs_s)
 
 
 def _convs(settings: Settings, net: str, batch: int, dtype: str, image: int | None) -> Iterator[GpuCase]:

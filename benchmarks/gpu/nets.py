@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -64,13 +65,13 @@ class NetCase:
                 continue
             try:
                 prepared, row, out = self._ready(peer, model, x)
+                if not self.training:
+                    reference = out if reference is None else reference
+                    row["difference"] = _difference(out, reference)
             except Exception as error:  # one competitor's failure is its own, unless the GPU is gone with it
                 errors[peer.name] = harness.first_line(error)
                 self._still_answers(peer.name, errors[peer.name])
                 continue
-            if not self.training:
-                reference = out if reference is None else reference
-                row["difference"] = _difference(out, reference)
             calls[peer.name], rows[peer.name] = prepared.call, row
         plan = QUICK if self.settings.quick else FULL
         deadline = time.monotonic() + self.limit_s
@@ -97,7 +98,7 @@ class NetCase:
             if self.settings.on_gpu:
                 prepared.call()
 
-        row: Row = {}
+        row: Row = {"stock": peer.stock}
         if self.settings.on_gpu:
             row["peak_gib"] = round(memory.peak(prepare, self.settings.device) / GIB, 3)
         else:
@@ -155,9 +156,18 @@ class NetCase:
 
 
 def _difference(out: Tensor, reference: Tensor) -> float:
-    """Norm of the difference from the first competitor's output, over that output's norm."""
+    """Norm of the difference from the first competitor's output, over that output's norm.
+
+    Raises:
+        ValueError: the output has another shape, or values that are not finite: a time of it would mean nothing.
+    """
+    if out.shape != reference.shape:
+        raise ValueError(f"expected an output of shape {tuple(reference.shape)}, got {tuple(out.shape)}")
     a, b = out.double(), reference.double()
-    return float(f"{((a - b).norm() / b.norm()).item():.3g}")
+    difference = ((a - b).norm() / b.norm()).item()
+    if not math.isfinite(difference):
+        raise ValueError(f"expected a finite output, got a difference of {difference} from the first competitor")
+    return float(f"{difference:.3g}")
 
 
 def conv_case(settings: Settings, batch: int, name: str, times: int, dtype: str, net: str, image: int | None) -> Row:

@@ -351,7 +351,7 @@ def _gpu_cell(run: Run, row: Fields, kind: str) -> MeasuredCell:
         times.append(
             PeerTime(
                 peer,
-                not peer.startswith(OURS),
+                bool(part.row.get("stock", not peer.startswith(OURS))),
                 part.positive("ms"),
                 part.positive("images_per_s"),
                 None if quartiles is None else (float(quartiles[0]), float(quartiles[1])),

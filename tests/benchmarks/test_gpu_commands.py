@@ -50,7 +50,7 @@ def test_the_commands_import_what_a_bare_machine_has() -> None:
     assert {"check.py", "tune.py", "bench.py", "session.py"} <= {path.name for path in files}
     for path in files:
         assert imported(path) <= BARE, path.name
-    for name in ("harness", "markdown", "memory", "providers", "provenance"):  # theirs of benchmarks/
+    for name in ("harness", "markdown", "memory", "providers", "provenance", "runtimes"):  # theirs of benchmarks/
         assert imported(ROOT / "benchmarks" / f"{name}.py", everywhere=False) <= BARE, name
 
 
@@ -81,7 +81,7 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
 BEGINS = {
     "check": ["cold start ", "host ", "second device ", "build", "config ", "net "],
     "tune": ["tune "],
-    "bench": ["ceiling ", "inference ", "conv ", "training ", "profile training ", "compiled "],
+    "bench": ["ceiling ", "inference ", "conv ", "training ", "profile training ", "compiled ", "runtimes "],
 }
 
 
@@ -488,7 +488,7 @@ def test_the_bench_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch
     found = [case.name for case in bench.cases(Settings("bench", "cpu"))]
     assert len(set(found)) == len(found)
     kinds = list(dict.fromkeys(name.split()[0] for name in found))
-    assert kinds == ["ceiling", "inference", "conv", "training", "compiled"]
+    assert kinds == ["ceiling", "inference", "conv", "training", "compiled", "runtimes"]
     assert found.index("inference resnet50 batch 256") < found.index("inference resnet50 batch 1")
     convs = [name for name in found if name.startswith("conv ") and name.endswith("batch 256")]
     assert len(convs) == 24  # of 53
