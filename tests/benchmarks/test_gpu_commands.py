@@ -488,7 +488,7 @@ def test_the_bench_begins_with_what_matters_most(monkeypatch: pytest.MonkeyPatch
     found = [case.name for case in bench.cases(Settings("bench", "cpu"))]
     assert len(set(found)) == len(found)
     kinds = list(dict.fromkeys(name.split()[0] for name in found))
-    assert kinds == ["ceiling", "inference", "conv", "training", "compiled", "runtimes"]
+    assert kinds == ["ceiling", "inference", "conv", "training", "profile", "compiled", "runtimes"]
     assert found.index("inference resnet50 batch 256") < found.index("inference resnet50 batch 1")
     convs = [name for name in found if name.startswith("conv ") and name.endswith("batch 256")]
     assert len(convs) == 24  # of 53
