@@ -18,17 +18,27 @@ def peers(results: ResultSet) -> str:
     out = [
         paragraph(
             "A ratio is the time of the fastest stock path over the path's own time: above 1 is faster than all that "
-            "PyTorch alone offers. Only times that were measured in one run are divided. "
+            "PyTorch alone offers. 'Ours against it' is a path's time over that of the fastest of ours. Only times "
+            "that were measured in one run are divided. Of several runs on one device, the latest is shown here, the "
+            "others in the history. "
             f"A {label('modelled')} row stands where ours was not measured. It has no ratio."
         )
     ]
     for device in devices_of(results.cells):
         out.append(f"<h3>{escape(device)}</h3>")
-        cells = [cell for cell in results.cells if cell.run.device == device]
+        cells = _latest([cell for cell in results.cells if cell.run.device == device])
         for kind in ("inference", "training"):
             for cell in sorted((c for c in cells if c.kind == kind), key=_order):
                 out.append(_cell_table(cell))
     return "\n".join(out)
+
+
+def _latest(cells: Sequence[MeasuredCell]) -> list[MeasuredCell]:
+    """Return those cells of which no run measured the same case at a later date."""
+    dates: dict[str, str] = {}
+    for cell in cells:
+        dates[cell.case] = max(cell.date, dates.get(cell.case, ""))
+    return [cell for cell in cells if cell.date == dates[cell.case]]
 
 
 def _order(cell: MeasuredCell) -> tuple[str, str, int, str]:
@@ -38,21 +48,14 @@ def _order(cell: MeasuredCell) -> tuple[str, str, int, str]:
 def _cell_table(cell: MeasuredCell) -> str:
     best, times = cell.best_stock, sorted(cell.times, key=lambda t: t.ms)
     model = modelled.ours(cell)
+    mine = min((t for t in times if t.ours), key=lambda t: t.ms, default=None)
     fastest = max([t.images_per_s for t in times] + ([model.images_per_s] if model else []), default=1.0)
-    rows = [(("ours" if t.ours else ""), _time_cells(t, best, fastest)) for t in times]
+    rows = [("ours" if t.ours else "", _time_cells(t, best, mine, fastest)) for t in times]
     if model:
-        cells = [
-            f"{escape(model.peer)} {label('modelled')}",
-            _bar("modelled", model.images_per_s / fastest),
-            f"{model.ms:.3f}",
-            f"{model.images_per_s:,.0f}",
-            "no ratio: not measured",
-            NONE,
-            NONE,
-            "",
-        ]
+        cells = [f"{escape(model.peer)} {label('modelled')}", _bar("modelled", model.images_per_s / fastest)]
+        cells += [f"{model.ms:.3f}", f"{model.images_per_s:,.0f}", "no ratio: not measured", NONE, NONE, NONE, ""]
         rows.append(("ours modelled", cells))
-    rows += [("", [escape(peer), "", NONE, NONE, NONE, NONE, NONE, escape(why)]) for peer, why in cell.missing]
+    rows += [("", [escape(peer), "", *[NONE] * 6, escape(why)]) for peer, why in cell.missing]
     size = f", {cell.image}x{cell.image}" if cell.image else ""
     what = f"{cell.net}{size}, {cell.precision}, batch {cell.batch}"
     plain = f"{cell.kind} {cell.net} batch {cell.batch}"
@@ -61,17 +64,25 @@ def _cell_table(cell: MeasuredCell) -> str:
         caption += f" Case: {escape(cell.case)}."
     if model:
         caption += f" {label('modelled')} {escape(model.how)}."
-    headings = ("path", "", "ms per batch", "images/s", "x best stock", "numeric error", "peak GiB", "note")
-    shown = [i for i in range(8) if i < 5 or any(row[i] not in ("", NONE) for _, row in rows) or i == 5]
+    always = {
+        HEADINGS.index(name) for name in ("path", "", "ms per batch", "images/s", "x best stock", "numeric error")
+    }
+    shown = [i for i in range(len(HEADINGS)) if i in always or any(row[i] not in ("", NONE) for _, row in rows)]
     cut = [(kind, [row[i] for i in shown]) for kind, row in rows]
-    numbers = [shown.index(i) for i in (2, 3, 4, 5, 6) if i in shown]
-    whole = [shown.index(7)] if 7 in shown else []
+    numbers = [at for at, i in enumerate(shown) if 2 <= i < HEADINGS.index("note")]
+    whole = [at for at, i in enumerate(shown) if i == HEADINGS.index("note")]
     return f"<h4>{escape(cell.kind.capitalize())}, batch {cell.batch}, {escape(cell.precision)}</h4>" + table(
-        caption, [headings[i] for i in shown], cut, numbers, whole, bar=1
+        caption, [HEADINGS[i] for i in shown], cut, numbers, whole, bar=1
     )
 
 
-def _time_cells(time: PeerTime, best: PeerTime | None, fastest: float) -> list[str]:
+HEADINGS = (
+    "path", "", "ms per batch", "images/s", "x best stock", "ours against it", "numeric error", "peak GiB", "note"
+)  # fmt: skip
+"""Columns of a cell's table. Those after the images per second that are empty are left out, but the two that matter."""
+
+
+def _time_cells(time: PeerTime, best: PeerTime | None, mine: PeerTime | None, fastest: float) -> list[str]:
     ratio = NONE if best is None else f"{best.ms / time.ms:.2f}" + (" (best stock)" if time is best else "")
     spread = (
         f' <span class="soft">({time.quartiles[0]:.3f}&ndash;{time.quartiles[1]:.3f})</span>' if time.quartiles else ""
@@ -82,6 +93,7 @@ def _time_cells(time: PeerTime, best: PeerTime | None, fastest: float) -> list[s
         f"{time.ms:.3f}{spread}",
         f"{time.images_per_s:,.0f}",
         ratio,
+        NONE if mine is None or time.ours else f"{time.ms / mine.ms:.2f} x as fast",
         escape(time.error) or "not recorded",
         NONE if time.peak_gib is None else f"{time.peak_gib:.2f}",
         escape(time.note),

@@ -227,12 +227,13 @@ def test_a_run_of_ours_has_ratios_and_errors_and_no_model(tmp_path: Path) -> Non
         rows.append({"key": f"{case} | g", "case": case, **row})
     write(tmp_path, rows)
     text = page.build([tmp_path])
-    found = [(kind, cells) for kind, cells in Reader(text).rows if len(cells) == 8]
+    found = [(kind, cells) for kind, cells in Reader(text).rows if len(cells) == 9]
     mine = [cells for kind, cells in found if kind == "ours"]
-    assert [cells[2:7] for cells in mine] == [
-        ["4.981 (4.900–5.100)", "51,400", "2.00", "2.1e-03 from eager NHWC", "0.50"]
+    assert [cells[2:8] for cells in mine] == [
+        ["4.981 (4.900–5.100)", "51,400", "2.00", "–", "2.1e-03 from eager NHWC", "0.50"]
     ]
-    assert any(cells[0] == "torch.compile" and cells[7] == "no <compiler>" for _, cells in found)
+    assert {cells[0]: cells[5] for kind, cells in found if kind == ""}["eager NHWC"] == "3.96 x as fast"
+    assert any(cells[0] == "torch.compile" and cells[8] == "no <compiler>" for _, cells in found)
     assert sum(kind == "ours modelled" for kind, _ in Reader(text).rows) == 7  # not where ours was measured
     assert "resnet_fast, one convolution" in text and "cuDNN, one convolution" in text
     assert "Failed: 1" in text and "ValueError: &lt;wrong&gt;" in text
@@ -257,10 +258,12 @@ def test_what_bench_writes(tmp_path: Path) -> None:
     (tmp_path / "step.json").write_text(report.to_json(BenchReport(trained, {}, origin, TrainingRow)))  # type: ignore[arg-type]
     text = page.build([tmp_path])
     table = [cells for _, cells in Reader(text).rows]
-    assert ["eager-nhwc", "", "2.000 (1.500–2.500)", "500", "1.00 (best stock)", "1.0e-05 of fp64's norm", ""] in table
-    assert ["resnet_fast", "", "1.600 (1.500–2.500)", "500", "1.25", "not recorded", ""] in table
+    quartiles = "(1.500–2.500)"
+    error = "1.0e-05 of fp64's norm"
+    assert ["eager-nhwc", "", f"2.000 {quartiles}", "500", "1.00 (best stock)", "1.25 x as fast", error, ""] in table
+    assert ["resnet_fast", "", f"1.600 {quartiles}", "500", "1.25", "–", "not recorded", ""] in table
     assert any(row[0] == "openvino" and row[-1] == "broke <here>" for row in table)
-    assert any(row[0] == "resnet_fast" and row[5:7] == ["loss +3.0e-04 from stock's", "0.50"] for row in table)
+    assert any(row[0] == "resnet_fast" and row[6:8] == ["loss +3.0e-04 from stock's", "0.50"] for row in table)
     assert "A CPU, 2 threads" in text and "commit cccccccccc" in text and "computes in float32" in text
 
 
@@ -276,6 +279,8 @@ def test_history_begins_with_the_second_date(tmp_path: Path) -> None:
     history = text.partition('id="history"')[2].partition("</section>")[0]
     assert history.count('class="chart wide"') == 9 and "38,550" in history and "25,700" in history
     assert "commit dddddddddd" in history and "a line needs two" not in history
+    peers = text.partition('id="peers"')[2].partition("</section>")[0]
+    assert peers.count("<h4>") == 9 and "38,550" in peers and "25,700" not in peers  # the latest
     # A case that was measured again in the same folder keeps its earlier row.
     again = [row | {"at": "2027-01-01"} for row in rows if row["case"] == "inference resnet50 batch 1"]
     write(tmp_path / "second", rows + again)
