@@ -7,47 +7,11 @@
 
 #include <cfenv>
 
-#include "apply.h"
 #include "families.h"
-#include "numbers.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PTX_WITH_FMA __attribute__((target_clones("default", "fma")))
-#else
-#define PTX_WITH_FMA
-#endif
+#include "floating.h"
 
 namespace ptx {
 namespace {
-
-enum Flag : uint32_t { kFtz = 1, kSat = 2, kRelu = 4, kNan = 8, kXorSign = 16, kAbs = 32, kApprox = 64, kFull = 128 };
-enum class Op : uint8_t {
-  kAdd,
-  kSub,
-  kMul,
-  kFma,
-  kDiv,
-  kRcp,
-  kSqrt,
-  kRsqrt,
-  kMin,
-  kMax,
-  kAbs,
-  kNeg,
-  kSin,
-  kCos,
-  kLg2,
-  kEx2,
-  kTanh,
-};
-
-// Instruction::number holds the operation and the rounding.
-Op op_of(const Instruction& i) {
-  return static_cast<Op>(i.number & 0xff);
-}
-Round round_of(const Instruction& i) {
-  return static_cast<Round>(i.number >> 8);
-}
 
 // The quotient and the root, rounded to odd: the remainder says on which side the exact value is.
 double div_odd(double a, double b) {
@@ -69,60 +33,63 @@ double extreme(double a, double b, bool greatest, bool keep_nan) {
   return (a > b) == greatest ? a : b;
 }
 
-// The exact value, or that rounded to odd, of formats of at most 24 bits.
-double evaluate(Op op, uint32_t flags, double a, double b, double c) {
+}  // namespace
+
+double evaluate(FloatOp op, uint32_t flags, double a, double b, double c) {
   switch (op) {
-    case Op::kAdd:
+    case FloatOp::kAdd:
       return add_odd(a, b);
-    case Op::kSub:
+    case FloatOp::kSub:
       return add_odd(a, -b);
-    case Op::kMul:
+    case FloatOp::kMul:
       return a * b;
-    case Op::kFma:
+    case FloatOp::kFma:
       return fma_odd(a, b, c);
-    case Op::kDiv:
+    case FloatOp::kDiv:
       // Documented of div.approx: a divisor above 2^126 gives 0, or NaN from infinity.
       if ((flags & kApprox) && std::fabs(b) > 0x1p126 && std::isfinite(b))
         return std::isinf(a) ? std::nan("") : a * 0.0;
       return div_odd(a, b);
-    case Op::kRcp:
+    case FloatOp::kRcp:
       return div_odd(1.0, a);
-    case Op::kSqrt:
+    case FloatOp::kSqrt:
       return sqrt_odd(a);
-    case Op::kRsqrt:
+    case FloatOp::kRsqrt:
       return 1.0 / std::sqrt(a);
-    case Op::kMin:
-    case Op::kMax: {
+    case FloatOp::kMin:
+    case FloatOp::kMax: {
       const bool negative = std::signbit(a) != std::signbit(b);
       if (flags & kAbs) {
         a = std::fabs(a);
         b = std::fabs(b);
       }
-      const double chosen = extreme(a, b, op == Op::kMax, flags & kNan);
+      const double chosen = extreme(a, b, op == FloatOp::kMax, flags & kNan);
       return flags & kXorSign ? std::copysign(chosen, negative ? -1.0 : 1.0) : chosen;
     }
-    case Op::kAbs:
+    case FloatOp::kAbs:
       return std::fabs(a);
-    case Op::kNeg:
+    case FloatOp::kNeg:
       return -a;
-    case Op::kSin:
+    case FloatOp::kSin:
       return std::sin(a);
-    case Op::kCos:
+    case FloatOp::kCos:
       return std::cos(a);
-    case Op::kLg2:
+    case FloatOp::kLg2:
       return std::log2(a);
-    case Op::kEx2:
+    case FloatOp::kEx2:
       return std::exp2(a);
-    case Op::kTanh:
+    case FloatOp::kTanh:
       return std::tanh(a);
   }
   return 0;
 }
 
+namespace {
+
 // Rounded down, a sum that is exactly zero is -0, unless both of its parts are +0.
-double sum_rounded_down(Op op, double sum, double a, double b, double c) {
-  if (sum != 0 || op > Op::kFma || op == Op::kMul) return sum;
-  const double first = op == Op::kFma ? a * b : a, second = op == Op::kFma ? c : op == Op::kSub ? -b : b;
+double sum_rounded_down(FloatOp op, double sum, double a, double b, double c) {
+  if (sum != 0 || op > FloatOp::kFma || op == FloatOp::kMul) return sum;
+  const double first = op == FloatOp::kFma ? a * b : a, second = op == FloatOp::kFma ? c : op == FloatOp::kSub ? -b : b;
   const bool both = first == 0 && second == 0 && !std::signbit(first) && !std::signbit(second);
   return both ? 0.0 : -0.0;
 }
@@ -134,7 +101,7 @@ void fast(Warp& w, const Instruction& i, F f) {
   apply<float, float, float>(w, i, [f](float a, float b) { return canonical(f(a, b)); });
 }
 
-PTX_WITH_FMA void multiply_add(float* out, const float* a, const float* b, const float* c) {
+void multiply_add(float* out, const float* a, const float* b, const float* c) {
   for (int lane = 0; lane < kWarp; ++lane) out[lane] = canonical(std::fma(a[lane], b[lane], c[lane]));
 }
 
@@ -169,24 +136,8 @@ void run_sign_32(Warp& w, const Instruction& i) {
   apply<uint32_t, uint32_t>(w, i, [](uint32_t a) { return kAbsolute ? a & 0x7fffffff : a ^ 0x80000000; });
 }
 
-// Calls f(lane, values of up to three sources), for sources of a type that `load` widens.
-template <class D, class S, class F>
-void apply_any(Warp& w, const Instruction& i, F f) {
-  const int sources = i.parts - 1;
-  const S* in[3] = {};
-  uint32_t defined = kAllLanes;
-  for (int s = 0; s < 3; ++s) {
-    const Slot& slot = i.slot[s < sources ? s + 1 : 1];
-    in[s] = w.in<S>(slot);
-    defined &= w.defined(i, slot);
-  }
-  alignas(64) D out[kWarp];
-  for (int lane = 0; lane < kWarp; ++lane) out[lane] = f(in[0][lane], in[1][lane], in[2][lane]);
-  w.put(i, i.slot[0], out, defined);
-}
-
 void run_32(Warp& w, const Instruction& i) {
-  const Op op = op_of(i);
+  const FloatOp op = op_of(i);
   const Round round = round_of(i);
   const uint32_t flags = i.flags;
   apply_any<float, float>(w, i, [=](float a, float b, float c) {
@@ -204,7 +155,7 @@ void run_32(Warp& w, const Instruction& i) {
 }
 
 void run_pair_32(Warp& w, const Instruction& i) {
-  const Op op = op_of(i);
+  const FloatOp op = op_of(i);
   const Round round = round_of(i);
   const uint32_t flags = i.flags;
   apply_any<uint64_t, uint64_t>(w, i, [=](uint64_t a, uint64_t b, uint64_t c) {
@@ -221,58 +172,6 @@ void run_pair_32(Warp& w, const Instruction& i) {
       out |= uint64_t{bit_cast<uint32_t>(value)} << half;
     }
     return out;
-  });
-}
-
-// ---- f16 and bf16 ----
-
-template <bool kBrain>
-struct Half {
-  static double widen(uint16_t bits, bool flush) {
-    if (flush && (bits & (kBrain ? 0x7f80 : 0x7c00)) == 0) bits &= 0x8000;
-    return kBrain ? float_of_bf16(bits) : float_of_f16(bits);
-  }
-  static uint16_t narrow(double value, uint32_t flags, Round round) {
-    if (std::isnan(value)) return flags & kSat ? 0 : kNan16;
-    if ((flags & kSat) && !(value > 0)) return 0;
-    if ((flags & kSat) && value > 1) value = 1;
-    if ((flags & kRelu) && !(value > 0)) return 0;
-    auto bits = static_cast<uint16_t>(round_to(kBrain ? kFormatB16 : kFormat16, value, round));
-    if ((flags & kFtz) && (bits & (kBrain ? 0x7f80 : 0x7c00)) == 0) bits &= 0x8000;
-    return bits;
-  }
-  static uint16_t sign(Op op, uint16_t a) {
-    return op == Op::kAbs ? a & 0x7fff : a ^ 0x8000;
-  }
-};
-
-template <bool kBrain>
-uint16_t half_op(Op op, uint32_t flags, Round round, uint16_t a, uint16_t b, uint16_t c) {
-  using H = Half<kBrain>;
-  const bool flush = flags & kFtz;
-  if (op == Op::kAbs || op == Op::kNeg) return H::sign(op, a);
-  return H::narrow(evaluate(op, flags, H::widen(a, flush), H::widen(b, flush), H::widen(c, flush)), flags, round);
-}
-
-template <bool kBrain>
-void run_16(Warp& w, const Instruction& i) {
-  const Op op = op_of(i);
-  const Round round = round_of(i);
-  const uint32_t flags = i.flags;
-  apply_any<uint16_t, uint16_t>(
-      w, i, [=](uint16_t a, uint16_t b, uint16_t c) { return half_op<kBrain>(op, flags, round, a, b, c); });
-}
-template <bool kBrain>
-void run_pair_16(Warp& w, const Instruction& i) {
-  const Op op = op_of(i);
-  const Round round = round_of(i);
-  const uint32_t flags = i.flags;
-  apply_any<uint32_t, uint32_t>(w, i, [=](uint32_t a, uint32_t b, uint32_t c) {
-    const auto low =
-        half_op<kBrain>(op, flags, round, static_cast<uint16_t>(a), static_cast<uint16_t>(b), static_cast<uint16_t>(c));
-    const auto high = half_op<kBrain>(op, flags, round, static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16),
-                                      static_cast<uint16_t>(c >> 16));
-    return uint32_t{low} | uint32_t{high} << 16;
   });
 }
 
@@ -295,22 +194,22 @@ class Rounding {
   int before_;
 };
 
-double evaluate_64(Op op, uint32_t flags, double a, double b, double c) {
+double evaluate_64(FloatOp op, uint32_t flags, double a, double b, double c) {
   volatile double x = a, y = b;  // not computed ahead, in another rounding
   switch (op) {
-    case Op::kAdd:
+    case FloatOp::kAdd:
       return x + y;
-    case Op::kSub:
+    case FloatOp::kSub:
       return x - y;
-    case Op::kMul:
+    case FloatOp::kMul:
       return x * y;
-    case Op::kFma:
+    case FloatOp::kFma:
       return std::fma(x, y, c);
-    case Op::kDiv:
+    case FloatOp::kDiv:
       return x / y;
-    case Op::kRcp:
+    case FloatOp::kRcp:
       return 1.0 / x;
-    case Op::kSqrt:
+    case FloatOp::kSqrt:
       return std::sqrt(x);
     default:
       return evaluate(op, flags, a, b, c);
@@ -319,7 +218,7 @@ double evaluate_64(Op op, uint32_t flags, double a, double b, double c) {
 
 void run_64(Warp& w, const Instruction& i) {
   const Rounding rounding(round_of(i));
-  const Op op = op_of(i);
+  const FloatOp op = op_of(i);
   const uint32_t flags = i.flags;
   apply_any<double, double>(w, i, [=](double a, double b, double c) { return evaluate_64(op, flags, a, b, c); });
 }
@@ -356,46 +255,47 @@ void run_test(Warp& w, const Instruction& i) {
 
 struct Known {
   const char* name;
-  Op op;
+  FloatOp op;
   int sources;
 };
-constexpr Known kKnown[] = {
-    {"add", Op::kAdd, 2}, {"sub", Op::kSub, 2}, {"mul", Op::kMul, 2},   {"fma", Op::kFma, 3},     {"mad", Op::kFma, 3},
-    {"div", Op::kDiv, 2}, {"rcp", Op::kRcp, 1}, {"sqrt", Op::kSqrt, 1}, {"rsqrt", Op::kRsqrt, 1}, {"min", Op::kMin, 2},
-    {"max", Op::kMax, 2}, {"abs", Op::kAbs, 1}, {"neg", Op::kNeg, 1},   {"sin", Op::kSin, 1},     {"cos", Op::kCos, 1},
-    {"lg2", Op::kLg2, 1}, {"ex2", Op::kEx2, 1}, {"tanh", Op::kTanh, 1}};
+constexpr Known kKnown[] = {{"add", FloatOp::kAdd, 2}, {"sub", FloatOp::kSub, 2},   {"mul", FloatOp::kMul, 2},
+                            {"fma", FloatOp::kFma, 3}, {"mad", FloatOp::kFma, 3},   {"div", FloatOp::kDiv, 2},
+                            {"rcp", FloatOp::kRcp, 1}, {"sqrt", FloatOp::kSqrt, 1}, {"rsqrt", FloatOp::kRsqrt, 1},
+                            {"min", FloatOp::kMin, 2}, {"max", FloatOp::kMax, 2},   {"abs", FloatOp::kAbs, 1},
+                            {"neg", FloatOp::kNeg, 1}, {"sin", FloatOp::kSin, 1},   {"cos", FloatOp::kCos, 1},
+                            {"lg2", FloatOp::kLg2, 1}, {"ex2", FloatOp::kEx2, 1},   {"tanh", FloatOp::kTanh, 1}};
 
-Run fast_of(Op op, uint32_t flags) {
+Run fast_of(FloatOp op, uint32_t flags) {
   if (flags & ~static_cast<uint32_t>(kNan)) return nullptr;
   const bool keep_nan = flags & kNan;
   switch (op) {
-    case Op::kAdd:
+    case FloatOp::kAdd:
       return run_add_32;
-    case Op::kSub:
+    case FloatOp::kSub:
       return run_sub_32;
-    case Op::kMul:
+    case FloatOp::kMul:
       return run_mul_32;
-    case Op::kFma:
+    case FloatOp::kFma:
       return run_fma_32;
-    case Op::kMax:
+    case FloatOp::kMax:
       return keep_nan ? run_extreme_32<true, true> : run_extreme_32<true, false>;
-    case Op::kMin:
+    case FloatOp::kMin:
       return keep_nan ? run_extreme_32<false, true> : run_extreme_32<false, false>;
-    case Op::kAbs:
+    case FloatOp::kAbs:
       return run_sign_32<true>;
-    case Op::kNeg:
+    case FloatOp::kNeg:
       return run_sign_32<false>;
     default:
       return nullptr;
   }
 }
 
-bool is_approximate(Op op) {
-  return op == Op::kRsqrt || (op >= Op::kSin && op <= Op::kTanh);
+bool is_approximate(FloatOp op) {
+  return op == FloatOp::kRsqrt || (op >= FloatOp::kSin && op <= FloatOp::kTanh);
 }
 
 // The modifiers of a floating-point instruction. Returns false if the type does not have them.
-bool take_flags(Modifiers& m, Op op, Type type, Form& f, Round& round) {
+bool take_flags(Modifiers& m, FloatOp op, Type type, Form& f, Round& round) {
   const std::string rounding = m.take_one({"rn", "rz", "rm", "rp"});
   round = rounding == "rz"   ? Round::kZero
           : rounding == "rm" ? Round::kDown
@@ -409,13 +309,13 @@ bool take_flags(Modifiers& m, Op op, Type type, Form& f, Round& round) {
   if (m.take("abs")) f.flags |= kAbs;
   const bool approximate = m.take("approx"), full = m.take("full");
   if (approximate) f.flags |= kApprox;
-  const bool divides = op == Op::kDiv || op == Op::kRcp || op == Op::kSqrt;
+  const bool divides = op == FloatOp::kDiv || op == FloatOp::kRcp || op == FloatOp::kSqrt;
   if (divides && rounding.empty() && !approximate && !full) return false;
-  if (full && op != Op::kDiv) return false;
+  if (full && op != FloatOp::kDiv) return false;
   if (is_approximate(op) != (approximate && !divides)) return false;
-  if ((f.flags & kNan) && op != Op::kMin && op != Op::kMax) return false;
+  if ((f.flags & kNan) && op != FloatOp::kMin && op != FloatOp::kMax) return false;
   const bool small = type == Type::kF16 || type == Type::kBF16 || type == Type::kF16x2 || type == Type::kBF16x2;
-  if ((f.flags & kRelu) && !(small && op == Op::kFma)) return false;
+  if ((f.flags & kRelu) && !(small && op == FloatOp::kFma)) return false;
   if (small && divides) return false;
   return round == Round::kNearest || !small;
 }
@@ -465,19 +365,10 @@ Form decode_floating(Modifiers& m) {
         f.run = run_64;
         break;
       case Type::kF32x2:
-        f.run = known.op <= Op::kFma ? run_pair_32 : nullptr;
-        break;
-      case Type::kF16:
-        f.run = run_16<false>;
-        break;
-      case Type::kBF16:
-        f.run = run_16<true>;
-        break;
-      case Type::kF16x2:
-        f.run = run_pair_16<false>;
+        f.run = known.op <= FloatOp::kFma ? run_pair_32 : nullptr;
         break;
       default:
-        f.run = run_pair_16<true>;
+        f.run = half_run(known.op, type, f.flags);
         break;
     }
   }

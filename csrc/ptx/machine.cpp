@@ -222,7 +222,6 @@ void run_warp(Launch& l, Warp& w) {
   const Instruction* code = l.program->instructions.data();
   int64_t* executed = l.counters.executed.data();
   w.quantum = 1 + static_cast<int64_t>(l.draw(kLongestTurn));
-  const int64_t turn = w.quantum;
   int64_t count = 0;
   while (w.quantum > 0) {
     if (w.pc == w.meet) {
@@ -249,7 +248,6 @@ void run_warp(Launch& l, Warp& w) {
     --w.quantum;
     if (w.active) i.run(w, i);
   }
-  (void)turn;
   l.counters.instructions += count;
   check_limit(l, w, code[std::max(w.pc - 1, 0)]);
 }
@@ -324,6 +322,7 @@ void run(Launch& l) {
   check_launch(l);
   const Program& p = *l.program;
   l.counters.executed.assign(p.instructions.size(), 0);
+  l.counters.accesses.assign(p.instructions.size(), LineCount{});
   Storage storage;
   make_warps(l, storage);
   std::vector<int64_t> order(static_cast<size_t>(product(l.grid)));

@@ -31,7 +31,7 @@ struct Fault : std::runtime_error {
   Finding finding;
 };
 
-// Accesses of one line of PTX.
+// Accesses of one instruction.
 struct LineCount {
   int64_t instructions = 0;   // of a warp
   int64_t wavefronts = 0;     // of shared memory: rounds through its banks
@@ -43,7 +43,7 @@ struct LineCount {
 struct Counters {
   int64_t instructions = 0;               // of a warp
   std::vector<int64_t> executed;          // by Instruction, how often
-  std::map<int, LineCount> lines;         // by PTX line
+  std::vector<LineCount> accesses;        // by Instruction
   std::map<std::string, int64_t> events;  // "barriers", "mma", "wgmma", ...
 };
 
@@ -91,7 +91,7 @@ struct Launch {
 
   uint64_t draw(uint64_t below);
   LineCount& line(const Instruction& i) {
-    return counters.lines[i.line];
+    return counters.accesses[&i - program->instructions.data()];
   }
 };
 

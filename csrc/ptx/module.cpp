@@ -84,7 +84,18 @@ py::dict to_dict(const ptx::Launch& l, bool with_variables) {
     one["unique_sectors_written"] = a.unique_sectors_written;
     allocations[py::str(a.name)] = one;
   }
-  for (const auto& [line, count] : l.counters.lines) {
+  std::map<int, ptx::LineCount> by_line;  // a function that is called twice has two instructions for a line
+  for (size_t n = 0; n < l.counters.accesses.size(); ++n) {
+    const ptx::LineCount& one = l.counters.accesses[n];
+    if (one.instructions == 0) continue;
+    ptx::LineCount& sum = by_line[l.program->instructions[n].line];
+    sum.instructions += one.instructions;
+    sum.wavefronts += one.wavefronts;
+    sum.ideal += one.ideal;
+    sum.sectors += one.sectors;
+    sum.ideal_sectors += one.ideal_sectors;
+  }
+  for (const auto& [line, count] : by_line) {
     py::dict one;
     one["instructions"] = count.instructions;
     one["wavefronts"] = count.wavefronts;
@@ -250,6 +261,10 @@ py::handle ptx_error, ptx_fault;
 void bind_tensor_map(pybind11::module_& m);
 
 PYBIND11_MODULE(_ptx, m) {
+#if defined(PTX_NEEDS_AVX2)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2"))
+    throw py::import_error("resnet_fast._ptx was built on a CPU with AVX2, and this one has none: build it here");
+#endif
   bind_tensor_map(m);
   m.doc() = "Compiled kernels, as PTX text, on the CPU: every access checked and counted.";
   ptx_error = make_error(m, "PtxError", "Text or a launch that this machine does not accept: .kernel, .line.");

@@ -75,4 +75,14 @@ inline double odd(double rounded, double error) {
   return bit_cast<double>((error > 0) == (rounded > 0) ? bits + 1 : bits - 1);
 }
 
+// To nearest, of a value that was rounded to odd: by way of a float that is rounded to odd too.
+inline uint16_t bf16_of_odd(double value) {
+  const auto narrow = static_cast<float>(value);
+  const double error = value - static_cast<double>(narrow);
+  auto bits = bit_cast<uint32_t>(narrow);
+  const bool inexact = error != 0 && (bits & 0x7f800000) != 0x7f800000;
+  if (inexact && !(bits & 1)) bits += (error > 0) == (value > 0) ? 1 : -1;
+  return bf16_of(bit_cast<float>(bits));
+}
+
 }  // namespace ptx
