@@ -20,14 +20,18 @@ from .. import invariance, ops
 from ..calls import Call, Pool
 from . import frozen_norms, stage
 from .children import child, conv_record, counting_together, norm_record, sync_group
-from .mapping import BlockMapping, Form, LayerPath, containers_of
+from .mapping import BlockMapping, LayerPath
 from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle
+from .plan import Path, Plan, PlannedForm, PlannedLayer
 from .stem import pool_obstacle, pool_record
 
 IDLE_IN_EVAL: set[type[nn.Module]] = {nn.Dropout, nn.Dropout2d}
 """Modules that return their input in eval. A library's file adds its own."""
 
 _NO_NORM = nn.Identity()
+
+_OPS = {(True, False): "basic_block", (True, True, False): "bottleneck"}
+"""Whether ReLU follows each convolution of the main branch -> the op of such a block."""
 
 
 class Piece(NamedTuple):
@@ -67,99 +71,107 @@ class Reading(NamedTuple):
         acts = tuple([isinstance(step, Piece) and step.relu for step in self.steps])
         if not isinstance(self.steps[-1], Piece):
             return ""
-        return {(True, False): "basic_block", (True, True, False): "bottleneck"}.get(acts, "")
+        return _OPS.get(acts, "")
 
 
 def read(m: nn.Module, mapping: BlockMapping) -> Reading:
     """Return the layers of a block as they are now, or why they cannot be fused."""
     steps: list[Any] = []
     found: Any
-    for step in mapping.main:
-        if isinstance(step, LayerPath):
-            found = _piece(m, step.conv, step.norm, step.act)
-        elif isinstance(step, str):
-            found = at(m, step.split("."))
+    plan = mapping.plan
+    for step in plan.main:
+        if isinstance(step, PlannedLayer):
+            found = _piece(m, step)
+        elif isinstance(step, Pool):
+            found = step
+        else:
+            found = at(m, step)
             if found is None or (_does_nothing(found) and not is_altered(found)):
                 continue
             if not isinstance(found, nn.Module):
-                found = obstacle(f"{step} to be a module", found)
-        else:
-            found = step
+                found = obstacle(f"{'.'.join(step)} to be a module", found)
         if isinstance(found, str):
             return Reading(found)
         steps.append(found)
-    relu = _relu(m, mapping.activation)
+    relu = _relu(m, plan.act, plan.relu)
     if isinstance(relu, str):
         return Reading(relu)
     before: Any = None
     projection: Any = None
-    form = _form(m, mapping)
+    form = _form(m, plan)
     if form is not None:
-        if len(form) != 2:
-            before = at(m, form[0].split("."))
+        if form.before is not None:
+            before = at(m, form.before)
             if not isinstance(before, nn.Module):
-                return Reading(obstacle(f"{form[0]} to be a module", before))
-        if len(form) > 1:
-            projection = _piece(m, form[-2], form[-1], None)
+                return Reading(obstacle(f"{'.'.join(form.before)} to be a module", before))
+        if form.projection is not None:
+            projection = _piece(m, form.projection)
             if isinstance(projection, str):
                 return Reading(projection)
     return Reading("", tuple(steps), before, projection, relu)
 
 
-def _piece(m: nn.Module, conv_path: str, norm_path: str | None, act: Any) -> Piece | str:
+def _piece(m: nn.Module, layer: PlannedLayer) -> Piece | str:
     """Return a layer, or why it cannot be fused."""
-    conv = at(m, conv_path.split("."))
-    norm = _NO_NORM if norm_path is None else at(m, norm_path.split("."))
-    inside = norm_path is not None and norm_path.startswith(conv_path + ".")
-    kind = type(conv) if inside and isinstance(conv, nn.Conv2d) else nn.Conv2d
-    relu = _relu(m, act)
+    conv = at(m, layer.conv)
+    norm = _NO_NORM if layer.norm is None else at(m, layer.norm)
+    kind: type[nn.Module] = nn.Conv2d
+    if layer.inside:
+        kind = type(conv) if isinstance(conv, nn.Conv2d) else kind
+        norm = _NO_NORM if norm is None else norm
+    relu = _relu(m, layer.act, layer.relu)
     if isinstance(relu, str):
         return relu
-    if inside and norm is None:
-        norm = _NO_NORM
-    return (
-        conv_obstacle(conv_path, conv, kind) or norm_obstacle(norm_path or "no norm", norm) or Piece(conv, norm, relu)
-    )
+    conv_name, norm_name = layer.names
+    return conv_obstacle(conv_name, conv, kind) or norm_obstacle(norm_name, norm) or Piece(conv, norm, relu)
 
 
-def _relu(m: nn.Module, act: Any) -> bool | str:
-    """Return whether an activation is ReLU or none, or why it cannot be fused."""
-    if not isinstance(act, str):
-        return act is not None
-    layer = at(m, act.split("."))
-    if layer is None or type(layer) is nn.Identity:
-        return False if layer is None or not is_altered(layer) else obstacle(f"{act} to be a plain Identity", layer)
-    if type(layer) is not nn.ReLU or is_altered(layer):
-        return obstacle(f"{act} to be a plain ReLU", layer)
-    return True
+def _relu(m: nn.Module, path: Path | None, called: bool) -> bool | str:
+    """Return whether the activation is ReLU or none, or why it cannot be fused.
+
+    Args:
+        m: the block.
+        path: to the activation; None if it is no module.
+        called: whether ReLU is called where it is none.
+    """
+    if path is None:
+        return called
+    layer = at(m, path)
+    if type(layer) is nn.ReLU and not is_altered(layer):
+        return True
+    if layer is None:
+        return False
+    if type(layer) is nn.Identity:
+        return obstacle(f"{'.'.join(path)} to be a plain Identity", layer) if is_altered(layer) else False
+    return obstacle(f"{'.'.join(path)} to be a plain ReLU", layer)
 
 
-def _form(m: nn.Module, mapping: BlockMapping) -> Form | None:
+def _form(m: nn.Module, plan: Plan) -> PlannedForm | None:
     """Return the form of the shortcut that this instance has; None if the shortcut is ``x``."""
-    forms = mapping.shortcut
-    if forms is None:
+    forms = plan.forms
+    if not forms:
         return None
-    first = at(m, (forms[0][0].partition(".")[0],))
+    first = child(m, forms[0].paths[0][0])
     if first is None or (_is_empty(first) and not is_altered(first)):
         return None
     for form in forms:
-        if all([at(m, path.split(".")) is not None for path in form]):
+        if all([at(m, path) is not None for path in form.paths]):
             return form
     return forms[0]
 
 
-def containers(m: nn.Module, mapping: BlockMapping) -> list[tuple[str, ...]]:
+def containers(m: nn.Module, mapping: BlockMapping) -> tuple[Path, ...]:
     """Return the paths of the modules on the way to the layers that this instance has."""
-    form = _form(m, mapping)
-    return [*mapping.containers, *(containers_of(form[-2:]) if form is not None and len(form) > 1 else ())]
+    form = _form(m, mapping.plan)
+    return mapping.plan.containers if form is None else (*mapping.plan.containers, *form.containers)
 
 
 def is_complete(m: nn.Module, mapping: BlockMapping) -> bool:
     """Return whether every child of the block, and of the modules on the way to its layers, is described."""
-    form = _form(m, mapping)
+    form = _form(m, mapping.plan)
     paths = [path for step in mapping.main for path in (step if isinstance(step, LayerPath) else (step,))]
-    paths += [mapping.activation, *(form or ())]
-    named = {path for path in paths if isinstance(path, str)}
+    named = {path for path in (*paths, mapping.activation) if isinstance(path, str)}
+    named |= set() if form is None else {".".join(path) for path in form.paths}
     inside = containers(m, mapping)
     named |= {".".join(path) for path in inside}
     for path in ((), *inside):
@@ -172,7 +184,7 @@ def is_complete(m: nn.Module, mapping: BlockMapping) -> bool:
 
 def groups(reading: Reading) -> set[str]:
     """Return the process groups that share the statistics of the block's norms."""
-    return {sync_group(p.norm) for p in reading.pieces()} - {""}
+    return {sync_group(p.norm) for p in reading.pieces() if type(p.norm) is nn.SyncBatchNorm} - {""}
 
 
 def unlike_reference(reading: Reading, residual: bool) -> str:
@@ -262,7 +274,8 @@ def at(m: Any, path: Any) -> Any:
     for name in path:
         if not isinstance(m, nn.Module):
             return None
-        m = child(m, name)
+        fields = m.__dict__  # as :func:`child` does, without a call
+        m = fields[name] if name in fields else fields["_modules"].get(name)
     return m
 
 

@@ -126,9 +126,13 @@ class Fused(nn.Module):
         if self.runs_for_tracer(x):
             return True
         reason = self.unfusable() or self.input_obstacle(x) or self.sync_obstacle(x) or self.cache_obstacle()
+        return self.counts_as_stock(x, reason, self.unlike_reference)
+
+    def counts_as_stock(self, x: Tensor, reason: str, unlike_reference: Callable[[], str]) -> bool:
+        """Return whether there is a reason for the stock layers, this one or one of the gradients', and count it."""
         quiet = not reason
-        if torch.is_grad_enabled():
-            reason = reason or self.gradient_obstacle(x)
+        if not reason and torch.is_grad_enabled():
+            reason = gradient_obstacle(x, unlike_reference, self.op_layers, self.backend)
         if reason:
             record.stock(self, self.op, reason, quiet)
         return bool(reason)
@@ -181,10 +185,6 @@ class Fused(nn.Module):
     def cache_obstacle(self) -> str:
         """Return why nothing that inference derives from the weights can be kept."""
         return cache_obstacle(self)
-
-    def gradient_obstacle(self, x: Tensor) -> str:
-        """Return why the op's gradients would differ from the stock layers' in the last bit."""
-        return gradient_obstacle(x, self.unlike_reference, self.op_layers, self.backend)
 
     def unlike_reference(self) -> str:
         """Return what the reference rounds in another order than this module's own layers; empty if nothing."""

@@ -40,12 +40,24 @@ class MappedBlock(Fused):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """Return act(main(x) + shortcut(x)) from one op call or in pieces, or run the stock forward and say why."""
-        if self.runs_stock(x):
+        reading = self._reading_for(x)
+        if reading is None:
             return self.stock_class.forward(self, x)
-        return self._runner(self.read()).run(x)
+        return Runner(reading, self.mapping.residual, self.training, self.backend, self.save).run(x)
 
-    def _runner(self, reading: Reading) -> Runner:
-        return Runner(reading, self.mapping.residual, self.training, self.backend, self.save)
+    def _reading_for(self, x: Tensor) -> Reading | None:
+        """Return the layers, read once per call; None if it must run the stock ones, which is counted."""
+        if self.runs_for_tracer(x):
+            return None
+        reason = self.watched.changed()
+        reading = Reading(reason) if reason else self.read()
+        reason = reading.reason or self.input_obstacle(x)
+        if not reason:
+            groups = described.groups(reading)
+            reason = (self.group_obstacle(groups, x) if groups else "") or self.cache_obstacle()
+        residual = self.mapping.residual
+        counted = self.counts_as_stock(x, reason, lambda: described.unlike_reference(reading, residual))
+        return None if counted else reading
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -89,13 +101,6 @@ class MappedBlock(Fused):
         if not op or reading.before is not None or any([counts(p.norm) for p in reading.pieces()]):
             return None
         return (described.block_call(x, reading, op, None),)
-
-    def sync_obstacle(self, x: Tensor) -> str:
-        groups = described.groups(self.read())
-        return self.group_obstacle(groups, x) if groups else ""
-
-    def unlike_reference(self) -> str:
-        return described.unlike_reference(self.read(), self.mapping.residual)
 
     def op_convs(self) -> list[nn.Module]:
         return [piece.conv for piece in self.read().pieces()]

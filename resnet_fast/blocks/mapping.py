@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..calls import Pool
 from ..errors import UserError
+from .plan import Plan, planned
 
 Activation = str | Callable[..., Any] | None
 
@@ -65,8 +66,8 @@ class BlockMapping:
     shortcut: tuple[Form, ...] | None = None
     activation: Activation = None
     residual: bool = True
-    containers: tuple[tuple[str, ...], ...] = field(init=False, compare=False, repr=False)
-    """Paths of the modules on the way to the layers of ``main``."""
+    plan: Plan = field(init=False, compare=False, repr=False)
+    """The same with its paths taken apart."""
 
     def __init__(self, main: Any, shortcut: Any = None, activation: Any = None, residual: bool = True):
         steps = tuple(map(_step, main)) if isinstance(main, (list, tuple)) else ()
@@ -78,8 +79,7 @@ class BlockMapping:
         object.__setattr__(self, "shortcut", _forms(shortcut))
         object.__setattr__(self, "activation", _activation(activation))
         object.__setattr__(self, "residual", bool(residual))
-        paths = [path for layer in self.layers() for path in layer if isinstance(path, str)]
-        object.__setattr__(self, "containers", tuple(containers_of(paths)))
+        object.__setattr__(self, "plan", planned(steps, self.shortcut or (), self.activation))
         if not residual and (shortcut is not None or activation is not None):
             got = f"shortcut={shortcut!r}, activation={activation!r}"
             raise UserError("neither shortcut nor activation where residual is False", got, "put the layers into main")
@@ -100,16 +100,6 @@ class BlockMapping:
         for step in self.main:
             found += step if isinstance(step, LayerPath) else [step]
         return [path for path in (*found, self.activation) if isinstance(path, str)]
-
-
-def containers_of(paths: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the paths of the modules on the way to these, each once."""
-    found: dict[tuple[str, ...], None] = {}
-    for path in paths:
-        parts = tuple(path.split("."))
-        for end in range(1, len(parts)):
-            found[parts[:end]] = None
-    return list(found)
 
 
 def _step(step: Any) -> Step:

@@ -182,9 +182,10 @@ def norm_obstacle(name: str, norm: Any) -> str:
         return f"expected {name}'s {missing.args[0]} to be a plain parameter or buffer, got none; it runs unfused"
     if len(fields) != _FIELDS.get(kind) and any([t in fields for t in _TENSORS]):
         return _no_parameter(name, fields)
-    for t in (mean, var) if learns else (weight, bias, mean, var):
-        if type(t) is not Tensor and t is not None and type(t) is not Parameter and not torch.compiler.is_compiling():
-            return _no_parameter(name, fields)
+    if not (type(mean) is type(var) is Tensor and (learns or type(weight) is type(bias) is Tensor)):
+        for t in (mean, var) if learns else (weight, bias, mean, var):
+            if not (t is None or type(t) is Tensor or type(t) is Parameter or torch.compiler.is_compiling()):
+                return _no_parameter(name, fields)
     if (mean is None) != (var is None):
         return f"expected {name} with both running_mean and running_var or neither, got one; it runs unfused"
     eps = fields["eps"] if learns else frozen_norms.eps_of(norm)
