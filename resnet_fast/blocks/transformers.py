@@ -38,6 +38,12 @@ STEM = BlockMapping([_layer("embedder"), "pooler"], residual=False)
 DEEP_STEM = BlockMapping([*[_layer(f"embedder.{i}") for i in range(3)], "pooler"], residual=False)
 
 
+def stages() -> set[type[nn.Module]]:
+    """Return the classes of stages, which loop over their blocks, of the modules of transformers that are imported."""
+    found = [getattr(sys.modules.get(module), prefix + "Stage", None) for module, prefix in LIBRARIES.items()]
+    return {cls for cls in found if cls is not None}
+
+
 def mappings() -> dict[type[nn.Module], BlockMapping]:
     """Return the mapping of each class, for those modules of transformers that are imported."""
     found = {}

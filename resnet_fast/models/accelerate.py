@@ -11,7 +11,7 @@ from torch import nn
 from .. import flags
 from ..dispatch import record
 from ..errors import UserError
-from .known import fused_classes, is_registered
+from .known import fused_classes, is_registered, stage_classes
 
 if TYPE_CHECKING:
     from ..blocks.fused import Fused
@@ -56,7 +56,6 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
     if not isinstance(model, nn.Module):
         raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
     from ..blocks import frozen, frozen_norms, stage, unfused
-    from ..blocks.fused import Fused
 
     flags.check_backend(backend)
     if save not in SAVES:
@@ -74,12 +73,14 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
         )
     unfused.announce(model)
     unfused.forget(model)
+    containers = stage_classes()
     for module, cls in chosen:
         module.__class__ = cls
         _set_options(module, backend, save)
     for module in model.modules():
-        if type(module) is nn.Sequential and module and all(isinstance(block, Fused) for block in module):
-            module.__class__ = stage.Sequential
+        of_blocks = stage.class_for(module, containers)
+        if of_blocks is not None:
+            module.__class__ = of_blocks
     for net in nets:
         frozen.unfreeze(net, "accelerate()")
         _set_replay(net, cuda_graph)
@@ -101,7 +102,7 @@ def restore(model: M) -> M:
 
     parameter_cache.release(model.parameters())
     for module in model.modules():
-        if isinstance(module, (Fused, stage.Sequential)):
+        if isinstance(module, (Fused, stage.Stage)):
             _set_options(module, *OPTIONS.values())
             _set_replay(module, False)
             held.forget(module)

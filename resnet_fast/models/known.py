@@ -38,6 +38,15 @@ def fused_classes() -> dict[type[nn.Module], type[Fused]]:
     return {cls.stock_class: cls for cls in fused} | _registered
 
 
+def stage_classes() -> set[type[nn.Module]]:
+    """Return the classes whose forward takes x through the blocks in ``layers``, of the libraries that are imported."""
+    if not any(name.startswith("transformers.models.") for name in sys.modules):
+        return set()
+    from ..blocks import transformers
+
+    return transformers.stages()
+
+
 def add(cls: type[nn.Module], fused: type[MappedBlock]) -> None:
     """Take ``fused`` as the fused class of ``cls`` from now on."""
     from ..blocks.fused import KNOWN

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import re
 
 import pytest
@@ -73,6 +75,25 @@ def test_the_blocks_of_transformers_reach_the_kernels() -> None:
     fused(x).logits.square().sum().backward()
     assert resnet_fast.stats()["calls"] == {"bottleneck/triton": 2, "stem/triton": 1}
     assert all(p.grad is not None for p in fused.parameters())
+
+
+def test_a_stage_of_transformers_converts_twice() -> None:
+    """Its blocks see channels_last, its callers their own layout; copies, pickles and restore know it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic")
+    stock, fused = nets.twin(nets.randomize(transformers.ResNetModel(config)))
+    x = torch.randn(1, 3, 64, 64)
+    for model in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        seen: list[Tensor] = []
+        for block in model.encoder.stages[0].layers:
+            block.register_forward_hook(lambda _, args, y, seen=seen: seen.extend([args[0], y]))
+        with torch.no_grad():
+            got, want = model(x).last_hidden_state, stock(x).last_hidden_state
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert got.is_contiguous() and len(seen) == 4
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+    restored = resnet_fast.restore(fused)
+    assert [type(m) for m in restored.modules()] == [type(m) for m in stock.modules()]
 
 
 def _tiny() -> tuple[nn.Module, Tensor]:
