@@ -2,6 +2,7 @@
 
 #include "access.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "apply.h"
@@ -145,27 +146,59 @@ void put_element(Warp& w, const Instruction& i, const Slot& slot, const uint64_t
   }
 }
 
+// The lanes whose bytes from `offset` on are defined, of an access of which some are not.
+uint32_t defined_within(const Warp& w, const Reached& r, int offset, int bytes) {
+  uint32_t lanes = r.defined;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t bit = 1u << lane;
+    if (!(w.active & bit) || (lanes & bit)) continue;
+    const auto at = static_cast<int64_t>(r.address[lane]) + offset;
+    if (r.shared & bit && w.block->shared.is_defined(at, bytes)) lanes |= bit;
+    if (r.local & bit) {
+      const uint8_t* first = w.local_written.data() + lane * w.launch->program->local_bytes + at;
+      if (std::all_of(first, first + bytes, [](uint8_t known) { return known != 0; })) lanes |= bit;
+    }
+  }
+  return lanes;
+}
+
 template <class T>
 void run_load(Warp& w, const Instruction& i) {
-  const int elements = i.part[0].count, bytes = static_cast<int>(sizeof(T)) * elements;
+  constexpr int kSize = sizeof(T);
+  const int elements = i.part[0].count;
   Reached r;
-  reach(w, i, i.at(1), static_cast<Space>(i.flags), bytes, Use::kRead, 0, nullptr, r);
+  reach(w, i, i.at(1), static_cast<Space>(i.flags), kSize * elements, Use::kRead, 0, nullptr, r);
+  const bool whole = r.defined == w.active;
   for (int e = 0; e < elements; ++e) {
     uint64_t values[kWarp] = {};
     for (int lane = 0; lane < kWarp; ++lane) {
       if (!(w.active >> lane & 1)) continue;
       T value;
-      std::memcpy(&value, r.at[lane] + e * sizeof(T), sizeof(T));
+      std::memcpy(&value, r.at[lane] + e * kSize, kSize);
       values[lane] = static_cast<uint64_t>(static_cast<int64_t>(value));  // signed types are widened with their sign
     }
-    put_element(w, i, i.at(0, e), values, r.defined);
+    const Slot& to = i.at(0, e);
+    put_element(w, i, to, values, whole ? r.defined : defined_within(w, r, e * kSize, kSize));
+    if (whole || to.absent || lane_bytes(to.type) != kSize) continue;
+    for (int part = 0; part < kSize / 2; ++part) w.know_part(to, part, defined_within(w, r, e * kSize + 2 * part, 2));
+  }
+}
+
+// Of a store to shared or local memory of which a part is undefined: marks the part that is defined.
+void mark_defined(Warp& w, const Reached& r, uint32_t lanes, int offset, int bytes) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(w.active & lanes & (r.shared | r.local) & 1u << lane)) continue;
+    const auto at = static_cast<int64_t>(r.address[lane]) + offset;
+    if (r.shared >> lane & 1) w.block->shared.set_state(at, bytes, kWritten);
+    if (r.local >> lane & 1)
+      std::memset(w.local_written.data() + lane * w.launch->program->local_bytes + at, 1, static_cast<size_t>(bytes));
   }
 }
 
 template <class T>
 void run_store(Warp& w, const Instruction& i) {
-  const int elements = i.part[1].count, bytes = static_cast<int>(sizeof(T)) * elements;
-  constexpr int kMost = 32;
+  constexpr int kSize = sizeof(T), kMost = 32;
+  const int elements = i.part[1].count, bytes = kSize * elements;
   alignas(16) uint8_t data[kWarp * kMost];
   uint32_t defined = kAllLanes;
   for (int e = 0; e < elements; ++e) {
@@ -173,13 +206,21 @@ void run_store(Warp& w, const Instruction& i) {
     defined &= w.defined(i, slot);
     for (int lane = 0; lane < kWarp; ++lane) {
       const T value = static_cast<T>(w.value(slot, lane));
-      std::memcpy(data + lane * bytes + e * sizeof(T), &value, sizeof(T));
+      std::memcpy(data + lane * bytes + e * kSize, &value, kSize);
     }
   }
   Reached r;
   reach(w, i, i.at(0), static_cast<Space>(i.flags), bytes, Use::kWrite, defined, data, r);
   for (int lane = 0; lane < kWarp; ++lane)
     if (w.active >> lane & 1) std::memcpy(r.at[lane], data + lane * bytes, bytes);
+  const uint32_t partly = w.active & ~defined;
+  if (partly == 0) return;
+  for (int e = 0; e < elements; ++e) {
+    const Slot& slot = i.at(1, e);
+    mark_defined(w, r, partly & w.defined(i, slot), e * kSize, kSize);
+    for (int part = 0; part < kSize / 2; ++part)
+      mark_defined(w, r, partly & w.defined_part(i, slot, part), e * kSize + 2 * part, 2);
+  }
 }
 
 void run_prefetch(Warp&, const Instruction&) {

@@ -172,6 +172,17 @@ void run_prmt(Warp& w, const Instruction& i) {
     }
     return out;
   });
+  const uint32_t whole = w.defined(i, i.slot[1]) & w.defined(i, i.slot[2]);
+  if ((w.active & ~whole) == 0 || i.slot[3].reg != kConstantRegister) return;
+  // Bytes that are not selected may be undefined.
+  const uint32_t c = *w.in<uint32_t>(i.slot[3]), selectors = mode < 0 ? c : kModes[mode][c & 3];
+  uint32_t parts[2] = {kAllLanes, kAllLanes};
+  for (int n = 0; n < 4; ++n) {
+    const int byte = selectors >> 4 * n & 7;
+    parts[n / 2] &= w.defined_part(i, i.slot[byte < 4 ? 1 : 2], byte % 4 / 2);
+  }
+  w.note(i, i.slot[0], parts[0] & parts[1]);
+  for (int part = 0; part < 2; ++part) w.know_part(i.slot[0], part, parts[part]);
 }
 
 // The low b bits of a, with or without sign.

@@ -144,7 +144,14 @@ void choose(Warp& w, const Instruction& i, uint32_t first, uint32_t known) {
   const T *a = w.in<T>(i.slot[1]), *b = w.in<T>(i.slot[2]);
   alignas(64) T out[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) out[lane] = first >> lane & 1 ? a[lane] : b[lane];
-  w.put(i, i.slot[0], out, known & ((w.defined(i, i.slot[1]) & first) | (w.defined(i, i.slot[2]) & ~first)));
+  const uint32_t defined = known & ((w.defined(i, i.slot[1]) & first) | (w.defined(i, i.slot[2]) & ~first));
+  uint32_t parts[sizeof(T) / 2];
+  for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part)
+    parts[part] =
+        known & ((w.defined_part(i, i.slot[1], part) & first) | (w.defined_part(i, i.slot[2], part) & ~first));
+  w.put(i, i.slot[0], out, defined);
+  if (w.active & ~defined)
+    for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) w.know_part(i.slot[0], part, parts[part]);
 }
 template <class T>
 void run_selp(Warp& w, const Instruction& i) {

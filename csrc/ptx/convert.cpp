@@ -101,6 +101,10 @@ void run_integer(Warp& w, const Instruction& i) {
 template <class D, class S>
 void run_widen(Warp& w, const Instruction& i) {
   apply<D, S>(w, i, [](S a) { return static_cast<D>(a); });
+  if (sizeof(D) >= sizeof(S) || (w.active & ~w.written[i.slot[1].reg]) == 0) return;
+  uint32_t defined = kAllLanes;  // what is kept of a register may be defined where the rest is not
+  for (int part = 0; part < static_cast<int>(sizeof(D)) / 2; ++part) defined &= w.defined_part(i, i.slot[1], part);
+  w.note(i, i.slot[0], defined);
 }
 
 // ---- floating point ----

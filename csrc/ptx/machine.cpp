@@ -148,6 +148,7 @@ void set_special(Launch& l, Warp& w, const std::string& name, const Slot& slot) 
 struct Storage {
   std::vector<std::vector<uint8_t>> files;
   std::vector<std::vector<uint32_t>> written, pending;
+  std::vector<std::vector<Warp::Parts>> parts;
 };
 
 uint8_t* aligned(std::vector<uint8_t>& storage) {
@@ -163,14 +164,17 @@ void make_warps(Launch& l, Storage& storage) {
   storage.files.resize(warps);
   storage.written.resize(warps);
   storage.pending.resize(warps);
+  storage.parts.resize(warps);
   for (size_t n = 0; n < warps; ++n) {
     storage.files[n].assign(p.file_bytes + 64, 0);
     storage.written[n].resize(p.registers.size());
     storage.pending[n].resize(p.registers.size());
+    storage.parts[n].resize(p.registers.size());
     Warp& w = l.block.warps[n];
     w.file = aligned(storage.files[n]);
     w.written = storage.written[n].data();
     w.pending = storage.pending[n].data();
+    w.parts = storage.parts[n].data();
     if (!p.initial.empty()) std::memcpy(w.file, p.initial.data(), p.initial.size());
   }
 }
@@ -191,6 +195,7 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
     w.index = static_cast<int>(n);
     std::fill(storage.written[n].begin(), storage.written[n].end(), 0);
     std::fill(storage.pending[n].begin(), storage.pending[n].end(), 0);
+    std::fill(storage.parts[n].begin(), storage.parts[n].end(), Warp::Parts{});
     w.written[kConstantRegister] = kAllLanes;
     w.pending_registers = 0;
     const int64_t lanes = std::min<int64_t>(kWarp, threads - static_cast<int64_t>(n) * kWarp);

@@ -11,7 +11,12 @@ namespace {
 
 template <class T>
 void run_move(Warp& w, const Instruction& i) {
-  w.put(i, i.slot[0], w.in<T>(i.slot[1]), w.defined(i, i.slot[1]));
+  const Slot &to = i.slot[0], &from = i.slot[1];
+  const uint32_t defined = w.defined(i, from);
+  w.put(i, to, w.in<T>(from), defined);
+  if ((w.active & ~defined) == 0 || to.absent) return;
+  for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part)
+    w.know_part(to, part, w.defined_part(i, from, part));
 }
 
 void run_move_predicate(Warp& w, const Instruction& i) {
@@ -20,19 +25,22 @@ void run_move_predicate(Warp& w, const Instruction& i) {
 
 // mov.b64 {a, b}, c and mov.b64 c, {a, b}: the first element has the lowest bits.
 void run_repack(Warp& w, const Instruction& i) {
+  constexpr int kPart = 16;
   uint64_t bits[kWarp] = {};
-  uint32_t defined = kAllLanes;
+  uint32_t known[4] = {kAllLanes, kAllLanes, kAllLanes, kAllLanes};
   for (int e = 0; e < i.part[1].count; ++e) {
     const Slot& slot = i.at(1, e);
-    defined &= w.defined(i, slot);
     const int width = static_cast<int>(i.number) / i.part[1].count;
     const uint64_t mask = width == 64 ? ~uint64_t{0} : (uint64_t{1} << width) - 1;
     for (int lane = 0; lane < kWarp; ++lane) bits[lane] |= (w.value(slot, lane) & mask) << width * e % 64;
+    for (int part = 0; part * kPart < width; ++part) known[width * e / kPart + part] &= w.defined_part(i, slot, part);
   }
   for (int e = 0; e < i.part[0].count; ++e) {
     const Slot& slot = i.at(0, e);
     if (slot.absent) continue;
-    const int width = static_cast<int>(i.number) / i.part[0].count;
+    const int width = static_cast<int>(i.number) / i.part[0].count, first = width * e / kPart;
+    uint32_t defined = kAllLanes;
+    for (int part = 0; part * kPart < width; ++part) defined &= known[first + part];
     const auto store = [&](auto narrow) {
       using T = decltype(narrow);
       T out[kWarp];
@@ -49,6 +57,8 @@ void run_repack(Warp& w, const Instruction& i) {
     } else {
       store(uint64_t{});
     }
+    if (w.active & ~defined)
+      for (int part = 0; part * kPart < width; ++part) w.know_part(slot, part, known[first + part]);
   }
 }
 

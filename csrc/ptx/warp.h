@@ -40,6 +40,11 @@ struct Warp {
   // operands are; where a value matters (an address, a predicate of a branch or guard, what is stored in global memory,
   // an operand of a product), an undefined one is a finding.
   uint32_t* written = nullptr;
+  // By register, the lanes in which 16 bits of it are defined although not all are, as of `mov.b32 a, {b, undefined}`.
+  struct Parts {
+    uint32_t lanes[4];
+  };
+  Parts* parts = nullptr;
   // By register, the lanes that an asynchronous product still reads or writes. Any use is a finding.
   uint32_t* pending = nullptr;
   int pending_registers = 0;  // how many have a bit in `pending`
@@ -78,6 +83,15 @@ struct Warp {
     if (pending_registers > 0 && (pending[s.reg] & active)) used_while_pending(i, s);
     return written[s.reg];
   }
+  // The lanes in which bits 16 part to 16 part + 15 are defined.
+  uint32_t defined_part(const Instruction& i, const Slot& s, int part) {
+    return defined(i, s) | parts[s.reg].lanes[part];
+  }
+  // The same of a register that was just written.
+  void know_part(const Slot& s, int part, uint32_t lanes) {
+    uint32_t& known = parts[s.reg].lanes[part];
+    known = (known & ~active) | (lanes & active);
+  }
   // A finding unless all active lanes are defined. `what` names the operand: "the address".
   void require(const Instruction& i, const Slot& s, const char* what) {
     if (active & ~defined(i, s)) undefined(i, s, what);
@@ -105,6 +119,8 @@ struct Warp {
   void note(const Instruction& i, const Slot& s, uint32_t defined) {
     if (pending_registers > 0 && (pending[s.reg] & active)) used_while_pending(i, s);
     written[s.reg] = (written[s.reg] & ~active) | (defined & active);
+    if (active & ~defined)
+      for (uint32_t& lanes : parts[s.reg].lanes) lanes &= ~active;
   }
 
   void pause() {

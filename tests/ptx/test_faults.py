@@ -84,6 +84,35 @@ def test_values_that_nothing_defined() -> None:
     assert out[:2].tolist() == [3, 4] and out[2:34].tolist() == list(range(32))
 
 
+PARTS = {
+    "moved": ("mov.b32 %r2, %r1; mov.b64 %a0, {%r3, %r2}; mov.b64 {_, %r4}, %a0; mov.b32 {%h2, _}, %r4;", "{_, %h2}"),
+    "narrowed": ("cvt.u16.u32 %h2, %r1;", ""),
+    "permuted": ("prmt.b32 %r2, %r1, %r3, 0x1010; cvt.u16.u32 %h2, %r2;", ""),
+    "selected": ("setp.eq.s32 %q0, %l, %l; selp.b32 %r2, %r1, %r3, %q0; mov.b32 {%h2, _}, %r2;", "{_, %h2}"),
+    "stored": (SLOT + "st.shared.b32 [%r0], %r1; ld.shared.b32 %r2, [%r0]; mov.b32 {%h2, _}, %r2;", "{_, %h2}"),
+    "in a vector": (
+        "mov.b32 %r0, memory; mad.lo.s32 %r0, %t, 16, %r0; st.shared.v4.b32 [%r0], {%r3, %r4, %r1, %r5};"
+        "ld.shared.v4.b32 {_, _, %r2, _}, [%r0]; mov.b32 {%h2, _}, %r2;",
+        "{_, %h2}",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", PARTS)
+def test_values_that_are_defined_in_part(way: str) -> None:
+    """A packed register with one half undefined: each half is followed through moves, memory and selections."""
+    from resnet_fast import _ptx
+
+    registers, (text, other_half) = REGISTERS + ".reg .b16 %h<4>;", PARTS[way]
+    pack, use = "cvt.u16.u32 %h0, %t; mov.b32 %r1, {%h0, %h1};\n", "cvt.u32.u16 %r7, %h2; st.global.b32 [%p0], %r7;"
+    out = np.ones(1, np.uint32)
+    launch(kernel(pack + text + use, 1, registers=registers), [out], threads=1)
+    assert out[0] == 0
+    if other_half:
+        with pytest.raises(_ptx.Fault, match="never written"):
+            launch(kernel(pack + text.replace("{%h2, _}", other_half) + use, 1, registers=registers), [out], threads=1)
+
+
 RACE = SLOT + "xor.b32 %r1, %r0, 128;\n"
 
 
