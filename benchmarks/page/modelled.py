@@ -78,12 +78,16 @@ def launches(cell: MeasuredCell) -> list[ModelledLaunch]:
 
 
 def training_seconds(net: str, batch: int, device_name: str, dtype: str = "bfloat16") -> dict[str, float]:
-    """Return the modelled seconds of a training step of ours by kind of kernel; empty for a device without model."""
+    """Return the modelled seconds of a training step of ours by kind of kernel; empty where there is no model."""
     device = devices.detect(device_name)
     if device is None:
         return {}
+    try:
+        items = byte_model.net_work(net, PLAN, batch, None, dtype)
+    except UserError:  # a net that is not known
+        return {}
     seconds: dict[str, float] = defaultdict(float)
-    for item in byte_model.net_work(net, PLAN, batch, None, dtype):
+    for item in items:
         seconds[item.kernel] += prediction.predict_time((item,), device, PLAN).seconds
     return dict(seconds)
 

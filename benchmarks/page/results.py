@@ -282,6 +282,13 @@ class Fields:
             raise _broken(self.where, f"expected at least {least} values as {name!r}, got {len(values)}")
         return values
 
+    def numbers(self, name: str, least: int) -> list[float]:
+        """Return a list of at least that many numbers."""
+        values = self.several(name, least)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise _broken(self.where, f"expected numbers as {name!r}, got {values!r:.60}")
+        return [float(v) for v in values]
+
     def optional(self, name: str) -> float | None:
         return None if self.row.get(name) is None else self.number(name)
 
@@ -337,7 +344,8 @@ def _gpu_row(run: Run, row: Fields, last: bool, found: ResultSet) -> None:
         value = row.positive("value"), row.text("unit")
         found.ceilings.setdefault(run, {})[row.text("case").removeprefix("ceiling ")] = value
     elif "conv" in row.row and "flops" in row.row:
-        us = tuple((n, float(q[1])) for n, q in row.group("us").row.items())
+        measured = row.group("us")
+        us = tuple((name, measured.numbers(name, 3)[1]) for name in measured.row)
         work = row.positive("flops"), row.positive("nbytes")
         found.launches.append(LaunchTime(run, row.text("conv"), row.whole("batch"), *work, us))
 
@@ -346,7 +354,7 @@ def _gpu_cell(run: Run, row: Fields, kind: str) -> MeasuredCell:
     times, first = [], ""
     for peer, part in row.groups("peers"):
         first = first or peer
-        quartiles = part.several("quartiles_ms", 2) if "quartiles_ms" in part.row else None
+        quartiles = part.numbers("quartiles_ms", 2) if "quartiles_ms" in part.row else None
         away = part.optional("difference")
         times.append(
             PeerTime(
@@ -354,7 +362,7 @@ def _gpu_cell(run: Run, row: Fields, kind: str) -> MeasuredCell:
                 bool(part.row.get("stock", not peer.startswith(OURS))),
                 part.positive("ms"),
                 part.positive("images_per_s"),
-                None if quartiles is None else (float(quartiles[0]), float(quartiles[1])),
+                None if quartiles is None else (quartiles[0], quartiles[1]),
                 "" if away is None else "reference" if peer == first else f"{away:.1e} from {first}",
                 part.optional("peak_gib"),
             )
@@ -370,9 +378,10 @@ def _gpu_cell(run: Run, row: Fields, kind: str) -> MeasuredCell:
 def _profile(run: Run, row: Fields) -> StepProfile:
     kernels = []
     for entry in row.several("kernels", 1):
-        if not isinstance(entry, list) or len(entry) != 3:
-            raise _broken(row.where, "expected [name, launches, microseconds] per kernel")
-        kernels.append((str(entry[0]), int(entry[1]), float(entry[2])))
+        kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+        if kinds not in ([str, int, float], [str, int, int]) or entry[2] <= 0:
+            raise _broken(row.where, f"expected [name, launches, microseconds] per kernel, got {entry!r:.60}")
+        kernels.append((entry[0], entry[1], float(entry[2])))
     where = row.text("net"), row.whole("batch"), row.text("of"), row.text("peer")
     return StepProfile(run, *where, tuple(kernels), row.known("note"))
 
@@ -431,7 +440,10 @@ def _host_instructions(table: Fields, name: str, found: ResultSet) -> None:
 
 
 def _sum(phases: Fields) -> int:
-    return sum(phases.whole(name) for name in phases.row)
+    total = sum(phases.whole(name) for name in phases.row)
+    if total <= 0:
+        raise _broken(phases.where, f"expected instructions above 0, got {total}")
+    return total
 
 
 def devices_of(cells: Iterable[MeasuredCell]) -> list[str]:

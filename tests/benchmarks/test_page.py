@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,71 @@ def test_a_broken_file_is_named_with_its_line(name: str, tmp_path: Path) -> None
     with pytest.raises(UserError) as raised:
         page.build([tmp_path])
     assert f"expected a whole result file, got {path}" in str(raised.value) and said in str(raised.value)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the place of each value inside JSON, inner ones too."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield (*path, key)
+        yield from leaves(inner, (*path, key))
+
+
+def test_any_wrong_value_is_refused_or_shown(tmp_path: Path) -> None:
+    """No value of a file, whatever it is, ends in an error of the program."""
+    part = {"ms": 1.5, "images_per_s": 666.7, "quartiles_ms": [1.4, 1.6], "difference": 0.001, "peak_gib": 0.5}
+    net = {
+        "status": "measured",
+        "net": "resnet18",
+        "batch": 1,
+        "image": 64,
+        "kind": "inference",
+        "precision": "float16",
+    }
+    net |= {"peers": {"eager NHWC": part}, "skipped": {}, "errors": {"a": "b"}, "at": "2026-01-01", "commit": "c"}
+    profile = {
+        "status": "measured",
+        "kind": "profile",
+        "of": "training",
+        "net": "resnet18",
+        "batch": 1,
+        "peer": "eager",
+    }
+    rows = [
+        {"case": "inference", **net},
+        {"case": "profile", **profile, "kernels": [["gemm", 1, 2.5]]},
+        {"case": "ceiling copy", "status": "measured", "value": 3e12, "unit": "B/s"},
+        {
+            "case": "conv",
+            "status": "measured",
+            "conv": "c",
+            "batch": 1,
+            "flops": 1,
+            "nbytes": 1,
+            "us": {"ours": [1, 2, 3]},
+        },
+        {"case": "net a", "status": "passed", "rel": 0.1, "ratio": 0.5},
+    ]
+    rows = [{"key": f"{row['case']} | NVIDIA H100", **row} for row in rows]
+    write(tmp_path, rows)
+    page.build([tmp_path])
+    shown = refused = 0
+    for number, row in enumerate(rows):
+        for *above, last in list(leaves(row)):
+            for wrong in (None, "x", -1, []):
+                changed = copy.deepcopy(row)
+                inner: Any = changed
+                for key in above:
+                    inner = inner[key]
+                inner[last] = wrong
+                write(tmp_path, [*rows[:number], changed, *rows[number + 1 :]])
+                try:
+                    page.build([tmp_path])
+                    shown += 1
+                except UserError as error:
+                    assert str(tmp_path / "bench.jsonl") in str(error)
+                    refused += 1
+    assert shown > 50 and refused > 50
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1,", b"\xff", b'{"a": NaN}'])
