@@ -161,11 +161,23 @@ std::shared_ptr<Product> product_of(Warp& w, const Instruction& i, bool accumula
 
 // ---- registers ----
 
+void run_fence(Warp& w, const Instruction& i);
+
+// Whether a mov between the last wgmma.fence and the product writes the register. Compilers leave copies of
+// accumulators and packed operands there, which ptxas merges or moves in front of the fence.
+bool is_copied(const Warp& w, const Instruction& i, int32_t reg) {
+  const Program& program = *w.launch->program;
+  for (const Instruction* other = &i - 1; other >= program.instructions.data() && other->run != run_fence; --other)
+    if (other->parts > 0 && other->at(0).reg == reg && program.opcodes[other->opcode].rfind("mov.", 0) == 0)
+      return true;
+  return false;
+}
+
 // A register of a product must not have been written since the last wgmma.fence, but by products.
 void expect_fenced(Warp& w, const Instruction& i, const Slot& s) {
   const OfWarp& mine = of(w);
-  if (mine.fenced && std::memcmp(mine.snapshot.data() + mine.kept_at[s.reg] * kWarp, w.in<uint32_t>(s), 4 * kWarp) == 0)
-    return;
+  const bool kept = std::memcmp(mine.snapshot.data() + mine.kept_at[s.reg] * kWarp, w.in<uint32_t>(s), 4 * kWarp) == 0;
+  if (mine.fenced && (kept || is_copied(w, i, s.reg))) return;
   w.finding(i, -1,
             "takes register " + w.launch->program->registers[s.reg] +
                 (mine.fenced ? ", which was written after the last wgmma.fence" : ", and no wgmma.fence came before"));

@@ -266,6 +266,17 @@ def test_mistake(what: str) -> None:
         p.launch(text)
 
 
+def test_copies_of_registers_between_fence_and_product() -> None:
+    """Compilers leave them there: of accumulators, and packed operands."""
+    p = Product(in_registers=True)
+    copies = "mov.b32 %d5, %x1;\nmov.b32 {%h0, %h1}, %a2;\nmov.b32 %a2, {%h0, %h1};\n"
+    text = kernel(64, "bf16", True).replace("wgmma.fence", "mov.b32 %x1, %d5;\nmov.b32 %d5, 0;\nwgmma.fence")
+    text = text.replace("wgmma.mma_async", copies + "wgmma.mma_async").replace(
+        ".reg .pred", ".reg .b16 %h<2>;\n.reg .pred"
+    )
+    p.check(p.launch(text))
+
+
 def test_a_fence_by_another_warp_after_the_barrier() -> None:
     """A fence orders what its thread knows of, so it may come after the barrier."""
     p = Product()
