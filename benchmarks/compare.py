@@ -223,6 +223,19 @@ def speeds(
     return found
 
 
+def cost_of_invariance(name: str, measured: Mapping[str, Mapping[str, float | int | None]]) -> str:
+    """Return what batch-invariant mode costs, as the note of its row; empty for other rows, and if one is missing.
+
+    Args:
+        name: the competitor of the row.
+        measured: of :func:`speeds`.
+    """
+    mode, plain = (measured.get(one, {}).get("median_ms") for one in (name, providers.OURS))
+    if name != providers.OURS_INVARIANT or mode is None or plain is None:
+        return ""
+    return f"the mode takes {mode / plain:.2f} x the time of {providers.OURS}"
+
+
 def run(
     options: BenchOptions,
     progress: Progress = lambda done, total, what: None,
@@ -321,7 +334,7 @@ class BenchCell:
         for one in self.competitors:
             where = (self.case, one.name, self.dtype, self.batch, self.options.device, one.stock)
             row: dict[str, Any] = measured.get(one.name, {}) | figures.get(one.name, {})
-            row["note"] = "; ".join(filter(None, self.notes[one.name]))
+            row["note"] = "; ".join(filter(None, [*self.notes[one.name], cost_of_invariance(one.name, measured)]))
             self.report.rows.append(self.report.row_type(*where, **row))
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,22 @@ BACKENDS = ("auto", "reference", "onednn", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Flag:
-    """One environment switch. ``choices`` are the accepted values in lower case; if empty, any text is accepted."""
+    """One environment switch. ``choices`` are the accepted values in lower case; if empty, any text is accepted.
+
+    ``_key`` is the name as CPython's ``os.environ`` keeps it. ``os.environ.get`` raises and catches an error for an
+    absent name, which takes eight thousand instructions. Most switches are absent, and each call of an op reads one.
+    It is no cached property: until Python 3.11 these take a lock at their first use, which no compiler traces.
+    """
 
     name: str
     default: str
     choices: tuple[str, ...]
     meaning: str
+    _key: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        key = os.fsencode(self.name) if os.name == "posix" else self.name.upper()
+        object.__setattr__(self, "_key", key)
 
     def read(self) -> str:
         """Return the current value.
@@ -49,15 +58,6 @@ class Flag:
                 f"{self.name} to be one of {', '.join(self.choices)}", repr(raw), f"unset it for {self.default!r}"
             )
         return value
-
-    @cached_property
-    def _key(self) -> Any:
-        """The name as CPython's ``os.environ`` keeps it.
-
-        ``os.environ.get`` raises and catches an error for an absent name, which takes eight thousand instructions. Most
-        switches are absent, and each call of an op reads one.
-        """
-        return os.fsencode(self.name) if os.name == "posix" else self.name.upper()
 
     def _path(self, raw: str) -> str:
         """Return ``raw`` after checking that it can be the expected file or folder."""

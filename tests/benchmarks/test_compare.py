@@ -198,3 +198,11 @@ def test_fp64_keeps_the_model_and_the_rounding() -> None:
     out = compare.fp64(net, x)
     assert out.dtype == torch.float64 and net.weight.dtype == torch.bfloat16
     assert torch.equal(out, x.double() * net.weight.double() + net.bias.double())  # type: ignore[union-attr]
+
+
+def test_the_cost_of_batch_invariant_mode_is_printed() -> None:
+    ours, mode = providers.OURS, providers.OURS_INVARIANT
+    measured = {ours: {"median_ms": 2.0}, mode: {"median_ms": 3.0}}
+    assert compare.cost_of_invariance(mode, measured) == "the mode takes 1.50 x the time of resnet_fast"
+    assert compare.cost_of_invariance(ours, measured) == ""
+    assert compare.cost_of_invariance(mode, {mode: {"median_ms": 3.0}}) == ""

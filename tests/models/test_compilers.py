@@ -70,6 +70,17 @@ def test_compiled_training_equals_stock_compiled(kind: str) -> None:
         nets.assert_equal(got["buffers"], want["buffers"])
 
 
+def test_the_first_call_of_a_process_may_be_compiled() -> None:
+    """What is computed once must not be computed under a lock, which a compiler cannot trace."""
+    program = """
+import torch, resnet_fast
+net = resnet_fast.accelerate(resnet_fast.resnet18(num_classes=4)).train()
+torch.compile(net, fullgraph=True, backend="eager")(torch.randn(2, 3, 32, 32)).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_compiled_eval_with_gradients() -> None:
     stock, fused = twin()
     x = torch.randn(2, 3, 32, 32)

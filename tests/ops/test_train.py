@@ -122,9 +122,13 @@ def test_fake_outputs_are_like_the_real_ones(op: str, name: str) -> None:
         assert_like(fake, real)
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
-def test_opcheck(op: str) -> None:
-    p = case(op)
+FROZEN = [("bottleneck", True), ("conv_bn_act", True), ("bottleneck", False)]
+"""An op and whether its norms use batch statistics."""
+
+
+@pytest.mark.parametrize("op,batch_stats", FROZEN)
+def test_opcheck(op: str, batch_stats: bool) -> None:
+    p = case(op, batch_stats=batch_stats)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(train_op(p), (*p.copy(grad=True).args(), "triton"), test_utils=tests)
     y, saved = train_op(p)(*p.args(), "triton")
@@ -132,10 +136,10 @@ def test_opcheck(op: str) -> None:
     torch.library.opcheck(backward_op(p), args, {"needs": needs(p)}, test_utils=tests)
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "conv_bn_act"])
-def test_compiled_training_equals_eager(op: str) -> None:
+@pytest.mark.parametrize("op,batch_stats", FROZEN)
+def test_compiled_training_equals_eager(op: str, batch_stats: bool) -> None:
     torch._dynamo.reset()
-    p = case(op, torch.float16)
+    p = case(op, torch.float16, batch_stats=batch_stats)
     ours, compiled = Call(p, "triton"), Call(p, "triton")
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -151,9 +155,11 @@ def test_compiled_training_equals_eager(op: str) -> None:
     assert any(f"resnet_fast.{op}" in str(n.target) for g in counter.graphs for n in g.graph.nodes)
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "stem", "conv_bn_act"])
-def test_a_derivative_in_a_graph_is_the_same_and_goes_no_further(op: str) -> None:
-    p = case(op)
+@pytest.mark.parametrize(
+    "op,batch_stats", [("bottleneck", True), ("stem", True), ("conv_bn_act", True), ("basic_block", False)]
+)
+def test_a_derivative_in_a_graph_is_the_same_and_goes_no_further(op: str, batch_stats: bool) -> None:
+    p = case(op, batch_stats=batch_stats)
     expected = step(p, fused)
     q = p.copy(grad=True)
     y = fused(q)
@@ -174,9 +180,9 @@ def test_the_reference_differentiates_twice_where_ours_does_not() -> None:
     assert q.convs[0].weight.grad is not None
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_forward_mode_raises(op: str) -> None:
-    p = case(op)
+@pytest.mark.parametrize("op,batch_stats", [*((op, True) for op in OPS), ("basic_block", False)])
+def test_forward_mode_raises(op: str, batch_stats: bool) -> None:
+    p = case(op, batch_stats=batch_stats)
     with forward_ad.dual_level():
         dual = p.map(lambda k, t: forward_ad.make_dual(t, torch.ones_like(t)) if k == "x" else t)
         with pytest.raises(BackendError, match=r"forward-mode.*use_backend\('reference'\)"):
@@ -208,9 +214,9 @@ def test_running_statistics_of_inference_tensors_are_updated() -> None:
     assert torch.equal(q.statistics()["mean0"], expected["mean0"])
 
 
-@pytest.mark.parametrize("op", ["basic_block"])
-def test_checkpointing_changes_no_gradient(op: str) -> None:
-    p = case(op, torch.float16, tracked=False)
+@pytest.mark.parametrize("options", [{"tracked": False}, {"batch_stats": False}], ids=["trained", "frozen"])
+def test_checkpointing_changes_no_gradient(options: dict[str, Any]) -> None:
+    p = case("basic_block", torch.float16, **options)
     same(step(p, fused), step(p, lambda q: checkpoint(lambda x: fused(q), q.x, use_reentrant=False)))
 
 
@@ -227,9 +233,16 @@ def test_a_whole_recomputation_updates_running_statistics_as_torch_does() -> Non
         torch.testing.assert_close(ours[name], torchs[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("op,dtype", [("basic_block", torch.float16), ("conv_bn_act", torch.bfloat16)])
-def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtype) -> None:
-    p = case(op)
+@pytest.mark.parametrize(
+    "op,dtype,batch_stats",
+    [
+        ("basic_block", torch.float16, True),
+        ("conv_bn_act", torch.bfloat16, True),
+        ("basic_block", torch.bfloat16, False),
+    ],
+)
+def test_autocast_keeps_fp32_parameters_and_gradients(op: str, dtype: torch.dtype, batch_stats: bool) -> None:
+    p = case(op, batch_stats=batch_stats)
     q = p.copy(grad=True)
     with torch.autocast("cpu", dtype):
         y = fused(q)

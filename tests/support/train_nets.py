@@ -52,12 +52,12 @@ def imagenet(block: type[BasicBlock | Bottleneck]) -> ResNet:
     return _untidy(net)  # type: ignore[return-value]
 
 
-def freeze_norms(net: Any, kind: str) -> Any:
-    """Put every norm of ``net`` in eval mode, or replace it with torchvision's FrozenBatchNorm2d, and return the net.
+def freeze_norms(net: Any, kind: str | type[nn.Module]) -> Any:
+    """Put every norm of ``net`` in eval mode, or replace it with a frozen one, and return the net.
 
     Args:
         net: a module with BatchNorm2d layers.
-        kind: ``eval mode`` or ``FrozenBatchNorm2d``.
+        kind: ``eval mode``, ``FrozenBatchNorm2d`` of torchvision, or a class with its buffers.
     """
     for name, child in net.named_children():
         if not isinstance(child, nn.BatchNorm2d):
@@ -65,8 +65,8 @@ def freeze_norms(net: Any, kind: str) -> Any:
         elif kind == "eval mode":
             child.eval()
         else:
-            norm = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            norm.load_state_dict(child.state_dict())
+            norm = FrozenBatchNorm2d(child.num_features) if isinstance(kind, str) else kind(child.num_features)
+            norm.load_state_dict({n: t for n, t in child.state_dict().items() if "tracked" not in n})
             setattr(net, name, norm)
     return net
 
