@@ -6,60 +6,16 @@
 
 #include "families.h"
 #include "instruction.h"
-#include "machine.h"
+#include "places.h"
 
 namespace ptx {
 namespace {
 
-constexpr uint32_t kAlign = 64;  // of a register, so that vector instructions load it whole
-constexpr int kDeepest = 32;     // calls within calls
-
-uint32_t bytes_of_register(Type type) {
-  return type == Type::kPred ? 4 : static_cast<uint32_t>(lane_bytes(type)) * kWarp;
-}
-
-int64_t round_up(int64_t value, int64_t align) {
-  return (value + align - 1) / align * align;
-}
-
-const std::map<std::string, Type>& special_registers() {
-  static const std::map<std::string, Type> kAll = [] {
-    std::map<std::string, Type> all = {
-        {"%laneid", Type::kU32},      {"%warpid", Type::kU32},         {"%nwarpid", Type::kU32},
-        {"%smid", Type::kU32},        {"%nsmid", Type::kU32},          {"%lanemask_eq", Type::kU32},
-        {"%lanemask_le", Type::kU32}, {"%lanemask_lt", Type::kU32},    {"%lanemask_ge", Type::kU32},
-        {"%lanemask_gt", Type::kU32}, {"%clock", Type::kU32},          {"%clock_hi", Type::kU32},
-        {"%clock64", Type::kU64},     {"%globaltimer", Type::kU64},    {"%dynamic_smem_size", Type::kU32},
-        {"%gridid", Type::kU64},      {"%total_smem_size", Type::kU32}};
-    for (const char* name :
-         {"%tid", "%ntid", "%ctaid", "%nctaid", "%cluster_ctaid", "%cluster_nctaid", "%clusterid", "%nclusterid"})
-      for (const char* axis : {".x", ".y", ".z"}) all[std::string(name) + axis] = Type::kU32;
-    for (const char* name : {"%cluster_ctarank", "%cluster_nctarank", "%is_explicit_cluster"}) all[name] = Type::kU32;
-    return all;
-  }();
-  return kAll;
-}
-
-// A function that is being written out: the kernel, or one that it calls.
-struct Frame {
-  const Function* function = nullptr;
-  std::map<std::pair<int, std::string>, Slot> registers;  // by scope and name
-  std::map<std::pair<int, std::string>, int64_t> places;  // of .local and .param variables, in a lane's local memory
-  std::map<std::string, int64_t> bound;                   // parameters and results, in a lane's local memory
-  std::vector<int32_t> starts;                            // by statement: its first instruction
-  struct Jump {
-    int32_t instruction;
-    int scope;
-    std::string label;
-    bool listed;  // one of brx.idx
-  };
-  std::vector<Jump> jumps;
-  std::vector<int32_t> returns;  // jumps to the end of the function
-};
+constexpr int kDeepest = 32;  // calls within calls
 
 class Decoder {
  public:
-  Decoder(const Text& text, const Function& kernel) : text_(text), kernel_(kernel) {
+  Decoder(const Text& text, const Function& kernel) : text_(text), kernel_(kernel), places_(text, kernel, out_) {
   }
 
   Program run() {
@@ -69,9 +25,6 @@ class Decoder {
     p.text = &text_;
     std::copy(kernel_.maximum_threads, kernel_.maximum_threads + 3, p.maximum_threads);
     std::copy(kernel_.required_threads, kernel_.required_threads + 3, p.required_threads);
-    p.registers.push_back("a constant");
-    lay_out_parameters();
-    lay_out_variables();
     Frame frame;
     frame.function = &kernel_;
     write_out(frame, 0);
@@ -88,69 +41,6 @@ class Decoder {
  private:
   [[noreturn]] void fail(int line, const std::string& what) const {
     throw Error(kernel_.name, line, what);
-  }
-
-  void lay_out_parameters() {
-    int64_t at = 0;
-    for (const Variable& v : kernel_.parameters) {
-      at = round_up(at, v.align);
-      out_.parameters.push_back({v.name, v.type, static_cast<int>(v.bytes), v.align, static_cast<int>(at)});
-      at += v.bytes;
-    }
-    out_.parameter_bytes = static_cast<int>(at);
-  }
-
-  void lay_out_variables() {
-    int64_t at = 0;
-    std::vector<const Variable*> dynamic;
-    for (const auto& [name, v] : text_.variables) {
-      if (v.space == "shared") {
-        out_.shared_align = std::max(out_.shared_align, v.align);
-        if (v.bytes < 0) {
-          dynamic.push_back(&v);
-        } else {
-          variables_[name] = place_shared(v);
-        }
-      } else if (v.bytes >= 0) {
-        at = round_up(at, v.align);
-        variables_[name] = at;
-        at += v.bytes;
-      }
-    }
-    for (const Scope& scope : kernel_.scopes)
-      for (const auto& [name, v] : scope.variables)
-        if (v.space == "shared") shared_[&v] = place_shared(v);
-    for (const auto& [name, f] : text_.functions)
-      for (const Scope& scope : f.scopes)
-        for (const auto& [unused, v] : scope.variables)
-          if (v.space == "shared" && &f != &kernel_ && !f.entry) shared_[&v] = place_shared(v);
-    for (const Variable* v : dynamic) {  // all of them begin where the static ones end
-      out_.static_shared = round_up(out_.static_shared, v->align);
-    }
-    for (const Variable* v : dynamic) variables_[v->name] = out_.static_shared;
-    out_.variable_bytes = at;
-    out_.variables.resize(static_cast<size_t>(round_up(at, 8) / 8) + 2);
-    for (const auto& [name, v] : text_.variables)
-      if (v.space != "shared" && v.bytes >= 0) initialise(v, variables_[name]);
-  }
-
-  int64_t place_shared(const Variable& v) {
-    out_.static_shared = round_up(out_.static_shared, v.align);
-    out_.shared_align = std::max(out_.shared_align, v.align);
-    const int64_t at = out_.static_shared;
-    out_.static_shared += v.bytes;
-    return at;
-  }
-
-  void initialise(const Variable& v, int64_t at) {
-    auto* bytes = reinterpret_cast<uint8_t*>(out_.variables.data()) + at;
-    for (const Written& w : v.initial) {
-      if (w.kind != Written::kInteger && w.kind != Written::kFloat)
-        fail(0, "not understood: variable " + v.name + " is initialised with an address");
-      const uint64_t bits = bits_of(w, v.type);
-      std::memcpy(bytes, &bits, bytes_of(v.type));
-      bytes += bytes_of(v.type);
-    }
   }
 
   // ---- functions ----
@@ -229,32 +119,10 @@ class Decoder {
       fail(s.line, "expected " + std::to_string(formal.size()) + " arguments, got " + std::to_string(actual.size()));
     for (size_t i = 0; i < formal.size(); ++i) {
       int64_t at = 0;
-      if (formal[i].space != "param" || !find_place(frame, s.scope, actual[i].name, at))
+      if (formal[i].space != "param" || !places_.find_local(frame, s.scope, actual[i].name, at))
         fail(s.line, "not understood: argument " + actual[i].name + " of a call is not a .param variable");
       inner.bound[formal[i].name] = at;
     }
-  }
-
-  // Where a .local or .param variable of a function is in a lane's local memory.
-  bool find_place(Frame& frame, int scope, const std::string& name, int64_t& at) {
-    for (; scope >= 0; scope = frame.function->scopes[scope].parent) {
-      const auto& variables = frame.function->scopes[scope].variables;
-      const auto v = variables.find(name);
-      if (v == variables.end()) continue;
-      if (v->second.space != "param" && v->second.space != "local") return false;
-      const auto [place, fresh] = frame.places.emplace(std::pair(scope, name), 0);
-      if (fresh) {
-        out_.local_bytes = round_up(out_.local_bytes, std::max(v->second.align, 1));
-        place->second = out_.local_bytes;
-        out_.local_bytes += v->second.bytes;
-      }
-      at = place->second;
-      return true;
-    }
-    const auto bound = frame.bound.find(name);
-    if (bound == frame.bound.end()) return false;
-    at = bound->second;
-    return true;
   }
 
   // ---- instructions ----
@@ -273,7 +141,7 @@ class Decoder {
   }
 
   void set_guard(Frame& frame, const Statement& s, Instruction& i, const std::string& name, bool negated) {
-    const Slot slot = find_register(frame, s, name);
+    const Slot slot = places_.register_named(frame, s, name);
     if (slot.type != Type::kPred) fail(s.line, "expected a predicate as guard, got " + name);
     i.guarded = true;
     i.guard_negated = negated;
@@ -421,18 +289,19 @@ class Decoder {
       if (written) fail(s.line, "expected a register to write in " + s.opcode + ", got a constant");
       Type type = want.type;
       if (type == Type::kNone) type = w.kind == Written::kFloat && w.single ? Type::kB32 : Type::kB64;
-      return constant(type, bits_of(w, type));
+      return places_.constant(type, bits_of(w, type));
     }
     if (w.kind != Written::kName) fail(s.line, "expected one register in " + s.opcode);
     if (w.name == "_") return absent();
-    if (const auto special = special_registers().find(w.name); special != special_registers().end()) {
+    if (const Type* special = places_.special_type(w.name); special != nullptr) {
       if (written) fail(s.line, "expected a register to write, got " + w.name);
-      return special_register(w.name, special->second);
+      return places_.special_register(w.name, *special);
     }
     int64_t address = 0;
-    if (!written && find_symbol(frame, s, w.name, address))
-      return constant(want.type == Type::kNone ? Type::kB64 : want.type, static_cast<uint64_t>(address + w.value));
-    Slot slot = find_register(frame, s, w.name);
+    if (!written && places_.find_symbol(frame, s, w.name, address))
+      return places_.constant(want.type == Type::kNone ? Type::kB64 : want.type,
+                              static_cast<uint64_t>(address + w.value));
+    Slot slot = places_.register_named(frame, s, w.name);
     slot.negated = w.negated;
     check(s, want, slot, w.name);
     return slot;
@@ -446,140 +315,8 @@ class Decoder {
       fail(s.line, "operand " + name + " of " + s.opcode + " has another size than the instruction's type");
   }
 
-  static uint64_t bits_of(const Written& w, Type type) {
-    if (w.kind == Written::kInteger) {
-      if (type == Type::kF32 || type == Type::kF64) {
-        if (w.value != 0) {
-          const double value = static_cast<double>(w.value);
-          return bits_of_float(value, type);
-        }
-      }
-      return static_cast<uint64_t>(w.value);
-    }
-    if (w.single) {
-      if (type != Type::kF64) return static_cast<uint64_t>(w.value);
-      float narrow = 0;
-      const auto bits = static_cast<uint32_t>(w.value);
-      std::memcpy(&narrow, &bits, sizeof(narrow));
-      return bits_of_float(narrow, type);
-    }
-    double value = 0;
-    std::memcpy(&value, &w.value, sizeof(value));
-    return bits_of_float(value, type);
-  }
-
-  static uint64_t bits_of_float(double value, Type type) {
-    uint64_t bits = 0;
-    if (type == Type::kF32 || type == Type::kB32) {
-      const auto narrow = static_cast<float>(value);
-      std::memcpy(&bits, &narrow, sizeof(narrow));
-    } else {
-      std::memcpy(&bits, &value, sizeof(value));
-    }
-    return bits;
-  }
-
-  // ---- places ----
-
-  Slot constant(Type type, uint64_t bits) {
-    Slot slot;
-    slot.type = type;
-    const int width = lane_bytes(type);
-    if (type == Type::kPred) bits = bits != 0 ? kAllLanes : 0;
-    if (width > 0 && width < 8) bits &= (uint64_t{1} << 8 * width) - 1;
-    const auto [at, fresh] = constants_.emplace(std::pair(width, bits), 0);
-    if (fresh) {
-      at->second = place_constant(type);
-      uint8_t* to = out_.initial.data() + at->second;
-      if (width == 0) std::memcpy(to, &bits, 4);
-      for (int lane = 0; lane < kWarp && width > 0; ++lane) std::memcpy(to + lane * width, &bits, std::min(width, 8));
-    }
-    slot.at = at->second;
-    return slot;
-  }
-
-  uint32_t place_constant(Type type) {
-    const auto at = static_cast<uint32_t>(round_up(static_cast<int64_t>(out_.initial.size()), kAlign));
-    out_.initial.resize(at + bytes_of_register(type));
-    return at;
-  }
-
-  Slot special_register(const std::string& name, Type type) {
-    const auto [at, fresh] = out_.special.emplace(name, Slot{});
-    if (fresh) {
-      at->second.type = type;
-      at->second.at = place_constant(type);
-    }
-    return at->second;
-  }
-
-  // The address of a variable or parameter.
-  bool find_symbol(Frame& frame, const Statement& s, const std::string& name, int64_t& address) {
-    int64_t at = 0;
-    for (int scope = s.scope; scope >= 0; scope = frame.function->scopes[scope].parent) {
-      const auto& variables = frame.function->scopes[scope].variables;
-      const auto v = variables.find(name);
-      if (v == variables.end()) continue;
-      if (v->second.space == "reg") return false;
-      if (v->second.space == "shared") {
-        address = shared_.at(&v->second);
-      } else if (find_place(frame, s.scope, name, at)) {
-        // A .param variable is reached by its generic address, so that ld.param finds arguments of kernels too.
-        address = v->second.space == "param" ? static_cast<int64_t>(kLocalWindow) + at : at;
-      } else {
-        fail(s.line, "not understood: ." + v->second.space + " variable " + name + " within a function");
-      }
-      return true;
-    }
-    if (const auto bound = frame.bound.find(name); bound != frame.bound.end()) {
-      address = static_cast<int64_t>(kLocalWindow) + bound->second;
-      return true;
-    }
-    if (frame.function == &kernel_)
-      for (const Parameter& p : out_.parameters)
-        if (p.name == name) {
-          address = static_cast<int64_t>(kParameterWindow) + p.offset;
-          return true;
-        }
-    const auto v = text_.variables.find(name);
-    if (v == text_.variables.end()) return false;
-    const auto found = variables_.find(name);
-    if (found == variables_.end()) fail(s.line, "not understood: extern variable " + name);
-    address = found->second;
-    if (v->second.space != "shared")
-      address += static_cast<int64_t>(reinterpret_cast<uintptr_t>(out_.variables.data()));
-    return true;
-  }
-
-  Slot find_register(Frame& frame, const Statement& s, const std::string& name) {
-    const size_t digits = name.find_last_not_of("0123456789") + 1;
-    for (int scope = s.scope; scope >= 0; scope = frame.function->scopes[scope].parent) {
-      const auto key = std::pair(scope, name);
-      if (const auto known = frame.registers.find(key); known != frame.registers.end()) return known->second;
-      const auto& variables = frame.function->scopes[scope].variables;
-      auto v = variables.find(name);
-      if (v == variables.end() || v->second.count >= 0) {
-        v = digits < name.size() ? variables.find(name.substr(0, digits)) : variables.end();
-        if (v == variables.end() || v->second.count <= std::atoll(name.c_str() + digits)) continue;
-      }
-      if (v->second.space != "reg") continue;
-      Slot slot;
-      slot.type = v->second.type;
-      slot.at = registers_bytes_;
-      slot.reg = static_cast<int32_t>(out_.registers.size());
-      registers_bytes_ += static_cast<uint32_t>(round_up(bytes_of_register(slot.type), kAlign));
-      out_.registers.push_back(name);
-      frame.registers.emplace(key, slot);
-      return slot;
-    }
-    fail(s.line, "expected a register, variable or parameter, got " + name + ", which is not declared");
-  }
-
-  // Registers come after the constants, whose number is known only now.
   void place_registers() {
-    const auto base = static_cast<uint32_t>(round_up(static_cast<int64_t>(out_.initial.size()), kAlign));
-    out_.initial.resize(base);
-    out_.file_bytes = base + registers_bytes_;
+    const uint32_t base = places_.finish();
     for (Slot& slot : out_.slots)
       if (slot.reg != kConstantRegister) slot.at += base;
     for (int32_t n = 0; n < next(); ++n) {
@@ -592,69 +329,16 @@ class Decoder {
   const Text& text_;
   const Function& kernel_;
   Program out_;
-  std::map<std::string, int64_t> variables_;
-  std::map<const Variable*, int64_t> shared_;
-  std::map<std::pair<int, uint64_t>, uint32_t> constants_;
+  Places places_;
   std::map<std::string, int32_t> opcodes_;
   std::vector<size_t> firsts_;
   std::map<int32_t, size_t> first_of_;
-  uint32_t registers_bytes_ = 0;
 };
 
 }  // namespace
 
 Program decode(const Text& text, const Function& kernel) {
   return Decoder(text, kernel).run();
-}
-
-std::string Program::source(const Instruction& i) const {
-  if (i.source < 0 || i.source >= static_cast<int32_t>(text->sources.size())) return "";
-  const Source& s = text->sources[i.source];
-  const auto name = [&](int file, int line) {
-    const auto found = text->files.find(file);
-    const std::string path = found == text->files.end() ? "file " + std::to_string(file) : found->second;
-    return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(line);
-  };
-  std::string out = name(s.file, s.line);
-  if (s.inlined_file != 0) out += ", inlined at " + name(s.inlined_file, s.inlined_line);
-  return out;
-}
-
-Modifiers::Modifiers(const std::string& opcode) {
-  size_t from = 0;
-  for (size_t dot; (dot = opcode.find('.', from)) != std::string::npos; from = dot + 1)
-    words_.push_back(opcode.substr(from, dot - from));
-  words_.push_back(opcode.substr(from));
-}
-
-bool Modifiers::take(const char* word) {
-  for (size_t i = 1; i < words_.size(); ++i) {
-    if (words_[i] == word) {
-      words_[i].clear();
-      return true;
-    }
-  }
-  return false;
-}
-
-const char* Modifiers::take_one(std::initializer_list<const char*> words) {
-  for (const char* word : words)
-    if (take(word)) return word;
-  return "";
-}
-
-Type Modifiers::take_type() {
-  for (size_t i = 1; i < words_.size(); ++i) {
-    const Type type = type_named(words_[i]);
-    if (type == Type::kNone) continue;
-    words_[i].clear();
-    return type;
-  }
-  return Type::kNone;
-}
-
-bool Modifiers::empty() const {
-  return std::all_of(words_.begin() + 1, words_.end(), [](const std::string& word) { return word.empty(); });
 }
 
 }  // namespace ptx
