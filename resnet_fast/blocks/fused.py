@@ -110,22 +110,14 @@ class Fused(nn.Module):
         """Return whether one of ``inner_methods`` was replaced on this net or its class."""
         return bool(self.inner_methods) and not (self.is_own() and self.inner_methods.isdisjoint(self.__dict__))
 
-    def runs_for_tracer(self, x: Tensor) -> bool:
-        """Return whether this call must run the stock layers for a tracer or transform that cannot read our ops.
-
-        Raises:
-            BackendError: in batch-invariant mode, in eager code. An exported program is out of the mode's reach.
-        """
-        return runs_for_tracer(x)
-
     def runs_stock(self, x: Tensor) -> bool:
         """Return whether this call must run the stock layers. If so, count the reason; in strict mode raise it.
 
         Running the stock layers for a tracer or transform that cannot read our ops is no fallback.
         """
-        if self.runs_for_tracer(x):
+        if runs_for_tracer(x):
             return True
-        reason = self.unfusable() or self.input_obstacle(x) or self.sync_obstacle(x) or self.cache_obstacle()
+        reason = self.unfusable() or self.input_obstacle(x) or self.sync_obstacle(x) or cache_obstacle(self)
         return self.counts_as_stock(x, reason, self.unlike_reference)
 
     def counts_as_stock(self, x: Tensor, reason: str, unlike_reference: Callable[[], str]) -> bool:
@@ -166,6 +158,8 @@ class Fused(nn.Module):
 
         Its class observes each operation, or it is an image without a batch, which all layers but BatchNorm2d take.
         """
+        if type(x) is Tensor and x.dim() != 3:
+            return ""
         return image_obstacle(x, any(isinstance(self._modules[norm], _BatchNorm) for _, norm in self.layers))
 
     def sync_obstacle(self, x: Tensor) -> str:
@@ -181,10 +175,6 @@ class Fused(nn.Module):
     def group_obstacle(self, groups: set[str], x: Tensor) -> str:
         """Return why the op cannot gather statistics in these process groups."""
         return group_obstacle(groups, x, self.backend)
-
-    def cache_obstacle(self) -> str:
-        """Return why nothing that inference derives from the weights can be kept."""
-        return cache_obstacle(self)
 
     def unlike_reference(self) -> str:
         """Return what the reference rounds in another order than this module's own layers; empty if nothing."""
@@ -227,7 +217,11 @@ class Fused(nn.Module):
 
 
 def runs_for_tracer(x: Tensor) -> bool:
-    """Return whether a call with this input must run the stock layers: see :meth:`Fused.runs_for_tracer`."""
+    """Return whether this call must run the stock layers for a tracer or transform that cannot read our ops.
+
+    Raises:
+        BackendError: in batch-invariant mode, in eager code. An exported program is out of the mode's reach.
+    """
     reason = untraceable(x)
     if reason and not torch.compiler.is_compiling():
         record.refuse_stock(reason)

@@ -15,7 +15,7 @@ from ..errors import UserError
 from . import described, probe
 from .children import counts
 from .described import Reading, Runner
-from .fused import Fused
+from .fused import Fused, cache_obstacle, runs_for_tracer
 from .mapping import BlockMapping
 
 _CORRECT = "correct the mapping in register_block()"
@@ -47,14 +47,14 @@ class MappedBlock(Fused):
 
     def _reading_for(self, x: Tensor) -> Reading | None:
         """Return the layers, read once per call; None if it must run the stock ones, which is counted."""
-        if self.runs_for_tracer(x):
+        if runs_for_tracer(x):
             return None
         reason = self.watched.changed()
         reading = Reading(reason) if reason else self.read()
         reason = reading.reason or self.input_obstacle(x)
         if not reason:
             groups = described.groups(reading)
-            reason = (self.group_obstacle(groups, x) if groups else "") or self.cache_obstacle()
+            reason = (self.group_obstacle(groups, x) if groups else "") or cache_obstacle(self)
         residual = self.mapping.residual
         counted = self.counts_as_stock(x, reason, lambda: described.unlike_reference(reading, residual))
         return None if counted else reading

@@ -16,7 +16,7 @@ from . import stage as fused_stage
 from .children import child, counting_together
 from .frozen import OF_ONE_NET, is_frozen, unfreeze
 from .frozen_norms import is_frozen as is_frozen_norm
-from .fused import Fused
+from .fused import Fused, runs_for_tracer
 from .obstacles import is_altered, untraceable
 from .stem import Stem, side
 
@@ -117,7 +117,7 @@ class Net(Stem):
                 unfused.count(others)
             if self.__dict__.get(graph.FLAG):  # accelerate(model, cuda_graph=True)
                 return Way.REPLAY
-        if self.runs_for_tracer(x):
+        if runs_for_tracer(x):
             return Way.STOCK
         reason = self.watched.changed()
         if reason:  # somebody replaced a function that the ops skip

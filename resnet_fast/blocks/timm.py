@@ -15,7 +15,7 @@ from . import head
 from .children import child, conv_record, counts, norm_record, sync_group
 from .described import IDLE_IN_EVAL, at
 from .frozen_norms import is_frozen
-from .fused import Fused, StockMethod
+from .fused import Fused, StockMethod, runs_for_tracer
 from .mapped import fused_class
 from .mapping import BlockMapping, LayerPath
 from .net import Net
@@ -166,7 +166,7 @@ class ResNet(Net, stock.ResNet):
 
     def fused_features(self, x: Tensor) -> Tensor:
         """Return the feature map after the stem and the stages."""
-        if self.runs_for_tracer(x) or self.watched.changed():
+        if runs_for_tracer(x) or self.watched.changed():
             return stock.ResNet.forward_features(self, x)
         x = self.stem_forward(x)
         stages = [getattr(self, name) for name in self.stages]
