@@ -1,0 +1,50 @@
+"""Blocks and a net on kernels as compiled for sm_80 and sm_90, through dispatch, plans and native submission.
+
+`pytest --compiled-for` runs every test of the interpreter in this way; these are the ones of `make test`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from resnet_fast import native
+from resnet_fast.backends.triton import submission
+from resnet_fast.backends.triton.training import chain
+from resnet_fast.tools.ptx_machine import ptx_machine
+from tests.support import op_cases, train_cases
+from tests.support.train_cases import case
+
+pytestmark = pytest.mark.skipif(not native.ptx_status(), reason=native.ptx_status().reason)
+
+
+def inference(op: str, dtype: torch.dtype, **options: Any) -> op_cases.Problem:
+    """Return a ragged problem of inference: no size is a multiple of a tile's."""
+    p = op_cases.make(op, **{"n": 2, "h": 5, "w": 3, "ci": 16, "co": 8, **options})
+    return p.map(lambda name, t: op_cases.lay_out(t, "nhwc") if name in ("x", "residual") else t).to(dtype)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.bfloat16), (90, torch.float16)])
+def test_a_convolution_is_within_the_budget(arch: int, dtype: torch.dtype) -> None:
+    p = inference("conv_bn_act", dtype)
+    with ptx_machine(arch) as machine:
+        op_cases.assert_within_budget(p, "triton")
+    counted = machine.launches[-1].report.counters["events"]
+    assert counted.get("mma") or counted.get("wgmma")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("op", ["basic_block", "bottleneck"])
+def test_a_training_step_of_a_block_is_within_the_budget(op: str, dtype: torch.dtype, arch: int) -> None:
+    p = case(op, dtype)
+    with ptx_machine(arch, seed=1):
+        first = train_cases.step(p, train_cases.fused)
+        (plan,) = chain._plans.values()
+        assert plan.passes.ways == {submission.NATIVELY}
+    train_cases.check(p, first)
+    with ptx_machine(arch, seed=2):
+        train_cases.same(first, train_cases.step(p, train_cases.fused))
