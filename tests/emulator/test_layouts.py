@@ -5,38 +5,12 @@ CuTe's headers come from the PyPI package nvidia-cutlass and compile on the host
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from resnet_fast.benchmarks import emulation
-from resnet_fast.benchmarks.emulation import EMULATOR
-
-
-def cutlass_headers() -> Path:
-    spec = importlib.util.find_spec("cutlass_library")
-    if spec is None or spec.origin is None:
-        pytest.skip("no CuTe headers here (pip install --no-deps nvidia-cutlass)")
-    return Path(spec.origin).parent / "source" / "include"
-
-
-def toolkit_headers() -> Path:
-    """Return the include folders of a CUDA toolkit: CuTe needs its runtime API and its C++ standard library."""
-    roots = [os.environ.get("CUDA_HOME", "")]
-    if nvcc := shutil.which("nvcc"):
-        said = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "-c", "-"], input="", capture_output=True, text=True
-        ).stderr
-        roots += [line.partition("TOP=")[2].strip() for line in said.splitlines() if "TOP=" in line]
-    for root in filter(None, [*roots, "/usr/local/cuda"]):
-        if (Path(root) / "include" / "cccl" / "cuda" / "std" / "utility").exists():
-            return Path(root) / "include"
-    pytest.skip("no CUDA toolkit with cccl here (looked at CUDA_HOME, nvcc, /usr/local/cuda)")
-
+from tests.support.cute import printed
 
 LANES = {"wgmma.a": 128, "wgmma.d": 128, "swizzle": 8, "descriptor": 1, "corners": 1}
 """Where they are not a warp's: a warpgroup's threads, and rows."""
@@ -45,17 +19,11 @@ LANES = {"wgmma.a": 128, "wgmma.d": 128, "swizzle": 8, "descriptor": 1, "corners
 @pytest.fixture(scope="module")
 def cute(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
     """Return by name, for each lane, the indices of its values."""
-    headers = toolkit_headers()
-    program = tmp_path_factory.mktemp("cute") / "layouts"
-    folders = [cutlass_headers(), headers, headers / "cccl"]
-    command = ["c++", "-std=c++17", "-w", *(f"-I{f}" for f in folders), str(EMULATOR / "cute" / "layouts.cpp")]
-    subprocess.run([*command, "-o", str(program)], check=True)
     out = {}
-    for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines():
-        name, *indices = line.split()
+    for name, indices in printed("layouts.cpp", tmp_path_factory.mktemp("cute")).items():
         lanes = LANES.get(name, 32)
         each = len(indices) // lanes
-        out[name] = [[int(i) for i in indices[each * lane : each * (lane + 1)]] for lane in range(lanes)]
+        out[name] = [indices[each * lane : each * (lane + 1)] for lane in range(lanes)]
     return out
 
 

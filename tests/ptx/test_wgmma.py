@@ -98,15 +98,15 @@ class Product:
     def __init__(self, columns=64, dtype="bf16", swizzle=(128, 128), across=(False, False), in_registers=False) -> None:
         self.columns, self.in_registers = columns, in_registers
         depth, bits = (8, 32) if dtype == "tf32" else (16, 16)
-        a, self.a = rounded(dtype, 64, depth)
-        b, self.b = rounded(dtype, columns, depth)
+        self.raw_a, self.a = rounded(dtype, 64, depth)
+        self.raw_b, self.b = rounded(dtype, columns, depth)
         self.c = np.random.default_rng(1).standard_normal((64, columns)).astype(np.float32)
         self.memory = np.zeros(SHARED, np.uint8)
-        placed_a, *a_strides = placed(a, swizzle[0], across[0])
-        placed_b, *b_strides = placed(b, swizzle[1], across[1])
+        placed_a, *a_strides = placed(self.raw_a, swizzle[0], across[0])
+        placed_b, *b_strides = placed(self.raw_b, swizzle[1], across[1])
         self.memory[:B_AT], self.memory[B_AT:] = placed_a[:B_AT], placed_b
         self.descriptors = (descriptor(A_AT, *a_strides, swizzle[0]), descriptor(B_AT, *b_strides, swizzle[1]))
-        self.fragments = to_lanes(a, wgmma_a(bits)) if in_registers else np.zeros((4, 128), np.uint32)
+        self.fragments = to_lanes(self.raw_a, wgmma_a(bits)) if in_registers else np.zeros((4, 128), np.uint32)
 
     def launch(self, text: str, threads: int = 128, seed: int = 0, descriptors=None):
         from resnet_fast import _ptx
