@@ -37,7 +37,7 @@ uint8_t* reach_global(Warp& w, const Instruction& i, int lane, uint64_t address,
     defined = false;
   }
   if (write) GlobalMemory::mark_written(*a, address, bytes);
-  return reinterpret_cast<uint8_t*>(address);
+  return reinterpret_cast<uint8_t*>(a->host + (address - a->address));
 }
 
 uint8_t* reach_local(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes, Use use, bool write_defined,

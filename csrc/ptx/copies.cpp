@@ -63,7 +63,7 @@ void run_copy(Warp& w, const Instruction& i) {
         w.fail(
             i, lane,
             "copies " + std::to_string(from_bytes[lane]) + " bytes from outside of every allocation, or not aligned");
-      source = reinterpret_cast<const uint8_t*>(address);
+      source = w.launch->memory->host(address, from_bytes[lane]);
     }
     if (source != nullptr) std::memcpy(piece.data.data(), source, from_bytes[lane]);
     shared.check_bounds(w, i, lane, piece.at, bytes, bytes);
@@ -117,8 +117,8 @@ emulator::TiledTensor tensor_of(Warp& w, const Instruction& i, int lane, const S
   if (address >= kParameterWindow) {
     const uint64_t at = address - kParameterWindow;
     if (at + emulator::kTensorMapBytes <= w.launch->parameters.size()) bytes = w.launch->parameters.data() + at;
-  } else if (w.launch->memory->find(address, emulator::kTensorMapBytes) != nullptr) {
-    bytes = reinterpret_cast<const uint8_t*>(address);
+  } else {
+    bytes = w.launch->memory->host(address, emulator::kTensorMapBytes);
   }
   if (bytes == nullptr) w.fail(i, lane, "names a tensor map outside of the parameters and of every allocation");
   emulator::TiledTensor tensor;
@@ -137,6 +137,10 @@ std::array<int, emulator::TiledTensor::kMaxRank> corner_of(const Warp& w, const 
   for (int d = 0; d < rank; ++d)
     corner[d] = static_cast<int>(static_cast<uint32_t>(w.value(i.at(operand, 1 + d), lane)));
   return corner;
+}
+
+uint8_t* host_row(const Warp& w, const emulator::TiledTensor& t, const emulator::BoxRow& row) {
+  return w.launch->memory->host(row.address, uint64_t{row.end - row.first} * t.element);
 }
 
 // The part of a row that is in the tensor, checked and counted.
@@ -188,8 +192,7 @@ void run_load(Warp& w, const Instruction& i) {
       reach_row(w, i, lane, t, row, false);
       std::memset(bytes.data(), t.fill == emulator::Fill::kNaN ? 0xff : 0, bytes.size());
       if (row.first < row.end)
-        std::memcpy(bytes.data() + row.first * t.element, reinterpret_cast<const uint8_t*>(row.address),
-                    size_t{row.end - row.first} * t.element);
+        std::memcpy(bytes.data() + row.first * t.element, host_row(w, t, row), size_t{row.end - row.first} * t.element);
       for (uint32_t chunk = 0; chunk < bytes.size() / kChunk; ++chunk) {
         Piece piece;
         piece.at = to + t.place(row.row, chunk);
@@ -234,8 +237,7 @@ void run_store(Warp& w, const Instruction& i) {
       }
       reach_row(w, i, lane, t, row, true);
       if (row.first < row.end)
-        std::memcpy(reinterpret_cast<uint8_t*>(row.address), bytes.data() + row.first * t.element,
-                    size_t{row.end - row.first} * t.element);
+        std::memcpy(host_row(w, t, row), bytes.data() + row.first * t.element, size_t{row.end - row.first} * t.element);
     });
     shared.check_needed(w, i, "copies", needed);
     of(w).stores.push_back(reads);

@@ -10,7 +10,7 @@
 
 namespace ptx {
 
-void GlobalMemory::add(uint64_t address, uint64_t bytes, std::string name, bool written, bool writable) {
+void GlobalMemory::add(uint64_t address, uint64_t bytes, std::string name, bool written, bool writable, uint64_t host) {
   if (bytes == 0) return;
   auto at = std::upper_bound(allocations_.begin(), allocations_.end(), address,
                              [](uint64_t value, const Allocation& a) { return value < a.address; });
@@ -21,6 +21,7 @@ void GlobalMemory::add(uint64_t address, uint64_t bytes, std::string name, bool 
   Allocation a;
   a.address = address;
   a.bytes = bytes;
+  a.host = host;
   a.name = std::move(name);
   a.writable = writable;
   if (!written) a.written.assign(bytes, 0);

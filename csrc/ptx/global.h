@@ -1,4 +1,5 @@
-// Global memory: the allocations that a launch may use. An address is the host's own.
+// Global memory: the allocations that a launch may use. A kernel's address of one may differ from where it is on the
+// host, so that allocations can lie far apart and an access past the end of one does not land in another.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@ constexpr int kSector = 32;
 
 struct Allocation {
   uint64_t address = 0, bytes = 0;
+  uint64_t host = 0;  // where its first byte is
   std::string name;
   bool writable = true;
   std::vector<uint8_t> written;  // by byte; empty: all of them are
@@ -22,12 +24,17 @@ struct Allocation {
 class GlobalMemory {
  public:
   // Throws std::invalid_argument if it overlaps another allocation.
-  void add(uint64_t address, uint64_t bytes, std::string name, bool written, bool writable);
+  void add(uint64_t address, uint64_t bytes, std::string name, bool written, bool writable, uint64_t host);
   void remove(uint64_t address);
   // The allocation that holds all of these bytes, or null.
   Allocation* find(uint64_t address, uint64_t bytes) {
     if (last_ != nullptr && address >= last_->address && address + bytes <= last_->address + last_->bytes) return last_;
     return search(address, bytes);
+  }
+  // Where bytes of an allocation are on the host, or null if they are not all in one.
+  uint8_t* host(uint64_t address, uint64_t bytes) {
+    const Allocation* a = find(address, bytes);
+    return a == nullptr ? nullptr : reinterpret_cast<uint8_t*>(a->host + (address - a->address));
   }
   // Why an access of `bytes` at `address` is refused, or "": outside of every allocation, misaligned, not writable,
   // never written.

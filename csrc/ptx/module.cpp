@@ -193,7 +193,7 @@ class Module {
     pack(p, parameters, l.parameters);
     memory.reset_counters();
     const auto variables = reinterpret_cast<uintptr_t>(p.variables.data());
-    if (p.variable_bytes > 0) memory.add(variables, p.variable_bytes, "variables of the module", true, true);
+    if (p.variable_bytes > 0) memory.add(variables, p.variable_bytes, "variables of the module", true, true, variables);
     Report report;
     const auto finish = [&] {
       report.counters = to_dict(l, p.variable_bytes > 0);
@@ -284,9 +284,17 @@ PYBIND11_MODULE(_ptx, m) {
   });
   py::class_<ptx::GlobalMemory>(m, "Memory", "The allocations of global memory that launches may use.")
       .def(py::init<>())
-      .def("add", &ptx::GlobalMemory::add, py::arg("address"), py::arg("bytes"), py::arg("name"),
-           py::arg("written") = true, py::arg("writable") = true,
-           "Add host memory. Bytes that are not `written` yet may not be read before a kernel writes them.")
+      .def(
+          "add",
+          [](ptx::GlobalMemory& memory, uint64_t address, uint64_t bytes, std::string name, bool written, bool writable,
+             std::optional<uint64_t> host) {
+            memory.add(address, bytes, std::move(name), written, writable, host.value_or(address));
+          },
+          py::arg("address"), py::arg("bytes"), py::arg("name"), py::arg("written") = true, py::arg("writable") = true,
+          py::arg("host") = py::none(),
+          "Add memory that kernels reach at `address`, and that is at `host` here (by default the same). Bytes that "
+          "are "
+          "not `written` yet may not be read before a kernel writes them.")
       .def(
           "write",
           [](ptx::GlobalMemory& memory, uint64_t address, uint64_t bytes) {

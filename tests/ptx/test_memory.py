@@ -31,6 +31,24 @@ def test_vectors_widths_and_signs() -> None:
     assert (signs.reshape(32, 4)[:, 3] == halves[:, 3].astype(np.uint16)).all()
 
 
+def test_allocations_can_lie_apart_from_the_host() -> None:
+    """So an access past the end of one cannot land in its neighbour."""
+    from resnet_fast import _ptx
+
+    both = np.arange(64, dtype=np.int32)
+    memory, far = _ptx.Memory(), 1 << 40
+    for half in range(2):
+        memory.add(far * (half + 1), 128, f"half {half}", host=both.ctypes.data + 128 * half)
+    reverse = """mul.wide.u32 %a0, %t, 4; add.s64 %a1, %p1, 124; sub.s64 %a1, %a1, %a0; add.s64 %a0, %a0, %p0;
+    ld.global.b32 %r0, [%a0]; st.global.b32 [%a1], %r0;"""
+    text = kernel(reverse, 2, registers=REGISTERS)
+    parameters = [struct.pack("Q", far), struct.pack("Q", 2 * far)]
+    module(text).launch("k", (1, 1, 1), (32, 1, 1), 0, parameters, memory)
+    assert both.tolist() == [*range(32), *range(31, -1, -1)]
+    with pytest.raises(_ptx.Fault, match="at byte 128 of half 0, which has 128"):
+        module(text).launch("k", (1, 1, 1), (64, 1, 1), 0, parameters, memory)
+
+
 def test_packed_registers() -> None:
     source = np.random.default_rng(0).integers(0, 2**32, 64, dtype=np.uint64).astype(np.uint32)
     out = np.zeros(64, np.uint32)
