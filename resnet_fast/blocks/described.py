@@ -22,7 +22,7 @@ from . import frozen_norms, stage
 from .children import child, conv_record, counting_together, norm_record, sync_group
 from .mapping import BlockMapping, LayerPath
 from .obstacles import conv_obstacle, is_altered, norm_obstacle, obstacle
-from .plan import Path, Plan, PlannedForm, PlannedLayer
+from .plan import MappingPlan, Path, PlannedForm, PlannedLayer
 from .stem import pool_obstacle, pool_record
 
 IDLE_IN_EVAL: set[type[nn.Module]] = {nn.Dropout, nn.Dropout2d}
@@ -146,7 +146,7 @@ def _relu(m: nn.Module, path: Path | None, called: bool) -> bool | str:
     return obstacle(f"{'.'.join(path)} to be a plain ReLU", layer)
 
 
-def _form(m: nn.Module, plan: Plan) -> PlannedForm | None:
+def _form(m: nn.Module, plan: MappingPlan) -> PlannedForm | None:
     """Return the form of the shortcut that this instance has; None if the shortcut is ``x``."""
     forms = plan.forms
     if not forms:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..calls import Pool
 from ..errors import UserError
-from .plan import Plan, planned
+from .plan import MappingPlan, planned
 
 Activation = str | Callable[..., Any] | None
 
@@ -66,7 +66,7 @@ class BlockMapping:
     shortcut: tuple[Form, ...] | None = None
     activation: Activation = None
     residual: bool = True
-    plan: Plan = field(init=False, compare=False, repr=False)
+    plan: MappingPlan = field(init=False, compare=False, repr=False)
     """The same with its paths taken apart."""
 
     def __init__(self, main: Any, shortcut: Any = None, activation: Any = None, residual: bool = True):

@@ -50,7 +50,7 @@ class PlannedForm(NamedTuple):
     containers: tuple[Path, ...]
 
 
-class Plan(NamedTuple):
+class MappingPlan(NamedTuple):
     """A whole description.
 
     Attributes:
@@ -68,13 +68,15 @@ class Plan(NamedTuple):
     containers: tuple[Path, ...]
 
 
-def planned(main: Iterable[Any], shortcut: Iterable[tuple[str, ...]], activation: Any) -> Plan:
+def planned(main: Iterable[Any], shortcut: Iterable[tuple[str, ...]], activation: Any) -> MappingPlan:
     """Take the fields of a mapping apart."""
     steps = tuple([step if isinstance(step, Pool) else _split(step) for step in main])
     layers = [step for step in steps if isinstance(step, PlannedLayer)]
     paths = [path for layer in layers for path in (layer.conv, layer.norm, layer.act) if path is not None]
     act = _split(activation) if isinstance(activation, str) else None
-    return Plan(steps, tuple(map(_form, shortcut)), act, act is None and activation is not None, _containers(paths))
+    return MappingPlan(
+        steps, tuple(map(_form, shortcut)), act, act is None and activation is not None, _containers(paths)
+    )
 
 
 def _form(form: tuple[str, ...]) -> PlannedForm:

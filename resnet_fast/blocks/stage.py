@@ -19,7 +19,7 @@ from ..dispatch import select
 from .fused import Fused
 
 
-class Stage(nn.Module):
+class ConvertingStage(nn.Module):
     """Mixin placed before the stock class of a container whose forward takes x through its blocks."""
 
     stock_class: ClassVar[type[nn.Module]]
@@ -42,7 +42,7 @@ class Stage(nn.Module):
         return fused is not None and select.prefers_nhwc(x.device, fused.backend)
 
 
-class Sequential(Stage, nn.Sequential):
+class Sequential(ConvertingStage, nn.Sequential):
     """A Sequential of fused blocks."""
 
     stock_class = nn.Sequential
@@ -59,7 +59,7 @@ class Sequential(Stage, nn.Sequential):
         return self
 
 
-def class_for(m: nn.Module, containers: set[type[nn.Module]]) -> type[Stage] | None:
+def class_for(m: nn.Module, containers: set[type[nn.Module]]) -> type[ConvertingStage] | None:
     """Return the class of a stage for a stock container, None for other modules.
 
     Args:
@@ -76,17 +76,17 @@ def _all_fused(blocks: Any) -> bool:
     return all(isinstance(block, Fused) for block in blocks)
 
 
-_derived: dict[type[nn.Module], type[Stage]] = {}
+_derived: dict[type[nn.Module], type[ConvertingStage]] = {}
 
 
-def derived(stock_class: Any) -> type[Stage]:
+def derived(stock_class: Any) -> type[ConvertingStage]:
     """Return the stage of a container's class, under its names and with the names of its parameters."""
     if stock_class not in _derived:
         _derived[stock_class] = _derive(stock_class)
     return _derived[stock_class]
 
 
-def _derive(stock_class: Any) -> type[Stage]:
+def _derive(stock_class: Any) -> type[ConvertingStage]:
     parameter = stock_class.forward.__code__.co_varnames[1]
     forward = types.FunctionType(_forward.__code__.replace(co_varnames=("self", parameter)), globals(), "forward")
     forward.__annotations__ = {parameter: Tensor, "return": Tensor}
@@ -99,7 +99,9 @@ def _derive(stock_class: Any) -> type[Stage]:
         "forward": forward,
         "__reduce_ex__": _reduce,
     }
-    return types.new_class(stock_class.__name__, (Stage, stock_class), exec_body=lambda space: space.update(fields))
+    return types.new_class(
+        stock_class.__name__, (ConvertingStage, stock_class), exec_body=lambda space: space.update(fields)
+    )
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return rebuild, (self.stock_class,), *reduced[2:]
 
 
-def rebuild(stock_class: type[nn.Module]) -> Stage:
+def rebuild(stock_class: type[nn.Module]) -> ConvertingStage:
     """Return an empty stage, for copies and pickles."""
     cls = derived(stock_class)
     return cls.__new__(cls)

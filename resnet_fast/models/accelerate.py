@@ -102,7 +102,7 @@ def restore(model: M) -> M:
 
     parameter_cache.release(model.parameters())
     for module in model.modules():
-        if isinstance(module, (Fused, stage.Stage)):
+        if isinstance(module, (Fused, stage.ConvertingStage)):
             _set_options(module, *OPTIONS.values())
             _set_replay(module, False)
             held.forget(module)
