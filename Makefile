@@ -54,7 +54,7 @@ $(VENV)/.stamp-torch:
 	@$(PYTHON) -c 'import sys; sys.exit("expected Python 3.10 or later, got %d.%d; name another with PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "torch>=2.11" torchvision
-	$(INSTALL) $(BUILD_TOOLS)
+	$(INSTALL) "torch>=2.11" $(BUILD_TOOLS)
 	@touch $@
 
 $(VENV)/.stamp-demo: $(BUILD_INPUTS) | $(VENV)/.stamp-torch

@@ -12,7 +12,8 @@ from importlib import metadata
 TOOLS = ("scikit-build-core[setuptools]>=1.0", "setuptools>=77", "pybind11>=2.13", "ninja", "cmake>=3.25")
 """The tools that a build without isolation needs. The first two run the build; the others compile the native parts."""
 
-INSTALL = f"pip install {' '.join(tool if tool.isalnum() else repr(tool) for tool in TOOLS)}"
+INSTALL = f"pip install torch {' '.join(tool if tool.isalnum() else repr(tool) for tool in TOOLS)}"
+"""With torch, which stays: torch 2.11 needs a setuptools before 82, and pip by itself would take the newest."""
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What `make release` relies on: it notices an install that changes torch, and names what is missing."""
+"""What `make release` relies on: it notices an install that changes torch, and its table is that of the package."""
 
 from __future__ import annotations
 
@@ -80,6 +80,30 @@ def test_a_python_that_is_not_here_is_named_before_anything_is_built(
 def test_a_wheel_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first_image.main([str(tmp_path / "none.whl")]) == 1
     assert "expected a wheel, got " in capsys.readouterr().err
+
+
+def test_the_table_covers_every_version_that_the_package_names() -> None:
+    rows = matrix.read()["environments"]
+    found = {(row["python"].rpartition(".")[0], matrix.short(row["torch"])) for row in rows}
+    assert found == {(python, torch) for python in matrix.PYTHONS for torch in matrix.TORCHES} - matrix.ABSENT.keys()
+    assert all(row["errors"].keys() >= {matrix.WAYS[0], matrix.INTERPRETED} for row in rows)
+    complete = {
+        (row["python"].rpartition(".")[0], matrix.short(row["torch"]))
+        for row in rows
+        if row["errors"].keys() >= {*matrix.WAYS}
+    }
+    assert complete == {pair for pair in found if matrix.builds(*pair)}
+    assert {torch for _, torch in complete} == {*matrix.TORCHES}
+    assert {matrix.PYTHONS[0], matrix.PYTHONS[-1]} <= {python for python, _ in complete}
+    named = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["project"]["classifiers"]), re.MULTILINE)
+    assert tuple(named) == matrix.PYTHONS
+    assert f">={matrix.PYTHONS[0]}" == PROJECT["project"]["requires-python"]
+    assert f"torch>={matrix.TORCHES[0].removesuffix('.0')}" in PROJECT["project"]["dependencies"]
+
+
+def test_the_page_is_that_of_the_table() -> None:
+    table = matrix.read()
+    assert matrix.PAGE.read_text() == matrix.page(table, table["environments"])
 
 
 def test_build_tools_are_those_of_the_makefile() -> None:

@@ -180,5 +180,12 @@ def experiments() -> str:
     )
 
 
-GENERATED: dict[str, Callable[[], str]] = {"reference": reference, "performance": performance}
+def wheels() -> str:
+    """Return the environments in which the files of a release were installed and run."""
+    rows = json.loads((ROOT / "docs" / "tables" / "wheels.json").read_text())["environments"]
+    names = {"python": "Python", "torch": "torch", "torchvision": "torchvision", "triton": "Triton"}
+    return table([*names.values()], [[row[key].partition("+")[0] for key in names] for row in rows])
+
+
+GENERATED: dict[str, Callable[[], str]] = {"reference": reference, "performance": performance, "wheels": wheels}
 """What a comment `<!-- site: NAME -->` stands for."""

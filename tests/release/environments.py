@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 from tests.release.artifacts import ReleaseError, run, tool
@@ -70,9 +71,9 @@ class Environment:
         return run([self.python, "-m", "pip", *arguments], env={**clean(), **switches}, cwd=self.folder)
 
     def frozen(self) -> Frozen:
-        """Return what is installed."""
-        lines = [line for line in self.pip("list", "--format=freeze").splitlines() if "==" in line]
-        return dict(line.split("==", 1) for line in lines)
+        """Return what is installed, as ``pip freeze`` would, from the environment's folder."""
+        (site,) = self.folder.glob("lib/python3*/site-packages")
+        return {found.name: found.version for found in metadata.distributions(path=[str(site)])}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)

@@ -99,7 +99,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
 
 
 NOT_RUN = {
-    r"make [\w-]+": "installs, or runs other tests; that the target exists is tested",
+    r"make [\w-]+( ARGS=\".*\")?": "installs, or runs other tests; that the target exists is tested",
     r"\.ci/run": "runs everything, these tests included",
     r"pip install .+": "changes the environment; tests/test_packaging.py builds and installs the package",
     r"(TRITON_INTERPRET=1 )?\.venv/bin/python -m pytest .+": "runs other tests; that its files exist is tested",
