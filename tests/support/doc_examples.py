@@ -104,6 +104,7 @@ NOT_RUN = {
     r"pip install .+": "changes the environment; tests/test_packaging.py builds and installs the package",
     r"(TRITON_INTERPRET=1 )?\.venv/bin/python -m pytest .+": "runs other tests; that its files exist is tested",
     r"(\.venv/bin/)?python -m resnet_fast\.benchmarks\..+": "takes minutes; that the module exists is tested",
+    r"\.venv/bin/python -m tests\.release\..+": "downloads torch; tests/test_release.py tests its parts",
     r"resnet-fast bench .+": "takes minutes; tests/cli/test_bench.py runs it on a small net",
     r"resnet-fast train( .+)?": "takes minutes or needs data; tests/training trains, also to the end",
     r"torchrun .+": "needs eight GPUs; tests/training/test_distributed.py runs several processes",
