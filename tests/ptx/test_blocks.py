@@ -43,8 +43,7 @@ def test_a_training_step_of_a_block_is_within_the_budget(op: str, dtype: torch.d
     p = case(op, dtype)
     with ptx_machine(arch, seed=1):
         first = train_cases.step(p, train_cases.fused)
-        (plan,) = chain._plans.values()
-        assert plan.passes.ways == {submission.NATIVELY}
+        assert {way for plan in chain._plans.values() for way in plan.passes.ways} == {submission.NATIVELY}
     train_cases.check(p, first)
     with ptx_machine(arch, seed=2):
         train_cases.same(first, train_cases.step(p, train_cases.fused))
