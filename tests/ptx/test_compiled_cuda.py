@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast import native
+from resnet_fast import native, numerics
 from resnet_fast.benchmarks import compiled_cuda
 from resnet_fast.errors import UserError
 from resnet_fast.tools.ptx_machine import PtxFault, PtxMachine, ptx_machine
@@ -65,3 +65,18 @@ def test_a_fault_replaces_the_error_of_the_op(machine: PtxMachine, monkeypatch: 
         torch.ops.resnet_fast_native.conv_bn_act_1x1(*arguments, None, 1, 1, True)
     with pytest.raises(UserError, match="the name of a CUDA kernel, got 'unknown_kernel'"):
         compiled_cuda.kernel_named("unknown_kernel", 80)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.ptx_status() or shutil.which("nvcc") is None, reason="needs the PTX machine and nvcc")
+@pytest.mark.parametrize(("arch", "product"), [(80, "mma"), (90, "wgmma")])
+def test_a_bottleneck_as_compiled_is_within_the_budget(arch: int, product: str) -> None:
+    made = block(1, 5, 7, 256, 64, 256, torch.bfloat16)
+    found = []
+    for seed in (1, 2):
+        with ptx_machine(arch, seed=seed) as machine, compiled_cuda.launched(machine, sms=1):
+            found.append(made.run())
+    assert torch.equal(*found)
+    assert machine.launches[0].report.counters["events"][product]
+    exact, before_relu = made.eager(torch.float64), made.eager(torch.float64, relu=False)
+    numerics.assert_close(found[0], exact, made.eager(torch.bfloat16), 64 * 9, before_relu)
