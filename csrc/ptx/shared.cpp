@@ -195,12 +195,14 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
       if (h.writer >= 0) {
         const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
         if (other_lane || !ordered(w.index, h.writer, h.write_time)) {
-          // Compilers let all threads that hold the same value store it: whichever comes last changes nothing.
-          const bool same_bytes = data != nullptr && state == kWritten &&
-                                  is_defined(first, static_cast<int>(end - first)) &&
-                                  std::memcmp(data_ + first, static_cast<const char*>(data) + (first - at),
-                                              static_cast<size_t>(end - first)) == 0;
-          if (!same_bytes) race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
+          // Compilers let all threads that hold the same value store it: whichever comes last changes nothing. One that
+          // is undefined in all of them stays so.
+          const bool equal =
+              data != nullptr &&
+              (state == kUndefined || std::memcmp(data_ + first, static_cast<const char*>(data) + (first - at),
+                                                  static_cast<size_t>(end - first)) == 0);
+          if (!equal || !holds(state, first, static_cast<int>(end - first)))
+            race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
         }
       }
       check_reads(w, i, lane, first, "writes", h);
@@ -324,9 +326,9 @@ void SharedMemory::end_reads(int32_t number, int warp) {
   read.time[n] = clock[warp][warp];
 }
 
-bool SharedMemory::is_defined(int64_t at, int bytes) const {
+bool SharedMemory::holds(State state, int64_t at, int bytes) const {
   for (int64_t byte = at; byte < at + bytes; ++byte)
-    if (history_[byte / kGranule].state[byte % kGranule] != kWritten) return false;
+    if (history_[byte / kGranule].state[byte % kGranule] != state) return false;
   return true;
 }
 

@@ -90,7 +90,11 @@ class SharedMemory {
   // An asynchronous copy begins: a write by `component`, at `time` of its clock.
   void begin_copy(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int component, uint32_t time);
   void set_state(int64_t at, int bytes, State state);
-  bool is_defined(int64_t at, int bytes) const;
+  // Whether all of these bytes are in this state.
+  bool holds(State state, int64_t at, int bytes) const;
+  bool is_defined(int64_t at, int bytes) const {
+    return holds(kWritten, at, bytes);
+  }
   // A cp.async is there: from now on it is a write by its lane.
   void finish_write(const Warp& w, int lane, int64_t at, int bytes);
 

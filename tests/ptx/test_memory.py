@@ -153,3 +153,24 @@ def test_sectors_and_bank_conflicts_are_counted_by_line() -> None:
     assert lines["st.shared.b32"]["wavefronts"] == 16 and lines["ld.shared.b32"]["conflicts"] == 15
     read, written = (report.counters["allocations"][name] for name in "01")
     assert (read["bytes_read"], read["unique_sectors_read"], written["bytes_written"]) == (128, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("value", "race"),
+    [("7", False), ("%l", True), ("%undefined", False), ("selp.b32", True)],
+    ids=["equal", "different", "undefined in all", "undefined in one"],
+)
+def test_writes_of_one_place_that_nothing_orders(value: str, race: bool) -> None:
+    """Compilers let all threads that hold the same value store it, also one that is undefined."""
+    from resnet_fast import _ptx
+
+    chosen = f"mov.b32 %v, {value};"
+    if value == "selp.b32":
+        chosen = "setp.lt.u32 %q, %t, 32;\nmov.b32 %v, 0;\n@%q mov.b32 %v, %undefined;"
+    registers = ".reg .b32 %v, %undefined;\n.reg .pred %q;\n.shared .align 4 .b8 place[4];"
+    text = kernel(f"{chosen}\nst.shared.b32 [place], %v;", 0, registers=registers)
+    if not race:
+        launch(text, [], threads=64)
+        return
+    with pytest.raises(_ptx.Fault, match=r"and no bar.* orders the two"):
+        launch(text, [], threads=64)
