@@ -11,6 +11,7 @@ namespace ptx {
 namespace {
 
 constexpr size_t kStorageAlign = 1024;
+constexpr int kGranules = kUnit / kGranule;
 
 std::string component_text(int component) {
   return component < kMaxWarps ? "warp " + std::to_string(component)
@@ -33,7 +34,10 @@ void SharedMemory::start(int64_t bytes, int warps) {
   const auto at = reinterpret_cast<uintptr_t>(storage_.data());
   data_ = storage_.data() + (kStorageAlign - at % kStorageAlign) % kStorageAlign;
   std::memset(data_, 0xff, static_cast<size_t>(bytes));  // NaN in every format
-  history_.assign(static_cast<size_t>(bytes / kGranule) + 1, History{});
+  const size_t units = static_cast<size_t>(bytes / kUnit) + 1;
+  history_.resize(units * kGranules);
+  for (size_t unit = 0; unit < units; ++unit) history_[unit * kGranules] = History{};
+  alike_.assign(units, 1);
   reads_.clear();
   free_read_ = -1;
   asynchronous_.clear();
@@ -83,20 +87,48 @@ void SharedMemory::race(Warp& w, const Instruction& i, int lane, int64_t byte, c
                 did + line_text(line) + ", and no " + (same ? "bar.warp.sync" : "barrier") + " orders the two");
 }
 
+// ---- histories ----
+
+void SharedMemory::part(int64_t unit) {
+  alike_[unit] = 0;
+  History* first = &history_[unit * kGranules];
+  for (int n = 1; n < kGranules; ++n) {
+    History& h = first[n];
+    h = *first;
+    h.reads = -1;
+    int32_t last = -1;  // the reads are copied too, in their order
+    for (int32_t from = first->reads; from >= 0; from = reads_[from].next) {
+      const int32_t to = new_read();
+      reads_[to] = reads_[from];
+      reads_[to].next = -1;
+      (last < 0 ? h.reads : reads_[last].next) = to;
+      last = to;
+    }
+  }
+}
+
+void SharedMemory::unite(int64_t at, int bytes) {
+  for (int64_t unit = (at + kUnit - 1) / kUnit; (unit + 1) * kUnit <= at + bytes; ++unit) alike_[unit] = 1;
+}
+
+int32_t SharedMemory::new_read() {
+  if (free_read_ < 0) {
+    reads_.emplace_back();
+    return static_cast<int32_t>(reads_.size()) - 1;
+  }
+  const int32_t n = free_read_;
+  free_read_ = reads_[n].next;
+  reads_[n] = Read{};
+  return n;
+}
+
 // ---- reads ----
 
 void SharedMemory::note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now) {
   int32_t n = h.reads;
   while (n >= 0 && reads_[n].warp != w.index) n = reads_[n].next;
   if (n < 0) {
-    n = free_read_;
-    if (n < 0) {
-      n = static_cast<int32_t>(reads_.size());
-      reads_.emplace_back();
-    } else {
-      free_read_ = reads_[n].next;
-      reads_[n] = Read{};
-    }
+    n = new_read();
     reads_[n].next = h.reads;
     reads_[n].warp = static_cast<int16_t>(w.index);
     h.reads = n;
@@ -121,10 +153,8 @@ void SharedMemory::drop_reads(History& h) {
 bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
   const uint32_t now = clock[w.index][w.index];
   bool defined = true;
-  for (int64_t granule = at / kGranule; granule <= (at + bytes - 1) / kGranule; ++granule) {
-    History& h = history_[granule];
-    for (int64_t byte = std::max(at, granule * kGranule); byte < std::min(at + bytes, (granule + 1) * kGranule);
-         ++byte) {
+  for_histories(at, bytes, [&](History& h, int64_t first, int64_t end) {
+    for (int64_t byte = first; byte < std::min(end, first + kGranule); ++byte) {
       const State state = h.state[byte % kGranule];
       defined &= state == kWritten;
       if (state == kUnwritten) w.finding(i, lane, "reads" + byte_text(byte) + ", which nobody has written");
@@ -133,14 +163,14 @@ bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t a
                   "reads" + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
                       ": wait for it first");
     }
-    if (bytes == 1) continue;
+    if (bytes == 1) return;
     if (h.writer >= 0) {
       const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
       if (other_lane || !ordered(w.index, h.writer, h.write_time))
-        race(w, i, lane, granule * kGranule, "reads", "wrote", h.writer, h.write_line);
+        race(w, i, lane, first, "reads", "wrote", h.writer, h.write_line);
     }
     note_read(h, w, i, lane, now);
-  }
+  });
   return defined;
 }
 
@@ -163,14 +193,14 @@ void SharedMemory::check_asynchronous_reads(Warp& w, const Instruction& i, int l
       const AsyncRead& read = asynchronous_[links_[link].number];
       for (int n = 0; n < read.warps; ++n) {
         const int warp = read.first_warp + n;
-        const std::string who = std::string(read.what) + line_text(read.line);
+        const auto who = [&] { return read.what + line_text(read.line); };
         if (!(read.done >> n & 1)) {
-          w.finding(i, lane, "writes" + byte_text(at) + ", which " + who + " still reads: wait for it first");
+          w.finding(i, lane, "writes" + byte_text(at) + ", which " + who() + " still reads: wait for it first");
           break;
         }
         if (!ordered(w.index, warp, read.time[n]))
           w.finding(i, lane,
-                    "writes" + byte_text(at) + ", which " + who + " of warp " + std::to_string(warp) +
+                    "writes" + byte_text(at) + ", which " + who() + " of warp " + std::to_string(warp) +
                         " read, and no barrier orders the two");
       }
     }
@@ -188,9 +218,7 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
                                const void* data) {
   const uint32_t now = clock[w.index][w.index];
   check_asynchronous_reads(w, i, lane, at, bytes);
-  for (int64_t granule = at / kGranule; granule <= (at + bytes - 1) / kGranule; ++granule) {
-    History& h = history_[granule];
-    const int64_t first = std::max(at, granule * kGranule), end = std::min(at + bytes, (granule + 1) * kGranule);
+  for_histories(at, bytes, [&](History& h, int64_t first, int64_t end) {
     if (bytes > 1) {
       if (h.writer >= 0) {
         const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
@@ -208,7 +236,7 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
       check_reads(w, i, lane, first, "writes", h);
       drop_reads(h);
     }
-    for (int64_t byte = first; byte < end; ++byte) {
+    for (int64_t byte = first; byte < std::min(end, first + kGranule); ++byte) {
       if (h.state[byte % kGranule] == kInFlight)
         w.finding(i, lane,
                   "writes" + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
@@ -221,15 +249,14 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
     h.write_line = i.line;
     h.write_fences = fences_[w.index * kWarp + lane];
     h.atomic = false;
-  }
+  });
+  unite(at, bytes);
 }
 
 void SharedMemory::check_update(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
   const uint32_t now = clock[w.index][w.index];
   check_asynchronous_reads(w, i, lane, at, bytes);
-  for (int64_t granule = at / kGranule; granule < (at + bytes) / kGranule; ++granule) {
-    History& h = history_[granule];
-    const int64_t byte = granule * kGranule;
+  for_histories(at, bytes, [&](History& h, int64_t byte, int64_t) {
     if (h.state[0] == kUnwritten) w.finding(i, lane, "updates" + byte_text(byte) + ", which nobody has written");
     if (h.state[0] == kInFlight)
       w.finding(i, lane, "updates" + byte_text(byte) + ", which a copy in flight will write: wait for it first");
@@ -246,7 +273,7 @@ void SharedMemory::check_update(Warp& w, const Instruction& i, int lane, int64_t
     h.write_fences = fences_[w.index * kWarp + lane];
     h.atomic = true;
     drop_reads(h);
-  }
+  });
 }
 
 // ---- asynchronous accesses ----
@@ -258,8 +285,7 @@ void SharedMemory::begin_copy(Warp& w, const Instruction& i, int lane, int64_t a
               "copies to" + byte_text(byte) + ", which warp " + std::to_string(warp) + " lane " +
                   std::to_string(other) + " " + did + line_text(line) + ", and no fence.proxy.async follows that");
   };
-  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
-    const History& h = history(byte);
+  for_histories(at, bytes, [&](const History& h, int64_t byte, int64_t) {
     if (h.writer >= 0 && h.writer < kMaxWarps && !is_fenced(w, h.writer, h.write_lane, h.write_time, h.write_fences))
       unfenced(byte, h.writer, h.write_lane, "wrote", h.write_line);
     for (int32_t n = h.reads; n >= 0; n = reads_[n].next) {
@@ -267,25 +293,26 @@ void SharedMemory::begin_copy(Warp& w, const Instruction& i, int lane, int64_t a
       if (!is_fenced(w, read.warp, read.lane, read.time, read.fences))
         unfenced(byte, read.warp, read.lane, "read", read.line);
     }
-  }
+  });
   check_write(w, i, lane, at, bytes, kInFlight, nullptr);
-  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
-    history(byte).writer = static_cast<int16_t>(component);
-    history(byte).write_time = time;
-  }
+  for_histories(at, bytes, [&](History& h, int64_t, int64_t) {
+    h.writer = static_cast<int16_t>(component);
+    h.write_time = time;
+  });
 }
 
 void SharedMemory::set_state(int64_t at, int bytes, State state) {
-  for (int64_t byte = at; byte < at + bytes; ++byte) history(byte).state[byte % kGranule] = state;
+  for_histories(at, bytes, [&](History& h, int64_t first, int64_t end) {
+    for (int64_t byte = first; byte < std::min(end, first + kGranule); ++byte) h.state[byte % kGranule] = state;
+  });
 }
 
 void SharedMemory::finish_write(const Warp& w, int lane, int64_t at, int bytes) {
   set_state(at, bytes, kWritten);
-  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
-    History& h = history(byte);
+  for_histories(at, bytes, [&](History& h, int64_t, int64_t) {
     h.write_time = clock[w.index][w.index];
     h.write_fences = fences_[w.index * kWarp + lane];
-  }
+  });
 }
 
 int32_t SharedMemory::begin_reads(int first_warp, int warps, int32_t line, const char* what) {
@@ -328,15 +355,14 @@ void SharedMemory::end_reads(int32_t number, int warp) {
 
 bool SharedMemory::holds(State state, int64_t at, int bytes) const {
   for (int64_t byte = at; byte < at + bytes; ++byte)
-    if (history_[byte / kGranule].state[byte % kGranule] != state) return false;
+    if (history(byte).state[byte % kGranule] != state) return false;
   return true;
 }
 
 bool SharedMemory::collect(Warp& w, const Instruction& i, int64_t at, int bytes, const char* does,
                            std::vector<Needed>& needed) {
   bool defined = true;
-  for (int64_t byte = at; byte < at + bytes; byte += kGranule) {
-    const History& h = history(byte);
+  for_histories(at, bytes, [&](const History& h, int64_t byte, int64_t) {
     for (int n = 0; n < kGranule; ++n) {
       defined &= h.state[n] == kWritten;
       if (h.state[n] == kUnwritten) w.finding(i, -1, does + byte_text(byte + n) + ", which nobody has written");
@@ -345,12 +371,12 @@ bool SharedMemory::collect(Warp& w, const Instruction& i, int64_t at, int bytes,
                   does + byte_text(byte + n) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
                       ": wait for it first");
     }
-    if (h.writer < 0) continue;
+    if (h.writer < 0) return;
     if (!needed.empty() && needed.back().writer == h.writer && needed.back().lane == h.write_lane &&
         needed.back().time == h.write_time && needed.back().fences == h.write_fences)
-      continue;
+      return;
     needed.push_back({h.write_time, h.write_fences, static_cast<uint32_t>(byte), h.write_line, h.writer, h.write_lane});
-  }
+  });
   return defined;
 }
 

@@ -74,8 +74,8 @@ class SharedMemory {
   int64_t bytes() const {
     return bytes_;
   }
-  History& history(int64_t byte) {
-    return history_[byte / kGranule];
+  const History& history(int64_t byte) const {
+    return history_[(alike_[byte / kUnit] ? byte / kUnit * kUnit : byte) / kGranule];
   }
 
   // Checks of one lane's access; they report through the warp.
@@ -135,6 +135,28 @@ class SharedMemory {
     int32_t number, next;
   };
 
+  // Calls f(history, first byte, end) for the histories of these bytes: a whole unit at a time where all of them are
+  // alike, else by granule.
+  template <class F>
+  void for_histories(int64_t at, int bytes, F f) {
+    const int64_t end = at + bytes;
+    for (int64_t byte = at; byte < end;) {
+      const int64_t unit = byte / kUnit;
+      int64_t next = (byte / kGranule + 1) * kGranule;
+      if (alike_[unit] && byte % kUnit == 0 && end - byte >= kUnit) {
+        next = byte + kUnit;
+      } else if (alike_[unit]) {
+        part(unit);
+      }
+      if (next > end) next = end;
+      f(history_[byte / kGranule], byte, next);
+      byte = next;
+    }
+  }
+  // Gives each granule of a unit a history of its own; and one to all of them, which a write has just made alike.
+  void part(int64_t unit);
+  void unite(int64_t at, int bytes);
+  int32_t new_read();
   void note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now);
   void drop_reads(History& h);
   bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
@@ -146,7 +168,8 @@ class SharedMemory {
   std::vector<unsigned char> storage_;
   unsigned char* data_ = nullptr;
   int64_t bytes_ = 0;
-  std::vector<History> history_;
+  std::vector<History> history_;  // by granule; of a unit that is alike, only the first one counts
+  std::vector<uint8_t> alike_;    // by unit
   std::vector<Read> reads_;
   int32_t free_read_ = -1;
   std::vector<AsyncRead> asynchronous_;

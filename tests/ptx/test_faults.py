@@ -138,6 +138,18 @@ def test_writes_of_the_same_value_need_no_barrier() -> None:
     assert out[0] == 7
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_narrow_accesses_after_wide_ones_keep_their_past(seed: int) -> None:
+    """16 bytes that are written and read as a whole have one history; each part of them inherits all of it."""
+    wide = """mov.b32 %r0, memory; mad.lo.s32 %r0, %l, 16, %r0; setp.lt.u32 %q0, %t, 32; setp.lt.u32 %q1, %t, 64;
+    @%q0 st.shared.v4.b32 [%r0], {%l, %l, %l, %l}; bar.sync 0;
+    ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r0];
+    """
+    narrow = "@!%q1 st.shared.b32 [%r0+8], %t;"
+    launch(kernel(wide + "bar.sync 0;\n" + narrow, 0, registers=REGISTERS), [], threads=96, seed=seed)
+    fault(wide + narrow, "no barrier orders the two", at=".shared.", threads=96, seed=seed)
+
+
 def test_accesses_of_lanes_of_a_warp_without_a_barrier() -> None:
     other = SLOT + "xor.b32 %r1, %r0, 4;\nst.shared.b32 [%r0], %t;\n"
     fault(
