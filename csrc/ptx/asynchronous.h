@@ -114,11 +114,15 @@ struct Asynchronous {
   std::array<uint32_t, kMaxMbarriers> phases{};
   std::array<bool, kMaxMbarriers> taken{};
   std::vector<BulkCopy> copies;
+  // Events, kept here while the block runs.
+  int64_t mma = 0, mma_multiply_adds = 0, cp_async = 0;
 };
 
 // A fresh block; and what of it is still in flight when all warps have left, or "".
 void start_asynchronous(Block& b);
 std::string left_in_flight(Block& b);
+// Adds the block's events to those of the launch.
+void count_events(Block& b);
 
 // wgmma.cpp: gives the registers of products a place for the values that they have at a wgmma.fence.
 void start_products(Block& b);

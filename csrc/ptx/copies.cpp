@@ -76,7 +76,7 @@ void run_copy(Warp& w, const Instruction& i) {
   line.wavefronts += rounds.wavefronts;
   line.ideal += rounds.ideal;
   if (!whole) line.instructions += 1;
-  w.launch->counters.events["cp_async"] += 1;
+  w.block->asynchronous->cp_async += 1;
 }
 
 void run_commit(Warp& w, const Instruction& i) {

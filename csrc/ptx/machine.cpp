@@ -301,6 +301,7 @@ void run_block(Launch& l, Storage& storage, int64_t number) {
       next_tick = l.counters.instructions + kTickEvery;
     }
   }
+  count_events(b);
   if (const std::string left = left_in_flight(b); !left.empty())
     b.warps[0].finding(l.program->instructions.back(), -1, "the block ends while " + left);
 }

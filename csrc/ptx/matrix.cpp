@@ -96,60 +96,90 @@ void run_stmatrix(Warp& w, const Instruction& i) {
   }
 }
 
-using Widen = float (*)(uint16_t);
+// Operand a, (16, depth), of its words' lanes; and b, (depth, 8). `widened` makes one number of 16 bits, or of 32.
+template <class Number, class F>
+void unpack_a(const uint32_t* from, int word, int depth, float* a, F widened) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (sizeof(Number) == 4) {
+      a[emulator::a_row32(lane, word) * depth + emulator::a_k32(lane, word)] = widened(static_cast<Number>(from[lane]));
+    } else {
+      float* to = a + resnet_fast::a_row(lane, word) * depth + resnet_fast::a_k(lane, word);
+      to[0] = widened(static_cast<Number>(from[lane]));
+      to[1] = widened(static_cast<Number>(from[lane] >> 16));
+    }
+  }
+}
 
-Widen widener(Type type) {
-  return type == Type::kBF16 ? emulator::float_of_bfloat16 : emulator::float_of_half;
+template <class Number, class F>
+void unpack_b(const uint32_t* from, int word, int columns, float* b, F widened) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (sizeof(Number) == 4) {
+      b[emulator::b_k32(lane, word) * columns + emulator::b_column32(lane)] = widened(static_cast<Number>(from[lane]));
+    } else {
+      float* to = b + resnet_fast::b_k(lane, word) * columns + resnet_fast::b_column(lane);
+      to[0] = widened(static_cast<Number>(from[lane]));
+      to[columns] = widened(static_cast<Number>(from[lane] >> 16));
+    }
+  }
+}
+
+constexpr int kM = 16, kN = 8;
+
+// The lanes' bits of row r (of column n) of d, which come from lanes that hold row r of a (column n of b).
+uint32_t rows_of_a(uint32_t lanes, int word) {
+  uint32_t rows = 0;
+  for (int lane = 0; lane < kWarp; ++lane) rows |= (lanes >> lane & 1) << resnet_fast::a_row(lane, word);
+  return rows;
+}
+uint32_t columns_of_b(uint32_t lanes) {
+  uint32_t columns = 0;
+  for (int lane = 0; lane < kWarp; ++lane) columns |= (lanes >> lane & 1) << resnet_fast::b_column(lane);
+  return columns;
 }
 
 // d (16 x 8) = a (16 x depth) . b (depth x 8) + c, in fp32.
 void run_mma(Warp& w, const Instruction& i) {
-  constexpr int kM = 16, kN = 8, kMostDepth = 16;
+  constexpr int kMostDepth = 16;
   w.require_together(i);
   const auto depth = static_cast<int>(i.number);
   float a[kM * kMostDepth], b[kMostDepth * kN], d[kM * kN];
   // A value of d is defined if its row of a, its column of b and its c are: compilers leave what lies beyond a tensor
   // undefined, and do not store what comes of it.
   uint32_t rows = 0, columns = 0;  // that have an undefined value
-  const bool wide = i.type == Type::kTF32;
-  const Widen widened = widener(i.type);
   for (int word = 0; word < i.part[1].count; ++word) {
-    const uint32_t* from = w.in<uint32_t>(i.at(1, word));
-    const uint32_t defined = w.defined(i, i.at(1, word));
-    for (int lane = 0; lane < kWarp; ++lane) {
-      rows |= (~defined >> lane & 1) << resnet_fast::a_row(lane, word);  // of 32-bit operands too
-      if (wide) {
-        a[emulator::a_row32(lane, word) * depth + emulator::a_k32(lane, word)] = emulator::float_of_tf32(from[lane]);
-        continue;
-      }
-      float* to = a + resnet_fast::a_row(lane, word) * depth + resnet_fast::a_k(lane, word);
-      to[0] = widened(static_cast<uint16_t>(from[lane]));
-      to[1] = widened(static_cast<uint16_t>(from[lane] >> 16));
+    const Slot& slot = i.at(1, word);
+    const uint32_t* from = w.in<uint32_t>(slot);
+    if (const uint32_t missing = ~w.defined(i, slot)) rows |= rows_of_a(missing, word);
+    if (i.type == Type::kTF32) {
+      unpack_a<uint32_t>(from, word, depth, a, [](uint32_t raw) { return emulator::float_of_tf32(raw); });
+    } else if (i.type == Type::kBF16) {
+      unpack_a<uint16_t>(from, word, depth, a, [](uint16_t raw) { return emulator::float_of_bfloat16(raw); });
+    } else {
+      unpack_a<uint16_t>(from, word, depth, a, [](uint16_t raw) { return emulator::float_of_half(raw); });
     }
   }
   for (int word = 0; word < i.part[2].count; ++word) {
-    const uint32_t* from = w.in<uint32_t>(i.at(2, word));
-    const uint32_t defined = w.defined(i, i.at(2, word));
-    for (int lane = 0; lane < kWarp; ++lane) {
-      columns |= (~defined >> lane & 1) << resnet_fast::b_column(lane);
-      if (wide) {
-        b[emulator::b_k32(lane, word) * kN + emulator::b_column32(lane)] = emulator::float_of_tf32(from[lane]);
-        continue;
-      }
-      float* to = b + resnet_fast::b_k(lane, word) * kN + resnet_fast::b_column(lane);
-      to[0] = widened(static_cast<uint16_t>(from[lane]));
-      to[kN] = widened(static_cast<uint16_t>(from[lane] >> 16));
+    const Slot& slot = i.at(2, word);
+    const uint32_t* from = w.in<uint32_t>(slot);
+    if (const uint32_t missing = ~w.defined(i, slot)) columns |= columns_of_b(missing);
+    if (i.type == Type::kTF32) {
+      unpack_b<uint32_t>(from, word, kN, b, [](uint32_t raw) { return emulator::float_of_tf32(raw); });
+    } else if (i.type == Type::kBF16) {
+      unpack_b<uint16_t>(from, word, kN, b, [](uint16_t raw) { return emulator::float_of_bfloat16(raw); });
+    } else {
+      unpack_b<uint16_t>(from, word, kN, b, [](uint16_t raw) { return emulator::float_of_half(raw); });
     }
   }
   const auto of_d = [](int lane, int n) { return resnet_fast::d_row(lane, n) * kN + resnet_fast::d_column(lane, n); };
   uint32_t defined[4];
   for (int n = 0; n < 4; ++n) {
     defined[n] = w.defined(i, i.at(3, n));
-    for (int lane = 0; lane < kWarp; ++lane) {
-      d[of_d(lane, n)] = w.in<float>(i.at(3, n))[lane];
+    const float* from = w.in<float>(i.at(3, n));
+    for (int lane = 0; lane < kWarp; ++lane) d[of_d(lane, n)] = from[lane];
+    if ((rows | columns) == 0) continue;
+    for (int lane = 0; lane < kWarp; ++lane)
       if ((rows >> resnet_fast::d_row(lane, n) & 1) || (columns >> resnet_fast::d_column(lane, n) & 1))
         defined[n] &= ~(1u << lane);
-    }
   }
   emulator::multiply_add(d, a, b, kM, kN, depth);
   for (int n = 0; n < 4; ++n) {
@@ -157,8 +187,9 @@ void run_mma(Warp& w, const Instruction& i) {
     for (int lane = 0; lane < kWarp; ++lane) out[lane] = d[of_d(lane, n)];
     w.put(i, i.at(0, n), out, defined[n]);
   }
-  w.launch->counters.events["mma"] += 1;
-  w.launch->counters.events["mma_multiply_adds"] += int64_t{kM} * kN * depth;
+  Asynchronous& counts = *w.block->asynchronous;
+  counts.mma += 1;
+  counts.mma_multiply_adds += int64_t{kM} * kN * depth;
 }
 
 }  // namespace

@@ -229,6 +229,13 @@ void start_asynchronous(Block& b) {
   start_products(b);
 }
 
+void count_events(Block& b) {
+  const Asynchronous& all = *b.asynchronous;
+  for (const auto& [name, count] :
+       {std::pair{"mma", all.mma}, {"mma_multiply_adds", all.mma_multiply_adds}, {"cp_async", all.cp_async}})
+    if (count > 0) b.launch->counters.events[name] += count;
+}
+
 std::string left_in_flight(Block& b) {
   for (const BulkCopy& copy : b.asynchronous->copies)
     return "a bulk copy issued at line " + std::to_string(copy.at->line) + " is in flight: nobody waited at " +
