@@ -3,11 +3,13 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "global.h"
@@ -40,11 +42,28 @@ struct LineCount {
   int64_t ideal_sectors = 0;  // the bytes asked for, in sectors
 };
 
+// How often something happened, by name. There are a dozen names, each written in one place.
+class Events {
+ public:
+  int64_t& operator[](const char* name) {
+    for (auto& [known, count] : all_)
+      if (known == name || std::strcmp(known, name) == 0) return count;
+    all_.emplace_back(name, 0);
+    return all_.back().second;
+  }
+  const std::vector<std::pair<const char*, int64_t>>& all() const {
+    return all_;
+  }
+
+ private:
+  std::vector<std::pair<const char*, int64_t>> all_;
+};
+
 struct Counters {
-  int64_t instructions = 0;               // of a warp
-  std::vector<int64_t> executed;          // by Instruction, how often
-  std::vector<LineCount> accesses;        // by Instruction
-  std::map<std::string, int64_t> events;  // "barriers", "mma", "wgmma", ...
+  int64_t instructions = 0;         // of a warp
+  std::vector<int64_t> executed;    // by Instruction, how often
+  std::vector<LineCount> accesses;  // by Instruction
+  Events events;                    // "barriers", "mma", "wgmma", ...
 };
 
 // One of the sixteen barriers of a block.

@@ -109,7 +109,7 @@ py::dict to_dict(const ptx::Launch& l, bool with_variables) {
     executed[l.program->opcodes[l.program->instructions[n].opcode]] += l.counters.executed[n];
   for (const auto& [name, count] : executed)
     if (count > 0) opcodes[py::str(name)] = count;
-  for (const auto& [name, count] : l.counters.events) events[py::str(name)] = count;
+  for (const auto& [name, count] : l.counters.events.all()) events[py::str(name)] = count;
   out["instructions"] = l.counters.instructions;
   out["allocations"] = allocations;
   out["lines"] = lines;
