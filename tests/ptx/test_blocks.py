@@ -47,3 +47,13 @@ def test_a_training_step_of_a_block_is_within_the_budget(op: str, dtype: torch.d
     train_cases.check(p, first)
     with ptx_machine(arch, seed=2):
         train_cases.same(first, train_cases.step(p, train_cases.fused))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_frozen_norms_of_a_block_with_a_projection_are_folded(arch: int) -> None:
+    """Two norms end in one constant: a path of the fold's kernel that once compiled for no GPU."""
+    p = case("bottleneck", torch.bfloat16, co=12, projection=True, batch_stats=False)
+    with ptx_machine(arch):
+        step = train_cases.step(p, train_cases.fused)
+    train_cases.check(p, step)

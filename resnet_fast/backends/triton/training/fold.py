@@ -102,8 +102,9 @@ def _fold_program(
         gamma_ptr, beta_ptr, mean_ptr, var_ptr, bias_ptr, eps, rows, rows < CO
     )
     if JOINED:
-        _, _, _, more = _norm_of_filters(gamma_2, beta_2, mean_2, var_2, bias_2, eps_2, rows, rows < CO)
-        const += more
+        # no name twice in a program: the compiler takes what a later loop assigns too for a variable of that loop
+        other = _norm_of_filters(gamma_2, beta_2, mean_2, var_2, bias_2, eps_2, rows, rows < CO)
+        const += other[3]
     store_rounded(const_ptr + rows, const, rows < CO)
     tl.store(vectors_ptr + _SCALE * CO + rows, scale, mask=rows < CO)
     tl.store(vectors_ptr + _INVSTD * CO + rows, invstd, mask=rows < CO)
