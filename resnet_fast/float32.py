@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from . import flags
+from . import flags, stand_in
 
 
 def products_are_tf32() -> bool:
@@ -25,8 +25,11 @@ def products_are_tf32() -> bool:
 def rounds(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the products of a convolution of ``dtype`` on ``device`` are TF32.
 
-    A call on ``meta`` is planned for a GPU.
+    A call on ``meta`` is planned for a GPU. On a CPU a stand-in for one decides.
     """
+    if device.type == "cpu":
+        machine = stand_in.present()
+        return machine is not None and machine.tf32 and dtype == torch.float32
     return dtype == torch.float32 and device.type in ("cuda", "meta") and products_are_tf32()
 
 

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 class StandIn(Protocol):
     """What backends ask of a stand-in.
 
-    ``gpu`` is a name of :func:`resnet_fast.devices.gpus`: kernels are planned and compiled for it. Memory that is
+    ``gpu`` is a name of :func:`resnet_fast.devices.gpus`: kernels are planned and compiled for it. ``tf32``: whether it
+    rounds the products of float32 convolutions to TF32. Memory that is
     allocated inside ``one_pass()`` counts as written by nobody. ``lend(used, fresh)`` is for a pass that is submitted
     in one call: it may touch the memory of these tensors and no other, and nobody has written to ``fresh``. ``fault()``
     returns the error of a launch that failed where no exception could be raised, and forgets it.
     """
 
     gpu: str
+    tf32: bool
 
     def one_pass(self) -> AbstractContextManager[Any]: ...
 

@@ -2,7 +2,7 @@
 
 from .. import parameter_cache
 from ..dispatch import select
-from . import basic_block, bottleneck, conv_bn_act, stem, train
+from . import basic_block, bottleneck, conv_bn_act, specs, stem, train
 from .infer import Known, infer_alike, infer_tiles
 from .run import is_plain_inference, run
 from .warm import ready_to_train
@@ -24,6 +24,7 @@ __all__ = [
 
 def forget_decisions() -> None:
     """Choose backends and pack parameters anew, because what CPU tensors can run on has changed."""
+    specs.forget()
     select.forget()
     train.forget()
     parameter_cache.clear()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast import native
+from resnet_fast import native, numerics
 from resnet_fast.backends.triton import submission
 from resnet_fast.backends.triton.training import chain
 from resnet_fast.tools.ptx_machine import ptx_machine
@@ -33,6 +33,16 @@ def test_a_convolution_is_within_the_budget(arch: int, dtype: torch.dtype) -> No
         op_cases.assert_within_budget(p, "triton")
     counted = machine.launches[-1].report.counters["events"]
     assert counted.get("mma") or counted.get("wgmma")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_tf32_rounds_the_operands_and_nothing_else(arch: int) -> None:
+    p = inference("conv_bn_act", torch.float32)
+    with ptx_machine(arch, tf32=True) as machine, torch.no_grad():
+        y = p.run("triton")
+    error = numerics.compare(y, p.to(torch.float64).eager()).rel
+    assert 2**-14 < error < 2**-10, "half a unit of 11 bits is 2^-11"
+    assert any(".tf32." in name for name in machine.launches[-1].report.counters["opcodes"])
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def ptx_machine(
     limit: int = MOST_INSTRUCTIONS,
     strict: bool = True,
     rewrite: Rewrite | None = None,
+    tf32: bool = False,
 ) -> PtxMachine:
     """Return a machine to enter by ``with``: inside, Triton's launches run on CPU tensors, compiled for ``arch``.
 
@@ -72,23 +73,25 @@ def ptx_machine(
         limit: warp instructions of one launch after which it counts as one that never ends.
         strict: raise the first finding; otherwise findings are kept in ``launches[i].report``.
         rewrite: changes a kernel's PTX before it is executed, to try what the machine notices.
+        tf32: round the products of float32 convolutions to TF32, as a GPU does by default. Stock PyTorch on a CPU, with
+            which results are compared, does not.
 
     Raises:
         UserError: another architecture.
     """
-    return PtxMachine(arch, seed, limit, strict, rewrite)
+    return PtxMachine(arch, seed, limit, strict, rewrite, tf32)
 
 
 class PtxMachine:
     """See :func:`ptx_machine`. ``launches``: what ran, in order. ``engine``: the module that executes PTX."""
 
     def __init__(
-        self, arch: int, seed: int, limit: int, strict: bool, rewrite: Rewrite | None, engine: Any = None
+        self, arch: int, seed: int, limit: int, strict: bool, rewrite: Rewrite | None, tf32: bool, engine: Any = None
     ) -> None:
         if arch not in GPUS:
             raise UserError(f"an architecture among {', '.join(map(str, GPUS))}", repr(arch), "choose one of them")
         self.arch, self.seed, self.limit, self.strict = arch, seed, limit, strict
-        self.gpu = GPUS[arch]
+        self.gpu, self.tf32 = GPUS[arch], tf32
         self.engine = engine
         self.launches: list[PtxLaunch] = []
         self._rewrite = rewrite
