@@ -31,6 +31,9 @@ def patterns(kind: str, seed: int, n: int = 256) -> np.ndarray:
     drawn = rng.integers(0, 2 * sign - 1, n, dtype=np.uint64, endpoint=True)
     near = rng.integers(bias - 5, bias + 6, n // 2, dtype=np.uint64)
     drawn[: n // 2] = (drawn[: n // 2] & np.uint64(sign | (one - 1))) | near << np.uint64(mantissa)
+    for first, dropped in enumerate((13, 16, 29)):  # halfway between two numbers of a format with fewer bits
+        if dropped < mantissa:
+            drawn[first::8] = drawn[first::8] >> np.uint64(dropped) << np.uint64(dropped) | np.uint64(1 << dropped - 1)
     drawn[: 3 * len(special)] = np.tile(np.array(special, np.uint64), 3)
     rng.shuffle(drawn)
     return drawn.astype(BITS[kind])
