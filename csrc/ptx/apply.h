@@ -36,6 +36,20 @@ inline void apply(Warp& w, const Instruction& i, F f) {
   w.put(i, i.slot[0], out, w.defined(i, i.slot[1]) & w.defined(i, i.slot[2]) & w.defined(i, i.slot[3]));
 }
 
+// Of an instruction that treats the two halves of 32 bits apart: in which lanes each half of the result is defined. To
+// be asked before the result is stored, and kept after.
+struct Halves {
+  uint32_t lanes[2] = {kAllLanes, kAllLanes};
+  Halves(Warp& w, const Instruction& i) {
+    for (int source = 1; source < i.parts; ++source)
+      for (int half = 0; half < 2; ++half) lanes[half] &= w.defined_part(i, i.slot[source], half);
+  }
+  void keep(Warp& w, const Instruction& i) const {
+    if ((w.active & ~(lanes[0] & lanes[1])) == 0) return;
+    for (int half = 0; half < 2; ++half) w.know_part(i.slot[0], half, lanes[half]);
+  }
+};
+
 // Operands in the order in which most families write them.
 inline std::vector<Want> wants(Type d, std::initializer_list<Type> sources) {
   std::vector<Want> all{{Want::kWrite, d}};

@@ -160,6 +160,14 @@ constexpr const char* kModeNames[] = {"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}
 
 void run_prmt(Warp& w, const Instruction& i) {
   const auto mode = static_cast<int>(i.number);
+  // Bytes that are not selected may be undefined.
+  const bool known = i.slot[3].reg == kConstantRegister;
+  const uint32_t constant = *w.in<uint32_t>(i.slot[3]), chosen = mode < 0 ? constant : kModes[mode][constant & 3];
+  uint32_t parts[2] = {kAllLanes, kAllLanes};
+  for (int n = 0; n < 4 && known; ++n) {
+    const int byte = chosen >> 4 * n & 7;
+    parts[n / 2] &= w.defined_part(i, i.slot[byte < 4 ? 1 : 2], byte % 4 / 2);
+  }
   apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, [mode](uint32_t a, uint32_t b, uint32_t c) {
     const uint64_t bytes = uint64_t{b} << 32 | a;
     const uint32_t selectors = mode < 0 ? c : kModes[mode][c & 3];
@@ -172,15 +180,7 @@ void run_prmt(Warp& w, const Instruction& i) {
     }
     return out;
   });
-  const uint32_t whole = w.defined(i, i.slot[1]) & w.defined(i, i.slot[2]);
-  if ((w.active & ~whole) == 0 || i.slot[3].reg != kConstantRegister) return;
-  // Bytes that are not selected may be undefined.
-  const uint32_t c = *w.in<uint32_t>(i.slot[3]), selectors = mode < 0 ? c : kModes[mode][c & 3];
-  uint32_t parts[2] = {kAllLanes, kAllLanes};
-  for (int n = 0; n < 4; ++n) {
-    const int byte = selectors >> 4 * n & 7;
-    parts[n / 2] &= w.defined_part(i, i.slot[byte < 4 ? 1 : 2], byte % 4 / 2);
-  }
+  if (!known) return;
   w.note(i, i.slot[0], parts[0] & parts[1]);
   for (int part = 0; part < 2; ++part) w.know_part(i.slot[0], part, parts[part]);
 }

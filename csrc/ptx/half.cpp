@@ -41,12 +41,14 @@ void run_fma_b16(Warp& w, const Instruction& i) {
   apply<uint16_t, uint16_t, uint16_t, uint16_t>(w, i, fma_b16);
 }
 void run_fma_pair_b16(Warp& w, const Instruction& i) {
+  const Halves halves(w, i);
   apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, [](uint32_t a, uint32_t b, uint32_t c) {
     const uint16_t low = fma_b16(static_cast<uint16_t>(a), static_cast<uint16_t>(b), static_cast<uint16_t>(c));
     const uint16_t high =
         fma_b16(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16), static_cast<uint16_t>(c >> 16));
     return uint32_t{low} | uint32_t{high} << 16;
   });
+  halves.keep(w, i);
 }
 
 // Of two numbers of 16 bits, by comparing the bits as integers with a sign.
@@ -67,11 +69,13 @@ void run_extreme_16(Warp& w, const Instruction& i) {
 }
 template <bool kBrain, bool kMax, bool kKeepNan>
 void run_extreme_pair(Warp& w, const Instruction& i) {
+  const Halves halves(w, i);
   apply<uint32_t, uint32_t, uint32_t>(w, i, [](uint32_t a, uint32_t b) {
     const auto pick = extreme_16<kBrain, kMax, kKeepNan>;
     return uint32_t{pick(static_cast<uint16_t>(a), static_cast<uint16_t>(b))} |
            uint32_t{pick(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
   });
+  halves.keep(w, i);
 }
 template <bool kBrain>
 Run fast_extreme(FloatOp op, uint32_t flags, bool pair) {
@@ -93,6 +97,7 @@ void run_16(Warp& w, const Instruction& i) {
 }
 template <bool kBrain>
 void run_pair_16(Warp& w, const Instruction& i) {
+  const Halves halves(w, i);
   const FloatOp op = op_of(i);
   const Round round = round_of(i);
   const uint32_t flags = i.flags;
@@ -103,6 +108,7 @@ void run_pair_16(Warp& w, const Instruction& i) {
                                       static_cast<uint16_t>(c >> 16));
     return uint32_t{low} | uint32_t{high} << 16;
   });
+  halves.keep(w, i);
 }
 
 }  // namespace

@@ -73,10 +73,12 @@ void run_sub_clamped(Warp& w, const Instruction& i) {
 // Two numbers of 16 bits in one register.
 template <class F>
 void apply_halves(Warp& w, const Instruction& i, F f) {
+  const Halves halves(w, i);
   apply<uint32_t, uint32_t, uint32_t>(w, i, [f](uint32_t a, uint32_t b) {
     return uint32_t{f(static_cast<uint16_t>(a), static_cast<uint16_t>(b))} |
            uint32_t{f(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
   });
+  halves.keep(w, i);
 }
 void run_add_halves(Warp& w, const Instruction& i) {
   apply_halves(w, i, [](uint16_t a, uint16_t b) { return static_cast<uint16_t>(a + b); });

@@ -88,6 +88,8 @@ PARTS = {
     "moved": ("mov.b32 %r2, %r1; mov.b64 %a0, {%r3, %r2}; mov.b64 {_, %r4}, %a0; mov.b32 {%h2, _}, %r4;", "{_, %h2}"),
     "narrowed": ("cvt.u16.u32 %h2, %r1;", ""),
     "permuted": ("prmt.b32 %r2, %r1, %r3, 0x1010; cvt.u16.u32 %h2, %r2;", ""),
+    "added": ("add.s16x2 %r2, %r1, %r0; mov.b32 {%h2, _}, %r2;", "{_, %h2}"),
+    "multiplied": ("fma.rn.bf16x2 %r2, %r1, %r0, %r0; mov.b32 {%h2, _}, %r2;", "{_, %h2}"),
     "selected": ("setp.eq.s32 %q0, %l, %l; selp.b32 %r2, %r1, %r3, %q0; mov.b32 {%h2, _}, %r2;", "{_, %h2}"),
     "stored": (SLOT + "st.shared.b32 [%r0], %r1; ld.shared.b32 %r2, [%r0]; mov.b32 {%h2, _}, %r2;", "{_, %h2}"),
     "in a vector": (
@@ -104,7 +106,10 @@ def test_values_that_are_defined_in_part(way: str) -> None:
     from resnet_fast import _ptx
 
     registers, (text, other_half) = REGISTERS + ".reg .b16 %h<4>;", PARTS[way]
-    pack, use = "cvt.u16.u32 %h0, %t; mov.b32 %r1, {%h0, %h1};\n", "cvt.u32.u16 %r7, %h2; st.global.b32 [%p0], %r7;"
+    pack, use = (
+        "mov.b32 %r0, 0; cvt.u16.u32 %h0, %t; mov.b32 %r1, {%h0, %h1};\n",
+        "cvt.u32.u16 %r7, %h2; st.global.b32 [%p0], %r7;",
+    )
     out = np.ones(1, np.uint32)
     launch(kernel(pack + text + use, 1, registers=registers), [out], threads=1)
     assert out[0] == 0
