@@ -13,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from ..calls import Pool
 from ..errors import named
 from . import described
 from .mapping import BlockMapping
 from .obstacles import is_altered, obstacle
+from .plan import PlannedLayer
 
 _SIZE = (12, 20)
 """Height and width of the probe: even, so that strides and poolings agree however they round."""
@@ -90,7 +93,7 @@ def compare(stock_class: type[nn.Module], mapping: BlockMapping, m: nn.Module) -
             block.train(training)
             reading = described.read(block, mapping)
             if reading.reason:  # the call will say why
-                return ""
+                return _exchanged(block, mapping)
             convs = [step for step in reading.steps if hasattr(step, "conv")]
             x = torch.randn(2, convs[0].conv.in_channels, *_SIZE, dtype=torch.float64, device="cpu")
             torch.manual_seed(0)
@@ -110,6 +113,19 @@ def compare(stock_class: type[nn.Module], mapping: BlockMapping, m: nn.Module) -
             if not far <= _RTOL:
                 mode = "training" if training else "eval"
                 return f"expected {name} to compute what its mapping says, got a difference of {far:.1e} in {mode} mode"
+    return ""
+
+
+def _exchanged(block: nn.Module, mapping: BlockMapping) -> str:
+    """Return which layer has a norm where its mapping names the convolution, or the other way round; empty if none."""
+    forms = [form.projection for form in mapping.plan.forms]
+    for layer in (*mapping.plan.main, *forms):
+        if isinstance(layer, PlannedLayer):
+            conv, norm = described.at(block, layer.conv), described.at(block, layer.norm or ())
+            if isinstance(conv, _NormBase) or isinstance(norm, _ConvNd):
+                return (
+                    f"expected {layer.names[0]} to be a convolution and {layer.names[1]} its norm, got them exchanged"
+                )
     return ""
 
 

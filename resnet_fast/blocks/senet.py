@@ -25,4 +25,4 @@ MAPPING = BlockMapping(
 def mappings() -> dict[type[nn.Module], BlockMapping]:
     """Return the mapping of each class, for those of the libraries that are imported."""
     modules = [sys.modules[name] for name in LIBRARIES if name in sys.modules]
-    return {getattr(module, name): MAPPING for module in modules for name in BOTTLENECKS}
+    return {vars(module)[name]: MAPPING for module in modules for name in BOTTLENECKS if hasattr(module, name)}

@@ -176,6 +176,11 @@ WRONG = [
     ({"activation": None}, r"to compute what its mapping says, got a difference of .* in eval mode"),
     ({"main": [("body.0.0", "body.0.1"), ("body.1.0", "body.1.1")]}, "got a difference of"),
     ({"shortcut": None}, "got .*Error|got a difference"),
+    (
+        {"main": [("body.0.1", "body.0.0", "body.0.2"), ("body.1.0", "body.1.1")]},
+        r"expected body\.0\.1 to be a convolution and body\.0\.0 its norm, got them exchanged",
+    ),
+    ({"shortcut": ("proj.1", "proj.0")}, r"expected proj\.1 to be a convolution and proj\.0 its norm"),
 ]
 
 
