@@ -101,26 +101,30 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def explain(model: nn.Module, x: Any) -> Explanation:
-    """Run ``model(x)`` once, in the mode it is in, and report every block of an accelerated net.
+def explain(model: nn.Module, x: Any, *more: Any) -> Explanation:
+    """Run ``model(x, *more)`` once, in the mode it is in, and report every block of an accelerated net.
 
     A model in training mode is explained as its training runs it: with autograd, unless the caller has switched it off.
     Buffers (running statistics) and random state are restored.
 
     Args:
         model: a module that :func:`resnet_fast.accelerate` has been called on.
-        x: the argument of the model, with the shape, dtype, layout and device to explain: a tensor (N, C, H, W), or
-            a structure of tensors such as a detector's list of images.
+        x: the first argument of the model, with the shape, dtype, layout and device to explain: a tensor (N, C, H, W),
+            or a structure of tensors such as a detector's list of images.
+        more: its further arguments, such as a detector's targets in training.
 
     Returns:
         The report; ``print`` it for a table.
 
     Raises:
-        UserError: no tensor in ``x``.
+        UserError: no tensor in ``x``, or ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError("an nn.Module", type(model).__name__, "pass the model itself")
     first = next((t for t in tree_leaves(x) if isinstance(t, Tensor)), None)
     if first is None:
-        raise UserError("a tensor, or a structure of tensors", type(x).__name__, "pass what the model is called with")
+        got = f"{type(x).__name__} without any"
+        raise UserError("a tensor, or a structure of tensors", got, "pass what the model is called with")
     names = {id(p): name.rsplit(".", 1)[0] for name, p in model.named_parameters()}
     modules = {id(m): name for name, m in model.named_modules()}
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
@@ -128,7 +132,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     graph = model.training and torch.is_grad_enabled()
     with record.tape() as tape, torch.set_grad_enabled(graph), torch.random.fork_rng(devices=random_devices):
         try:
-            model(x)
+            model(x, *more)
         finally:
             for buffer, before in buffers:
                 _put_back(buffer, before)
@@ -250,4 +254,5 @@ def _untouched(model: nn.Module, tape: list[record.Ran | record.Stock]) -> tuple
     if not left:
         return ()
     shown = ", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "")
-    return (f"stock convolutions outside fused blocks: {shown}",)
+    note = f"stock convolutions outside fused blocks: {shown}"
+    return (note,) if tape else (note, "no fused block ran: call resnet_fast.accelerate(model) first")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import resnet_fast
@@ -78,6 +79,27 @@ def test_a_list_of_images(net: nn.Module) -> None:
     assert told.device == "cpu" and len(told.rows) == 9 and "net.layer2.0" in {r.layer for r in told.rows}
 
 
+class Training(Detector):
+    """Needs targets, as detectors in training do."""
+
+    def forward(self, images: list[torch.Tensor], targets: list[int]) -> torch.Tensor:
+        return super().forward(images)[range(len(targets)), targets].sum()
+
+
+def test_further_arguments_reach_the_model(net: nn.Module) -> None:
+    told = resnet_fast.explain(Training(net.train()), list(torch.randn(2, 3, 32, 32)), [0, 1])
+    assert len(told.rows) == 9 and all("grad" in row.spec for row in told.rows)
+
+
+def test_a_stock_net_is_told_to_be_accelerated() -> None:
+    told = resnet_fast.explain(torchvision.models.resnet18(weights=None).eval(), torch.randn(1, 3, 32, 32))
+    assert not told.rows and "accelerate(model)" in str(told)
+
+
 def test_what_holds_no_tensor_is_refused(net: nn.Module) -> None:
-    with pytest.raises(resnet_fast.UserError, match="expected a tensor, or a structure of tensors, got str"):
+    with pytest.raises(resnet_fast.UserError, match=r"an nn\.Module, got Tensor"):
+        resnet_fast.explain(torch.randn(1, 3, 32, 32), net)  # type: ignore[arg-type]
+    with pytest.raises(
+        resnet_fast.UserError, match="expected a tensor, or a structure of tensors, got str without any"
+    ):
         resnet_fast.explain(net, "cat.jpg")
