@@ -285,4 +285,5 @@ def gradient_obstacle(
         return ""
     if select.trains(x.device, x.dtype, backend):
         return ""
+    got = f"{got}, and no training kernels for {x.device.type} {x.dtype}"
     return f"expected layers that the reference reproduces bit for bit in training, got {got}; it runs unfused"

@@ -17,7 +17,7 @@ from .children import child, counting_together
 from .frozen import OF_ONE_NET, is_frozen, unfreeze
 from .frozen_norms import is_frozen as is_frozen_norm
 from .fused import Fused, runs_for_tracer
-from .obstacles import is_altered, untraceable
+from .obstacles import is_altered, require_tensor, untraceable
 from .stem import Stem, side
 
 STAGES = (nn.Sequential, fused_stage.Sequential)
@@ -126,10 +126,12 @@ class Net(Stem):
         if compiling:  # the compiler traces every block as its op
             head.refuse_compiler()
             return Way.LAYERS
+        if type(x) is not Tensor:
+            require_tensor(x)
+            if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                return Way.LAYERS  # a DTensor has no rule for some operations in channels_last
         if x.dim() != 4:  # an image without a batch; the layers report other shapes
             return Way.LAYERS
-        if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return Way.LAYERS  # a DTensor has no rule for some operations in channels_last
         if self.has_other_methods():  # a replaced method runs between the layers
             return Way.LAYERS
         device, backend = x.device, self.backend

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack as _function_modes
 from torch.utils._device import DeviceContext
 
+from ..errors import UserError
 from . import frozen_norms
 from .children import geometry
 
@@ -45,6 +46,13 @@ def untraceable(x: Any) -> str:
     return ""
 
 
+def require_tensor(x: Any) -> None:
+    """Raise UserError unless this is a Tensor or of a subclass."""
+    if not isinstance(x, Tensor):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise UserError("a tensor of images (N, C, H, W)", kind, "convert it, for example with torch.as_tensor")
+
+
 _plain_function = getattr(Tensor.__torch_function__, "__func__", None)
 
 
@@ -53,6 +61,7 @@ def overridden_tensor(x: Any) -> str:
     kind = type(x)
     if kind is Tensor or torch.compiler.is_compiling():
         return ""
+    require_tensor(x)
     own = getattr(kind.__torch_function__, "__func__", None)  # None: torch's own, for DTensor and similar classes
     if own is None or own is _plain_function:
         return ""

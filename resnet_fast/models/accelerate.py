@@ -49,8 +49,8 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
 
     Raises:
         UserError: ``model`` is no module or has no known residual block, a block is not as ``register_block`` described
-            it, ``backend`` or ``save`` is unknown, or ``cuda_graph`` is set for a model without a whole net. Nothing is
-            changed then.
+            it, ``backend`` or ``save`` is unknown, ``cuda_graph`` is no bool, or it is set for a model without a whole
+            net. Nothing is changed then.
         BackendError: in strict mode, ``model`` has a residual block of another class. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
@@ -60,6 +60,8 @@ def accelerate(model: M, backend: str = "auto", cuda_graph: bool = False, save: 
     flags.check_backend(backend)
     if save not in SAVES:
         raise UserError(f"save as one of {', '.join(SAVES)}", repr(save), "'recompute' is slower and saves less")
+    if not isinstance(cuda_graph, bool):
+        raise UserError("cuda_graph as True or False", repr(cuda_graph), "pass True to replay whole nets")
     classes = fused_classes()
     nets = _whole_nets(model, classes, cuda_graph)
     for module in model.modules():  # the answer is kept, for calls inside a compiler

@@ -51,10 +51,15 @@ def freeze(model: M) -> AbstractContextManager[M]:
 
     nets = _nets(model)
     if not nets:
+        from ..blocks.fused import Fused
+
+        apart = any(isinstance(m, Fused) for m in model.modules())
         raise UserError(
             "a model with a whole accelerated net",
-            f"{type(model).__name__} without one",
-            "call accelerate(model) first",
+            f"{type(model).__name__} with {'blocks outside of one' if apart else 'no accelerated block'}",
+            "call it without freeze(); each block compares its own weights"
+            if apart
+            else "call accelerate(model) first",
         )
     for net in nets:
         training = next((name or "the net" for name, m in net.named_modules() if m.training), None)

@@ -171,6 +171,14 @@ def test_an_unknown_backend_is_refused_before_anything_changes() -> None:
     assert snapshot(model) == before
 
 
+def test_cuda_graph_is_a_switch() -> None:
+    model = nets.basic()
+    before = snapshot(model)
+    with pytest.raises(resnet_fast.UserError, match="cuda_graph as True or False, got 'no'"):
+        resnet_fast.accelerate(model, cuda_graph="no")  # type: ignore[arg-type]
+    assert snapshot(model) == before
+
+
 def graphed(model: nn.Module) -> list[str]:
     return [type(m).__module__ for m in model.modules() if "_resnet_fast_cuda_graph" in m.__dict__]
 

@@ -231,7 +231,13 @@ def test_copies_are_not_frozen(duplicate: Callable[[nn.Module], nn.Module]) -> N
 
 
 def test_a_module_without_a_net_is_refused() -> None:
-    for model, text in ((nn.Linear(1, 1), "accelerate"), (small(), "accelerate"), (plain().train(), "eval")):
+    apart = nn.Sequential(*plain().children())
+    for model, text in (
+        (nn.Linear(1, 1), "accelerate"),
+        (small(), "accelerate"),
+        (apart, "blocks outside of one; call it without freeze"),
+        (plain().train(), "eval"),
+    ):
         with pytest.raises(UserError, match=text):
             resnet_fast.freeze(model)
     half = plain()

@@ -397,6 +397,14 @@ def test_tensor_subclasses() -> None:
     torch.testing.assert_close(got.as_subclass(torch.Tensor), want.as_subclass(torch.Tensor), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["", "layer1.0", "layer2"])
+def test_what_is_no_tensor_is_refused(part: str) -> None:
+    _, fused = twin()
+    for x in (torch.zeros(1, 64, 8, 8).numpy(), [torch.zeros(64, 8, 8)]):
+        with torch.no_grad(), pytest.raises(resnet_fast.UserError, match=r"a tensor of images .*torch\.as_tensor"):
+            fused.get_submodule(part)(x)
+
+
 def test_several_threads_at_once() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
