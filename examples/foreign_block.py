@@ -46,7 +46,7 @@ class GatedBlock(nn.Module):
 MAPPING = resnet_fast.BlockMapping(
     # A tuple is (convolution, norm, activation); a lone path is a module that runs by itself between the fused steps.
     main=[("first.0", "first.1", relu), ("second.0", "second.1"), "gate"],
-    shortcut=[("skip.0", "skip.1"), "skip"],
+    shortcut=("skip.0", "skip.1"),  # where skip is an Identity, the shortcut is x
     activation=relu,
 )
 
