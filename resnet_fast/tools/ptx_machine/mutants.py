@@ -581,7 +581,8 @@ def _beside(launch: RecordedLaunch, mutant: Mutant, then: str) -> str:
     assert new is not None
     results = _REGISTER.findall(s.operands[0])
     own = {r: f"%mutant_is{i}" for i, r in enumerate(results)}
-    declared = [f".reg .{_move(r)} {own[r]}, {_unset(r)};" for r in results]
+    declared = [f".reg .{_move(r)} {own[r]};" for r in own]
+    declared += [f".reg .{_move(r)} {_unset(r)};" for r in own]
     declared += [".reg .pred %mutant_differs, %mutant_one;"]
     first = replace(new, operands=(_REGISTER.sub(lambda m: own[m[0]], new.operands[0]), *new.operands[1:]))
     body = ["mov.pred %mutant_differs, 0;"]
