@@ -2,7 +2,7 @@
 
     python -m resnet_fast.benchmarks.tables.ptx_mutants        needs nvcc
 
-Launches are small and ragged, of every kernel: Triton's as compiled for sm_80 and sm_90, through the ops and layers
+Launches are small and ragged: Triton's kernels as compiled for sm_80 and sm_90, through the ops and layers
 that launch them on a GPU, and nvcc's of the CUDA ops. Each case runs at several sizes, twice on different numbers.
 Launches of the same PTX are relatives: a mutant that survives one must survive all.
 """
@@ -65,10 +65,13 @@ def _nhwc(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(n, c, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _step(block: nn.Module, channels: int, dtype: torch.dtype, size: Size) -> None:
-    """Run a training step of a block."""
+def _step(block: nn.Module, channels: int, dtype: torch.dtype, size: Size, frozen: bool = False) -> None:
+    """Run a training step of a block; ``frozen``: with its norms in eval mode."""
     n, h, w = size
     net = accelerate(block, backend="triton").to(memory_format=torch.channels_last).train()
+    for m in net.modules():
+        if frozen and isinstance(m, nn.BatchNorm2d):
+            m.eval()
     x = _nhwc(n, channels, h, w, FULL).requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype != FULL):
         y = net(x)
@@ -162,6 +165,7 @@ CASES = {
     "CUDA: 3x3": MutantCase(lambda size: _cuda("r50.layer1.0.conv2", size), SMALL[:2], 3, True, (80,)),
     "CUDA: stem": MutantCase(lambda size: _cuda("r50.conv1", size), WIDE[1:], 3, True, (80,)),
     "CUDA: bottleneck": MutantCase(lambda size: _cuda("r50.layer1.1", size), SMALL[:1], 3, True),
+    "step: frozen norms, bf16": MutantCase(lambda size: _step(BasicBlock(16, 16), 16, BF16, size, True), SMALL),
 }
 """Cases by name."""
 
