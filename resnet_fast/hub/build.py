@@ -18,7 +18,6 @@ import argparse
 import ast
 import base64
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 
 from .. import _version
 from ..errors import UserError
+from ..io import safe_files
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -140,7 +140,7 @@ def build(out: Path) -> list[Path]:
                     for path, text in sorted(whole.items())
                 },
             }
-            (place / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            (place / "metadata.json").write_text(safe_files.json_text(metadata, indent=2) + "\n", encoding="utf-8")
             if target.exists():
                 shutil.rmtree(target)
             target.parent.mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ def _check_ours(target: Path) -> None:
     if not target.exists():
         return
     try:
-        name = json.loads((target / "metadata.json").read_bytes())["name"]
+        name = safe_files.json_value((target / "metadata.json").read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
         name = None
     if name != NAME:

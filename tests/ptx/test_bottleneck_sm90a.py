@@ -31,7 +31,9 @@ def run(
     return y, machine.launches[-1].report.counters["events"]
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(256, torch.bfloat16), (64, torch.float16)])
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [pytest.param(256, torch.bfloat16, marks=pytest.mark.slow), (64, torch.float16)]
+)
 def test_computes_the_block_with_every_schedule(channels: int, dtype: torch.dtype) -> None:
     results = [run(channels, dtype, seed) for seed in (0, 1)]
     assert torch.equal(results[0][0], results[1][0])
