@@ -49,7 +49,7 @@ def plant(rank: int, step: int, kind: str) -> None:
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    with distributed.reported(), distributed.process_group("gloo"):
+    with distributed.reported(), distributed.world("cpu", "ddp"):
         for job in jobs:
             if "fails" in job:
                 plant(*job["fails"])
