@@ -15,6 +15,7 @@ reads batch s first.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import limits
 from ..errors import UserError
+from . import stopping
 from .augment import seed_of
 from .datasets.samples import Data, Item, Sample
 
@@ -148,6 +150,9 @@ def collate(samples: list[Sample]) -> Part:
     return Part(images, labels, unreadable)
 
 
+STOPS = {getattr(signal, name) for name in stopping.NAMES if hasattr(signal, name)}
+
+
 def workers_for(data: Data, device: torch.device, world: int) -> int:
     """Return the number of worker processes for ``data``; see :func:`workers_of`."""
     return workers_of(data.in_memory, device, world)
@@ -162,7 +167,7 @@ def workers_of(in_memory: bool, device: torch.device, world: int) -> int:
 
 def data_loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:
     """Return torch's DataLoader over ``sampler``, pinning memory for a GPU. It does not use the global generator."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -174,9 +179,27 @@ def data_loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers:
     )
 
 
+class _Loader(DataLoader[Any]):
+    """Holds back the signals that stop a run while it starts workers.
+
+    A worker is in the run's process group at first. A signal to the group would end it, and with it the run, by an
+    error. Held back, the signal reaches the run a moment later, and the worker in :func:`_apart`.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _apart(worker: int) -> None:
     """Leave the process group, to which torchrun and terminals send signals: the run stops first, then its workers."""
     os.setpgid(0, 0)
+    while sent := signal.sigpending() & STOPS:
+        signal.sigwait(sent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class Prefetcher:

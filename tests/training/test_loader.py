@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,3 +143,23 @@ def test_data_in_memory_needs_no_workers_beside_a_cpu(tiny: Callable[..., Recipe
     assert loader.workers_for(found, torch.device("cpu"), 1) == 0
     assert 1 <= loader.workers_for(found, torch.device("cuda"), 1) <= 8
     assert loader.workers_for(found, torch.device("cuda"), 10_000) == 1
+
+
+STARTED_UNDER_SIGTERM = """
+import os, signal, torch
+from resnet_fast.training import loader
+
+parent = os.getpid()
+os.register_at_fork(after_in_child=lambda: os.getppid() == parent and os.kill(os.getpid(), signal.SIGTERM))
+torch.multiprocessing.set_start_method("fork")
+data = [torch.tensor(i) for i in range(3)]
+loader.collate = lambda samples: samples
+parts = loader.data_loader(data, [[0, 1], [2]], 1, torch.device("cpu"))
+print(*(int(i) for part in parts for i in part))
+"""
+
+
+def test_a_worker_outlives_a_signal_that_comes_before_it_left_the_group() -> None:
+    """A scheduler's SIGTERM goes to the whole group. The run heeds it, and still needs the worker to end its step."""
+    done = subprocess.run([sys.executable, "-c", STARTED_UNDER_SIGTERM], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "0 1 2\n"), done.stderr
