@@ -167,7 +167,7 @@ def workers_of(in_memory: bool, device: torch.device, world: int) -> int:
 
 def data_loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers: int, device: torch.device) -> Any:
     """Return torch's DataLoader over ``sampler``, pinning memory for a GPU. It does not use the global generator."""
-    return _Loader(
+    return _ShieldedLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -179,7 +179,7 @@ def data_loader(dataset: Dataset[Sample], sampler: Sampler[list[Item]], workers:
     )
 
 
-class _Loader(DataLoader[Any]):
+class _ShieldedLoader(DataLoader[Any]):
     """Holds back the signals that stop a run while it starts workers.
 
     A worker is in the run's process group at first. A signal to the group would end it, and with it the run, by an
