@@ -243,14 +243,18 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
                       ": wait for it first");
       h.state[byte % kGranule] = state;
     }
-    h.writer = static_cast<int16_t>(w.index);
-    h.write_time = now;
-    h.write_lane = static_cast<int8_t>(lane);
-    h.write_line = i.line;
-    h.write_fences = fences_[w.index * kWarp + lane];
-    h.atomic = false;
+    note_write(w, i, lane, h, false);
   });
   unite(at, bytes);
+}
+
+void SharedMemory::note_write(const Warp& w, const Instruction& i, int lane, History& h, bool atomic) const {
+  h.writer = static_cast<int16_t>(w.index);
+  h.write_time = clock[w.index][w.index];
+  h.write_lane = static_cast<int8_t>(lane);
+  h.write_line = i.line;
+  h.write_fences = fences_[w.index * kWarp + lane];
+  h.atomic = atomic;
 }
 
 void SharedMemory::check_update(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
@@ -266,12 +270,7 @@ void SharedMemory::check_update(Warp& w, const Instruction& i, int lane, int64_t
         race(w, i, lane, byte, "updates", "wrote", h.writer, h.write_line);
     }
     check_reads(w, i, lane, byte, "updates", h);
-    h.writer = static_cast<int16_t>(w.index);
-    h.write_time = now;
-    h.write_lane = static_cast<int8_t>(lane);
-    h.write_line = i.line;
-    h.write_fences = fences_[w.index * kWarp + lane];
-    h.atomic = true;
+    note_write(w, i, lane, h, true);
     drop_reads(h);
   });
 }

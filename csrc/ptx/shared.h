@@ -159,6 +159,8 @@ class SharedMemory {
   int32_t new_read();
   void note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now);
   void drop_reads(History& h);
+  // Makes this the last write of the bytes.
+  void note_write(const Warp& w, const Instruction& i, int lane, History& h, bool atomic) const;
   bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
   void check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const History& h);
   void check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
