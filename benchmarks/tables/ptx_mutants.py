@@ -24,7 +24,8 @@ from resnet_fast import accelerate
 from resnet_fast.backends.cuda import bottleneck, conv_bn_act, stem
 from resnet_fast.spec import BlockSpec, ConvSpec
 from resnet_fast.tools.ptx_machine import mutants
-from resnet_fast.tools.ptx_machine.mutants import MutantVerdict, RecordedLaunch
+from resnet_fast.tools.ptx_machine.judgement import MutantVerdict, judge
+from resnet_fast.tools.ptx_machine.recorded import RecordedLaunch, recorded
 from resnet_fast.tuning import shapes
 
 from .. import compiled_cuda, markdown
@@ -175,7 +176,7 @@ def launches_of(case: MutantCase, arch: int) -> list[list[RecordedLaunch]]:
     found: dict[tuple[str, str], list[RecordedLaunch]] = {}
     for n, size in enumerate([*case.sizes, *case.sizes]):
         torch.manual_seed(n)
-        with mutants.recorded(arch) as (machine, launches):
+        with recorded(arch) as (machine, launches):
             if case.cuda:
                 with compiled_cuda.launched(machine, sms=2):
                     case.run(size)
@@ -206,7 +207,7 @@ def rows_of(name: str, arch: int) -> Iterator[MutantRow]:
     case = CASES[name]
     for launch, *relatives in launches_of(case, arch):
         for mutant in mutants.draw(launch, SEED, each=case.each):
-            verdict = mutants.judge(launch, mutant, relatives[:RELATIVES])
+            verdict = judge(launch, mutant, relatives[:RELATIVES])
             yield row_of(mutant, arch, verdict)
 
 

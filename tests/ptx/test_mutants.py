@@ -16,6 +16,8 @@ from resnet_fast import native
 from resnet_fast.benchmarks.tables import ptx_mutants
 from resnet_fast.benchmarks.tables.ptx_mutants import CASES, MutantRow, compilers, launches_of, page
 from resnet_fast.tools.ptx_machine import mutants, ptx_machine
+from resnet_fast.tools.ptx_machine.judgement import judge, reason
+from resnet_fast.tools.ptx_machine.recorded import execute, recorded
 from tests.support.toy_kernels import copy_kernel
 
 pytestmark = pytest.mark.skipif(not native.ptx_status(), reason=native.ptx_status().reason)
@@ -37,7 +39,7 @@ def test_a_sample_is_caught_or_equivalent(arch: int) -> None:
     ways: Counter[tuple[str, str]] = Counter()
     for launch, *relatives in launches_of(CASES["inference: 3x3, fp16, residual"], arch):
         for mutant in mutants.draw(launch, seed=3, each=2):
-            verdict = mutants.judge(launch, mutant, relatives)
+            verdict = judge(launch, mutant, relatives)
             assert not verdict.survived, mutant
             ways[mutant.kind, verdict.caught or "equivalent"] += 1
     assert ways["wait", "finding"] and ways["store", "result"] and ways["address", "finding"]
@@ -50,10 +52,10 @@ def test_reasons_hold_for_no_mutant_that_gives_another_result() -> None:
     wrong: list[mutants.Mutant] = []
     for launch, *relatives in launches_of(CASES["inference: 1x1, bf16"], 80):
         for mutant in mutants.draw(launch, 0, kinds, 8):
-            if mutants.judge(launch, mutant).caught == "result":
+            if judge(launch, mutant).caught == "result":
                 wrong.append(mutant)
                 text = mutant(launch.kernel, launch.text)
-                assert mutants.reason(mutant, text, [launch, *relatives]) == "", mutant
+                assert reason(mutant, text, [launch, *relatives]) == "", mutant
     assert len(wrong) >= 10
     assert any("," in mutant.was.operands[0] for mutant in wrong)
 
@@ -71,16 +73,16 @@ def test_draw_is_seeded_and_leaves_one_line_changed() -> None:
 
 def test_a_launch_is_executed_again_as_it_was() -> None:
     x, y = torch.randn(300), torch.zeros(300)
-    with mutants.recorded(90) as (_, launches):
+    with recorded(90) as (_, launches):
         copy_kernel[(2,)](x, y, 290, BLOCK=256)
     (launch,) = launches
     y.zero_()
-    end = mutants.execute(launch, seed=3)
+    end = execute(launch, seed=3)
     assert torch.frombuffer(bytearray(end.memory[1]), dtype=torch.float32)[:290].equal(x[:290])
     assert not y.any(), "memory of its own"
     store = next(s for s in mutants.statements(launch.text, launch.kernel) if s.opcode.startswith("st.global"))
     missing = mutants.Mutant(launch.kernel, "store", store, None)
-    assert mutants.judge(launch, missing).caught == "result"
+    assert judge(launch, missing).caught == "result"
     with ptx_machine(90, rewrite=missing):
         copy_kernel[(2,)](x, y, 290, BLOCK=256)
     assert not y.equal(torch.cat([x[:290], torch.zeros(10)]))
