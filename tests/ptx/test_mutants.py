@@ -88,10 +88,14 @@ def test_a_launch_is_executed_again_as_it_was() -> None:
     assert not y.equal(torch.cat([x[:290], torch.zeros(10)]))
 
 
+OPEN = 4
+"""Mutants of the table that compute the same for a reason that no executed program shows yet. The page names them."""
+
+
 def expect_few_survivors(rows: list[MutantRow]) -> None:
-    """One in 200 may have a reason that none of the programs executed for it can show. The page names each."""
+    """Other compilers' code gives other mutants, of which no larger share may be open."""
     survivors = [row for row in rows if not row.caught and not row.equivalent]
-    assert len(survivors) <= len(rows) / 200, survivors
+    assert len(survivors) <= OPEN * len(rows) / len(kept()[0]), survivors
 
 
 def test_the_table_has_every_kernel_and_kind_and_few_survivors() -> None:
