@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import threading
 import time
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from resnet_fast import devices
+from resnet_fast.backends import triton as backend
 from resnet_fast.backends.triton import ahead, compiling, device, launch
 from resnet_fast.backends.triton.compiling import KernelJob
 from resnet_fast.backends.triton.device import Target
@@ -243,3 +247,11 @@ def test_batch_and_image_size_multiply_no_kernel() -> None:
                 assert not [n for n in ("gemm_m", "H", "W", "Ho", "Wo", "M", "tiles") if n in constants]
     assert len(found) > 10
     assert {len(texts) for texts in found.values()} == {1}
+
+
+def test_no_default_of_a_kernel_is_a_plain_string() -> None:
+    """Triton 3.6 makes constants of numbers alone, so a call that leaves a plain string out does not compile."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(backend.__path__, f"{backend.__name__}.")]
+    kernels = {f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)}
+    assert len(kernels) > 60
+    assert [f for f in kernels for p in f.params if p.has_default and isinstance(p.default, str)] == []

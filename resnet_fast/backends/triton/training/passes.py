@@ -22,6 +22,9 @@ THREADS = 128
 
 MEAN, SCALE, SHIFT = tl.constexpr(vectors.MEAN), tl.constexpr(vectors.SCALE), tl.constexpr(vectors.SHIFT)
 
+NO_CACHE = tl.constexpr("")
+"""A default that is a plain string does not compile in Triton 3.6: it makes constants of numbers alone."""
+
 
 def rows_of(t: Tensor) -> int:
     """Return N * H * W."""
@@ -84,6 +87,6 @@ def mask_of(row_mask, c, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr = ""):
+def vector(vectors_ptr, c, ROW: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr = NO_CACHE):
     """Load a row of ``vectors``, (1, BLOCK_C) fp32. CACHE: ".cg" for what programs of this launch stored."""
     return tl.load(vectors_ptr + ROW * C + c, mask=c < C, other=0.0, cache_modifier=CACHE)[None, :]
