@@ -54,11 +54,10 @@ uint8_t* reach_local(Warp& w, const Instruction& i, int lane, uint64_t address, 
   return w.local.data() + at;
 }
 
-uint8_t* reach_parameter(Warp& w, const Instruction& i, int lane, uint64_t address, int bytes, Use use) {
-  const uint64_t at = address - kParameterWindow;
+uint8_t* reach_parameter(Warp& w, const Instruction& i, int lane, uint64_t at, int bytes, Use use) {
   std::vector<uint8_t>& parameters = w.launch->parameters;
   if (use != Use::kRead) w.fail(i, lane, "writes to a parameter of the kernel");
-  if (address < kParameterWindow || at + bytes > parameters.size() || at % bytes != 0)
+  if (at > parameters.size() || at + bytes > parameters.size() || at % bytes != 0)
     w.fail(i, lane,
            "reads " + std::to_string(bytes) + " bytes at byte " + std::to_string(at) +
                " of the parameters, which have " + std::to_string(parameters.size()));
@@ -76,9 +75,11 @@ void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int byt
     if (!(w.active >> lane & 1)) continue;
     uint64_t address = (wide ? w.in<uint64_t>(base)[lane] : w.in<uint32_t>(base)[lane]) + base.plus;
     Space at = space;
-    if (space == Space::kGeneric || space == Space::kParameter) at = space_of(address);
+    if (space == Space::kGeneric) at = space_of(address);
+    if (space == Space::kParameter && space_of(address) == Space::kLocal) at = Space::kLocal;  // a function's argument
     if (at != space && at == Space::kShared) address -= kSharedWindow;
     if (at != space && at == Space::kLocal) address -= kLocalWindow;
+    if (at != space && at == Space::kParameter) address -= kParameterWindow;
     const uint32_t bit = 1u << lane;
     bool defined = true;
     out.address[lane] = address;

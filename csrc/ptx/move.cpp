@@ -87,8 +87,10 @@ uint64_t window_of(Space space) {
       return kSharedWindow;
     case Space::kLocal:
       return kLocalWindow;
+    case Space::kParameter:
+      return kParameterWindow;
     default:
-      return 0;  // addresses of global memory and of parameters are generic ones here
+      return 0;  // addresses of global memory are generic ones
   }
 }
 

@@ -214,7 +214,7 @@ bool Places::find_symbol(Frame& frame, const Statement& s, const std::string& na
     if (v->second.space == "shared") {
       address = shared_.at(&v->second);
     } else if (find_local(frame, s.scope, name, at)) {
-      // A .param variable is reached by its generic address, so that ld.param finds arguments of kernels too.
+      // Arguments of functions are in local memory: ld.param tells them by the window from a kernel's parameters.
       address = v->second.space == "param" ? static_cast<int64_t>(kLocalWindow) + at : at;
     } else {
       fail(s.line, "not understood: ." + v->second.space + " variable " + name + " within a function");
@@ -228,7 +228,7 @@ bool Places::find_symbol(Frame& frame, const Statement& s, const std::string& na
   if (frame.function == &kernel_)
     for (const Parameter& p : out_.parameters)
       if (p.name == name) {
-        address = static_cast<int64_t>(kParameterWindow) + p.offset;
+        address = p.offset;
         return true;
       }
   const auto v = text_.variables.find(name);

@@ -87,14 +87,15 @@ def test_generic_addresses_lead_to_every_space() -> None:
     assert (out.reshape(32, 6) == np.stack(expected, 1)).all()
 
 
-def test_parameters_are_laid_out_by_alignment() -> None:
-    text = """.visible .entry k(.param .u8 a, .param .align 16 .b8 s[24], .param .u16 b, .param .u64 p)
-    { .reg .b16 %h<3>; .reg .b32 %r<4>; .reg .b64 %a<4>; .reg .pred %q;
+@pytest.mark.parametrize("address", ["mov.b64 %a2, s;", "mov.b32 %r0, s; cvt.u64.u32 %a2, %r0;"])
+def test_parameters_are_laid_out_by_alignment(address: str) -> None:
+    text = f""".visible .entry k(.param .u8 a, .param .align 16 .b8 s[24], .param .u16 b, .param .u64 p)
+    {{ .reg .b16 %h<3>; .reg .b32 %r<4>; .reg .b64 %a<4>; .reg .pred %q;
       mov.u32 %r0, %tid.x; setp.ne.u32 %q, %r0, 0; @%q ret;
-      ld.param.u8 %h1, [a]; ld.param.v2.u32 {%r1, %r2}, [s+8]; ld.param.u16 %h2, [b]; ld.param.u64 %a1, [p];
-      mov.b64 %a2, s; cvta.param.u64 %a2, %a2; ld.u64 %a3, [%a2+16];
-      cvt.u32.u16 %r3, %h1; st.global.b32 [%a1], %r3; st.global.v2.b32 [%a1+8], {%r1, %r2};
-      st.global.b16 [%a1+4], %h2; st.global.b64 [%a1+16], %a3; ret; }"""
+      ld.param.u8 %h1, [a]; ld.param.v2.u32 {{%r1, %r2}}, [s+8]; ld.param.u16 %h2, [b]; ld.param.u64 %a1, [p];
+      {address} cvta.param.u64 %a2, %a2; ld.u64 %a3, [%a2+16];
+      cvt.u32.u16 %r3, %h1; st.global.b32 [%a1], %r3; st.global.v2.b32 [%a1+8], {{%r1, %r2}};
+      st.global.b16 [%a1+4], %h2; st.global.b64 [%a1+16], %a3; ret; }}"""
     from resnet_fast import _ptx
 
     out = np.zeros(6, np.uint32)
