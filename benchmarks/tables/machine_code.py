@@ -24,13 +24,14 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from resnet_fast.simulation import listing
 
 from .. import markdown
 from . import sass
@@ -234,20 +235,12 @@ def read_cubin(compiled: Any, kernel: str, config: str, arch: int, version: str)
         return Cubin(path).budget(meta.name, kernel, config, arch, f"Triton {version}", warps, shared, columns)
 
 
-def cuobjdump(*arguments: str | Path) -> str:
-    """Return what the cuobjdump of Triton's package prints."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
 class Cubin:
     """The machine code in a cubin."""
 
     def __init__(self, path: Path) -> None:
-        self.listing = cuobjdump("-sass", path)
-        usage = cuobjdump("--dump-resource-usage", path)
+        self.listing = listing.cuobjdump("-sass", path)
+        usage = listing.cuobjdump("--dump-resource-usage", path)
         parts = re.findall(r"Function (\S+):\n(.*)", usage)
         self.usage = {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)} for name, line in parts}
 
@@ -263,7 +256,7 @@ class Cubin:
         tensor_columns: int = 0,
     ) -> KernelBudget:
         """Return the budget of one function, launched with ``warps`` and ``shared`` bytes a block."""
-        counts, code = self.usage[function], sass.parse(self.listing, function)
+        counts, code = self.usage[function], listing.parse(self.listing, function)
         loops = []
         for part in sass.main_loops(code):
             _, weighted = sass.tensor_work(code, part, warps)

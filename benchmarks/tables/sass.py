@@ -1,4 +1,4 @@
-"""Read NVIDIA machine code as ``cuobjdump -sass`` prints it: global accesses, tensor-core work, and the main loops.
+"""What machine code costs: global accesses, tensor-core work, and the main loops.
 
 A main loop is an innermost natural loop with tensor-core instructions in it. Natural: its head dominates the branch
 back to it. Looking for a branch to a lower address alone finds loops that are none: the compiler puts the retries of a
@@ -11,60 +11,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
+from resnet_fast.simulation.instruction import Instruction
+
 _NEVER_RETURNS = ("EXIT", "RET", "BRX", "JMX", "KILL")
 _WIDTHS = {"U8": 1, "S8": 1, "8": 1, "U16": 2, "S16": 2, "16": 2, "64": 8, "128": 16, "256": 32}
 _GLOBAL = ("LDG", "LDGSTS", "STG", "RED", "REDG", "ATOM", "ATOMG")
 _BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UTMAPF")
-_TENSOR = re.compile(r"^(?:[HIDQO]G?MMA|UTC[HQIO]M+A)$")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One machine instruction. ``opcode`` with its modifiers: ``LDG.E.128``."""
-
-    address: int
-    predicate: str
-    opcode: str
-    operands: str
-
-    @property
-    def name(self) -> str:
-        return self.opcode.split(".")[0]
-
-    @property
-    def is_tensor(self) -> bool:
-        return bool(_TENSOR.match(self.name))
-
-    @property
-    def target(self) -> int | None:
-        """Where a branch goes."""
-        found = re.findall(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else []
-        return int(found[-1], 16) if found else None
-
-    @property
-    def conditional(self) -> bool:
-        """Whether control may also go on with the next instruction."""
-        return bool(self.predicate) or "," in self.operands or ".DIV" in self.opcode
-
-
-def parse(text: str, function: str) -> tuple[Instruction, ...]:
-    """Return the instructions of one function in a ``cuobjdump -sass`` listing, without the padding at its end."""
-    out: list[Instruction] = []
-    here = False
-    for line in text.splitlines():
-        if "Function :" in line:
-            here = line.split("Function :")[1].strip() == function
-        elif here and (m := _LINE.match(line)):
-            out.append(Instruction(int(m[1], 16), m[2] or "", m[3], m[4]))
-    if not out:
-        raise ValueError(f"no code of {function!r} in this listing")
-    while out and (out[-1].name == "NOP" or (out[-1].target == out[-1].address)):
-        out.pop()
-    return tuple(out)
 
 
 def accesses(code: Iterable[Instruction]) -> dict[str, int]:

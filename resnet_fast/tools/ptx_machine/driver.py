@@ -42,6 +42,7 @@ class LoadedKernel:
         scratch: bytes of scratch memory per block: global, and of a profiler.
         cluster: blocks of a cluster along each axis.
         title: its name for people; empty if that is ``name``.
+        binary: the cubin that was assembled from ``text``; empty where nobody assembled it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LoadedKernel:
     scratch: tuple[int, int]
     cluster: tuple[int, int, int]
     title: str = ""
+    binary: bytes = b""
 
 
 _handles = itertools.count(1)
@@ -79,6 +81,7 @@ def _register(src: Any, about: Any) -> LoadedKernel:
             "unset TRITON_STORE_BINARY_ONLY, and let TRITON_CACHE_DIR name a folder that can be written",
         )
     clusters = getattr(about, "cluster_dims", None) or (getattr(about, "num_ctas", 1), 1, 1)
+    binary = files[".cubin"].read_bytes()
     kernel = LoadedKernel(
         about.name,
         files[".ptx"].read_text(),
@@ -87,8 +90,9 @@ def _register(src: Any, about: Any) -> LoadedKernel:
         getattr(about, "tensordesc_meta", None) or None,
         (about.global_scratch_size, about.profile_scratch_size),
         tuple(clusters),
+        binary=binary,
     )
-    key = _key(files[".cubin"].read_bytes())
+    key = _key(binary)
     if key not in _of_binary:
         handle = next(_handles)
         _of_binary[key], _of_handle[handle] = (handle, kernel), kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class PtxLaunch:
         shared: bytes of dynamic shared memory.
         arguments: in words.
         parameters: the bytes of each parameter, scratch pointers last.
+        binary: the kernel's cubin, which a GPU would execute; empty where nobody assembled it.
         report: what the engine reports: ``counters``, and ``findings`` where the machine is not strict.
     """
 
@@ -49,6 +50,7 @@ class PtxLaunch:
     shared: int
     arguments: str
     parameters: tuple[bytes, ...]
+    binary: bytes = field(default=b"", repr=False)
     report: Any = None
 
     def __str__(self) -> str:
@@ -224,7 +226,7 @@ class PtxMachine:
         if 0 in grid:
             return
         title = kernel.title or kernel.name
-        launched = PtxLaunch(title, grid, threads, shared, words, tuple(packed))
+        launched = PtxLaunch(title, grid, threads, shared, words, tuple(packed), kernel.binary)
         try:
             report = self._module(kernel).launch(
                 kernel.name, grid, (threads, 1, 1), shared, packed, (memory or self.memory).checked,

@@ -18,6 +18,7 @@ from resnet_fast.benchmarks.tables.machine_code import (
     read_table,
     write_table,
 )
+from resnet_fast.simulation.listing import parse
 from tests.support import ROOT
 from tests.support.processes import run_python
 
@@ -132,7 +133,7 @@ def test_main_loop_is_a_natural_loop_with_its_retries() -> None:
         "@P0 BRA 0x0010", "EXIT", "SYNCS.TRYWAIT P6, [UR4], R3", "@!P6 BRA 0x0070", "BRA 0x0040", "BRA 0x00a0",
     ]  # fmt: skip
     text = "\n".join(f"        /*{16 * n:04x}*/   {line} ;  /* 0x0 */" for n, line in enumerate(lines))
-    code = sass.parse("\t\tFunction : other\n\t\tFunction : k\n" + text, "k")
+    code = parse("\t\tFunction : other\n\t\tFunction : k\n" + text, "k")
     (loop,) = sass.main_loops(code)
     assert [i.address >> 4 for i in loop] == [1, 2, 3, 4, 5, 7, 8, 9]
     assert sass.accesses(loop) == {"LDG.8": 1} and sass.tensor_work(code, loop, 4) == (16 * 8 * 16 * 4, 8192.0)
