@@ -87,7 +87,8 @@ void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int byt
       out.global |= bit;
       if (use != Use::kRead && !(written & bit))
         w.finding(i, lane,
-                  "stores a value to global memory that was never written, or comes from something that was not");
+                  "stores a value to global memory that was never written, or comes from something that was not" +
+                      w.launch->order.undefined_load());
       out.at[lane] = reach_global(w, i, lane, address, bytes, use, defined);
     } else if (at == Space::kShared) {
       out.shared |= bit;
@@ -113,6 +114,9 @@ void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int byt
     if (!defined) out.defined &= ~bit;
   }
   if (out.global) {
+    uint32_t undefined = 0;
+    w.launch->order.access(w, i, out.address.data(), out.global, bytes, use, data, out.load ? &undefined : nullptr);
+    out.defined &= ~undefined;
     LineCount& line = w.launch->line(i);
     line.instructions += 1;
     line.sectors += w.launch->memory->count(out.address.data(), out.global, bytes, use != Use::kRead);
@@ -168,6 +172,7 @@ void run_load(Warp& w, const Instruction& i) {
   constexpr int kSize = sizeof(T);
   const int elements = i.part[0].count;
   Reached r;
+  r.load = true;
   reach(w, i, i.at(1), static_cast<Space>(i.flags), kSize * elements, Use::kRead, 0, nullptr, r);
   const bool whole = r.defined == w.active;
   for (int e = 0; e < elements; ++e) {
@@ -277,14 +282,21 @@ Space take_space(Modifiers& m) {
   return Space::kGeneric;
 }
 
-void take_hints(Modifiers& m) {
-  m.take_one({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"});
-  m.take_one({"cta", "cluster", "gpu", "sys"});
-  m.take_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"});
-  m.take("nc");
+uint8_t take_order(Modifiers& m) {
+  const std::string order = m.take_one({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"});
+  const std::string scope = m.take_one({"cta", "cluster", "gpu", "sys"});
+  const bool coherent = !m.take("nc");
+  m.take_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
   m.take_one({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate"});
   m.take_one({"L2::evict_last", "L2::evict_first", "L2::evict_normal"});
   m.take_one({"L2::64B", "L2::128B", "L2::256B"});
+  uint8_t promised = coherent ? 0 : kNonCoherent;
+  if (!order.empty() && order != "weak") promised |= kStrong;
+  if (order == "acquire" || order == "acq_rel") promised |= kAcquire;
+  if (order == "release" || order == "acq_rel") promised |= kRelease;
+  if (scope != "cta" && scope != "cluster")
+    promised |= kAllBlocks;  // atom and red have the GPU's scope if none is named
+  return promised;
 }
 
 Form decode_access(Modifiers& m) {
@@ -308,7 +320,7 @@ Form decode_access(Modifiers& m) {
   }
   const bool hint = m.take("L2::cache_hint");
   const Space space = take_space(m);
-  take_hints(m);
+  f.order = take_order(m);
   const std::string vector = m.take_one({"v2", "v4", "v8"});
   const Type type = m.take_type();
   f.flags = static_cast<uint32_t>(space);

@@ -135,7 +135,7 @@ Form decode_atomic(Modifiers& m) {
   const bool returns = m.name() == "atom";
   const Space space = take_space(m);
   const bool hint = m.take("L2::cache_hint");
-  take_hints(m);
+  f.order = take_order(m) | kStrong | (returns ? 0 : kBlind);
   m.take("async");
   constexpr const char* kOps[] = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
   f.flags = ~0u;

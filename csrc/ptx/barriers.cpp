@@ -123,8 +123,9 @@ void run_warp_sync(Warp& w, const Instruction& i) {
   w.block->shared.advance(w.index);
 }
 
-// Stores are visible at once here.
-void run_fence(Warp&, const Instruction&) {
+// Stores are visible at once here; what a fence orders between blocks, order.h says.
+void run_fence(Warp& w, const Instruction& i) {
+  if (i.flags & kAllBlocks) w.launch->order.fence(w);
 }
 
 }  // namespace
@@ -138,6 +139,7 @@ Form decode_barrier(Modifiers& m) {
     m.take_one({"sc", "acq_rel", "acquire", "release"});
     const std::string scope = m.take_one({"cta", "cluster", "gl", "gpu", "sys"});
     f.run = proxy || scope.empty() ? nullptr : run_fence;
+    f.flags = scope == "cta" || scope == "cluster" ? 0 : kAllBlocks;
     return f;
   }
   m.take("cta");

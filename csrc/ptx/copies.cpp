@@ -64,6 +64,7 @@ void run_copy(Warp& w, const Instruction& i) {
             i, lane,
             "copies " + std::to_string(from_bytes[lane]) + " bytes from outside of every allocation, or not aligned");
       source = w.launch->memory->host(address, from_bytes[lane]);
+      w.launch->order.row(w, i, lane, *a, address, static_cast<uint64_t>(from_bytes[lane]), nullptr);
     }
     if (source != nullptr) std::memcpy(piece.data.data(), source, from_bytes[lane]);
     shared.check_bounds(w, i, lane, piece.at, bytes, bytes);
@@ -143,9 +144,10 @@ uint8_t* host_row(const Warp& w, const emulator::TiledTensor& t, const emulator:
   return w.launch->memory->host(row.address, uint64_t{row.end - row.first} * t.element);
 }
 
-// The part of a row that is in the tensor, checked and counted.
+// The part of a row that is in the tensor, checked and counted. `written`: what a copy to it writes there.
 void reach_row(Warp& w, const Instruction& i, int lane, const emulator::TiledTensor& t, const emulator::BoxRow& row,
-               bool writes) {
+               const uint8_t* written) {
+  const bool writes = written != nullptr;
   const uint64_t bytes = uint64_t{row.end - row.first} * t.element;
   if (bytes == 0) return;
   Allocation* a = w.launch->memory->find(row.address, bytes);
@@ -156,6 +158,7 @@ void reach_row(Warp& w, const Instruction& i, int lane, const emulator::TiledTen
                : w.launch->memory->refused(row.address, 1, writes));
   if (!writes && !a->written.empty() && !GlobalMemory::is_written(*a, row.address, bytes))
     w.finding(i, lane, "copies bytes of " + a->name + " that were never written");
+  w.launch->order.row(w, i, lane, *a, row.address, bytes, written);
   if (writes) GlobalMemory::mark_written(*a, row.address, bytes);
   LineCount& line = w.launch->line(i);
   line.ideal_sectors += static_cast<int64_t>((bytes + kSector - 1) / kSector);
@@ -189,7 +192,7 @@ void run_load(Warp& w, const Instruction& i) {
     std::vector<Piece> pieces;
     std::vector<uint8_t> bytes(t.row_bytes());
     emulator::for_rows(t, corner_of(w, i, 1, lane, rank).data(), [&](const emulator::BoxRow& row) {
-      reach_row(w, i, lane, t, row, false);
+      reach_row(w, i, lane, t, row, nullptr);
       std::memset(bytes.data(), t.fill == emulator::Fill::kNaN ? 0xff : 0, bytes.size());
       if (row.first < row.end)
         std::memcpy(bytes.data() + row.first * t.element, host_row(w, t, row), size_t{row.end - row.first} * t.element);
@@ -235,7 +238,7 @@ void run_store(Warp& w, const Instruction& i) {
         shared.add_read(reads, at);
         std::memcpy(bytes.data() + chunk * kChunk, shared.data() + at, kChunk);
       }
-      reach_row(w, i, lane, t, row, true);
+      reach_row(w, i, lane, t, row, bytes.data() + row.first * t.element);
       if (row.first < row.end)
         std::memcpy(host_row(w, t, row), bytes.data() + row.first * t.element, size_t{row.end - row.first} * t.element);
     });

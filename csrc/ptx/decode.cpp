@@ -163,6 +163,7 @@ class Decoder {
     i.other_type = form.other_type;
     i.flags = form.flags;
     i.number = form.number;
+    i.order = form.order;
     i.opcode = opcode(s.opcode);
     i.collective = s.opcode.find(".sync") != std::string::npos || s.opcode.find(".aligned") != std::string::npos ||
                    s.opcode.rfind("bar", 0) == 0;

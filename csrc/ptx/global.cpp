@@ -101,11 +101,12 @@ int GlobalMemory::count(const uint64_t* address, uint32_t lanes, int bytes, bool
   return n;
 }
 
-void GlobalMemory::reset_counters() {
+void GlobalMemory::start_launch() {
   for (Allocation& a : allocations_) {
     std::fill(a.touched.begin(), a.touched.end(), 0);
     a.sectors_read = a.sectors_written = a.bytes_read = a.bytes_written = 0;
     a.unique_sectors_read = a.unique_sectors_written = 0;
+    a.cells = {};
   }
 }
 

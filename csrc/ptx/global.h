@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "order.h"
+
 namespace ptx {
 
 constexpr int kSector = 32;
@@ -17,6 +19,7 @@ struct Allocation {
   bool writable = true;
   std::vector<uint8_t> written;  // by byte; empty: all of them are
   std::vector<uint8_t> touched;  // by sector: 1 read, 2 written
+  Cells cells;                   // who accessed what
   int64_t sectors_read = 0, sectors_written = 0, bytes_read = 0, bytes_written = 0;
   int64_t unique_sectors_read = 0, unique_sectors_written = 0;
 };
@@ -47,7 +50,8 @@ class GlobalMemory {
   std::vector<Allocation>& allocations() {
     return allocations_;
   }
-  void reset_counters();
+  // Forgets what earlier launches counted, and who accessed what: launches are ordered.
+  void start_launch();
 
  private:
   Allocation* search(uint64_t address, uint64_t bytes);

@@ -55,6 +55,7 @@ struct Instruction {
   int32_t meet = -1;                                  // of a branch: where lanes that part here meet again
   std::vector<int32_t> targets;                       // of brx.idx
   int32_t line = 0, source = 0, opcode = 0;
+  uint8_t order = 0;  // of an access to memory: what Ordering says
 
   const Slot& at(int operand, int element = 0) const {
     return slot[part[operand].first + element];
@@ -90,6 +91,7 @@ struct Form {
   Type type = Type::kNone, other_type = Type::kNone;
   uint32_t flags = 0;
   int64_t number = 0;
+  uint8_t order = 0;
 };
 
 // The modifiers of an opcode, taken one by one. An opcode with modifiers left over is not understood.

@@ -26,12 +26,13 @@
 //
 // Memory. Only registered allocations may be accessed, within their bounds, aligned to the access's width. Bytes of
 // shared memory have a history (shared.h): vector clocks of the warps say whether a barrier orders two accesses of
-// different warps, a warp's own clock whether bar.warp.sync orders accesses of different lanes.
+// different warps, a warp's own clock whether bar.warp.sync orders accesses of different lanes. Bytes of global memory
+// have one too (order.h), across the blocks of a launch.
 //
 // Not modelled. Weakly ordered memory: a store is visible at once. Other blocks of a cluster. Approximate instructions
 // (ex2.approx, rcp.approx, div.full, ...) return the correctly rounded value, which is within the documented error.
-// Time: %clock and %globaltimer count instructions at the start of the block. Races between blocks in global memory,
-// and between single bytes of the same two bytes of shared memory.
+// Time: %clock and %globaltimer count instructions at the start of the block. Races between single bytes of the same
+// two bytes of shared memory.
 
 #include "machine.h"
 
@@ -213,6 +214,7 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
     for (const auto& [name, slot] : p.special) set_special(l, w, name, slot);
   }
   start_asynchronous(b);
+  l.order.start_block(static_cast<uint32_t>(number), static_cast<int>(b.warps.size()));
 }
 
 void check_limit(Launch& l, Warp& w, const Instruction& i) {

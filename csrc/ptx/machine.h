@@ -105,6 +105,7 @@ struct Launch {
 
   Block block;
   Counters counters;
+  GlobalOrder order;
   std::vector<Finding> findings;
   bool stopped = false;  // by a finding that cannot be continued after
 

@@ -191,7 +191,7 @@ class Module {
     if (cluster != std::array<int, 3>{1, 1, 1})
       throw ptx::Error(kernel, 0, "cannot be launched: clusters of more than one block are not understood");
     pack(p, parameters, l.parameters);
-    memory.reset_counters();
+    memory.start_launch();
     const auto variables = reinterpret_cast<uintptr_t>(p.variables.data());
     if (p.variable_bytes > 0) memory.add(variables, p.variable_bytes, "variables of the module", true, true, variables);
     Report report;

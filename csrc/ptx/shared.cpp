@@ -45,7 +45,7 @@ void SharedMemory::start(int64_t bytes, int warps) {
   links_.clear();
   free_link_ = -1;
   clock.assign(warps, Clock{});
-  for (int w = 0; w < warps; ++w) clock[w][w] = 1;
+  for (int w = 0; w < warps; ++w) clock[w][w] = clock[w][kGlobal + w] = 1;
   fences_.assign(static_cast<size_t>(warps) * kWarp, 0);
 }
 

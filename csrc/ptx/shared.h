@@ -2,7 +2,8 @@
 //
 // Order. Each warp has a vector clock, with a component for each warp, one for each mbarrier, which counts the phases
 // that it has finished and so what its copies wrote, and one for each warp's accesses that a fence.proxy.async has
-// followed. A barrier joins the clocks of those who pass it.
+// followed. A barrier joins the clocks of those who pass it. Further components order accesses to global memory
+// (order.h): one for each warp's, and one for those of them that a fence of the GPU's scope has followed.
 //
 // Proxies. Threads reach shared memory through the generic proxy, wgmma and bulk copies through the asynchronous one.
 // What a thread wrote or read is seen in order by the other proxy only if a fence.proxy.async lies between: by the
@@ -23,7 +24,9 @@ struct Instruction;
 
 constexpr int kMaxWarps = 32, kMaxMbarriers = 64;
 constexpr int kFenced = kMaxWarps + kMaxMbarriers;  // the first component of what was fenced
-constexpr int kClocks = kFenced + kMaxWarps;
+constexpr int kGlobal = kFenced + kMaxWarps;        // likewise, of accesses to global memory
+constexpr int kReleased = kGlobal + kMaxWarps;      // likewise, of those before a fence
+constexpr int kClocks = kReleased + kMaxWarps;
 using Clock = std::array<uint32_t, kClocks>;
 
 constexpr int kGranule = 2;  // bytes of shared memory per history
@@ -117,6 +120,7 @@ class SharedMemory {
   // A new component of the warp's own clock: what its lanes did before is ordered before what they do next.
   void advance(int warp) {
     clock[warp][warp] += 1;
+    clock[warp][kGlobal + warp] += 1;
   }
   bool ordered(int warp, int component, uint32_t time) const {
     return component == warp || clock[warp][component] >= time;

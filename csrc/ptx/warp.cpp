@@ -45,7 +45,8 @@ void Warp::used_while_pending(const Instruction& i, const Slot& s) {
 void Warp::undefined(const Instruction& i, const Slot& s, const char* what) {
   finding(i, first_lane(active & ~written[s.reg]),
           std::string(what) + ", register " + launch->program->registers[s.reg] +
-              ", holds no defined value: it was never written, or comes from something that was not");
+              ", holds no defined value: it was never written, or comes from something that was not" +
+              launch->order.undefined_load());
 }
 
 void Warp::require_together(const Instruction& i) {
