@@ -18,6 +18,7 @@
 // Not checked: that an mbarrier's initialisation was fenced. Within a block compilers rely on the barrier after it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -66,17 +67,14 @@ struct Product {
   int first_warp = 0, warps = 0;  // warps: that have come
   uint64_t a_descriptor = 0, b_descriptor = 0;
   bool accumulates = false;
-  std::vector<float> a, b;  // (64, depth), if it is in shared memory; (depth, columns)
+  std::vector<float> a, b;  // (64, depth), if it is in shared memory; (depth, columns), in the order of fragments.h
   std::vector<bool> undefined_rows,
       undefined_columns;                          // of a in shared memory, and of b: those with an undefined value
   std::vector<Needed> needed[kWarpsOfGroup + 1];  // of each warp's rows of a, and of b
   int32_t reads = -1;                             // SharedMemory::begin_reads
-};
-
-// The registers of a product in flight.
-struct InFlight {
-  std::shared_ptr<Product> product;
-  std::vector<int32_t> accumulators, operand;
+  bool has_undefined_columns() const {
+    return std::find(undefined_columns.begin(), undefined_columns.end(), true) != undefined_columns.end();
+  }
 };
 
 // The uses of a register by products in flight.
@@ -90,8 +88,8 @@ struct OfWarp {
   std::deque<std::vector<Piece>> copy_groups;
   std::vector<int32_t> stores;  // reads of bulk copies to global memory, not committed
   std::deque<std::vector<int32_t>> store_groups;
-  std::vector<InFlight> products;  // not committed
-  std::deque<std::vector<InFlight>> product_groups;
+  std::vector<std::shared_ptr<Product>> products;  // in flight, not committed; their registers are the instruction's
+  std::deque<std::vector<std::shared_ptr<Product>>> product_groups;
   std::vector<RegisterUse> uses;  // by register
   uint64_t wgmmas = 0;            // so far
   bool fenced = false;            // a wgmma.fence was executed

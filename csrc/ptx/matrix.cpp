@@ -1,12 +1,10 @@
-// ldmatrix, stmatrix, mma.sync: matrices of a warp. Layouts: resnet_fast/fragments.h and emulator/product.h.
+// ldmatrix, stmatrix, mma.sync: matrices of a warp. Layouts: fragments.h.
 
 #include <cstring>
 
-#include <emulator/product.h>
-#include <resnet_fast/fragments.h>
-
 #include "asynchronous.h"
 #include "families.h"
+#include "fragments.h"
 #include "machine.h"
 
 namespace ptx {
@@ -14,14 +12,21 @@ namespace {
 
 constexpr int kRows = 8, kRowBytes = 16;  // of an 8 x 8 matrix of 16 bits
 
-// The lane and the half of its word that hold element (row, column) of a matrix.
-struct Element {
-  int lane, half;
-};
+// A matrix of 16 bits is 32 words: its rows one after another, of four words each; transposed, its columns.
+using Matrix = std::array<uint16_t, kRows * kRows>;
 
-Element element(int row, int column, bool transposed) {
-  if (transposed) std::swap(row, column);
-  return {row * 4 + column / 2, column % 2};
+int place_in_matrix(int row, int column, bool transposed) {
+  return transposed ? column * kRows + row : row * kRows + column;
+}
+
+void put_row(Matrix& m, int row, bool transposed, const unsigned char* from) {
+  if (!transposed) {
+    std::memcpy(&m[row * kRows], from, kRowBytes);
+    return;
+  }
+  uint16_t values[kRows];
+  std::memcpy(values, from, kRowBytes);
+  for (int column = 0; column < kRows; ++column) m[column * kRows + row] = values[column];
 }
 
 // Lane 8 m + r names the place of row r of matrix m.
@@ -52,39 +57,41 @@ RowAddresses rows_of(Warp& w, const Instruction& i, const Slot& address, int mat
 
 void run_ldmatrix(Warp& w, const Instruction& i) {
   const int matrices = i.part[0].count;
+  const bool transposed = i.flags != 0;
   const RowAddresses rows = rows_of(w, i, i.at(1), matrices);
+  SharedMemory& shared = w.block->shared;
   for (int m = 0; m < matrices; ++m) {
-    uint32_t words[kWarp] = {}, defined = kAllLanes;
+    alignas(64) Matrix values;
+    uint32_t words[kWarp], defined = kAllLanes;
     for (int row = 0; row < kRows; ++row) {
       const int lane = kRows * m + row;
       const auto at = static_cast<int64_t>(rows.at[lane]);
-      const bool known = w.block->shared.check_read(w, i, lane, at, kRowBytes);
-      uint16_t values[kRows];
-      std::memcpy(values, w.block->shared.data() + at, kRowBytes);
-      for (int column = 0; column < kRows; ++column) {
-        const Element to = element(row, column, i.flags != 0);
-        words[to.lane] |= static_cast<uint32_t>(values[column]) << 16 * to.half;
-        if (!known && !w.block->shared.is_defined(at + 2 * column, 2)) defined &= ~(1u << to.lane);
-      }
+      const bool known = shared.check_read(w, i, lane, at, kRowBytes);
+      put_row(values, row, transposed, shared.data() + at);
+      for (int column = 0; column < kRows && !known; ++column)
+        if (!shared.is_defined(at + 2 * column, 2)) defined &= ~(1u << place_in_matrix(row, column, transposed) / 2);
     }
+    std::memcpy(words, values.data(), sizeof(words));
     w.put(i, i.at(0, m), words, defined);
   }
 }
 
 void run_stmatrix(Warp& w, const Instruction& i) {
   const int matrices = i.part[1].count;
+  const bool transposed = i.flags != 0;
   const RowAddresses rows = rows_of(w, i, i.at(0), matrices);
   for (int m = 0; m < matrices; ++m) {
     const Slot& slot = i.at(1, m);
     const uint32_t defined = w.defined(i, slot);
-    const uint32_t* words = w.in<uint32_t>(slot);
+    Matrix held;
+    std::memcpy(held.data(), w.in<uint32_t>(slot), sizeof(held));
     for (int row = 0; row < kRows; ++row) {
       uint16_t values[kRows];
       uint32_t unknown = 0;  // columns
       for (int column = 0; column < kRows; ++column) {
-        const Element from = element(row, column, i.flags != 0);
-        values[column] = static_cast<uint16_t>(words[from.lane] >> 16 * from.half);
-        unknown |= (~defined >> from.lane & 1) << column;
+        const int from = place_in_matrix(row, column, transposed);
+        values[column] = held[from];
+        unknown |= (~defined >> from / 2 & 1) << column;
       }
       const int lane = kRows * m + row;
       const auto at = static_cast<int64_t>(rows.at[lane]);
@@ -92,33 +99,6 @@ void run_stmatrix(Warp& w, const Instruction& i) {
       std::memcpy(w.block->shared.data() + at, values, kRowBytes);
       for (int column = 0; column < kRows && unknown != 0; ++column)
         if (!(unknown >> column & 1)) w.block->shared.set_state(at + 2 * column, 2, kWritten);
-    }
-  }
-}
-
-// Operand a, (16, depth), of its words' lanes; and b, (depth, 8). `widened` makes one number of 16 bits, or of 32.
-template <class Number, class F>
-void unpack_a(const uint32_t* from, int word, int depth, float* a, F widened) {
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (sizeof(Number) == 4) {
-      a[emulator::a_row32(lane, word) * depth + emulator::a_k32(lane, word)] = widened(static_cast<Number>(from[lane]));
-    } else {
-      float* to = a + resnet_fast::a_row(lane, word) * depth + resnet_fast::a_k(lane, word);
-      to[0] = widened(static_cast<Number>(from[lane]));
-      to[1] = widened(static_cast<Number>(from[lane] >> 16));
-    }
-  }
-}
-
-template <class Number, class F>
-void unpack_b(const uint32_t* from, int word, int columns, float* b, F widened) {
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (sizeof(Number) == 4) {
-      b[emulator::b_k32(lane, word) * columns + emulator::b_column32(lane)] = widened(static_cast<Number>(from[lane]));
-    } else {
-      float* to = b + resnet_fast::b_k(lane, word) * columns + resnet_fast::b_column(lane);
-      to[0] = widened(static_cast<Number>(from[lane]));
-      to[columns] = widened(static_cast<Number>(from[lane] >> 16));
     }
   }
 }
@@ -142,40 +122,27 @@ void run_mma(Warp& w, const Instruction& i) {
   constexpr int kMostDepth = 16;
   w.require_together(i);
   const auto depth = static_cast<int>(i.number);
-  float a[kM * kMostDepth], b[kMostDepth * kN], d[kM * kN];
+  alignas(64) float a[kM * kMostDepth], b[kMostDepth * kN], d[kM * kN];
   // A value of d is defined if its row of a, its column of b and its c are: compilers leave what lies beyond a tensor
   // undefined, and do not store what comes of it.
   uint32_t rows = 0, columns = 0;  // that have an undefined value
-  for (int word = 0; word < i.part[1].count; ++word) {
-    const Slot& slot = i.at(1, word);
-    const uint32_t* from = w.in<uint32_t>(slot);
-    if (const uint32_t missing = ~w.defined(i, slot)) rows |= rows_of_a(missing, word);
-    if (i.type == Type::kTF32) {
-      unpack_a<uint32_t>(from, word, depth, a, [](uint32_t raw) { return emulator::float_of_tf32(raw); });
-    } else if (i.type == Type::kBF16) {
-      unpack_a<uint16_t>(from, word, depth, a, [](uint16_t raw) { return emulator::float_of_bfloat16(raw); });
-    } else {
-      unpack_a<uint16_t>(from, word, depth, a, [](uint16_t raw) { return emulator::float_of_half(raw); });
+  with_numbers(i.type, [&](auto number) {
+    using Number = decltype(number);
+    for (int word = 0; word < i.part[1].count; ++word) {
+      const Slot& slot = i.at(1, word);
+      if (const uint32_t missing = ~w.defined(i, slot)) rows |= rows_of_a(missing, word);
+      unpack_a<Number>(w.in<uint32_t>(slot), word, depth, a);
     }
-  }
-  for (int word = 0; word < i.part[2].count; ++word) {
-    const Slot& slot = i.at(2, word);
-    const uint32_t* from = w.in<uint32_t>(slot);
-    if (const uint32_t missing = ~w.defined(i, slot)) columns |= columns_of_b(missing);
-    if (i.type == Type::kTF32) {
-      unpack_b<uint32_t>(from, word, kN, b, [](uint32_t raw) { return emulator::float_of_tf32(raw); });
-    } else if (i.type == Type::kBF16) {
-      unpack_b<uint16_t>(from, word, kN, b, [](uint16_t raw) { return emulator::float_of_bfloat16(raw); });
-    } else {
-      unpack_b<uint16_t>(from, word, kN, b, [](uint16_t raw) { return emulator::float_of_half(raw); });
+    for (int word = 0; word < i.part[2].count; ++word) {
+      const Slot& slot = i.at(2, word);
+      if (const uint32_t missing = ~w.defined(i, slot)) columns |= columns_of_b(missing);
+      unpack_b<Number>(w.in<uint32_t>(slot), word, b);
     }
-  }
-  const auto of_d = [](int lane, int n) { return resnet_fast::d_row(lane, n) * kN + resnet_fast::d_column(lane, n); };
+  });
   uint32_t defined[4];
   for (int n = 0; n < 4; ++n) {
     defined[n] = w.defined(i, i.at(3, n));
-    const float* from = w.in<float>(i.at(3, n));
-    for (int lane = 0; lane < kWarp; ++lane) d[of_d(lane, n)] = from[lane];
+    unpack_d(w.in<float>(i.at(3, n)), n, kN, d);
     if ((rows | columns) == 0) continue;
     for (int lane = 0; lane < kWarp; ++lane)
       if ((rows >> resnet_fast::d_row(lane, n) & 1) || (columns >> resnet_fast::d_column(lane, n) & 1))
@@ -183,8 +150,8 @@ void run_mma(Warp& w, const Instruction& i) {
   }
   emulator::multiply_add(d, a, b, kM, kN, depth);
   for (int n = 0; n < 4; ++n) {
-    float out[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) out[lane] = d[of_d(lane, n)];
+    alignas(64) float out[kWarp];
+    pack_d(d, n, kN, out);
     w.put(i, i.at(0, n), out, defined[n]);
   }
   Asynchronous& counts = *w.block->asynchronous;

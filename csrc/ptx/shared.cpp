@@ -70,13 +70,23 @@ bool SharedMemory::is_fenced(const Warp& w, int warp, int lane, uint32_t time, u
   return clock[w.index][kFenced + warp] >= time || (lane >= 0 && fences_[warp * kWarp + lane] != fences);
 }
 
-void SharedMemory::check_bounds(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align) {
+void SharedMemory::refuse(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align) {
   if (at < 0 || at + bytes > bytes_)
     w.fail(i, lane,
            "accesses shared memory bytes " + std::to_string(at) + " to " + std::to_string(at + bytes) +
                " of a block that has " + std::to_string(bytes_));
-  if (at % align != 0)
-    w.fail(i, lane, "accesses" + byte_text(at) + ", which is not aligned to " + std::to_string(align) + " bytes");
+  w.fail(i, lane, "accesses" + byte_text(at) + ", which is not aligned to " + std::to_string(align) + " bytes");
+}
+
+void SharedMemory::unwritten(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does) {
+  w.finding(i, lane, does + byte_text(byte) + ", which nobody has written");
+}
+
+void SharedMemory::in_flight(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does,
+                             const History& h) {
+  w.finding(i, lane,
+            does + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
+                ": wait for it first");
 }
 
 void SharedMemory::race(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const char* did,
@@ -124,7 +134,17 @@ int32_t SharedMemory::new_read() {
 
 // ---- reads ----
 
-void SharedMemory::note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now) {
+inline bool SharedMemory::write_ordered(const Warp& w, const History& h, int lane, uint32_t now) const {
+  if (h.writer == w.index) return h.write_lane == lane || h.write_time < now;
+  return h.writer < 0 || clock[w.index][h.writer] >= h.write_time;
+}
+
+inline bool SharedMemory::read_ordered(const Warp& w, const Read& read, int lane, uint32_t now) const {
+  if (read.warp == w.index) return (!read.several && read.lane == lane) || read.time < now;
+  return clock[w.index][read.warp] >= read.time;
+}
+
+inline void SharedMemory::note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now) {
   int32_t n = h.reads;
   while (n >= 0 && reads_[n].warp != w.index) n = reads_[n].next;
   if (n < 0) {
@@ -154,21 +174,14 @@ bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t a
   const uint32_t now = clock[w.index][w.index];
   bool defined = true;
   for_histories(at, bytes, [&](History& h, int64_t first, int64_t end) {
-    for (int64_t byte = first; byte < std::min(end, first + kGranule); ++byte) {
+    for (int64_t byte = first; byte < std::min(end, first + kGranule) && !h.all(kWritten); ++byte) {
       const State state = h.state[byte % kGranule];
       defined &= state == kWritten;
-      if (state == kUnwritten) w.finding(i, lane, "reads" + byte_text(byte) + ", which nobody has written");
-      if (state == kInFlight)
-        w.finding(i, lane,
-                  "reads" + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
-                      ": wait for it first");
+      if (state == kUnwritten) unwritten(w, i, lane, byte, "reads");
+      if (state == kInFlight) in_flight(w, i, lane, byte, "reads", h);
     }
     if (bytes == 1) return;
-    if (h.writer >= 0) {
-      const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
-      if (other_lane || !ordered(w.index, h.writer, h.write_time))
-        race(w, i, lane, first, "reads", "wrote", h.writer, h.write_line);
-    }
+    if (!write_ordered(w, h, lane, now)) race(w, i, lane, first, "reads", "wrote", h.writer, h.write_line);
     note_read(h, w, i, lane, now);
   });
   return defined;
@@ -176,19 +189,19 @@ bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t a
 
 // ---- writes ----
 
-void SharedMemory::check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does,
-                               const History& h) {
+inline void SharedMemory::check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does,
+                                      const History& h) {
   const uint32_t now = clock[w.index][w.index];
   for (int32_t n = h.reads; n >= 0; n = reads_[n].next) {
     const Read& read = reads_[n];
-    const bool other_lane = read.warp == w.index && (read.several || read.lane != lane) && read.time >= now;
-    if (other_lane || !ordered(w.index, read.warp, read.time))
-      race(w, i, lane, byte, does, "read", read.warp, read.line);
+    if (!read_ordered(w, read, lane, now)) race(w, i, lane, byte, does, "read", read.warp, read.line);
   }
 }
 
 void SharedMemory::check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
-  for (int64_t unit = at / kUnit; unit <= (at + bytes - 1) / kUnit; ++unit) {
+  const auto last = static_cast<uint32_t>(at + bytes - 1) / kUnit;
+  for (int64_t unit = static_cast<uint32_t>(at) / kUnit; unit <= last; ++unit) {
+    if (units_[unit] < 0) continue;
     for (int32_t link = units_[unit]; link >= 0; link = links_[link].next) {
       const AsyncRead& read = asynchronous_[links_[link].number];
       for (int n = 0; n < read.warps; ++n) {
@@ -220,27 +233,20 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
   check_asynchronous_reads(w, i, lane, at, bytes);
   for_histories(at, bytes, [&](History& h, int64_t first, int64_t end) {
     if (bytes > 1) {
-      if (h.writer >= 0) {
-        const bool other_lane = h.writer == w.index && h.write_lane != lane && h.write_time >= now;
-        if (other_lane || !ordered(w.index, h.writer, h.write_time)) {
-          // Compilers let all threads that hold the same value store it: whichever comes last changes nothing. One that
-          // is undefined in all of them stays so.
-          const bool equal =
-              data != nullptr &&
-              (state == kUndefined || std::memcmp(data_ + first, static_cast<const char*>(data) + (first - at),
-                                                  static_cast<size_t>(end - first)) == 0);
-          if (!equal || !holds(state, first, static_cast<int>(end - first)))
-            race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
-        }
+      if (!write_ordered(w, h, lane, now)) {
+        // Compilers let all threads that hold the same value store it: whichever comes last changes nothing. One that
+        // is undefined in all of them stays so.
+        const bool equal = data != nullptr && (state == kUndefined ||
+                                               std::memcmp(data_ + first, static_cast<const char*>(data) + (first - at),
+                                                           static_cast<size_t>(end - first)) == 0);
+        if (!equal || !holds(state, first, static_cast<int>(end - first)))
+          race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
       }
       check_reads(w, i, lane, first, "writes", h);
       drop_reads(h);
     }
     for (int64_t byte = first; byte < std::min(end, first + kGranule); ++byte) {
-      if (h.state[byte % kGranule] == kInFlight)
-        w.finding(i, lane,
-                  "writes" + byte_text(byte) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
-                      ": wait for it first");
+      if (h.state[byte % kGranule] == kInFlight) in_flight(w, i, lane, byte, "writes", h);
       h.state[byte % kGranule] = state;
     }
     note_write(w, i, lane, h, false);
@@ -307,10 +313,11 @@ void SharedMemory::set_state(int64_t at, int bytes, State state) {
 }
 
 void SharedMemory::finish_write(const Warp& w, int lane, int64_t at, int bytes) {
-  set_state(at, bytes, kWritten);
-  for_histories(at, bytes, [&](History& h, int64_t, int64_t) {
-    h.write_time = clock[w.index][w.index];
-    h.write_fences = fences_[w.index * kWarp + lane];
+  const uint32_t now = clock[w.index][w.index], fences = fences_[w.index * kWarp + lane];
+  for_histories(at, bytes, [&](History& h, int64_t first, int64_t end) {
+    for (int64_t byte = first; byte < std::min(end, first + kGranule); ++byte) h.state[byte % kGranule] = kWritten;
+    h.write_time = now;
+    h.write_fences = fences;
   });
 }
 
@@ -362,13 +369,10 @@ bool SharedMemory::collect(Warp& w, const Instruction& i, int64_t at, int bytes,
                            std::vector<Needed>& needed) {
   bool defined = true;
   for_histories(at, bytes, [&](const History& h, int64_t byte, int64_t) {
-    for (int n = 0; n < kGranule; ++n) {
+    for (int n = 0; n < kGranule && !h.all(kWritten); ++n) {
       defined &= h.state[n] == kWritten;
-      if (h.state[n] == kUnwritten) w.finding(i, -1, does + byte_text(byte + n) + ", which nobody has written");
-      if (h.state[n] == kInFlight)
-        w.finding(i, -1,
-                  does + byte_text(byte + n) + ", which a copy in flight will write, issued" + line_text(h.write_line) +
-                      ": wait for it first");
+      if (h.state[n] == kUnwritten) unwritten(w, i, -1, byte + n, does);
+      if (h.state[n] == kInFlight) in_flight(w, i, -1, byte + n, does, h);
     }
     if (h.writer < 0) return;
     if (!needed.empty() && needed.back().writer == h.writer && needed.back().lane == h.write_lane &&

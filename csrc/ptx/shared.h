@@ -57,6 +57,10 @@ struct History {
   int8_t write_lane = -1;
   bool atomic = false;  // the write was an update
   State state[kGranule] = {kUnwritten, kUnwritten};
+  // Whether all bytes of the granule are in this state.
+  bool all(State one) const {
+    return state[0] == one && state[1] == one;
+  }
 };
 
 // A write that must be ordered before an asynchronous read.
@@ -82,7 +86,12 @@ class SharedMemory {
   }
 
   // Checks of one lane's access; they report through the warp.
-  void check_bounds(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align);
+  void check_bounds(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align) {
+    const auto first = static_cast<uint64_t>(at);
+    const bool inside =
+        first <= static_cast<uint64_t>(bytes_) && static_cast<uint64_t>(bytes_) - first >= uint64_t(bytes);
+    if (!inside || (first & static_cast<uint64_t>(align - 1)) != 0) refuse(w, i, lane, at, bytes, align);
+  }
   // Returns whether all bytes are defined. Bytes that nobody wrote, or that are in flight, are a finding.
   bool check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
   // `data`, if the bytes are written at once: nothing needs to order writes of the same values to the same bytes.
@@ -143,17 +152,19 @@ class SharedMemory {
   // alike, else by granule.
   template <class F>
   void for_histories(int64_t at, int bytes, F f) {
-    const int64_t end = at + bytes;
-    for (int64_t byte = at; byte < end;) {
-      const int64_t unit = byte / kUnit;
-      int64_t next = (byte / kGranule + 1) * kGranule;
-      if (alike_[unit] && byte % kUnit == 0 && end - byte >= kUnit) {
-        next = byte + kUnit;
-      } else if (alike_[unit]) {
-        part(unit);
+    const auto end = static_cast<uint32_t>(at) + static_cast<uint32_t>(bytes);
+    for (auto byte = static_cast<uint32_t>(at); byte < end;) {
+      const uint32_t unit = byte / kUnit;
+      uint32_t next = (byte / kGranule + 1) * kGranule;
+      if (alike_[unit]) {
+        if (byte % kUnit == 0 && end - byte >= kUnit) {
+          next = byte + kUnit;
+        } else {
+          part(unit);
+        }
       }
       if (next > end) next = end;
-      f(history_[byte / kGranule], byte, next);
+      f(history_[byte / kGranule], int64_t{byte}, int64_t{next});
       byte = next;
     }
   }
@@ -168,8 +179,17 @@ class SharedMemory {
   bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
   void check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const History& h);
   void check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
-  void race(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const char* did, int other,
-            int line);
+  // Whether the last write of this history is ordered before what the warp's lane does at `now`.
+  bool write_ordered(const Warp& w, const History& h, int lane, uint32_t now) const;
+  bool read_ordered(const Warp& w, const Read& read, int lane, uint32_t now) const;
+
+  // Reports, each out of the way of the code that finds nothing.
+  [[gnu::cold, gnu::noinline]] void refuse(Warp& w, const Instruction& i, int lane, int64_t at, int bytes, int align);
+  [[gnu::cold, gnu::noinline]] void race(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does,
+                                         const char* did, int other, int line);
+  [[gnu::cold, gnu::noinline]] void unwritten(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does);
+  [[gnu::cold, gnu::noinline]] void in_flight(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does,
+                                              const History& h);
 
   std::vector<unsigned char> storage_;
   unsigned char* data_ = nullptr;

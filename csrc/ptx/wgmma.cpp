@@ -9,11 +9,10 @@
 #include <cstring>
 
 #include <emulator/operand.h>
-#include <emulator/product.h>
-#include <resnet_fast/fragments.h>
 
 #include "asynchronous.h"
 #include "families.h"
+#include "fragments.h"
 #include "machine.h"
 
 namespace ptx {
@@ -37,15 +36,15 @@ struct Shape {
   }
 };
 
-float widened(Type type, const unsigned char* from) {
-  if (type == Type::kTF32) {
-    uint32_t raw;
-    std::memcpy(&raw, from, 4);
-    return emulator::float_of_tf32(raw);
-  }
-  uint16_t raw;
-  std::memcpy(&raw, from, 2);
-  return type == Type::kBF16 ? emulator::float_of_bfloat16(raw) : emulator::float_of_half(raw);
+// The numbers of a chunk.
+void widen_chunk(Type type, const unsigned char* from, float* to) {
+  with_numbers(type, [&](auto number) {
+    using Number = decltype(number);
+    constexpr int kNumbers = kChunk / static_cast<int>(sizeof(typename Number::Raw));
+    typename Number::Raw raw[kNumbers];
+    std::memcpy(raw, from, sizeof(raw));
+    for (int n = 0; n < kNumbers; ++n) to[n] = Number::widened(raw[n]);
+  });
 }
 
 // Whether operand a is in shared memory: a descriptor in place of registers.
@@ -81,22 +80,34 @@ emulator::Operand operand_of(Warp& w, const Instruction& i, uint64_t descriptor)
   return operand;
 }
 
+// Where row r of b stands in memory: its columns are in the order of fragments.h.
+int place_of_row(int r, bool of_b) {
+  return of_b ? r / kColumns * kColumns + place_of_column(r % kColumns) : r;
+}
+
 // Reads rows `first` to `end` of an operand into `to`, (rows, depth) or, for b, (depth, rows). What the bytes need is
 // added to `needed`.
 void read_operand(Warp& w, const Instruction& i, Product& p, uint64_t descriptor, bool across, int first, int end,
-                  bool depth_first, std::vector<float>& to, std::vector<bool>& undefined, std::vector<Needed>& needed) {
+                  bool of_b, std::vector<float>& to, std::vector<bool>& undefined, std::vector<Needed>& needed) {
   const Shape s(i);
   SharedMemory& shared = w.block->shared;
-  const int rows = depth_first ? end : kRows;
+  const int each = s.of_chunk();
+  const int row_step = of_b ? 1 : s.depth, depth_step = of_b ? end : 1;  // between values of `to`
   for_chunks(operand_of(w, i, descriptor), s, across, first, end, [&](uint32_t at, int row, int k) {
     shared.check_bounds(w, i, -1, at, kChunk, kChunk);
     const bool defined = shared.collect(w, i, at, kChunk, "multiplies", needed);
     shared.add_read(p.reads, at);
-    for (int e = 0; e < s.of_chunk(); ++e) {
-      const int r = across ? row + e : row, depth = across ? k : k + e;
-      to[depth_first ? depth * rows + r : r * s.depth + depth] = widened(i.type, shared.data() + at + e * s.element);
-      if (!defined && !shared.is_defined(at + e * s.element, s.element)) undefined[r] = true;
+    float values[kChunk / 2];
+    widen_chunk(i.type, shared.data() + at, values);
+    if (across) {
+      for (int e = 0; e < each; ++e) to[place_of_row(row + e, of_b) * row_step + k * depth_step] = values[e];
+    } else {
+      float* place = &to[place_of_row(row, of_b) * row_step + k * depth_step];
+      for (int e = 0; e < each; ++e) place[e * depth_step] = values[e];
     }
+    if (defined) return;
+    for (int e = 0; e < each; ++e)
+      if (!shared.is_defined(at + e * s.element, s.element)) undefined[across ? row + e : row] = true;
   });
 }
 
@@ -231,64 +242,50 @@ void run_wgmma(Warp& w, const Instruction& i) {
   w.block->shared.check_needed(w, i, "multiplies", p->needed[kWarpsOfGroup]);
   w.block->shared.check_needed(w, i, "multiplies", p->needed[part]);
 
-  std::vector<float> a(static_cast<size_t>(kRowsOfWarp) * s.depth), d(static_cast<size_t>(kRowsOfWarp) * s.columns);
-  InFlight flight{p, {}, {}};
+  constexpr int kMostDepth = 16, kMostColumns = 256;
+  alignas(64) float a[kRowsOfWarp * kMostDepth], d[kRowsOfWarp * kMostColumns];
   // As for mma: a value of d is defined if its row of a, its column of b and what it is added to are.
   uint32_t undefined_rows = 0;
   for (int row = 0; row < kRowsOfWarp; ++row)
     undefined_rows |= static_cast<uint32_t>(p->undefined_rows[part * kRowsOfWarp + row]) << row;
   if (shares_a(i)) {
-    std::copy_n(p->a.begin() + static_cast<ptrdiff_t>(part) * kRowsOfWarp * s.depth, a.size(), a.begin());
+    std::copy_n(p->a.begin() + static_cast<ptrdiff_t>(part) * kRowsOfWarp * s.depth, kRowsOfWarp * s.depth, a);
   } else {
     for (int word = 0; word < i.part[kA].count; ++word) {
       const Slot& slot = i.at(kA, word);
       take_operand(w, i, slot);
-      flight.operand.push_back(slot.reg);
-      const uint32_t* from = w.in<uint32_t>(slot);
-      for (int lane = 0; lane < kWarp; ++lane) {
-        undefined_rows |= (~w.written[slot.reg] >> lane & 1) << resnet_fast::a_row(lane, word);
-        if (s.element == 4) {
-          a[emulator::a_row32(lane, word) * s.depth + emulator::a_k32(lane, word)] =
-              emulator::float_of_tf32(from[lane]);
-          continue;
-        }
-        const auto* bytes = reinterpret_cast<const unsigned char*>(&from[lane]);
-        float* to = &a[resnet_fast::a_row(lane, word) * s.depth + resnet_fast::a_k(lane, word)];
-        to[0] = widened(i.type, bytes);
-        to[1] = widened(i.type, bytes + 2);
-      }
+      for (uint32_t missing = ~w.written[slot.reg]; missing != 0; missing &= missing - 1)
+        undefined_rows |= 1u << resnet_fast::a_row(first_lane(missing), word);
+      with_numbers(i.type, [&](auto number) { unpack_a<decltype(number)>(w.in<uint32_t>(slot), word, s.depth, a); });
     }
   }
   const bool negates = (i.at(kScaleA).plus < 0) != (i.at(kScaleB).plus < 0);
   if (negates)
-    for (float& value : a) value = -value;
+    for (int n = 0; n < kRowsOfWarp * s.depth; ++n) a[n] = -a[n];
 
-  const auto of_d = [&](int lane, int n) {
-    return resnet_fast::d_row(lane, n % 4) * s.columns + n / 4 * 8 + resnet_fast::d_column(lane, n % 4);
-  };
+  const auto columns_from = [](int n) { return n / 4 * kColumns; };  // of the block that float n belongs to
+  if (!accumulates) std::fill_n(d, kRowsOfWarp * s.columns, 0.0f);
   for (int n = 0; n < i.part[kD].count; ++n) {
     const Slot& slot = i.at(kD, n);
     take_accumulator(w, i, slot);
-    flight.accumulators.push_back(slot.reg);
-    const float* from = w.in<float>(slot);
-    if (accumulates)
-      for (int lane = 0; lane < kWarp; ++lane) d[of_d(lane, n)] = from[lane];
+    if (accumulates) unpack_d(w.in<float>(slot), n % 4, s.columns, d + columns_from(n));
   }
-  emulator::multiply_add(d.data(), a.data(), p->b.data(), kRowsOfWarp, s.columns, s.depth);
+  emulator::multiply_add(d, a, p->b.data(), kRowsOfWarp, s.columns, s.depth);
+  const bool partly = undefined_rows != 0 || p->has_undefined_columns();
   for (int n = 0; n < i.part[kD].count; ++n) {
     const Slot& slot = i.at(kD, n);
-    float* to = w.out<float>(slot);
-    for (int lane = 0; lane < kWarp; ++lane) to[lane] = d[of_d(lane, n)];
+    pack_d(d + columns_from(n), n % 4, s.columns, w.out<float>(slot));
     if (!accumulates) w.written[slot.reg] = kAllLanes;
-    for (int lane = 0; lane < kWarp; ++lane)
+    for (int lane = 0; lane < kWarp && partly; ++lane)
       if ((undefined_rows >> resnet_fast::d_row(lane, n % 4) & 1) ||
-          p->undefined_columns[n / 4 * 8 + resnet_fast::d_column(lane, n % 4)])
+          p->undefined_columns[columns_from(n) + resnet_fast::d_column(lane, n % 4)])
         w.written[slot.reg] &= ~(1u << lane);
     keep(w, slot);
     set_pending(w, slot.reg, true);
   }
-  for (int32_t reg : flight.operand) set_pending(w, reg, true);
-  of(w).products.push_back(std::move(flight));
+  if (!shares_a(i))
+    for (int word = 0; word < i.part[kA].count; ++word) set_pending(w, i.at(kA, word).reg, true);
+  of(w).products.push_back(p);
 }
 
 void run_fence(Warp& w, const Instruction& i) {
@@ -310,10 +307,11 @@ void run_wait(Warp& w, const Instruction& i) {
   OfWarp& mine = of(w);
   const auto most = static_cast<size_t>(i.at(0).plus);
   while (mine.product_groups.size() > most) {
-    for (const InFlight& flight : mine.product_groups.front()) {
-      for (int32_t reg : flight.accumulators) give_back(w, reg, &RegisterUse::accumulates);
-      for (int32_t reg : flight.operand) give_back(w, reg, &RegisterUse::reads);
-      w.block->shared.end_reads(flight.product->reads, w.index);
+    for (const std::shared_ptr<Product>& product : mine.product_groups.front()) {
+      const Instruction& at = *product->at;
+      for (int n = 0; n < at.part[kD].count; ++n) give_back(w, at.at(kD, n).reg, &RegisterUse::accumulates);
+      for (int n = 0; n < at.part[kA].count && !shares_a(at); ++n) give_back(w, at.at(kA, n).reg, &RegisterUse::reads);
+      w.block->shared.end_reads(product->reads, w.index);
     }
     mine.product_groups.pop_front();
   }

@@ -40,21 +40,36 @@ inline float float_of_tf32(uint32_t raw) {
   return float_of(raw & 0xffffe000u);
 }
 
-// d (rows, columns) += a (rows, depth) . b (depth, columns), all dense and fp32; columns is a multiple of 8.
+// Eight columns of a product, as a compiler keeps them in vector registers.
+using Eight = float __attribute__((vector_size(32)));
+constexpr int kEight = 8;
+
+// A block of kRows rows and kVectors times eight columns: d[row * columns + ...] += a[row * depth + k] * b[k * columns
+// +
+// ...]. Its sums stay in registers, so that a value of b is loaded once for all rows.
+template <int kRows, int kVectors>
+inline void multiply_add_block(float* d, const float* a, const float* b, int columns, int depth) {
+  Eight sum[kRows][kVectors];
+  for (int row = 0; row < kRows; ++row) std::memcpy(sum[row], d + row * columns, sizeof(sum[row]));
+  for (int k = 0; k < depth; ++k) {
+    Eight other[kVectors];
+    std::memcpy(other, b + k * columns, sizeof(other));
+    for (int row = 0; row < kRows; ++row)
+      for (int v = 0; v < kVectors; ++v) sum[row][v] += a[row * depth + k] * other[v];
+  }
+  for (int row = 0; row < kRows; ++row) std::memcpy(d + row * columns, sum[row], sizeof(sum[row]));
+}
+
+// d (rows, columns) += a (rows, depth) . b (depth, columns), all dense and fp32; rows is a multiple of 4, columns of 8.
 inline void multiply_add(float* d, const float* a, const float* b, int rows, int columns, int depth) {
-  constexpr int kBlock = 8;  // columns that a compiler keeps in vector registers
-  for (int block = 0; block < columns; block += kBlock)
-    for (int row = 0; row < rows; ++row) {
-      float sum[kBlock];
-      float* to = d + row * columns + block;
-      std::memcpy(sum, to, sizeof(sum));
-      for (int k = 0; k < depth; ++k) {
-        const float factor = a[row * depth + k];
-        const float* other = b + k * columns + block;
-        for (int i = 0; i < kBlock; ++i) sum[i] += factor * other[i];
-      }
-      std::memcpy(to, sum, sizeof(sum));
-    }
+  constexpr int kRows = 4;
+  for (int row = 0; row < rows; row += kRows) {
+    int column = 0;
+    for (; column + 2 * kEight <= columns; column += 2 * kEight)
+      multiply_add_block<kRows, 2>(d + row * columns + column, a + row * depth, b + column, columns, depth);
+    if (column < columns)
+      multiply_add_block<kRows, 1>(d + row * columns + column, a + row * depth, b + column, columns, depth);
+  }
 }
 
 // The 32-bit operands of mma.m16n8k8 (PTX ISA, "Matrix fragments for mma.m16n8k8"): each word is one k.
