@@ -186,7 +186,7 @@ void run_load(Warp& w, const Instruction& i) {
     const Slot& to = i.at(0, e);
     put_element(w, i, to, values, whole ? r.defined : defined_within(w, r, e * kSize, kSize));
     if (whole || to.absent || lane_bytes(to.type) != kSize) continue;
-    for (int part = 0; part < kSize / 2; ++part) w.know_part(to, part, defined_within(w, r, e * kSize + 2 * part, 2));
+    for (int byte = 0; byte < kSize; ++byte) w.note_part(to, 8 * byte, 8, defined_within(w, r, e * kSize + byte, 1));
   }
 }
 
@@ -209,7 +209,7 @@ void run_store(Warp& w, const Instruction& i) {
   uint32_t defined = kAllLanes;
   for (int e = 0; e < elements; ++e) {
     const Slot& slot = i.at(1, e);
-    defined &= w.defined(i, slot);
+    defined &= w.defined(i, slot, 0, 8 * kSize);
     for (int lane = 0; lane < kWarp; ++lane) {
       const T value = static_cast<T>(w.value(slot, lane));
       std::memcpy(data + lane * bytes + e * kSize, &value, kSize);
@@ -223,9 +223,8 @@ void run_store(Warp& w, const Instruction& i) {
   if (partly == 0) return;
   for (int e = 0; e < elements; ++e) {
     const Slot& slot = i.at(1, e);
-    mark_defined(w, r, partly & w.defined(i, slot), e * kSize, kSize);
-    for (int part = 0; part < kSize / 2; ++part)
-      mark_defined(w, r, partly & w.defined_part(i, slot, part), e * kSize + 2 * part, 2);
+    for (int byte = 0; byte < kSize; ++byte)
+      mark_defined(w, r, partly & w.defined(i, slot, 8 * byte, 8), e * kSize + byte, 1);
   }
 }
 

@@ -13,33 +13,32 @@ constexpr int kBits = 8 * sizeof(T);
 
 enum Logic : uint32_t { kAnd, kOr, kXor };
 
+// A 0 in one operand of `and`, and a 1 of `or`, decide the bit alone, even if the other is undefined.
 template <class T, Logic kLogic>
 void run_logic(Warp& w, const Instruction& i) {
-  apply<T, T, T>(w, i, [](T a, T b) { return static_cast<T>(kLogic == kAnd ? a & b : kLogic == kOr ? a | b : a ^ b); });
+  const auto logic = [](T a, T b) { return static_cast<T>(kLogic == kAnd ? a & b : kLogic == kOr ? a | b : a ^ b); };
+  apply_bits<T, T, T>(w, i, logic, [](Partial<T> a, Partial<T> b) {
+    const T either = a.undefined | b.undefined, could_be = kLogic == kAnd ? T(~T{0}) : T{0};
+    if (kLogic == kXor) return either;
+    const auto open = [&](Partial<T> p) { return static_cast<T>(p.undefined | (p.value ^ could_be ^ T(~T{0}))); };
+    return static_cast<T>(either & open(a) & open(b));
+  });
 }
 template <class T>
 void run_not(Warp& w, const Instruction& i) {
-  apply<T, T>(w, i, [](T a) { return static_cast<T>(~a); });
+  apply_bits<T, T>(w, i, [](T a) { return static_cast<T>(~a); }, [](Partial<T> a) { return a.undefined; });
 }
 template <class T>
 void run_cnot(Warp& w, const Instruction& i) {
   apply<T, T>(w, i, [](T a) { return static_cast<T>(a == 0); });
 }
 
-// A false operand of `and`, and a true one of `or`, decide the result alone, even if the other is undefined.
 void run_logic_predicate(Warp& w, const Instruction& i) {
   const uint32_t a = w.mask(i.slot[1]), b = w.mask(i.slot[2]);
   const uint32_t has_a = w.defined(i, i.slot[1]), has_b = w.defined(i, i.slot[2]);
-  uint32_t value = a ^ b, defined = has_a & has_b;
-  if (i.flags == kAnd) {
-    value = a & b;
-    defined |= (has_a & ~a) | (has_b & ~b);
-    value &= ~((has_a & ~a) | (has_b & ~b));
-  } else if (i.flags == kOr) {
-    value = a | b;
-    defined |= (has_a & a) | (has_b & b);
-  }
-  w.put_mask(i, i.slot[0], value, defined);
+  if (i.flags == kXor) return w.put_mask(i, i.slot[0], a ^ b, has_a & has_b);
+  const bool conjunction = i.flags == kAnd;
+  w.put_mask(i, i.slot[0], conjunction ? a & b : a | b, defined_logic(conjunction, a, has_a, b, has_b));
 }
 void run_not_predicate(Warp& w, const Instruction& i) {
   w.put_mask(i, i.slot[0], ~w.mask(i.slot[1]), w.defined(i, i.slot[1]));
@@ -48,32 +47,60 @@ void run_not_predicate(Warp& w, const Instruction& i) {
 // Bit k of the table is the result where the bits of a, b and c are 1 in k = 4 a + 2 b + c.
 void run_lop3(Warp& w, const Instruction& i) {
   const auto table = static_cast<uint32_t>(i.slot[4].plus);
-  apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, [table](uint32_t a, uint32_t b, uint32_t c) {
+  const auto look_up = [table](uint32_t a, uint32_t b, uint32_t c) {
     uint32_t out = 0;
     for (int k = 0; k < 8; ++k)
       if (table >> k & 1) out |= (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
     return out;
+  };
+  using Word = Partial<uint32_t>;
+  apply_bits<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, look_up, [table](Word a, Word b, Word c) {
+    uint32_t may_be[2] = {0, 0};
+    const auto may = [](Word p, int bit) { return bit ? p.value | p.undefined : ~p.value; };
+    for (int k = 0; k < 8; ++k) may_be[table >> k & 1] |= may(a, k & 4) & may(b, k & 2) & may(c, k & 1);
+    return may_be[0] & may_be[1];
+  });
+}
+
+// An operation that copies bits of its first operand, or sets them, as its other operands say. So the undefined bits of
+// the result are what it makes of the undefined bits.
+template <class T, class F>
+void copy_bits(Warp& w, const Instruction& i, F f) {
+  apply_bits<T, T>(w, i, f, [f](Partial<T> a) { return f(a.undefined); });
+}
+template <class T, class F>
+void copy_bits_by(Warp& w, const Instruction& i, F f) {
+  apply_bits<T, T, uint32_t>(w, i, f, [f](Partial<T> a, Partial<uint32_t> n) {
+    return n.undefined ? static_cast<T>(~T{0}) : f(a.undefined, n.value);
   });
 }
 
 // Amounts above the width shift everything out.
 template <class T>
 void run_shl(Warp& w, const Instruction& i) {
-  apply<T, T, uint32_t>(w, i, [](T a, uint32_t n) {
+  copy_bits_by<T>(w, i, [](T a, uint32_t n) {
     return n >= kBits<T> ? T{0} : static_cast<T>(static_cast<std::make_unsigned_t<T>>(a) << n);
   });
 }
 template <class T>
 void run_shr(Warp& w, const Instruction& i) {
-  apply<T, T, uint32_t>(w, i, [](T a, uint32_t n) {
+  copy_bits_by<T>(w, i, [](T a, uint32_t n) {
     if (std::is_signed_v<T>) return static_cast<T>(a >> std::min<uint32_t>(n, kBits<T> - 1));
     return n >= kBits<T> ? T{0} : static_cast<T>(a >> n);
   });
 }
+// Of two operands, as the third says.
+template <class F>
+void copy_bits_of_two(Warp& w, const Instruction& i, F f) {
+  using Word = Partial<uint32_t>;
+  apply_bits<uint32_t, uint32_t, uint32_t, uint32_t>(
+      w, i, f, [f](Word a, Word b, Word c) { return c.undefined ? ~0u : f(a.undefined, b.undefined, c.value); });
+}
+
 // A shift of 64 bits, b above a, of which one half is kept.
 void run_funnel(Warp& w, const Instruction& i) {
   const bool left = i.flags & 1, wrap = i.flags & 2;
-  apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, [left, wrap](uint32_t a, uint32_t b, uint32_t c) {
+  copy_bits_of_two(w, i, [left, wrap](uint32_t a, uint32_t b, uint32_t c) {
     const uint32_t n = wrap ? c & 31 : std::min(c, 32u);
     const uint64_t both = uint64_t{b} << 32 | a;
     return static_cast<uint32_t>(left ? both << n >> 32 : both >> n);
@@ -83,7 +110,7 @@ void run_funnel(Warp& w, const Instruction& i) {
 template <class T>
 void run_bfe(Warp& w, const Instruction& i) {
   using U = std::make_unsigned_t<T>;
-  apply<T, T, uint32_t, uint32_t>(w, i, [](T a, uint32_t start, uint32_t length) {
+  const auto extract = [](T a, uint32_t start, uint32_t length) {
     const uint32_t from = start & 0xff, bits = length & 0xff;
     if (bits == 0) return T{0};
     const U all = from >= kBits<T> ? U{0} : static_cast<U>(static_cast<U>(a) >> from);
@@ -94,23 +121,36 @@ void run_bfe(Warp& w, const Instruction& i) {
     const uint32_t have = from >= kBits<T> ? 0 : std::min<uint32_t>(bits, kBits<T> - from);
     const U real = have >= kBits<T> ? static_cast<U>(~U{0}) : static_cast<U>((U{1} << have) - 1);
     return static_cast<T>(sign ? (all & mask & real) | static_cast<U>(~real) : (all & mask & real));
+  };
+  using Word = Partial<uint32_t>;
+  apply_bits<T, T, uint32_t, uint32_t>(w, i, extract, [extract](Partial<T> a, Word start, Word length) {
+    return start.undefined || length.undefined ? static_cast<T>(~T{0})
+                                               : extract(a.undefined, start.value, length.value);
   });
 }
 template <class T>
 void run_bfi(Warp& w, const Instruction& i) {
   const T *a = w.in<T>(i.slot[1]), *b = w.in<T>(i.slot[2]);
   const uint32_t *start = w.in<uint32_t>(i.slot[3]), *length = w.in<uint32_t>(i.slot[4]);
-  T out[kWarp];
+  T out[kWarp], undefined[kWarp];
+  const uint32_t places = w.defined(i, i.slot[3]) & w.defined(i, i.slot[4]);
+  const uint32_t defined = w.defined(i, i.slot[1]) & w.defined(i, i.slot[2]) & places;
+  const bool partly = (w.active & ~defined) != 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     const uint32_t from = start[lane] & 0xff, bits = length[lane] & 0xff;
     const T field = bits >= kBits<T> ? static_cast<T>(~T{0}) : static_cast<T>((T{1} << bits) - 1);
     const T mask = from >= kBits<T> ? T{0} : static_cast<T>(field << from);
-    const T moved = from >= kBits<T> ? T{0} : static_cast<T>(a[lane] << from);
-    out[lane] = (b[lane] & ~mask) | (moved & mask);
+    const auto insert = [&](T field, T into) {
+      const T moved = from >= kBits<T> ? T{0} : static_cast<T>(field << from);
+      return static_cast<T>((into & ~mask) | (moved & mask));
+    };
+    out[lane] = insert(a[lane], b[lane]);
+    if (!partly) continue;
+    undefined[lane] = insert(w.undefined_in<T>(i.slot[1], lane), w.undefined_in<T>(i.slot[2], lane));
+    if (!(places >> lane & 1)) undefined[lane] = static_cast<T>(~T{0});
   }
-  uint32_t defined = kAllLanes;
-  for (int operand = 1; operand <= 4; ++operand) defined &= w.defined(i, i.slot[operand]);
   w.put(i, i.slot[0], out, defined);
+  if (partly) w.note_bits(i.slot[0], undefined);
 }
 
 template <class T>
@@ -128,7 +168,7 @@ void run_popc(Warp& w, const Instruction& i) {
 }
 template <class T>
 void run_brev(Warp& w, const Instruction& i) {
-  apply<T, T>(w, i, [](T a) {
+  copy_bits<T>(w, i, [](T a) {
     T out = 0;
     for (int bit = 0; bit < kBits<T>; ++bit) out |= static_cast<T>((a >> bit & 1) << (kBits<T> - 1 - bit));
     return out;
@@ -160,15 +200,7 @@ constexpr const char* kModeNames[] = {"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}
 
 void run_prmt(Warp& w, const Instruction& i) {
   const auto mode = static_cast<int>(i.number);
-  // Bytes that are not selected may be undefined.
-  const bool known = i.slot[3].reg == kConstantRegister;
-  const uint32_t constant = *w.in<uint32_t>(i.slot[3]), chosen = mode < 0 ? constant : kModes[mode][constant & 3];
-  uint32_t parts[2] = {kAllLanes, kAllLanes};
-  for (int n = 0; n < 4 && known; ++n) {
-    const int byte = chosen >> 4 * n & 7;
-    parts[n / 2] &= w.defined_part(i, i.slot[byte < 4 ? 1 : 2], byte % 4 / 2);
-  }
-  apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, [mode](uint32_t a, uint32_t b, uint32_t c) {
+  copy_bits_of_two(w, i, [mode](uint32_t a, uint32_t b, uint32_t c) {
     const uint64_t bytes = uint64_t{b} << 32 | a;
     const uint32_t selectors = mode < 0 ? c : kModes[mode][c & 3];
     uint32_t out = 0;
@@ -180,15 +212,12 @@ void run_prmt(Warp& w, const Instruction& i) {
     }
     return out;
   });
-  if (!known) return;
-  w.note(i, i.slot[0], parts[0] & parts[1]);
-  for (int part = 0; part < 2; ++part) w.know_part(i.slot[0], part, parts[part]);
 }
 
 // The low b bits of a, with or without sign.
 void run_szext(Warp& w, const Instruction& i) {
   const bool wrap = i.flags != 0, with_sign = i.type == Type::kS32;
-  apply<uint32_t, uint32_t, uint32_t>(w, i, [wrap, with_sign](uint32_t a, uint32_t b) {
+  copy_bits_by<uint32_t>(w, i, [wrap, with_sign](uint32_t a, uint32_t b) {
     const uint32_t n = b & 31;
     if (!wrap && b >= 32) return a;
     const uint32_t above = ~0u << n;

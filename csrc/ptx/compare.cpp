@@ -1,5 +1,7 @@
 // setp, set, selp, slct.
 
+#include <limits>
+
 #include "apply.h"
 #include "families.h"
 #include "numbers.h"
@@ -100,8 +102,38 @@ uint32_t comparison(Warp& w, const Instruction& i, const Slot& a, const Slot& b,
   }
 }
 
+// The lanes in which two integers, of which bits are undefined, compare in one way only.
+template <class T>
+uint32_t decided(const Warp& w, const Slot& a, const Slot& b, uint32_t holds) {
+  constexpr T kSign = std::is_signed_v<T> ? std::numeric_limits<T>::min() : T{0};
+  const auto least = [](Partial<T> p) { return static_cast<T>(p.value | (p.undefined & kSign)); };
+  const auto most = [](Partial<T> p) { return static_cast<T>(p.value | (p.undefined & ~kSign)); };
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Partial<T> x(w, a, lane), y(w, b, lane);
+    const bool may_equal = ((x.value ^ y.value) & ~(x.undefined | y.undefined)) == 0;
+    const uint32_t may_be =
+        (least(x) < most(y) ? kLess : 0u) | (most(x) > least(y) ? kGreater : 0u) | (may_equal ? kEqual : 0u);
+    lanes |= static_cast<uint32_t>((may_be & holds) == 0 || (may_be & ~holds) == 0) << lane;
+  }
+  return lanes;
+}
+
+// The lanes in which a comparison is defined.
+uint32_t comparison_defined(Warp& w, const Instruction& i, const Slot& a, const Slot& b) {
+  const uint32_t whole = w.defined(i, a) & w.defined(i, b);
+  if ((w.active & ~whole) == 0) return whole;
+  const auto holds = static_cast<uint32_t>(i.number);
+  return whole | for_integer(i.type, [&](auto t) { return decided<decltype(t)>(w, a, b, holds); });
+}
+
 uint32_t combined(Combine how, uint32_t value, uint32_t other) {
   return how == kAnd ? value & other : how == kOr ? value | other : how == kXor ? value ^ other : value;
+}
+
+uint32_t combined_defined(Combine how, uint32_t value, uint32_t has, uint32_t other, uint32_t has_other) {
+  if (how == kAnd || how == kOr) return defined_logic(how == kAnd, value, has, other, has_other);
+  return has & has_other;
 }
 
 Combine combine_of(const Instruction& i) {
@@ -110,48 +142,52 @@ Combine combine_of(const Instruction& i) {
 
 void run_setp(Warp& w, const Instruction& i) {
   const Slot &p = i.at(0), &q = i.at(0, 1), &a = i.at(1), &b = i.at(2);
-  uint32_t defined = w.defined(i, a) & w.defined(i, b), other = 0;
+  const uint32_t defined = comparison_defined(w, i, a, b);
+  uint32_t other = 0, has_other = kAllLanes;
   const uint32_t value = comparison(w, i, a, b, 0);
   uint32_t second = ~value;
   if (bytes_of(i.type) == 4 && (i.type == Type::kF16x2 || i.type == Type::kBF16x2)) second = comparison(w, i, a, b, 16);
   const Combine how = combine_of(i);
   if (how != kAlone) {
     other = w.mask(i.at(3));
-    defined &= w.defined(i, i.at(3));
+    has_other = w.defined(i, i.at(3));
   }
-  w.put_mask(i, p, combined(how, value, other), defined);
-  w.put_mask(i, q, combined(how, second, other), defined);
+  w.put_mask(i, p, combined(how, value, other), combined_defined(how, value, defined, other, has_other));
+  w.put_mask(i, q, combined(how, second, other), combined_defined(how, second, defined, other, has_other));
 }
 
 template <class D>
 void run_set(Warp& w, const Instruction& i) {
-  uint32_t defined = w.defined(i, i.at(1)) & w.defined(i, i.at(2)), other = 0;
+  uint32_t other = 0, has_other = kAllLanes;
   const Combine how = combine_of(i);
   if (how != kAlone) {
     other = w.mask(i.at(3));
-    defined &= w.defined(i, i.at(3));
+    has_other = w.defined(i, i.at(3));
   }
-  const uint32_t value = combined(how, comparison(w, i, i.at(1), i.at(2), 0), other);
+  const uint32_t alone = comparison(w, i, i.at(1), i.at(2), 0), value = combined(how, alone, other);
+  const uint32_t defined = combined_defined(how, alone, comparison_defined(w, i, i.at(1), i.at(2)), other, has_other);
   D out[kWarp];
   const D yes = std::is_same_v<D, float> ? D{1} : static_cast<D>(-1);
   for (int lane = 0; lane < kWarp; ++lane) out[lane] = value >> lane & 1 ? yes : D{0};
   w.put(i, i.at(0), out, defined);
 }
 
-// The side that is not chosen may be undefined.
+// The side that is not chosen may be undefined. An undefined choice leaves the bits in which both sides agree.
 template <class T>
 void choose(Warp& w, const Instruction& i, uint32_t first, uint32_t known) {
   const T *a = w.in<T>(i.slot[1]), *b = w.in<T>(i.slot[2]);
   alignas(64) T out[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) out[lane] = first >> lane & 1 ? a[lane] : b[lane];
   const uint32_t defined = known & ((w.defined(i, i.slot[1]) & first) | (w.defined(i, i.slot[2]) & ~first));
-  uint32_t parts[sizeof(T) / 2];
-  for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part)
-    parts[part] =
-        known & ((w.defined_part(i, i.slot[1], part) & first) | (w.defined_part(i, i.slot[2], part) & ~first));
+  if ((w.active & ~defined) == 0) return w.put(i, i.slot[0], out, defined);
+  T bits[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Partial<T> x(w, i.slot[1], lane), y(w, i.slot[2], lane);
+    const T either = (x.value ^ y.value) | x.undefined | y.undefined;
+    bits[lane] = !(known >> lane & 1) ? either : first >> lane & 1 ? x.undefined : y.undefined;
+  }
   w.put(i, i.slot[0], out, defined);
-  if (w.active & ~defined)
-    for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part) w.know_part(i.slot[0], part, parts[part]);
+  w.note_bits(i.slot[0], bits);
 }
 template <class T>
 void run_selp(Warp& w, const Instruction& i) {

@@ -16,8 +16,7 @@ enum Flag : uint32_t { kFtz = 1, kSat = 2, kRelu = 4, kFinite = 8, kToInteger = 
 
 // ---- integers ----
 
-int64_t integer_of(const Warp& w, const Slot& slot, int lane, Type type) {
-  const uint64_t bits = w.value(slot, lane);
+int64_t integer_of(uint64_t bits, Type type) {
   switch (type) {
     case Type::kS8:
       return static_cast<int8_t>(bits);
@@ -65,28 +64,30 @@ __int128 smallest(Type type) {
 }
 
 // The result is stored as wide as the register is.
+template <class F>
+void for_width(Type type, F f) {
+  switch (lane_bytes(type)) {
+    case 2:
+      return f(uint16_t{});
+    case 4:
+      return f(uint32_t{});
+    default:
+      return f(uint64_t{});
+  }
+}
 void store(Warp& w, const Instruction& i, const int64_t* values, uint32_t defined) {
-  const Slot& to = i.slot[0];
-  const auto put = [&](auto narrow) {
+  for_width(i.slot[0].type, [&](auto narrow) {
     decltype(narrow) out[kWarp];
     for (int lane = 0; lane < kWarp; ++lane) out[lane] = static_cast<decltype(narrow)>(values[lane]);
-    w.put(i, to, out, defined);
-  };
-  switch (lane_bytes(to.type)) {
-    case 2:
-      return put(uint16_t{});
-    case 4:
-      return put(uint32_t{});
-    default:
-      return put(uint64_t{});
-  }
+    w.put(i, i.slot[0], out, defined);
+  });
 }
 
 void run_integer(Warp& w, const Instruction& i) {
   int64_t out[kWarp];
   const bool sat = i.flags & kSat;
   for (int lane = 0; lane < kWarp; ++lane) {
-    const int64_t value = integer_of(w, i.slot[1], lane, i.other_type);
+    const int64_t value = integer_of(w.value(i.slot[1], lane), i.other_type);
     if (sat) {
       const __int128 wide = i.other_type == Type::kU64 ? static_cast<__int128>(static_cast<uint64_t>(value)) : value;
       out[lane] = static_cast<int64_t>(std::clamp(wide, smallest(i.type), greatest(i.type)));
@@ -94,17 +95,25 @@ void run_integer(Warp& w, const Instruction& i) {
       out[lane] = narrowed(value, i.type);
     }
   }
-  store(w, i, out, w.defined(i, i.slot[1]));
+  const uint32_t defined = w.defined(i, i.slot[1]);
+  if ((w.active & ~defined) == 0 || sat) return store(w, i, out, defined);
+  // Bits are dropped, or copied: those that are undefined likewise.
+  int64_t bits[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane)
+    bits[lane] = narrowed(integer_of(w.undefined_value(i.slot[1], lane), i.other_type), i.type);
+  store(w, i, out, defined);
+  for_width(i.slot[0].type, [&](auto narrow) {
+    decltype(narrow) undefined[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) undefined[lane] = static_cast<decltype(narrow)>(bits[lane]);
+    w.note_bits(i.slot[0], undefined);
+  });
 }
 
 // From one width to another without narrowing below it: the most common conversions.
 template <class D, class S>
 void run_widen(Warp& w, const Instruction& i) {
-  apply<D, S>(w, i, [](S a) { return static_cast<D>(a); });
-  if (sizeof(D) >= sizeof(S) || (w.active & ~w.written[i.slot[1].reg]) == 0) return;
-  uint32_t defined = kAllLanes;  // what is kept of a register may be defined where the rest is not
-  for (int part = 0; part < static_cast<int>(sizeof(D)) / 2; ++part) defined &= w.defined_part(i, i.slot[1], part);
-  w.note(i, i.slot[0], defined);
+  apply_bits<D, S>(
+      w, i, [](S a) { return static_cast<D>(a); }, [](Partial<S> a) { return static_cast<D>(a.undefined); });
 }
 
 // ---- floating point ----
@@ -196,7 +205,7 @@ void run_float(Warp& w, const Instruction& i) {
 void run_float_of_integer(Warp& w, const Instruction& i) {
   int64_t out[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) {
-    const int64_t value = integer_of(w, i.slot[1], lane, i.other_type);
+    const int64_t value = integer_of(w.value(i.slot[1], lane), i.other_type);
     const bool negative = is_signed(i.other_type) && value < 0;
     const uint64_t magnitude = negative ? uint64_t{0} - static_cast<uint64_t>(value) : static_cast<uint64_t>(value);
     if (i.flags & kSat) {
@@ -238,12 +247,18 @@ void run_pair(Warp& w, const Instruction& i) {
   const Type type = i.type;
   const uint32_t flags = i.flags;
   const Round round = round_of(i);
-  if (type == Type::kBF16 && flags == 0 && round == Round::kNearest)
-    return apply<uint32_t, float, float>(
+  Halves halves;
+  halves.lanes[0] = w.defined(i, i.slot[2]);
+  halves.lanes[1] = w.defined(i, i.slot[1]);
+  if (type == Type::kBF16 && flags == 0 && round == Round::kNearest) {
+    apply<uint32_t, float, float>(
         w, i, [](float a, float b) { return static_cast<uint32_t>(bf16_of(a)) << 16 | bf16_of(b); });
-  apply<uint32_t, float, float>(w, i, [=](float a, float b) {
-    return static_cast<uint32_t>(as_format(a, type, flags, round) << 16 | as_format(b, type, flags, round));
-  });
+  } else {
+    apply<uint32_t, float, float>(w, i, [=](float a, float b) {
+      return static_cast<uint32_t>(as_format(a, type, flags, round) << 16 | as_format(b, type, flags, round));
+    });
+  }
+  halves.keep(w, i.slot[0]);
 }
 
 Run fast_of(Type to, Type from) {

@@ -48,7 +48,7 @@ void run_fma_pair_b16(Warp& w, const Instruction& i) {
         fma_b16(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16), static_cast<uint16_t>(c >> 16));
     return uint32_t{low} | uint32_t{high} << 16;
   });
-  halves.keep(w, i);
+  halves.keep(w, i.slot[0]);
 }
 
 // Of two numbers of 16 bits, by comparing the bits as integers with a sign.
@@ -75,7 +75,7 @@ void run_extreme_pair(Warp& w, const Instruction& i) {
     return uint32_t{pick(static_cast<uint16_t>(a), static_cast<uint16_t>(b))} |
            uint32_t{pick(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
   });
-  halves.keep(w, i);
+  halves.keep(w, i.slot[0]);
 }
 template <bool kBrain>
 Run fast_extreme(FloatOp op, uint32_t flags, bool pair) {
@@ -108,7 +108,7 @@ void run_pair_16(Warp& w, const Instruction& i) {
                                       static_cast<uint16_t>(c >> 16));
     return uint32_t{low} | uint32_t{high} << 16;
   });
-  halves.keep(w, i);
+  halves.keep(w, i.slot[0]);
 }
 
 }  // namespace

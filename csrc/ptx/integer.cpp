@@ -55,11 +55,12 @@ T clamped(Wide<T> value) {
 
 template <class T>
 void run_add(Warp& w, const Instruction& i) {
-  apply<T, T, T>(w, i, [](T a, T b) { return sum(a, b); });
+  apply_bits<T, T, T>(w, i, [](T a, T b) { return sum(a, b); }, carried<T, Partial<T>, Partial<T>>);
 }
 template <class T>
 void run_sub(Warp& w, const Instruction& i) {
-  apply<T, T, T>(w, i, [](T a, T b) { return static_cast<T>(static_cast<Bits<T>>(a) - static_cast<Bits<T>>(b)); });
+  const auto difference = [](T a, T b) { return static_cast<T>(static_cast<Bits<T>>(a) - static_cast<Bits<T>>(b)); };
+  apply_bits<T, T, T>(w, i, difference, carried<T, Partial<T>, Partial<T>>);
 }
 template <class T>
 void run_add_clamped(Warp& w, const Instruction& i) {
@@ -78,7 +79,7 @@ void apply_halves(Warp& w, const Instruction& i, F f) {
     return uint32_t{f(static_cast<uint16_t>(a), static_cast<uint16_t>(b))} |
            uint32_t{f(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
   });
-  halves.keep(w, i);
+  halves.keep(w, i.slot[0]);
 }
 void run_add_halves(Warp& w, const Instruction& i) {
   apply_halves(w, i, [](uint16_t a, uint16_t b) { return static_cast<uint16_t>(a + b); });
@@ -86,10 +87,11 @@ void run_add_halves(Warp& w, const Instruction& i) {
 
 template <class T>
 void run_mul_low(Warp& w, const Instruction& i) {
-  apply<T, T, T>(w, i, [](T a, T b) {
+  const auto product = [](T a, T b) {
     using U = std::conditional_t<sizeof(T) == 2, uint32_t, Bits<T>>;  // 16 bits would be multiplied as int
     return static_cast<T>(static_cast<U>(a) * static_cast<U>(b));
-  });
+  };
+  apply_bits<T, T, T>(w, i, product, carried<T, Partial<T>, Partial<T>>);
 }
 template <class T>
 void run_mul_high(Warp& w, const Instruction& i) {
@@ -97,14 +99,15 @@ void run_mul_high(Warp& w, const Instruction& i) {
 }
 template <class T>
 void run_mul_wide(Warp& w, const Instruction& i) {
-  apply<Wide<T>, T, T>(w, i, [](T a, T b) { return times(a, b); });
+  apply_bits<Wide<T>, T, T>(w, i, [](T a, T b) { return times(a, b); }, carried<Wide<T>, Partial<T>, Partial<T>>);
 }
 template <class T>
 void run_mad_low(Warp& w, const Instruction& i) {
-  apply<T, T, T, T>(w, i, [](T a, T b, T c) {
+  const auto total = [](T a, T b, T c) {
     using U = std::conditional_t<sizeof(T) == 2, uint32_t, Bits<T>>;
     return static_cast<T>(static_cast<U>(a) * static_cast<U>(b) + static_cast<U>(c));
-  });
+  };
+  apply_bits<T, T, T, T>(w, i, total, carried<T, Partial<T>, Partial<T>, Partial<T>>);
 }
 template <class T>
 void run_mad_high(Warp& w, const Instruction& i) {
@@ -116,7 +119,8 @@ void run_mad_high_clamped(Warp& w, const Instruction& i) {
 }
 template <class T>
 void run_mad_wide(Warp& w, const Instruction& i) {
-  apply<Wide<T>, T, T, Wide<T>>(w, i, [](T a, T b, Wide<T> c) { return sum<Wide<T>>(times(a, b), c); });
+  const auto total = [](T a, T b, Wide<T> c) { return sum<Wide<T>>(times(a, b), c); };
+  apply_bits<Wide<T>, T, T, Wide<T>>(w, i, total, carried<Wide<T>, Partial<T>, Partial<T>, Partial<Wide<T>>>);
 }
 
 // Products of the low 24 bits; .hi has bits 16 to 47.
@@ -158,7 +162,8 @@ void run_abs(Warp& w, const Instruction& i) {
 }
 template <class T>
 void run_neg(Warp& w, const Instruction& i) {
-  apply<T, T>(w, i, [](T a) { return static_cast<T>(Bits<T>{0} - static_cast<Bits<T>>(a)); });
+  const auto negated = [](T a) { return static_cast<T>(Bits<T>{0} - static_cast<Bits<T>>(a)); };
+  apply_bits<T, T>(w, i, negated, carried<T, Partial<T>>);
 }
 template <class T, bool kMax>
 void run_extreme(Warp& w, const Instruction& i) {

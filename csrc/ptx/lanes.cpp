@@ -34,7 +34,8 @@ void run_shuffle(Warp& w, const Instruction& i) {
   w.require(i, c, "the clamp operand of a shuffle");
   const uint32_t* values = w.in<uint32_t>(a);
   const uint32_t has = w.defined(i, a);
-  uint32_t out[kWarp] = {}, inside = 0, defined = 0;
+  uint32_t out[kWarp] = {}, undefined[kWarp] = {}, inside = 0, defined = 0;
+  const bool partly = (w.active & ~has) != 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     const int by = static_cast<int>(w.in<uint32_t>(b)[lane] & 31);
     const uint32_t packed = w.in<uint32_t>(c)[lane];
@@ -50,8 +51,10 @@ void run_shuffle(Warp& w, const Instruction& i) {
     out[lane] = values[from];
     // A lane that does not execute the shuffle has no value to give.
     defined |= (has & w.active) >> from << 31 >> (31 - lane) & 1u << lane;
+    if (partly) undefined[lane] = w.active >> from & 1 ? w.undefined_in<uint32_t>(a, from) : ~0u;
   }
   w.put(i, i.at(0), out, defined);
+  if (partly) w.note_bits(i.at(0), undefined);
   w.put_mask(i, i.at(0, 1), inside, kAllLanes);
 }
 

@@ -19,10 +19,12 @@
 //
 // Poison. A register that was not written has no value, and neither has the result of an instruction that reads one,
 // nor what a division by zero returns. Compilers emit such reads on purpose, where the value is not used. So the
-// machine hands the mark on, lane by lane, through registers and shared memory, and reports where it would matter: in
-// an address, a branch, a guard, a value stored to global memory, an operand of a product. A predicate that is false in
-// `and.pred`, or true in `or.pred`, is enough for a defined result. Registers that wgmma reads or writes are pending
-// until its wait; any use is a finding.
+// machine hands the mark on, bit by bit, through registers, and byte by byte through shared memory, and reports where
+// it would matter: in an address, a branch, a guard, a value stored to global memory. Bits are needed because compilers
+// pack: two numbers of 8 bits and two undefined bytes in one register, or four predicates of a mask, of which a false
+// one decides. Logic, shifts, copies of bits, comparisons, sums and products say which bits of a result are defined
+// (apply.h); the result of any other instruction is wholly undefined if an operand is in part. Registers that wgmma
+// reads or writes are pending until its wait; any use is a finding.
 //
 // Memory. Only registered allocations may be accessed, within their bounds, aligned to the access's width. Bytes of
 // shared memory have a history (shared.h): vector clocks of the warps say whether a barrier orders two accesses of
@@ -147,9 +149,8 @@ void set_special(Launch& l, Warp& w, const std::string& name, const Slot& slot) 
 // ---- blocks ----
 
 struct Storage {
-  std::vector<std::vector<uint8_t>> files;
+  std::vector<std::vector<uint8_t>> files, undefined_bits;
   std::vector<std::vector<uint32_t>> written, pending;
-  std::vector<std::vector<Warp::Parts>> parts;
 };
 
 uint8_t* aligned(std::vector<uint8_t>& storage) {
@@ -165,17 +166,17 @@ void make_warps(Launch& l, Storage& storage) {
   storage.files.resize(warps);
   storage.written.resize(warps);
   storage.pending.resize(warps);
-  storage.parts.resize(warps);
+  storage.undefined_bits.resize(warps);
   for (size_t n = 0; n < warps; ++n) {
     storage.files[n].assign(p.file_bytes + 64, 0);
     storage.written[n].resize(p.registers.size());
     storage.pending[n].resize(p.registers.size());
-    storage.parts[n].resize(p.registers.size());
+    storage.undefined_bits[n].resize(p.file_bytes);
     Warp& w = l.block.warps[n];
     w.file = aligned(storage.files[n]);
     w.written = storage.written[n].data();
     w.pending = storage.pending[n].data();
-    w.parts = storage.parts[n].data();
+    w.undefined_bits = storage.undefined_bits[n].data();
     if (!p.initial.empty()) std::memcpy(w.file, p.initial.data(), p.initial.size());
   }
 }
@@ -196,7 +197,7 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
     w.index = static_cast<int>(n);
     std::fill(storage.written[n].begin(), storage.written[n].end(), 0);
     std::fill(storage.pending[n].begin(), storage.pending[n].end(), 0);
-    std::fill(storage.parts[n].begin(), storage.parts[n].end(), Warp::Parts{});
+    std::fill(storage.undefined_bits[n].begin(), storage.undefined_bits[n].end(), uint8_t{0xff});
     w.written[kConstantRegister] = kAllLanes;
     w.pending_registers = 0;
     const int64_t lanes = std::min<int64_t>(kWarp, threads - static_cast<int64_t>(n) * kWarp);

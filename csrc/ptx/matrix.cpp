@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "apply.h"
 #include "asynchronous.h"
 #include "families.h"
 #include "fragments.h"
@@ -62,17 +63,21 @@ void run_ldmatrix(Warp& w, const Instruction& i) {
   SharedMemory& shared = w.block->shared;
   for (int m = 0; m < matrices; ++m) {
     alignas(64) Matrix values;
-    uint32_t words[kWarp], defined = kAllLanes;
+    uint32_t words[kWarp];
+    Halves halves;
     for (int row = 0; row < kRows; ++row) {
       const int lane = kRows * m + row;
       const auto at = static_cast<int64_t>(rows.at[lane]);
       const bool known = shared.check_read(w, i, lane, at, kRowBytes);
       put_row(values, row, transposed, shared.data() + at);
-      for (int column = 0; column < kRows && !known; ++column)
-        if (!shared.is_defined(at + 2 * column, 2)) defined &= ~(1u << place_in_matrix(row, column, transposed) / 2);
+      for (int column = 0; column < kRows && !known; ++column) {
+        const int place = place_in_matrix(row, column, transposed);
+        if (!shared.is_defined(at + 2 * column, 2)) halves.lanes[place % 2] &= ~(1u << place / 2);
+      }
     }
     std::memcpy(words, values.data(), sizeof(words));
-    w.put(i, i.at(0, m), words, defined);
+    w.put(i, i.at(0, m), words, halves.lanes[0] & halves.lanes[1]);
+    halves.keep(w, i.at(0, m));
   }
 }
 
@@ -82,7 +87,7 @@ void run_stmatrix(Warp& w, const Instruction& i) {
   const RowAddresses rows = rows_of(w, i, i.at(0), matrices);
   for (int m = 0; m < matrices; ++m) {
     const Slot& slot = i.at(1, m);
-    const uint32_t defined = w.defined(i, slot);
+    const uint32_t defined[2] = {w.defined(i, slot, 0, 16), w.defined(i, slot, 16, 16)};
     Matrix held;
     std::memcpy(held.data(), w.in<uint32_t>(slot), sizeof(held));
     for (int row = 0; row < kRows; ++row) {
@@ -91,7 +96,7 @@ void run_stmatrix(Warp& w, const Instruction& i) {
       for (int column = 0; column < kRows; ++column) {
         const int from = place_in_matrix(row, column, transposed);
         values[column] = held[from];
-        unknown |= (~defined >> from / 2 & 1) << column;
+        unknown |= (~defined[from % 2] >> from / 2 & 1) << column;
       }
       const int lane = kRows * m + row;
       const auto at = static_cast<int64_t>(rows.at[lane]);

@@ -13,10 +13,11 @@ template <class T>
 void run_move(Warp& w, const Instruction& i) {
   const Slot &to = i.slot[0], &from = i.slot[1];
   const uint32_t defined = w.defined(i, from);
+  if ((w.active & ~defined) == 0) return w.put(i, to, w.in<T>(from), defined);
+  T bits[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) bits[lane] = w.undefined_in<T>(from, lane);
   w.put(i, to, w.in<T>(from), defined);
-  if ((w.active & ~defined) == 0 || to.absent) return;
-  for (int part = 0; part < static_cast<int>(sizeof(T)) / 2; ++part)
-    w.know_part(to, part, w.defined_part(i, from, part));
+  w.note_bits(to, bits);
 }
 
 void run_move_predicate(Warp& w, const Instruction& i) {
@@ -25,30 +26,33 @@ void run_move_predicate(Warp& w, const Instruction& i) {
 
 // mov.b64 {a, b}, c and mov.b64 c, {a, b}: the first element has the lowest bits.
 void run_repack(Warp& w, const Instruction& i) {
-  constexpr int kPart = 16;
-  uint64_t bits[kWarp] = {};
-  uint32_t known[4] = {kAllLanes, kAllLanes, kAllLanes, kAllLanes};
+  uint64_t bits[kWarp] = {}, undefined[kWarp] = {};
+  uint32_t defined = kAllLanes;
   for (int e = 0; e < i.part[1].count; ++e) {
     const Slot& slot = i.at(1, e);
     const int width = static_cast<int>(i.number) / i.part[1].count;
-    const uint64_t mask = width == 64 ? ~uint64_t{0} : (uint64_t{1} << width) - 1;
+    const uint64_t mask = bit_field(0, width);
     for (int lane = 0; lane < kWarp; ++lane) bits[lane] |= (w.value(slot, lane) & mask) << width * e % 64;
-    for (int part = 0; part * kPart < width; ++part) known[width * e / kPart + part] &= w.defined_part(i, slot, part);
+    const uint32_t has = w.defined(i, slot);
+    defined &= has;
+    for (int lane = 0; lane < kWarp && (w.active & ~has) != 0; ++lane)
+      undefined[lane] |= (w.undefined_value(slot, lane) & mask) << width * e % 64;
   }
+  const bool partly = (w.active & ~defined) != 0;
   for (int e = 0; e < i.part[0].count; ++e) {
     const Slot& slot = i.at(0, e);
     if (slot.absent) continue;
-    const int width = static_cast<int>(i.number) / i.part[0].count, first = width * e / kPart;
-    uint32_t defined = kAllLanes;
-    for (int part = 0; part * kPart < width; ++part) defined &= known[first + part];
+    const int width = static_cast<int>(i.number) / i.part[0].count;
     const auto store = [&](auto narrow) {
       using T = decltype(narrow);
-      T out[kWarp];
+      T out[kWarp], unknown[kWarp];
+      const auto element = [&](uint64_t all) { return static_cast<T>(all >> width * e % 64 & bit_field(0, width)); };
       for (int lane = 0; lane < kWarp; ++lane) {
-        const T value = static_cast<T>(bits[lane] >> width * e % 64);
-        out[lane] = width == 8 ? static_cast<T>(value & 0xff) : value;
+        out[lane] = element(bits[lane]);
+        unknown[lane] = element(undefined[lane]);
       }
       w.put(i, slot, out, defined);
+      if (partly) w.note_bits(slot, unknown);
     };
     if (width <= 16) {
       store(uint16_t{});
@@ -57,8 +61,6 @@ void run_repack(Warp& w, const Instruction& i) {
     } else {
       store(uint64_t{});
     }
-    if (w.active & ~defined)
-      for (int part = 0; part * kPart < width; ++part) w.know_part(slot, part, known[first + part]);
   }
 }
 

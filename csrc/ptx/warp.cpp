@@ -55,6 +55,44 @@ void Warp::require_together(const Instruction& i) {
             "lanes part at an instruction that all lanes of a warp must execute together; this one does not");
 }
 
+void Warp::forget(const Slot& s, uint32_t lanes) {
+  const int bytes = lane_bytes(s.type);
+  for (int lane = 0; lane < kWarp; ++lane)
+    if (lanes >> lane & 1) std::memset(undefined_bits + s.at + lane * bytes, 0xff, bytes);
+}
+
+uint32_t Warp::defined_partly(const Slot& s, int first, int bits) const {
+  uint32_t lanes = written[s.reg];
+  if (lane_bytes(s.type) == 0) return lanes;
+  for (int lane = 0; lane < kWarp; ++lane)
+    if (!(lanes >> lane & 1) && !(undefined_value(s, lane) & bit_field(first, bits))) lanes |= 1u << lane;
+  return lanes;
+}
+
+void Warp::note_part(const Slot& s, int first, int count, uint32_t known) {
+  if (s.absent) return;
+  const int bytes = lane_bytes(s.type);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t bit = 1u << lane;
+    if (!(active & bit)) continue;
+    uint64_t bits = undefined_value(s, lane);
+    bits = known & bit ? bits & ~bit_field(first, count) : bits | bit_field(first, count);
+    std::memcpy(undefined_bits + s.at + lane * bytes, &bits, bytes);
+    written[s.reg] = bits == 0 ? written[s.reg] | bit : written[s.reg] & ~bit;
+  }
+}
+
+uint64_t Warp::undefined_value(const Slot& s, int lane) const {
+  switch (lane_bytes(s.type)) {
+    case 2:
+      return undefined_in<uint16_t>(s, lane);
+    case 4:
+      return undefined_in<uint32_t>(s, lane);
+    default:
+      return undefined_in<uint64_t>(s, lane);
+  }
+}
+
 uint64_t Warp::value(const Slot& s, int lane) const {
   switch (lane_bytes(s.type)) {
     case 0:

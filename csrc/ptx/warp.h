@@ -40,11 +40,9 @@ struct Warp {
   // operands are; where a value matters (an address, a predicate of a branch or guard, what is stored in global memory,
   // an operand of a product), an undefined one is a finding.
   uint32_t* written = nullptr;
-  // By register, the lanes in which 16 bits of it are defined although not all are, as of `mov.b32 a, {b, undefined}`.
-  struct Parts {
-    uint32_t lanes[4];
-  };
-  Parts* parts = nullptr;
+  // Laid out as `file`: in a lane that `written` lacks, which bits of the register are undefined, as of
+  // `mov.b32 a, {b, undefined}`. In other lanes it means nothing.
+  uint8_t* undefined_bits = nullptr;
   // By register, the lanes that an asynchronous product still reads or writes. Any use is a finding.
   uint32_t* pending = nullptr;
   int pending_registers = 0;  // how many have a bit in `pending`
@@ -83,15 +81,31 @@ struct Warp {
     if (pending_registers > 0 && (pending[s.reg] & active)) used_while_pending(i, s);
     return written[s.reg];
   }
-  // The lanes in which bits 16 part to 16 part + 15 are defined.
-  uint32_t defined_part(const Instruction& i, const Slot& s, int part) {
-    return defined(i, s) | parts[s.reg].lanes[part];
+  // The lanes in which these bits of it are defined.
+  uint32_t defined(const Instruction& i, const Slot& s, int first, int bits) {
+    const uint32_t whole = defined(i, s);
+    return (active & ~whole) == 0 ? whole : defined_partly(s, first, bits);
   }
-  // The same of a register that was just written.
-  void know_part(const Slot& s, int part, uint32_t lanes) {
-    uint32_t& known = parts[s.reg].lanes[part];
-    known = (known & ~active) | (lanes & active);
+  // The undefined bits of a lane of a register that is as wide as T.
+  template <class T>
+  T undefined_in(const Slot& s, int lane) const {
+    return written[s.reg] >> lane & 1 ? T{0} : reinterpret_cast<const T*>(undefined_bits + s.at)[lane];
   }
+  uint64_t undefined_value(const Slot& s, int lane) const;
+  // The undefined bits, by lane, of a register that was just written.
+  template <class T>
+  void note_bits(const Slot& s, const T* bits) {
+    if (s.absent) return;
+    T* to = reinterpret_cast<T*>(undefined_bits + s.at);
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const uint32_t bit = 1u << lane;
+      if (!(active & bit)) continue;
+      to[lane] = bits[lane];
+      written[s.reg] = bits[lane] == 0 ? written[s.reg] | bit : written[s.reg] & ~bit;
+    }
+  }
+  // Of a register that was just written: `count` of its bits are defined in the lanes `known`, and in no others.
+  void note_part(const Slot& s, int first, int count, uint32_t known);
   // A finding unless all active lanes are defined. `what` names the operand: "the address".
   void require(const Instruction& i, const Slot& s, const char* what) {
     if (active & ~defined(i, s)) undefined(i, s, what);
@@ -119,8 +133,7 @@ struct Warp {
   void note(const Instruction& i, const Slot& s, uint32_t defined) {
     if (pending_registers > 0 && (pending[s.reg] & active)) used_while_pending(i, s);
     written[s.reg] = (written[s.reg] & ~active) | (defined & active);
-    if (active & ~defined)
-      for (uint32_t& lanes : parts[s.reg].lanes) lanes &= ~active;
+    if (active & ~defined) forget(s, active & ~defined);
   }
 
   void pause() {
@@ -135,9 +148,18 @@ struct Warp {
   // A finding unless all lanes that are alive execute the instruction, as an .aligned one demands.
   void require_together(const Instruction& i);
 
+  // Every bit of these lanes becomes undefined.
+  void forget(const Slot& s, uint32_t lanes);
+  uint32_t defined_partly(const Slot& s, int first, int bits) const;
+
   void used_while_pending(const Instruction& i, const Slot& s);
   void undefined(const Instruction& i, const Slot& s, const char* what);
 };
+
+// `bits` ones from bit `first` on.
+constexpr uint64_t bit_field(int first, int bits) {
+  return (bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1) << first;
+}
 
 inline int first_lane(uint32_t lanes) {
   return lanes ? __builtin_ctz(lanes) : -1;
