@@ -4,6 +4,7 @@
 - ``_host``: facts about the CPU, without torch.
 - ``_emulator``: the CUDA kernels compiled for the CPU, without torch.
 - ``_ptx``: the machine that runs compiled kernels on the CPU, without torch.
+- ``_sm``: one multiprocessor of the cycle model, without torch.
 
 The package works without any of them. If one is missing or does not load, the cause is kept as a :class:`Verdict`;
 :func:`require`, ``explain()`` and the environment report give the same sentence. Importing this module loads nothing.
@@ -28,6 +29,7 @@ LIBRARY = f"{__package__}._C"
 HOST = f"{__package__}._host"
 EMULATOR = f"{__package__}._emulator"
 PTX = f"{__package__}._ptx"
+SM = f"{__package__}._sm"
 
 SUBMIT = "submit(program, addresses, numbers, device, stream)"
 """What the library's function says of itself. One that takes other arguments belongs to another version."""
@@ -35,7 +37,7 @@ SUBMIT = "submit(program, addresses, numbers, device, stream)"
 _HOW_TO_BUILD = {
     LIBRARY: "run `pip install --no-build-isolation .` in a clone, with torch 2.11 or newer and a C++ compiler",
     **dict.fromkeys(
-        (HOST, EMULATOR, PTX), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"
+        (HOST, EMULATOR, PTX, SM), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"
     ),
 }
 
@@ -160,6 +162,15 @@ def emulator() -> Any:
     module, ops = _require(EMULATOR), require()
     _install(ops, module.kernels_address())
     return module
+
+
+def multiprocessor() -> Any:
+    """Return the module of the cycle model's multiprocessor.
+
+    Raises:
+        BackendError: the package was built without it.
+    """
+    return _require(SM)
 
 
 def ptx_status() -> Verdict:

@@ -28,6 +28,7 @@ from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
 from resnet_fast.tools import exporting
 from tests.support.bottleneck_cases import block
+from tests.support.micro_traces import Micro, op
 from tests.support.toy_kernels import copy_kernel
 
 NEEDS = re.compile(r"# needs (.*)")
@@ -77,6 +78,12 @@ def a_launch_and_a_block() -> Names:
     }  # fmt: skip
 
 
+def a_kernel_and_its_walk() -> Names:
+    pytest.importorskip("resnet_fast._sm", reason="built with RESNET_FAST_BUILD_HOST=1", exc_type=ImportError)
+    kernel = Micro([op("FFMA", "R0, R2, R3, 1", stall=4)] * 8)
+    return {"kernel": kernel, "walk": kernel.walker(8)}
+
+
 def exported_files() -> Names:
     """Write net.pt2 and net.onnx to the current folder."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -92,6 +99,7 @@ def exported_files() -> Names:
 GIVEN: dict[str, Callable[[], Names]] = {
     "docs/training.md": a_net_in_training,
     "docs/cuda-kernels.md": a_bottleneck,
+    "docs/cycle-model.md": a_kernel_and_its_walk,
     "docs/ptx-machine.md": a_launch_and_a_block,
     "docs/trained-weights.md": exported_files,
 }
