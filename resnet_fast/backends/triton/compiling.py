@@ -26,6 +26,7 @@ from typing import Any
 from ... import flags
 from ...errors import named
 from ...progress import OnProgress, announced, is_off
+from .fences import with_fences
 from .launch import Launched
 
 WORKER_BYTES = 256 << 20
@@ -142,6 +143,7 @@ def is_stored(job: KernelJob) -> bool:
         return False
 
 
+@with_fences
 def compile_job(job: KernelJob) -> str:
     """Compile a kernel into Triton's cache. Returns why it failed; empty if it did not."""
     import triton

@@ -19,6 +19,7 @@ from ...tuning.configs import Config
 from ...tuning.routes import merged_groups
 from ..layouts import nhwc as nhwc
 from . import interpreter
+from .fences import with_fences
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter; Triton decides it when a kernel is defined."""
@@ -85,6 +86,7 @@ def recording() -> Iterator[list[Launched]]:
         _recording.reset(before)
 
 
+@with_fences
 def submit(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel of this backend on the current stream; no kernel is launched in another way.
 

@@ -28,6 +28,7 @@ from triton import knobs
 from ... import flags, native, stand_in
 from ...errors import BackendError
 from . import compiling, program
+from .fences import with_fences
 from .launch import INTERPRETED, Launched
 from .program import Described, Number, Outputs, Place, PlannedLaunch, Program
 
@@ -148,6 +149,7 @@ def planned(launchers: Launchers, leaves: Outputs, fixed: Sequence[Tensor] = (),
     return bind(found, library, device, fixed)
 
 
+@with_fences
 def bind(found: Program, library: Any, device: torch.device, fixed: Sequence[Tensor] = ()) -> Runner | str:
     """Compile a program's kernels for ``device``, the current one, and return what submits it."""
     launches = [Launched(s.kernel, s.grid, tuple(map(_typed, s.arguments)), s.constants, None) for s in found.steps]

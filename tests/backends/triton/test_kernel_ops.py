@@ -12,6 +12,7 @@ from torch._prims_common import check_significant_strides
 
 from resnet_fast import BackendError, numerics
 from resnet_fast.backends.triton import DTYPES
+from resnet_fast.backends.triton.launch import INTERPRETED
 from tests.support.op_cases import BLOCKS, LAYOUTS, OPS, Problem, make
 
 pytestmark = pytest.mark.interpret
@@ -184,6 +185,7 @@ def test_a_call_with_a_graph_has_the_gradients_of_eager() -> None:
         numerics.assert_close(leaf.grad, exact.leaves()[name].grad, stock.leaves()[name].grad, p.gemm_k())
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels are what auto chooses")
 def test_auto_never_chooses_the_interpreter() -> None:
     from resnet_fast import explain, resnet18
 
