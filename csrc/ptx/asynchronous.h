@@ -80,7 +80,9 @@ struct Product {
 // The uses of a register by products in flight.
 struct RegisterUse {
   int accumulates = 0, reads = 0;
-  int32_t shape = 0;  // Instruction::number of the products that accumulate
+  int32_t shape = 0;    // Instruction::number of the products that accumulate
+  uint64_t last = 0;    // number of the last of them among the warp's
+  bool copied = false;  // holds a copy of such an accumulator, see move_accumulator()
 };
 
 struct OfWarp {
@@ -90,9 +92,10 @@ struct OfWarp {
   std::deque<std::vector<int32_t>> store_groups;
   std::vector<std::shared_ptr<Product>> products;  // in flight, not committed; their registers are the instruction's
   std::deque<std::vector<std::shared_ptr<Product>>> product_groups;
-  std::vector<RegisterUse> uses;  // by register
-  uint64_t wgmmas = 0;            // so far
-  bool fenced = false;            // a wgmma.fence was executed
+  std::vector<RegisterUse> uses;   // by register
+  std::vector<int32_t> copied;     // registers with RegisterUse::copied
+  uint64_t wgmmas = 0, ended = 0;  // so far; of these, no longer in flight
+  bool fenced = false;             // a wgmma.fence was executed
   // The values of registers of products at the last wgmma.fence, or after the product that wrote them since: those that
   // differ were written by other instructions. By register: its place in `snapshot`, or -1.
   std::vector<int32_t> kept_at;
@@ -124,6 +127,11 @@ void count_events(Block& b);
 
 // wgmma.cpp: gives the registers of products a place for the values that they have at a wgmma.fence.
 void start_products(Block& b);
+
+// A `mov` of a register that a product in flight accumulates in. Compilers leave such copies between a product and its
+// wait, where a register changes its name; ptxas keeps the register, or waits. The copy is in flight as well, so that
+// any other use of it is still a finding. Returns false, and does nothing, if the register is no accumulator.
+bool move_accumulator(Warp& w, const Instruction& i);
 
 inline OfWarp& of(Warp& w) {
   return w.block->asynchronous->warps[w.index];

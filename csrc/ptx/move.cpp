@@ -4,6 +4,7 @@
 
 #include "access.h"
 #include "apply.h"
+#include "asynchronous.h"
 #include "families.h"
 
 namespace ptx {
@@ -12,6 +13,7 @@ namespace {
 template <class T>
 void run_move(Warp& w, const Instruction& i) {
   const Slot &to = i.slot[0], &from = i.slot[1];
+  if (sizeof(T) == 4 && w.pending_registers > 0 && (w.pending[from.reg] & w.active) && move_accumulator(w, i)) return;
   const uint32_t defined = w.defined(i, from);
   if ((w.active & ~defined) == 0) return w.put(i, to, w.in<T>(from), defined);
   T bits[kWarp];

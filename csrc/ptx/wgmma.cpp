@@ -202,15 +202,17 @@ void keep(Warp& w, const Slot& s) {
 void take_accumulator(Warp& w, const Instruction& i, const Slot& s) {
   RegisterUse& use = of(w).uses[s.reg];
   const auto shape = static_cast<int32_t>(i.number);
-  if (use.reads > 0 || (use.accumulates > 0 && use.shape != shape)) w.used_while_pending(i, s);
+  const bool in_flight = use.accumulates > 0 || use.copied;
+  if (use.reads > 0 || (in_flight && use.shape != shape)) w.used_while_pending(i, s);
   expect_fenced(w, i, s);
   use.accumulates += 1;
   use.shape = shape;
+  use.last = of(w).wgmmas;
 }
 
 void take_operand(Warp& w, const Instruction& i, const Slot& s) {
   RegisterUse& use = of(w).uses[s.reg];
-  if (use.accumulates > 0) w.used_while_pending(i, s);
+  if (use.accumulates > 0 || use.copied) w.used_while_pending(i, s);
   expect_fenced(w, i, s);
   use.reads += 1;
 }
@@ -222,11 +224,42 @@ void set_pending(Warp& w, int32_t reg, bool pending) {
   w.pending_registers += pending ? 1 : -1;
 }
 
-void give_back(Warp& w, int32_t reg, int RegisterUse::* count) {
-  RegisterUse& use = of(w).uses[reg];
-  use.*count -= 1;
-  if (use.accumulates == 0 && use.reads == 0) set_pending(w, reg, false);
+void end_if_unused(Warp& w, int32_t reg) {
+  const RegisterUse& use = of(w).uses[reg];
+  if (use.accumulates == 0 && use.reads == 0 && !use.copied) set_pending(w, reg, false);
 }
+
+void give_back(Warp& w, int32_t reg, int RegisterUse::* count) {
+  of(w).uses[reg].*count -= 1;
+  end_if_unused(w, reg);
+}
+
+}  // namespace
+
+// The products' results are known already, so the copy has its value. Where another accumulator was, that one must have
+// been copied in its turn, or be lost: either way this register holds the copy.
+bool move_accumulator(Warp& w, const Instruction& i) {
+  const Slot &to = i.slot[0], &from = i.slot[1];
+  OfWarp& mine = of(w);
+  if (to.absent || mine.uses.empty()) return false;
+  const RegisterUse& origin = mine.uses[from.reg];
+  RegisterUse& use = mine.uses[to.reg];
+  if ((origin.accumulates == 0 && !origin.copied) || origin.reads > 0 || use.reads > 0) return false;
+  w.require_together(i);
+  uint32_t undefined[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) undefined[lane] = w.undefined_in<uint32_t>(from, lane);
+  set_pending(w, to.reg, false);
+  w.put(i, to, w.in<uint32_t>(from), w.written[from.reg]);
+  w.note_bits(to, undefined);
+  set_pending(w, to.reg, true);
+  if (!use.copied) mine.copied.push_back(to.reg);
+  use.copied = true;
+  use.shape = origin.shape;
+  use.last = origin.last;
+  return true;
+}
+
+namespace {
 
 // ---- instructions ----
 
@@ -312,9 +345,17 @@ void run_wait(Warp& w, const Instruction& i) {
       for (int n = 0; n < at.part[kD].count; ++n) give_back(w, at.at(kD, n).reg, &RegisterUse::accumulates);
       for (int n = 0; n < at.part[kA].count && !shares_a(at); ++n) give_back(w, at.at(kA, n).reg, &RegisterUse::reads);
       w.block->shared.end_reads(product->reads, w.index);
+      mine.ended += 1;
     }
     mine.product_groups.pop_front();
   }
+  const auto over = [&](int32_t reg) {
+    if (mine.uses[reg].last > mine.ended) return false;
+    mine.uses[reg].copied = false;
+    end_if_unused(w, reg);
+    return true;
+  };
+  mine.copied.erase(std::remove_if(mine.copied.begin(), mine.copied.end(), over), mine.copied.end());
 }
 
 }  // namespace

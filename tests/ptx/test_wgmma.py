@@ -191,7 +191,17 @@ COMMIT = "wgmma.commit_group.sync.aligned;\n"
 MISTAKES = {
     "accumulator read before the wait": (
         WAIT,
-        COMMIT + "mov.b32 %x0, %d3;\n" + WAIT,
+        COMMIT + "add.s32 %x0, %d3, 1;\n" + WAIT,
+        "register %d3, which a product in",
+    ),
+    "copy of an accumulator read before the wait": (
+        WAIT,
+        COMMIT + "mov.b32 %x0, %d3;\nadd.s32 %x1, %x0, 1;\n" + WAIT,
+        "register %x0, which a product in",
+    ),
+    "another value in the place of an accumulator": (
+        WAIT,
+        COMMIT + "mov.b32 %x0, %d3;\nmov.b32 %d3, %t;\n" + WAIT,
         "register %d3, which a product in",
     ),
     "accumulator written before the wait": (
@@ -264,6 +274,14 @@ def test_mistake(what: str) -> None:
         text = text.replace(WAIT, WAIT + "over:\n")
     with pytest.raises(_ptx.Fault, match=report):
         p.launch(text)
+
+
+def test_accumulators_change_names_before_the_wait() -> None:
+    """As at the end of a compiled loop."""
+    p = Product(in_registers=True)
+    names = "mov.b32 %x0, %d3;\nmov.b32 %d3, %d4;\nmov.b32 %d4, %x0;\n"
+    text = kernel(64, "bf16", True).replace(WAIT, COMMIT + names + WAIT.removeprefix(COMMIT) + names)
+    p.check(p.launch(text))
 
 
 def test_copies_of_registers_between_fence_and_product() -> None:
