@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_fast.spec import BlockSpec, ConvSpec, Epilogue, LaunchSpec
-from resnet_fast.tuning import routes, shapes, training_configs
+from resnet_fast.devices import Gpu
+from resnet_fast.spec import YES, BlockSpec, ConvSpec, Epilogue, LaunchSpec, Verdict
+from resnet_fast.tuning import configs, routes, shapes, training_configs
+from resnet_fast.tuning.configs import Config
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 """In order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
@@ -103,6 +105,17 @@ def ragged_training(precision: str = "bfloat16") -> tuple[LaunchSpec, ...]:
     folded = (training_configs.folded_launches(c.with_(grad=True), masked) for c in convs for masked in (True, False))
     found += dict.fromkeys(launch for pair in folded for launch in pair)
     return tuple(in_precision(launch, precision) for launch in found)
+
+
+def judged(launch: LaunchSpec, gpu: Gpu) -> tuple[tuple[Config, Verdict], ...]:
+    """Return the shipped configs of a launch with the verdict of the rules on each.
+
+    Those of a training launch, packed and exact, are only the ones that may be chosen.
+    """
+    if not training_configs.is_training(launch):
+        return configs.judged(launch, gpu)
+    both = dict.fromkeys(c for packed in (True, False) for c in training_configs.candidates(launch, gpu, packed))
+    return tuple((config, YES) for config in both)
 
 
 def real_training(batch: int = 2) -> tuple[LaunchSpec, ...]:

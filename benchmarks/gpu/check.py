@@ -32,7 +32,7 @@ from torch import nn
 from resnet_fast import flags
 from resnet_fast.errors import named
 from resnet_fast.spec import LaunchSpec
-from resnet_fast.tuning import configs, training_configs
+from resnet_fast.tuning import configs
 from resnet_fast.tuning.configs import Config
 
 from . import cases as cases_of
@@ -71,15 +71,15 @@ def _configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
     assert gpu is not None
     for launch in _quick_launches() if settings.quick else _all_launches():
         few = (1 if launch.last.tf32 else 2) if settings.quick else None
-        judged = configs.judged(launch, gpu)
+        judged = cases_of.judged(launch, gpu)
         admitted = [config for config, verdict in judged if verdict]
         # an eight-warp config is not the one to begin with
         admitted.sort(key=lambda config: configs.needs_proof(launch, config))
         for config in admitted[:few]:
-            yield launch.kernel, GpuCase(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
+            yield launch.kernel, GpuCase(f"config {launch} :: {config}", Proof(launch, config, settings.device))
         for config, verdict in judged:
             if not verdict:
-                row = _facts(launch, config) | {"status": "refused", "reason": verdict.reason}
+                row = facts(launch, config) | {"status": "refused", "reason": verdict.reason}
                 yield launch.kernel, GpuCase(f"config {launch} :: {config}", dict, known=row)
 
 
@@ -95,9 +95,8 @@ def _training_configs(settings: Settings) -> Iterator[tuple[str, GpuCase]]:
         every = [one for precision in cases_of.PRECISIONS for one in cases_of.ragged_training(precision)]
         every += cases_of.real_training()
     for launch in every:
-        both = dict.fromkeys(c for packed in (True, False) for c in training_configs.candidates(launch, gpu, packed))
-        for config in list(both)[: 1 if settings.quick else None]:
-            yield launch.kernel, GpuCase(f"config {launch} :: {config}", _Proof(launch, config, settings.device))
+        for config, _ in cases_of.judged(launch, gpu)[: 1 if settings.quick else None]:
+            yield launch.kernel, GpuCase(f"config {launch} :: {config}", Proof(launch, config, settings.device))
 
 
 def _all_launches() -> Iterator[LaunchSpec]:
@@ -117,7 +116,7 @@ def precision_of(launch: LaunchSpec) -> str:
     return "tf32" if launch.last.tf32 else launch.dtype
 
 
-def _facts(launch: LaunchSpec, config: Config) -> Row:
+def facts(launch: LaunchSpec, config: Config) -> Row:
     proof = configs.needs_proof(launch, config)
     return {
         "kernel": launch.kernel,
@@ -127,7 +126,7 @@ def _facts(launch: LaunchSpec, config: Config) -> Row:
     }
 
 
-class _Proof:
+class Proof:
     """Compare one launch with one config with fp64 and eager's own error."""
 
     def __init__(self, launch: LaunchSpec, config: Config, device: str) -> None:
@@ -144,7 +143,7 @@ class _Proof:
                 found = random.check(self.config)
             else:
                 found = self._proved(random)
-        return _facts(self.launch, self.config) | error_row(found)
+        return facts(self.launch, self.config) | error_row(found)
 
     def _proved(self, random: Any) -> Any:
         """Check a config, and keep the verdict for this user's planner."""

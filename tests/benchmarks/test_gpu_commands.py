@@ -374,7 +374,7 @@ def test_a_cut_check_has_seen_every_kernel_and_names_are_unique(monkeypatch: pyt
     refused = [case.known for case in found if case.known]
     assert refused and all("expected" in row["reason"] for row in refused)
     assert any(row.get("needs_proof") for row in refused) or any(
-        configs.needs_proof(case.run.launch, case.run.config) for case in found if isinstance(case.run, check._Proof)
+        configs.needs_proof(case.run.launch, case.run.config) for case in found if isinstance(case.run, check.Proof)
     )
 
 
@@ -382,7 +382,7 @@ def test_a_wrong_kernel_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None
     from resnet_fast.backends.triton import problem
 
     launch = cases.ragged("float32")["conv_bn_act_1x1"][0]
-    proof = check._Proof(launch, configs.SHIPPED["conv_bn_act_1x1"][0], "cpu")
+    proof = check.Proof(launch, configs.SHIPPED["conv_bn_act_1x1"][0], "cpu")
     monkeypatch.setattr(problem.Problem, "run", lambda self, config: self.eager() * 1.01)
     row = sessions.execute(GpuCase("wrong", proof))
     assert row["status"] == "failed" and "over the budget" in row["error"]
