@@ -9,20 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Temporary(NamedTuple):
+    """Memory that launches of a pass use between them: its address, bytes, and its first and last launch, from 0."""
+
+    address: int
+    nbytes: int
+    first: int
+    last: int
 
 
 class StandIn(Protocol):
     """What backends ask of a stand-in.
 
     ``gpu`` is a name of :func:`resnet_fast.devices.gpus`: kernels are planned and compiled for it. ``tf32``: whether it
-    rounds the products of float32 convolutions to TF32. Memory that is
-    allocated inside ``one_pass()`` counts as written by nobody. ``lend(used, fresh)`` is for a pass that is submitted
-    in one call: it may touch the memory of these tensors and no other, and nobody has written to ``fresh``. ``fault()``
-    returns the error of a launch that failed where no exception could be raised, and forgets it.
+    rounds the products of float32 convolutions to TF32. Memory that is allocated inside ``one_pass()`` counts as
+    written by nobody. ``lend(used, fresh, temporaries)`` is for a pass that is submitted in one call: it may touch this
+    memory and no other, and nobody has written to ``fresh`` and the temporaries. ``fault()`` returns the error of a
+    launch that failed where no exception could be raised, and forgets it.
     """
 
     gpu: str
@@ -30,7 +39,9 @@ class StandIn(Protocol):
 
     def one_pass(self) -> AbstractContextManager[Any]: ...
 
-    def lend(self, used: Sequence[Tensor | None], fresh: Sequence[Tensor]) -> None: ...
+    def lend(
+        self, used: Sequence[Tensor | None], fresh: Sequence[Tensor], temporaries: Sequence[Temporary]
+    ) -> None: ...
 
     def fault(self) -> Exception | None: ...
 

@@ -17,7 +17,7 @@ from resnet_fast.backends.triton import submission
 from resnet_fast.backends.triton.launch import submit
 from resnet_fast.dispatch import catalog
 from resnet_fast.errors import UserError
-from resnet_fast.tools.ptx_machine import PtxFault, PtxMachine, ptx_machine
+from resnet_fast.tools.ptx_machine import PtxFault, PtxLaunch, PtxMachine, ptx_machine
 from resnet_fast.tools.ptx_machine import arguments as packing
 from tests.support import recording_engine
 from tests.support.toy_kernels import copy_kernel, descriptor_matmul_kernel, scale_kernel
@@ -32,8 +32,8 @@ def recorder(arch: int = 90, **options: Any) -> PtxMachine:
     return machine
 
 
-def address(t: Tensor) -> bytes:
-    return struct.pack("<Q", t.data_ptr())
+def address(launch: PtxLaunch, t: Tensor) -> bytes:
+    return struct.pack("<Q", launch.report.memory.device(t.data_ptr()))
 
 
 def number(n: int) -> bytes:
@@ -48,11 +48,11 @@ def test_parameters_are_the_arguments_that_were_not_compiled_in(arch: int) -> No
         copy_kernel[(2,)](x, y, 1, BLOCK=64, num_warps=2)
         copy_kernel[(2,)](x, y, 100, BLOCK=64)
     many, one, again = machine.launches
-    assert many.parameters == (address(x), address(y), number(100), EMPTY, EMPTY) == again.parameters
-    assert one.parameters == (address(x), address(y), EMPTY, EMPTY), "1 is compiled in"
+    assert many.parameters == (address(many, x), address(many, y), number(100), EMPTY, EMPTY) == again.parameters
+    assert one.parameters == (address(one, x), address(one, y), EMPTY, EMPTY), "1 is compiled in"
     assert (many.grid, many.threads, one.grid, one.threads) == ((2, 3, 1), 128, (2, 1, 1), 64)
     assert str(many) == "copy_kernel[2, 3, 1] of 128 threads (x_ptr=float32(100,), y_ptr=float32(100,), n=100)"
-    assert [x.data_ptr(), y.data_ptr()] == [at for at, *_ in many.report.memory.added]
+    assert [x.data_ptr(), y.data_ptr()] == many.report.memory.hosts
 
 
 def test_pointers_are_specialised_by_sixteen() -> None:
@@ -67,8 +67,10 @@ def test_pointers_are_specialised_by_sixteen() -> None:
         copy_kernel[(1,)](x, y, 512, BLOCK=512)
         copy_kernel[(1,)](x[1:], y, 512, BLOCK=512)
     assert ["ld.global.v4.b32" in text for text in texts] == [True, False]
-    assert machine.launches[1].parameters[0] == struct.pack("<Q", x.data_ptr() + 4)
-    assert machine.launches[1].report.memory.added[0][:2] == (x.data_ptr(), 4096), "the whole storage"
+    launch = machine.launches[1]
+    start, nbytes, *_ = launch.report.memory.added[0]
+    assert launch.parameters[0] == struct.pack("<Q", start + 4) and start % 512 == 0
+    assert (launch.report.memory.hosts[0], nbytes) == (x.data_ptr(), 4096), "the whole storage"
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -83,14 +85,14 @@ def test_descriptors_are_maps_where_the_kernel_reads_maps(arch: int) -> None:
     first = launch.parameters[0]
     shape = [number(48), number(32), struct.pack("<q", 32), struct.pack("<q", 1)]
     if arch == 90:
-        about = (a.data_ptr(), "f16", [32, 48], [64], [32, 32], 64, "zero")
+        about = (launch.report.memory.device(a.data_ptr()), "f16", [32, 48], [64], [32, 32], 64, "zero")
         assert first == recording_engine.tensor_map(*about) and list(launch.parameters[1:5]) == shape
         assert "a_desc=map of float16(48, 32) by (32, 32)" in launch.arguments
     else:
         wide = b"".join(struct.pack("<q", n) for n in (48, 32, 32, 1))
-        assert first == address(a) and b"".join(launch.parameters[1:5]) == wide
+        assert first == address(launch, a) and b"".join(launch.parameters[1:5]) == wide
         assert list(launch.parameters[7:11]) == shape
-    assert [a.data_ptr(), b.data_ptr(), c.data_ptr()] == [at for at, *_ in launch.report.memory.added]
+    assert [a.data_ptr(), b.data_ptr(), c.data_ptr()] == launch.report.memory.hosts
 
 
 def two_launches(leaves: list[Any]) -> list[Tensor]:
@@ -114,10 +116,11 @@ def test_a_pass_reaches_the_machine_either_way(monkeypatch: pytest.MonkeyPatch, 
     )
     copied, scaled = machine.launches
     assert copied.report.memory is scaled.report.memory, "one account of written bytes for the pass"
-    state = {at: written for at, _, _, written in copied.report.memory.added}
-    middle = struct.unpack("<Q", copied.parameters[1])[0]
-    assert scaled.parameters[0] == copied.parameters[1] and scaled.parameters[2] == address(y)
-    assert state[x.data_ptr()] and state[scale.data_ptr()] and not state[y.data_ptr()] and not state[middle]
+    state = {at: (size, written) for at, size, _, written in copied.report.memory.added}
+    sizes = [state[copied.report.memory.device(t.data_ptr())] for t in (x, scale, y)]
+    assert sizes == [(1024, True), (4, True), (1024, False)]
+    assert scaled.parameters[0] == copied.parameters[1] and scaled.parameters[2] == address(scaled, y)
+    assert state[struct.unpack("<Q", copied.parameters[1])[0]] == (1024, False), "a temporary has bounds of its own"
     assert y.isnan().all(), "memory that nobody wrote is NaN"
     assert copied.grid == (4, 1, 1) and "x_ptr=" in copied.arguments and f"n={x.numel()}" in copied.arguments
 
@@ -127,7 +130,8 @@ def test_what_pytorch_writes_between_kernels_counts_as_written() -> None:
         y = torch.empty(4, 32)
         y[1].zero_()
         copy_kernel[(1,)](y, torch.empty(128), 128, BLOCK=128)
-    assert machine.launches[0].report.memory.wrote == [(y.data_ptr() + 128, 128)]
+    memory = machine.launches[0].report.memory
+    assert memory.wrote == [(memory.device(y.data_ptr()) + 128, 128)]
 
 
 @pytest.mark.parametrize("way", ["native", "python"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from resnet_fast import native
+from resnet_fast.backends.triton import submission
+from resnet_fast.backends.triton.launch import submit
 from resnet_fast.tools.ptx_machine import PtxFault, ptx_machine
 from tests.support.toy_kernels import copy_kernel, scale_kernel, sum_kernel
-
-FAR = 1 << 18
-"""Elements of a tensor that malloc puts apart from small ones, so that these do not run into it."""
 
 pytestmark = pytest.mark.skipif(not native.ptx_status(), reason=native.ptx_status().reason)
 
@@ -35,17 +37,56 @@ def test_launches_compute(arch: int) -> None:
 @pytest.mark.parametrize(
     ("sizes", "n", "what"),
     [
-        ((FAR, 100), 1500, "writes .* outside of every allocation"),
-        ((1500, FAR), 1600, "reads .* outside of every allocation"),
+        (
+            (1500, 1400),
+            1500,
+            r"writes \d+ bytes .* outside of every allocation; at byte 5\d+ of y_ptr \([^;]*\), which has",
+        ),
+        (
+            (1500, 1600),
+            1600,
+            r"reads \d+ bytes .* outside of every allocation; at byte 6\d+ of x_ptr \([^;]*\), which has",
+        ),
     ],
 )
 def test_a_tensor_too_small_for_the_grid_is_a_fault(sizes: tuple[int, int], n: int, what: str) -> None:
-    x, y = (torch.zeros(size) for size in sizes)
+    both = torch.zeros(sum(sizes))  # one behind the other here, and far apart on the GPU
+    x, y = (torch.from_numpy(part) for part in np.split(both.numpy(), [sizes[0]]))
     with ptx_machine(80) as machine, pytest.raises(PtxFault, match=what) as found:
         copy_kernel[(2,)](x, y, n, BLOCK=1024)
     assert found.value.kernel == "copy_kernel" and found.value.block == (1, 0, 0)
     assert "toy_kernels.py" in found.value.source and f"n={n}" in str(found.value)
     assert machine.launches == []
+
+
+def small_temporary(leaves: list[Any]) -> list[torch.Tensor]:
+    """Copy x into a temporary that has 100 of the 128 elements, in a pass of two launches."""
+    x, y = leaves[0], torch.empty_like(leaves[0])
+    middle = torch.empty(100, device=x.device)
+    submit(copy_kernel, (1,), x, middle, 128, BLOCK=128)
+    submit(copy_kernel, (1,), middle, y, 100, BLOCK=128)
+    return [y]
+
+
+@pytest.mark.parametrize("way", ["native", "python"])
+def test_a_temporary_has_bounds_of_its_own(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Also in a pass that is submitted in one call, where its memory begins and ends at multiples of 256 bytes."""
+    monkeypatch.setenv("RESNET_FAST_SUBMIT", way)
+    with (
+        ptx_machine(90),
+        pytest.raises(PtxFault, match=r"outside of every allocation; at byte 400 of .* which has 400"),
+    ):
+        submission.Passes().run("key", small_temporary, [torch.zeros(128)])
+
+
+def test_memory_that_pytorch_did_not_align() -> None:
+    """A kernel that was compiled for a pointer divisible by 16 finds it so."""
+    x, y = (torch.from_numpy(np.zeros(2 * 1024 + 1, np.float64)[1:].view(np.float32)) for _ in range(2))
+    x.fill_(3)
+    with ptx_machine(90):
+        copy_kernel[(4,)](x, y, 4096, BLOCK=1024)
+        copy_kernel[(1,)](x[2:], y[2:], 1024, BLOCK=1024)
+    assert y.eq(3).all()
 
 
 def test_memory_that_nobody_wrote_may_not_be_read() -> None:

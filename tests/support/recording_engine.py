@@ -38,10 +38,23 @@ class Module:
 class Memory:
     def __init__(self) -> None:
         self.added: list[tuple[int, int, str, bool]] = []
+        self.hosts: list[int] = []
         self.wrote: list[tuple[int, int]] = []
 
-    def add(self, address: int, nbytes: int, name: str, written: bool = True, writable: bool = True) -> None:
+    def add(
+        self, address: int, nbytes: int, name: str, written: bool = True, writable: bool = True,
+        host: int | None = None,
+    ) -> None:  # fmt: skip
         self.added.append((address, nbytes, name, written))
+        self.hosts.append(address if host is None else host)
+
+    def remove(self, address: int) -> None:
+        assert any(address == at for at, *_ in self.added)
+
+    def device(self, host: int) -> int:
+        """Return a kernel's address of what is at ``host`` here."""
+        ranges = zip(self.added, self.hosts, strict=True)
+        return next(at + host - first for (at, size, *_), first in ranges if first <= host < first + size)
 
     def write(self, address: int, nbytes: int) -> None:
         self.wrote.append((address, nbytes))

@@ -94,6 +94,16 @@ class PlannedLaunch(NamedTuple):
     constants: dict[str, Any]
 
 
+class PlannedTemporary(NamedTuple):
+    """Where a temporary is, its bytes, and its first and last launch: launches of an empty grid are not counted."""
+
+    buffer: int
+    offset: int
+    nbytes: int
+    first: int
+    last: int
+
+
 class Fresh(NamedTuple):
     """A buffer that a run allocates and returns. It is one tensor, or ``nbytes`` that several tensors share."""
 
@@ -115,6 +125,7 @@ class Program:
         outputs: where each result is; None for none.
         read: the leaves that a launch reads or writes.
         numbers: the numbers of the call that a launch takes, each once.
+        temporaries: those of the launches.
     """
 
     steps: tuple[PlannedLaunch, ...]
@@ -124,6 +135,7 @@ class Program:
     outputs: tuple[Place | None, ...]
     read: tuple[int, ...]
     numbers: tuple[Number, ...] = ()
+    temporaries: tuple[PlannedTemporary, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -270,7 +282,14 @@ class _Places:
         ]
         outputs = tuple(None if t is None else self._at(t) for t in self.given)
         read, numbers = tuple(sorted(self.read)), tuple(dict.fromkeys(_numbers(self.launches)))
-        return Program(tuple(steps), self.leaves, tuple(fresh), arena, outputs, read, numbers)
+        return Program(tuple(steps), self.leaves, tuple(fresh), arena, outputs, read, numbers, self._temporaries(lives))
+
+    def _temporaries(self, lives: dict[int, _Life]) -> tuple[PlannedTemporary, ...]:
+        before = [sum(0 not in one.grid for one in self.launches[:n]) for n in range(len(self.launches) + 1)]
+        return tuple(
+            PlannedTemporary(*self.placed[key], life.nbytes, before[life.first], before[life.last + 1] - 1)
+            for key, life in lives.items()
+        )
 
     def _find_lifetimes(self) -> None:
         """Note the first and the last launch of every storage."""

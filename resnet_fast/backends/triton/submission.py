@@ -196,7 +196,10 @@ class _Native:
         addresses += [t.data_ptr() for t in fresh]
         addresses.append(arena.data_ptr())
         if self.machine is not None:
-            self.machine.lend([*[leaves[i] for i in self.read], *self.fixed], [*fresh, arena])
+            temporaries = [
+                stand_in.Temporary(addresses[t.buffer] + t.offset, t.nbytes, t.first, t.last) for t in found.temporaries
+            ]
+            self.machine.lend([*[leaves[i] for i in self.read], *self.fixed], fresh, temporaries)
         numbers = [number.of(given) for number in found.numbers]
         try:
             if not self.submit(self.handle, addresses, numbers, self.index, self.stream(self.index)):

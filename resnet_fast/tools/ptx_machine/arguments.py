@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...backends.triton.submission import FORMATS, HOST_TYPES
 from ...errors import UserError
+from .memory import Memory
 
 _FORMATS = FORMATS | {"fp16": "e", "fp8e4nv": "B", "fp8e5": "B"}
 
@@ -32,16 +33,15 @@ SWIZZLES = (0, 32, 64, 128)
 
 
 class PtxParameter(NamedTuple):
-    """One parameter of a launch: its name, its bytes, and the tensor whose memory it gives the kernel, if any."""
+    """One parameter of a launch: its name, its bytes, and the argument in words, if it is one."""
 
     name: str
     packed: bytes
-    tensor: Tensor | None = None
     text: str = ""
 
 
 def parameters(
-    names: Sequence[str], kinds: Sequence[Any], maps: Any, values: Sequence[Any], engine: Any
+    names: Sequence[str], kinds: Sequence[Any], maps: Any, values: Sequence[Any], memory: Memory, engine: Any
 ) -> list[PtxParameter]:
     """Return the parameters of a launch, without the scratch pointers.
 
@@ -49,49 +49,54 @@ def parameters(
         names, kinds: the kernel's arguments and Triton's type of each.
         maps: Triton's description of the tensor map of each descriptor; None where the kernel was compiled without.
         values: the arguments.
+        memory: where the tensors among them are registered; it gives their addresses.
         engine: the module ``_ptx``, which encodes tensor maps.
 
     Raises:
         UserError: a tensor without memory of the CPU, or an argument of a type that no parameter has.
     """
-    left = iter(maps or ())
-    return [p for one in zip(names, kinds, values, strict=True) for p in _flat(*one, left if maps else None, engine)]
+    left, given = iter(maps or ()), zip(names, kinds, values, strict=True)
+    return [p for one in given for p in _flat(*one, left if maps else None, memory, engine)]
 
 
-def _flat(name: str, kind: Any, value: Any, maps: Iterator[Any] | None, engine: Any) -> Iterator[PtxParameter]:
+def _flat(
+    name: str, kind: Any, value: Any, maps: Iterator[Any] | None, memory: Memory, engine: Any
+) -> Iterator[PtxParameter]:
     if kind == "constexpr":
         return
     if isinstance(kind, tuple):
         for i, (part, inner) in enumerate(zip(kind, value, strict=True)):
-            yield from _flat(f"{name}[{i}]", part, inner, maps, engine)
+            yield from _flat(f"{name}[{i}]", part, inner, maps, memory, engine)
     elif kind.startswith("tensordesc"):
-        yield from _descriptor(name, value, None if maps is None else next(maps), engine)
+        yield from _descriptor(name, value, None if maps is None else next(maps), memory, engine)
     elif kind.startswith("*"):
-        yield pointer(name, value)
+        yield pointer(name, value, memory)
     else:
         yield PtxParameter(name, _number(name, kind, value), text=f"{name}={value}")
 
 
-def names(name: str, kind: Any, maps: Any) -> list[str]:
-    """Return the names of the parameters that an argument of this type becomes."""
+def names(name: str, kind: Any, maps: Any) -> list[tuple[str, bool]]:
+    """Return the parameters that an argument of this type becomes: the name of each, and whether it is a pointer."""
     if kind == "constexpr":
         return []
     if isinstance(kind, tuple):
         return [n for i, inner in enumerate(kind) for n in names(f"{name}[{i}]", inner, maps)]
     if kind.startswith("tensordesc") and maps:
-        return [name, *[f"{name}.size"] * 2 * (kind.partition("[")[2].partition("]")[0].count(",") + 1)]
-    return [name]
+        sizes = 2 * (kind.partition("[")[2].partition("]")[0].count(",") + 1)
+        return [(name, False), *[(f"{name}.size", False)] * sizes]
+    return [(name, kind.startswith("*"))]
 
 
-def pointer(name: str, value: Any) -> PtxParameter:
-    """Return a pointer parameter: to a tensor, an address as a number, or None."""
+def pointer(name: str, value: Any, memory: Memory) -> PtxParameter:
+    """Return a pointer parameter: to a tensor, which is registered in ``memory``, an address as a number, or None."""
     if value is None or isinstance(value, int):
-        return PtxParameter(name, struct.pack("<Q", value or 0), text=f"{name}={value}")
+        return PtxParameter(name, struct.pack("<Q", memory.device(value or 0)), f"{name}={value}")
     tensor = _tensor_of(name, value)
+    memory.add(tensor, name)
     where = "" if tensor.is_contiguous() else f" strides {tuple(tensor.stride())}"
     dtype = str(tensor.dtype).removeprefix("torch.")
     text = f"{name}={dtype}{tuple(tensor.shape)}{where}"
-    return PtxParameter(name, struct.pack("<Q", tensor.data_ptr()), tensor, text)
+    return PtxParameter(name, struct.pack("<Q", memory.device(tensor.data_ptr())), text)
 
 
 def _tensor_of(name: str, value: Any) -> Tensor:
@@ -112,16 +117,18 @@ def _number(name: str, kind: str, value: Any) -> bytes:
     return struct.pack("<" + _FORMATS[kind], value)
 
 
-def _descriptor(name: str, value: Any, about: dict[str, Any] | None, engine: Any) -> Iterator[PtxParameter]:
+def _descriptor(
+    name: str, value: Any, about: dict[str, Any] | None, memory: Memory, engine: Any
+) -> Iterator[PtxParameter]:
     shape, strides = list(value.shape), list(value.strides)
     if about is None:
-        yield pointer(f"{name}.base", value.base)
+        yield pointer(f"{name}.base", value.base, memory)
         yield from _sizes(name, "q", shape + strides)
         yield PtxParameter(f"{name}.padding", struct.pack("<b", value.padding == "nan"))
         if hasattr(value, "round_f32_to_tf32"):
             yield PtxParameter(f"{name}.round", struct.pack("<b", value.round_f32_to_tf32))
     else:
-        yield _mapped(name, value, about, engine)
+        yield _mapped(name, value, about, memory, engine)
     yield from _sizes(name, "i", shape)
     yield from _sizes(name, "q", strides)
 
@@ -130,19 +137,20 @@ def _sizes(name: str, code: str, sizes: Sequence[int]) -> Iterator[PtxParameter]
     return (PtxParameter(f"{name}.size", struct.pack("<" + code, n)) for n in sizes)
 
 
-def _mapped(name: str, value: Any, about: dict[str, Any], engine: Any) -> PtxParameter:
+def _mapped(name: str, value: Any, about: dict[str, Any], memory: Memory, engine: Any) -> PtxParameter:
     if about["fp4_padded"] or about.get("is_im2col"):
         raise UserError(f"a tiled tensor map for {name}", "an im2col or fp4 one", "the PTX machine has no such maps")
     kind, size, tensor = about["elem_type"], about["elem_size"], _tensor_of(name, value)
     kind = 11 if getattr(value, "round_f32_to_tf32", False) else HOST_TYPES.get(kind, kind)
+    memory.add(tensor, name)
     strides = [size * s for s in value.strides[:-1]]
     packed = tensor_map(
-        engine, tensor.data_ptr(), kind, list(value.shape)[::-1], strides[::-1], list(about["block_size"])[::-1],
-        about["swizzle"], value.padding == "nan",
+        engine, memory.device(tensor.data_ptr()), kind, list(value.shape)[::-1], strides[::-1],
+        list(about["block_size"])[::-1], about["swizzle"], value.padding == "nan",
     )  # fmt: skip
     dtype = str(tensor.dtype).removeprefix("torch.")
     text = f"{name}=map of {dtype}{tuple(value.shape)} by {tuple(about['block_size'])}"
-    return PtxParameter(name, packed, tensor, text)
+    return PtxParameter(name, packed, text)
 
 
 def tensor_map(

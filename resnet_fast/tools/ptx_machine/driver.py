@@ -174,6 +174,6 @@ class _Launcher:
             leave(about)
 
 
-def names_of(kernel: LoadedKernel) -> list[str]:
-    """Return the name of each parameter that is not scratch memory, as :func:`.arguments.parameters` gives them."""
+def names_of(kernel: LoadedKernel) -> list[tuple[str, bool]]:
+    """Return each parameter that is not scratch memory, as :func:`.arguments.names` has them."""
     return [name for one in zip(kernel.names, kernel.kinds, strict=True) for name in arguments.names(*one, kernel.maps)]

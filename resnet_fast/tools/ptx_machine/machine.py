@@ -162,8 +162,10 @@ class PtxMachine:
         finally:
             self._memory = outer
 
-    def lend(self, used: Sequence[Tensor | None], fresh: Sequence[Tensor]) -> None:
-        """Let the pass that is submitted next touch these tensors and no other; nobody has written to ``fresh``."""
+    def lend(
+        self, used: Sequence[Tensor | None], fresh: Sequence[Tensor], temporaries: Sequence[stand_in.Temporary]
+    ) -> None:
+        """Let the pass that is submitted next touch this memory and no other. Only ``used`` has been written to."""
         from .memory import Memory
 
         self._memory = Memory(self.engine)
@@ -172,6 +174,7 @@ class PtxMachine:
                 self._memory.add(t, f"tensor {i} of the pass")
         for i, t in enumerate(fresh):
             self._memory.add(t, f"new tensor {i} of the pass", written=False)
+        self._memory.lend(temporaries)
 
     def fault(self) -> Exception | None:
         """Return the exception of the last native launch that failed, and forget it."""
@@ -191,17 +194,14 @@ class PtxMachine:
         """
         from . import arguments
 
-        found = arguments.parameters(kernel.names, kernel.kinds, kernel.maps, given, self.engine)
         memory = self.memory
+        found = arguments.parameters(kernel.names, kernel.kinds, kernel.maps, given, memory, self.engine)
         for name, size in zip(("global_scratch", "profile_scratch"), kernel.scratch, strict=True):
             nbytes = arguments.scratch_bytes(size, grid, kernel.cluster[0])
             space = torch.empty(nbytes, dtype=torch.uint8) if nbytes else None
             if space is not None:
                 memory.add(space, name, written=False)
-            found.append(arguments.pointer(name, space))
-        for one in found:
-            if one.tensor is not None:
-                memory.add(one.tensor, one.name)
+            found.append(arguments.pointer(name, space, memory))
         words = ", ".join(one.text for one in found if one.text and "_scratch" not in one.name)
         self.run(kernel, grid, threads, shared, [one.packed for one in found], words, memory)
 

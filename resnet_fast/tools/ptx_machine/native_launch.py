@@ -83,9 +83,12 @@ class NativeLaunches:
             about, kernel = config.contents, driver.loaded(handle)
             declared = self._machine.declared(kernel)
             packed = [ctypes.string_at(given[i], one[2]) for i, one in enumerate(declared)]
-            self._machine.run(
-                kernel, tuple(about.grid), about.block[0], about.shared, packed, self._words(kernel, declared, packed)
-            )
+            words = self._words(kernel, declared, packed)
+            for i, (_, is_pointer) in enumerate(driver.names_of(kernel)):
+                if is_pointer:
+                    packed[i] = struct.pack("<Q", self._machine.memory.device(struct.unpack("<Q", packed[i])[0]))
+            self._machine.run(kernel, tuple(about.grid), about.block[0], about.shared, packed, words)
+            self._machine.memory.next_launch()
         except Exception as error:
             self.caught = error
             return FAILED
@@ -94,7 +97,7 @@ class NativeLaunches:
     def _words(self, kernel: driver.LoadedKernel, declared: Any, packed: list[bytes]) -> str:
         """Return the arguments of a launch in words, from their bytes."""
         found = []
-        for name, (_, kind, _, _), value in zip(driver.names_of(kernel), declared, packed, strict=False):
+        for (name, _), (_, kind, _, _), value in zip(driver.names_of(kernel), declared, packed, strict=False):
             if len(value) == 128:
                 found.append(f"{name}=a tensor map")
             elif len(value) == 8:
@@ -111,7 +114,8 @@ class NativeLaunches:
     ) -> int:  # fmt: skip
         try:
             engine, sizes = self._machine.engine, (shape[:rank], strides[: rank - 1], box[:rank])
-            packed = arguments.tensor_map(engine, address or 0, kind, *sizes, swizzle, fill == 1)
+            at = self._machine.memory.device(address or 0)
+            packed = arguments.tensor_map(engine, at, kind, *sizes, swizzle, fill == 1)
         except Exception as error:
             self.caught = error
             return FAILED
