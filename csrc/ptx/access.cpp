@@ -64,6 +64,65 @@ uint8_t* reach_parameter(Warp& w, const Instruction& i, int lane, uint64_t at, i
   return parameters.data() + at;
 }
 
+// Global memory of one allocation, aligned, and with nothing to report: all lanes at once. Returns whether it was; if
+// not, each lane is to be checked by itself.
+bool reach_together(Warp& w, const Slot& base, int bytes, Use use, uint32_t written, Reached& out) {
+  if (use != Use::kRead && (w.active & ~written) != 0) return false;
+  const bool wide = lane_bytes(base.type) == 8;
+  const uint64_t* addresses = w.in<uint64_t>(base);
+  const int leader = first_lane(w.active);
+  if (!wide || leader < 0) return false;
+  uint64_t least = ~uint64_t{0}, most = 0, low_bits = 0;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint64_t address = addresses[w.active >> lane & 1 ? lane : leader] + base.plus;
+    out.address[lane] = address;
+    least = address < least ? address : least;
+    most = address > most ? address : most;
+    low_bits |= address;
+  }
+  Allocation* a = w.launch->memory->find(least, most - least + bytes);
+  if (a == nullptr || (low_bits & static_cast<uint64_t>(bytes - 1)) != 0 || (use != Use::kRead && !a->writable))
+    return false;
+  if (!a->written.empty()) {
+    for (int lane = 0; lane < kWarp && use != Use::kWrite; ++lane)
+      if (!GlobalMemory::is_written(*a, out.address[lane], bytes)) return false;
+    for (int lane = 0; lane < kWarp && use != Use::kRead; ++lane)
+      GlobalMemory::mark_written(*a, out.address[lane], bytes);
+  }
+  for (int lane = 0; lane < kWarp; ++lane)
+    out.at[lane] = reinterpret_cast<uint8_t*>(a->host + (out.address[lane] - a->address));
+  out.global = w.active;
+  return true;
+}
+
+// A parameter at an address that is the same in all lanes.
+bool reach_named_parameter(Warp& w, const Instruction& i, const Slot& base, int bytes, Use use, Reached& out) {
+  const uint64_t address = w.value(base, 0) + static_cast<uint64_t>(base.plus);
+  const int leader = first_lane(w.active);
+  if (base.reg != kConstantRegister || leader < 0 || space_of(address) == Space::kLocal) return false;
+  const uint64_t in_space = space_of(address) == Space::kParameter ? address - kParameterWindow : address;
+  uint8_t* const at = reach_parameter(w, i, leader, in_space, bytes, use);
+  out.address.fill(in_space);
+  out.at.fill(at);
+  return true;
+}
+
+void copy_small(void* to, const void* from, int bytes) {
+  switch (bytes) {
+    case 16:
+      std::memcpy(to, from, 16);
+      break;
+    case 8:
+      std::memcpy(to, from, 8);
+      break;
+    case 4:
+      std::memcpy(to, from, 4);
+      break;
+    default:
+      std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+}
+
 }  // namespace
 
 void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int bytes, Use use, uint32_t written,
@@ -71,7 +130,10 @@ void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int byt
   w.require(i, base, "the address");
   out.defined = w.active;
   const bool wide = lane_bytes(base.type) == 8;
-  for (int lane = 0; lane < kWarp; ++lane) {
+  const bool done = space == Space::kGlobal      ? reach_together(w, base, bytes, use, written, out)
+                    : space == Space::kParameter ? reach_named_parameter(w, i, base, bytes, use, out)
+                                                 : false;
+  for (int lane = 0; lane < kWarp && !done; ++lane) {
     if (!(w.active >> lane & 1)) continue;
     uint64_t address = (wide ? w.in<uint64_t>(base)[lane] : w.in<uint32_t>(base)[lane]) + base.plus;
     Space at = space;
@@ -103,7 +165,7 @@ void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int byt
       if (use == Use::kWrite) {
         const uint8_t* value = data == nullptr ? nullptr : data + lane * bytes;
         shared.check_write(w, i, lane, byte, bytes, written & bit ? kWritten : kUndefined, value);
-        if (value != nullptr) std::memcpy(out.at[lane], value, bytes);
+        if (value != nullptr) copy_small(out.at[lane], value, bytes);
       }
     } else if (at == Space::kLocal) {
       out.local |= bit;
@@ -133,12 +195,15 @@ void reach(Warp& w, const Instruction& i, const Slot& base, Space space, int byt
 
 namespace {
 
-// One element of each lane's access, widened to 64 bits and stored as wide as the register is.
-void put_element(Warp& w, const Instruction& i, const Slot& slot, const uint64_t* values, uint32_t defined) {
+// One element of each lane's access, stored as wide as the register is: signed types are widened with their sign.
+template <class T>
+void put_element(Warp& w, const Instruction& i, const Slot& slot, const T* values, uint32_t defined) {
   if (slot.absent) return;
-  const auto store = [&](auto narrow) {
-    decltype(narrow) out[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) out[lane] = static_cast<decltype(narrow)>(values[lane]);
+  const auto store = [&](auto wide) {
+    using Wide = decltype(wide);
+    if constexpr (sizeof(Wide) == sizeof(T)) return w.put(i, slot, reinterpret_cast<const Wide*>(values), defined);
+    alignas(64) Wide out[kWarp];
+    for (int lane = 0; lane < kWarp; ++lane) out[lane] = static_cast<Wide>(static_cast<int64_t>(values[lane]));
     w.put(i, slot, out, defined);
   };
   switch (lane_bytes(slot.type)) {
@@ -176,13 +241,9 @@ void run_load(Warp& w, const Instruction& i) {
   reach(w, i, i.at(1), static_cast<Space>(i.flags), kSize * elements, Use::kRead, 0, nullptr, r);
   const bool whole = r.defined == w.active;
   for (int e = 0; e < elements; ++e) {
-    uint64_t values[kWarp] = {};
-    for (int lane = 0; lane < kWarp; ++lane) {
-      if (!(w.active >> lane & 1)) continue;
-      T value;
-      std::memcpy(&value, r.at[lane] + e * kSize, kSize);
-      values[lane] = static_cast<uint64_t>(static_cast<int64_t>(value));  // signed types are widened with their sign
-    }
+    alignas(64) T values[kWarp] = {};
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (w.active >> lane & 1) std::memcpy(&values[lane], r.at[lane] + e * kSize, kSize);
     const Slot& to = i.at(0, e);
     put_element(w, i, to, values, whole ? r.defined : defined_within(w, r, e * kSize, kSize));
     if (whole || to.absent || lane_bytes(to.type) != kSize) continue;
@@ -210,15 +271,17 @@ void run_store(Warp& w, const Instruction& i) {
   for (int e = 0; e < elements; ++e) {
     const Slot& slot = i.at(1, e);
     defined &= w.defined(i, slot, 0, 8 * kSize);
+    const bool as_wide = lane_bytes(slot.type) == kSize;
+    const T* values = w.in<T>(slot);
     for (int lane = 0; lane < kWarp; ++lane) {
-      const T value = static_cast<T>(w.value(slot, lane));
+      const T value = as_wide ? values[lane] : static_cast<T>(w.value(slot, lane));
       std::memcpy(data + lane * bytes + e * kSize, &value, kSize);
     }
   }
   Reached r;
   reach(w, i, i.at(0), static_cast<Space>(i.flags), bytes, Use::kWrite, defined, data, r);
   for (int lane = 0; lane < kWarp; ++lane)
-    if (w.active >> lane & 1) std::memcpy(r.at[lane], data + lane * bytes, bytes);
+    if (w.active >> lane & 1) copy_small(r.at[lane], data + lane * bytes, bytes);
   const uint32_t partly = w.active & ~defined;
   if (partly == 0) return;
   for (int e = 0; e < elements; ++e) {

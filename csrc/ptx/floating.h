@@ -47,17 +47,24 @@ inline Round round_of(const Instruction& i) {
 // The exact value, or that rounded to odd, of formats of at most 24 bits.
 double evaluate(FloatOp op, uint32_t flags, double a, double b, double c);
 
-// d = f(a, b, c) for one to three sources; those that an instruction does not have repeat the first.
-template <class D, class S, class F>
-void apply_any(Warp& w, const Instruction& i, F f) {
-  const int sources = i.parts - 1;
-  const S* in[3] = {};
+// The one to three sources of an instruction; those that it does not have repeat the first. Returns in which lanes all
+// are defined.
+template <class S>
+uint32_t sources_of(Warp& w, const Instruction& i, const S* (&in)[3]) {
   uint32_t defined = kAllLanes;
   for (int s = 0; s < 3; ++s) {
-    const Slot& slot = i.slot[s < sources ? s + 1 : 1];
+    const Slot& slot = i.slot[s < i.parts - 1 ? s + 1 : 1];
     in[s] = w.in<S>(slot);
     defined &= w.defined(i, slot);
   }
+  return defined;
+}
+
+// d = f(a, b, c) of these.
+template <class D, class S, class F>
+void apply_any(Warp& w, const Instruction& i, F f) {
+  const S* in[3];
+  const uint32_t defined = sources_of(w, i, in);
   alignas(64) D out[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) out[lane] = f(in[0][lane], in[1][lane], in[2][lane]);
   w.put(i, i.slot[0], out, defined);

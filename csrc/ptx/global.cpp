@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <stdexcept>
 
 #include "types.h"
@@ -68,36 +69,64 @@ std::string GlobalMemory::refused(uint64_t address, int bytes, bool write, bool 
   return "";
 }
 
+namespace {
+
+// `bytes` flags from `first` on, at most 8 at a time: whether all are 1.
+bool all_set(const uint8_t* first, uint64_t bytes) {
+  constexpr uint64_t kEach = 0x0101010101010101;
+  for (; bytes >= 8; bytes -= 8, first += 8) {
+    uint64_t flags;
+    std::memcpy(&flags, first, 8);
+    if (flags != kEach) return false;
+  }
+  return std::all_of(first, first + bytes, [](uint8_t w) { return w != 0; });
+}
+
+}  // namespace
+
 bool GlobalMemory::is_written(const Allocation& a, uint64_t address, uint64_t bytes) {
-  if (a.written.empty()) return true;
-  const auto first = a.written.begin() + static_cast<int64_t>(address - a.address);
-  return std::all_of(first, first + static_cast<int64_t>(bytes), [](uint8_t w) { return w != 0; });
+  return a.written.empty() || all_set(a.written.data() + (address - a.address), bytes);
 }
 
 void GlobalMemory::mark_written(Allocation& a, uint64_t address, uint64_t bytes) {
-  if (a.written.empty()) return;
-  std::fill_n(a.written.begin() + static_cast<int64_t>(address - a.address), bytes, 1);
+  if (!a.written.empty()) std::memset(a.written.data() + (address - a.address), 1, bytes);
 }
 
 int GlobalMemory::count(const uint64_t* address, uint32_t lanes, int bytes, bool write) {
   std::array<uint64_t, 2 * kWarp> sectors;
+  uint64_t highest = 0;  // of them; one above is new, as most are
   int n = 0;
+  Allocation* a = nullptr;
+  int64_t moved = 0, found = 0, unique = 0;  // in `a`
+  const uint8_t bit = write ? 2 : 1;
+  const auto add = [&] {
+    if (a == nullptr) return;
+    (write ? a->bytes_written : a->bytes_read) += moved;
+    (write ? a->sectors_written : a->sectors_read) += found;
+    (write ? a->unique_sectors_written : a->unique_sectors_read) += unique;
+    moved = found = unique = 0;
+  };
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(lanes >> lane & 1)) continue;
-    Allocation* a = find(address[lane], bytes);
-    if (a == nullptr) continue;
-    (write ? a->bytes_written : a->bytes_read) += bytes;
+    if (a == nullptr || address[lane] - a->address >= a->bytes) {
+      add();
+      a = find(address[lane], bytes);
+      if (a == nullptr) continue;
+    }
+    moved += bytes;
     for (uint64_t sector = address[lane] / kSector; sector * kSector < address[lane] + bytes; ++sector) {
-      if (n > 0 && sectors[n - 1] == sector) continue;
-      if (std::find(sectors.begin(), sectors.begin() + n, sector) != sectors.begin() + n) continue;
+      if (n > 0 && sector <= highest &&
+          (sectors[n - 1] == sector || std::find(sectors.begin(), sectors.begin() + n, sector) != sectors.begin() + n))
+        continue;
       sectors[n++] = sector;
+      highest = std::max(highest, sector);
       uint8_t& touched = a->touched[sector - a->address / kSector];
-      const uint8_t bit = write ? 2 : 1;
-      (write ? a->sectors_written : a->sectors_read) += 1;
-      (write ? a->unique_sectors_written : a->unique_sectors_read) += !(touched & bit);
+      found += 1;
+      unique += !(touched & bit);
       touched |= bit;
     }
   }
+  add();
   return n;
 }
 

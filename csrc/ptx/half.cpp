@@ -1,5 +1,7 @@
 // Floating-point arithmetic of f16, bf16 and pairs of them. Each result is the exact value, rounded once.
 
+#include <emulator/product.h>
+
 #include "floating.h"
 
 namespace ptx {
@@ -33,22 +35,93 @@ uint16_t half_op(FloatOp op, uint32_t flags, Round round, uint16_t a, uint16_t b
   return H::narrow(evaluate(op, flags, H::widen(a, flush), H::widen(b, flush), H::widen(c, flush)), flags, round);
 }
 
-// The most frequent instructions of bf16 code, which sm_80 also uses for sums and products.
-uint16_t fma_b16(uint16_t a, uint16_t b, uint16_t c) {
-  return bf16_of_odd(fma_odd(float_of_bf16(a), float_of_bf16(b), float_of_bf16(c)));
+// The most frequent instructions of bf16 and f16 code: sums, products and fma, to nearest, without a modifier. All of
+// them are an fma, a * 1 + b or a * b - 0.
+
+// By lane a * b + c, rounded to odd in fp32: by way of the sum in double, whose error says where the exact value is.
+// Loops of few steps and without branches, which become vector instructions.
+void fma_odd_32(const float* a, const float* b, const float* c, uint32_t* out) {
+  alignas(64) double sum[kWarp], error[kWarp];
+  alignas(64) float narrow[kWarp];
+  alignas(64) int64_t step[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const double first = static_cast<double>(a[lane]) * static_cast<double>(b[lane]), second = c[lane];
+    const double both = first + second, part = both - first;
+    sum[lane] = both;
+    error[lane] = (first - (both - part)) + (second - part);
+    narrow[lane] = static_cast<float>(both);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const double rest = (sum[lane] - static_cast<double>(narrow[lane])) + error[lane];
+    const uint64_t apart = (bit_cast<uint64_t>(rest) ^ bit_cast<uint64_t>(sum[lane])) >> 63;
+    step[lane] = rest == 0 ? 0 : 1 - 2 * static_cast<int64_t>(apart);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto bits = bit_cast<uint32_t>(narrow[lane]);
+    const bool even = (bits & 0x7f800000) != 0x7f800000 && !(bits & 1);
+    out[lane] = bits + (even ? static_cast<uint32_t>(step[lane]) : 0);
+  }
 }
-void run_fma_b16(Warp& w, const Instruction& i) {
-  apply<uint16_t, uint16_t, uint16_t, uint16_t>(w, i, fma_b16);
+
+// An operation on its sources, by lane.
+template <bool kBrain, FloatOp kOp>
+void fuse_16(const uint16_t* x, const uint16_t* y, const uint16_t* z, uint16_t* out) {
+  constexpr uint16_t kOne = kBrain ? 0x3f80 : 0x3c00, kMinusZero = 0x8000;
+  alignas(64) float a[kWarp], b[kWarp], c[kWarp];
+  alignas(64) uint32_t odd[kWarp];
+  const auto widen = [](uint16_t raw) { return kBrain ? float_of_bf16(raw) : emulator::float_of_half(raw); };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    constexpr bool kSums = kOp == FloatOp::kAdd || kOp == FloatOp::kSub;
+    const uint16_t term = kOp == FloatOp::kSub ? y[lane] ^ 0x8000 : kOp == FloatOp::kAdd ? y[lane] : z[lane];
+    a[lane] = widen(x[lane]);
+    b[lane] = widen(kSums ? kOne : y[lane]);
+    c[lane] = widen(kOp == FloatOp::kMul ? kMinusZero : term);
+  }
+  fma_odd_32(a, b, c, odd);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto value = bit_cast<float>(odd[lane]);
+    out[lane] = kBrain ? bf16_of(value) : f16_of_float(value);
+  }
 }
-void run_fma_pair_b16(Warp& w, const Instruction& i) {
+template <bool kBrain, FloatOp kOp>
+void run_fused_16(Warp& w, const Instruction& i) {
+  alignas(64) uint16_t out[kWarp];
+  const uint16_t* in[3];
+  const uint32_t defined = sources_of(w, i, in);
+  fuse_16<kBrain, kOp>(in[0], in[1], in[2], out);
+  w.put(i, i.slot[0], out, defined);
+}
+template <bool kBrain, FloatOp kOp>
+void run_fused_pair(Warp& w, const Instruction& i) {
   const Halves halves(w, i);
-  apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, [](uint32_t a, uint32_t b, uint32_t c) {
-    const uint16_t low = fma_b16(static_cast<uint16_t>(a), static_cast<uint16_t>(b), static_cast<uint16_t>(c));
-    const uint16_t high =
-        fma_b16(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16), static_cast<uint16_t>(c >> 16));
-    return uint32_t{low} | uint32_t{high} << 16;
-  });
+  const uint32_t* in[3];
+  const uint32_t defined = sources_of(w, i, in);
+  alignas(64) uint16_t part[3][kWarp], result[2][kWarp];
+  alignas(64) uint32_t out[kWarp];
+  for (int half = 0; half < 2; ++half) {
+    for (int source = 0; source < 3; ++source)
+      for (int lane = 0; lane < kWarp; ++lane)
+        part[source][lane] = static_cast<uint16_t>(in[source][lane] >> 16 * half);
+    fuse_16<kBrain, kOp>(part[0], part[1], part[2], result[half]);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) out[lane] = uint32_t{result[0][lane]} | uint32_t{result[1][lane]} << 16;
+  w.put(i, i.slot[0], out, defined);
   halves.keep(w, i.slot[0]);
+}
+template <bool kBrain>
+Run fast_fused(FloatOp op, bool pair) {
+  switch (op) {
+    case FloatOp::kAdd:
+      return pair ? run_fused_pair<kBrain, FloatOp::kAdd> : run_fused_16<kBrain, FloatOp::kAdd>;
+    case FloatOp::kSub:
+      return pair ? run_fused_pair<kBrain, FloatOp::kSub> : run_fused_16<kBrain, FloatOp::kSub>;
+    case FloatOp::kMul:
+      return pair ? run_fused_pair<kBrain, FloatOp::kMul> : run_fused_16<kBrain, FloatOp::kMul>;
+    case FloatOp::kFma:
+      return pair ? run_fused_pair<kBrain, FloatOp::kFma> : run_fused_16<kBrain, FloatOp::kFma>;
+    default:
+      return nullptr;
+  }
 }
 
 // Of two numbers of 16 bits, by comparing the bits as integers with a sign.
@@ -115,13 +188,12 @@ void run_pair_16(Warp& w, const Instruction& i) {
 
 Run half_run(FloatOp op, Type type, uint32_t flags) {
   const bool pair = type == Type::kF16x2 || type == Type::kBF16x2;
-  if (type == Type::kF16 || type == Type::kF16x2) {
-    if (const Run run = fast_extreme<false>(op, flags, pair)) return run;
-    return pair ? run_pair_16<false> : run_16<false>;
-  }
-  if (const Run run = fast_extreme<true>(op, flags, pair)) return run;
-  if (op == FloatOp::kFma && flags == 0) return pair ? run_fma_pair_b16 : run_fma_b16;
-  return pair ? run_pair_16<true> : run_16<true>;
+  const bool brain = type == Type::kBF16 || type == Type::kBF16x2;
+  if (flags == 0)
+    if (const Run run = brain ? fast_fused<true>(op, pair) : fast_fused<false>(op, pair)) return run;
+  if (const Run run = brain ? fast_extreme<true>(op, flags, pair) : fast_extreme<false>(op, flags, pair)) return run;
+  if (brain) return pair ? run_pair_16<true> : run_16<true>;
+  return pair ? run_pair_16<false> : run_16<false>;
 }
 
 }  // namespace ptx

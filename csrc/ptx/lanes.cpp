@@ -8,6 +8,10 @@ namespace ptx {
 
 void require_members(Warp& w, const Instruction& i, const Slot& mask) {
   w.require(i, mask, "the mask of lanes");
+  if (mask.reg == kConstantRegister) {  // the same in all lanes
+    const auto members = static_cast<uint32_t>(w.value(mask, 0));
+    if (((w.active & ~members) | (members & w.alive & ~w.active)) == 0) return;
+  }
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(w.active >> lane & 1)) continue;
     const auto members = static_cast<uint32_t>(w.value(mask, lane));
@@ -34,6 +38,14 @@ void run_shuffle(Warp& w, const Instruction& i) {
   w.require(i, c, "the clamp operand of a shuffle");
   const uint32_t* values = w.in<uint32_t>(a);
   const uint32_t has = w.defined(i, a);
+  if (i.flags == kButterfly && w.active == kAllLanes && has == kAllLanes && b.reg == kConstantRegister &&
+      c.reg == kConstantRegister && (w.in<uint32_t>(c)[0] & 0x1f1f) == 0x1f) {  // the whole warp, by the same distance
+    const uint32_t by = w.in<uint32_t>(b)[0] & 31;
+    alignas(64) uint32_t other[kWarp];
+    for (uint32_t lane = 0; lane < kWarp; ++lane) other[lane] = values[lane ^ by];
+    w.put(i, i.at(0), other, kAllLanes);
+    return w.put_mask(i, i.at(0, 1), kAllLanes, kAllLanes);
+  }
   uint32_t out[kWarp] = {}, undefined[kWarp] = {}, inside = 0, defined = 0;
   const bool partly = (w.active & ~has) != 0;
   for (int lane = 0; lane < kWarp; ++lane) {

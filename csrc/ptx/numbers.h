@@ -75,14 +75,18 @@ inline double odd(double rounded, double error) {
   return bit_cast<double>((error > 0) == (rounded > 0) ? bits + 1 : bits - 1);
 }
 
-// To nearest, of a value that was rounded to odd: by way of a float that is rounded to odd too.
-inline uint16_t bf16_of_odd(double value) {
-  const auto narrow = static_cast<float>(value);
-  const double error = value - static_cast<double>(narrow);
-  auto bits = bit_cast<uint32_t>(narrow);
-  const bool inexact = error != 0 && (bits & 0x7f800000) != 0x7f800000;
-  if (inexact && !(bits & 1)) bits += (error > 0) == (value > 0) ? 1 : -1;
-  return bf16_of(bit_cast<float>(bits));
+// To nearest, without a branch.
+inline uint16_t f16_of_float(float value) {
+  const auto bits = bit_cast<uint32_t>(value);
+  const uint32_t size = bits & 0x7fffffff;
+  constexpr uint32_t kBias = (127 - 15) << 23;                     // between the exponents
+  constexpr uint32_t kLeastNormal = 113 << 23, kHalf = 126 << 23;  // of f16, in fp32; and 0.5, whose last bit is 2^-24
+  const uint32_t normal = (size - kBias + 0xfff + (size >> 13 & 1)) >> 13;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(size) + 0.5f) - kHalf;
+  const uint32_t finite = size < kLeastNormal ? subnormal : normal;
+  const uint32_t bounded = finite > 0x7c00 ? 0x7c00 : finite;
+  const auto sized = static_cast<uint16_t>(bounded | (bits >> 16 & 0x8000));
+  return size > 0x7f800000 ? kNan16 : sized;
 }
 
 }  // namespace ptx

@@ -49,12 +49,29 @@ void SharedMemory::start(int64_t bytes, int warps) {
   fences_.assign(static_cast<size_t>(warps) * kWarp, 0);
 }
 
+namespace {
+
+// The clocks' components come in rows of kMaxWarps, of which a block uses as many as it has warps. f(component).
+template <class F>
+void for_components(size_t warps, F f) {
+  for (int row = 0; row < kClocks; row += kMaxWarps) {
+    const bool of_warps = row < kMaxWarps || row >= kFenced;
+    const int end = row + (of_warps ? static_cast<int>(warps) : kMaxWarps);
+    for (int i = row; i < end; ++i) f(i);
+  }
+}
+static_assert(kFenced % kMaxWarps == 0 && kClocks % kMaxWarps == 0);
+
+}  // namespace
+
 void SharedMemory::join_into(Clock& past, int warp) const {
-  for (int i = 0; i < kClocks; ++i) past[i] = std::max(past[i], clock[warp][i]);
+  const Clock& mine = clock[warp];
+  for_components(clock.size(), [&](int i) { past[i] = std::max(past[i], mine[i]); });
 }
 
 void SharedMemory::learn(int warp, const Clock& past) {
-  for (int i = 0; i < kClocks; ++i) clock[warp][i] = std::max(clock[warp][i], past[i]);
+  Clock& mine = clock[warp];
+  for_components(clock.size(), [&](int i) { mine[i] = std::max(mine[i], past[i]); });
 }
 
 // What the warp knows of other warps is fenced from now on. Of its own accesses only those before its last barrier are:
@@ -161,13 +178,13 @@ inline void SharedMemory::note_read(History& h, const Warp& w, const Instruction
   read.fences = fences_[w.index * kWarp + lane];
 }
 
-void SharedMemory::drop_reads(History& h) {
-  while (h.reads >= 0) {
-    const int32_t n = h.reads;
-    h.reads = reads_[n].next;
-    reads_[n].next = free_read_;
-    free_read_ = n;
-  }
+inline void SharedMemory::drop_reads(History& h) {
+  if (h.reads < 0) return;
+  int32_t last = h.reads;
+  while (reads_[last].next >= 0) last = reads_[last].next;
+  reads_[last].next = free_read_;
+  free_read_ = h.reads;
+  h.reads = -1;
 }
 
 bool SharedMemory::check_read(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
@@ -198,7 +215,11 @@ inline void SharedMemory::check_reads(Warp& w, const Instruction& i, int lane, i
   }
 }
 
-void SharedMemory::check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
+inline void SharedMemory::check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
+  if (!asynchronous_.empty()) check_noted_reads(w, i, lane, at, bytes);
+}
+
+void SharedMemory::check_noted_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes) {
   const auto last = static_cast<uint32_t>(at + bytes - 1) / kUnit;
   for (int64_t unit = static_cast<uint32_t>(at) / kUnit; unit <= last; ++unit) {
     if (units_[unit] < 0) continue;
@@ -239,8 +260,8 @@ void SharedMemory::check_write(Warp& w, const Instruction& i, int lane, int64_t 
         const bool equal = data != nullptr && (state == kUndefined ||
                                                std::memcmp(data_ + first, static_cast<const char*>(data) + (first - at),
                                                            static_cast<size_t>(end - first)) == 0);
-        if (!equal || !holds(state, first, static_cast<int>(end - first)))
-          race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
+        const bool same_state = end - first == 1 ? h.state[first % kGranule] == state : h.all(state);
+        if (!equal || !same_state) race(w, i, lane, first, "writes", "wrote", h.writer, h.write_line);
       }
       check_reads(w, i, lane, first, "writes", h);
       drop_reads(h);

@@ -151,7 +151,7 @@ class SharedMemory {
   // Calls f(history, first byte, end) for the histories of these bytes: a whole unit at a time where all of them are
   // alike, else by granule.
   template <class F>
-  void for_histories(int64_t at, int bytes, F f) {
+  [[gnu::always_inline]] inline void for_histories(int64_t at, int bytes, F f) {
     const auto end = static_cast<uint32_t>(at) + static_cast<uint32_t>(bytes);
     for (auto byte = static_cast<uint32_t>(at); byte < end;) {
       const uint32_t unit = byte / kUnit;
@@ -169,7 +169,7 @@ class SharedMemory {
     }
   }
   // Gives each granule of a unit a history of its own; and one to all of them, which a write has just made alike.
-  void part(int64_t unit);
+  [[gnu::noinline]] void part(int64_t unit);
   void unite(int64_t at, int bytes);
   int32_t new_read();
   void note_read(History& h, const Warp& w, const Instruction& i, int lane, uint32_t now);
@@ -179,6 +179,7 @@ class SharedMemory {
   bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
   void check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const History& h);
   void check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
+  void check_noted_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
   // Whether the last write of this history is ordered before what the warp's lane does at `now`.
   bool write_ordered(const Warp& w, const History& h, int lane, uint32_t now) const;
   bool read_ordered(const Warp& w, const Read& read, int lane, uint32_t now) const;
