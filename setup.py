@@ -8,8 +8,8 @@ Environment variables (default first):
 ``RESNET_FAST_CUDA_ARCHS``             architectures of that half, as CMAKE_CUDA_ARCHITECTURES spells them. Without it
                                        ``TORCH_CUDA_ARCH_LIST``, as torch's own extensions spell them
 ``RESNET_FAST_BUILD_HOST=0|auto|1``    the modules without torch, ``resnet_fast._host``, the emulator
-                                       ``resnet_fast._emulator``, the PTX machine ``resnet_fast._ptx`` and the cycle
-                                       model's ``resnet_fast._sm``, for one version of Python
+                                       ``resnet_fast._emulator``, the PTX machine ``resnet_fast._ptx``, and the cycle
+                                       model's ``resnet_fast._sass`` and ``resnet_fast._sm``, for one version of Python
 
 ``MAX_JOBS`` limits the compilers that run at the same time, as for torch's own extensions.
 

@@ -134,13 +134,10 @@ def compiled(path: Path, arch: int) -> str:
     Raises:
         UserError: there is no nvcc, or it reports errors.
     """
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if nvcc is None:
-        raise UserError("nvcc, to compile CUDA kernels to PTX", "none on PATH", "install it, or set CUDACXX")
+    nvcc = _nvcc()
     headers = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((emulation.KERNELS / "include").rglob("*.h"))))
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     command = [nvcc, *FLAGS, f"-arch={VIRTUAL[arch]}", f"-I{emulation.KERNELS / 'include'}", str(path)]
-    key = hashlib.sha256(repr((version, command[1:], path.read_bytes(), headers.digest())).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_version(), command[1:], path.read_bytes(), headers.digest())).encode()).hexdigest()[:32]
     target = KEPT / f"{path.stem}-{key}.ptx"
     if not target.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
@@ -150,6 +147,39 @@ def compiled(path: Path, arch: int) -> str:
             raise UserError(f"{path.name} to compile", done.stderr[-2000:], "mend it")
         partial.replace(target)
     return target.read_text()
+
+
+@cache
+def assembled(text: str, arch: int) -> bytes:
+    """Return the cubin of a PTX text, as nvcc's assembler makes it.
+
+    Raises:
+        UserError: there is no nvcc, or it reports errors.
+    """
+    command = [_nvcc(), "-cubin", f"-arch={VIRTUAL[arch].replace('compute', 'sm')}"]
+    target = KEPT / f"{hashlib.sha256(repr((_version(), command[1:], text)).encode()).hexdigest()[:32]}.cubin"
+    if not target.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        source, partial = (target.with_suffix(f".{os.getpid()}.{end}") for end in ("ptx", "tmp"))
+        source.write_text(text)
+        done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
+        source.unlink()
+        if done.returncode:
+            raise UserError("PTX to assemble", done.stderr[-2000:], "mend it")
+        partial.replace(target)
+    return target.read_bytes()
+
+
+def _nvcc() -> str:
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        raise UserError("nvcc, to compile CUDA kernels", "none on PATH", "install it, or set CUDACXX")
+    return nvcc
+
+
+@cache
+def _version() -> str:
+    return subprocess.run([_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
 @cache

@@ -4,6 +4,7 @@
 - ``_host``: facts about the CPU, without torch.
 - ``_emulator``: the CUDA kernels compiled for the CPU, without torch.
 - ``_ptx``: the machine that runs compiled kernels on the CPU, without torch.
+- ``_sass``: the walker of machine code, without torch.
 - ``_sm``: one multiprocessor of the cycle model, without torch.
 
 The package works without any of them. If one is missing or does not load, the cause is kept as a :class:`Verdict`;
@@ -29,6 +30,7 @@ LIBRARY = f"{__package__}._C"
 HOST = f"{__package__}._host"
 EMULATOR = f"{__package__}._emulator"
 PTX = f"{__package__}._ptx"
+SASS = f"{__package__}._sass"
 SM = f"{__package__}._sm"
 
 SUBMIT = "submit(program, addresses, numbers, device, stream)"
@@ -37,7 +39,7 @@ SUBMIT = "submit(program, addresses, numbers, device, stream)"
 _HOW_TO_BUILD = {
     LIBRARY: "run `pip install --no-build-isolation .` in a clone, with torch 2.11 or newer and a C++ compiler",
     **dict.fromkeys(
-        (HOST, EMULATOR, PTX, SM), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"
+        (HOST, EMULATOR, PTX, SASS, SM), "run `RESNET_FAST_BUILD_HOST=1 pip install --no-build-isolation .` in a clone"
     ),
 }
 
@@ -185,6 +187,20 @@ def ptx() -> Any:
         BackendError: there is no such module.
     """
     return _require(PTX)
+
+
+def sass_status() -> Verdict:
+    """Return whether the module that walks machine code is loaded, or why it is not."""
+    return _load(SASS)[1]
+
+
+def sass() -> Any:
+    """Return the module that walks machine code; :mod:`resnet_fast.simulation.walk` calls it.
+
+    Raises:
+        BackendError: there is no such module.
+    """
+    return _require(SASS)
 
 
 @cache

@@ -420,7 +420,7 @@ def test_programs_of_a_wheel_work_or_name_what_they_need(program: str, checkout:
 def test_host_module_ties_the_wheel_to_this_python(checkout: Path) -> None:
     (wheel,) = build(checkout, "wheel", RESNET_FAST_BUILD_NATIVE="0", RESNET_FAST_BUILD_HOST="1")
     names = {Path(name).name.partition(".")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {"_host", "_emulator", "_ptx"} <= names
+    assert {"_host", "_emulator", "_ptx", "_sass"} <= names
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-" in wheel.name
 

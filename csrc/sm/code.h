@@ -99,7 +99,7 @@ struct Step {
 struct Event {
   uint64_t address;
   int64_t value;
-  uint32_t step, bytes, first, sectors, wavefronts, unused;
+  uint32_t step, bytes, first, sectors, wavefronts, least;
 };
 
 struct WarpTrace {

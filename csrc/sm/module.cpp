@@ -24,8 +24,8 @@ T* column(py::array_t<T>& array) {
 
 py::dict run(const sm::Constants& constants, double clock, const Array<sm::Row>& code,
              const std::vector<Array<sm::Step>>& paths, const py::list& blocks, const Array<uint64_t>& sectors,
-             const sm::Footprint& footprint, double shared_in_use, double launch_bytes, int resident, double active,
-             double active_last, double first_block, double between_blocks, int watched) {
+             const sm::Footprint& footprint, double shared_in_use, int resident, double active, double active_last,
+             double first_block, double between_blocks, int watched) {
   for (const std::string& name : sm::Machine::names()) {
     if (!constants.count(name)) throw py::value_error("expected the constant " + name + ", it is missing");
   }
@@ -74,7 +74,7 @@ py::dict run(const sm::Constants& constants, double clock, const Array<sm::Row>&
   {
     py::gil_scoped_release release;
     sm::Machine machine(constants, clock, rows, footprint, sectors.data(), static_cast<size_t>(sectors.size()),
-                        shared_in_use, launch_bytes);
+                        shared_in_use);
     r = machine.run(traces, shape);
   }
   py::dict out, waits, pipes;
@@ -120,7 +120,7 @@ PYBIND11_MODULE(_sm, m) {
   PYBIND11_NUMPY_DTYPE(sm::Row, action, pipe, stall, yields, write, read, wait, commits, bypass, even, odd, registers,
                        immediate, scoreboard, interval, latency, release, tensor, operands);
   PYBIND11_NUMPY_DTYPE(sm::Step, instruction, lanes);
-  PYBIND11_NUMPY_DTYPE(sm::Event, address, value, step, bytes, first, sectors, wavefronts, unused);
+  PYBIND11_NUMPY_DTYPE(sm::Event, address, value, step, bytes, first, sectors, wavefronts, least);
   PYBIND11_NUMPY_DTYPE(sm::Segment, start, end, warp, instruction, reason, unused);
   m.doc() = "One multiprocessor of the cycle model (resnet_fast/simulation).";
   m.attr("ROW") = py::dtype::of<sm::Row>();
@@ -142,7 +142,7 @@ PYBIND11_MODULE(_sm, m) {
       .def_property_readonly("sectors", &sm::Footprint::sectors)
       .def_property_readonly("rounds", &sm::Footprint::rounds);
   m.def("run", &run, py::kw_only(), py::arg("constants"), py::arg("clock"), py::arg("code"), py::arg("paths"),
-        py::arg("blocks"), py::arg("sectors"), py::arg("footprint"), py::arg("shared_in_use"), py::arg("launch_bytes"),
-        py::arg("resident"), py::arg("active"), py::arg("active_last"), py::arg("first_block"),
-        py::arg("between_blocks"), py::arg("watched"));
+        py::arg("blocks"), py::arg("sectors"), py::arg("footprint"), py::arg("shared_in_use"), py::arg("resident"),
+        py::arg("active"), py::arg("active_last"), py::arg("first_block"), py::arg("between_blocks"),
+        py::arg("watched"));
 }

@@ -124,8 +124,8 @@ def widths(opcode: str, given: tuple[Operand, ...]) -> list[int]:
     elif name in ("ATOM", "ATOMG", "ATOMS", "SYNCS"):
         wide = 2 if "64" in modifiers or "F32x2" in modifiers else 1
         put(wide, *range(len(given)))
-    elif name in ("IMAD", "UIMAD") and "WIDE" in modifiers:
-        put(2, 0, results + 2)
+    elif name in ("IMAD", "UIMAD") and ("WIDE" in modifiers or "HI" in modifiers):  # HI adds a pair, too
+        put(2, *((0,) if "WIDE" in modifiers else ()), results + 2)
     elif name in ("UIADD3", "IADD3") and "64" in modifiers:
         put(2, *range(len(given)))
     elif name == "CS2R":

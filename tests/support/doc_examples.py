@@ -26,9 +26,10 @@ from resnet_fast.benchmarks import emulation
 from resnet_fast.cli import main as cli
 from resnet_fast.io.weight_facts import Facts
 from resnet_fast.models import registry
+from resnet_fast.simulation import MemoryRange
 from resnet_fast.tools import exporting
+from resnet_fast.tools.ptx_machine.recorded import recorded
 from tests.support.bottleneck_cases import block
-from tests.support.micro_traces import Micro, op
 from tests.support.toy_kernels import copy_kernel
 
 NEEDS = re.compile(r"# needs (.*)")
@@ -79,9 +80,14 @@ def a_launch_and_a_block() -> Names:
 
 
 def a_kernel_and_its_walk() -> Names:
-    pytest.importorskip("resnet_fast._sm", reason="built with RESNET_FAST_BUILD_HOST=1", exc_type=ImportError)
-    kernel = Micro([op("FFMA", "R0, R2, R3, 1", stall=4)] * 8)
-    return {"kernel": kernel, "walk": kernel.walker(8)}
+    for module in ("_sm", "_sass", "_ptx"):
+        pytest.importorskip(f"resnet_fast.{module}", reason="built with RESNET_FAST_BUILD_HOST=1", exc_type=ImportError)
+    n = 264 * 1024
+    with recorded(90) as (machine, launches):
+        copy_kernel[(264,)](torch.randn(n), torch.empty(n), n, BLOCK=1024)
+    ranges = tuple(MemoryRange(at, len(content), name) for at, content, name, _, _ in launches[0].ranges)
+    compiled = types.SimpleNamespace(asm={"cubin": machine.launches[0].binary})
+    return {"compiled": compiled, "parameters": tuple(launches[0].given[3]), "memory": ranges}
 
 
 def exported_files() -> Names:
