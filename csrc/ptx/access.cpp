@@ -386,14 +386,15 @@ Form decode_access(Modifiers& m) {
   const std::string vector = m.take_one({"v2", "v4", "v8"});
   const Type type = m.take_type();
   f.flags = static_cast<uint32_t>(space);
-  const int bytes = bytes_of(type) * (vector.empty() ? 1 : vector[1] - '0');
+  const auto elements = static_cast<uint16_t>(vector.empty() ? 1 : vector[1] - '0');
+  const int bytes = bytes_of(type) * elements;
   if (bytes > 32) return f;
   if (name == "st") {
     f.run = by_width<Store>(type);
-    f.wants = {{Want::kMemory}, {Want::kReadMany, type, false, true}};
+    f.wants = {{Want::kMemory}, {Want::kReadMany, type, false, true, false, elements}};
   } else {
     f.run = by_width<Load>(type);
-    f.wants = {{Want::kWriteMany, type, false, true}, {Want::kMemory}};
+    f.wants = {{Want::kWriteMany, type, false, true, false, elements}, {Want::kMemory}};
   }
   if (hint) f.wants.push_back({Want::kRead, Type::kB64});
   return f;

@@ -41,6 +41,8 @@
 #include "asynchronous.h"
 
 #include <algorithm>
+#include <climits>
+#include <limits>
 #include <numeric>
 #include <sstream>
 
@@ -55,11 +57,14 @@ namespace {
 constexpr int kLongestTurn = 192;        // instructions until another warp is drawn
 constexpr int64_t kTickEvery = 1 << 20;  // instructions between two calls of Launch::tick
 constexpr int kMostThreads = 1024;
+constexpr std::array<int, 3> kMostAlong{INT_MAX, 65535, 65535}, kMostThreadsAlong{1024, 1024, 64};
 constexpr int64_t kMostShared = 227 << 10;  // of an H100's block, the most of all architectures
 constexpr int64_t kMostBlocks = 1 << 22;
 
 int64_t product(const std::array<int, 3>& v) {
-  return int64_t{v[0]} * v[1] * v[2];
+  const int64_t plane = int64_t{v[0]} * v[1];
+  return v[2] > 0 && plane > std::numeric_limits<int64_t>::max() / v[2] ? std::numeric_limits<int64_t>::max()
+                                                                        : plane * v[2];
 }
 
 std::string text_of(const std::array<int, 3>& v) {
@@ -75,6 +80,10 @@ void check_launch(const Launch& l) {
   for (int axis = 0; axis < 3; ++axis)
     if (l.grid[axis] < 1 || l.threads[axis] < 1)
       refuse(l, "expected a grid and a block of at least 1, got " + text_of(l.grid) + " and " + text_of(l.threads));
+  for (int axis = 0; axis < 3; ++axis)
+    if (l.grid[axis] > kMostAlong[axis] || l.threads[axis] > kMostThreadsAlong[axis])
+      refuse(l, "expected at most " + text_of(kMostAlong) + " blocks and " + text_of(kMostThreadsAlong) +
+                    " threads along the axes, as on every GPU, got " + text_of(l.grid) + " and " + text_of(l.threads));
   if (product(l.grid) > kMostBlocks)
     refuse(l, "expected at most " + std::to_string(kMostBlocks) + " blocks, got " + text_of(l.grid));
   if (product(l.threads) > kMostThreads)

@@ -13,6 +13,8 @@ namespace ptx {
 namespace {
 
 const char* const kOldest = "sm_80";
+constexpr int64_t kMostBytes = int64_t{1} << 31, kMostAlign = 1 << 16;  // of a variable
+constexpr int kDeepest = 32;                                            // operands within operands
 
 bool starts_with(const std::string& text, const char* prefix) {
   return text.rfind(prefix, 0) == 0;
@@ -57,7 +59,7 @@ class Parser {
     } else if (word == ".loc") {
       lexer_.rest_of_line(token);
     } else if (word == ".section") {
-      while (!lexer_.take_if("{")) lexer_.take();
+      skip_past("{");
       lexer_.skip_braces();
     } else if (word == ".visible" || word == ".extern" || word == ".weak" || word == ".common") {
       external_ = word == ".extern";
@@ -71,9 +73,17 @@ class Parser {
       }
       external_ = false;
     } else if (word == ".pragma" || word == ".alias") {
-      while (!lexer_.take_if(";")) lexer_.take();
+      skip_past(";");
     } else if (word != ";") {
       throw Error(out_.name, token.line, "expected a directive of PTX, got '" + word + "'");
+    }
+  }
+
+  void skip_past(const char* word) {
+    while (!lexer_.take_if(word)) {
+      if (lexer_.peek().kind == Token::kEnd)
+        lexer_.fail(std::string("expected '") + word + "', got the end of the text");
+      lexer_.take();
     }
   }
 
@@ -132,7 +142,12 @@ class Parser {
       if (token.kind != Token::kWord || token.text[0] != '.') return v;
       lexer_.take();
       if (token.text == ".align") {
-        v.align = static_cast<int>(integer());
+        const int64_t align = integer();
+        if (align < 1 || align > kMostAlign || (align & (align - 1)) != 0)
+          throw Error(out_.name, token.line,
+                      "expected an alignment that is a power of two up to " + std::to_string(kMostAlign) + ", got " +
+                          std::to_string(align));
+        v.align = static_cast<int>(align);
       } else if (token.text == ".ptr") {
         while (lexer_.peek().is(".global") || lexer_.peek().is(".shared") || lexer_.peek().is(".const") ||
                lexer_.peek().is(".local") || lexer_.peek().is(".align"))
@@ -140,7 +155,7 @@ class Parser {
       } else if (token.text == ".v2" || token.text == ".v4" || token.text == ".v8") {
         v.vector = token.text[2] - '0';
       } else if (token.text == ".attribute") {
-        while (!lexer_.take_if(")")) lexer_.take();
+        skip_past(")");
       } else {
         v.type = type_named(token.text.substr(1));
         if (v.type == Type::kNone) throw Error(out_.name, token.line, "expected a type, got '" + token.text + "'");
@@ -163,7 +178,12 @@ class Parser {
       if (lexer_.take_if("]")) {
         v.bytes = -1;
       } else {
-        v.bytes *= integer();
+        const int64_t elements = integer();
+        if (elements < 0 || (v.bytes > 0 && elements > kMostBytes / v.bytes))
+          throw Error(out_.name, name.line,
+                      "expected at most " + std::to_string(kMostBytes) + " bytes of variable " + v.name + ", got " +
+                          std::to_string(elements) + " times " + std::to_string(v.bytes));
+        v.bytes *= elements;
         lexer_.expect("]");
       }
     }
@@ -280,7 +300,7 @@ class Parser {
       return;
     }
     if (word == ".pragma") {
-      while (!lexer_.take_if(";")) lexer_.take();
+      skip_past(";");
       return;
     }
     if (word != ".reg" && word != ".shared" && word != ".local" && word != ".param" && word != ".const" &&
@@ -327,6 +347,14 @@ class Parser {
   }
 
   Written operand() {
+    if (depth_ == kDeepest) lexer_.fail("expected operands within at most " + std::to_string(kDeepest) + " others");
+    ++depth_;
+    Written w = operand_within();
+    --depth_;
+    return w;
+  }
+
+  Written operand_within() {
     Written w;
     if (lexer_.take_if("{")) {
       w.kind = Written::kVector;
@@ -412,6 +440,7 @@ class Parser {
   Lexer lexer_;
   Text out_;
   bool external_ = false;
+  int depth_ = 0;  // of the operand that is read
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 namespace ptx {
 namespace {
 
+constexpr int64_t kMostParameterBytes = 32764, kMostLocalBytes = 512 << 10;  // of CUDA: of a kernel, and of a thread
 constexpr uint32_t kAlign = 64;  // of a register, so that vector instructions load it whole
 
 uint32_t bytes_of_register(Type type) {
@@ -91,6 +92,9 @@ const Type* Places::special_type(const std::string& name) const {
 void Places::lay_out_parameters() {
   int64_t at = 0;
   for (const Variable& v : kernel_.parameters) {
+    if (v.bytes < 1 || v.bytes > kMostParameterBytes)
+      fail(kernel_.line,
+           "expected a parameter " + v.name + " of 1 to " + std::to_string(kMostParameterBytes) + " bytes");
     at = round_up(at, v.align);
     out_.parameters.push_back({v.name, v.type, static_cast<int>(v.bytes), v.align, static_cast<int>(at)});
     at += v.bytes;
@@ -162,6 +166,9 @@ bool Places::find_local(Frame& frame, int scope, const std::string& name, int64_
       out_.local_bytes = round_up(out_.local_bytes, std::max(v->second.align, 1));
       place->second = out_.local_bytes;
       out_.local_bytes += v->second.bytes;
+      if (v->second.bytes < 0 || out_.local_bytes > kMostLocalBytes)
+        fail(kernel_.line,
+             "expected at most " + std::to_string(kMostLocalBytes) + " bytes of local memory, with " + name);
     }
     at = place->second;
     return true;
