@@ -1,4 +1,5 @@
-// atom and red: lanes update memory one after another, in an order that the seed rotates.
+// atom and red: lanes update memory one after another, in an order that the seed rotates. An element of a vector is
+// updated by itself.
 
 #include <algorithm>
 
@@ -9,6 +10,8 @@
 
 namespace ptx {
 namespace {
+
+constexpr int kMostElements = 8;
 
 enum Op : uint32_t { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec };
 
@@ -84,31 +87,45 @@ uint64_t updated(const Instruction& i, bool global, uint64_t old, uint64_t b, ui
 void run_atomic(Warp& w, const Instruction& i) {
   const bool returns = i.number != 0;
   const int first = returns ? 1 : 0;
-  const Slot &base = i.at(first), &b = i.at(first + 1), &c = i.at(i.flags == kCas ? first + 2 : first + 1);
-  const int bytes = bytes_of(i.type);
-  const uint32_t values = w.defined(i, b) & w.defined(i, c);
+  const Slot &base = i.at(first), &c = i.at(i.flags == kCas ? first + 2 : first + 1);
+  const int bytes = bytes_of(i.type), elements = i.part[first + 1].count;
+  uint32_t values = w.defined(i, c);
+  for (int e = 0; e < elements; ++e) values &= w.defined(i, i.at(first + 1, e));
   Reached r;
-  reach(w, i, base, static_cast<Space>(i.other_type), bytes, Use::kUpdate, values, nullptr, r);
-  uint64_t old[kWarp] = {};
+  reach(w, i, base, static_cast<Space>(i.other_type), bytes * elements, Use::kUpdate, values, nullptr, r);
+  uint64_t old[kMostElements][kWarp] = {};
   const int start = static_cast<int>(w.launch->draw(kWarp));
   for (int n = 0; n < kWarp; ++n) {
     const int lane = (start + n) % kWarp;
     if (!(w.active >> lane & 1)) continue;
-    std::memcpy(&old[lane], r.at[lane], bytes);
-    const uint64_t fresh = updated(i, r.global >> lane & 1, old[lane], w.value(b, lane), w.value(c, lane));
-    std::memcpy(r.at[lane], &fresh, bytes);
+    for (int e = 0; e < elements; ++e) {
+      uint8_t* at = r.at[lane] + e * bytes;
+      std::memcpy(&old[e][lane], at, bytes);
+      const uint64_t b = w.value(i.at(first + 1, e), lane);
+      const uint64_t fresh = updated(i, r.global >> lane & 1, old[e][lane], b, w.value(c, lane));
+      std::memcpy(at, &fresh, bytes);
+    }
   }
   w.launch->counters.events["atomics"] += 1;
   if (!returns) return;
-  const Slot& to = i.at(0);
   const auto put = [&](auto narrow) {
     decltype(narrow) out[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) out[lane] = static_cast<decltype(narrow)>(old[lane]);
-    w.put(i, to, out, r.defined);
+    for (int e = 0; e < elements; ++e) {
+      for (int lane = 0; lane < kWarp; ++lane) out[lane] = static_cast<decltype(narrow)>(old[e][lane]);
+      w.put(i, i.at(0, e), out, r.defined);
+    }
   };
   if (bytes == 2) return put(uint16_t{});
   if (bytes == 4) return put(uint32_t{});
   put(uint64_t{});
+}
+
+// Vectors are of 16 or 32 bits, up to 16 bytes in all, in global memory, and are added to element by element.
+bool fits_vector(uint32_t op, Type type, int elements, Space space) {
+  const bool narrow = type == Type::kF16 || type == Type::kBF16;
+  const bool wide = type == Type::kF32 || type == Type::kF16x2 || type == Type::kBF16x2;
+  return op == kAdd && elements <= (narrow ? 8 : 4) && (narrow || wide) &&
+         (space == Space::kGlobal || space == Space::kGeneric);
 }
 
 bool fits(uint32_t op, Type type) {
@@ -142,14 +159,17 @@ Form decode_atomic(Modifiers& m) {
   for (uint32_t op = 0; op < 10; ++op)
     if (f.flags == ~0u && m.take(kOps[op])) f.flags = op;
   m.take("noftz");
+  const std::string vector = m.take_one({"v2", "v4", "v8"});
+  const auto elements = static_cast<uint16_t>(vector.empty() ? 1 : vector[1] - '0');
   f.type = m.take_type();
   f.other_type = static_cast<Type>(space);
   f.number = returns;
   if (f.flags == ~0u || bytes_of(f.type) < 2 || bytes_of(f.type) > 8 || !fits(f.flags, f.type)) return f;
   f.run = run_atomic;
-  if (returns) f.wants.push_back({Want::kWrite, f.type});
+  if (elements > 1 && !fits_vector(f.flags, f.type, elements, space)) return Form{};
+  if (returns) f.wants.push_back({Want::kWriteMany, f.type, false, false, false, elements});
   f.wants.push_back({Want::kMemory});
-  f.wants.push_back({Want::kRead, f.type});
+  f.wants.push_back({Want::kReadMany, f.type, false, false, false, elements});
   if (f.flags == kCas) f.wants.push_back({Want::kRead, f.type});
   if (hint) f.wants.push_back({Want::kRead, Type::kB64});
   return f;

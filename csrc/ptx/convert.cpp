@@ -1,4 +1,5 @@
-// cvt: between all types, with every rounding, .ftz, .sat, .relu and .satfinite; exact to the bit.
+// cvt: between all types but pairs of 8-bit numbers (float8.cpp), with every rounding, .ftz, .sat, .relu and
+// .satfinite; exact to the bit.
 //
 // A NaN becomes the canonical NaN of the result's format, and 0 as an integer. One exception: cvt.f32.bf16 keeps the
 // bits, as the shift that compilers make of it does.
@@ -287,6 +288,8 @@ bool is_integer(Type type) {
 
 Form decode_convert(Modifiers& m) {
   Form f;
+  for (const std::string& word : m.left())
+    if (word == "e4m3x2" || word == "e5m2x2") return decode_float8(m);
   const std::string rounding = m.take_one({"rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi"});
   if (m.take("ftz")) f.flags |= kFtz;
   if (m.take("sat")) f.flags |= kSat;

@@ -15,6 +15,8 @@ Form decode_floating(Modifiers& m);
 Form decode_compare(Modifiers& m);
 // convert.cpp: cvt
 Form decode_convert(Modifiers& m);
+// float8.cpp: cvt of pairs of 8-bit numbers
+Form decode_float8(Modifiers& m);
 // move.cpp: mov, cvta, isspacep
 Form decode_move(Modifiers& m);
 // access.cpp: ld, st, prefetch

@@ -447,12 +447,13 @@ class Parser {
 
 Type type_named(std::string_view text) {
   static const std::map<std::string_view, Type> kTypes = {
-      {"pred", Type::kPred},   {"b8", Type::kB8},       {"u8", Type::kU8},       {"s8", Type::kS8},
-      {"b16", Type::kB16},     {"u16", Type::kU16},     {"s16", Type::kS16},     {"f16", Type::kF16},
-      {"bf16", Type::kBF16},   {"b32", Type::kB32},     {"u32", Type::kU32},     {"s32", Type::kS32},
-      {"f32", Type::kF32},     {"tf32", Type::kTF32},   {"f16x2", Type::kF16x2}, {"bf16x2", Type::kBF16x2},
-      {"u16x2", Type::kU16x2}, {"s16x2", Type::kS16x2}, {"b64", Type::kB64},     {"u64", Type::kU64},
-      {"s64", Type::kS64},     {"f64", Type::kF64},     {"f32x2", Type::kF32x2}, {"b128", Type::kB128}};
+      {"pred", Type::kPred},   {"b8", Type::kB8},       {"u8", Type::kU8},         {"s8", Type::kS8},
+      {"b16", Type::kB16},     {"u16", Type::kU16},     {"s16", Type::kS16},       {"f16", Type::kF16},
+      {"bf16", Type::kBF16},   {"b32", Type::kB32},     {"u32", Type::kU32},       {"s32", Type::kS32},
+      {"f32", Type::kF32},     {"tf32", Type::kTF32},   {"f16x2", Type::kF16x2},   {"bf16x2", Type::kBF16x2},
+      {"u16x2", Type::kU16x2}, {"s16x2", Type::kS16x2}, {"b64", Type::kB64},       {"u64", Type::kU64},
+      {"s64", Type::kS64},     {"f64", Type::kF64},     {"e4m3x2", Type::kE4M3x2}, {"e5m2x2", Type::kE5M2x2},
+      {"f32x2", Type::kF32x2}, {"b128", Type::kB128}};
   const auto found = kTypes.find(text);
   return found == kTypes.end() ? Type::kNone : found->second;
 }

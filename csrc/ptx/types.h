@@ -16,6 +16,8 @@ enum class Type : uint8_t {
   kU8,
   kS8,
   kB16,
+  kE4M3x2,
+  kE5M2x2,
   kU16,
   kS16,
   kF16,

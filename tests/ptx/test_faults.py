@@ -269,7 +269,7 @@ def test_launches_that_do_not_fit_the_kernel() -> None:
     good = [bytes(8), bytes(4)]
     start(text, good[:1], "expected 2 parameters, got 1")
     start(text, [bytes(8), bytes(8)], "expected 4 bytes of parameter N0, got 8")
-    start(text, good, "at most 1024 threads", block=(2048, 1, 1))
+    start(text, good, "at most 1024 threads", block=(1024, 2, 1))
     start(text, good, "grid and a block of at least 1", grid=(0, 1, 1))
     start(text, good, "at most 232448 bytes of shared memory, got 300000", shared=300000)
     start(text, good, "clusters of more than one block", cluster=(2, 1, 1))

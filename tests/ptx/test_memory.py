@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 
+from resnet_fast import _ptx
 from tests.support.ptx import HEAD, kernel, launch, module
 
 REGISTERS = ".reg .b32 %r<8>; .reg .b64 %a<8>; .reg .b16 %h<8>; .reg .pred %q<4>;"
@@ -33,8 +35,6 @@ def test_vectors_widths_and_signs() -> None:
 
 def test_allocations_can_lie_apart_from_the_host() -> None:
     """So an access past the end of one cannot land in its neighbour."""
-    from resnet_fast import _ptx
-
     both = np.arange(64, dtype=np.int32)
     memory, far = _ptx.Memory(), 1 << 40
     for half in range(2):
@@ -96,8 +96,6 @@ def test_parameters_are_laid_out_by_alignment(address: str) -> None:
       {address} cvta.param.u64 %a2, %a2; ld.u64 %a3, [%a2+16];
       cvt.u32.u16 %r3, %h1; st.global.b32 [%a1], %r3; st.global.v2.b32 [%a1+8], {{%r1, %r2}};
       st.global.b16 [%a1+4], %h2; st.global.b64 [%a1+16], %a3; ret; }}"""
-    from resnet_fast import _ptx
-
     out = np.zeros(6, np.uint32)
     memory = _ptx.Memory()
     memory.add(out.ctypes.data, out.nbytes, "out")
@@ -163,8 +161,6 @@ def test_sectors_and_bank_conflicts_are_counted_by_line() -> None:
 )
 def test_writes_of_one_place_that_nothing_orders(value: str, race: bool) -> None:
     """Compilers let all threads that hold the same value store it, also one that is undefined."""
-    from resnet_fast import _ptx
-
     chosen = f"mov.b32 %v, {value};"
     if value == "selp.b32":
         chosen = "setp.lt.u32 %q, %t, 32;\nmov.b32 %v, 0;\n@%q mov.b32 %v, %undefined;"
@@ -175,3 +171,35 @@ def test_writes_of_one_place_that_nothing_orders(value: str, race: bool) -> None
         return
     with pytest.raises(_ptx.Fault, match=r"and no bar.* orders the two"):
         launch(text, [], threads=64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("v2.f32", np.float32), ("v4.f32", np.float32), ("noftz.v8.f16", np.float16), ("noftz.v4.f16x2", np.float16)],
+)
+def test_vectors_are_updated(kind: str, dtype: Any) -> None:
+    """Each thread adds a vector to one of four, twice, and keeps what was there the second time."""
+    elements = int(kind.partition("v")[2][0])
+    bits, name = ("b16", "%h") if kind.endswith("f16") else ("b32", "%r")
+    count = elements * (2 if kind.endswith("x2") else 1)
+    size = count * np.dtype(dtype).itemsize
+    added = np.random.default_rng(0).integers(1, 8, (64, count)).astype(dtype)
+    total, before = np.ones((5, count), dtype), np.zeros((64, count), dtype)
+    vector = "{" + ", ".join(f"{name}{i}" for i in range(elements)) + "}"
+    places = [(f"+{i * size // elements}]", f"{name}{i}") for i in range(elements)]
+    load = " ".join(f"ld.global.{bits} {one}, [%a1{place};" for place, one in places)
+    store = " ".join(f"st.global.{bits} [%a3{place}, {one};" for place, one in places)
+    body = f"""mul.wide.u32 %a0, %t, {size}; add.s64 %a1, %a0, %p0; add.s64 %a3, %a0, %p2; and.b32 %n0, %t, 3;
+    mul.wide.u32 %a2, %n0, {size}; add.s64 %a2, %a2, %p1; {load}
+    red.relaxed.gpu.global.add.{kind} [%a2], {vector}; atom.global.add.{kind} {vector}, [%a2], {vector}; {store}"""
+    text = kernel(body, 3, registers=REGISTERS)
+    launch(text, [added, total, before], threads=64)
+    assert (total[:4] == 1 + 2 * added.reshape(16, 4, count).sum(0)).all()
+    assert (before > added).all()
+    with pytest.raises(_ptx.Fault, match="which is not aligned"):
+        launch(text.replace("[%a2], {", "[%a2+4], {"), [added, total, before], threads=64)
+
+
+def test_vectors_that_no_gpu_updates() -> None:
+    for opcode in ("red.global.add.v2.u32", "red.shared.add.v2.f32", "red.global.min.v2.f32", "red.global.add.v8.f32"):
+        assert not _ptx.understands(opcode)
