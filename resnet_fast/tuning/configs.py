@@ -295,7 +295,8 @@ def verdict(launch: LaunchSpec, config: Config, gpu: Gpu, rules: tuple[Rule, ...
 def needs_proof(launch: LaunchSpec, config: Config) -> bool:
     """Return whether a config may run only with a proof: its output was compared with stock PyTorch's on this GPU.
 
-    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068, #177823, #183989).
+    Convolutions with eight warps and filters larger than 1x1 have been miscompiled (pytorch#173068, #177823, #183989),
+    by ptxas, which no run of PTX shows (docs/notes/eight-warps.md).
     The programs of a split-K launch hand their sums over in memory, whose order only a GPU shows. The rule is the same
     for inference and training. PyTorch's fused kernels need one because cuDNN documents no ReLU that keeps NaN.
     proofs.py keeps the verdicts.
