@@ -23,7 +23,7 @@ const char* const kActionNames[] = {"plain",        "variable",   "branch",     
 static_assert(std::size(kReasonNames) == kReasons && std::size(kPipeNames) == kPipes &&
               std::size(kActionNames) == static_cast<int>(Action::kCount));
 
-MemoryConstants memory_constants(const Constants& c, double clock, double shared_in_use) {
+MemoryConstants memory_constants(const Constants& c, double clock, double shared_in_use, double launch_bytes) {
   MemoryConstants m{};
   m.queue_interval = c.at("queue_interval");
   m.queue_interval_sm = c.at("queue_interval_sm");
@@ -42,6 +42,7 @@ MemoryConstants memory_constants(const Constants& c, double clock, double shared
   m.bulk_interval = c.at("bulk_issue_interval");
   m.bulk_extra = c.at("bulk_extra_latency");
   m.bulk_lines = c.at("bulk_lines_in_flight");
+  m.launch_bytes = launch_bytes;
   return m;
 }
 
@@ -77,12 +78,12 @@ const std::vector<std::string>& Machine::names() {
 }
 
 Machine::Machine(const Constants& constants, double clock, const std::vector<Row>& rows, const Footprint& footprint,
-                 const uint64_t* sectors, size_t sector_count, double shared_in_use)
+                 const uint64_t* sectors, size_t sector_count, double shared_in_use, double launch_bytes)
     : constants_(constants),
       rows_(rows),
       sectors_(sectors),
       sector_count_(sector_count),
-      memory_(memory_constants(constants, clock, shared_in_use), &footprint) {
+      memory_(memory_constants(constants, clock, shared_in_use, launch_bytes), &footprint) {
   taken_branch_ = constant("taken_branch");
   yield_ = constant("yield_cycles");
   overlong_stall_ = constant("overlong_stall");

@@ -51,7 +51,7 @@ using NameOf = std::string (*)(int instruction);
 class Machine {
  public:
   Machine(const Constants& constants, double clock, const std::vector<Row>& rows, const Footprint& footprint,
-          const uint64_t* sectors, size_t sector_count, double shared_in_use);
+          const uint64_t* sectors, size_t sector_count, double shared_in_use, double launch_bytes);
   Result run(const std::vector<BlockTrace>& blocks, const LaunchShape& shape);
 
   // All that a file of constants has to give, and nothing else.

@@ -5,6 +5,9 @@
 
 namespace sm {
 
+// From this sector on lies local memory, which is taken to stay in L1.
+constexpr uint64_t kLocal = uint64_t{1} << 52;
+
 double Memory::enter(int scheduler, double now, double wavefronts) {
   auto& q = queue_[scheduler];
   while (!q.empty() && q.front() <= now) q.pop_front();
@@ -26,7 +29,7 @@ Arrival Memory::fetch(double at_l2, uint64_t sector, int round) {
   }
   Arrival out{at_l2, Reason::kL2};
   bool odd = (sector >> 7) * 0x9E3779B97F4A7C15ull >> 63;  // its home is the other half of L2
-  bool spread = footprint_->sectors() * c.sector_bytes > c.l2_bytes / 2;
+  bool spread = c.launch_bytes > c.l2_bytes / 2;
   if (served.dram) {
     double bytes = c.sector_bytes / served.share;
     double ready = dram.take(at_l2, bytes * active_ / c.dram_read);
@@ -43,6 +46,7 @@ Arrival Memory::load(double now, const uint64_t* sectors, size_t count, int roun
   Arrival out{now + c.l1_latency, Reason::kL1};
   double half = c.l2_latency / 2;
   for (size_t i = 0; i < count; ++i) {
+    if (sectors[i] >= kLocal) continue;
     auto found = l1_.find(sectors[i]);
     if (keep && found != l1_.end()) {
       l1_hit_bytes += c.sector_bytes;
@@ -67,12 +71,13 @@ Arrival Memory::load(double now, const uint64_t* sectors, size_t count, int roun
 double Memory::store(double now, const uint64_t* sectors, size_t count, int round) {
   double end = now;
   for (size_t i = 0; i < count; ++i) {
+    if (sectors[i] >= kLocal) continue;
     Footprint::Served served = footprint_->find(sectors[i], round, c.l2_bytes);
     double share = served.known ? served.share : 1;
     end = outward.take(now, c.sector_bytes / std::min(c.port_bytes, c.l2_bytes_per_cycle / active_)) + c.l2_latency / 2;
     l2_write_bytes += c.sector_bytes;
     // What fits into L2 stays there: DRAM gets it after the launch.
-    if (footprint_->sectors() * c.sector_bytes > c.l2_bytes) {
+    if (c.launch_bytes > c.l2_bytes) {
       end = std::max(end, dram.take(end, c.sector_bytes / share * active_ / c.dram_write));
       dram_write_bytes += c.sector_bytes / share;
     }

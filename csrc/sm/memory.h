@@ -24,6 +24,7 @@ struct MemoryConstants {
   double dram_read, dram_write;  // bytes per cycle of the whole GPU
   double l1_bytes;
   double bulk_interval, bulk_extra, bulk_lines;
+  double launch_bytes;  // that the whole launch touches
 };
 
 // When something will have happened, and what it was that took so long.

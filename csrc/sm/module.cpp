@@ -24,8 +24,8 @@ T* column(py::array_t<T>& array) {
 
 py::dict run(const sm::Constants& constants, double clock, const Array<sm::Row>& code,
              const std::vector<Array<sm::Step>>& paths, const py::list& blocks, const Array<uint64_t>& sectors,
-             const sm::Footprint& footprint, double shared_in_use, int resident, double active, double active_last,
-             double first_block, double between_blocks, int watched) {
+             const sm::Footprint& footprint, double shared_in_use, double launch_bytes, int resident, double active,
+             double active_last, double first_block, double between_blocks, int watched) {
   for (const std::string& name : sm::Machine::names()) {
     if (!constants.count(name)) throw py::value_error("expected the constant " + name + ", it is missing");
   }
@@ -74,7 +74,7 @@ py::dict run(const sm::Constants& constants, double clock, const Array<sm::Row>&
   {
     py::gil_scoped_release release;
     sm::Machine machine(constants, clock, rows, footprint, sectors.data(), static_cast<size_t>(sectors.size()),
-                        shared_in_use);
+                        shared_in_use, launch_bytes);
     r = machine.run(traces, shape);
   }
   py::dict out, waits, pipes;
@@ -142,7 +142,7 @@ PYBIND11_MODULE(_sm, m) {
       .def_property_readonly("sectors", &sm::Footprint::sectors)
       .def_property_readonly("rounds", &sm::Footprint::rounds);
   m.def("run", &run, py::kw_only(), py::arg("constants"), py::arg("clock"), py::arg("code"), py::arg("paths"),
-        py::arg("blocks"), py::arg("sectors"), py::arg("footprint"), py::arg("shared_in_use"), py::arg("resident"),
-        py::arg("active"), py::arg("active_last"), py::arg("first_block"), py::arg("between_blocks"),
-        py::arg("watched"));
+        py::arg("blocks"), py::arg("sectors"), py::arg("footprint"), py::arg("shared_in_use"), py::arg("launch_bytes"),
+        py::arg("resident"), py::arg("active"), py::arg("active_last"), py::arg("first_block"),
+        py::arg("between_blocks"), py::arg("watched"));
 }

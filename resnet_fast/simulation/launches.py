@@ -1,6 +1,6 @@
 """The time of a launch: one multiprocessor with its blocks, and what the others do to it.
 
-    found = simulate(kernel, LaunchSize(blocks=3136, threads=256, shared=98304), walk, constants("h100"), clock=1.755e9)
+    found = simulate_launch(launch, constants("h100"), clock=1.755e9)
     found.seconds, found.bound, found.utilisation, found.waits, found.timeline
 
 One multiprocessor is simulated, the first. Block ``i`` goes to multiprocessor ``i mod 132`` in round ``i // 132``, as
@@ -9,8 +9,8 @@ the bandwidth of L2 and DRAM. What differs between them is which bytes they read
 are walked. A sector that several of them read comes from DRAM once, one that an earlier round read comes from L2.
 
 Of a long launch only the first rounds are simulated, four times as many as a multiprocessor holds blocks at once. The
-rest takes as long per round as the waves in the middle of those. In the last round, if it is not full, fewer
-multiprocessors share the bandwidth.
+rest takes as long per round as the waves in the middle of those, and no less than a round holds any resource. In the
+last round, if it is not full, fewer multiprocessors share the bandwidth.
 
 This leaves out: multiprocessors that drift apart, blocks that have more work than those of the first multiprocessor, L2
 slices that get more requests than others, and instruction fetches other than after a taken branch.
@@ -29,6 +29,7 @@ from ..errors import UserError
 from .constants import Constants
 from .instruction import Instruction
 from .opcodes import check, timing
+from .walk import Launch, Walk, walk
 
 MOST_ROUNDS = 64
 """What csrc/sm keeps account of."""
@@ -53,30 +54,8 @@ class Code(Protocol):
     def registers(self) -> int: ...
 
 
-class TracedWarp(Protocol):
-    """One warp of a walk: which path it took, and what it accessed."""
-
-    path: int
-    events: np.ndarray
-
-
-class TracedBlock(Protocol):
-    """One block of a walk."""
-
-    index: int
-    warps: Sequence[TracedWarp]
-
-
-class Traced(Protocol):
-    """The walk of some blocks of a launch."""
-
-    paths: Sequence[np.ndarray]
-    blocks: Sequence[TracedBlock]
-    sectors: np.ndarray
-
-
-Walker = Callable[[Sequence[int]], Traced]
-"""Returns the walk of blocks by their linear index."""
+Walker = Callable[[Sequence[int], bool], Any]
+"""Returns the walk of blocks by their index; if the second is true, only the sectors that they read and write."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +151,7 @@ def resident_blocks(size: LaunchSize, registers: int, constants: Constants) -> i
 def simulate(
     kernel: Code,
     size: LaunchSize,
-    walk: Walker,
+    walker: Walker,
     constants: Constants,
     clock: float = 1.755e9,
     in_l2: Sequence[tuple[int, int]] = (),
@@ -182,7 +161,7 @@ def simulate(
     Args:
         kernel: its code and registers.
         size: of the launch.
-        walk: returns what blocks execute and access.
+        walker: returns what blocks execute and access.
         constants: of the GPU.
         clock: cycles per second.
         in_l2: (address, bytes) of what L2 holds before the launch.
@@ -202,8 +181,9 @@ def simulate(
     blocks: list[tuple[int, int, list[tuple[int, np.ndarray]]]] = []
     sectors: list[np.ndarray] = []
     for r in range(simulated):
-        walked = walk(range(r * sms, min(size.blocks, (r + 1) * sms)))
-        _note(walked, r, footprint)
+        for block in walker(range(r * sms, min(size.blocks, (r + 1) * sms)), True).blocks:
+            footprint.add(r, block.index, np.union1d(block.reads, block.writes).astype(np.uint64))
+        walked = walker([r * sms], False)
         own = walked.blocks[0]
         base, offset = len(paths), sum(map(len, sectors))
         paths.extend(np.ascontiguousarray(path).astype(machine.STEP, copy=False) for path in walked.paths)
@@ -222,6 +202,7 @@ def simulate(
         sectors=np.concatenate(sectors) if sectors else np.empty(0, np.uint64),
         footprint=footprint,
         shared_in_use=float(min(resident, rounds) * (size.shared + constants["shared_reserved"])),
+        launch_bytes=32.0 * footprint.sectors * rounds / simulated,
         resident=resident,
         active=float(active),
         active_last=float(last),
@@ -232,20 +213,31 @@ def simulate(
     return _result(raw, clock, resident, simulated, rounds, _unused(size.blocks, rounds, sms, resident))
 
 
-def _note(walked: Traced, r: int, footprint: Any) -> None:
-    """Put the sectors that each block touches into the launch's footprint."""
-    for block in walked.blocks:
-        slices = [
-            walked.sectors[first : first + count]
-            for warp in block.warps
-            for first, count in zip(warp.events["first"].tolist(), warp.events["sectors"].tolist(), strict=True)
-            if count
-        ]
-        if slices:
-            footprint.add(r, block.index, np.unique(np.concatenate(slices)).astype(np.uint64))
+def simulate_launch(
+    launch: Launch, constants: Constants, clock: float = 1.755e9, in_l2: Sequence[tuple[int, int]] = ()
+) -> SimulatedLaunch:
+    """Return how long a launch of machine code takes: :func:`simulate` with its walk.
+
+    Args:
+        launch: the launch.
+        constants: of the GPU.
+        clock: cycles per second.
+        in_l2: (address, bytes) of what L2 holds before the launch.
+
+    Raises:
+        UserError: as of :func:`.walk.walk` and :func:`simulate`.
+    """
+    kernel, (x, y, z) = launch.kernel, launch.threads
+    declared = max(0, kernel.shared - int(constants["shared_reserved"]))  # the system's part is counted for every block
+    size = LaunchSize(launch.blocks, x * y * z, declared + launch.shared)
+
+    def walker(blocks: Sequence[int], only_global: bool) -> Walk:
+        return walk(launch, blocks, only_global=only_global)
+
+    return simulate(kernel, size, walker, constants, clock, in_l2)
 
 
-def _own(block: TracedBlock, sectors: np.ndarray, offset: int, machine: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+def _own(block: Any, sectors: np.ndarray, offset: int, machine: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the sectors of a block alone, and its warps' events with places among them, from ``offset`` on."""
     parts: list[np.ndarray] = []
     events = []
@@ -287,7 +279,10 @@ def _result(
         ends = sorted(raw["ends"])
         first = resident - 1
         last = first + resident * ((simulated - 1 - first) // resident - 1)
-        cycles += (rounds - simulated) * (ends[last] - ends[first]) / (last - first)
+        seen = (ends[last] - ends[first]) / (last - first)
+        # At the start DRAM has reads to serve and no writes yet. No round can take less than it holds a resource.
+        held = max(raw[name] for name in ("dram", "port", "outward", "shared", "tensor")) / simulated
+        cycles += (rounds - simulated) * max(seen, held, raw["issued"] / 4 / simulated)
     pipes = {name: held / 4 / drained for name, held in raw["pipes"].items() if held}
     fma, heavy = pipes.pop("fma", 0.0), pipes.pop("fma_heavy", 0.0)
     warps_products = pipes.pop("tensor", 0.0)

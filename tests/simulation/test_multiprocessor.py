@@ -85,8 +85,8 @@ def test_an_instruction_whose_guard_fails_issues_and_does_nothing() -> None:
 def _without_lanes(micro: Micro, warps: int):  # type: ignore[no-untyped-def]
     inner = micro.walker(warps)
 
-    def walk(blocks: Sequence[int]):  # type: ignore[no-untyped-def]
-        out = inner(blocks)
+    def walk(blocks: Sequence[int], only_global: bool):  # type: ignore[no-untyped-def]
+        out = inner(blocks, only_global)
         for path in out.paths:
             path["lanes"] = np.where(path["instruction"] == 0, 0, path["lanes"])
         return out
@@ -170,6 +170,23 @@ def test_what_several_multiprocessors_read_comes_from_dram_once() -> None:
     assert found.bytes["l1_hit"] == 128  # the second block of the same multiprocessor
 
 
+def test_a_long_copy_takes_what_its_reads_and_writes_take_and_a_short_one_stays_in_l2() -> None:
+    code = [op("LDG.E.128", "R0, [R2.64]", stall=2, write=0), op("STG.E.128", "[R4.64], R0", wait=[0])]
+
+    def access(block: int, warp: int, step: int) -> Access | None:
+        first = 16 * (32 * block + warp) + step * 2**32
+        return Access(range(first, first + 16), 4, 512) if step < 2 else None
+
+    copy, rounds = Micro(code, access), 40
+    found = copy.run(H100, warps=32, blocks=132 * rounds)
+    moved = 132 * rounds * 32 * 512
+    assert moved > H100["l2_bytes"] and found.simulated < rounds and found.bound == "dram"
+    expected = moved / H100["dram_read_bandwidth"] + moved / H100["dram_write_bandwidth"]
+    assert found.seconds == pytest.approx(expected, rel=0.06)
+    assert found.bytes["dram_write"] == found.bytes["dram_read"]
+    assert copy.run(H100, warps=32, blocks=132).bytes["dram_write"] == 0
+
+
 def test_half_the_blocks_at_once_take_a_latency_bound_launch_twice_as_long() -> None:
     kernel = stream(1, 8)
     full = kernel.run(H100, warps=1, blocks=132 * 32, shared=13 * 1024)
@@ -205,6 +222,17 @@ def test_bank_conflicts_multiply_the_time_in_shared_memory(conflicts: int) -> No
     accepted = H100["queue_interval_sm"]  # one instruction for the whole SM
     assert found.cycles == pytest.approx(4 * 64 * max(accepted, conflicts), rel=0.1, abs=H100["queue_depth"] * 40)
     assert conflicts < 8 or found.bound == "shared"
+
+
+def test_the_queue_to_memory_takes_one_instruction_of_a_scheduler_at_a_time() -> None:
+    loads = Micro([op("LDS", "R0, [R2]")] * 64, lambda b, w, s: Access(wavefronts=1) if s < 64 else None)
+    for warps, interval in (
+        (1, H100["queue_interval"]),
+        (2, H100["queue_interval"]),
+        (4, 4 * H100["queue_interval_sm"]),
+    ):
+        taken = (64 - H100["queue_depth"]) * interval  # the last few wait in the queue
+        assert loads.run(H100, warps=warps).cycles == pytest.approx(taken, rel=0.06)
 
 
 def test_a_load_from_shared_memory_costs_its_latency() -> None:
@@ -354,8 +382,8 @@ def bulk(tile: int, arrive_first: bool = True) -> Micro:
     def one_lane(warps: int):  # type: ignore[no-untyped-def]
         inner = walker(warps)
 
-        def walk(blocks: Sequence[int]):  # type: ignore[no-untyped-def]
-            out = inner(blocks)
+        def walk(blocks: Sequence[int], only_global: bool):  # type: ignore[no-untyped-def]
+            out = inner(blocks, only_global)
             for path in out.paths:
                 path["lanes"] = np.where(np.isin(path["instruction"], (0, 1, 2)), 1, path["lanes"])
             return out

@@ -66,6 +66,8 @@ class Block:
 
     index: int
     warps: list[Warp]
+    reads: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    writes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 @dataclass
@@ -100,13 +102,13 @@ class Micro:
         path = self.path(warp) if callable(self.path) else self.path
         return [*(range(len(self.code) - 1) if path is None else path), len(self.code) - 1]
 
-    def walker(self, warps: int) -> Callable[[Sequence[int]], Walk]:
+    def walker(self, warps: int) -> Callable[[Sequence[int], bool], Walk]:
         paths = [np.array([(i, 0xFFFFFFFF) for i in self.path_of(w)], STEP) for w in range(warps)]
 
-        def walk(blocks: Sequence[int]) -> Walk:
+        def walk(blocks: Sequence[int], only_global: bool) -> Walk:
             out, sectors = Walk(paths), []
             for b in blocks:
-                block = Block(b, [])
+                block, first = Block(b, []), len(sectors)
                 for w in range(warps):
                     rows = []
                     for step in range(len(paths[w])):
@@ -117,6 +119,7 @@ class Micro:
                         rows.append(row)
                         sectors.extend(one.sectors)
                     block.warps.append(Warp(w, np.array(rows, EVENT)))
+                block.reads = np.unique(np.array(sectors[first:], np.uint64))
                 out.blocks.append(block)
             out.sectors = np.array(sectors, np.uint64)
             return out
