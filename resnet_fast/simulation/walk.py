@@ -35,7 +35,7 @@ MOST_INSTRUCTIONS = 2_000_000_000
 
 _STACK = 0x2000  # where a lane's local memory ends; kernels subtract their frame from it
 _STACK_AT, _PARAMETERS_AT = 0x28, 0x198  # in bank 0; the second on sm_90, where descriptors are read by address
-_SLOW = "slowpath"
+_SLOW = ("slowpath", "mediumpath")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Walk:
         blocks: the blocks, in the order in which they were walked.
         sectors: numbers of 32-byte sectors of global memory (address / 32), by ``first`` and ``sectors`` of the events.
             Those of local memory lie from 2**52 on.
-        executed: how often each instruction of the code was executed.
+        executed: how often each instruction of the code was issued, with a true guard or not.
         assumed: what was taken for granted where a value is unknown, and how often.
     """
 
@@ -137,12 +137,12 @@ class Walk:
 
     @property
     def instructions(self) -> int:
-        """Executed warp instructions."""
+        """Issued warp instructions."""
         return int(self.executed.sum())
 
     @cached_property
     def opcodes(self) -> dict[str, int]:
-        """How often each opcode was executed."""
+        """How often each opcode was issued."""
         counts: Counter[str] = Counter()
         for one, n in zip(self.launch.kernel.code, self.executed.tolist(), strict=True):
             counts[one.opcode] += n
@@ -229,7 +229,7 @@ def _constants(launch: Launch, packed: bytes, engine: Any) -> dict[int, tuple[by
 
 def _slow_sides(kernel: Kernel) -> list[int]:
     """For each instruction: 1 if it branches to a slow path of a quotient or a root, 2 if not branching leads there."""
-    slow = {address for address, name in kernel.routines if _SLOW in name}
+    slow = {address for address, name in kernel.routines if any(word in name for word in _SLOW)}
     places = {kernel.index[address] for address in slow if address in kernel.index}
     sides = []
     for n, one in enumerate(kernel.code):

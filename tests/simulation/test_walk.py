@@ -24,6 +24,7 @@ from tests.support.walks import (
     Assemble,
     Pair,
     distinct_sectors,
+    executed,
     pairs,
     products,
     ptx_accesses,
@@ -88,9 +89,8 @@ def assert_counts_agree(pair: Pair) -> None:
         assert distinct_sectors(pair, names) == ptx_distinct_sectors(pair, way), (title, way)
     in_ptx, in_code = products(pair)
     assert in_code == in_ptx, title
-    executed = pair.launch.report.counters["opcodes"]
-    barriers = sum(n for k, n in executed.items() if k.startswith("bar.sync"))
-    assert sum(n for k, n in pair.walk.opcodes.items() if k.startswith("BAR")) == barriers, title
+    barriers = sum(n for k, n in pair.launch.report.counters["opcodes"].items() if k.startswith("bar.sync"))
+    assert sum(n for k, n in executed(pair.walk).items() if k.startswith("BAR")) == barriers, title
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -117,14 +117,27 @@ def ptx_distinct_sectors(pair: Pair, way: str) -> dict[str, int]:
     return {name: a[f"unique_sectors_{way}"] for name, a in allocations if a[f"unique_sectors_{way}"]}
 
 
+def executed(walked: Walk) -> Counter[str]:
+    """Count the instructions of warps of which a lane executes them, by opcode."""
+    counts: Counter[str] = Counter()
+    warps = Counter(warp.path for block in walked.blocks for warp in block.warps)
+    for number, n in warps.items():
+        path = walked.paths[number]
+        places, times = np.unique(path["instruction"][path["lanes"] != 0], return_counts=True)
+        for place, count in zip(places, times, strict=True):
+            counts[walked.launch.kernel.code[place].opcode] += n * int(count)
+    return counts
+
+
 def products(pair: Pair) -> tuple[Counter[str], Counter[str]]:
-    """Count multiply-adds of tensor cores by kind of instruction: in PTX and in machine code."""
+    """Count multiply-adds of tensor cores by kind of instruction: in PTX and in machine code, where an instruction may
+    be issued with a guard that is false, in place of a branch around it."""
     ptx: Counter[str] = Counter()
     for opcode, n in pair.launch.report.counters["opcodes"].items():
         if m := re.match(r"(wgmma\.mma_async|mma)\.sync\.aligned\.m(\d+)n(\d+)k(\d+)\.", opcode):
             ptx["group" if "wgmma" in opcode else "warp"] += n * int(m[2]) * int(m[3]) * int(m[4])
     code: Counter[str] = Counter()
-    for opcode, n in pair.walk.opcodes.items():
+    for opcode, n in executed(pair.walk).items():
         if m := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", opcode):
             code["group"] += n * int(m[1]) * int(m[2]) * int(m[3])
         elif m := re.match(r"HMMA\.(16)(8)(\d+)\.", opcode):
