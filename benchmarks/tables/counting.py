@@ -45,6 +45,10 @@ GAP = 1 << 26
 """Bytes between two tensors of a launch. Reserved addresses, not memory."""
 
 
+class NotInterpreted(RuntimeError):
+    """Kernels are compiled in this process, and what looks into Triton's interpreter has nothing to look into."""
+
+
 class OutOfBounds(IndexError):
     """A kernel touched memory that belongs to none of its arguments, or not at a multiple of the element's size."""
 
@@ -304,12 +308,13 @@ def count(*, inside_views: bool = False) -> Iterator[LaunchCounts]:
 
     Raises:
         OutOfBounds: from the launch, before the access is made.
-        RuntimeError: without the interpreter, or if another ``count()`` is open.
+        NotInterpreted: without the interpreter.
+        RuntimeError: if another ``count()`` is open.
     """
     import triton
 
     if os.environ.get("TRITON_INTERPRET") != "1" or not triton.knobs.runtime.interpret:
-        raise RuntimeError("count() looks into Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+        raise NotInterpreted("count() looks into Triton's interpreter: set TRITON_INTERPRET=1 before triton's import")
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     hooks = _Hooks(inside_views)

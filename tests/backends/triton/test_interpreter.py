@@ -13,8 +13,12 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from resnet_fast.backends.triton.interpreter import _check_no_overflow_in_vain, quicken
+from resnet_fast.backends.triton.launch import INTERPRETED
 
-pytestmark = pytest.mark.interpret
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not INTERPRETED, reason="about the interpreter, which runs no compiled kernel"),
+]
 
 
 @triton.jit

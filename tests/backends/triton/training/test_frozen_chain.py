@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 import resnet_fast
-from resnet_fast import devices
+from resnet_fast import devices, stand_in
 from resnet_fast.tuning import launch_plan, training_configs
 from resnet_fast.tuning.launch_plan import FoldedConfigs
 from resnet_fast.tuning.routes import folded_routes
@@ -31,17 +31,20 @@ H100 = devices.gpu("h100").gpu
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the launches of each kernel."""
+    """Count the launches of each kernel: of the interpreter, or of a machine, to which one call may submit several."""
     from triton.runtime.interpreter import InterpretedFunction
 
     counts: Counter[str] = Counter()
-    real = InterpretedFunction.run
+    machine = stand_in.present()
+    owner = InterpretedFunction if machine is None else type(machine)
+    real = owner.run
 
-    def counted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        counts[kernel.fn.__name__.strip("_").removesuffix("_kernel")] += 1
-        return real(kernel, *args, **kwargs)
+    def counted(of: Any, *args: Any, **kwargs: Any) -> Any:
+        name = of.fn.__name__ if machine is None else args[0].name
+        counts[name.strip("_").removesuffix("_kernel")] += 1
+        return real(of, *args, **kwargs)
 
-    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    monkeypatch.setattr(owner, "run", counted)
     return counts
 
 

@@ -40,7 +40,7 @@ def coarse(y: Tensor) -> Tensor:
 
 def activation(y: Tensor, rows: Tensor) -> Tensor:
     """Return the activation in fp64, rounded as the kernels round it."""
-    return cases.mapped(y, rows, torch.float32).relu().to(y.dtype).double()
+    return cases.mapped_by_kernels(y, rows).relu().to(y.dtype).double()
 
 
 def few_digits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
