@@ -15,7 +15,8 @@
 //   to
 //                   the instruction; what all four must agree on is kept with the first that came (Product)
 //
-// Not checked: that an mbarrier's initialisation was fenced. Within a block compilers rely on the barrier after it.
+// That an mbarrier's initialisation was fenced before a copy completes there is checked only if the launch is pedantic:
+// within a block compilers rely on the barrier after it.
 #pragma once
 
 #include <algorithm>
@@ -47,10 +48,17 @@ struct Mbarrier : emulator::Phases {
   int slot = 0;             // of the clocks, after the warps
   uint32_t before = 0;      // phases of earlier mbarriers in this slot
   int32_t line = 0;         // of its initialisation
+  bool fenced = false;      // a fence.mbarrier_init of its thread has followed that
   Clock arrived{}, over{};  // joined clocks of those who arrived in this phase, and in finished phases
   uint32_t time() const {   // of what this phase's copies write
     return before + phase + 1;
   }
+};
+
+// What lanes have committed together; a lane leaves when it has waited.
+struct CopyGroup {
+  std::vector<Piece> pieces;
+  uint32_t lanes = 0;
 };
 
 // A copy to shared memory that an mbarrier counts.
@@ -87,7 +95,7 @@ struct RegisterUse {
 
 struct OfWarp {
   std::vector<Piece> copies;  // of cp.async, not committed
-  std::deque<std::vector<Piece>> copy_groups;
+  std::deque<CopyGroup> copy_groups;
   std::vector<int32_t> stores;  // reads of bulk copies to global memory, not committed
   std::deque<std::vector<int32_t>> store_groups;
   std::vector<std::shared_ptr<Product>> products;  // in flight, not committed; their registers are the instruction's

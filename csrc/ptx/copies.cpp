@@ -17,14 +17,6 @@ constexpr int kChunk = emulator::kChunkBytes;
 
 // ---- cp.async ----
 
-// Lanes of a warp may have parted at a copy, but here not at what counts their groups.
-void require_all(Warp& w, const Instruction& i) {
-  if (w.active != w.alive)
-    w.fail(
-        i, first_lane(w.alive & ~w.active),
-        "this lane has parted from others at a " + w.launch->program->opcodes[i.opcode] + ", which is not understood");
-}
-
 void run_copy(Warp& w, const Instruction& i) {
   const auto bytes = static_cast<int>(i.at(2).plus);
   if (bytes != 4 && bytes != 8 && bytes != 16)
@@ -80,26 +72,49 @@ void run_copy(Warp& w, const Instruction& i) {
   w.block->asynchronous->cp_async += 1;
 }
 
-void run_commit(Warp& w, const Instruction& i) {
-  require_all(w, i);
+void run_commit(Warp& w, const Instruction&) {
   OfWarp& mine = of(w);
-  mine.copy_groups.push_back(std::move(mine.copies));
-  mine.copies.clear();
+  CopyGroup group;
+  group.lanes = w.active;
+  const auto others = std::stable_partition(mine.copies.begin(), mine.copies.end(),
+                                            [&](const Piece& piece) { return w.active >> piece.lane & 1; });
+  if (others == mine.copies.end()) {
+    group.pieces = std::move(mine.copies);
+    mine.copies.clear();
+  } else {
+    group.pieces.assign(mine.copies.begin(), others);
+    mine.copies.erase(mine.copies.begin(), others);
+  }
+  mine.copy_groups.push_back(std::move(group));
 }
 
-void wait_for_copies(Warp& w, size_t most) {
-  OfWarp& mine = of(w);
-  while (mine.copy_groups.size() > most) {
-    for (const Piece& piece : mine.copy_groups.front()) {
-      std::memcpy(w.block->shared.data() + piece.at, piece.data.data(), piece.bytes);
-      w.block->shared.finish_write(w, piece.lane, piece.at, piece.bytes);
-    }
-    mine.copy_groups.pop_front();
+// The copies of these lanes in a group are there.
+void finish(Warp& w, CopyGroup& group, uint32_t lanes) {
+  group.lanes &= ~lanes;
+  for (const Piece& piece : group.pieces) {
+    if (!(lanes >> piece.lane & 1)) continue;
+    std::memcpy(w.block->shared.data() + piece.at, piece.data.data(), piece.bytes);
+    w.block->shared.finish_write(w, piece.lane, piece.at, piece.bytes);
   }
+  const auto is_there = [&](const Piece& piece) { return lanes >> piece.lane & 1; };
+  group.pieces.erase(std::remove_if(group.pieces.begin(), group.pieces.end(), is_there), group.pieces.end());
+}
+
+// Each lane waits until at most so many of its own groups are in flight.
+void wait_for_copies(Warp& w, size_t most) {
+  std::deque<CopyGroup>& groups = of(w).copy_groups;
+  std::vector<uint32_t> over(groups.size());
+  size_t in_flight[kWarp] = {};
+  for (size_t n = groups.size(); n-- > 0;)
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (w.active & groups[n].lanes & 1u << lane && in_flight[lane]++ >= most) over[n] |= 1u << lane;
+  for (size_t n = 0; n < groups.size(); ++n)
+    if (over[n]) finish(w, groups[n], over[n]);
+  groups.erase(std::remove_if(groups.begin(), groups.end(), [](const CopyGroup& group) { return group.lanes == 0; }),
+               groups.end());
 }
 
 void run_wait(Warp& w, const Instruction& i) {
-  require_all(w, i);
   wait_for_copies(w, static_cast<size_t>(i.at(0).plus));
 }
 

@@ -101,6 +101,7 @@ struct Launch {
   uint64_t random = 1;
   int64_t limit = 0;  // of a warp's instructions, all together
   bool strict = true;
+  bool pedantic = false;       // also reports what compilers rely on against the letter of PTX
   std::function<void()> tick;  // called now and then; may throw to stop the launch
 
   Block block;

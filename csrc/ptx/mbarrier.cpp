@@ -187,8 +187,11 @@ void run_proxy_fence(Warp& w, const Instruction&) {
   w.block->shared.fence(w.index, w.active);
 }
 
-// An mbarrier's initialisation, for other blocks of a cluster.
-void run_init_fence(Warp&, const Instruction&) {
+void run_init_fence(Warp& w, const Instruction&) {
+  for (auto& [at, b] : w.block->asynchronous->mbarriers) {
+    const History& h = w.block->shared.history(at);
+    b.fenced |= h.writer == w.index && w.active >> h.write_lane & 1;
+  }
 }
 
 }  // namespace
@@ -211,6 +214,11 @@ Mbarrier& mbarrier_at(Warp& w, const Instruction& i, int lane, uint64_t at) {
 void issue(Warp& w, const Instruction& i, int lane, uint64_t mbarrier, std::vector<Piece> pieces) {
   Mbarrier& b = mbarrier_at(w, i, lane, mbarrier);
   SharedMemory& shared = w.block->shared;
+  const History& h = shared.history(static_cast<int64_t>(mbarrier));
+  if (w.launch->pedantic && !b.fenced && !shared.is_fenced(w, h.writer, h.write_lane, h.write_time, h.write_fences))
+    w.finding(i, lane,
+              "copies for " + text_of(mbarrier) + ", initialised at line " + std::to_string(b.line) +
+                  ", and no fence.mbarrier_init or fence.proxy.async follows that");
   for (const Piece& piece : pieces) {
     shared.begin_copy(w, i, lane, piece.at, piece.bytes, kMaxWarps + b.slot, b.time());
     std::memset(shared.data() + piece.at, 0xff, piece.bytes);
@@ -236,13 +244,21 @@ void count_events(Block& b) {
     if (count > 0) b.launch->counters.events[name] += count;
 }
 
+template <class T>
+static bool is_empty(const std::vector<T>& group) {
+  return group.empty();
+}
+static bool is_empty(const CopyGroup& group) {
+  return group.pieces.empty();
+}
+
 std::string left_in_flight(Block& b) {
   for (const BulkCopy& copy : b.asynchronous->copies)
     return "a bulk copy issued at line " + std::to_string(copy.at->line) + " is in flight: nobody waited at " +
            text_of(copy.mbarrier);
   const auto any = [](const auto& open, const auto& groups) {
     bool found = !open.empty();
-    for (const auto& group : groups) found |= !group.empty();
+    for (const auto& group : groups) found |= !is_empty(group);
     return found;
   };
   for (size_t n = 0; n < b.warps.size(); ++n) {

@@ -174,7 +174,7 @@ class Module {
 
   Report launch(const std::string& kernel, std::array<int, 3> grid, std::array<int, 3> threads, int64_t shared_bytes,
                 const std::vector<py::bytes>& parameters, ptx::GlobalMemory& memory, uint64_t seed,
-                std::array<int, 3> cluster, int64_t limit, bool strict) {
+                std::array<int, 3> cluster, int64_t limit, bool strict, bool pedantic) {
     const ptx::Program& p = program(kernel);
     ptx::Launch l;
     l.program = &p;
@@ -185,11 +185,18 @@ class Module {
     l.random = seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
     l.limit = limit;
     l.strict = strict;
+    l.pedantic = pedantic;
     l.tick = [] {
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     };
     if (cluster != std::array<int, 3>{1, 1, 1})
       throw ptx::Error(kernel, 0, "cannot be launched: clusters of more than one block are not understood");
+    const ptx::Function& f = text_.functions.at(kernel);
+    if (std::any_of(f.required_cluster, f.required_cluster + 3, [](int blocks) { return blocks > 1; }))
+      throw ptx::Error(
+          kernel, f.line,
+          "cannot be launched: clusters of more than one block, which .reqnctapercluster asks for, are not "
+          "understood");
     pack(p, parameters, l.parameters);
     memory.start_launch();
     const auto variables = reinterpret_cast<uintptr_t>(p.variables.data());
@@ -341,6 +348,7 @@ PYBIND11_MODULE(_ptx, m) {
            "Return the bytes of shared memory that the kernel has itself.")
       .def("launch", &Module::launch, py::arg("kernel"), py::arg("grid"), py::arg("block"), py::arg("shared_bytes"),
            py::arg("params"), py::arg("memory"), py::arg("seed") = 0, py::arg("cluster") = std::array<int, 3>{1, 1, 1},
-           py::arg("limit") = int64_t{1} << 33, py::arg("strict") = true,
-           "Run a kernel and return a Report. Raises Fault at the first finding, or collects them if not `strict`.");
+           py::arg("limit") = int64_t{1} << 33, py::arg("strict") = true, py::arg("pedantic") = false,
+           "Run a kernel and return a Report. Raises Fault at the first finding, or collects them if not `strict`. "
+           "`pedantic`: also report mbarriers whose initialisation no fence follows.");
 }

@@ -161,10 +161,12 @@ void GlobalOrder::write(Checked& c, int lane, const Allocation& a, uint64_t addr
   }
 }
 
-// Whether nothing orders an access by another warp before this one.
+// Whether nothing orders an access by another warp before this one. Blocks that update the same bytes need a scope that
+// holds both: that one block has seen here what the other released may be chance, because they run one after another.
 bool GlobalOrder::races(const Checked& c, Access other) {
   const bool near = same_block(other, c.me);
   if (other & c.me & kStrongBit && (near || other & c.me & kAllBlocksBit)) return false;
+  if (!near && c.use == Use::kUpdate && other & c.me & kStrongBit) return true;
   if (near) return c.w.block->shared.clock[c.w.index][kGlobal + warp_of(other)] < time_of(other);
   return !known(c.w, block_of(other), warp_of(other), time_of(other));
 }

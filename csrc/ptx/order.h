@@ -10,7 +10,8 @@
 //                    update makes a release of it, a fence after one an acquire. Updates by others in between pass on
 //                    what was released. A barrier hands on what its warps have acquired
 //
-// Blocks run one after another here, and that orders nothing. So a race is found whichever block came first.
+// Blocks run one after another here, and that orders nothing. So a race is found whichever block came first, unless the
+// later one has seen a release of the earlier one by chance, as with a counter that all blocks look at first.
 //
 // No findings:
 //

@@ -120,8 +120,9 @@ class SharedMemory {
   bool collect(Warp& w, const Instruction& i, int64_t at, int bytes, const char* does, std::vector<Needed>& needed);
   void check_needed(Warp& w, const Instruction& i, const char* does, const std::vector<Needed>& needed);
 
-  // A fence.proxy.async by these lanes.
+  // A fence.proxy.async by these lanes. Whether one has followed what a thread did, in the thread or before the warp.
   void fence(int warp, uint32_t lanes);
+  bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
 
   // Adds a warp's past to a barrier's, and a barrier's past to that of a warp that waited for it.
   void join_into(Clock& past, int warp) const;
@@ -176,7 +177,6 @@ class SharedMemory {
   void drop_reads(History& h);
   // Makes this the last write of the bytes.
   void note_write(const Warp& w, const Instruction& i, int lane, History& h, bool atomic) const;
-  bool is_fenced(const Warp& w, int warp, int lane, uint32_t time, uint32_t fences) const;
   void check_reads(Warp& w, const Instruction& i, int lane, int64_t byte, const char* does, const History& h);
   void check_asynchronous_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);
   void check_noted_reads(Warp& w, const Instruction& i, int lane, int64_t at, int bytes);

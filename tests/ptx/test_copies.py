@@ -91,7 +91,7 @@ COPY_MISTAKES = {
     "commit by some lanes": (
         "cp.async.commit_group;\ncp.async.wait",
         "setp.ne.u32 %q, %t, 5;\n@%q cp.async.commit_group;\ncp.async.wait",
-        "parted from others at a cp.async.commit_group",
+        "reads shared memory byte 80, which a copy in flight will write",
     ),
 }
 
@@ -103,6 +103,44 @@ def test_mistake_with_copies(what: str) -> None:
     assert old in text
     x = np.zeros((256, 16), np.uint8)
     expect_fault(report, text.replace(old, new, 1), [x, np.full(128, 16, np.uint32), np.zeros_like(x)])
+
+
+# Lanes of the two halves of a warp part: one copies twice, and commits and waits between, the other once.
+PARTED = f"""{HEAD}.visible .entry k(.param .u64 P0, .param .u64 P1)
+{{
+.reg .b64 %p<2>, %o; .reg .b32 %t, %s, %x; .reg .pred %q;
+.shared .align 16 .b8 memory[256];
+ld.param.u64 %p0, [P0]; ld.param.u64 %p1, [P1]; mov.u32 %t, %tid.x;
+mul.wide.u32 %o, %t, 4; add.s64 %p0, %p0, %o; add.s64 %p1, %p1, %o; mov.u32 %s, memory; mad.lo.s32 %s, %t, 4, %s;
+setp.lt.u32 %q, %t, 16;
+@!%q bra OTHERS;
+cp.async.ca.shared.global [%s], [%p0], 4; cp.async.commit_group;
+cp.async.ca.shared.global [%s+128], [%p0+128], 4; cp.async.commit_group;
+cp.async.wait_group 1; ld.shared.b32 %x, [%s]; st.global.b32 [%p1], %x;
+bra MEET;
+OTHERS: cp.async.ca.shared.global [%s], [%p0], 4; cp.async.commit_group;
+MEET: cp.async.wait_group 0;
+ld.shared.b32 %x, [%s]; st.global.b32 [%p1], %x;
+@!%q ret;
+ld.shared.b32 %x, [%s+128]; st.global.b32 [%p1+128], %x;
+ret;
+}}
+"""
+
+
+def test_lanes_that_parted_wait_for_their_own_copies() -> None:
+    x = np.arange(1, 65, dtype=np.uint32)
+    for seed in range(4):
+        out = np.zeros(64, np.uint32)
+        run(PARTED, [x, out], threads=32, seed=seed)
+        assert (out[:48] == x[:48]).all() and not out[48:].any()
+    in_flight = "which a copy in flight will write"
+    for old, new in [
+        ("cp.async.wait_group 1; ", "cp.async.wait_group 2; "),
+        ("MEET: cp.async.wait_group 0;", "MEET: cp.async.wait_group 1;"),
+        ("MEET: cp.async.wait_group 0;", "MEET: @%q cp.async.wait_group 0;"),
+    ]:
+        expect_fault(in_flight, PARTED.replace(old, new), [x, np.zeros(64, np.uint32)], threads=32)
 
 
 def test_bytes_that_a_copy_does_not_take_may_be_anywhere() -> None:
@@ -173,7 +211,7 @@ class Box:
     def text(self) -> str:
         return box_kernel(len(self.box), self.bytes)
 
-    def run(self, text: str | None = None, seed: int = 0) -> Any:
+    def run(self, text: str | None = None, seed: int = 0, pedantic: bool = False) -> Any:
         from resnet_fast import _ptx
 
         memory = _ptx.Memory()
@@ -181,7 +219,15 @@ class Box:
             memory.add(array.ctypes.data, array.nbytes, name)
         addresses = [struct.pack("Q", array.ctypes.data) for array in (self.corner, self.out)]
         return module(text or self.text()).launch(
-            "k", (1, 1, 1), (128, 1, 1), 0, [self.map, *addresses], memory, seed=seed, limit=1_000_000
+            "k",
+            (1, 1, 1),
+            (128, 1, 1),
+            0,
+            [self.map, *addresses],
+            memory,
+            seed=seed,
+            limit=1_000_000,
+            pedantic=pedantic,
         )
 
     def expected(self) -> np.ndarray:
@@ -306,6 +352,21 @@ def test_mistake_with_a_box(what: str) -> None:
         text = text.replace("{%c0, %c1}", "{%c0, %c1, %c1}", 1)
     with pytest.raises(_ptx.Fault, match=report):
         b.run(text)
+
+
+@pytest.mark.parametrize("fence", ["fence.mbarrier_init.release.cluster;", "fence.proxy.async.shared::cta;"])
+def test_an_initialisation_without_a_fence_is_pedantic(fence: str) -> None:
+    from resnet_fast import _ptx
+
+    b = Box((40, 64), (64, 16), (0, 8), swizzle=128)
+    text = b.text()
+    b.run(text, pedantic=False)
+    b.run(text.replace("bar.sync 0;", f"@%one {fence}\nbar.sync 0;", 1), pedantic=True)
+    for other in (text, text.replace("bar.sync 0;", f"@!%one {fence}\nbar.sync 0;", 1)):
+        with pytest.raises(
+            _ptx.Fault, match=r"initialised at line .* no fence.mbarrier_init or fence.proxy.async follows"
+        ):
+            b.run(other, pedantic=True)
 
 
 def test_what_was_fenced_may_be_overwritten() -> None:

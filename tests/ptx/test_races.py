@@ -93,6 +93,9 @@ def test_atomics_race_with_plain_accesses_alone() -> None:
     near = add.replace("red.global", "red.global.cta")
     run(near, [np.zeros(1, np.uint32)], threads=64)
     races(near, [np.zeros(1, np.uint32)], "no release and acquire", blocks=2)
+    seen = "mov.u32 %r0, 1; atom.global.acq_rel.gpu.add.u32 %r1, [%p0+4], %r0; "
+    seen = seen + near + seen
+    races(seen, [np.zeros(2, np.uint32)], "updates .* no release and acquire", blocks=2)
 
 
 # Each block of 64 threads stores 64 numbers; the one that comes last sums those of all blocks, mirrored.

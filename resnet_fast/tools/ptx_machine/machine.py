@@ -64,6 +64,7 @@ def ptx_machine(
     strict: bool = True,
     rewrite: Rewrite | None = None,
     tf32: bool = False,
+    pedantic: bool = False,
 ) -> PtxMachine:
     """Return a machine to enter by ``with``: inside, Triton's launches run on CPU tensors, compiled for ``arch``.
 
@@ -77,23 +78,33 @@ def ptx_machine(
         rewrite: changes a kernel's PTX before it is executed, to try what the machine notices.
         tf32: round the products of float32 convolutions to TF32, as a GPU does by default. Stock PyTorch on a CPU, with
             which results are compared, does not.
+        pedantic: also report what PTX forbids and compilers rely on: copies for an mbarrier whose initialisation no
+            fence follows, only a barrier.
 
     Raises:
         UserError: another architecture.
     """
-    return PtxMachine(arch, seed, limit, strict, rewrite, tf32)
+    return PtxMachine(arch, seed, limit, strict, rewrite, tf32, pedantic)
 
 
 class PtxMachine:
     """See :func:`ptx_machine`. ``launches``: what ran, in order. ``engine``: the module that executes PTX."""
 
     def __init__(
-        self, arch: int, seed: int, limit: int, strict: bool, rewrite: Rewrite | None, tf32: bool, engine: Any = None
+        self,
+        arch: int,
+        seed: int,
+        limit: int,
+        strict: bool,
+        rewrite: Rewrite | None,
+        tf32: bool,
+        pedantic: bool = False,
+        engine: Any = None,
     ) -> None:
         if arch not in GPUS:
             raise UserError(f"an architecture among {', '.join(map(str, GPUS))}", repr(arch), "choose one of them")
         self.arch, self.seed, self.limit, self.strict = arch, seed, limit, strict
-        self.gpu, self.tf32 = GPUS[arch], tf32
+        self.gpu, self.tf32, self.pedantic = GPUS[arch], tf32, pedantic
         self.engine = engine
         self.launches: list[PtxLaunch] = []
         self._rewrite = rewrite
@@ -231,6 +242,7 @@ class PtxMachine:
             report = self._module(kernel).launch(
                 kernel.name, grid, (threads, 1, 1), shared, packed, (memory or self.memory).checked,
                 seed=self.seed + len(self.launches), cluster=kernel.cluster, limit=self.limit, strict=self.strict,
+                pedantic=self.pedantic,
             )  # fmt: skip
         except self.engine.Fault as found:
             raise PtxFault(found, str(launched)) from None
