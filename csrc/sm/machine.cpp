@@ -367,10 +367,10 @@ void Machine::issue(int w, int64_t now) {
       }
       case Action::kCopy: {
         const Event& e = event(p);
-        double end = memory_.enter(s, now, 1);
-        Arrival a = memory_.load(end - 1, sectors(e), e.sectors, block.round, !row.bypass);
+        double begin = memory_.enter(s, now, 0);  // shared memory is written when the data comes
+        Arrival a = memory_.load(begin, sectors(e), e.sectors, block.round, !row.bypass);
         result = memory_.shared.take(a.time, std::max<double>(1, e.wavefronts));
-        released = end - 1 + row.release;
+        released = begin + row.release;
         why = Reason::kCopies;
         p.copies = std::max(p.copies, result);
         break;

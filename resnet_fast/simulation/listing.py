@@ -16,8 +16,12 @@ _LINE = re.compile(
 _UPPER = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 
 
-def cuobjdump(*arguments: str | Path) -> str:
+def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
     """Return what the cuobjdump of Triton's package prints.
+
+    Args:
+        arguments: its arguments.
+        folder: where it writes what it extracts; by default the present one.
 
     Raises:
         UserError: there is no Triton.
@@ -28,7 +32,7 @@ def cuobjdump(*arguments: str | Path) -> str:
     except ImportError as error:
         raise missing_package("triton", "whose package has cuobjdump", error) from None
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
 def parse(text: str, function: str) -> tuple[Instruction, ...]:
