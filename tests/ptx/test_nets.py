@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -37,18 +37,16 @@ class Trained(NamedTuple):
     moved: Tensor
 
 
-def optimizer_of(kind: str, net: nn.Module) -> Any:
-    """Return PyTorch's optimizer, its kernels fused over all parameters."""
-    if kind == "adamw":
-        return torch.optim.AdamW(net.parameters(), 0.01, fused=True)
-    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-3, fused=True)
+def train(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype) -> Trained:
+    """Train ``net`` for a few steps: in autocast to a 16-bit ``dtype``, with scaled gradients in float16.
 
-
-def train(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype, kind: str) -> Trained:
-    """Train ``net`` for a few steps: in autocast to a 16-bit ``dtype``, with scaled gradients in float16."""
+    By SGD: Adam divides a gradient by its size, so that where the true one is 0, as before a norm on batch statistics,
+    errors of rounding take whole steps, in eager's run as in ours.
+    """
     state = [t for t in net.state_dict().values() if t.is_floating_point()]
     before = [t.clone() for t in state]
-    optimizer, scaler = optimizer_of(kind, net), torch.amp.GradScaler("cpu", 2.0**10, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", 2.0**10, enabled=dtype == torch.float16)
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -65,26 +63,26 @@ def train(net: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype, kind: s
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "arch", "optimizer"),
+    ("kind", "dtype", "arch"),
     [
-        ("bottleneck", torch.bfloat16, 80, "sgd"),
-        ("bottleneck", torch.float16, 90, "sgd"),
-        ("basic", torch.float16, 80, "adamw"),
-        ("basic", torch.bfloat16, 90, "sgd"),
-        ("cifar", torch.float32, 80, "sgd"),
-        ("bottleneck", torch.float32, 90, "adamw"),
+        ("bottleneck", torch.bfloat16, 80),
+        ("basic", torch.float16, 90),
+        ("cifar", torch.float32, 80),
+        ("cifar", torch.bfloat16, 90),
+        ("cifar", torch.float16, 80),
+        ("bottleneck", torch.float32, 90),
     ],
 )
-def test_a_net_trains_as_eager_does(kind: str, dtype: torch.dtype, arch: int, optimizer: str) -> None:
+def test_a_net_trains_as_eager_does(kind: str, dtype: torch.dtype, arch: int) -> None:
     net, x = train_nets.build(kind), torch.randn(3, 3, 13, 11)
     labels = torch.arange(3) % train_nets.CLASSES
-    exact = train(copy.deepcopy(net).double(), x.double(), labels, torch.float64, optimizer)
-    eager = train(copy.deepcopy(net), x, labels, dtype, optimizer)
+    exact = train(copy.deepcopy(net).double(), x.double(), labels, torch.float64)
+    eager = train(copy.deepcopy(net), x, labels, dtype)
     runs = []
     for seed in (1, 2):
         with ptx_machine(arch, seed=seed) as machine:
             fused = train_nets.twin(copy.deepcopy(net))
-            runs.append(train(fused, x, labels, dtype, optimizer))
+            runs.append(train(fused, x, labels, dtype))
             assert {way for plan in chain._plans.values() for way in plan.passes.ways} == {submission.NATIVELY}
         assert len(machine.launches) > 10 * STEPS
     assert_equal(*runs)
