@@ -26,7 +26,15 @@ def inference(op: str, dtype: torch.dtype, **options: Any) -> op_cases.Problem:
     return p.map(lambda name, t: op_cases.lay_out(t, "nhwc") if name in ("x", "residual") else t).to(dtype)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.bfloat16), (90, torch.float16)])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        (80, torch.bfloat16),
+        (90, torch.float16),
+        pytest.param(89, torch.float16, marks=pytest.mark.slow),
+        pytest.param(120, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_a_convolution_is_within_the_budget(arch: int, dtype: torch.dtype) -> None:
     p = inference("conv_bn_act", dtype)
     with ptx_machine(arch) as machine:

@@ -166,8 +166,9 @@ def test_cpu_tensors_are_taken_inside_the_machine_only() -> None:
 
 
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="an architecture among 80, 90, got 100"):
-        ptx_machine(arch=100)
+    for arch, todo in ((100, "tcgen05"), (86, "take 89"), (75, "choose one")):
+        with pytest.raises(UserError, match=f"an architecture among 80, 89, 90, 120, got {arch}; .*{todo}"):
+            ptx_machine(arch=arch)
     x = torch.zeros(64)
     with recorder() as machine:
         with pytest.raises(UserError, match="strided CPU tensor for x_ptr in the PTX machine, got one on meta"):

@@ -17,7 +17,7 @@ from tests.support.toy_kernels import copy_kernel, scale_kernel, sum_kernel
 pytestmark = pytest.mark.skipif(not native.ptx_status(), reason=native.ptx_status().reason)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
 def test_launches_compute(arch: int) -> None:
     x, y, total = torch.randn(1500), torch.empty(1500), torch.zeros(1)
     rows, scale, out = torch.randn(6, 40), torch.tensor([1.5]), torch.full((6, 40), 7.0)

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from .driver import LoadedKernel
     from .memory import Memory
 
-GPUS = {80: "a100", 90: "h100"}
+GPUS = {80: "a100", 89: "rtx4090", 90: "h100", 120: "rtx5090"}
 """Architectures that the machine executes -> the GPU that kernels are planned for."""
+
+ABSENT = {
+    86: "take 89, whose kernels have the same instructions",
+    100: "its tensor cores (tcgen05) are not modelled; take 90, or 120 for a GeForce card of that generation",
+}
+"""Architectures that people ask for and that the machine does not execute -> what to do."""
 
 MOST_INSTRUCTIONS = 2_000_000_000
 """Warp instructions after which a launch counts as one that never ends."""
@@ -68,10 +74,11 @@ def ptx_machine(
 ) -> PtxMachine:
     """Return a machine to enter by ``with``: inside, Triton's launches run on CPU tensors, compiled for ``arch``.
 
-    ``use_backend("triton")`` then also takes CPU tensors, and plans for an A100 (80) or an H100 (90).
+    ``use_backend("triton")`` then also takes CPU tensors, and plans for an A100 (80), an RTX 4090 (89), an H100 (90) or
+    an RTX 5090 (120).
 
     Args:
-        arch: compute capability times ten, 80 or 90.
+        arch: compute capability times ten: 80, 89, 90 or 120.
         seed: of the order in which warps run. Results must not depend on it.
         limit: warp instructions of one launch after which it counts as one that never ends.
         strict: raise the first finding; otherwise findings are kept in ``launches[i].report``.
@@ -102,7 +109,8 @@ class PtxMachine:
         engine: Any = None,
     ) -> None:
         if arch not in GPUS:
-            raise UserError(f"an architecture among {', '.join(map(str, GPUS))}", repr(arch), "choose one of them")
+            todo = ABSENT.get(arch, "choose one of them")
+            raise UserError(f"an architecture among {', '.join(map(str, GPUS))}", repr(arch), todo)
         self.arch, self.seed, self.limit, self.strict = arch, seed, limit, strict
         self.gpu, self.tf32, self.pedantic = GPUS[arch], tf32, pedantic
         self.engine = engine
