@@ -50,12 +50,18 @@ void run_copy(Warp& w, const Instruction& i) {
     const uint8_t* source = whole >> lane & 1 ? from.at[lane] : nullptr;
     if (source == nullptr && from_bytes[lane] > 0) {
       const uint64_t address = address_of(w, i.at(1), lane);
-      Allocation* a = w.launch->memory->find(address, from_bytes[lane]);
+      GlobalMemory& memory = *w.launch->memory;
+      Allocation* a = memory.find(address, from_bytes[lane]);
       if (a == nullptr || address % bytes != 0)
         w.fail(
             i, lane,
             "copies " + std::to_string(from_bytes[lane]) + " bytes from outside of every allocation, or not aligned");
-      source = w.launch->memory->host(address, from_bytes[lane]);
+      if (!GlobalMemory::is_written(*a, address, from_bytes[lane]))
+        w.finding(i, lane, "copies bytes of " + a->name + ", which nobody has written");
+      std::array<uint64_t, kWarp> addresses{};
+      addresses[lane] = address;
+      w.launch->line(i).sectors += memory.count(addresses.data(), 1u << lane, from_bytes[lane], false);
+      source = memory.host(address, from_bytes[lane]);
       w.launch->order.row(w, i, lane, *a, address, static_cast<uint64_t>(from_bytes[lane]), nullptr);
     }
     if (source != nullptr) std::memcpy(piece.data.data(), source, from_bytes[lane]);

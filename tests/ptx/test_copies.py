@@ -14,12 +14,12 @@ from tests.support.ptx import HEAD, module
 SIZES = {"u8": 1, "bf16": 2, "f32": 4, "u64": 8}
 
 
-def run(text: str, arrays: list[np.ndarray], *, threads: int = 128, seed: int = 0) -> Any:
+def run(text: str, arrays: list[np.ndarray], *, threads: int = 128, seed: int = 0, unwritten: int = -1) -> Any:
     from resnet_fast import _ptx
 
     memory = _ptx.Memory()
     for i, array in enumerate(arrays):
-        memory.add(array.ctypes.data, array.nbytes, str(i))
+        memory.add(array.ctypes.data, array.nbytes, str(i), written=i != unwritten)
     packed = [struct.pack("Q", array.ctypes.data) for array in arrays]
     return module(text).launch("k", (1, 1, 1), (threads, 1, 1), 0, packed, memory, seed=seed, limit=1_000_000)
 
@@ -72,6 +72,14 @@ def test_copies_of_a_thread(bytes_: int, level: str) -> None:
     expected = np.where(np.arange(bytes_) < np.tile(sizes, 2)[:, None], x, 0)
     np.testing.assert_array_equal(out, expected)
     assert report.counters["events"]["cp_async"] == 2 * 4
+    assert report.counters["allocations"]["0"]["bytes_read"] == 2 * sizes.sum()
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_bytes_that_nobody_wrote_are_not_copied(size: int) -> None:
+    x = np.zeros((256, 16), np.uint8)
+    arrays = [x, np.full(128, size, np.uint32), np.zeros_like(x)]
+    expect_fault("bytes .*of 0, which nobody has written", copies(16), arrays, unwritten=0)
 
 
 COPY_MISTAKES = {
