@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from resnet_fast import native
+from resnet_fast.backends.triton.training import pool_winner
 from resnet_fast.benchmarks.tables import ptx_mutants
-from resnet_fast.benchmarks.tables.ptx_mutants import CASES, MutantRow, compilers, launches_of, page
+from resnet_fast.benchmarks.tables.ptx_mutant_cases import ARCHS, CASES, UNLAUNCHED, launches_of, shipped_kernels
+from resnet_fast.benchmarks.tables.ptx_mutants import MutantRow, compilers, page
+from resnet_fast.calls import Pool
 from resnet_fast.tools.ptx_machine import mutants, ptx_machine
 from resnet_fast.tools.ptx_machine.judgement import judge, reason
 from resnet_fast.tools.ptx_machine.recorded import execute, recorded
@@ -34,15 +38,17 @@ def as_judged(row: MutantRow) -> tuple[object, ...]:
     return row.kernel, row.arch, row.kind, row.change, bool(row.caught), row.equivalent
 
 
-@pytest.mark.parametrize("arch", ptx_mutants.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_sample_is_caught_or_equivalent(arch: int) -> None:
     ways: Counter[tuple[str, str]] = Counter()
     for launch, *relatives in launches_of(CASES["inference: 3x3, fp16, residual"], arch):
-        for mutant in mutants.draw(launch, seed=3, each=2):
+        for mutant in mutants.draw(launch, seed=3):
             verdict = judge(launch, mutant, relatives)
             assert not verdict.survived, mutant
             ways[mutant.kind, verdict.caught or "equivalent"] += 1
-    assert ways["wait", "finding"] and ways["store", "result"] and ways["address", "finding"]
+    assert (
+        ways["wait", "finding"] and ways["store", "result"] and ways["address", "finding"] + ways["address", "result"]
+    )
     assert sum(n for (_, way), n in ways.items() if way != "equivalent") > ways.total() / 2
 
 
@@ -51,7 +57,7 @@ def test_reasons_hold_for_no_mutant_that_gives_another_result() -> None:
     kinds = ("immediate", "operand", "comparison", "modifier", "guard", "store", "address")
     wrong: list[mutants.Mutant] = []
     for launch, *relatives in launches_of(CASES["inference: 1x1, bf16"], 80):
-        for mutant in mutants.draw(launch, 0, kinds, 8):
+        for mutant in mutants.draw(launch, 0, kinds, 6):
             if judge(launch, mutant).caught == "result":
                 wrong.append(mutant)
                 text = mutant(launch.kernel, launch.text)
@@ -65,7 +71,7 @@ def test_draw_is_seeded_and_leaves_one_line_changed() -> None:
     first, again, other = (list(mutants.draw(launch, seed)) for seed in (0, 0, 1))
     assert first == again != other
     assert {m.kind for m in first} >= {"barrier", "wait", "immediate", "operand", "address", "store"}
-    for mutant in first:
+    for mutant in (m for m in first if m.behind is None):
         before, after = (t.split("\n") for t in (launch.text, mutant(launch.kernel, launch.text)))
         changed = [n for n, (a, b) in enumerate(zip(before, after, strict=True), 1) if a != b]
         assert changed == [mutant.was.line]
@@ -88,28 +94,60 @@ def test_a_launch_is_executed_again_as_it_was() -> None:
     assert not y.equal(torch.cat([x[:290], torch.zeros(10)]))
 
 
-OPEN = 4
-"""Mutants of the table that compute the same for a reason that no executed program shows yet. The page names them."""
+def survivors(rows: list[MutantRow]) -> list[MutantRow]:
+    return [row for row in rows if not row.caught and not row.equivalent]
 
 
-def expect_few_survivors(rows: list[MutantRow]) -> None:
-    """Other compilers' code gives other mutants, of which no larger share may be open."""
-    survivors = [row for row in rows if not row.caught and not row.equivalent]
-    assert len(survivors) <= OPEN * len(rows) / len(kept()[0]), survivors
-
-
-def test_the_table_has_every_kernel_and_kind_and_few_survivors() -> None:
+def test_the_table_has_every_kind_and_no_survivor() -> None:
     rows, by = kept()
     assert len(rows) >= 60
     assert {row.kind for row in rows} == set(mutants.KINDS)
-    expect_few_survivors(rows)
+    assert survivors(rows) == []
     assert ptx_mutants.PAGE.read_text() == page(rows, by)
+
+
+def test_the_table_has_every_kernel_on_every_architecture() -> None:
+    judged = {(row.kernel.partition("<")[0], row.arch) for row in kept()[0]}
+    shipped = {(kernel, arch) for kernel in shipped_kernels() for arch in ARCHS}
+    assert len(shipped) >= 70
+    assert set(UNLAUNCHED) <= shipped
+    assert judged == shipped - set(UNLAUNCHED)
+
+
+def test_a_branch_whose_sides_differ_is_no_reason() -> None:
+    """Both sides of a division of 64-bit numbers give the quotient; where one gives the rest, turning it is no mutant
+    that computes the same, although no launch comes there."""
+    act = torch.relu(torch.randn(2, 16, 5, 3)).half().contiguous(memory_format=torch.channels_last)
+    with recorded(80) as (_, launches):
+        pool_winner.pool_forward(act, Pool(3, 2, 1))
+    (launch,) = launches
+    turned = next(
+        mutants.Mutant(launch.kernel, "comparison", s, replace(s, opcode="setp.eq.b64"))
+        for s in mutants.statements(launch.text, launch.kernel)
+        if s.opcode == "setp.ne.b64" and s.operands[2] == "0"
+    )
+    assert judge(launch, turned).equivalent == "same value by the other branch"
+    wrong = replace(launch, text=launch.text.replace("div.s64", "rem.s64", 1))
+    assert not judge(wrong, turned).equivalent
+    assert reason(turned, turned(wrong.kernel, wrong.text), [wrong]) == ""
+
+
+def test_a_moved_statement_stands_behind_the_next_one() -> None:
+    (launch, *_), *_ = launches_of(CASES["inference: 1x1, bf16"], 80)
+    (moved,) = mutants.draw(launch, 3, ["order"])
+    assert moved.behind is not None
+    before, after = (t.split("\n") for t in (launch.text, moved(launch.kernel, launch.text)))
+    changed = [n for n, (a, b) in enumerate(zip(before, after, strict=True), 1) if a != b]
+    assert changed == [moved.was.line, moved.behind.line]
+    assert after[moved.behind.line - 1].strip() == f"{moved.behind} {moved.was}"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not native.status() or shutil.which("nvcc") is None, reason="needs the native library and nvcc")
 def test_all_mutants_are_judged_as_the_table_says() -> None:
     rows, by = ptx_mutants.all_rows(), kept()[1]
-    expect_few_survivors(rows)
-    if by == compilers():
+    if by != compilers():  # other code gives other mutants
+        assert len(survivors(rows)) <= len(rows) / 400, survivors(rows)
+    else:
+        assert survivors(rows) == []
         assert [as_judged(row) for row in rows] == [as_judged(row) for row in kept()[0]]

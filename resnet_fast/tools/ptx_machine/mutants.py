@@ -30,17 +30,22 @@ SYNCHRONISES = (
 
 @dataclass(frozen=True)
 class PtxStatement:
-    """An instruction on a line of PTX: guard ("" or "@%p1"), opcode, operands as written."""
+    """An instruction on a line of PTX: guard ("" or "@%p1"), opcode, operands as written.
+
+    ``before``: statements that compute an operand of a changed one, in a scope of their own.
+    """
 
     line: int
     indent: str
     guard: str
     opcode: str
     operands: tuple[str, ...]
+    before: str = ""
 
     def __str__(self) -> str:
         guard = f"{self.guard} " if self.guard else ""
-        return f"{guard}{self.opcode} {', '.join(self.operands)}".rstrip() + ";"
+        text = f"{guard}{self.opcode} {', '.join(self.operands)}".rstrip() + ";"
+        return f"{{ {self.before} {text} }}" if self.before else text
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,32 @@ class Mutant:
         kind: one of ``KINDS``.
         was: the statement.
         new: what stands in its place: a statement, or None if it is left out.
+        behind: a later statement behind which it stands instead, or None.
     """
 
     kernel: str
     kind: str
     was: PtxStatement
     new: PtxStatement | None
+    behind: PtxStatement | None = None
 
     def __call__(self, name: str, text: str) -> str:
         """Return the PTX with the change, if ``name`` is the mutant's kernel."""
-        return text if name != self.kernel else replaced(text, self.was, "" if self.new is None else str(self.new))
+        if name != self.kernel:
+            return text
+        if self.behind is not None:
+            text = replaced(text, self.behind, f"{self.behind} {self.was}")
+        return replaced(text, self.was, "" if self.new is None else str(self.new))
+
+    @property
+    def becomes(self) -> str:
+        """The change in words."""
+        if self.behind is not None:
+            return f"behind `{self.behind}`"
+        return "nothing" if self.new is None else f"`{self.new}`"
 
     def __str__(self) -> str:
-        new = "nothing" if self.new is None else f"`{self.new}`"
-        return f"{self.kernel}, PTX line {self.was.line}, {self.kind}: `{self.was}` becomes {new}"
+        return f"{self.kernel}, PTX line {self.was.line}, {self.kind}: `{self.was}` becomes {self.becomes}"
 
 
 def replaced(text: str, was: PtxStatement, new: str) -> str:
@@ -104,7 +121,21 @@ def _split(operands: str) -> tuple[str, ...]:
     return tuple(p.strip() for p in parts if p.strip())
 
 
-Changes = Callable[[PtxStatement, Sequence[str], random.Random], list[PtxStatement | None]]
+@dataclass(frozen=True)
+class PtxSurroundings:
+    """What stands before a statement: registers, and operands that are vectors. ``next``: the next statement of its
+    block that synchronises or reaches memory, if there is one."""
+
+    registers: tuple[str, ...]
+    vectors: tuple[str, ...]
+    next: PtxStatement | None
+
+
+Changed = PtxStatement | None
+Changes = Callable[[PtxStatement, PtxSurroundings, random.Random], list[Changed]]
+
+_OWN = "%mutant_own"
+"""A register of a changed statement's own."""
 
 
 def _with(s: PtxStatement, at: int, operand: str) -> PtxStatement:
@@ -121,32 +152,58 @@ def _removed(*names: str) -> Changes:
     return lambda s, near, rng: [None] if s.opcode.startswith(names) else []
 
 
-def _waits(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
+def _barriers(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
+    """Leave out a barrier, or wait at another one, or for a warp more or less."""
+    if not s.opcode.startswith(("bar.sync", "barrier.sync")):
+        return []
+    found: list[Changed] = [None]
+    for at, operand in enumerate(s.operands):
+        if operand.isdecimal():
+            n = int(operand)
+            found += [_with(s, at, str(m)) for m in ([(n + 1) % 16] if at == 0 else [n - 32, n + 32]) if m > 0]
+    return found
+
+
+def _computed(s: PtxStatement, at: int, kind: str, operation: str, operand: str) -> PtxStatement:
+    """Return a statement whose operand is ``operation`` of what it was."""
+    before = f".reg .{kind} {_OWN}; {operation.format(own=_OWN, was=operand)};"
+    return replace(_with(s, at, s.operands[at].replace(operand, _OWN)), before=before)
+
+
+def _waits(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
     if s.opcode.startswith("mbarrier.try_wait"):
-        return [replace(s, opcode="mov.pred", operands=(s.operands[0], "1"))]
+        passed: Changed = replace(s, opcode="mov.pred", operands=(s.operands[0], "1"))
+        other = _computed(s, 2, "b32", "xor.b32 {own}, {was}, 1", s.operands[2]) if ".parity" in s.opcode else None
+        return [passed, *([other] if other else [])]
     if ".wait_group" not in s.opcode:
         return []
     return [None, _with(s, 0, str(int(s.operands[0]) + 1))]
 
 
-def _guards(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
+def _guards(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
     if not s.guard:
         return []
     other = s.guard.replace("@!", "@") if s.guard.startswith("@!") else s.guard.replace("@", "@!")
-    return [replace(s, guard=""), replace(s, guard=other)]
+    others = [r for r in near.registers if type_of(r) == "%p" and r not in s.guard]
+    another = [replace(s, guard=s.guard.replace(s.guard.lstrip("@!"), rng.choice(others)))] if others else []
+    return [replace(s, guard=""), replace(s, guard=other), *another]
 
 
-def _immediates(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
+def _immediates(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
     if s.opcode.startswith(("bar.", "mov.pred", "wgmma", "cp.async.wait", "ld.param", "ret", "mma")):
         return []
-    found: list[PtxStatement | None] = []
+    found: list[Changed] = []
     for at, operand in enumerate(s.operands):
         if re.fullmatch(r"-?\d+", operand):
             n = int(operand)
             if s.opcode.startswith("cp.async") or (s.opcode.startswith("shfl") and at == 3):
                 continue
             near_by = [n + 1, n - 1, 2 * n] if "shfl" not in s.opcode else [n ^ 1, n ^ 3]
+            near_by += [n ^ (1 << bit) for bit in range(4, n.bit_length())] if n >= 1 << 16 else []
             found += [_with(s, at, str(m)) for m in near_by if m != n and (m >= 0 or n < 0)]
+        elif re.fullmatch(r"0f[0-9A-Fa-f]{8}", operand):
+            n = int(operand[2:], 16)
+            found += [_with(s, at, f"0f{m:08X}") for m in (0, 0x3F800000, n ^ 1) if m != n]
         elif match := re.fullmatch(r"(\[\s*%\w+\s*)(?:\+\s*(-?\d+)\s*)?\]", operand):
             n = int(match[2] or 0)
             found += [_with(s, at, f"{match[1].rstrip()}+{n + step}]") for step in _steps(s.opcode)]
@@ -162,37 +219,85 @@ def _steps(opcode: str) -> tuple[int, ...]:
     return (width, 2 * width, -width)
 
 
-def _operands(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
+def _operands(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
     """Swap two sources, or read another register of the same type that is used nearby."""
     if s.opcode.startswith(("mma", "wgmma", "ldmatrix", "bar", "ld.", "cp.", "bra", "mbarrier")):
         return []
-    found: list[PtxStatement | None] = []
+    found: list[Changed] = []
     sources = [i for i in range(writes(s), len(s.operands)) if REGISTER.fullmatch(s.operands[i])]
     commutes = s.opcode.startswith(("add", "mul", "and", "or", "xor", "max", "min", "setp.eq", "setp.ne"))
     for a, b in pairwise(sources):
         if not commutes and s.operands[a] != s.operands[b] and type_of(s.operands[a]) == type_of(s.operands[b]):
             found.append(_with(_with(s, a, s.operands[b]), b, s.operands[a]))
     for at in sources:
-        if others := [r for r in near if type_of(r) == type_of(s.operands[at]) and r not in s.operands]:
+        if others := [r for r in near.registers if type_of(r) == type_of(s.operands[at]) and r not in s.operands]:
             found.append(_with(s, at, rng.choice(others)))
     return found
 
 
-def _addresses(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
-    found: list[PtxStatement | None] = []
+def _addresses(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
+    found: list[Changed] = []
     for at, operand in enumerate(s.operands):
         match = REGISTER.search(operand) if operand.startswith("[") else None
-        others = [r for r in near if match and type_of(r) == type_of(match[0]) and r != match[0]]
+        others = [r for r in near.registers if match and type_of(r) == type_of(match[0]) and r != match[0]]
         if match and others:
             found.append(_with(s, at, operand.replace(match[0], rng.choice(others))))
+        if match and "shared" in s.opcode and type_of(match[0]) == "%r":
+            bit = rng.choice((16, 32, 64))  # as the bits that a swizzle turns
+            found.append(_computed(s, at, "b32", f"xor.b32 {{own}}, {{was}}, {bit}", match[0]))
     return found
+
+
+def _fragments(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
+    """Give a product other registers, or another place in shared memory."""
+    if not s.opcode.startswith(("mma.", "wgmma.mma")):
+        return []
+    found: list[Changed] = []
+    for at, operand in enumerate(s.operands):
+        elements = operand.count(",") + 1
+        others = [v for v in near.vectors if v.count(",") + 1 == elements and v not in s.operands]
+        if operand[0] == "{" and elements > 1 and others and not (at == 0 and s.opcode.startswith("mma")):
+            found.append(_with(s, at, rng.choice(others)))
+        if re.fullmatch(r"%rd\d+", operand):
+            other_places = [r for r in near.registers if type_of(r) == "%rd" and r not in s.operands]
+            found += [_with(s, at, rng.choice(other_places))] if other_places else []
+            # a start off by 16 or 64 bytes, another distance of the groups of rows, another swizzle; not the leading
+            # dimension, which a swizzled operand does not read
+            bit = rng.choice((0, 2, 32, 62))
+            found.append(_computed(s, at, "b64", f"xor.b64 {{own}}, {{was}}, {1 << bit}", operand))
+    return found
+
+
+def _copies(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
+    """Copy without zero fill, fewer bytes, or count other bytes than arrive."""
+    if s.opcode.startswith("cp.async.c") and len(s.operands) > 2:
+        size = int(s.operands[2], 0)
+        fewer = [_with(s, 2, str(size // 2))] if ".ca." in s.opcode and size > 4 else []
+        return [None, *fewer, *([replace(s, operands=s.operands[:3])] if len(s.operands) == 4 else [])]
+    if "expect_tx" in s.opcode:
+        at = len(s.operands) - 1
+        return [_computed(s, at, "b32", f"add.u32 {{own}}, {{was}}, {n}", s.operands[at]) for n in (16, -16)]
+    return [None] if s.opcode.startswith("cp.async.bulk.tensor") else []
+
+
+_ORDERED = (
+    *SYNCHRONISES, "st.", "ld.shared", "ld.global", "ldmatrix", "stmatrix", "cp.async", "wgmma", "red.", "atom.",
+)  # fmt: skip
+"""Statements whose order matters where one of two synchronises."""
+
+
+def _order(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
+    """Say whether a statement can stand behind the next one: both reach memory or synchronise, and one does that."""
+    if near.next is None or writes(s) or not s.opcode.startswith(_ORDERED):
+        return []
+    return [None] if any(one.opcode.startswith(SYNCHRONISES) for one in (s, near.next)) else []
 
 
 _COMPARISONS = {"lt": ("le", "ge"), "le": ("lt", "gt"), "gt": ("ge", "le"), "ge": ("gt", "lt"), "eq": ("ne",),
                 "ne": ("eq",), "neu": ("equ",)}  # fmt: skip
 
 
-def _comparisons(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
+def _comparisons(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
     name, _, rest = s.opcode.partition(".")
     comparison, _, kind = rest.partition(".")
     if name != "setp" or comparison not in _COMPARISONS:
@@ -215,11 +320,18 @@ _MODIFIERS = (
     (r"^(ldmatrix\.sync\.aligned\.m8n8\.x\d)(?!\.trans)", (r"\1.trans",)),
     (r"^(stmatrix\.sync\.aligned\.m8n8\.x\d)(?!\.trans)", (r"\1.trans",)),
     (r"^(div)\.", ("mul.",)),
+    (r"^(max|min)\.NaN\.", (r"\1.",)),
+    (r"^(fma)\.rn\.(f32|f64)$", (r"fma.rz.\2",)),
+    (r"^(add|sub|mul|fma\.rn)\.f32$", (r"\1.ftz.f32",)),
+    (r"^(cvt\S*?|fma\S*?)\.relu", (r"\1",)),
+    (r"^(atom|red)(\S*)\.(acq_rel|release|acquire)\.", (r"\1\2.relaxed.",)),
+    (r"^(ld|st)(\S*)\.(acquire|release)\.", (r"\1\2.relaxed.",)),
+    (r"^(atom\S*|red\S*)\.add\.", (r"\1.max.", r"\1.exch.")),
 )
 
 
-def _modifiers(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list[PtxStatement | None]:
-    found: list[PtxStatement | None] = []
+def _modifiers(s: PtxStatement, near: PtxSurroundings, rng: random.Random) -> list[Changed]:
+    found: list[Changed] = []
     for pattern, others in _MODIFIERS:
         for other in others:
             opcode = re.sub(pattern, other, s.opcode)
@@ -228,6 +340,8 @@ def _modifiers(s: PtxStatement, near: Sequence[str], rng: random.Random) -> list
     if s.opcode.startswith(("mma", "ldmatrix", "stmatrix")):
         for at in range(len(s.operands) - s.opcode.startswith("mma")):
             found += [_with(s, at, _turned(s.operands[at]))] if "," in s.operands[at] else []
+    if s.opcode.startswith(("ld.", "st.", "mov.b32", "mov.b64")):
+        found += [_with(s, at, _turned(o)) for at, o in enumerate(s.operands) if o.startswith("{") and "," in o]
     if s.opcode.startswith("wgmma.mma_async"):
         found += [_with(s, at, "-" + s.operands[at]) for at in range(len(s.operands)) if s.operands[at] == "1"][:1]
         found += [_with(_with(s, 1, s.operands[2]), 2, s.operands[1])] if s.operands[1][0] == "%" else []
@@ -245,7 +359,7 @@ def type_of(register: str) -> str:
 
 
 KINDS: dict[str, Changes] = {
-    "barrier": _removed("bar.sync", "barrier.sync"),
+    "barrier": _barriers,
     "wait": _waits,
     "fence": _removed("wgmma.fence", "fence.", "membar"),
     "commit or arrive": _removed(
@@ -258,6 +372,9 @@ KINDS: dict[str, Changes] = {
     "comparison": _comparisons,
     "modifier": _modifiers,
     "store": _removed("st.", "stmatrix", "red."),
+    "fragment": _fragments,
+    "copy": _copies,
+    "order": _order,
 }
 """Kinds of changes -> the changes of a statement of that kind."""
 
@@ -280,16 +397,29 @@ def draw(launch: RecordedLaunch, seed: int, kinds: Sequence[str] = tuple(KINDS),
             if left == 0:
                 break
             s = found[at]
-            near = sorted(
-                {r for n in found[max(0, at - NEAR) : at + 1] for o in n.operands for r in REGISTER.findall(o)}
-            )
-            changes = KINDS[kind](s, near, rng)
+            before = found[max(0, at - NEAR) : at + 1]
+            registers = {r for n in before for o in (n.guard, *n.operands) for r in REGISTER.findall(o)}
+            vectors = {o for n in before for o in n.operands if o.startswith("{")}
+            behind = _next(launch.text, found, at) if kind == "order" else None
+            changes = KINDS[kind](s, PtxSurroundings(tuple(sorted(registers)), tuple(sorted(vectors)), behind), rng)
             if not changes:
                 continue
-            mutant = Mutant(launch.kernel, kind, s, rng.choice(changes))
+            mutant = Mutant(launch.kernel, kind, s, rng.choice(changes), behind)
             if _is_ptx(launch, mutant) and reached(launch, s):
                 left -= 1
                 yield mutant
+
+
+def _next(text: str, found: Sequence[PtxStatement], at: int) -> PtxStatement | None:
+    """Return the next statement of the same block that synchronises or reaches memory."""
+    lines = text.split("\n")
+    for one in found[at + 1 :]:
+        between = lines[found[at].line : one.line]
+        if one.opcode.startswith(("bra", "ret")) or any(re.match(r"\s*(\$L__BB|\{|\})", line) for line in between):
+            return None
+        if one.opcode.startswith(_ORDERED):
+            return one
+    return None
 
 
 def _is_ptx(launch: RecordedLaunch, mutant: Mutant) -> bool:

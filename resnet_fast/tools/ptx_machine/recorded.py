@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ class RecordedLaunch:
     cluster: tuple[int, int, int]
     ranges: tuple[tuple[int, bytes, str, np.ndarray, bool], ...]
     instructions: int
+
+    @cached_property
+    def outcome(self) -> MutantOutcome:
+        """What it leaves as it is, which every mutant is compared with."""
+        return execute(self)
 
 
 @dataclass
@@ -144,9 +150,9 @@ class _RecordedModule:
 
 
 @contextmanager
-def recorded(arch: int, seed: int = 0) -> Iterator[tuple[PtxMachine, list[RecordedLaunch]]]:
+def recorded(arch: int, seed: int = 0, tf32: bool = False) -> Iterator[tuple[PtxMachine, list[RecordedLaunch]]]:
     """Enter a machine for ``arch`` and yield it with the launches that it executes, each with its memory."""
-    machine = ptx_machine(arch, seed)
+    machine = ptx_machine(arch, seed, tf32=tf32)
     recorder = machine.engine = _RecordingEngine(native.ptx())
     name = flags.SUBMIT.name
     before = os.environ.get(name)
