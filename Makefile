@@ -82,8 +82,11 @@ test-slow: $(VENV)/.stamp-dev
 	$(INTERPRETED) -m "interpret and slow" $(call slow_and,interpret)
 	$(ALONE) -m "alone and slow" $(call slow_and,alone)
 
-# What is left of the sweep since its last run, and docs/tables/ptx-sweep.*.
+# Kernels as compiled: those of the interpreter's tests, and what is left of the sweep since its last run, which writes
+# docs/tables/ptx-sweep.*.
 test-all: test test-slow
+	$(PARALLEL) -m interpret --compiled-for 80 --other-schedules tests/backends/triton
+	$(PARALLEL) -m interpret --compiled-for 90 --other-schedules tests/backends/triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m resnet_fast.benchmarks.tables.ptx_sweep --again
 
 # Without the Triton kernels: tracing the interpreter more than doubles its time.

@@ -61,6 +61,8 @@ def _seed() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "run the tests marked interpret on kernels compiled for sm_80 or sm_90, in the PTX machine"
     parser.addoption("--compiled-for", type=int, choices=(80, 90), help=what)
+    other = "and each of their launches under two other schedules, which must leave the same bytes"
+    parser.addoption("--other-schedules", action="store_true", help=other)
     parser.addoption("--schedule-seed", type=int, default=0, help="of the order of warps in the PTX machine")
 
 
@@ -70,10 +72,16 @@ def _compiled(request: pytest.FixtureRequest) -> Iterator[None]:
     if arch is None or not request.node.get_closest_marker("interpret"):
         yield
         return
-    from resnet_fast.tools.ptx_machine import ptx_machine
+    from resnet_fast.tools.ptx_machine import ptx_machine, recorded
 
-    with ptx_machine(arch, seed=request.config.getoption("--schedule-seed")):
+    seed = request.config.getoption("--schedule-seed")
+    if not request.config.getoption("--other-schedules"):
+        with ptx_machine(arch, seed=seed):
+            yield
+        return
+    with recorded.recorded(arch, seed) as (_, launches):
         yield
+    recorded.expect_same_on_every_schedule(launches)
 
 
 @pytest.hookimpl(wrapper=True)

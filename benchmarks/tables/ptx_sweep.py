@@ -38,7 +38,7 @@ from resnet_fast.errors import named
 from resnet_fast.spec import LaunchSpec
 from resnet_fast.tools.ptx_machine.assembler import dropped_constants, packed_constants
 from resnet_fast.tools.ptx_machine.machine import GPUS
-from resnet_fast.tools.ptx_machine.recorded import RecordedLaunch, execute, recorded
+from resnet_fast.tools.ptx_machine.recorded import expect_same_on_every_schedule, recorded
 from resnet_fast.tools.ptx_machine.stock import Tf32Convolutions
 from resnet_fast.tuning import configs
 from resnet_fast.tuning.configs import Config
@@ -51,10 +51,6 @@ from . import FOLDER
 JSON, PAGE = FOLDER / "ptx-sweep.json", FOLDER / "ptx-sweep.md"
 ROWS = checkout.ROOT / "build" / "ptx-sweep.jsonl"
 COMMAND = "python -m resnet_fast.benchmarks.tables.ptx_sweep"
-
-SCHEDULES = (1, 2)
-"""Seeds of the orders of warps whose results must be equal."""
-
 
 # ----------------------------------------------------------------------------------------------------------- one pair
 
@@ -136,16 +132,6 @@ def code_of(text: str) -> str:
     return "\n".join(line for line in code.split("\n") if not line.lstrip().startswith((".loc", ".file", "//")))
 
 
-def same_on_every_schedule(launches: Iterable[RecordedLaunch]) -> None:
-    """Raise AssertionError unless each launch leaves the same memory under every schedule."""
-    for n, launch in enumerate(launches):
-        one, other = (execute(launch, seed=seed) for seed in SCHEDULES)
-        if one.finding or other.finding:
-            raise AssertionError(f"{launch.kernel}, launch {n}, another schedule: {one.finding or other.finding}")
-        if not one.same_memory(other):
-            raise AssertionError(f"{launch.kernel}, launch {n}: two schedules leave other bytes")
-
-
 def run(pair: SweepPair) -> SweepRow:
     """Compile a pair, and check it in the machine."""
     begun = time.process_time()
@@ -161,7 +147,7 @@ def run(pair: SweepPair) -> SweepRow:
     texts = sorted({code_of(launch.text) for launch in launches})
     if not error:
         try:
-            same_on_every_schedule(launches)
+            expect_same_on_every_schedule(launches)
             for text in texts:
                 if (count := dropped_constants(text)) != 0:
                     raise AssertionError(f"ptxas drops {count} constants that are added to packed integers")
@@ -196,8 +182,12 @@ def sample(count: int, seed: int, archs: Sequence[int] = tuple(GPUS)) -> list[Sw
 
 
 def sweep(wanted: Iterable[SweepPair], again: bool = False, path: Path = ROWS) -> None:
-    """Run pairs that have no row of these sources yet, and with ``again`` those that failed; keep each row."""
+    """Run pairs that have no row of these sources yet, and with ``again`` those that failed; keep each row.
+
+    Pairs without any row come first.
+    """
     now, done = proofs.versions()["kernels"], kept(path)
+    wanted = sorted(wanted, key=lambda pair: pair.name in done)
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
         for pair in wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +14,9 @@ import numpy as np
 
 from ... import flags, native
 from .machine import PtxMachine, ptx_machine
+
+SCHEDULES = (1, 2)
+"""Seeds of the orders of warps whose results must be equal."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,20 @@ def execute(launch: RecordedLaunch, text: str | None = None, seed: int = 0, fill
     except engine.Fault as fault:
         return MutantOutcome(fault.what)
     return MutantOutcome("", tuple(own.tobytes() for own in held), memory.unwritten(), report.counters)
+
+
+def expect_same_on_every_schedule(launches: Iterable[RecordedLaunch]) -> None:
+    """Execute each launch under two other schedules of its warps.
+
+    Raises:
+        AssertionError: a schedule ends in a finding, or the two leave other bytes.
+    """
+    for n, launch in enumerate(launches):
+        one, other = (execute(launch, seed=seed) for seed in SCHEDULES)
+        if one.finding or other.finding:
+            raise AssertionError(f"{launch.kernel}, launch {n}, another schedule: {one.finding or other.finding}")
+        if not one.same_memory(other):
+            raise AssertionError(f"{launch.kernel}, launch {n}: two schedules leave other bytes")
 
 
 class _RecordingEngine:
