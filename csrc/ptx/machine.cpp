@@ -158,7 +158,7 @@ void set_special(Launch& l, Warp& w, const std::string& name, const Slot& slot) 
 // ---- blocks ----
 
 struct Storage {
-  std::vector<std::vector<uint8_t>> files, undefined_bits;
+  std::vector<std::vector<uint8_t>> files, undefined_bits, keeps_bits;
   std::vector<std::vector<uint32_t>> written, pending;
 };
 
@@ -176,16 +176,19 @@ void make_warps(Launch& l, Storage& storage) {
   storage.written.resize(warps);
   storage.pending.resize(warps);
   storage.undefined_bits.resize(warps);
+  storage.keeps_bits.resize(warps);
   for (size_t n = 0; n < warps; ++n) {
     storage.files[n].assign(p.file_bytes + 64, 0);
     storage.written[n].resize(p.registers.size());
     storage.pending[n].resize(p.registers.size());
     storage.undefined_bits[n].resize(p.file_bytes);
+    storage.keeps_bits[n].resize(p.registers.size());
     Warp& w = l.block.warps[n];
     w.file = aligned(storage.files[n]);
     w.written = storage.written[n].data();
     w.pending = storage.pending[n].data();
     w.undefined_bits = storage.undefined_bits[n].data();
+    w.keeps_bits = storage.keeps_bits[n].data();
     if (!p.initial.empty()) std::memcpy(w.file, p.initial.data(), p.initial.size());
   }
 }
@@ -206,7 +209,7 @@ void start_block(Launch& l, Storage& storage, int64_t number) {
     w.index = static_cast<int>(n);
     std::fill(storage.written[n].begin(), storage.written[n].end(), 0);
     std::fill(storage.pending[n].begin(), storage.pending[n].end(), 0);
-    std::fill(storage.undefined_bits[n].begin(), storage.undefined_bits[n].end(), uint8_t{0xff});
+    std::fill(storage.keeps_bits[n].begin(), storage.keeps_bits[n].end(), uint8_t{0});
     w.written[kConstantRegister] = kAllLanes;
     w.pending_registers = 0;
     const int64_t lanes = std::min<int64_t>(kWarp, threads - static_cast<int64_t>(n) * kWarp);

@@ -69,8 +69,15 @@ uint32_t Warp::defined_partly(const Slot& s, int first, int bits) const {
   return lanes;
 }
 
+void Warp::keep_bits(const Slot& s) {
+  if (keeps_bits[s.reg]) return;
+  keeps_bits[s.reg] = 1;
+  std::memset(undefined_bits + s.at, 0xff, static_cast<size_t>(lane_bytes(s.type)) * kWarp);
+}
+
 void Warp::note_part(const Slot& s, int first, int count, uint32_t known) {
   if (s.absent) return;
+  keep_bits(s);
   const int bytes = lane_bytes(s.type);
   for (int lane = 0; lane < kWarp; ++lane) {
     const uint32_t bit = 1u << lane;

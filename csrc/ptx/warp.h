@@ -43,6 +43,9 @@ struct Warp {
   // Laid out as `file`: in a lane that `written` lacks, which bits of the register are undefined, as of
   // `mov.b32 a, {b, undefined}`. In other lanes it means nothing.
   uint8_t* undefined_bits = nullptr;
+  // By register, whether `undefined_bits` has been set for it. If not, lanes that `written` lacks are wholly undefined,
+  // as at the start of a block: bits are only kept of registers that are defined in part.
+  uint8_t* keeps_bits = nullptr;
   // By register, the lanes that an asynchronous product still reads or writes. Any use is a finding.
   uint32_t* pending = nullptr;
   int pending_registers = 0;  // how many have a bit in `pending`
@@ -89,13 +92,15 @@ struct Warp {
   // The undefined bits of a lane of a register that is as wide as T.
   template <class T>
   T undefined_in(const Slot& s, int lane) const {
-    return written[s.reg] >> lane & 1 ? T{0} : reinterpret_cast<const T*>(undefined_bits + s.at)[lane];
+    if (written[s.reg] >> lane & 1) return T{0};
+    return keeps_bits[s.reg] ? reinterpret_cast<const T*>(undefined_bits + s.at)[lane] : static_cast<T>(~T{0});
   }
   uint64_t undefined_value(const Slot& s, int lane) const;
   // The undefined bits, by lane, of a register that was just written.
   template <class T>
   void note_bits(const Slot& s, const T* bits) {
     if (s.absent) return;
+    keep_bits(s);
     T* to = reinterpret_cast<T*>(undefined_bits + s.at);
     for (int lane = 0; lane < kWarp; ++lane) {
       const uint32_t bit = 1u << lane;
@@ -133,7 +138,7 @@ struct Warp {
   void note(const Instruction& i, const Slot& s, uint32_t defined) {
     if (pending_registers > 0 && (pending[s.reg] & active)) used_while_pending(i, s);
     written[s.reg] = (written[s.reg] & ~active) | (defined & active);
-    if (active & ~defined) forget(s, active & ~defined);
+    if ((active & ~defined) && keeps_bits[s.reg]) forget(s, active & ~defined);
   }
 
   void pause() {
@@ -150,6 +155,7 @@ struct Warp {
 
   // Every bit of these lanes becomes undefined.
   void forget(const Slot& s, uint32_t lanes);
+  void keep_bits(const Slot& s);
   uint32_t defined_partly(const Slot& s, int first, int bits) const;
 
   void used_while_pending(const Instruction& i, const Slot& s);
