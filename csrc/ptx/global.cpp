@@ -23,7 +23,8 @@ void GlobalMemory::add(uint64_t address, uint64_t bytes, std::string name, bool 
   a.address = address;
   a.bytes = bytes;
   a.host = host;
-  a.name = std::move(name);
+  const int same = ++names_[name];
+  a.name = same == 1 ? std::move(name) : name + " #" + std::to_string(same);
   a.writable = writable;
   if (!written) a.written.assign(bytes, 0);
   a.touched.assign((address + bytes - 1) / kSector - address / kSector + 1, 0);

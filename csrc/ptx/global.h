@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -26,7 +27,8 @@ struct Allocation {
 
 class GlobalMemory {
  public:
-  // Throws std::invalid_argument if it overlaps another allocation.
+  // Throws std::invalid_argument if it overlaps another allocation. The second one of a name gets " #2" behind it, so
+  // that reports and counters tell them apart.
   void add(uint64_t address, uint64_t bytes, std::string name, bool written, bool writable, uint64_t host);
   void remove(uint64_t address);
   // The allocation that holds all of these bytes, or null.
@@ -57,6 +59,7 @@ class GlobalMemory {
   Allocation* search(uint64_t address, uint64_t bytes);
   std::vector<Allocation> allocations_;  // by address
   Allocation* last_ = nullptr;
+  std::map<std::string, int> names_;  // how often each was given
 };
 
 }  // namespace ptx
