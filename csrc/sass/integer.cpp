@@ -29,6 +29,21 @@ uint64_t summand(const Operand& o, uint32_t x) {
   return o.negated ? uint64_t{static_cast<uint32_t>(~x)} + 1 : o.inverted ? static_cast<uint32_t>(~x) : x;
 }
 
+// Without carries, which is most of them.
+void run_plain_add(Warp& w, const Instruction& i) {
+  Vec out, scratch[3];
+  const Vec &a = w.read(i, i.source(0), scratch[0]), &b = w.read(i, i.source(1), scratch[1]);
+  if (i.size == 2) {
+    out.known = a.known & b.known;
+    for (int lane = 0; lane < kWarp; ++lane) out.v[lane] = a.v[lane] + b.v[lane];
+  } else {
+    const Vec& c = w.read(i, i.source(2), scratch[2]);
+    out.known = a.known & b.known & c.known;
+    for (int lane = 0; lane < kWarp; ++lane) out.v[lane] = a.v[lane] + b.v[lane] + c.v[lane];
+  }
+  w.put(i.operands[0], out);
+}
+
 void run_add(Warp& w, const Instruction& i) {
   const int n = i.size;  // summands
   Vec out, scratch[3];
@@ -78,7 +93,7 @@ void run_add_wide(Warp& w, const Instruction& i) {
 bool decode_add(Instruction& i) {
   i.extended = i.take("X");
   i.size = i.name == "VIADD" ? 2 : 3;
-  i.run = run_add;
+  i.run = i.extended || i.results > 1 ? run_add : run_plain_add;
   if (i.take("64")) {
     i.run = run_add_wide;
     if (i.results > 1 && i.operands[1].number != kPT) return false;
@@ -89,6 +104,16 @@ bool decode_add(Instruction& i) {
 // ---- products ----
 
 enum Part { kLow, kHigh, kWide };
+
+// The lower half of a product, without a carry: whether its operands have signs does not matter.
+void run_plain_multiply(Warp& w, const Instruction& i) {
+  Vec out, scratch[3];
+  const Vec &a = w.read(i, i.source(0), scratch[0]), &b = w.read(i, i.source(1), scratch[1]);
+  const Vec& c = w.read(i, i.source(2), scratch[2]);
+  out.known = a.known & b.known & c.known;
+  for (int lane = 0; lane < kWarp; ++lane) out.v[lane] = a.v[lane] * b.v[lane] + c.v[lane];
+  w.put(i.operands[0], out);
+}
 
 void run_multiply(Warp& w, const Instruction& i) {
   Vec sa, sb, s[2], low, high;
@@ -132,7 +157,7 @@ bool decode_multiply(Instruction& i) {
   i.take("MOV");
   i.take("IADD");
   i.take("SHL");
-  i.run = run_multiply;
+  i.run = i.form == kLow && !i.extended ? run_plain_multiply : run_multiply;
   if (i.results > 1 && i.form == kLow && i.operands[1].number != kPT) return false;
   return i.sources() >= (i.extended ? 4 : 3);
 }
@@ -181,40 +206,47 @@ bool decode_lea(Instruction& i) {
 
 // ---- bits ----
 
-uint32_t table3(uint32_t table, uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t out = 0;
-  for (int n = 0; n < 8; ++n)
-    if (table >> n & 1) out |= (n & 4 ? a : ~a) & (n & 2 ? b : ~b) & (n & 1 ? c : ~c);
-  return out;
-}
-
 void run_lop3(Warp& w, const Instruction& i) {
   Vec sa, sb, sc, out;
   const Vec &a = w.read(i, i.source(0), sa), &b = w.read(i, i.source(1), sb), &c = w.read(i, i.source(2), sc);
   const auto table = static_cast<uint32_t>(i.number);
   const uint32_t known = a.known & b.known & c.known;
-  if (table == 0xc0)
+  if (table == 0xc0) {
     for (int lane = 0; lane < kWarp; ++lane) out.v[lane] = a.v[lane] & b.v[lane];
-  else
-    for (int lane = 0; lane < kWarp; ++lane) out.v[lane] = table3(table, a.v[lane], b.v[lane], c.v[lane]);
-  out.known = known;
-  // An unknown operand that no bit of the result depends on.
-  for (int lane = 0; known != kAll && lane < kWarp; ++lane) {
-    if (known >> lane & 1) continue;
-    const auto of = [&](const Vec& x, uint32_t unknown) { return x.known >> lane & 1 ? x.v[lane] : unknown; };
-    bool same = true;
-    const uint32_t first = table3(table, of(a, 0), of(b, 0), of(c, 0));
-    for (int n = 1; n < 8; ++n)
-      same &= first == table3(table, of(a, n & 1 ? kAll : 0), of(b, n & 2 ? kAll : 0), of(c, n & 4 ? kAll : 0));
-    if (same) {
-      out.v[lane] = first;
-      out.known |= 1u << lane;
+  } else {
+    for (uint32_t& lane : out.v) lane = 0;
+    for (int n = 0; n < 8; ++n) {
+      if (!(table >> n & 1)) continue;
+      const uint32_t x = n & 4 ? 0 : kAll, y = n & 2 ? 0 : kAll, z = n & 1 ? 0 : kAll;
+      for (int lane = 0; lane < kWarp; ++lane) out.v[lane] |= (a.v[lane] ^ x) & (b.v[lane] ^ y) & (c.v[lane] ^ z);
     }
   }
-  w.put(i.operands[i.results - 1], out);
+  out.known = known;
+  // Bit by bit where an operand is unknown: ptxas keeps predicates as bits of a register that nobody has set as a
+  // whole.
+  uint32_t unknown[kWarp] = {};
+  for (int lane = 0; known != kAll && lane < kWarp; ++lane) {
+    if (known >> lane & 1) continue;
+    const uint32_t u[3] = {w.unknown_of(i.source(0), a, lane), w.unknown_of(i.source(1), b, lane),
+                           w.unknown_of(i.source(2), c, lane)};
+    const uint32_t x[3] = {a.v[lane], b.v[lane], c.v[lane]};
+    uint32_t may_be[2] = {0, 0};
+    for (int n = 0; n < 8; ++n) {
+      uint32_t fits = kAll;
+      for (int k = 0; k < 3; ++k) fits &= u[k] | (n >> (2 - k) & 1 ? x[k] : ~x[k]);
+      may_be[table >> n & 1] |= fits;
+    }
+    unknown[lane] = may_be[0] & may_be[1];
+    out.v[lane] = may_be[1] & ~may_be[0];
+    if (unknown[lane] == 0) out.known |= 1u << lane;
+  }
+  w.put(i.operands[i.results - 1], out, 0, unknown);
   if (i.results == 1) return;
-  Mask any{0, out.known};
-  for (int lane = 0; lane < kWarp; ++lane) any.v |= static_cast<uint32_t>(out.v[lane] != 0) << lane;
+  Mask any{0, kAll};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    any.v |= static_cast<uint32_t>(out.v[lane] != 0) << lane;
+    if (out.v[lane] == 0 && unknown[lane] != 0) any.known &= ~(1u << lane);
+  }
   const Mask also = w.predicate(i.source(4));
   w.put(i.operands[0],
         i.flag ? Mask{any.v & also.v, any.known & also.known} : Mask{any.v | also.v, any.known & also.known});
@@ -307,7 +339,13 @@ void map2(Warp& w, const Instruction& i, F f) {
 }
 
 void run_move(Warp& w, const Instruction& i) {
-  map1(w, i, [](uint32_t x) { return x; });
+  Vec scratch;
+  const Operand& from = i.source(0);
+  const Vec& x = w.read(i, from, scratch);
+  if (x.known == kAll) return w.put(i.operands[0], x);
+  uint32_t unknown[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) unknown[lane] = w.unknown_of(from, x, lane);
+  w.put(i.operands[0], Vec(x), 0, unknown);
 }
 
 bool decode_move(Instruction& i) {
@@ -451,29 +489,39 @@ bool decode_minimum(Instruction& i) {
 
 enum Order { kEq, kNe, kLt, kLe, kGt, kGe };
 
-bool compared(int order, uint32_t a, uint32_t b, bool is_signed) {
+template <class F>
+uint32_t lanes_where(const Vec& a, const Vec& b, F holds) {
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < kWarp; ++lane) lanes |= static_cast<uint32_t>(holds(a.v[lane], b.v[lane])) << lane;
+  return lanes;
+}
+
+uint32_t compared(int order, const Vec& a, const Vec& b, bool is_signed) {
+  const auto below = [](const Vec& x, const Vec& y, bool with_sign) {
+    return with_sign ? lanes_where(x, y, [](uint32_t p, uint32_t q) { return less(p, q, true); })
+                     : lanes_where(x, y, [](uint32_t p, uint32_t q) { return less(p, q, false); });
+  };
+  const auto equal = [&] { return lanes_where(a, b, [](uint32_t p, uint32_t q) { return p == q; }); };
   switch (order) {
     case kEq:
-      return a == b;
+      return equal();
     case kNe:
-      return a != b;
+      return ~equal();
     case kLt:
-      return less(a, b, is_signed);
+      return below(a, b, is_signed);
     case kLe:
-      return !less(b, a, is_signed);
+      return ~below(b, a, is_signed);
     case kGt:
-      return less(b, a, is_signed);
+      return below(b, a, is_signed);
     default:
-      return !less(a, b, is_signed);
+      return ~below(a, b, is_signed);
   }
 }
 
 void run_compare(Warp& w, const Instruction& i) {
   Vec sa, sb;
   const Vec &a = w.read(i, i.source(0), sa), &b = w.read(i, i.source(1), sb);
-  Mask is{0, a.known & b.known};
-  for (int lane = 0; lane < kWarp; ++lane)
-    is.v |= static_cast<uint32_t>(compared(i.form, a.v[lane], b.v[lane], i.is_signed)) << lane;
+  Mask is{compared(i.form, a, b, i.is_signed), a.known & b.known};
   if (i.extended) {  // the upper halves: the lower ones decide where these are equal
     const Mask lower = w.predicate(i.source(3));
     uint32_t equal = 0;

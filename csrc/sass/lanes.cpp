@@ -59,8 +59,12 @@ void run_unpack(Warp& w, const Instruction& i) {
   to.kind = i.name == "UR2UP" ? Kind::kUP : Kind::kP;
   for (to.number = 0; to.number < 7; ++to.number) {
     if (!(m.v[0] >> to.number & 1)) continue;
-    Mask one{0, a.known};
-    for (int lane = 0; lane < kWarp; ++lane) one.v |= (a.v[lane] >> to.number & 1) << lane;
+    Mask one{0, 0};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const bool known = !(w.unknown_of(i.source(0), a, lane) >> to.number & 1);
+      one.known |= static_cast<uint32_t>(known) << lane;
+      one.v |= (known ? a.v[lane] >> to.number & 1 : 0) << lane;
+    }
     w.put(to, one);
   }
 }

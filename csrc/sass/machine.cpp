@@ -63,7 +63,7 @@ void step(Warp& w) {
     const uint32_t value = i.guard_negated ? ~m.v : m.v;
     w.exec = w.active & value & m.known;
     w.maybe = w.active & ~m.known;
-    if (w.maybe != 0 && i.strict && i.name != "BRA") w.fail(i, "has a guard that is not known");
+    if (w.maybe != 0 && i.strict && !i.branch) w.fail(i, "has a guard that is not known");
   }
   const uint32_t lanes = w.exec | w.maybe;
   const int at = f.at;  // the fragments may move
@@ -73,7 +73,7 @@ void step(Warp& w) {
     i.run(w, i);
   else
     w.forget(i, w.exec);
-  if (i.name != "BRA") w.forget(i, w.maybe);
+  if (!i.branch) w.forget(i, w.maybe);
   if (w.repeat) return;
   if (l.record)
     w.path.push_back({static_cast<uint32_t>(at), lanes});
@@ -200,6 +200,7 @@ void run_block(Launch& l, int64_t index, std::vector<Warp>& warps) {
     w.launch = &l;
     w.number = static_cast<int>(n);
     for (Vec& v : w.r) v.known = 0;
+    for (auto& lanes : w.bits) std::fill(std::begin(lanes), std::end(lanes), kAll);
     for (Vec& v : w.ur) v.known = 0;
     w.r[kRZ] = w.ur[kURZ] = Vec::of(0);
     for (int k = 0; k < 7; ++k) w.p[k] = w.up[k] = Mask{0, 0};
@@ -257,12 +258,13 @@ void bind(Launch& l) {
   for (size_t n = 0; n < l.code.size(); ++n) l.places[l.code[n].address] = static_cast<int>(n);
   for (Instruction& i : l.code) {
     bind_constants(l, i);
-    if (i.name == "BRA" || i.name == "CALL") {
+    i.branch = i.name == "BRA";
+    if (i.branch || i.name == "CALL") {
       const auto to = l.places.find(static_cast<uint32_t>(i.number));
       i.target = to == l.places.end() ? -1 : to->second;
     }
     decode(i);
-    if ((i.name == "BRA" || i.name == "CALL") && i.target < 0) i.run = refused();
+    if ((i.branch || i.name == "CALL") && i.target < 0) i.run = refused();
   }
 }
 

@@ -69,19 +69,22 @@ Mask Warp::predicate(const Operand& o) const {
   return m;
 }
 
-void Warp::put(const Operand& o, const Vec& value, int part) {
+void Warp::put(const Operand& o, const Vec& value, int part, const uint32_t* unknown) {
   if (o.kind == Kind::kUR) {
     if (o.number != kURZ && exec != 0) ur[o.number + part] = value;
     return;
   }
   if (o.kind != Kind::kR || o.number == kRZ) return;
   Vec& to = r[o.number + part];
+  for (uint32_t lanes = exec & ~value.known; lanes != 0; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    bits[o.number + part][lane] = unknown ? unknown[lane] : kAll;
+  }
   if (exec == kAll) {
     to = value;
     return;
   }
-  for (int lane = 0; lane < kWarp; ++lane)
-    if (exec >> lane & 1) to.v[lane] = value.v[lane];
+  for (int lane = 0; lane < kWarp; ++lane) to.v[lane] = exec >> lane & 1 ? value.v[lane] : to.v[lane];
   to.known = (to.known & ~exec) | (value.known & exec);
 }
 
@@ -99,6 +102,7 @@ void Warp::forget(const Instruction& i, uint32_t lanes) {
     for (int n = one.first; n < one.first + one.count; ++n) switch (one.kind) {
         case Kind::kR:
           r[n].known &= ~lanes;
+          for (int lane = 0; lane < kWarp; ++lane) bits[n][lane] |= lanes >> lane & 1 ? kAll : 0;
           break;
         case Kind::kUR:
           ur[n].known = 0;

@@ -83,6 +83,7 @@ struct Instruction {
   std::vector<Written> writes;
   uint64_t word = 0;  // the lower 64 bits
   Run run = nullptr;
+  bool branch = false;     // BRA, which handles an unknown guard itself
   bool strict = false;     // its guard must be known: memory, control, barriers
   int form = 0, size = 0;  // what the decoder noted
   int64_t number = 0;
@@ -186,6 +187,7 @@ struct Warp {
   Launch* launch = nullptr;
   int number = 0;
   Vec r[256], ur[64];
+  uint32_t bits[256][kWarp];  // of each register's lanes that are not known: which bits are not
   Mask p[8], up[8];
   uint32_t b[16] = {};
   uint32_t alive = 0;
@@ -207,7 +209,13 @@ struct Warp {
   // The same without signs: for operands whose handler negates them itself.
   const Vec& plain(const Instruction& i, const Operand& o, Vec& scratch, int part = 0) const;
   Mask predicate(const Operand& o) const;
-  void put(const Operand& o, const Vec& value, int part = 0);
+  // `unknown`: the bits of its lanes that are not known; all of them where it is null.
+  void put(const Operand& o, const Vec& value, int part = 0, const uint32_t* unknown = nullptr);
+  // The unknown bits of a lane of `x`, which `o` was read as.
+  uint32_t unknown_of(const Operand& o, const Vec& x, int lane) const {
+    if (x.known >> lane & 1) return 0;
+    return o.kind == Kind::kR && !o.negated && !o.absolute ? bits[o.number][lane] : kAll;
+  }
   void put(const Operand& o, Mask value);
   void forget(const Instruction& i, uint32_t lanes);
   uint32_t leader() const;  // the lowest lane that executes

@@ -17,6 +17,7 @@ from resnet_fast.errors import UserError
 from resnet_fast.simulation import Launch, MemoryRange, walk
 from resnet_fast.simulation.instruction import Instruction
 from resnet_fast.simulation.kernel import Kernel
+from resnet_fast.tools.ptx_machine.observed import observed
 from tests.support.toy_kernels import copy_kernel, descriptor_matmul_kernel, matmul_kernel, sum_kernel
 from tests.support.walks import (
     LOADS,
@@ -148,6 +149,17 @@ def test_compiled_cuda_kernels(name: str, arch: int) -> None:
         assert_counts_agree(pair)
 
 
+def test_launches_that_are_only_observed() -> None:
+    executed_ones = pairs(90, toys)
+    with observed(90) as seen:
+        toys(seen.machine)
+    assert len(seen.launches) == len(executed_ones)
+    for launch, pair in zip(seen.launches, executed_ones, strict=True):
+        assert (launch.grid, launch.threads, launch.shared) == tuple(pair.recorded.given[:3])
+        assert all(m.content is None for m in launch.memory)
+        assert walk(launch).opcodes == pair.walk.opcodes
+
+
 def test_only_sectors() -> None:
     pair = pairs(90, toys)[-1]
     brief = walk(pair.walk.launch, [3, 1], only_global=True)
@@ -247,6 +259,15 @@ def test_a_loaded_value_decides_a_branch_where_it_is_given() -> None:
         (("LEA.HI.SX32 R4, R6, R7, 0x1f",), 0xC0000005),
         (("LOP3.LUT R4, R6, 0xff, R7, 0xf8, !PT",), 7 | 0x80000000),
         (("LOP3.LUT R4, R99, RZ, R7, 0xea, !PT",), 3),
+        (
+            (
+                "LOP3.LUT R9, R99, 0xfffffffe, RZ, 0xc0, !PT",
+                "LOP3.LUT P0, RZ, R9, 0x1, RZ, 0xc0, !PT",
+                "SEL R4, R7, R8, P0",
+            ),
+            -1,
+        ),
+        (("LOP3.LUT R9, R99, 0x4, RZ, 0xfc, !PT", "MOV R10, R9", "LOP3.LUT R4, R10, 0x4, RZ, 0xc0, !PT"), 4),
         (("SHF.R.S32.HI R4, RZ, 0x1f, R6",), 0xFFFFFFFF),
         (("SHF.L.U64.HI R4, R6, 0x1, R7",), 7),
         (("SHF.R.U64 R4, R6, 0x4, R7",), 0x38000000),
@@ -277,6 +298,7 @@ def test_a_loaded_value_decides_a_branch_where_it_is_given() -> None:
         (("STS [RZ+0x400], R7", "ATOMS.ADD R4, [RZ+0x400], R7", "LDS R4, [RZ+0x400]"), 99),
         (("STS.U8 [RZ+0x401], R8", "LDS R4, [RZ+0x400]"), None),  # three of its bytes are not known
         (("MUFU.RCP R4, R99",), None),
+        (("LOP3.LUT R9, R99, 0x4, RZ, 0xfc, !PT", "LOP3.LUT R4, R9, 0xc, RZ, 0xc0, !PT"), None),
         (("F2FP.BF16.PACK_AB R4, R7, R8",), None),
         (("IMAD.FROB R4, R7, R8, RZ",), None),
     ],

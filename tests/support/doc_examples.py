@@ -87,7 +87,11 @@ def a_kernel_and_its_walk() -> Names:
         copy_kernel[(264,)](torch.randn(n), torch.empty(n), n, BLOCK=1024)
     ranges = tuple(MemoryRange(at, len(content), name) for at, content, name, _, _ in launches[0].ranges)
     compiled = types.SimpleNamespace(asm={"cubin": machine.launches[0].binary})
-    return {"compiled": compiled, "parameters": tuple(launches[0].given[3]), "memory": ranges}
+    images = torch.randn(1, 32, 6, 5, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    net = resnet_fast.accelerate(BasicBlock(32, 32).to(images.dtype).eval())
+    return {
+        "compiled": compiled, "parameters": tuple(launches[0].given[3]), "memory": ranges, "net": net, "images": images
+    }  # fmt: skip
 
 
 def exported_files() -> Names:
