@@ -93,8 +93,11 @@ def walked_accesses(pair: Pair) -> dict[str, Accesses]:
     return {kind: Accesses(*(c[k] for k in Accesses._fields)) for kind, c in counts.items()}
 
 
-def distinct_sectors(pair: Pair, names: tuple[str, ...]) -> dict[str, int]:
-    """Count the distinct sectors of each allocation that instructions of these names touch."""
+def distinct_sectors(pair: Pair, names: tuple[str, ...]) -> dict[str, set[int]]:
+    """Count the distinct sectors of each allocation that instructions of these names touch, by the allocation's name.
+
+    Several allocations may have one name; the name then has the count of each.
+    """
     code, found = pair.walk.launch.kernel.code, set[int]()
     for block in pair.walk.blocks:
         for warp in block.warps:
@@ -102,19 +105,20 @@ def distinct_sectors(pair: Pair, names: tuple[str, ...]) -> dict[str, int]:
             for event, place in zip(warp.events, path["instruction"][warp.events["step"]], strict=True):
                 if code[place].name in names:
                     found.update(pair.walk.sectors[event["first"] : event["first"] + event["sectors"]].tolist())
-    by_name = {r.name: r for r in sorted(pair.walk.launch.memory, key=lambda r: r.address)}  # as the report has them
     ordered = np.array(sorted(found), np.int64)
-    counts = {
-        name: int(np.diff(np.searchsorted(ordered, [r.address // 32, (r.address + r.nbytes - 1) // 32 + 1]))[0])
-        for name, r in by_name.items()
-    }
-    return {name: n for name, n in counts.items() if n}
+    counts: dict[str, set[int]] = {}
+    for one in pair.walk.launch.memory:
+        ends = np.searchsorted(ordered, [one.address // 32, (one.address + one.nbytes - 1) // 32 + 1])
+        counts.setdefault(one.name, set()).add(int(np.diff(ends)[0]))
+    return counts
 
 
-def ptx_distinct_sectors(pair: Pair, way: str) -> dict[str, int]:
-    """Count the same in the PTX machine: ``way`` is read or written. Of allocations with one name it has the last."""
-    allocations = pair.launch.report.counters["allocations"].items()
-    return {name: a[f"unique_sectors_{way}"] for name, a in allocations if a[f"unique_sectors_{way}"]}
+def ptx_distinct_sectors(pair: Pair, way: str) -> dict[str, set[int]]:
+    """Count the same in the PTX machine: ``way`` is read or written. It may have only the last of several of a name."""
+    counts: dict[str, set[int]] = {}
+    for name, one in pair.launch.report.counters["allocations"].items():
+        counts.setdefault(name.partition(" #")[0], set()).add(one[f"unique_sectors_{way}"])
+    return counts
 
 
 def executed(walked: Walk) -> Counter[str]:
