@@ -52,6 +52,9 @@ JSON, PAGE = FOLDER / "ptx-sweep.json", FOLDER / "ptx-sweep.md"
 ROWS = checkout.ROOT / "build" / "ptx-sweep.jsonl"
 COMMAND = "python -m resnet_fast.benchmarks.tables.ptx_sweep"
 
+ARCHS = (80, 90)
+"""Architectures of the tables."""
+
 # ----------------------------------------------------------------------------------------------------------- one pair
 
 
@@ -175,7 +178,7 @@ def kept(path: Path = ROWS) -> dict[str, SweepRow]:
     return {row.name: row for row in rows if row.triton == triton.__version__}
 
 
-def sample(count: int, seed: int, archs: Sequence[int] = tuple(GPUS)) -> list[SweepPair]:
+def sample(count: int, seed: int, archs: Sequence[int] = ARCHS) -> list[SweepPair]:
     """Return pairs drawn by ``seed``, as many of each architecture."""
     draw = random.Random(seed)
     return [pair for arch in archs for pair in draw.sample(pairs(arch), count // len(archs))]
@@ -208,8 +211,8 @@ def summary(rows: Iterable[SweepRow]) -> list[dict[str, object]]:
     groups: dict[tuple[int, str, str], list[SweepRow]] = {}
     for row in rows:
         groups.setdefault((row.arch, row.kernel, row.precision), []).append(row)
-    listed = {arch: pairs(arch) for arch in GPUS}
-    every = Counter((p.arch, p.launch.kernel, check.precision_of(p.launch)) for arch in GPUS for p in listed[arch])
+    listed = {arch: pairs(arch) for arch in ARCHS}
+    every = Counter((p.arch, p.launch.kernel, check.precision_of(p.launch)) for arch in ARCHS for p in listed[arch])
     return [
         {
             "arch": arch,
@@ -243,9 +246,9 @@ def page(content: dict[str, object]) -> str:
         [LEFT, LEFT, LEFT, *[RIGHT] * 6],
     )  # fmt: skip
     of_launches = markdown.table(
-        ("kernel", *(f"launches, sm_{arch}" for arch in GPUS)),
+        ("kernel", *(f"launches, sm_{arch}" for arch in ARCHS)),
         [(kernel, *counts) for kernel, counts in launched.items()],
-        [LEFT, *[RIGHT] * len(GPUS)],
+        [LEFT, *[RIGHT] * len(ARCHS)],
     )
     return "\n\n".join(
         [
@@ -273,7 +276,7 @@ def write(rows: Sequence[SweepRow]) -> None:
     launched: dict[str, list[int]] = {}
     for row in rows:
         for kernel, count in row.launched.items():
-            launched.setdefault(kernel, [0] * len(GPUS))[list(GPUS).index(row.arch)] += count
+            launched.setdefault(kernel, [0] * len(ARCHS))[ARCHS.index(row.arch)] += count
     content = {
         "triton": triton.__version__,
         "kernels": dict(Counter(row.kernels for row in rows)),
@@ -296,14 +299,14 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run again what failed")
     parser.add_argument("--write", action="store_true", help="write the tables of the rows that there are")
     args = parser.parse_args()
-    archs = args.arch or list(GPUS)
+    archs = args.arch or ARCHS
     if args.sample:
         wanted = sample(args.sample, args.seed, archs)
     else:
         wanted = [p for both in zip_longest(*map(pairs, archs)) for p in both if p is not None]
     if not args.write:
         sweep((pair for pair in wanted if args.kernel in pair.launch.kernel), args.again)
-    names = [pair.name for arch in GPUS for pair in pairs(arch)]
+    names = [pair.name for arch in ARCHS for pair in pairs(arch)]
     rows = [row for row in map(kept().get, names) if row is not None]
     write(rows)
     return int(any(row.error for row in rows))

@@ -13,7 +13,7 @@ import torch
 from resnet_fast import native
 from resnet_fast.backends.triton import problem
 from resnet_fast.benchmarks.tables import ptx_sweep
-from resnet_fast.benchmarks.tables.ptx_sweep import GPUS, SweepPair, SweepRow, pairs, run
+from resnet_fast.benchmarks.tables.ptx_sweep import ARCHS, SweepPair, SweepRow, pairs, run
 from resnet_fast.tools.ptx_machine.stock import Tf32Convolutions
 from resnet_fast.tuning import configs, training_configs
 from tests.support.toy_kernels import copy_kernel
@@ -33,19 +33,19 @@ def small(arch: int, needs_proof: bool) -> SweepPair:
     return min((p for p in found if p.launch.kernel == "conv_bn_act_3x3"), key=lambda p: p.launch.macs())
 
 
-@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("needs_proof", [True, False])
 def test_a_pair_of_each_kind_passes(arch: int, needs_proof: bool) -> None:
     expect_passed([small(arch, needs_proof)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_sample_passes(arch: int) -> None:
     expect_passed(ptx_sweep.sample(8, 0, (arch,)))
 
 
-@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_pairs_are_every_admitted_config_of_every_kernel(arch: int) -> None:
     found = pairs(arch)
     assert len({pair.name for pair in found}) == len(found) > 1600
@@ -101,7 +101,7 @@ def test_the_page_is_of_its_numbers_and_names_what_fails() -> None:
         line["run"] for line in content["summary"]
     )
     failed = Counter(row["name"].split()[0] for row in content["failed"])
-    for arch in GPUS:
+    for arch in ARCHS:
         lines = [line for line in content["summary"] if line["arch"] == arch]
         assert sum(line["pairs"] for line in lines) == len(pairs(arch))
         assert sum(line["run"] - line["passed"] for line in lines) == failed[f"sm_{arch}"]
