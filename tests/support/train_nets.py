@@ -16,6 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import numerics
+from resnet_fast.backends.triton.launch import INTERPRETED
 from resnet_fast.devices import Device, Gpu
 from resnet_fast.paper_nets import CifarResNet
 from resnet_fast.spec import ConvSpec, LaunchSpec
@@ -100,8 +101,10 @@ def shipped(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
 
 
 def whole(one: LaunchSpec, gpu: Gpu, packed: bool) -> Config:
-    """Return a tile as large as the launch, up to 256 x 64 x 256, too large for a GPU: the interpreter's time goes by
-    operations, not by elements."""
+    """Return a tile as large as the launch, up to 256 x 64 x 256: the interpreter's time goes by operations, not by
+    elements. That is too large for a GPU, so compiled kernels get a shipped config."""
+    if not INTERPRETED:
+        return shipped(one, gpu, packed)
     rows, columns, products, _ = training_configs.gemm(one)
     sizes = (min(most, max(16, 1 << (n - 1).bit_length())) for most, n in ((256, rows), (64, columns), (256, products)))
     return Config(one.kernel, *sizes, packed=packed and bool(training_configs.packs(one)))

@@ -5,20 +5,17 @@ Tensors claim to be on a second device, which the interpreter cannot have, and a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import resnet_fast
 from resnet_fast import accelerate, paper_nets
-from resnet_fast.backends.triton import launch, plan
-from resnet_fast.backends.triton.training import chain, problem
 from resnet_fast.dispatch import tune as tuning
+from tests.support.launches import before_each
 from tests.support.two_devices import TwoDevices
 
 pytestmark = pytest.mark.interpret
@@ -28,11 +25,7 @@ pytestmark = pytest.mark.interpret
 def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The current device at each launch, once every tensor is on device 1 and device 0 is current."""
     cuda, seen = TwoDevices(monkeypatch), []
-    launched = launch.submit
-
-    def submit(*arguments: Any, **constants: Any) -> None:
-        seen.append(cuda.current)
-        launched(*arguments, **constants)
+    before_each(monkeypatch, lambda kernel: seen.append(cuda.current))
 
     @contextmanager
     def on_device(device: torch.device) -> Iterator[None]:
@@ -42,10 +35,6 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     cuda.place(monkeypatch, 1)
     monkeypatch.setattr(tuning, "on_device", on_device)
-    assert plan and chain and problem  # imported before, or they would import the replacement
-    for module in list(sys.modules.values()):
-        if getattr(module, "submit", None) is launched:
-            monkeypatch.setattr(module, "submit", submit)
     yield seen
     assert cuda.current == 0
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 import resnet_fast
-from resnet_fast import devices, stand_in
+from resnet_fast import devices
 from resnet_fast.tuning import launch_plan, training_configs
 from resnet_fast.tuning.launch_plan import FoldedConfigs
 from resnet_fast.tuning.routes import folded_routes
 from resnet_fast.tuning.training_configs import CUDNN, folded_launches
 from tests.support import train_cases, train_nets
 from tests.support.dgrad_cases import GEOMETRIES
+from tests.support.launches import before_each
 from tests.support.op_cases import OPS
 from tests.support.train_cases import case, check, fused, pooled_gap, step, stock
 
@@ -31,20 +32,9 @@ H100 = devices.gpu("h100").gpu
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the launches of each kernel: of the interpreter, or of a machine, to which one call may submit several."""
-    from triton.runtime.interpreter import InterpretedFunction
-
+    """Count the launches of each kernel."""
     counts: Counter[str] = Counter()
-    machine = stand_in.present()
-    owner = InterpretedFunction if machine is None else type(machine)
-    real = owner.run
-
-    def counted(of: Any, *args: Any, **kwargs: Any) -> Any:
-        name = of.fn.__name__ if machine is None else args[0].name
-        counts[name.strip("_").removesuffix("_kernel")] += 1
-        return real(of, *args, **kwargs)
-
-    monkeypatch.setattr(owner, "run", counted)
+    before_each(monkeypatch, lambda name: counts.update([name.strip("_").removesuffix("_kernel")]))
     return counts
 
 
