@@ -119,6 +119,7 @@ def jobs_of(launches: Iterable[Launched], arch: int) -> list[tuple[KernelJob, li
     return sorted(found.values(), key=lambda item: item[1][0].tile is None)
 
 
+@with_fences
 def is_stored(job: KernelJob) -> bool:
     """Return whether Triton's cache holds the kernel, so that its launch compiles nothing."""
     from triton import knobs

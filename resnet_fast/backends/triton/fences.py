@@ -52,16 +52,22 @@ def with_fences(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def repair() -> None:
-    """Have Triton's compiler fence the PTX of kernels that are compiled by functions :func:`with_fences`."""
+    """Have Triton's compiler fence the PTX of kernels that are compiled by functions :func:`with_fences`.
+
+    The key of Triton's cache differs too, so that a kernel which was stored without the fence is not taken.
+    """
     from triton.backends.nvidia.compiler import CUDABackend
 
-    make_ptx = CUDABackend.make_ptx
+    make_ptx, key = CUDABackend.make_ptx, CUDABackend.hash
 
     def make_fenced_ptx(self: Any, *args: Any) -> Any:
         ptx = make_ptx(self, *args)
         return fenced(ptx) if _ours.get() else ptx
 
-    CUDABackend.make_ptx = make_fenced_ptx
+    def fenced_key(self: Any) -> str:
+        return f"{key(self)}-fenced" if _ours.get() else str(key(self))
+
+    CUDABackend.make_ptx, CUDABackend.hash = make_fenced_ptx, fenced_key
 
 
 if MISSING:
