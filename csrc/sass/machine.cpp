@@ -36,8 +36,8 @@ void bind_constants(const Launch& l, Instruction& i) {
 
 void decode(Instruction& i) {
   bool found = false;
-  for (const auto* decoders : {&integer_decoders(), &lane_decoders(), &floating_decoders(), &memory_decoders(),
-                               &copy_decoders(), &flow_decoders()}) {
+  for (const auto* decoders : {&integer_decoders(), &bit_decoders(), &lane_decoders(), &floating_decoders(),
+                               &memory_decoders(), &copy_decoders(), &flow_decoders()}) {
     const auto one = decoders->find(i.name);
     if (one == decoders->end()) continue;
     // A modifier that no decoder knows changes what the instruction does.

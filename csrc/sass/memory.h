@@ -1,4 +1,4 @@
-// Addresses of an access, and the records of what it touches.
+// Addresses of an access, the records of what it touches, and its bytes.
 #pragma once
 
 #include "warp.h"
@@ -19,5 +19,20 @@ void note_global(Warp& w, Event& e, const uint64_t* at, uint32_t lanes, int byte
 void note_banks(Warp& w, Event& e, const uint64_t* at, uint32_t lanes, int bytes);
 
 void check_shared(Warp& w, const Instruction& i, uint64_t at, int bytes);
+
+struct Bytes {
+  uint8_t data[kWarp][16];
+  bool known[kWarp][16];
+};
+
+// Whether a loaded byte may be known.
+bool load_global(Warp& w, const Instruction& i, const uint64_t* at, uint32_t lanes, int bytes, Bytes& out);
+void store_global(Warp& w, const Instruction& i, const uint64_t* at, uint32_t lanes, int bytes, const Bytes& in);
+void load_shared(Warp& w, const Instruction& i, const uint64_t* at, uint32_t lanes, int bytes, Bytes& out);
+void store_shared(Warp& w, const Instruction& i, const uint64_t* at, uint32_t lanes, int bytes, const Bytes& in);
+
+// Registers from loaded bytes; narrow ones are widened.
+void put_bytes(Warp& w, const Instruction& i, const Operand& to, int bytes, const Bytes& in);
+void take_bytes(Warp& w, const Instruction& i, const Operand& from, int bytes, Bytes& out);
 
 }  // namespace sass

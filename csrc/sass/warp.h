@@ -252,6 +252,7 @@ bool constant(const Launch& launch, int bank, int64_t offset, int bytes, uint32_
 // Decoders by opcode without modifiers. False: the instruction is not executed, and its results are unknown.
 using Decoder = bool (*)(Instruction&);
 const std::map<std::string, Decoder>& integer_decoders();
+const std::map<std::string, Decoder>& bit_decoders();
 const std::map<std::string, Decoder>& predicate_decoders();
 const std::map<std::string, Decoder>& floating_decoders();
 const std::map<std::string, Decoder>& lane_decoders();
