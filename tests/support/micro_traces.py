@@ -41,6 +41,14 @@ def op(
     return Instruction(0, "", opcode, operands, (0, bits << 41))
 
 
+COUNT = 256
+"""Instructions of a straight kernel, as of :func:`ffma`."""
+
+
+def ffma(stall: int = 1, sources: str = "R2, R3, 1") -> list[Instruction]:
+    return [op("FFMA", f"R0, {sources}", stall=stall)] * COUNT
+
+
 @dataclass
 class Access:
     """What one executed instruction accesses; ``sectors`` are numbers, of 32 bytes each."""
