@@ -1,6 +1,6 @@
 // Submit the launches of a planned pass in one call.
 //
-//   program(launches) -> program      launches: a tuple of (name, function, (gx, gy, gz), threads, shared, arguments)
+//   program(launches) -> program      launches: a tuple of them
 //   submit(program, addresses, numbers, device, stream) -> bool
 //   sink(on) -> None                  keep launches instead of submitting them, for tests and for counting
 //   sunk() -> list                    those kept since the last call: (name, grid, threads, shared, arguments as bytes)
@@ -8,18 +8,15 @@
 //   stand_in(launch, encode=0) -> None  submit to these functions, of the signatures of cuLaunchKernelEx and of
 //                                     cuTensorMapEncodeTiled, and not to the driver; 0 and 0: to the driver
 //
-// An argument is `bytes` (a value as the kernel reads it), (place,) for an fp32 number of the call, (buffer, offset)
-// for a pointer, or (buffer, offset, type, swizzle, shape, strides in bytes, box, fill, bytes of an element) for a
-// tensor map. `addresses` is a list with the address of each buffer, and 0 where there is none; `numbers` is a list of
-// the call's numbers. Kernels were compiled for pointers divisible by 16, so `submit` launches nothing and returns
-// False if an address is not.
+// program.h says what a launch and an argument are. `addresses` is a list with the address of each buffer, and 0 where
+// there is none; `numbers` is a list of the call's numbers. Kernels were compiled for pointers divisible by 16, so
+// `submit` launches nothing and returns False if an address is not.
 //
 // These are plain Python functions and not ops: a dispatcher call with lists costs more than all the rest here. The
 // driver is found in the process by name, which needs no CUDA toolkit to build.
 
 #include "submit.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +29,8 @@
 #include <utility>
 #include <vector>
 
+#include "program.h"
+
 #if defined(__unix__)
 #include <dlfcn.h>
 #endif
@@ -41,11 +40,6 @@ namespace {
 
 constexpr const char* kCapsule = "resnet_fast.program";
 constexpr std::uint64_t kAlignment = 16;
-constexpr std::size_t kMapBytes = 128;  // sizeof(CUtensorMap)
-constexpr int kMaxRank = 5;
-
-// Python's exception is set; unwinds to the function that Python called.
-struct PythonError {};
 
 // ------------------------------------------------------------------------------------------------------ the driver
 
@@ -153,37 +147,7 @@ class Entered {
   bool pushed_ = false;
 };
 
-// ----------------------------------------------------------------------------------------------------- the program
-
-// A tensor map without its address: arguments of cuTensorMapEncodeTiled, innermost dimension first.
-struct Map {
-  int type = 0, swizzle = 0, fill = 0, rank = 0;
-  std::uint64_t item_bytes = 0;
-  std::uint64_t shape[kMaxRank] = {}, strides[kMaxRank] = {};
-  std::uint32_t box[kMaxRank] = {};
-};
-
-// An argument's `size` bytes at `at` in a launch's block of arguments. With a buffer it is a pointer, or a map of one;
-// with a number it is the call's number of that place.
-struct Argument {
-  std::size_t at = 0, size = 0;
-  int buffer = -1, map = -1, number = -1;
-  std::uint64_t offset = 0;
-};
-
-struct Launch {
-  std::string name;
-  void* function = nullptr;
-  unsigned grid[3] = {1, 1, 1}, threads = 0, shared = 0;
-  std::vector<Argument> arguments;
-  std::vector<Map> maps;
-  std::vector<unsigned char> values;  // the block of arguments, with zeros where addresses and numbers go
-};
-
-struct Program {
-  std::vector<Launch> launches;
-  std::size_t most_arguments = 0, most_bytes = 0, buffers = 0, numbers = 0;
-};
+// -------------------------------------------------------------------------------------------------- what a run has
 
 // What a run of a program is given: the address of each buffer, and the numbers of the call.
 struct Given {
@@ -201,85 +165,6 @@ struct Sunk {
 std::mutex sink_lock;
 std::atomic<bool> sink_on{false};
 std::vector<Sunk> sunk_launches;
-
-std::uint64_t word_of(PyObject* number) {
-  const std::uint64_t value = PyLong_AsUnsignedLongLong(number);
-  if (PyErr_Occurred()) throw PythonError();
-  return value;
-}
-
-PyObject* item(PyObject* tuple, Py_ssize_t i) {
-  PyObject* found = PyTuple_GetItem(tuple, i);
-  if (found == nullptr) throw PythonError();
-  return found;
-}
-
-// Copies a tuple of numbers, last first.
-template <typename Number>
-int reversed(PyObject* tuple, Number* out) {
-  const Py_ssize_t count = PyTuple_Size(tuple);
-  if (count < 0) throw PythonError();
-  if (count > kMaxRank) throw std::runtime_error("expected a tensor map of at most 5 dimensions, got more");
-  for (Py_ssize_t i = 0; i < count; ++i) out[count - 1 - i] = static_cast<Number>(word_of(item(tuple, i)));
-  return static_cast<int>(count);
-}
-
-Map map_of(PyObject* given) {
-  Map map;
-  map.type = static_cast<int>(word_of(item(given, 2)));
-  map.swizzle = static_cast<int>(word_of(item(given, 3)));
-  map.rank = reversed(item(given, 4), map.shape);
-  if (reversed(item(given, 5), map.strides) != map.rank - 1 || reversed(item(given, 6), map.box) != map.rank) {
-    throw std::runtime_error("expected a stride for all dimensions but the last and a box for each, got others");
-  }
-  map.fill = static_cast<int>(word_of(item(given, 7)));
-  map.item_bytes = word_of(item(given, 8));
-  return map;
-}
-
-void append(Launch& launch, PyObject* given) {
-  Argument argument;
-  const char* bytes = nullptr;
-  std::size_t boundary = 8;
-  if (PyBytes_Check(given)) {
-    char* start = nullptr;
-    Py_ssize_t size = 0;
-    if (PyBytes_AsStringAndSize(given, &start, &size) < 0) throw PythonError();
-    bytes = start;
-    argument.size = static_cast<std::size_t>(size);
-  } else if (PyTuple_Size(given) == 1) {
-    argument.number = static_cast<int>(word_of(item(given, 0)));
-    argument.size = boundary = sizeof(float);
-  } else {
-    argument.buffer = static_cast<int>(word_of(item(given, 0)));
-    argument.offset = word_of(item(given, 1));
-    argument.size = sizeof(std::uint64_t);
-    if (PyTuple_Size(given) > 2) {
-      argument.map = static_cast<int>(launch.maps.size());
-      launch.maps.push_back(map_of(given));
-      argument.size = boundary = kMapBytes;
-    }
-  }
-  argument.at = (launch.values.size() + boundary - 1) / boundary * boundary;
-  launch.values.resize(argument.at + argument.size, 0);
-  if (bytes != nullptr) std::memcpy(launch.values.data() + argument.at, bytes, argument.size);
-  launch.arguments.push_back(argument);
-}
-
-Launch launch_of(PyObject* given) {
-  Launch launch;
-  PyObject* name = PyUnicode_AsUTF8String(item(given, 0));
-  if (name == nullptr) throw PythonError();
-  launch.name = PyBytes_AsString(name);
-  Py_DECREF(name);
-  launch.function = reinterpret_cast<void*>(static_cast<std::uintptr_t>(word_of(item(given, 1))));
-  for (int i = 0; i < 3; ++i) launch.grid[i] = static_cast<unsigned>(word_of(item(item(given, 2), i)));
-  launch.threads = static_cast<unsigned>(word_of(item(given, 3)));
-  launch.shared = static_cast<unsigned>(word_of(item(given, 4)));
-  PyObject* arguments = item(given, 5);
-  for (Py_ssize_t i = 0; i < PyTuple_Size(arguments); ++i) append(launch, item(arguments, i));
-  return launch;
-}
 
 // ------------------------------------------------------------------------------------------------------ submission
 
@@ -399,19 +284,7 @@ void release(PyObject* capsule) {
 
 PyObject* make_program(PyObject*, PyObject* launches) {
   return guarded([&]() -> PyObject* {
-    auto program = std::make_unique<Program>();
-    const Py_ssize_t count = PyTuple_Size(launches);
-    if (count < 0) throw PythonError();
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      Launch launch = launch_of(item(launches, i));
-      program->most_arguments = std::max(program->most_arguments, launch.arguments.size());
-      program->most_bytes = std::max(program->most_bytes, launch.values.size());
-      for (const Argument& a : launch.arguments) {
-        program->buffers = std::max(program->buffers, static_cast<std::size_t>(a.buffer + 1));
-        program->numbers = std::max(program->numbers, static_cast<std::size_t>(a.number + 1));
-      }
-      program->launches.push_back(std::move(launch));
-    }
+    std::unique_ptr<Program> program = program_of(launches);
     PyObject* capsule = PyCapsule_New(program.get(), kCapsule, &release);
     if (capsule == nullptr) throw PythonError();
     program.release();  // the capsule owns it
