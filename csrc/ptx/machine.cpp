@@ -258,7 +258,9 @@ void run_warp(Launch& l, Warp& w) {
         w.active = w.path & ~w.written[i.guard_reg];
         const int lane = first_lane(w.active);
         w.active = w.path;
-        w.finding(i, lane, "its guard, register " + l.program->registers[i.guard_reg] + ", was never given a value");
+        w.finding(i, lane,
+                  "its guard, register " + l.program->registers[i.guard_reg] + ", was never given a value" +
+                      l.order.undefined_load());
       }
       const uint32_t guard = *reinterpret_cast<const uint32_t*>(w.file + i.guard_at);
       w.active &= i.guard_negated ? ~guard : guard;

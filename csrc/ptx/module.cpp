@@ -246,9 +246,11 @@ class Module {
   std::map<std::string, std::unique_ptr<ptx::Program>> programs_;
 };
 
-// Raised errors carry what they are about as attributes.
+// Raised errors carry what they are about as attributes. They quote damaged text, which need not be UTF-8.
 void raise(py::handle type, const std::string& text, const py::dict& attributes) {
-  py::object error = py::reinterpret_borrow<py::object>(type)(text);
+  const auto words = py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+  py::object error = py::reinterpret_borrow<py::object>(type)(words);
   for (const auto& [name, value] : attributes) error.attr(name) = value;
   PyErr_SetObject(type.ptr(), error.ptr());
 }

@@ -40,6 +40,7 @@ class Parser {
   Text run() {
     while (lexer_.peek().kind != Token::kEnd) directive();
     if (out_.version == 0) lexer_.fail("expected .version, got none: is this PTX?");
+    if (out_.target.empty()) lexer_.fail(std::string("expected a .target from ") + kOldest + " on, got none");
     return std::move(out_);
   }
 

@@ -32,6 +32,7 @@ def refusal(text: str) -> Any:
         (".address_size 64", ".address_size 32", 3, "expected .address_size 64, got 32"),
         ("st.global.u32", "tcgen05.st.u32", LINES, "not understood: tcgen05.st.u32"),
         ("st.global.u32", "st.global.v2.u32", LINES, "expected 2 registers in an operand of st.global.v2.u32, got 1"),
+        ("[%p0], %t", "[%p0], \u00e9", LINES, r"expected an operand, got '\xc3'"),
         ("[%p0], %t", "[%p0]", LINES, "expected more operands of st.global.u32"),
         ("[%p0], %t", "[%p0], %missing", LINES, "got %missing, which is not declared"),
         ("[%p0], %t", "[[[%p0]]], %t", LINES, "expected one register"),

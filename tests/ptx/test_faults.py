@@ -249,6 +249,7 @@ def test_text_that_is_not_understood() -> None:
     (".version 8.0\n.target sm_70", "expected a .target from sm_80 on, got sm_70"),
     (".version 8.0\n.target sm_90\n.address_size 32", "expected .address_size 64, got 32"),
     ("// nothing", "expected .version, got none"),
+    (".version 8.0\n.address_size 64", "expected a .target from sm_80 on, got none"),
     (".version 8.0\n.target sm_90\n.entry k() { add.s32 %r1, ", "got ''|end of the text"),
     (".version 8.0\n.target sm_90\nint main() {}", "expected a directive of PTX, got 'int'"),
 ])  # fmt: skip

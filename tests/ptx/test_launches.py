@@ -11,6 +11,7 @@ import torch
 from resnet_fast import native
 from resnet_fast.backends.triton import submission
 from resnet_fast.backends.triton.launch import submit
+from resnet_fast.errors import UserError
 from resnet_fast.tools.ptx_machine import PtxFault, ptx_machine
 from tests.support.toy_kernels import copy_kernel, scale_kernel, sum_kernel
 
@@ -32,6 +33,44 @@ def test_launches_compute(arch: int) -> None:
     counted = machine.launches[0].report.counters["allocations"]
     moved = {name.partition(" ")[0]: (a["bytes_read"], a["bytes_written"]) for name, a in counted.items()}
     assert moved == {"x_ptr": (6000, 0), "y_ptr": (0, 6000)}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "what"),
+    [
+        (".target sm_80", ".target sm_90a", "PTX of copy_kernel that a GPU of sm_80 loads, got .target sm_90a; enter"),
+        (".target sm_80", ".target sm_89", "got .target sm_89"),
+        ("entry copy_kernel", "entry other", "expected one of the kernels other, got copy_kernel"),
+        ("ret;", "frobnicate.u32 1;", "copy_kernel, line [0-9]+: not understood: frobnicate.u32"),
+        ("", None, "PTX of copy_kernel from the rewrite, got NoneType; return the text"),
+    ],
+)
+def test_ptx_that_is_refused_leaves_tensors_and_machine_as_they_were(was: str, now: str | None, what: str) -> None:
+    x, y, texts = torch.randn(64), torch.zeros(64), []
+
+    def once(name: str, text: str) -> Any:
+        texts.append(text)
+        assert was in text
+        return text if len(texts) > 1 else now and text.replace(was, now)
+
+    with ptx_machine(80, rewrite=once) as machine:
+        with pytest.raises((UserError, machine.engine.PtxError), match=what):
+            copy_kernel[(1,)](x, y, 64, BLOCK=64)
+        assert not y.any() and machine.launches == []
+        copy_kernel[(1,)](x, y, 64, BLOCK=64)
+    assert torch.equal(x, y) and len(texts) == 2
+
+
+@pytest.mark.parametrize("grid", [(2**31,), (8.0,)])
+def test_a_grid_that_is_no_grid_is_refused(grid: Any) -> None:
+    with ptx_machine(80), pytest.raises(UserError, match=r"a grid of copy_kernel of whole numbers below 2\*\*31, got"):
+        copy_kernel[grid](torch.zeros(64), torch.zeros(64), 64, BLOCK=64)
+
+
+def test_a_limit_belongs_to_no_lane() -> None:
+    with ptx_machine(80, limit=10), pytest.raises(PtxFault, match=r"warp \d: the launch has executed 10") as found:
+        copy_kernel[(1,)](torch.zeros(64), torch.zeros(64), 64, BLOCK=64)
+    assert found.value.lane is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ A sample of the mutants in docs/tables/ptx-mutants.json; the slow test judges al
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +20,7 @@ from resnet_fast.benchmarks.tables import ptx_mutants
 from resnet_fast.benchmarks.tables.ptx_mutant_cases import ARCHS, CASES, UNLAUNCHED, launches_of, shipped_kernels
 from resnet_fast.benchmarks.tables.ptx_mutants import MutantRow, compilers, page
 from resnet_fast.calls import Pool
+from resnet_fast.errors import UserError
 from resnet_fast.tools.ptx_machine import mutants, ptx_machine
 from resnet_fast.tools.ptx_machine.judgement import judge, reason
 from resnet_fast.tools.ptx_machine.recorded import execute, recorded
@@ -92,6 +94,11 @@ def test_a_launch_is_executed_again_as_it_was() -> None:
     with ptx_machine(90, rewrite=missing):
         copy_kernel[(2,)](x, y, 290, BLOCK=256)
     assert not y.equal(torch.cat([x[:290], torch.zeros(10)]))
+    elsewhere = replace(missing, was=replace(store, line=store.line - 1))
+    with pytest.raises(UserError, match=rf"`{re.escape(str(store))}` at line {store.line - 1} of copy_kernel, got"):
+        judge(launch, elsewhere)
+    with pytest.raises(UserError, match="PTX with the kernel other, got one with copy_kernel; name a kernel"):
+        mutants.statements(launch.text, "other")
 
 
 def survivors(rows: list[MutantRow]) -> list[MutantRow]:

@@ -62,14 +62,16 @@ def test_a_value_that_a_race_changed_may_not_be_used() -> None:
     arrays = [np.zeros(32, np.uint32), np.zeros(32, np.uint32)]
     _, (moved, _) = run(update, arrays, threads=64)
     assert (moved == 1).all()
-    used = kernel(update + "@!%q0 st.global.u32 [%a2], %r1;", 2, registers=REGISTERS)
-    found = []
-    for seed in range(8):
-        try:
-            launch(used, [array.copy() for array in arrays], threads=64, seed=seed)
-        except _ptx.Fault as fault:
-            found.append(fault.what)
-    assert any("stores a value" in what and "which warp 0 wrote at line" in what for what in found)
+    guard = "setp.eq.u32 %q1, %r1, 1; @%q1 st.global.u32 [%a2], %l;"
+    for use, says in (("@!%q0 st.global.u32 [%a2], %r1;", "stores a value"), (guard, "its guard, register %q1")):
+        used = kernel(update + use, 2, registers=REGISTERS)
+        found = []
+        for seed in range(8):
+            try:
+                launch(used, [array.copy() for array in arrays], threads=64, seed=seed)
+            except _ptx.Fault as fault:
+                found.append(fault.what)
+        assert any(says in what and "which warp 0 wrote at line" in what for what in found)
 
 
 def test_equal_bytes_may_be_stored_twice() -> None:

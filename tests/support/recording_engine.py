@@ -30,6 +30,10 @@ class Module:
                 nbytes = BYTES[kind] * int(count or 1)
                 params.append((label, kind, nbytes, int(align or nbytes)))
         self.kernels = {name: {"params": params}}
+        self.target = re.findall(r"^\.target\s+(\w+)", text, re.M)[0]
+
+    def check(self, kernel: str) -> None:
+        assert kernel in self.kernels
 
     def launch(self, kernel: str, grid: Any, block: Any, shared: int, params: Any, memory: Any, **options: Any) -> Any:
         return SimpleNamespace(counters={}, memory=memory, options=options)

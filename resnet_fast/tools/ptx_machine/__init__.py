@@ -4,7 +4,8 @@
         kernel[grid](x, y, n, BLOCK=1024)                       # any triton.jit function, on CPU tensors
         with use_backend("triton"):
             y = block(x)                                        # what a GPU runs: plans, launchers, native submission
-        print(machine.launches[-1])                             # kernel, grid, arguments, counters
+        print(machine.launches[-1])                             # kernel, grid, threads, arguments
+        print(machine.launches[-1].report.counters)
 
 A launch goes the way that it goes on a GPU. Triton's driver is :mod:`.driver`, which packs arguments by the compiled
 kernel's signature (:mod:`.arguments`). The native library submits planned passes to the functions of

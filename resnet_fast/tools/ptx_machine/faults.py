@@ -22,7 +22,8 @@ class PtxFault(RuntimeError):
         self.source: str = getattr(found, "source", "") or ""
         self.block = getattr(found, "block", None)
         self.warp = getattr(found, "warp", None)
-        self.lane = getattr(found, "lane", None)
+        lane = getattr(found, "lane", None)
+        self.lane = None if lane == -1 else lane  # the engine's -1: all lanes of the warp
         self.what: str = getattr(found, "what", "") or str(found)
         place = ", ".join(
             f"{name} {value}"

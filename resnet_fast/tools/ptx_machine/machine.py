@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -82,7 +83,8 @@ def ptx_machine(
         seed: of the order in which warps run. Results must not depend on it.
         limit: warp instructions of one launch after which it counts as one that never ends.
         strict: raise the first finding; otherwise findings are kept in ``launches[i].report``.
-        rewrite: changes a kernel's PTX before it is executed, to try what the machine notices.
+        rewrite: changes a kernel's PTX before it is executed, to try what the machine notices. It is called once for
+            each compiled kernel, before its first launch.
         tf32: round the products of float32 convolutions to TF32, as a GPU does by default. Stock PyTorch on a CPU, with
             which results are compared, does not.
         pedantic: also report what PTX forbids and compilers rely on: copies for an mbarrier whose initialisation no
@@ -238,9 +240,16 @@ class PtxMachine:
         words: str,
         memory: Memory | None = None,
     ) -> None:
-        """Execute a launch with these parameters."""
+        """Execute a launch with these parameters.
+
+        Raises:
+            PtxFault: the launch did what it must not.
+            UserError: a grid of other than whole numbers of 31 bits.
+        """
         from . import arguments
 
+        if not all(hasattr(n, "__index__") and -(2**31) <= n < 2**31 for n in grid):
+            raise UserError(f"a grid of {kernel.name} of whole numbers below 2**31", repr(grid), "split the launch")
         arguments.check(kernel.name, self.declared(kernel), packed)
         if 0 in grid:
             return
@@ -260,8 +269,21 @@ class PtxMachine:
         found = self._modules.get(kernel.text)
         if found is None:
             text = kernel.text if self._rewrite is None else self._rewrite(kernel.name, kernel.text)
-            found = self._modules[kernel.text] = self.engine.Module(text, kernel.name)
+            if not isinstance(text, str):
+                todo = "return the text that it was given to change nothing"
+                raise UserError(f"PTX of {kernel.name} from the rewrite", type(text).__name__, todo)
+            found = self.engine.Module(text, kernel.name)
+            self._check_target(kernel.name, found.target)
+            found.check(kernel.name)
+            self._modules[kernel.text] = found
         return found
+
+    def _check_target(self, kernel: str, target: str) -> None:
+        """Raise UserError for PTX that a GPU of ``arch`` would not load: of a later one, or of features of another."""
+        parts = re.fullmatch(r"sm_(\d+)([a-z]?)", target)
+        if parts is None or int(parts[1]) > self.arch or (parts[2] and int(parts[1]) != self.arch):
+            todo = "enter a machine of that architecture, or leave .target as the compiler wrote it"
+            raise UserError(f"PTX of {kernel} that a GPU of sm_{self.arch} loads", f".target {target}", todo)
 
 
 def _check_process() -> None:

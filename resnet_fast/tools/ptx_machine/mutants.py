@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ... import native
+from ...errors import UserError
 from .recorded import RecordedLaunch, execute
 
 _STATEMENT = re.compile(r"^(\s*)(@!?[%\w$]+\s+)?([a-z][\w.:]*)(?:\s+([^;]*))?;\s*(?://.*)?$")
@@ -67,9 +68,18 @@ class Mutant:
     behind: PtxStatement | None = None
 
     def __call__(self, name: str, text: str) -> str:
-        """Return the PTX with the change, if ``name`` is the mutant's kernel."""
+        """Return the PTX with the change, if ``name`` is the mutant's kernel.
+
+        Raises:
+            UserError: ``text`` has another statement on the mutant's line, because it was compiled otherwise.
+        """
         if name != self.kernel:
             return text
+        for s in (self.was, self.behind):
+            line = "" if s is None else next(iter(text.split("\n")[s.line - 1 : s.line]), "")
+            if s is not None and _statement(s.line - 1, line) != replace(s, before=""):
+                todo = "take the statement from the text that is launched"
+                raise UserError(f"`{s}` at line {s.line} of {name}", repr(line.strip()), todo)
         if self.behind is not None:
             text = replaced(text, self.behind, f"{self.behind} {self.was}")
         return replaced(text, self.was, "" if self.new is None else str(self.new))
@@ -93,20 +103,35 @@ def replaced(text: str, was: PtxStatement, new: str) -> str:
 
 
 def statements(text: str, kernel: str) -> list[PtxStatement]:
-    """Return the instructions of a kernel that stand on a line of their own."""
+    """Return the instructions of a kernel that stand on a line of their own.
+
+    Raises:
+        UserError: the text has no such kernel.
+    """
     lines = text.split("\n")
-    start = next(i for i, line in enumerate(lines) if re.search(rf"\.entry\s+{re.escape(kernel)}\b", line))
+    entry = re.compile(rf"\.entry\s+{re.escape(kernel)}\b")
+    start = next((i for i, line in enumerate(lines) if entry.search(line)), None)
+    if start is None:
+        names = ", ".join(re.findall(r"\.entry\s+([\w$]+)", text)) or "no kernel"
+        raise UserError(f"PTX with the kernel {kernel}", f"one with {names}", "name a kernel of the text")
     found = []
     for i in range(start, len(lines)):
         if lines[i].startswith("}") and i > start:
             after = next((line for line in lines[i + 1 :] if line.strip()), "")
             if lines[i].strip() == "}" and "end inline asm" not in after:
                 break
-        match = _STATEMENT.match(lines[i])
-        if match:
-            indent, guard, opcode, operands = match.groups()
-            found.append(PtxStatement(i + 1, indent, (guard or "").strip(), opcode, _split(operands or "")))
+        if one := _statement(i, lines[i]):
+            found.append(one)
     return found
+
+
+def _statement(at: int, line: str) -> PtxStatement | None:
+    """Return the instruction that stands on the line with index ``at``."""
+    match = _STATEMENT.match(line)
+    if match is None:
+        return None
+    indent, guard, opcode, operands = match.groups()
+    return PtxStatement(at + 1, indent, (guard or "").strip(), opcode, _split(operands or ""))
 
 
 def _split(operands: str) -> tuple[str, ...]:

@@ -130,7 +130,8 @@ class _ObservedMemory:
 
 class _ObservedModule:
     def __init__(self, real: Any, text: str, given: list[_Given]) -> None:
-        self.kernels, self._text, self._given = real.kernels, text, given
+        self.kernels, self.target, self.check = real.kernels, real.target, real.check
+        self._text, self._given = text, given
 
     def launch(
         self, kernel: str, grid: Any, threads: Any, shared: int, parameters: Any, memory: _ObservedMemory, **_: Any

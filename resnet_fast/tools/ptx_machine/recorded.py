@@ -154,7 +154,7 @@ class _RecordedMemory:
 class _RecordedModule:
     def __init__(self, real: Any, text: str, launches: list[RecordedLaunch]) -> None:
         self._real, self._text, self._launches = real, text, launches
-        self.kernels = real.kernels
+        self.kernels, self.target, self.check = real.kernels, real.target, real.check
 
     def launch(self, kernel: str, *given: Any, **options: Any) -> Any:
         *rest, memory = given
