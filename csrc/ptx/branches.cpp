@@ -55,6 +55,10 @@ void run_trap(Warp& w, const Instruction& i) {
   w.fail(i, first_lane(w.active), "traps");
 }
 
+void run_assertion(Warp& w, const Instruction& i) {
+  w.fail(i, first_lane(w.active), "fails an assertion");
+}
+
 void run_nothing(Warp&, const Instruction&) {
 }
 
@@ -122,6 +126,8 @@ Form decode_branch(Modifiers& m) {
     f.run = run_exit;
   } else if (name == "trap" || name == "brkpt") {
     f.run = run_trap;
+  } else if (name == kAssertion) {
+    f.run = run_assertion;
   } else if (name == "nanosleep") {
     m.take("u32");
     f.run = [](Warp& w, const Instruction&) { w.pause(); };

@@ -100,7 +100,14 @@ class Decoder {
     const size_t name = !w.empty() && w[0].kind == Written::kList ? 1 : 0;
     if (name >= w.size() || w[name].kind != Written::kName) fail(s.line, "expected a function to call");
     const auto found = text_.functions.find(w[name].name);
-    if (found == text_.functions.end() || !found->second.defined)
+    const bool defined = found != text_.functions.end() && found->second.defined;
+    if (!defined && w[name].name == kAssertion) {
+      Statement fails = s;
+      fails.opcode = kAssertion;
+      fails.operands.clear();
+      return instruction(frame, fails);
+    }
+    if (!defined)
       fail(s.line, "not understood: " + s.opcode + " of " + w[name].name + ", which the text does not define");
     const Function& callee = found->second;
     int32_t around = -1;

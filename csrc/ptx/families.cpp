@@ -24,6 +24,7 @@ Family family_named(const std::string& word) {
     add(decode_access, {"ld", "ldu", "st", "prefetch", "prefetchu", "applypriority", "discard", "createpolicy"});
     add(decode_atomic, {"atom", "red"});
     add(decode_branch, {"bra", "brx", "ret", "exit", "trap", "brkpt", "nanosleep", "griddepcontrol"});
+    all[kAssertion] = decode_branch;
     add(decode_lanes, {"shfl", "vote", "match", "redux", "elect", "activemask"});
     add(decode_barrier, {"bar", "barrier", "membar", "fence"});
     add(decode_ldmatrix, {"ldmatrix", "stmatrix"});

@@ -5,6 +5,9 @@
 
 namespace ptx {
 
+// The function of CUDA's runtime that assertions call when they fail. It is executed as an instruction.
+inline const std::string kAssertion = "__assertfail";
+
 // integer.cpp
 Form decode_integer(Modifiers& m);
 // bits.cpp: logic, shifts, bit fields, permutations
@@ -23,7 +26,7 @@ Form decode_move(Modifiers& m);
 Form decode_access(Modifiers& m);
 // atomic.cpp: atom, red
 Form decode_atomic(Modifiers& m);
-// branches.cpp: bra, brx, ret, exit, trap
+// branches.cpp: bra, brx, ret, exit, trap, a failed assertion
 Form decode_branch(Modifiers& m);
 // lanes.cpp: shfl, vote, match, redux, elect, activemask
 Form decode_lanes(Modifiers& m);

@@ -239,8 +239,10 @@ class Parser {
                                                  : nullptr;
     if (into == nullptr) {
       if (lexer_.peek().kind == Token::kWord && std::isdigit(lexer_.peek().text[0])) integer();  // .maxnreg 128
-      if (token.is(".pragma")) lexer_.take();
-      lexer_.take_if(";");
+      if (token.is(".pragma")) {
+        lexer_.take();
+        lexer_.take_if(";");
+      }
       return;
     }
     into[0] = into[1] = into[2] = 1;

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 
 from resnet_fast import native
 from resnet_fast.backends.triton import submission
 from resnet_fast.backends.triton.launch import submit
 from resnet_fast.errors import UserError
 from resnet_fast.tools.ptx_machine import PtxFault, ptx_machine
-from tests.support.toy_kernels import copy_kernel, scale_kernel, sum_kernel
+from tests.support.toy_kernels import bounded_copy_kernel, copy_kernel, scale_kernel, sum_kernel
 
 pytestmark = pytest.mark.skipif(not native.ptx_status(), reason=native.ptx_status().reason)
 
@@ -65,6 +66,29 @@ def test_ptx_that_is_refused_leaves_tensors_and_machine_as_they_were(was: str, n
 def test_a_grid_that_is_no_grid_is_refused(grid: Any) -> None:
     with ptx_machine(80), pytest.raises(UserError, match=r"a grid of copy_kernel of whole numbers below 2\*\*31, got"):
         copy_kernel[grid](torch.zeros(64), torch.zeros(64), 64, BLOCK=64)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_an_assertion_that_fails_is_a_fault_of_its_lane(arch: int) -> None:
+    x, y = torch.arange(128.0), torch.zeros(128)
+    with ptx_machine(arch):
+        bounded_copy_kernel[(1,)](x, y, 127.0, BLOCK=128)
+        assert torch.equal(x, y)
+        with pytest.raises(PtxFault, match="fails an assertion") as found:
+            bounded_copy_kernel[(1,)](x, y.zero_(), 126.5, BLOCK=128)
+    assert (found.value.warp, found.value.lane) == (3, 31) and "toy_kernels.py" in found.value.source
+    assert not y.any()
+
+
+def test_times_are_refused() -> None:
+    x, config = torch.zeros(64), triton.Config({"BLOCK": 64})
+    with ptx_machine(80):
+        with pytest.raises(UserError, match=r"got a benchmark; give triton\.autotune one config here"):
+            triton.testing.do_bench(lambda: copy_kernel[(1,)](x, x, 64, BLOCK=64))
+        two = triton.autotune([config, triton.Config({"BLOCK": 128})], key=["n"])(copy_kernel)
+        with pytest.raises(UserError, match=r"got a benchmark; give triton\.autotune one config here"):
+            two[(1,)](x, x, 64)
+        triton.autotune([config], key=["n"])(copy_kernel)[(1,)](x, x, 64)
 
 
 def test_a_limit_belongs_to_no_lane() -> None:

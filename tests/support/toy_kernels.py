@@ -28,6 +28,14 @@ def scale_kernel(x_ptr, s_ptr, y_ptr, res_ptr, C, stride, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, x + tl.load(res_ptr + i, mask=mask), mask=mask)
 
 
+@triton.jit(debug=True)
+def bounded_copy_kernel(x_ptr, y_ptr, most, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.device_assert(x <= most, "a number above the most")
+    tl.store(y_ptr + i, x)
+
+
 @triton.jit
 def sum_kernel(x_ptr, sum_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
