@@ -31,6 +31,12 @@ from .instruction import Instruction
 from .opcodes import check, timing
 from .walk import Launch, Walk, walk
 
+HOPPER = 90
+"""The architecture whose machine code is simulated."""
+
+MOST_THREADS = 1024
+"""Threads of a block, on every GPU."""
+
 MOST_ROUNDS = 64
 """What csrc/sm keeps account of."""
 
@@ -129,6 +135,8 @@ def resident_blocks(size: LaunchSize, registers: int, constants: Constants) -> i
     Raises:
         UserError: not even one.
     """
+    if not 1 <= size.threads <= MOST_THREADS:
+        raise UserError(f"a block of 1 to {MOST_THREADS} threads", str(size.threads), "give the launch's own")
     warps = -(-size.threads // 32)
     unit = constants["register_unit"]
     per_warp = -(-registers * 32 // unit) * unit
@@ -167,8 +175,10 @@ def simulate(
         in_l2: (address, bytes) of what L2 holds before the launch.
 
     Raises:
-        UserError: it executes an opcode that is not modelled, or a block does not fit.
+        UserError: it executes an opcode that is not modelled, a block does not fit, or the clock is not in Hz.
     """
+    if not 1e8 <= clock <= 1e10:
+        raise UserError("a clock of 1e8 to 1e10 Hz", repr(clock), "give cycles per second, such as 1.755e9")
     machine = native.multiprocessor()
     resident = resident_blocks(size, kernel.registers, constants)
     sms = int(constants["multiprocessors"])
@@ -225,8 +235,11 @@ def simulate_launch(
         in_l2: (address, bytes) of what L2 holds before the launch.
 
     Raises:
-        UserError: as of :func:`.walk.walk` and :func:`simulate`.
+        UserError: as of :func:`.walk.walk` and :func:`simulate`; or code that Hopper does not execute.
     """
+    if launch.kernel.arch != HOPPER:
+        todo = "compile for sm_90; code of other architectures is only walked"
+        raise UserError(f"machine code of sm_{HOPPER} for the cycle model", f"sm_{launch.kernel.arch}", todo)
     kernel, (x, y, z) = launch.kernel, launch.threads
     declared = max(0, kernel.shared - int(constants["shared_reserved"]))  # the system's part is counted for every block
     size = LaunchSize(launch.blocks, x * y * z, declared + launch.shared)

@@ -6,7 +6,9 @@ import pytest
 
 from resnet_fast.errors import UserError
 from resnet_fast.simulation.constants import constants
-from resnet_fast.simulation.launches import LaunchSize, resident_blocks, sequence_seconds
+from resnet_fast.simulation.kernel import Kernel
+from resnet_fast.simulation.launches import LaunchSize, resident_blocks, sequence_seconds, simulate_launch
+from resnet_fast.simulation.walk import Launch
 from tests.support.micro_traces import Access, Micro, ffma, op, waits
 
 pytest.importorskip("resnet_fast._sm", reason="built with RESNET_FAST_BUILD_HOST=1", exc_type=ImportError)
@@ -140,6 +142,21 @@ def test_a_block_that_does_not_fit_is_refused() -> None:
     assert resident_blocks(LaunchSize(1, 256, 113 * 1024), 32, H100) == 2
     with pytest.raises(UserError, match="use less: shared memory"):
         resident_blocks(LaunchSize(1, 128, 240 * 1024), 32, H100)
+    with pytest.raises(UserError, match="a block of 1 to 1024 threads, got 1056"):
+        resident_blocks(LaunchSize(1, 1056, 0), 32, H100)
+
+
+@pytest.mark.parametrize("clock", [0, 1755, 1.755])
+def test_a_clock_that_is_not_in_hz_is_refused(clock: float) -> None:
+    with pytest.raises(UserError, match=f"a clock of 1e8 to 1e10 Hz, got {clock}; give cycles per second"):
+        Micro(ffma()).run(H100, clock=clock)
+
+
+def test_code_of_another_architecture_is_refused() -> None:
+    ampere = Kernel("k", 80, (), 32, 0, 0, 0x160, ())
+    launch = Launch(ampere, grid=(1, 1, 1), threads=(128, 1, 1), shared=0, parameters=(), memory=())
+    with pytest.raises(UserError, match="machine code of sm_90 for the cycle model, got sm_80; compile for sm_90"):
+        simulate_launch(launch, H100)
 
 
 def test_a_faster_clock_leaves_dram_as_slow_as_it_is() -> None:
