@@ -6,6 +6,8 @@ groups; together they admit every shipped config. Real launches are those of eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +23,17 @@ PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 """In order of importance; ``tf32``: float32 tensors whose products may be rounded to TF32."""
 
 NONE, RELU, ADD = Epilogue(), Epilogue(relu=True), Epilogue(relu=True, add=True)
+
+
+@contextmanager
+def cudnn_tf32(allowed: bool) -> Iterator[None]:
+    """Let cuDNN's convolutions of float32 use TF32, or forbid it, and put the switch back at the end."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def in_precision(launch: LaunchSpec, precision: str) -> LaunchSpec:

@@ -136,8 +136,7 @@ class Proof:
         from resnet_fast.backends.triton.training.problem import launch_problem
 
         # eager's own error is the budget: TF32's where the kernel may round to TF32, and only there
-        torch.backends.cudnn.allow_tf32 = self.launch.last.tf32
-        with torch.inference_mode():
+        with cases_of.cudnn_tf32(self.launch.last.tf32), torch.inference_mode():
             random = launch_problem(self.launch, self.device)
             if not configs.needs_proof(self.launch, self.config) or torch.device(self.device).type != "cuda":
                 found = random.check(self.config)
@@ -190,10 +189,13 @@ class _Net:
         self.name, self.dtype, self.batch, self.image, self.device = name, dtype, batch, image, device
 
     def __call__(self) -> Row:
+        with cases_of.cudnn_tf32(False):
+            return self._compared()
+
+    def _compared(self) -> Row:
         import resnet_fast
         from resnet_fast import numerics
 
-        torch.backends.cudnn.allow_tf32 = False
         model, x = cases_of.calibrated(self.name, self.batch, self.image, self.device, self.dtype)
         double = copy.deepcopy(model).double()
         with torch.inference_mode():

@@ -41,9 +41,9 @@ class NetCase:
 
     def __call__(self) -> Row:
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = True
         try:
-            return self._measured()
+            with launches.cudnn_tf32(True):
+                return self._measured()
         finally:
             gc.collect()
             if self.settings.on_gpu:

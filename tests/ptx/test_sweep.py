@@ -36,7 +36,9 @@ def small(arch: int, needs_proof: bool) -> SweepPair:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("needs_proof", [True, False])
 def test_a_pair_of_each_kind_passes(arch: int, needs_proof: bool) -> None:
+    before = torch.backends.cudnn.allow_tf32
     expect_passed([small(arch, needs_proof)])
+    assert torch.backends.cudnn.allow_tf32 is before
 
 
 @pytest.mark.slow
