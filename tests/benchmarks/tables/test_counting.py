@@ -157,4 +157,4 @@ def test_without_the_interpreter_it_says_what_to_set() -> None:
     code = "from resnet_fast.benchmarks.tables.counting import count\nwith count(): pass"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = run_python(code, cwd=ROOT, env=env)
-    assert done.returncode and "set TRITON_INTERPRET=1 before triton is imported" in done.stderr
+    assert done.returncode and "set TRITON_INTERPRET=1 before triton's import" in done.stderr
