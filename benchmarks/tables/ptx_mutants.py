@@ -8,6 +8,7 @@ ptx_mutant_cases.py has the launches whose kernels are changed.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -52,9 +53,13 @@ def rows_of(name: str, arch: int) -> Iterator[MutantRow]:
             yield row_of(mutant, arch, verdict)
 
 
+NVCC_HASH = re.compile(r"_GLOBAL__N__[0-9a-f]{8}(_\d+_\w+?_cu_)[0-9a-f]{8}")
+"""nvcc hashes a file's path into the names of its unnamed namespace, and a row says the same in every checkout."""
+
+
 def row_of(mutant: mutants.Mutant, arch: int, verdict: MutantVerdict) -> MutantRow:
     """Return the row of a judged mutant."""
-    change = f"{mutant.was} -> {mutant.becomes.replace('`', '')}"
+    change = NVCC_HASH.sub(r"_GLOBAL__N__\1", f"{mutant.was} -> {mutant.becomes.replace('`', '')}")
     kernel = readable(mutant.kernel) if mutant.kernel.startswith("_Z") else mutant.kernel
     return MutantRow(kernel, arch, mutant.kind, change, verdict.caught, verdict.equivalent)
 

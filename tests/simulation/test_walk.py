@@ -129,10 +129,20 @@ def test_inference(arch: int, name: str) -> None:
         assert_counts_agree(pair)
 
 
+REFUSED = {
+    ("step: bottleneck, bf16", 90),
+    ("step: strided block, fp16", 80),
+    ("step: strided block, fp16", 90),
+}
+"""Steps of which ``_conv_fwd_kernel`` has a branch whose predicate the walk does not know: it says so, and stops."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", [n for n, c in ptx_mutants.CASES.items() if not (c.cuda or n in QUICK)])
-def test_compiled_triton_kernels(arch: int, name: str) -> None:
+def test_compiled_triton_kernels(arch: int, name: str, request: pytest.FixtureRequest) -> None:
+    if (name, arch) in REFUSED:
+        request.applymarker(pytest.mark.xfail(raises=UserError, strict=True, reason="refused: a branch is not known"))
     for pair in pairs(arch, case(name)):
         assert_counts_agree(pair)
 
