@@ -20,6 +20,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -140,12 +141,7 @@ def compiled(path: Path, arch: int) -> str:
     key = hashlib.sha256(repr((_version(), command[1:], path.read_bytes(), headers.digest())).encode()).hexdigest()[:32]
     target = KEPT / f"{path.stem}-{key}.ptx"
     if not target.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.tmp")
-        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{path.name} to compile", done.stderr[-2000:], "mend it")
-        partial.replace(target)
+        _make(target, command, f"{path.name} to compile")
     return target.read_text()
 
 
@@ -159,15 +155,21 @@ def assembled(text: str, arch: int) -> bytes:
     command = [_nvcc(), "-cubin", f"-arch={VIRTUAL[arch].replace('compute', 'sm')}"]
     target = KEPT / f"{hashlib.sha256(repr((_version(), command[1:], text)).encode()).hexdigest()[:32]}.cubin"
     if not target.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        source, partial = (target.with_suffix(f".{os.getpid()}.{end}") for end in ("ptx", "tmp"))
-        source.write_text(text)
-        done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
-        source.unlink()
-        if done.returncode:
-            raise UserError("PTX to assemble", done.stderr[-2000:], "mend it")
-        partial.replace(target)
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+            source.write(text)
+            source.flush()
+            _make(target, [*command, source.name], "PTX to assemble")
     return target.read_bytes()
+
+
+def _make(target: Path, command: list[str], what: str) -> None:
+    """Let nvcc write a file that is kept, whole or not at all."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.tmp")
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(what, done.stderr[-2000:], "mend it")
+    partial.replace(target)
 
 
 def _nvcc() -> str:
